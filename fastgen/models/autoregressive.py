@@ -1,0 +1,79 @@
+"""What every autoregressive image model shares: levels in, parameters out, exact likelihood, exact samples."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.distributions import Distribution
+
+
+class AutoregressiveModel(nn.Module):
+    """Base class: p(x) = prod_i p(x_i | x_<i), pixels in raster order, colours R, G, B inside a pixel.
+
+    A subclass sets nothing else than its layers and defines `forward(x, condition=None) -> params`, calling
+    `self.encode(x)` on its input.
+
+    Args:
+        shape: (C, H, W) of an image.
+        levels: number of levels of a channel.
+        distribution: distribution of a pixel given the parameters at it.
+        n_classes: number of classes of a conditional model, None for an unconditional one.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        levels: int,
+        distribution: Distribution,
+        n_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        if len(shape) != 3 or any(not isinstance(size, int) or size < 1 for size in shape):
+            raise ValueError(f"shape must be three positive ints (C, H, W), got {shape!r}")
+        self.shape = tuple(shape)
+        self.levels = levels
+        self.distribution = distribution
+        self.n_classes = n_classes
+        self._sampler: Any = None
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Integer levels (B, C, H, W) as floats in [-1, 1]; a float tensor is taken as encoded already.
+
+        Raises:
+            ValueError: x is not (B, *shape).
+        """
+        if x.dim() != 4 or tuple(x.shape[1:]) != self.shape:
+            raise ValueError(f"x must have the shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
+        if x.is_floating_point():
+            return x
+        dtype = next(self.parameters()).dtype
+        return x.to(dtype) / (self.levels - 1) * 2 - 1
+
+    def check_condition(self, condition: Tensor | None) -> None:
+        """Raises ValueError where a class is missing, or given to an unconditional model."""
+        if condition is None and self.n_classes is not None:
+            raise ValueError(
+                f"condition is missing: this model needs a class in 0..{self.n_classes - 1} for each image"
+            )
+        if condition is not None and self.n_classes is None:
+            raise ValueError("condition was given, but this model is unconditional (n_classes=None)")
+
+    def log_prob(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Log-likelihood of integer levels x (B, C, H, W): (B,) nats."""
+        if x.is_floating_point():
+            raise TypeError(f"x must hold integer levels 0..{self.levels - 1}, got {x.dtype}")
+        return self.distribution.log_prob(self(x, condition), x.long())
+
+    @torch.no_grad()
+    def sample(self, n: int, **options: Any) -> Tensor:
+        """Draws n images; options as in `fastgen.sampling.Sampler.sample`. Returns (n, C, H, W) levels."""
+        from fastgen.sampling import accelerate
+
+        if self.training:
+            raise ValueError("model is in training mode (dropout is on): call model.eval() before sampling")
+        condition = options.get("condition")
+        self.check_condition(condition)
+        if self._sampler is None:
+            self._sampler = accelerate(self, self.shape, distribution=self.distribution, condition=condition)
+        return self._sampler.sample(n, **options)

@@ -1,0 +1,43 @@
+"""The choice between a Triton kernel and the PyTorch definition, one rule for every operation."""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+IMPLS = ("auto", "triton", "reference")
+
+
+def uses_triton(impl: str, tensor: Tensor) -> bool:
+    """Whether `impl` means the Triton kernel for `tensor`.
+
+    "auto" is Triton on CUDA tensors (where Triton is installed) and the PyTorch definition elsewhere.
+
+    Raises:
+        ValueError: `impl` is not one of IMPLS.
+        RuntimeError: "triton" was asked for and cannot run on this tensor.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
+    if impl == "reference":
+        return False
+    installed = importlib.util.find_spec("triton") is not None
+    if impl == "auto":
+        return tensor.is_cuda and installed
+    if not installed:
+        raise RuntimeError("impl='triton' needs the triton package: pip install triton, or use impl='auto'")
+    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            f"impl='triton' cannot run on a {tensor.device.type} tensor: move it to a CUDA device, set "
+            "TRITON_INTERPRET=1 before starting Python to run Triton's interpreter, or use impl='auto'"
+        )
+    return True
+
+
+def may_read_values(tensor: Tensor) -> bool:
+    """Whether argument checks may read tensor data: always in eager mode on the CPU; elsewhere it would
+    synchronize or break a graph, so only when FASTGEN_CHECK=1."""
+    if os.environ.get("FASTGEN_CHECK") == "1":
+        return True
+    return not tensor.is_cuda and not torch.compiler.is_compiling()
