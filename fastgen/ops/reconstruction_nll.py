@@ -129,6 +129,84 @@ def _pixelcnnpp(params: Tensor, target: Tensor) -> Tensor:
     return -log_joint.logsumexp(1, keepdim=True)
 
 
+# --- the operators; params (B, P, H, W), categorical (B, K, C, H, W), target (B, C, H, W)
+
+
+@torch.library.custom_op("fastgen::reconstruction_nll", mutates_args=())
+def _operator(params: Tensor, target: Tensor, likelihood: str, levels: int, per_element: bool) -> Tensor:
+    from fastgen.kernels import logistic_mixture_nll, reconstruction_nll
+
+    target = target.view(torch.uint8) if target.dtype == torch.bool else target
+    if likelihood == "logistic_mixture":
+        return logistic_mixture_nll.forward(params, target, levels, per_element)
+    return reconstruction_nll.forward(_planes(params, likelihood), target, likelihood, per_element)
+
+
+@_operator.register_fake
+def _(params: Tensor, target: Tensor, likelihood: str, levels: int, per_element: bool) -> Tensor:
+    batch, channels, height, width = target.shape
+    channels = 1 if likelihood == "logistic_mixture" else channels
+    shape = (batch, channels, height, width) if per_element else (batch,)
+    return params.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("fastgen::reconstruction_nll_backward", mutates_args=())
+def _backward_operator(upstream: Tensor, params: Tensor, target: Tensor, likelihood: str, levels: int) -> Tensor:
+    from fastgen.kernels import logistic_mixture_nll, reconstruction_nll
+
+    target = target.view(torch.uint8) if target.dtype == torch.bool else target
+    upstream = _over_image(upstream)
+    grad = torch.empty_like(params)
+    if likelihood == "logistic_mixture":
+        upstream = upstream.expand(target.shape[0], 1, *target.shape[2:])
+        logistic_mixture_nll.backward(params, target, upstream, grad, levels)
+    else:
+        planes = (_planes(params, likelihood), target, upstream.expand(target.shape), _planes(grad, likelihood))
+        reconstruction_nll.backward(*planes, likelihood)
+    return grad
+
+
+@_backward_operator.register_fake
+def _(upstream: Tensor, params: Tensor, target: Tensor, likelihood: str, levels: int) -> Tensor:
+    return torch.empty_like(params)
+
+
+def _planes(params: Tensor, likelihood: str) -> Tensor:
+    """A view (B, P, C, H, W): the P parameters of an element on dim 1."""
+    if likelihood == "categorical":
+        return params
+    return params.unflatten(1, (2 if likelihood == "gaussian" else 1, -1))
+
+
+def _over_image(upstream: Tensor) -> Tensor:
+    """Upstream gradients (B,) or (B, C, H, W) with four dimensions, float32."""
+    return (upstream if upstream.dim() == 4 else upstream[:, None, None, None]).float()
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    params, target, ctx.likelihood, ctx.levels, _ = inputs
+    ctx.save_for_backward(params, target)
+
+
+def _backward(ctx, upstream):
+    params, target = ctx.saved_tensors
+    if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
+        return (None,) * 5
+    grad = _backward_operator(upstream, params, target, ctx.likelihood, ctx.levels)
+    grad_target = None
+    if ctx.needs_input_grad[1]:
+        # The mean and the target enter as a difference; a Bernoulli's nats are linear in its target.
+        by_target = -grad.chunk(2, 1)[0] if ctx.likelihood == "gaussian" else -_over_image(upstream) * params
+        grad_target = by_target.to(target.dtype)
+    return grad, grad_target, None, None, None
+
+
+_operator.register_autograd(_backward, setup_context=_setup_context)
+
+
+# --- the public function
+
+
 def _check_shapes(params: Tensor, target: Tensor, likelihood: str) -> None:
     if likelihood == "categorical":
         fits = params.dim() == target.dim() + 1 and params.shape[1] > 0
@@ -170,6 +248,19 @@ def _check_levels(target: Tensor, likelihood: str, levels: int) -> None:
         raise ValueError(
             f"target must be in 0..{levels - 1} for likelihood={likelihood!r}, got values {lowest}..{highest}"
         )
+
+
+def _uses_kernel(impl: str, params: Tensor, likelihood: str) -> bool:
+    """The kernels compute in float32 and hold a softmax in one tile: what does not fit is for the definition."""
+    fits = params.dtype != torch.float64 and (likelihood != "categorical" or params.shape[1] <= 65536)
+    if not uses_triton(impl, params):
+        return False
+    if impl == "triton" and not fits:
+        raise ValueError(
+            f"impl='triton' computes in float32, at most 65536 levels; got {params.dtype} and the shape "
+            f"{tuple(params.shape)}: use impl='auto' or 'reference'"
+        )
+    return fits
 
 
 def reconstruction_nll(
@@ -234,7 +325,13 @@ def reconstruction_nll(
         raise TypeError(f"target must hold integer levels for likelihood={likelihood!r}, got {target.dtype}")
     _check_shapes(params, target, likelihood)
     _check_levels(target, likelihood, params.shape[1] if likelihood == "categorical" else levels)
-    uses_triton(impl, params)
+    if compat is None and _uses_kernel(impl, params, likelihood):
+        # The kernels see four dimensions, and five for a softmax: those that an image lacks are added, as views.
+        missing = 4 - target.dim()
+        for _ in range(missing):
+            params, target = params.unsqueeze(-1), target.unsqueeze(-1)
+        nll = _operator(params, target, likelihood, levels, reduction == "none")
+        return nll.view(nll.shape[: nll.dim() - missing]) if reduction == "none" else nll
     if compat is not None and impl == "triton":
         raise ValueError("compat='pixelcnn++' has no Triton kernel: use impl='auto' or 'reference'")
     return reconstruction_nll_reference(params, target, likelihood, levels=levels, reduction=reduction, compat=compat)
