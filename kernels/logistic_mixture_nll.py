@@ -84,11 +84,10 @@ def load_mixture_logits(params_at, component, params_plane, mixtures, valid):
 
 
 @triton.jit
-def load_mean(params_at, COLOUR: tl.constexpr, x_0, x_1, component, params_plane, mixtures, valid):
+def load_mean(params_at, COLOUR: tl.constexpr, RGB: tl.constexpr, x_0, x_1, component, params_plane, mixtures, valid):
     """The mean as stored, and given the colours before it: r->g is coefficient 0, r->b 1 and g->b 2."""
-    GROUPS: tl.constexpr = 2 if COLOUR < 0 else 3
-    colour: tl.constexpr = 0 if COLOUR < 0 else COLOUR
-    raw = load_group(params_at, 1 + GROUPS * colour, component, params_plane, mixtures, valid)
+    GROUPS: tl.constexpr = 3 if RGB else 2
+    raw = load_group(params_at, 1 + GROUPS * COLOUR, component, params_plane, mixtures, valid)
     mean = saturate(raw, -DEVIATION_LIMIT, DEVIATION_LIMIT)
     if COLOUR == 1:
         mean += tanh(load_group(params_at, 3, component, params_plane, mixtures, valid)) * x_0[:, None]
@@ -99,12 +98,13 @@ def load_mean(params_at, COLOUR: tl.constexpr, x_0, x_1, component, params_plane
 
 
 @triton.jit
-def load_bin(params_at, level, COLOUR: tl.constexpr, x_0, x_1, component, params_plane, mixtures, valid, half):
-    """Bin ends a and b, width, raw log-scale and mean of one colour; COLOUR is -1 for an image of one channel."""
-    GROUPS: tl.constexpr = 2 if COLOUR < 0 else 3
-    colour: tl.constexpr = 0 if COLOUR < 0 else COLOUR
-    raw_mean, mean = load_mean(params_at, COLOUR, x_0, x_1, component, params_plane, mixtures, valid)
-    log_scale = load_group(params_at, 2 + GROUPS * colour, component, params_plane, mixtures, valid)
+def load_bin(
+    params_at, level, COLOUR: tl.constexpr, RGB: tl.constexpr, x_0, x_1, component, params_plane, mixtures, valid, half
+):
+    """Bin ends a and b, width, raw log-scale and mean of one colour."""
+    GROUPS: tl.constexpr = 3 if RGB else 2
+    raw_mean, mean = load_mean(params_at, COLOUR, RGB, x_0, x_1, component, params_plane, mixtures, valid)
+    log_scale = load_group(params_at, 2 + GROUPS * COLOUR, component, params_plane, mixtures, valid)
     width = tl.exp(-saturate(log_scale, MIN_LOG_SCALE, LOGIT_LIMIT)) / half
     # half * mean = (half + 1/2) * mean - mean / 2 in two steps: the first is exact for 256 levels, so that the digits
     # of the distance survive where level and mean are close.
@@ -158,7 +158,7 @@ def mixture_forward_kernel(
 ):
     image = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
-    pixel = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    pixel = block * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < pixels
     component = tl.arange(0, BLOCK_M)
     valid = inside[:, None] & (component < mixtures)[None, :]
@@ -169,10 +169,9 @@ def mixture_forward_kernel(
     x_0 = tl.zeros([BLOCK], dtype=tl.float32)
     x_1 = x_0
     for index in tl.static_range(3 if RGB else 1):
-        COLOUR: tl.constexpr = index if RGB else -1
         level = tl.load(target_at + index * target_colour, mask=inside, other=0).to(tl.float32)
         a, b, width, log_scale, _ = load_bin(
-            params_at, level, COLOUR, x_0, x_1, component, params_plane, mixtures, valid, half
+            params_at, level, index, RGB, x_0, x_1, component, params_plane, mixtures, valid, half
         )
         joint += log_bin(level, a, b, width, log_scale, half, log_half)
         if index == 0:
@@ -232,7 +231,7 @@ def mixture_backward_kernel(
     BLOCK_M: tl.constexpr,
 ):
     image = (tl.program_id(0) // blocks).to(tl.int64)
-    pixel = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    pixel = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < pixels
     component = tl.arange(0, BLOCK_M)
     valid = inside[:, None] & (component < mixtures)[None, :]
@@ -249,10 +248,9 @@ def mixture_backward_kernel(
     x_0 = tl.zeros([BLOCK], dtype=tl.float32)
     x_1 = x_0
     for index in tl.static_range(COLOURS):
-        COLOUR: tl.constexpr = index if RGB else -1
         level = tl.load(target_at + index * target_colour, mask=inside, other=0).to(tl.float32)
         a, b, width, log_scale, _ = load_bin(
-            params_at, level, COLOUR, x_0, x_1, component, params_plane, mixtures, valid, half
+            params_at, level, index, RGB, x_0, x_1, component, params_plane, mixtures, valid, half
         )
         joint += log_bin(level, a, b, width, log_scale, half, log_half)
         if index == 0:
@@ -268,27 +266,25 @@ def mixture_backward_kernel(
     store_group(grad_at, 0, component, grad_plane, mixtures, upstream * slope, valid)
     pull = -upstream * posterior
     for index in tl.static_range(COLOURS):
-        COLOUR: tl.constexpr = index if RGB else -1
         level = tl.load(target_at + index * target_colour, mask=inside, other=0).to(tl.float32)
         a, b, width, log_scale, raw_mean = load_bin(
-            params_at, level, COLOUR, x_0, x_1, component, params_plane, mixtures, valid, half
+            params_at, level, index, RGB, x_0, x_1, component, params_plane, mixtures, valid, half
         )
         first, last = (level == 0)[:, None], (level == 2 * half)[:, None]
         above = tl.where(last, 0.0, tl.sigmoid(-a))
         below = tl.where(first, 0.0, tl.sigmoid(b))
         grad_mean = pull * (half * width) * (below - above)
         mean_moves = tl.abs(raw_mean) <= DEVIATION_LIMIT
-        group: tl.constexpr = 1 + GROUPS * index
         kept = tl.where(mean_moves, grad_mean, 0.0)
-        store_group(grad_at, group, component, grad_plane, mixtures, kept, valid)
+        store_group(grad_at, 1 + GROUPS * index, component, grad_plane, mixtures, kept, valid)
         spread = b * below - a * above - tl.where(first | last, 0.0, bin_width_slope(width))
         scale_moves = (log_scale >= MIN_LOG_SCALE) & (log_scale <= LOGIT_LIMIT)
         kept = tl.where(scale_moves, pull * spread, 0.0)
-        store_group(grad_at, group + 1, component, grad_plane, mixtures, kept, valid)
-        if COLOUR == 1:
+        store_group(grad_at, 2 + GROUPS * index, component, grad_plane, mixtures, kept, valid)
+        if index == 1:
             c = tanh(load_group(params_at, 3, component, params_plane, mixtures, valid))
             store_group(grad_at, 3, component, grad_plane, mixtures, grad_mean * x_0[:, None] * (1 - c * c), valid)
-        if COLOUR == 2:
+        if index == 2:
             c = tanh(load_group(params_at, 6, component, params_plane, mixtures, valid))
             store_group(grad_at, 6, component, grad_plane, mixtures, grad_mean * x_0[:, None] * (1 - c * c), valid)
             c = tanh(load_group(params_at, 9, component, params_plane, mixtures, valid))
@@ -308,9 +304,10 @@ class Tile:
 
 
 def mixture_tile(mixtures: int, pixels: int) -> Tile:
-    """1024 parameters of each kind in 4 warps: 8 registers a thread for each of the tiles that are live at once."""
+    """512 parameters of each kind in 4 warps: 4 registers a thread for each tile that is live at once, 128 to 181 in all
+    for RGB; twice as many parameters spill where the image is no dense run."""
     block_m = max(2, triton.next_power_of_2(mixtures))
-    return Tile(min(max(1, 1024 // block_m), triton.next_power_of_2(pixels)), block_m, 4)
+    return Tile(min(max(1, 512 // block_m), triton.next_power_of_2(pixels)), block_m, 4)
 
 
 def forward(params: Tensor, target: Tensor, levels: int, per_element: bool) -> Tensor:

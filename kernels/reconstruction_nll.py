@@ -42,10 +42,14 @@ def log1p_series(y):
 
 @triton.jit
 def image_offsets(element, n1, n2, stride_0, stride_1, stride_2, DENSE: tl.constexpr):
-    """Offsets of flat element numbers within an image of (n0, n1, n2); dense images need no division."""
+    """Offsets of flat element numbers within an image of (n0, n1, n2); dense images need no division.
+
+    An image has fewer than 2^31 elements: the divisions are 32-bit (64-bit ones are calls), the offsets 64-bit."""
     if DENSE:
-        return element * stride_2
-    return (element // (n1 * n2)) * stride_0 + (element // n2 % n1) * stride_1 + (element % n2) * stride_2
+        return element.to(tl.int64) * stride_2
+    row = element // n2
+    offset = (row // n1).to(tl.int64) * stride_0 + (row % n1).to(tl.int64) * stride_1
+    return offset + (element % n2).to(tl.int64) * stride_2
 
 
 # --- Bernoulli and Gaussian: one program for a block of elements of one image
@@ -80,7 +84,7 @@ def pointwise_forward_kernel(
 ):
     image = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
-    element = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    element = block * BLOCK + tl.arange(0, BLOCK)
     inside = element < elements
     params_at = params_ptr + image * params_batch + image_offsets(element, n1, n2, params_0, params_1, params_2, DENSE)
     target_at = target_ptr + image * target_batch + image_offsets(element, n1, n2, target_0, target_1, target_2, DENSE)
@@ -137,7 +141,7 @@ def pointwise_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     image = (tl.program_id(0) // blocks).to(tl.int64)
-    element = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    element = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = element < elements
     params_at = params_ptr + image * params_batch + image_offsets(element, n1, n2, params_0, params_1, params_2, DENSE)
     target_at = target_ptr + image * target_batch + image_offsets(element, n1, n2, target_0, target_1, target_2, DENSE)
@@ -207,7 +211,7 @@ def categorical_forward_kernel(
 ):
     image = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
-    element = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    element = block * BLOCK + tl.arange(0, BLOCK)
     inside = element < elements
     level = tl.arange(0, BLOCK_K)
     params_at = params_ptr + image * params_batch + image_offsets(element, n1, n2, params_0, params_1, params_2, DENSE)
@@ -261,7 +265,7 @@ def categorical_backward_kernel(
     BLOCK_K: tl.constexpr,
 ):
     image = (tl.program_id(0) // blocks).to(tl.int64)
-    element = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    element = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = element < elements
     level = tl.arange(0, BLOCK_K)
     params_at = params_ptr + image * params_batch + image_offsets(element, n1, n2, params_0, params_1, params_2, DENSE)
@@ -296,11 +300,15 @@ def pointwise_tile(elements: int) -> Tile:
     return Tile(min(1024, max(64, triton.next_power_of_2(elements))), 1, 4)
 
 
-def categorical_tile(classes: int, elements: int) -> Tile:
-    """About 16384 logits in 8 warps (64 registers a thread): for 256 levels 64 elements, a whole line in bfloat16."""
+def categorical_tile(classes: int, elements: int, coalesced: bool) -> Tile:
+    """A whole softmax and as many elements as registers allow, in 8 warps.
+
+    Where neighbours in memory are elements (`coalesced`), 8192 logits: for 256 levels 32 elements, a 128-byte line in
+    float32, at about 116 registers. Elsewhere (levels side by side, or an image that is no dense run) each row has an
+    address of its own: 4096 logits, at most 186 registers, where 8192 would spill."""
     block_k = max(2, triton.next_power_of_2(classes))
-    block = min(max(1, 16384 // block_k), 128, triton.next_power_of_2(elements))
-    return Tile(block, block_k, 8 if block_k <= 16384 else 32)
+    block = max(1, (8192 if coalesced else 4096) // block_k)
+    return Tile(min(block, triton.next_power_of_2(elements)), block_k, 8)
 
 
 def collapse(sizes: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[tuple[int, int, int], list[tuple[int, ...]]]:
@@ -323,16 +331,17 @@ def collapse(sizes: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[tuple[i
 def forward(params: Tensor, target: Tensor, kind: str, per_element: bool) -> Tensor:
     """Nats: (B,), or the map (B, C, H, W). params (B, P, C, H, W) and target (B, C, H, W), any strides."""
     batch, classes = params.shape[:2]
-    sizes, elements = tuple(target.shape[1:]), target[0].numel() if batch else 0
     if target.numel() == 0:
         return params.new_zeros(target.shape if per_element else (batch,), dtype=torch.float32)
-    tile = categorical_tile(classes, elements) if kind == "categorical" else pointwise_tile(elements)
+    sizes, elements = tuple(target.shape[1:]), target[0].numel()
+    out_strides = (sizes[1] * sizes[2], sizes[2], 1) if per_element else (0, 0, 0)
+    (n0, n1, n2), image = collapse(sizes, params.stride()[2:], target.stride()[1:], out_strides)
+    dense = n0 == n1 == 1
+    tile = _tile(kind, classes, elements, dense and image[0][2] == 1)
     blocks = triton.cdiv(elements, tile.block)
     out = params.new_empty(target.shape if per_element else (batch, blocks), dtype=torch.float32)
-    out_strides = out.stride()[1:] if per_element else (0,) * len(sizes)
-    (n0, n1, n2), image = collapse(sizes, params.stride()[2:], target.stride()[1:], out_strides)
     strides = (params.stride(0), params.stride(1), *image[0], target.stride(0), *image[1], out.stride(0), *image[2])
-    options = {"MAP": per_element, "DENSE": n0 == n1 == 1, "BLOCK": tile.block, "num_warps": tile.warps}
+    options = {"MAP": per_element, "DENSE": dense, "BLOCK": tile.block, "num_warps": tile.warps}
     pointers, grid = (params, target, out), (batch * blocks,)
     if kind == "categorical":
         numbers = (elements, blocks, classes, n1, n2)
@@ -351,13 +360,14 @@ def backward(params: Tensor, target: Tensor, upstream: Tensor, grad: Tensor, kin
         return
     batch, classes = params.shape[:2]
     sizes, elements = tuple(target.shape[1:]), target[0].numel()
-    tile = categorical_tile(classes, elements) if kind == "categorical" else pointwise_tile(elements)
-    blocks = triton.cdiv(elements, tile.block)
     tensors = (params.stride()[2:], target.stride()[1:], upstream.stride()[1:], grad.stride()[2:])
     (n0, n1, n2), image = collapse(sizes, *tensors)
+    dense = n0 == n1 == 1
+    tile = _tile(kind, classes, elements, dense and image[0][2] == 1)
+    blocks = triton.cdiv(elements, tile.block)
     strides = (params.stride(0), params.stride(1), *image[0], target.stride(0), *image[1])
     strides += (upstream.stride(0), *image[2], grad.stride(0), grad.stride(1), *image[3])
-    options = {"DENSE": n0 == n1 == 1, "BLOCK": tile.block, "num_warps": tile.warps}
+    options = {"DENSE": dense, "BLOCK": tile.block, "num_warps": tile.warps}
     pointers, grid = (params, target, upstream, grad), (batch * blocks,)
     if kind == "categorical":
         numbers = (elements, blocks, classes, n1, n2)
@@ -365,3 +375,7 @@ def backward(params: Tensor, target: Tensor, upstream: Tensor, grad: Tensor, kin
     else:
         options["GAUSSIAN"] = kind == "gaussian"
         pointwise_backward_kernel[grid](*pointers, elements, blocks, n1, n2, *strides, **options)
+
+
+def _tile(kind: str, classes: int, elements: int, coalesced: bool) -> Tile:
+    return categorical_tile(classes, elements, coalesced) if kind == "categorical" else pointwise_tile(elements)

@@ -252,12 +252,12 @@ def _check_levels(target: Tensor, likelihood: str, levels: int) -> None:
 
 def _uses_kernel(impl: str, params: Tensor, likelihood: str) -> bool:
     """The kernels compute in float32 and hold a softmax in one tile: what does not fit is for the definition."""
-    fits = params.dtype != torch.float64 and (likelihood != "categorical" or params.shape[1] <= 65536)
+    fits = params.dtype != torch.float64 and (likelihood != "categorical" or params.shape[1] <= 16384)
     if not uses_triton(impl, params):
         return False
     if impl == "triton" and not fits:
         raise ValueError(
-            f"impl='triton' computes in float32, at most 65536 levels; got {params.dtype} and the shape "
+            f"impl='triton' computes in float32, at most 16384 levels; got {params.dtype} and the shape "
             f"{tuple(params.shape)}: use impl='auto' or 'reference'"
         )
     return fits
