@@ -304,8 +304,8 @@ class Tile:
 
 
 def mixture_tile(mixtures: int, pixels: int) -> Tile:
-    """512 parameters of each kind in 4 warps: 4 registers a thread for each tile that is live at once, 128 to 181 in all
-    for RGB; twice as many parameters spill where the image is no dense run."""
+    """512 parameters of each kind in 4 warps: 4 registers a thread for each tile that is live at once, 128 to 181 for
+    RGB; twice as many parameters spill where the image is no dense run."""
     block_m = max(2, triton.next_power_of_2(mixtures))
     return Tile(min(max(1, 512 // block_m), triton.next_power_of_2(pixels)), block_m, 4)
 
