@@ -17,7 +17,7 @@ from fastgen.ops._lstm import (
 
 
 def row_lstm_cell(gates: Tensor, weight: Tensor, hidden_above: Tensor, cell_above: Tensor) -> tuple[Tensor, Tensor]:
-    """One pixel of `row_lstm`: gates (B, 4h), hidden_above (B, h, k) the k states above centred on it, cell_above (B, h).
+    """One pixel of `row_lstm`: gates (B, 4h), hidden_above (B, h, k) the states above, centred on it, cell_above (B, h).
 
     Zeros stand outside the image. The cell state is float32 (float64 for float64).
 

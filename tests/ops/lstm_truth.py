@@ -1,4 +1,4 @@
-"""The recurrences pixel by pixel, as literally as the paper states them: the truth that every implementation must meet."""
+"""The recurrences pixel by pixel, as literally as the paper states them: the truth for every implementation."""
 
 import torch
 
