@@ -13,17 +13,19 @@ parameter.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgen.kernels.catalogue_entry import Entry
 from fastgen.kernels.reconstruction_nll import (
     DEVIATION_LIMIT,
     LOGIT_LIMIT,
     collapse,
+    entry,
     image_offsets,
     log1p_series,
     saturate,
@@ -350,3 +352,42 @@ def backward(params: Tensor, target: Tensor, upstream: Tensor, grad: Tensor, lev
         RGB=colours == 3, DENSE=n0 == n1 == 1,
         BLOCK=tile.block, BLOCK_M=tile.block_m, num_warps=tile.warps,
     )  # fmt: skip
+
+
+# --- the compile gate
+
+_INNER, _PLANE = ("params_2", "target_2"), ("params_plane",)
+_TILE = {"BLOCK": 32, "BLOCK_M": 16}
+CATALOGUE: list[Entry] = [
+    entry(mixture_forward_kernel, "fp32", "fp32", "u8", _INNER, 4, RGB=True, MAP=False, DENSE=True, **_TILE),
+    entry(
+        mixture_forward_kernel,
+        "map, channels last, bf16",
+        "bf16",
+        "i64",
+        _PLANE,
+        4,
+        RGB=True,
+        MAP=True,
+        DENSE=False,
+        **_TILE,
+    ),
+    entry(mixture_forward_kernel, "one channel", "fp32", "u8", _INNER, 4, RGB=False, MAP=False, DENSE=True, **_TILE),
+    entry(mixture_backward_kernel, "fp32", "fp32", "u8", (*_INNER, "grad_2"), 4, RGB=True, DENSE=True, **_TILE),
+    replace(
+        entry(
+            mixture_backward_kernel,
+            "channels last, bf16",
+            "bf16",
+            "i64",
+            (*_PLANE, "grad_plane"),
+            4,
+            RGB=True,
+            DENSE=False,
+            **_TILE,
+        ),
+        spills={"sm_100": 8},
+        reason="two registers over the 168 that let three blocks share a multiprocessor",
+    ),
+    entry(mixture_backward_kernel, "one channel", "fp32", "u8", (*_INNER, "grad_2"), 4, RGB=False, DENSE=True, **_TILE),
+]

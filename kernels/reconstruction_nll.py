@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgen.kernels.catalogue_entry import Entry
+
 LOGIT_LIMIT = tl.constexpr(1e30)
 DEVIATION_LIMIT = tl.constexpr(1e15)
 MIN_LOG_VARIANCE = tl.constexpr(-100.0)
@@ -301,7 +303,7 @@ def pointwise_tile(elements: int) -> Tile:
 
 
 def categorical_tile(classes: int, elements: int, coalesced: bool) -> Tile:
-    """A whole softmax and as many elements as registers allow, in 8 warps.
+    """A whole softmax (at most 4096 levels) and as many elements as registers allow, in 8 warps.
 
     Where neighbours in memory are elements (`coalesced`), 8192 logits: for 256 levels 32 elements, a 128-byte line in
     float32, at about 116 registers. Elsewhere (levels side by side, or an image that is no dense run) each row has an
@@ -379,3 +381,52 @@ def backward(params: Tensor, target: Tensor, upstream: Tensor, grad: Tensor, kin
 
 def _tile(kind: str, classes: int, elements: int, coalesced: bool) -> Tile:
     return categorical_tile(classes, elements, coalesced) if kind == "categorical" else pointwise_tile(elements)
+
+
+# --- the compile gate
+
+
+def entry(kernel, config: str, params: str, target: str, unit: tuple[str, ...], warps: int, **constexprs) -> Entry:
+    """A catalogue entry: types of params and target, the strides that are 1, the kernel's constexprs."""
+    kinds = {"params_ptr": f"*{params}", "grad_ptr": f"*{params}", "target_ptr": f"*{target}", "half": "fp32"}
+    kinds |= {"out_ptr": "*fp32", "upstream_ptr": "*fp32", "log_half": "fp32"}
+    constexprs |= dict.fromkeys(unit, 1)
+    signature = {name: kinds.get(name, "i32") for name in kernel.arg_names if name not in constexprs}
+    aligned = tuple(name for name in signature if name.endswith(("_batch", "_plane")))
+    return Entry(kernel, config, signature, constexprs, aligned=aligned, num_warps=warps)
+
+
+_INNER, _INNER_GRAD = ("params_2", "target_2"), ("params_2", "target_2", "grad_2")
+_ROW = {"BLOCK": 32, "BLOCK_K": 256, "DENSE": True}
+_SCATTERED = {"BLOCK": 16, "BLOCK_K": 256, "DENSE": False}
+_POINT = {"BLOCK": 1024, "DENSE": True}
+CATALOGUE: list[Entry] = [
+    entry(pointwise_forward_kernel, "bernoulli fp32", "fp32", "u8", _INNER, 4, GAUSSIAN=False, MAP=False, **_POINT),
+    entry(pointwise_forward_kernel, "gaussian bf16", "bf16", "fp32", _INNER, 4, GAUSSIAN=True, MAP=False, **_POINT),
+    entry(pointwise_forward_kernel, "map", "bf16", "i64", (), 4, GAUSSIAN=False, MAP=True, BLOCK=1024, DENSE=False),
+    entry(pointwise_backward_kernel, "bernoulli fp32", "fp32", "u8", _INNER_GRAD, 4, GAUSSIAN=False, **_POINT),
+    entry(pointwise_backward_kernel, "gaussian bf16", "bf16", "fp32", (), 4, GAUSSIAN=True, BLOCK=1024, DENSE=False),
+    entry(categorical_forward_kernel, "fp32", "fp32", "u8", _INNER, 8, MAP=False, **_ROW),
+    entry(
+        categorical_forward_kernel,
+        "map, levels inside, bf16",
+        "bf16",
+        "i64",
+        ("params_plane",),
+        8,
+        MAP=True,
+        **_SCATTERED,
+    ),
+    entry(categorical_backward_kernel, "fp32", "fp32", "u8", _INNER_GRAD, 8, **_ROW),
+    entry(
+        categorical_backward_kernel,
+        "levels inside, bf16",
+        "bf16",
+        "i64",
+        ("params_plane", "grad_plane"),
+        8,
+        **_SCATTERED,
+    ),
+    entry(categorical_backward_kernel, "scattered, bf16", "bf16", "u8", ("params_2", "grad_2"), 8, **_SCATTERED),
+    entry(categorical_backward_kernel, "4096 levels", "fp32", "i64", _INNER_GRAD, 8, BLOCK=2, BLOCK_K=4096, DENSE=True),
+]

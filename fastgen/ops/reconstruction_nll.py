@@ -64,7 +64,7 @@ def _categorical(logits: Tensor, target: Tensor) -> Tensor:
     return -logits.log_softmax(1).gather(1, target.long().unsqueeze(1)).squeeze(1)
 
 
-def _split_mixture(params: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def split_mixture(params: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Logits (B, M, ...), means and log-scales (B, C, M, ...), coefficients (B, 3, M, ...) or None for one channel."""
     n_mix = params.shape[1] // (10 if channels == 3 else 3)
     of_colour = params[:, n_mix:].unflatten(1, (channels, -1, n_mix))
@@ -74,7 +74,7 @@ def _split_mixture(params: Tensor, channels: int) -> tuple[Tensor, Tensor, Tenso
     return logits, means, of_colour[:, :, 1].clamp(MIN_LOG_SCALE, LOGIT_LIMIT), coefficients
 
 
-def _component_mean(channel: int, means: Tensor, coefficients: Tensor | None, x: Tensor) -> Tensor:
+def component_mean(channel: int, means: Tensor, coefficients: Tensor | None, x: Tensor) -> Tensor:
     """Means (B, M, ...) of one colour given the colours before it in x (B, C, 1, ...), PixelCNN++ equation 3."""
     mean = means[:, channel]
     if coefficients is None or channel == 0:
@@ -89,10 +89,10 @@ def _logistic_mixture(params: Tensor, target: Tensor, levels: int) -> Tensor:
     a level's bin at a and b in units of the component's scale, so that no threshold is needed anywhere."""
     half = (levels - 1) / 2
     level = target.to(params.dtype).unsqueeze(2)
-    logits, means, log_scales, coefficients = _split_mixture(params, target.shape[1])
+    logits, means, log_scales, coefficients = split_mixture(params, target.shape[1])
     log_joint = logits.log_softmax(1)
     for channel in range(target.shape[1]):
-        mean = _component_mean(channel, means, coefficients, level / half - 1)
+        mean = component_mean(channel, means, coefficients, level / half - 1)
         log_scale = log_scales[:, channel]
         width = torch.exp(-log_scale) / half  # of a level, in scales
         # Distance from the mean in levels. Where they are close, half * mean = (levels / 2 - 1 / 2) * mean taken in
@@ -113,10 +113,10 @@ def _logistic_mixture(params: Tensor, target: Tensor, levels: int) -> Tensor:
 def _pixelcnnpp(params: Tensor, target: Tensor) -> Tensor:
     """The published recipe: a difference of sigmoids, and where that is below 1e-5 the density times the bin width."""
     x = target.to(params.dtype).unsqueeze(2) / 127.5 - 1
-    logits, means, log_scales, coefficients = _split_mixture(params, target.shape[1])
+    logits, means, log_scales, coefficients = split_mixture(params, target.shape[1])
     log_joint = logits.log_softmax(1)
     for channel in range(target.shape[1]):
-        centred = x[:, channel] - _component_mean(channel, means, coefficients, x)
+        centred = x[:, channel] - component_mean(channel, means, coefficients, x)
         inverse_scale = torch.exp(-log_scales[:, channel])
         middle = inverse_scale * centred
         upper = inverse_scale * (centred + 1 / 255)
@@ -252,12 +252,12 @@ def _check_levels(target: Tensor, likelihood: str, levels: int) -> None:
 
 def _uses_kernel(impl: str, params: Tensor, likelihood: str) -> bool:
     """The kernels compute in float32 and hold a softmax in one tile: what does not fit is for the definition."""
-    fits = params.dtype != torch.float64 and (likelihood != "categorical" or params.shape[1] <= 16384)
+    fits = params.dtype != torch.float64 and (likelihood != "categorical" or params.shape[1] <= 4096)
     if not uses_triton(impl, params):
         return False
     if impl == "triton" and not fits:
         raise ValueError(
-            f"impl='triton' computes in float32, at most 16384 levels; got {params.dtype} and the shape "
+            f"impl='triton' computes in float32, at most 4096 levels; got {params.dtype} and the shape "
             f"{tuple(params.shape)}: use impl='auto' or 'reference'"
         )
     return fits
