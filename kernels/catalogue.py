@@ -146,7 +146,7 @@ def _assembly(compiled: Any, target: Target) -> str:
 
 
 def _read_cubin(compiled: Any, row: Resources) -> int:
-    """Registers and local memory from the machine code, by the `cuobjdump` of Triton. Returns the static shared memory."""
+    """Registers and local memory from the machine code, by Triton's `cuobjdump`. Returns the static shared memory."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

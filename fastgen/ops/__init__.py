@@ -1,6 +1,8 @@
 """The operations: one file each, from the plain PyTorch definition to the public function."""
 
+from fastgen.ops.diagonal_lstm import diagonal_lstm
 from fastgen.ops.elbo import elbo
 from fastgen.ops.reconstruction_nll import reconstruction_nll
+from fastgen.ops.row_lstm import row_lstm
 
-__all__ = ["elbo", "reconstruction_nll"]
+__all__ = ["diagonal_lstm", "elbo", "reconstruction_nll", "row_lstm"]

@@ -1,0 +1,251 @@
+"""The diagonal LSTM (van den Oord et al. 2016, section 3.2) over a whole image, a diagonal at a time.
+
+The pixels of a diagonal i + j = d need only the diagonal before, so that an image takes H + W - 1 steps. The tensor is
+never skewed: a diagonal is an index.
+"""
+
+import torch
+from torch import Tensor
+
+from fastgen.ops._lstm import (
+    check_arguments,
+    empty_maps,
+    exact_dtype,
+    lstm_cell,
+    lstm_cell_backward,
+    needs_gradient,
+    runs_triton,
+    under_autocast,
+)
+
+
+def diagonal_lstm_cell(
+    gates: Tensor, weight: Tensor, hidden_up: Tensor, hidden_left: Tensor, cell_left: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One pixel of `diagonal_lstm`: gates (B, 4h), states (B, h) of its neighbours, zeros outside the image.
+
+    For reverse=True "left" is the pixel to the right. The cell state is float32 (float64 for float64).
+
+    Returns:
+        (hidden, cell), (B, h) each.
+    """
+    exact = exact_dtype(gates.dtype)
+    joined = weight.to(exact).permute(2, 1, 0).flatten(0, 1)
+    pre = gates.to(exact) + torch.cat((hidden_up, hidden_left), -1).to(exact) @ joined
+    _, cell, hidden = lstm_cell(pre, cell_left)
+    return hidden.to(gates.dtype), cell
+
+
+def _diagonals(height: int, width: int, reverse: bool, device: torch.device) -> tuple[Tensor, list[int]]:
+    """Flat pixel indices sorted by diagonal, rows ascending inside one, and the number of pixels of each diagonal."""
+    columns = torch.arange(width, device=device)
+    if reverse:
+        columns = columns.flip(0)
+    diagonal = torch.arange(height, device=device).unsqueeze(1) + columns
+    count = height + width - 1
+    return diagonal.flatten().argsort(stable=True), [min(d + 1, height, width, count - d) for d in range(count)]
+
+
+def _sorted(maps: Tensor, order: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """The diagonals of (B, C, H, W), each (B, pixels, C)."""
+    return maps.flatten(2).transpose(1, 2)[:, order].split(sizes, 1)
+
+
+def _unsorted(diagonals: list[Tensor], order: Tensor, height: int, width: int) -> Tensor:
+    return torch.cat(diagonals, 1)[:, order.argsort()].transpose(1, 2).unflatten(2, (height, width))
+
+
+def _scan(gates: Tensor, weight: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, activated gates and cell states of the whole image, in the layout channels-last."""
+    height, width = gates.shape[2:]
+    units = weight.shape[1]
+    exact = exact_dtype(gates.dtype)
+    order, sizes = _diagonals(height, width, reverse, gates.device)
+    joined = weight.to(exact).permute(2, 1, 0).flatten(0, 1)
+    # The latest state of row i stands at i + 1: its own is then the left neighbour, the one before it the upper one.
+    hidden = gates.new_zeros(gates.shape[0], height + 1, units)
+    cell = hidden.to(exact)
+    hiddens, activateds, cells = [], [], []
+    for diagonal, terms in enumerate(_sorted(gates, order, sizes)):
+        first = max(0, diagonal - width + 1)
+        last = first + sizes[diagonal]
+        neighbours = torch.cat((hidden[:, first:last], hidden[:, first + 1 : last + 1]), -1)
+        pre = terms.to(exact) + neighbours.to(exact) @ joined
+        activated, new_cell, new_hidden = lstm_cell(pre, cell[:, first + 1 : last + 1])
+        new_hidden = new_hidden.to(gates.dtype)
+        hidden = torch.cat((hidden[:, : first + 1], new_hidden, hidden[:, last + 1 :]), 1)
+        cell = torch.cat((cell[:, : first + 1], new_cell, cell[:, last + 1 :]), 1)
+        hiddens.append(new_hidden)
+        activateds.append(activated.to(gates.dtype))
+        cells.append(new_cell)
+    return (
+        _unsorted(hiddens, order, height, width),
+        _unsorted(activateds, order, height, width),
+        _unsorted(cells, order, height, width),
+    )
+
+
+def _scan_backward(grad_hidden: Tensor, activated: Tensor, cell: Tensor, weight: Tensor, reverse: bool) -> Tensor:
+    """Gradient of the gates: the same walk from the last diagonal to the first."""
+    height, width = grad_hidden.shape[2:]
+    units = weight.shape[1]
+    exact = cell.dtype
+    order, sizes = _diagonals(height, width, reverse, cell.device)
+    joined = weight.to(exact).permute(2, 0, 1).flatten(0, 1)
+    previous = torch.zeros_like(cell)
+    if reverse:
+        previous[..., :-1] = cell[..., 1:]
+    else:
+        previous[..., 1:] = cell[..., :-1]
+    sorted_maps = (_sorted(maps, order, sizes) for maps in (grad_hidden, activated, cell, previous))
+    # Row i stands at i; what is below the last row stays zero.
+    carried = cell.new_zeros(cell.shape[0], height + 1, 4 * units)
+    grad_cell = cell.new_zeros(cell.shape[0], height, units)
+    grads: list[Tensor] = []
+    for diagonal, (grad_out, gate, state, before) in reversed(list(enumerate(zip(*sorted_maps, strict=True)))):
+        first = max(0, diagonal - width + 1)
+        last = first + sizes[diagonal]
+        following = torch.cat((carried[:, first + 1 : last + 1], carried[:, first:last]), -1)
+        grad_pre, grad_before = lstm_cell_backward(
+            grad_out.to(exact) + following @ joined, grad_cell[:, first:last], gate.to(exact), state, before
+        )
+        carried[:, first:last] = grad_pre
+        grad_cell[:, first:last] = grad_before
+        grads.append(grad_pre.to(grad_hidden.dtype))
+    return _unsorted(grads[::-1], order, height, width)
+
+
+def diagonal_lstm_reference(gates: Tensor, weight: Tensor, *, reverse: bool = False) -> Tensor:
+    """The definition: arguments and result as in `diagonal_lstm`, any float dtype, differentiable by autograd.
+
+    One batched matrix product a diagonal. Half precision keeps the cell state and the sums in float32.
+    """
+    return _scan(gates, weight, reverse)[0]
+
+
+@torch.library.custom_op("fastgen::diagonal_lstm", mutates_args=())
+def _diagonal_lstm(gates: Tensor, weight: Tensor, reverse: bool, triton: bool = False) -> Tensor:
+    """The scan that keeps nothing but its result. Its gradient runs the scan again."""
+    if triton:
+        from fastgen.kernels.diagonal_lstm import diagonal_lstm_forward
+
+        return diagonal_lstm_forward(gates, weight, reverse, save=False)[0]
+    return _scan(gates, weight, reverse)[0]
+
+
+@_diagonal_lstm.register_fake
+def _(gates: Tensor, weight: Tensor, reverse: bool, triton: bool = False) -> Tensor:
+    return empty_maps(gates, weight.shape[1], gates.dtype)
+
+
+@torch.library.custom_op("fastgen::diagonal_lstm_saving", mutates_args=())
+def _saving(gates: Tensor, weight: Tensor, reverse: bool, triton: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The scan of a training step: hidden states, and for the backward the activated gates and the cell states."""
+    if triton:
+        from fastgen.kernels.diagonal_lstm import diagonal_lstm_forward
+
+        return diagonal_lstm_forward(gates, weight, reverse, save=True)
+    return _scan(gates, weight, reverse)
+
+
+@_saving.register_fake
+def _(gates: Tensor, weight: Tensor, reverse: bool, triton: bool) -> tuple[Tensor, Tensor, Tensor]:
+    units = weight.shape[1]
+    return (
+        empty_maps(gates, units, gates.dtype),
+        empty_maps(gates, 4 * units, gates.dtype),
+        empty_maps(gates, units, exact_dtype(gates.dtype)),
+    )
+
+
+@torch.library.custom_op("fastgen::diagonal_lstm_backward", mutates_args=())
+def _backward(
+    grad_hidden: Tensor, activated: Tensor, cell: Tensor, weight: Tensor, reverse: bool, triton: bool
+) -> Tensor:
+    if triton:
+        from fastgen.kernels.diagonal_lstm import diagonal_lstm_backward
+
+        return diagonal_lstm_backward(grad_hidden, activated, cell, weight, reverse)
+    return _scan_backward(grad_hidden, activated, cell, weight, reverse)
+
+
+@_backward.register_fake
+def _(grad_hidden: Tensor, activated: Tensor, cell: Tensor, weight: Tensor, reverse: bool, triton: bool) -> Tensor:
+    return empty_maps(grad_hidden, 4 * weight.shape[1], grad_hidden.dtype)
+
+
+def _weight_gradient(grad_gates: Tensor, hidden: Tensor, reverse: bool) -> Tensor:
+    """(4h, h, 2) by two large matrix products over all pixels that have the neighbour."""
+    up = torch.einsum("bghw,bkhw->gk", grad_gates[:, :, 1:], hidden[:, :, :-1])
+    here, neighbour = (slice(None, -1), slice(1, None)) if reverse else (slice(1, None), slice(None, -1))
+    left = torch.einsum("bghw,bkhw->gk", grad_gates[..., here], hidden[..., neighbour])
+    return torch.stack((up, left), -1)
+
+
+def _keep_inputs(ctx, inputs, output):
+    gates, weight, ctx.reverse, ctx.triton = inputs
+    ctx.save_for_backward(gates, weight)
+
+
+def _gradients_by_rerun(ctx, grad_hidden):
+    gates, weight = ctx.saved_tensors
+    hidden, activated, cell = _saving(gates, weight, ctx.reverse, ctx.triton)
+    grad_gates = _backward(grad_hidden, activated, cell, weight, ctx.reverse, ctx.triton)
+    grad_weight = _weight_gradient(grad_gates, hidden, ctx.reverse) if ctx.needs_input_grad[1] else None
+    return grad_gates, grad_weight, None, None
+
+
+def _keep_states(ctx, inputs, output):
+    _, weight, ctx.reverse, ctx.triton = inputs
+    ctx.save_for_backward(weight, *output)
+
+
+def _gradients(ctx, grad_hidden, _grad_activated, _grad_cell):
+    weight, hidden, activated, cell = ctx.saved_tensors
+    grad_gates = _backward(grad_hidden, activated, cell, weight, ctx.reverse, ctx.triton)
+    grad_weight = _weight_gradient(grad_gates, hidden, ctx.reverse) if ctx.needs_input_grad[1] else None
+    return grad_gates, grad_weight, None, None
+
+
+_diagonal_lstm.register_autograd(_gradients_by_rerun, setup_context=_keep_inputs)
+_saving.register_autograd(_gradients, setup_context=_keep_states)
+
+
+def diagonal_lstm(
+    gates: Tensor, weight: Tensor, *, reverse: bool = False, recompute: bool = False, impl: str = "auto"
+) -> Tensor:
+    """The diagonal LSTM of PixelRNN (van den Oord et al. 2016, section 3.2): each pixel sees the states above and left.
+
+    With pre = gates(i, j) + weight[..., 0] @ hidden(i-1, j) + weight[..., 1] @ hidden(i, j-1), split into o, f, i, g:
+    c(i, j) = sigmoid(f) * c(i, j-1) + sigmoid(i) * tanh(g), hidden = sigmoid(o) * tanh(c).
+    Outside the image hidden and c are 0. (Implementations that skew a padded image let their bias act on the padding,
+    so that their state left of the first column is not 0.)
+
+    Args:
+        gates: input-to-state terms, bias included, (B, 4h, H, W) in the order o, f, i, g, of any strides.
+        weight: state-to-state weights (4h, h, 2), [..., 0] from above, [..., 1] from the left.
+        reverse: (i, j+1) takes the place of (i, j-1).
+        recompute: run the scan again in the backward. Then a training step keeps the gates, 4h numbers a pixel, besides
+            the result; otherwise the activated gates and the cell state, 4h numbers and h of float32 (in
+            half precision 8h against 12h bytes, in float32 16h against 20h).
+        impl: "auto" is Triton on CUDA tensors (not for float64), the PyTorch definition elsewhere.
+
+    Returns:
+        hidden (B, h, H, W), of the dtype of gates, channels-last. Cell states and sums are float32 (float64 for
+        float64). Under autocast both arguments are taken in the autocast dtype.
+
+    Raises:
+        TypeError: gates or weight is no float tensor, or their dtypes differ (outside autocast).
+        ValueError: shapes or devices that do not fit, an unknown impl.
+        RuntimeError: impl="triton" where it cannot run.
+    """
+    gates, weight = under_autocast(gates, weight)
+    check_arguments(gates, weight)
+    if weight.shape[2] != 2:
+        raise ValueError(f"weight must have two taps, (4h, h, 2) for up and left, got {tuple(weight.shape)}")
+    triton = runs_triton(impl, gates)
+    if impl == "reference":
+        return diagonal_lstm_reference(gates, weight, reverse=reverse)
+    if recompute or not needs_gradient(gates, weight):
+        return _diagonal_lstm(gates, weight, reverse, triton)
+    return _saving(gates, weight, reverse, triton)[0]

@@ -1,0 +1,202 @@
+"""The Row LSTM (van den Oord et al. 2016, section 3.1) over a whole image, a row at a time."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastgen.ops._lstm import (
+    check_arguments,
+    empty_maps,
+    exact_dtype,
+    lstm_cell,
+    lstm_cell_backward,
+    needs_gradient,
+    runs_triton,
+    under_autocast,
+)
+
+
+def row_lstm_cell(gates: Tensor, weight: Tensor, hidden_above: Tensor, cell_above: Tensor) -> tuple[Tensor, Tensor]:
+    """One pixel of `row_lstm`: gates (B, 4h), hidden_above (B, h, k) the states above, centred on it, cell_above (B, h).
+
+    Zeros stand outside the image. The cell state is float32 (float64 for float64).
+
+    Returns:
+        (hidden, cell), (B, h) each.
+    """
+    exact = exact_dtype(gates.dtype)
+    pre = gates.to(exact) + hidden_above.to(exact).flatten(1) @ weight.to(exact).flatten(1).T
+    _, cell, hidden = lstm_cell(pre, cell_above)
+    return hidden.to(gates.dtype), cell
+
+
+def _scan(gates: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, activated gates and cell states of the whole image, in the layout channels-last."""
+    batch, _, _, width = gates.shape
+    units, taps = weight.shape[1:]
+    exact = exact_dtype(gates.dtype)
+    kernel = weight.to(exact)
+    hidden = gates.new_zeros(batch, width, units)
+    cell = hidden.to(exact)
+    rows = []
+    for terms in gates.unbind(2):
+        above = F.conv1d(hidden.transpose(1, 2).to(exact), kernel, padding=taps // 2)
+        activated, cell, hidden = lstm_cell((terms.to(exact) + above).transpose(1, 2), cell)
+        hidden = hidden.to(gates.dtype)
+        rows.append((hidden, activated.to(gates.dtype), cell))
+    hiddens, activateds, cells = (torch.stack(maps, 1).permute(0, 3, 1, 2) for maps in zip(*rows, strict=True))
+    return hiddens, activateds, cells
+
+
+def _scan_backward(grad_hidden: Tensor, activated: Tensor, cell: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of the gates, from the last row to the first."""
+    exact = cell.dtype
+    taps = weight.shape[2]
+    batch, units, height, width = cell.shape
+    kernel = weight.to(exact).transpose(0, 1).flip(2)
+    from_below = cell.new_zeros(batch, units, width)
+    grad_cell = cell.new_zeros(batch, width, units)
+    grads: list[Tensor] = []
+    for row in reversed(range(height)):
+        previous = cell[:, :, row - 1] if row else torch.zeros_like(cell[:, :, 0])
+        grad_pre, grad_cell = lstm_cell_backward(
+            (grad_hidden[:, :, row].to(exact) + from_below).transpose(1, 2),
+            grad_cell,
+            activated[:, :, row].to(exact).transpose(1, 2),
+            cell[:, :, row].transpose(1, 2),
+            previous.transpose(1, 2),
+        )
+        from_below = F.conv1d(grad_pre.transpose(1, 2), kernel, padding=taps // 2)
+        grads.append(grad_pre.to(grad_hidden.dtype))
+    return torch.stack(grads[::-1], 1).permute(0, 3, 1, 2)
+
+
+def row_lstm_reference(gates: Tensor, weight: Tensor) -> Tensor:
+    """The definition: arguments and result as in `row_lstm`, any float dtype, differentiable by autograd.
+
+    One 1-d convolution a row. Half precision keeps the cell state and the sums in float32.
+    """
+    return _scan(gates, weight)[0]
+
+
+@torch.library.custom_op("fastgen::row_lstm", mutates_args=())
+def _row_lstm(gates: Tensor, weight: Tensor, triton: bool = False) -> Tensor:
+    """The scan that keeps nothing but its result. Its gradient runs the scan again."""
+    if triton:
+        from fastgen.kernels.row_lstm import row_lstm_forward
+
+        return row_lstm_forward(gates, weight, save=False)[0]
+    return _scan(gates, weight)[0]
+
+
+@_row_lstm.register_fake
+def _(gates: Tensor, weight: Tensor, triton: bool = False) -> Tensor:
+    return empty_maps(gates, weight.shape[1], gates.dtype)
+
+
+@torch.library.custom_op("fastgen::row_lstm_saving", mutates_args=())
+def _saving(gates: Tensor, weight: Tensor, triton: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The scan of a training step: hidden states, and for the backward the activated gates and the cell states."""
+    if triton:
+        from fastgen.kernels.row_lstm import row_lstm_forward
+
+        return row_lstm_forward(gates, weight, save=True)
+    return _scan(gates, weight)
+
+
+@_saving.register_fake
+def _(gates: Tensor, weight: Tensor, triton: bool) -> tuple[Tensor, Tensor, Tensor]:
+    units = weight.shape[1]
+    return (
+        empty_maps(gates, units, gates.dtype),
+        empty_maps(gates, 4 * units, gates.dtype),
+        empty_maps(gates, units, exact_dtype(gates.dtype)),
+    )
+
+
+@torch.library.custom_op("fastgen::row_lstm_backward", mutates_args=())
+def _backward(grad_hidden: Tensor, activated: Tensor, cell: Tensor, weight: Tensor, triton: bool) -> Tensor:
+    if triton:
+        from fastgen.kernels.row_lstm import row_lstm_backward
+
+        return row_lstm_backward(grad_hidden, activated, cell, weight)
+    return _scan_backward(grad_hidden, activated, cell, weight)
+
+
+@_backward.register_fake
+def _(grad_hidden: Tensor, activated: Tensor, cell: Tensor, weight: Tensor, triton: bool) -> Tensor:
+    return empty_maps(grad_hidden, 4 * weight.shape[1], grad_hidden.dtype)
+
+
+def _weight_gradient(grad_gates: Tensor, hidden: Tensor, taps: int) -> Tensor:
+    """(4h, h, k): for each tap one large matrix product over all pixels that have the neighbour."""
+    width = hidden.shape[3]
+    products = []
+    for shift in range(-(taps // 2), taps // 2 + 1):
+        low, high = max(0, -shift), max(0, min(width, width - shift))
+        below = grad_gates[:, :, 1:, low:high]
+        above = hidden[:, :, :-1, low + shift : high + shift] if low < high else hidden[:, :, :-1, :0]
+        products.append(torch.einsum("bghw,bkhw->gk", below[..., : above.shape[3]], above))
+    return torch.stack(products, -1)
+
+
+def _keep_inputs(ctx, inputs, output):
+    gates, weight, ctx.triton = inputs
+    ctx.save_for_backward(gates, weight)
+
+
+def _gradients_by_rerun(ctx, grad_hidden):
+    gates, weight = ctx.saved_tensors
+    hidden, activated, cell = _saving(gates, weight, ctx.triton)
+    grad_gates = _backward(grad_hidden, activated, cell, weight, ctx.triton)
+    grad_weight = _weight_gradient(grad_gates, hidden, weight.shape[2]) if ctx.needs_input_grad[1] else None
+    return grad_gates, grad_weight, None
+
+
+def _keep_states(ctx, inputs, output):
+    _, weight, ctx.triton = inputs
+    ctx.save_for_backward(weight, *output)
+
+
+def _gradients(ctx, grad_hidden, _grad_activated, _grad_cell):
+    weight, hidden, activated, cell = ctx.saved_tensors
+    grad_gates = _backward(grad_hidden, activated, cell, weight, ctx.triton)
+    grad_weight = _weight_gradient(grad_gates, hidden, weight.shape[2]) if ctx.needs_input_grad[1] else None
+    return grad_gates, grad_weight, None
+
+
+_row_lstm.register_autograd(_gradients_by_rerun, setup_context=_keep_inputs)
+_saving.register_autograd(_gradients, setup_context=_keep_states)
+
+
+def row_lstm(gates: Tensor, weight: Tensor, *, recompute: bool = False, impl: str = "auto") -> Tensor:
+    """The Row LSTM of PixelRNN (van den Oord et al. 2016, section 3.1): each pixel sees k states of the row above.
+
+    With pre(i) = gates(i) + conv1d(hidden(i-1), weight, "same" zero padding), split into o, f, i, g:
+    c(i, j) = sigmoid(f) * c(i-1, j) + sigmoid(i) * tanh(g), hidden = sigmoid(o) * tanh(c). Above the image both are 0.
+
+    Args:
+        gates: input-to-state terms, bias included, (B, 4h, H, W) in the order o, f, i, g, of any strides.
+        weight: state-to-state weights (4h, h, k), k odd; tap t multiplies the state at column j + t - k // 2.
+        recompute: run the scan again in the backward, as in `diagonal_lstm`.
+        impl: "auto" is Triton on CUDA tensors (not for float64), the PyTorch definition elsewhere.
+
+    Returns:
+        hidden (B, h, H, W), of the dtype of gates, channels-last. Cell states and sums are float32 (float64 for
+        float64). Under autocast both arguments are taken in the autocast dtype.
+
+    Raises:
+        TypeError: gates or weight is no float tensor, or their dtypes differ (outside autocast).
+        ValueError: shapes or devices that do not fit, an even k, an unknown impl.
+        RuntimeError: impl="triton" where it cannot run.
+    """
+    gates, weight = under_autocast(gates, weight)
+    check_arguments(gates, weight)
+    if weight.shape[2] % 2 == 0:
+        raise ValueError(f"weight must have an odd number of taps, (4h, h, k), got {tuple(weight.shape)}")
+    triton = runs_triton(impl, gates)
+    if impl == "reference":
+        return row_lstm_reference(gates, weight)
+    if recompute or not needs_gradient(gates, weight):
+        return _row_lstm(gates, weight, triton)
+    return _saving(gates, weight, triton)[0]
