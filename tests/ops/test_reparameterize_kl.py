@@ -1,0 +1,387 @@
+"""Against float64, mpmath and torch.distributions: values, gradients, noise, layouts, extremes, registration."""
+
+import math
+
+import mpmath
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from fastgen.ops import reparameterize_kl
+from fastgen.ops.reparameterize_kl import reparameterize_kl_reference
+
+pytest.importorskip("triton")
+IMPLS = ("reference", "triton")
+FINITE = torch.finfo(torch.float32).max
+
+
+def inputs(shape, dtype=torch.float32, device="cpu"):
+    mu, eps = torch.randn(shape), torch.randn(shape)
+    logvar = 2 * torch.randn(shape) - 1
+    return [x.to(device, dtype).requires_grad_() for x in (mu, logvar, eps)]
+
+
+def gradients(z, kl, variables):
+    """Of a scalar that weighs every element of z and kl differently."""
+    weight_z = torch.linspace(-1, 1, z.numel(), device=z.device).view(z.shape)
+    weight_kl = torch.linspace(0.5, 1.5, kl.numel(), device=z.device)
+    return torch.autograd.grad((z.to(kl.dtype) * weight_z).sum() + (kl * weight_kl).sum(), variables)
+
+
+def truth(variables, **options):
+    mu, logvar, eps = wide = [x.detach().double().requires_grad_() for x in variables]
+    z, kl = reparameterize_kl_reference(mu, logvar, eps=eps, **options)
+    return z, kl, gradients(z, kl, wide)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(5,), (1, 1), (3, 37), (2, 2, 3, 5), (67, 3), (2, 2500)])
+def test_values_and_gradients_equal_float64(shape, dtype, impl, device):
+    variables = inputs(shape, dtype, device)
+    mu, logvar, eps = variables
+    z, kl = reparameterize_kl(mu, logvar, eps=eps, free_bits=0.1, impl=impl)
+    assert z.dtype == dtype and kl.dtype == torch.float32 and kl.shape == shape[:1]
+    expected_z, expected_kl, expected_grads = truth(variables, free_bits=0.1)
+    # Arithmetic is float32 whatever the storage; what is stored in half precision is rounded once.
+    rounding = 2e-6 + (0 if dtype == torch.float32 else torch.finfo(dtype).eps)
+    torch.testing.assert_close(z.double(), expected_z, rtol=rounding, atol=rounding)
+    torch.testing.assert_close(kl.double(), expected_kl, rtol=2e-6, atol=1e-6)
+    for grad, expected in zip(gradients(z, kl, variables), expected_grads, strict=True):
+        torch.testing.assert_close(grad.double(), expected, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_kl_is_exact_over_the_whole_range(impl, device):
+    small = [s * 10.0**e for e in range(-30, 0) for s in (-1.0, 1.0, 0.37)]
+    logvar = torch.tensor([*small, *torch.linspace(-100, 80, 361).tolist()], device=device)
+    _, kl = reparameterize_kl(torch.zeros_like(logvar), logvar, eps=torch.zeros_like(logvar), impl=impl)
+    with mpmath.workdps(60):
+        expected = [float((mpmath.expm1(v) - mpmath.mpf(v)) / 2) for v in logvar.double().tolist()]
+    assert kl.min() >= 0
+    torch.testing.assert_close(kl.double().cpu(), torch.tensor(expected).double(), rtol=2e-6, atol=1e-37)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_standard_deviation_is_exact_over_the_whole_range(impl, device):
+    logvar = torch.linspace(-100, 80, 721, device=device)
+    z, _ = reparameterize_kl(torch.zeros_like(logvar), logvar, eps=torch.ones_like(logvar), impl=impl)
+    torch.testing.assert_close(z.double(), (logvar.double() / 2).exp(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_out_of_range_stays_finite_and_is_pulled_back(impl, device):
+    extreme = [-FINITE, -1e20, -200.0, -100.5, 80.5, 1000.0, 1e20, FINITE]
+    logvar = torch.tensor([extreme, extreme[::-1]], device=device, requires_grad=True)
+    mu = torch.tensor([[0.0] * 8, [FINITE] * 8], device=device, requires_grad=True)
+    z, kl = reparameterize_kl(mu, logvar, eps=torch.zeros_like(mu), impl=impl)
+    assert z.isfinite().all() and kl.isfinite().all() and (kl >= 0).all()
+    grad_mu, grad_logvar = torch.autograd.grad(kl.sum(), (mu, logvar))
+    torch.testing.assert_close(grad_mu, mu.detach())
+    torch.testing.assert_close(grad_logvar, 0.5 * torch.expm1(logvar.detach().clamp(-100, 80)))
+    (grad_of_z,) = torch.autograd.grad(
+        reparameterize_kl(mu, logvar, eps=torch.ones_like(mu), impl=impl)[0].sum(), logvar
+    )
+    assert (grad_of_z == 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_below_the_range_only_the_linear_term_goes_on(impl, device):
+    logvar = torch.tensor([-100.0, -200.0, 80.0, 81.0], device=device)
+    _, kl = reparameterize_kl(torch.zeros_like(logvar), logvar, impl=impl)
+    high = 0.5 * math.expm1(80) - 40
+    torch.testing.assert_close(kl.double().cpu(), torch.tensor([49.5, 99.5, high, high]).double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("which", [0, 1])
+def test_nan_gives_nan_in_its_row_alone(which, impl, device):
+    variables = [torch.zeros(3, 5, device=device) for _ in range(2)]
+    variables[which][1, 2] = math.nan
+    z, kl = reparameterize_kl(*variables, free_bits=0.5, impl=impl)
+    assert kl.isnan().tolist() == [False, True, False]
+    assert z.isnan().nonzero().tolist() == [[1, 2]]
+
+
+def test_agrees_with_torch_distributions(device):
+    mu, logvar, _ = inputs((7, 11), device=device)
+    posterior = Normal(mu, (logvar / 2).exp())
+    expected = kl_divergence(posterior, Normal(torch.zeros_like(mu), torch.ones_like(mu))).sum(1)
+    torch.testing.assert_close(reparameterize_kl(mu, logvar, impl="triton")[1], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_free_bits_bound_each_dimension_and_stop_its_gradient(impl, device):
+    mu = torch.tensor([[0.0, 3.0]], device=device, requires_grad=True)
+    logvar = torch.full((1, 2), 0.1, device=device, requires_grad=True)
+    _, kl = reparameterize_kl(mu, logvar, free_bits=0.5, impl=impl)
+    torch.testing.assert_close(kl.item(), 0.5 + 0.5 * (math.expm1(0.1) - 0.1 + 9), rtol=1e-6, atol=0)
+    for grad in torch.autograd.grad(kl.sum(), (mu, logvar)):
+        assert grad[0, 0] == 0 and grad[0, 1] > 0
+
+
+LAYOUTS = {
+    "halves": lambda x: torch.cat((x, x), 1).chunk(2, dim=1)[0],
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "permuted": lambda x: x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+    "every second": lambda x: torch.repeat_interleave(x, 2, 3)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_changes_nothing(layout, device):
+    variables = inputs((2, 3, 4, 5), device=device)
+    z, kl = reparameterize_kl(variables[0], variables[1], eps=variables[2], impl="triton")
+    strided = [LAYOUTS[layout](x.detach()).requires_grad_() for x in variables]
+    assert not strided[0].is_contiguous()
+    z2, kl2 = reparameterize_kl(strided[0], variables[1], eps=strided[2], impl="triton")
+    assert torch.equal(z, z2) and torch.equal(kl, kl2)
+    grads = gradients(z, kl, variables)
+    grads2 = gradients(z2, kl2, (strided[0], variables[1], strided[2]))
+    assert all(torch.equal(a, b) for a, b in zip(grads, grads2, strict=True))
+
+
+def test_halves_and_channels_last_are_not_copied():
+    from fastgen.kernels.reparameterize_kl import as_rows
+
+    half = torch.randn(2, 6, 4, 5).chunk(2, dim=1)[1]
+    last = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    assert as_rows(half, None) == (60, True, [(half, (120, 0, 1)), (None, (0, 0, 0))])
+    inner, flat, views = as_rows(half, last)
+    assert (inner, flat) == (20, False) and views[1][0] is last and views[1][1] == (60, 1, 3)
+
+
+def test_expanded_gradients_are_read_by_their_strides(device):
+    mu, logvar, eps = inputs((3, 6), device=device)
+    z, kl = reparameterize_kl(mu, logvar, eps=eps, impl="triton")
+    grads = torch.autograd.grad(z.sum() + 2 * kl.sum(), (mu, logvar))
+    torch.testing.assert_close(grads[0], 1 + 2 * mu)
+    torch.testing.assert_close(grads[1], 0.5 * (logvar / 2).exp() * eps + torch.expm1(logvar))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (1, 2)])
+@pytest.mark.parametrize("part", ["z", "kl", "both"])
+def test_only_what_is_asked_for(part, wanted, impl, device):
+    variables = [x.detach() for x in inputs((3, 5), device=device)]
+    for index in wanted:
+        variables[index].requires_grad_()
+    z, kl = reparameterize_kl(variables[0], variables[1], eps=variables[2], impl=impl)
+    loss = {"z": z.square().sum(), "kl": kl.square().sum(), "both": z.square().sum() + kl.square().sum()}[part]
+    if not loss.requires_grad:
+        return
+    mu, logvar, eps = wide = [x.detach().double().requires_grad_() for x in variables]
+    z, kl = reparameterize_kl_reference(mu, logvar, eps=eps)
+    expected_loss = {"z": z.square().sum(), "kl": kl.square().sum(), "both": z.square().sum() + kl.square().sum()}[part]
+    asked = [variables[index] for index in wanted]
+    grads = torch.autograd.grad(loss, asked, allow_unused=True)
+    expected = torch.autograd.grad(expected_loss, [wide[index] for index in wanted], allow_unused=True)
+    for grad, exact, x in zip(grads, expected, asked, strict=True):
+        exact = torch.zeros_like(x) if exact is None else exact.to(x.dtype)
+        torch.testing.assert_close(torch.zeros_like(x) if grad is None else grad, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0,)])
+def test_empty(shape, impl, device):
+    mu, logvar, _ = inputs(shape, device=device)
+    z, kl = reparameterize_kl(mu, logvar, impl=impl)
+    assert z.shape == shape and torch.equal(kl, torch.zeros(shape[0], device=device))
+    assert torch.autograd.grad(z.sum() + kl.sum(), mu)[0].shape == shape
+
+
+def test_mixed_dtypes_widen(device):
+    mu = torch.randn(3, 4, device=device, dtype=torch.bfloat16, requires_grad=True)
+    logvar = torch.randn(3, 4, device=device, requires_grad=True)
+    z, kl = reparameterize_kl(mu, logvar, impl="triton")
+    assert z.dtype == torch.float32
+    grads = torch.autograd.grad(z.sum() + kl.sum(), (mu, logvar))
+    assert [grad.dtype for grad in grads] == [torch.bfloat16, torch.float32]
+
+
+def test_float64_keeps_its_precision(device):
+    mu, logvar, eps = (x.detach().double().requires_grad_() for x in inputs((3, 4), device=device))
+    kl = reparameterize_kl(mu, logvar, eps=eps, impl="triton")[1]
+    expected = 0.5 * (torch.expm1(logvar) - logvar + mu.square()).sum(1)
+    torch.testing.assert_close(kl, expected, rtol=1e-13, atol=1e-13)
+
+    def function(mu, logvar, eps):
+        return reparameterize_kl(mu, logvar, eps=eps, free_bits=0.01)
+
+    assert torch.autograd.gradcheck(function, (mu, logvar, eps))
+    assert torch.autograd.gradgradcheck(function, (mu, logvar, eps))
+
+
+def test_second_derivative_of_the_kernel_is_refused(device):
+    mu, logvar, eps = inputs((2, 3), device=device)
+    z, _ = reparameterize_kl(mu, logvar, eps=eps, impl="triton")
+    (grad,) = torch.autograd.grad(z.square().sum(), mu, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()
+
+
+def drawn(shape, device, seed=1, dtype=torch.float32):
+    """The noise itself: mean 0, log-variance 0."""
+    generator = torch.Generator(device).manual_seed(seed)
+    zeros = torch.zeros(shape, device=device, dtype=dtype)
+    return reparameterize_kl(zeros, zeros, generator=generator, impl="triton")[0]
+
+
+def ks_distance(sample):
+    ordered = sample.double().flatten().sort().values
+    step = torch.arange(1, len(ordered) + 1, device=sample.device).double() / len(ordered)
+    return (torch.special.ndtr(ordered) - step).abs().max().item()
+
+
+def test_noise_is_standard_normal(device):
+    noise = drawn((101, 999), device)
+    n = noise.numel()
+    assert abs(noise.mean()) < 4 / math.sqrt(n)
+    assert abs(noise.var() - 1) < 4 * math.sqrt(2 / n)
+    assert abs(noise.pow(4).mean() - 3) < 4 * math.sqrt(96 / n)
+    assert ks_distance(noise) < 1.63 / math.sqrt(n)  # 1 % level
+    assert 3.9 < noise.abs().max() < 6.9
+
+
+def test_noise_is_independent_between_elements_rows_and_seeds(device):
+    noise, other = drawn((101, 999), device).double(), drawn((101, 999), device, seed=2).double()
+    bound = 4.5 / math.sqrt(noise.numel())
+    for lag in range(1, 9):  # all lanes of a Philox counter and the next counter's
+        assert abs((noise[:, lag:] * noise[:, :-lag]).mean()) < bound
+        assert abs((noise[:, lag:].square() - 1).mul(noise[:, :-lag].square() - 1).mean() / 2) < bound
+    assert abs((noise[1:] * noise[:-1]).mean()) < bound
+    assert abs((noise * other).mean()) < bound
+    assert noise.flatten().unique().numel() > 0.99 * noise.numel()
+
+
+def test_each_launch_draws_anew_and_a_seed_repeats(device):
+    mu = torch.zeros(4, 9, device=device)
+    torch.manual_seed(3)
+    first, second = (reparameterize_kl(mu, mu, impl="triton")[0] for _ in range(2))
+    torch.manual_seed(3)
+    again = reparameterize_kl(mu, mu, impl="triton")[0]
+    assert torch.equal(first, again) and not (first == second).any()
+
+
+def test_noise_does_not_depend_on_batch_tile_or_dtype(device):
+    assert torch.equal(drawn((70, 37), device)[:3], drawn((3, 37), device))
+    assert torch.equal(drawn((1, 4100), device), drawn((300, 4100), device)[:1])
+    assert torch.equal(drawn((3, 37), device).bfloat16(), drawn((3, 37), device, dtype=torch.bfloat16))
+    assert torch.equal(drawn((2, 3, 4), device), drawn((2, 12), device).view(2, 3, 4))
+
+
+@pytest.mark.parametrize("shape", [(3, 37), (2, 2500)])
+def test_backward_draws_the_same_noise(shape, device):
+    mu, logvar, _ = inputs(shape, device=device)
+    z, _ = reparameterize_kl(mu, logvar, impl="triton")
+    (grad,) = torch.autograd.grad(z.sum(), logvar)
+    torch.testing.assert_close(grad, 0.5 * (z - mu).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_repeats_bit_for_bit(device):
+    mu, logvar, eps = inputs((3, 5000), device=device)
+    first, second = (reparameterize_kl(mu, logvar, eps=eps, impl="triton") for _ in range(2))
+    assert torch.equal(first[1], second[1]) and torch.equal(first[0], second[0])
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_operator_is_registered_correctly(given, device):
+    mu, logvar, eps = inputs((3, 6), device=device)
+    eps = eps if given else None
+    seed = torch.tensor([5], device=device)
+    torch.library.opcheck(torch.ops.fastgen.reparameterize_kl, (mu, logvar, eps, seed, 0.1))
+    arguments = (mu.detach(), None, mu.detach(), logvar.detach(), eps, seed, 0.0, [True, True, given])
+    torch.library.opcheck(torch.ops.fastgen.reparameterize_kl_backward, arguments)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_compiles_in_one_graph(impl, device):
+    mu, logvar, eps = inputs((3, 6), device=device)
+
+    def loss(mu, logvar, eps):
+        z, kl = reparameterize_kl(mu, logvar, eps=eps, free_bits=0.1, impl=impl)
+        _, other = reparameterize_kl(mu, logvar, impl=impl)
+        return z.square().sum() + kl.sum() + other.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(mu, logvar, eps)
+    expected = loss(mu, logvar, eps)
+    torch.testing.assert_close(compiled, expected)
+    for a, b in zip(*(torch.autograd.grad(x, (mu, logvar, eps)) for x in (compiled, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_computes_in_float32(impl, device):
+    x, weight = torch.randn(4, 8, device=device), torch.randn(12, 8, device=device, requires_grad=True)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        mu, logvar = torch.nn.functional.linear(x, weight).chunk(2, dim=1)
+        z, kl = reparameterize_kl(mu, logvar, impl=impl)
+    assert z.dtype == torch.bfloat16 and kl.dtype == torch.float32
+    (z.float().sum() + kl.sum()).backward()
+    assert weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"mu": 3.0}, TypeError, "mu must be a float tensor, got float"),
+        ({"logvar": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "logvar must be a float tensor, got torch.int64"),
+        ({"logvar": torch.zeros(3, 2)}, ValueError, r"logvar must have the shape of mu, \(2, 3\), got \(3, 2\)"),
+        ({"eps": torch.zeros(2, 1)}, ValueError, "eps must have the shape of mu"),
+        ({"mu": torch.zeros(()), "logvar": torch.zeros(())}, ValueError, "batch dimension"),
+        ({"free_bits": -0.5}, ValueError, "free_bits must be finite and not negative, got -0.5"),
+        ({"free_bits": math.nan}, ValueError, "free_bits"),
+        ({"free_bits": "1"}, TypeError, "free_bits must be a number, got str"),
+        ({"generator": 3}, TypeError, "generator must be a torch.Generator or None, got int"),
+        ({"impl": "cuda"}, ValueError, "impl must be one of"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, words):
+    arguments = {"mu": torch.zeros(2, 3), "logvar": torch.zeros(2, 3), **change}
+    with pytest.raises(error, match=words):
+        reparameterize_kl(arguments.pop("mu"), arguments.pop("logvar"), **arguments)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 10**7), (10**6, 2), (256, 2048), (7, 1025), (1024, 4096)])
+def test_the_launch_covers_every_column_once(sizes):
+    from fastgen.kernels.reparameterize_kl import launch_configuration
+
+    rows, columns = sizes
+    launch = launch_configuration(rows, columns)
+    assert launch.splits * launch.tiles * launch.COLS >= columns
+    assert (launch.splits - 1) * launch.tiles * launch.COLS < columns
+    assert launch.splits <= 1024 and launch.ROWS * launch.COLS == 1024
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_int32():
+    rows, columns = 2, 2**30 + 8
+    mu = torch.zeros(rows, columns, device="cuda", dtype=torch.bfloat16)
+    mu[1, -1] = 3
+    z, kl = reparameterize_kl(mu, mu.new_zeros(()).expand_as(mu), eps=mu, impl="triton")
+    assert z[1, -1] == 6 and kl.tolist()[0] == 0 and abs(kl.tolist()[1] - 4.5) < 1e-4
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_draws_new_noise_at_each_replay():
+    mu = torch.zeros(8, 64, device="cuda", requires_grad=True)
+    logvar = torch.zeros(8, 64, device="cuda", requires_grad=True)
+
+    def step():
+        z, kl = reparameterize_kl(mu, logvar, impl="triton")
+        return z, *torch.autograd.grad(z.sum() + kl.sum(), (mu, logvar))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        z, _, grad = step()
+    replays = []
+    for _ in range(2):
+        graph.replay()
+        replays.append(z.clone())
+        torch.testing.assert_close(grad, 0.5 * z, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(*replays)
