@@ -58,7 +58,7 @@ def reparameterize_kl_reference(
     # Below the range only the linear term goes on; above it, that term would be lost beside exp(80).
     clipped = _ClampMax.apply(logvar.clamp(min=MIN_LOGVAR), MAX_LOGVAR)
     below = torch.where(logvar < MIN_LOGVAR, logvar - MIN_LOGVAR, 0)
-    kl = 0.5 * (_expm1_minus(clipped) - below + mu.square())
+    kl = 0.5 * (_expm1_minus(clipped) - below) + 0.5 * mu * mu  # the slope of square() overflows where mu does not
     kl = kl.clamp(min=free_bits).unsqueeze(-1).flatten(1).sum(1)
     return z.to(dtype), _ClampMax.apply(kl, torch.finfo(wide).max)
 
