@@ -1,0 +1,6 @@
+"""Generative models of images: exact likelihoods, exact samples."""
+
+from fastgen.models.gated_pixelcnn import GatedPixelCNN
+from fastgen.models.pixelcnn import PixelCNN
+
+__all__ = ["GatedPixelCNN", "PixelCNN"]

@@ -1,0 +1,69 @@
+"""One layer of the Gated PixelCNN: its vertical and its horizontal stack."""
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.nn.masked_conv import MaskedConv2d
+from fastgen.ops import causal_mask
+from fastgen.ops.masked_conv2d import gate
+
+
+class GatedMaskedBlock(nn.Module):
+    """Van den Oord et al. 2016b ("Conditional Image Generation with PixelCNN Decoders"), figure 2.
+
+    The vertical stack sees all rows above a pixel, the horizontal stack the pixels to its left in its row; together
+    they see every pixel before it, without the blind spot of stacked masked convolutions. Colours are ordered in the
+    horizontal stack alone, as the vertical one sees no other colour of the pixel itself.
+
+    Args:
+        in_channels: channels of the two inputs.
+        channels: channels of the two outputs.
+        kernel_size: odd, at least 3. The kernels are kernel_size x kernel_size and 1 x kernel_size, masked.
+        mask_type: "A" for the first layer, on the image; "B" for the later ones.
+        data_channels: number of colours; in_channels and channels are multiples of it.
+        n_classes: number of classes of a class-conditional bias, None for none.
+        dropout: probability, before the output convolution of the horizontal stack.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        kernel_size: int = 3,
+        *,
+        mask_type: str = "B",
+        data_channels: int = 1,
+        n_classes: int | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(kernel_size, int) or kernel_size < 3 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be an odd int >= 3, got {kernel_size!r}")
+        reach = kernel_size // 2
+        beside = causal_mask(mask_type, channels, in_channels, (1, kernel_size), data_channels).repeat(2, 1, 1, 1)
+        above = torch.ones(2 * channels, in_channels, kernel_size, kernel_size, dtype=torch.bool)
+        above[:, :, reach + (mask_type == "B") :] = False
+        self.vertical = MaskedConv2d(in_channels, 2 * channels, kernel_size, padding=reach, mask=above)
+        self.across = nn.Conv2d(2 * channels, 2 * channels, 1)
+        self.horizontal = MaskedConv2d(
+            in_channels, 2 * channels, (1, kernel_size), padding=(0, reach), bias=False, mask=beside
+        )
+        self.output = MaskedConv2d(channels, channels, 1, mask_type="B", data_channels=data_channels)
+        self.condition = None if n_classes is None else nn.Embedding(n_classes, 4 * channels)
+        self.dropout = nn.Dropout(dropout)
+        self.residual = mask_type == "B" and in_channels == channels
+
+    def forward(self, vertical: Tensor, horizontal: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Both stacks (B, in_channels, H, W) -> (B, channels, H, W); condition (B,) class indices.
+
+        Every row of the vertical output depends on rows above it alone, so that it may enter the horizontal stack
+        without a shift.
+        """
+        above = self.vertical(vertical)
+        beside = self.horizontal(horizontal)
+        if self.condition is not None:
+            biases = self.condition(condition)[:, :, None, None].chunk(2, 1)
+            above = above + biases[0]
+            beside = beside + biases[1]
+        out = self.output(self.dropout(gate(beside + self.across(above))))
+        return gate(above), out + horizontal if self.residual else out

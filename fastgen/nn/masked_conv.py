@@ -1,0 +1,142 @@
+"""A convolution that sees only what an autoregressive model may see, as a drop-in for `torch.nn.Conv2d`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastgen.ops import causal_mask, masked_conv2d
+from fastgen.ops._implementation import uses_triton
+from fastgen.ops.masked_conv2d import ACTIVATIONS
+
+
+class MaskedConv2d(nn.Conv2d):
+    """`activation(conv2d(x, weight * mask, bias))` with the mask of `fastgen.ops.causal_mask`.
+
+    Parameters have the names, shapes and initial values of `nn.Conv2d`. The mask is a buffer that state_dict does not
+    hold; a checkpoint that has a "mask" key loads too, if its mask is the same. On the CPU the kernel is cropped to the
+    smallest box that holds all live weights (the upper two of three rows, say), which is exact.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, bias: as in `nn.Conv2d`.
+        mask_type: "A" hides the centre pixel, "B" shows it.
+        data_channels: number of colours; see `causal_mask`.
+        activation: "none", "relu", or "gated", which leaves out_channels / 2 channels; each half of the channels then
+            has its own colour groups.
+        mask: any BoolTensor (out_channels, in_channels, kh, kw) instead; mask_type is not given then.
+
+    Raises:
+        ValueError: arguments that `causal_mask` or `masked_conv2d` do not take.
+    """
+
+    mask: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = True,
+        *,
+        mask_type: str | None = None,
+        data_channels: int = 1,
+        activation: str = "none",
+        mask: Tensor | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+        if activation == "gated" and out_channels % 2:
+            raise ValueError(f"activation='gated' halves the channels: out_channels must be even, got {out_channels!r}")
+        if (mask_type is None) == (mask is None):
+            raise ValueError(f"give mask_type ('A' or 'B') or mask, one of them; got mask_type={mask_type!r}")
+        if mask_type is not None:
+            halves = 2 if activation == "gated" else 1
+            mask = causal_mask(mask_type, out_channels // halves, in_channels, kernel_size, data_channels)
+            mask = mask.repeat(halves, 1, 1, 1)
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, bias=bias, device=device, dtype=dtype
+        )
+        self.mask_type = mask_type
+        self.activation = activation
+        self._set_mask(mask)
+
+    def _set_mask(self, mask: Any) -> None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != self.weight.shape:
+            found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"mask must be a bool tensor of the shape {tuple(self.weight.shape)}, got {found}")
+        self.register_buffer("mask", mask.to(self.weight.device), persistent=False)
+        self._box, self._box_of = live_box(mask), _state_of(self.mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Tensor = self.weight
+        mask: Tensor | None = self.mask
+        height, width = weight.shape[2:]
+        top, bottom, left, right = 0, height, 0, width
+        if not uses_triton("auto", x):
+            if not torch.compiler.is_compiling() and self._box_of != _state_of(self.mask):
+                self._box, self._box_of = live_box(self.mask), _state_of(self.mask)
+            if self._box is not None:
+                top, bottom, left, right, full = self._box
+                if (bottom - top, right - left) != (height, width):
+                    weight = weight[:, :, top:bottom, left:right]
+                    mask = None if full else self.mask[:, :, top:bottom, left:right]
+                elif full:
+                    mask = None
+        # What the cropped rows and columns of the kernel would have reached is no longer padded, or no longer read.
+        before_w, after_w, before_h, after_h = self._reversed_padding_repeated_twice
+        before_h, after_h = before_h - top * self.dilation[0], after_h - (height - bottom) * self.dilation[0]
+        before_w, after_w = before_w - left * self.dilation[1], after_w - (width - right) * self.dilation[1]
+        padding = tuple(
+            before if before == after >= 0 else 0 for before, after in ((before_h, after_h), (before_w, after_w))
+        )
+        pads = (before_w - padding[1], after_w - padding[1], before_h - padding[0], after_h - padding[0])
+        if any(pads):
+            x = F.pad(x, pads)
+        return masked_conv2d(
+            x,
+            weight,
+            mask,
+            self.bias,
+            stride=self.stride,
+            padding=padding,
+            dilation=self.dilation,
+            activation=self.activation,
+        )
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        key = prefix + "mask"
+        if key in state_dict and "mask" in self._non_persistent_buffers_set:
+            stored = state_dict.pop(key) != 0
+            if not torch.equal(torch.broadcast_to(stored, self.mask.shape).to(self.mask.device), self.mask):
+                errors.append(f"{key} is not the mask of this layer: {self}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, mask_type={self.mask_type!r}, activation={self.activation!r}"
+
+
+def live_box(mask: Tensor) -> tuple[int, int, int, int, bool] | None:
+    """(top, bottom, left, right) of the smallest box of taps with all live weights, and whether all in it are live.
+
+    None where there is no live weight, or the mask has no values to read (on the meta device, under `torch.func`).
+    """
+    try:
+        taps = mask.any(0).any(0).nonzero().tolist()
+        if not taps:
+            return None
+        rows, columns = zip(*taps, strict=True)
+        top, bottom, left, right = min(rows), max(rows) + 1, min(columns), max(columns) + 1
+        return top, bottom, left, right, bool(mask[:, :, top:bottom, left:right].all())
+    except RuntimeError:
+        return None
+
+
+def _state_of(mask: Tensor) -> tuple[int, int]:
+    """Differs when another tensor takes the place of the mask, and when someone writes into it."""
+    return id(mask), 0 if mask.is_inference() else mask._version
