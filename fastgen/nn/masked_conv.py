@@ -112,8 +112,10 @@ class MaskedConv2d(nn.Conv2d):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         key = prefix + "mask"
         if key in state_dict and "mask" in self._non_persistent_buffers_set:
-            stored = state_dict.pop(key) != 0
-            if not torch.equal(torch.broadcast_to(stored, self.mask.shape).to(self.mask.device), self.mask):
+            stored = state_dict.pop(key).to(self.mask.device) != 0
+            shape = self.mask.shape
+            fits = stored.dim() == 4 and all(side in (1, ours) for side, ours in zip(stored.shape, shape, strict=True))
+            if not fits or not torch.equal(stored.expand(shape), self.mask):
                 errors.append(f"{key} is not the mask of this layer: {self}")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 

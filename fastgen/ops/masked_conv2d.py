@@ -231,7 +231,8 @@ def masked_conv2d(
 def _under_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """All in the autocast dtype where autocast is on, as `F.conv2d` takes them; float64 stays."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or torch.float64 in (x.dtype, weight.dtype):
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if not autocast or torch.float64 in (x.dtype, weight.dtype):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(kind)
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
