@@ -2,5 +2,6 @@
 
 from fastgen.models.gated_pixelcnn import GatedPixelCNN
 from fastgen.models.pixelcnn import PixelCNN
+from fastgen.models.pixelcnnpp import PixelCNNPP
 
-__all__ = ["GatedPixelCNN", "PixelCNN"]
+__all__ = ["GatedPixelCNN", "PixelCNN", "PixelCNNPP"]

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from fastgen.distributions import Categorical
 from fastgen.models.autoregressive import AutoregressiveModel
 from fastgen.nn import MaskedConv2d
+from fastgen.nn.gated import ClassBias
 
 
 class PixelCNN(AutoregressiveModel):
@@ -55,12 +56,12 @@ class ResidualBlock(nn.Module):
         self.reduce = MaskedConv2d(2 * h, h, 1, mask_type="B", data_channels=colours, activation="relu")
         self.look = MaskedConv2d(h, h, 3, padding=1, mask_type="B", data_channels=colours)
         self.expand = MaskedConv2d(h, 2 * h, 1, mask_type="B", data_channels=colours)
-        self.condition = None if n_classes is None else nn.Embedding(n_classes, h)
+        self.condition = None if n_classes is None else ClassBias(n_classes, h)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         features = self.look(self.reduce(x.relu()))
         if self.condition is not None:
-            features = features + self.condition(condition)[:, :, None, None]
+            features = features + self.condition(condition)
         return x + self.expand(features.relu())
 
 

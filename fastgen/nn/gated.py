@@ -8,6 +8,21 @@ from fastgen.ops import causal_mask
 from fastgen.ops.masked_conv2d import gate
 
 
+class ClassBias(nn.Embedding):
+    """A bias for every class and channel: (B,) class indices -> (B, channels, 1, 1), small at the start."""
+
+    def __init__(self, n_classes: int, channels: int) -> None:
+        if not isinstance(n_classes, int) or n_classes < 1:
+            raise ValueError(f"n_classes must be an int >= 1 or None, got {n_classes!r}")
+        super().__init__(n_classes, channels)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.1)
+
+    def forward(self, condition: Tensor) -> Tensor:
+        return super().forward(condition)[:, :, None, None]
+
+
 class GatedMaskedBlock(nn.Module):
     """Van den Oord et al. 2016b ("Conditional Image Generation with PixelCNN Decoders"), figure 2.
 
@@ -49,7 +64,7 @@ class GatedMaskedBlock(nn.Module):
             in_channels, 2 * channels, (1, kernel_size), padding=(0, reach), bias=False, mask=beside
         )
         self.output = MaskedConv2d(channels, channels, 1, mask_type="B", data_channels=data_channels)
-        self.condition = None if n_classes is None else nn.Embedding(n_classes, 4 * channels)
+        self.condition = None if n_classes is None else ClassBias(n_classes, 4 * channels)
         self.dropout = nn.Dropout(dropout)
         self.residual = mask_type == "B" and in_channels == channels
 
@@ -62,7 +77,7 @@ class GatedMaskedBlock(nn.Module):
         above = self.vertical(vertical)
         beside = self.horizontal(horizontal)
         if self.condition is not None:
-            biases = self.condition(condition)[:, :, None, None].chunk(2, 1)
+            biases = self.condition(condition).chunk(2, 1)
             above = above + biases[0]
             beside = beside + biases[1]
         out = self.output(self.dropout(gate(beside + self.across(above))))

@@ -1,0 +1,206 @@
+"""What holds for every autoregressive model of convolutions: causality, exact likelihood, checkpoints, training."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fastgen import LogisticMixture
+from fastgen.models import GatedPixelCNN, PixelCNN, PixelCNNPP
+
+SMALL = {
+    "pixelcnn": lambda shape, levels=4, **options: PixelCNN(shape, levels, channels=24, layers=2, **options),
+    "gated": lambda shape, levels=4, **options: GatedPixelCNN(shape, levels, channels=24, layers=3, **options),
+    "plusplus": lambda shape, levels=256, **options: PixelCNNPP(shape, channels=4, layers=1, n_mix=2, **options),
+}
+
+
+@pytest.fixture(params=SMALL)
+def build(request):
+    return lambda *args, **options: SMALL[request.param](*args, **options).double().eval()
+
+
+def dependences(model, x, condition=None):
+    """(C, H, W, C, H, W): whether the parameters of the first element change with the level of the second. A model
+    with one set of parameters a pixel counts for all its channels."""
+    channels, height, width = model.shape
+    places = list(itertools.product(range(channels), range(height), range(width)))
+    changed = x.expand(len(places), -1, -1, -1).clone()
+    for index, place in enumerate(places):
+        changed[(index, *place)] = (changed[(index, *place)] + model.levels // 2) % model.levels
+    if condition is not None:
+        condition = condition.expand(len(places) + 1)
+    with torch.no_grad():
+        params = model(torch.cat((x, changed)), condition)
+    differs = (params[1:] != params[:1]).any(1)  # (places, [C,] H, W)
+    if differs.dim() == 3:
+        differs = differs.unsqueeze(1).expand(-1, channels, -1, -1)
+    return differs.view(*model.shape, *model.shape).permute(3, 4, 5, 0, 1, 2)
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 6), (3, 5, 7), (1, 1, 5), (3, 4, 1)], ids=str)
+@pytest.mark.parametrize("n_classes", [None, 3])
+def test_sees_what_comes_before_and_nothing_else(build, shape, n_classes):
+    model = build(shape, n_classes=n_classes)
+    x = torch.randint(model.levels, (1, *shape))
+    seen = dependences(model, x, None if n_classes is None else torch.tensor([1]))
+    channels, height, width = shape
+    pixel = torch.arange(height * width).view(1, height, width)
+    colour = torch.arange(channels).view(channels, 1, 1)
+    rank = pixel.expand(shape) if isinstance(model, PixelCNNPP) else pixel * channels + colour
+    before = rank[:, :, :, None, None, None] > rank
+    assert not seen[~before].any()
+    # Nothing nearby is missed either: the row above within two columns, the left neighbours, the earlier colours.
+    for i, j in itertools.product(range(height), range(width)):
+        near = before.clone()
+        near[:, i, j, :, : max(0, i - 1)] = False
+        near[:, i, j, :, :, : max(0, j - 2)] = False
+        near[:, i, j, :, :, j + 3 :] = False
+        blind = near[:, i, j] & ~seen[:, i, j]
+        if isinstance(model, PixelCNN):
+            continue  # masked convolutions one after the other have a blind spot to the upper right
+        assert not blind.any(), (i, j)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2), (3, 1, 1), (3, 2, 1), (1, 1, 3)], ids=str)
+@pytest.mark.parametrize("name", ["pixelcnn", "gated"])
+def test_probabilities_of_all_images_sum_to_one(name, shape):
+    model = SMALL[name](shape, 3 if math.prod(shape) < 6 else 2).double().eval()
+    images = torch.tensor(list(itertools.product(range(model.levels), repeat=math.prod(shape)))).view(-1, *shape)
+    with torch.no_grad():
+        total = model.log_prob(images).exp().sum()
+    torch.testing.assert_close(total, torch.ones((), dtype=torch.float64))
+
+
+def test_probabilities_of_all_levels_sum_to_one_in_a_mixture():
+    model = SMALL["plusplus"]((1, 1, 2)).double().eval()
+    first, second = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
+    images = torch.stack((first, second), -1).view(-1, 1, 1, 2)
+    with torch.no_grad():
+        total = sum(model.log_prob(part).exp().sum() for part in images.split(8192))
+    torch.testing.assert_close(total, torch.ones((), dtype=torch.float64))
+
+
+def test_the_colours_of_a_mixture_follow_the_chain_rule():
+    """Given red, the probabilities of all green levels sum to that of red alone, blue summed out as well."""
+    distribution = SMALL["plusplus"]((3, 1, 1)).distribution
+    params = torch.randn(1, 20, dtype=torch.float64)
+    green, blue = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
+    total = 0
+    for part in torch.stack((torch.full_like(green, 77), green, blue), -1).view(-1, 3).split(8192):
+        total = total + distribution.log_prob(params.expand(len(part), -1), part).exp().sum()
+    red_only = torch.cat((params[:, :2], params[:, 2:6]), 1)  # the mixture's logits, red's means and log-scales
+    expected = LogisticMixture(2).log_prob(red_only, torch.tensor([[77]])).exp()[0]
+    torch.testing.assert_close(total, expected)
+
+
+def test_log_prob_is_the_chain_rule(build):
+    """The likelihood of an image from one pass is the product of its pixels', each from a pass that has not seen it."""
+    model = build((1, 3, 3), n_classes=2)
+    x = torch.randint(model.levels, (2, 1, 3, 3))
+    condition = torch.tensor([0, 1])
+    total = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad():
+        for i, j in itertools.product(range(3), range(3)):
+            seen = x.clone()
+            seen.view(2, 9)[:, 3 * i + j :] = 0
+            params = model(seen, condition)[..., i : i + 1, j : j + 1]
+            total += model.distribution.log_prob(params, x[..., i : i + 1, j : j + 1])
+        torch.testing.assert_close(model.log_prob(x, condition), total)
+
+
+def test_gradients_of_every_live_parameter(build):
+    model = build((3, 4, 4), n_classes=2)
+    model.train()
+    x = torch.randint(model.levels, (2, 3, 4, 4))
+    model.log_prob(x, torch.tensor([0, 1])).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    for module in model.modules():
+        if hasattr(module, "mask"):
+            assert (module.weight.grad[~module.mask] == 0).all()
+
+
+def test_a_state_dict_restores_the_model(build, tmp_path):
+    model, other = build((1, 4, 4)), build((1, 4, 4))
+    x = torch.randint(model.levels, (2, 1, 4, 4))
+    assert not torch.equal(model(x), other(x))
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(model(x), other(x))
+    assert not any(key.endswith("mask") for key in model.state_dict())
+
+
+def test_the_class_matters(build):
+    model = build((1, 4, 4), n_classes=3)
+    x = torch.randint(model.levels, (1, 1, 4, 4)).expand(2, -1, -1, -1)
+    params = model(x, torch.tensor([0, 2]))
+    assert not torch.equal(params[0], params[1])
+    with pytest.raises(ValueError, match="condition"):
+        model(x)
+    with pytest.raises(ValueError, match="condition"):
+        build((1, 4, 4))(x, torch.tensor([0, 1]))
+
+
+def test_traces_to_plain_operators(build):
+    model = build((1, 5, 5), n_classes=2).float()
+    graph = make_fx(model)(torch.randn(1, 1, 5, 5), torch.tensor([1])).graph
+    names = {str(node.target) for node in graph.nodes if node.op == "call_function"}
+    assert all(name.startswith(("aten.", "<built-in function getitem")) for name in names)
+
+
+def test_compiles_into_one_graph(build):
+    model = build((1, 4, 4))
+    x = torch.randint(model.levels, (1, 1, 4, 4))
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["pixelcnn", "gated"])
+def test_learns(name):
+    model = SMALL[name]((1, 4, 4), 2, n_classes=2)
+    x = torch.tensor([[0, 1] * 8, [1, 0] * 8]).view(2, 1, 4, 4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = -model.log_prob(x, torch.tensor([0, 1])).mean()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.5  # 16 pixels at a coin's chance cost 11.1 nats
+
+
+def test_colours_take_any_number_of_channels():
+    for model in (PixelCNN, GatedPixelCNN):
+        x = torch.randint(4, (1, 3, 3, 3))
+        assert model((3, 3, 3), 4, channels=8, layers=1)(x).shape == (1, 4, 3, 3, 3)
+
+
+def test_weight_norm_keeps_the_model():
+    torch.manual_seed(5)
+    plain = SMALL["plusplus"]((3, 4, 4)).eval()
+    torch.manual_seed(5)
+    normed = SMALL["plusplus"]((3, 4, 4), weight_norm=True).eval()
+    x = torch.randint(256, (1, 3, 4, 4))
+    torch.testing.assert_close(normed(x), plain(x))
+    assert any("original0" in name for name, _ in normed.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: PixelCNN((1, 4), 4), "shape"),
+        (lambda: PixelCNN((1, 4, 4), 1), "levels"),
+        (lambda: PixelCNN((1, 4, 4), 4, channels=0), "channels"),
+        (lambda: GatedPixelCNN((1, 4, 4), 4, layers=0), "layers"),
+        (lambda: GatedPixelCNN((1, 4, 4), 4, n_classes=0), "n_classes"),
+        (lambda: PixelCNNPP((2, 4, 4)), "shape"),
+        (lambda: PixelCNNPP((1, 4, 4), layers=0), "layers"),
+        (lambda: PixelCNNPP((1, 4, 4), n_mix=0), "n_mix"),
+        (lambda: PixelCNN((1, 4, 4), 4, channels=4, layers=1)(torch.zeros(1, 1, 4, 5)), "x must have the shape"),
+    ],
+)
+def test_bad_arguments_are_named(make, named):
+    with pytest.raises(ValueError, match=named):
+        make()
