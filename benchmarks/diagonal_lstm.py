@@ -1,0 +1,71 @@
+"""The diagonal LSTM over a map: H + W - 1 dependent steps, so bound by the time of a step, not by rates."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import references
+from benchmarks.case import Case, Rivals, contenders
+from fastgen.ops import diagonal_lstm
+from fastgen.ops.diagonal_lstm import diagonal_lstm_reference
+
+# (B, h, N): h hidden units on N x N maps.
+SIZES: dict[str, list[tuple[int, int, int]]] = {
+    "toy": [(2, 4, 5)],
+    "cpu": [(16, 16, 28)],
+    "cpu-full": [(16, 16, 28), (16, 64, 32)],
+    "gpu": [(16, 16, 28), (16, 64, 32), (64, 64, 32), (16, 128, 32)],
+    "gpu-full": [(batch, units, n) for n in (32, 64) for units in (16, 32, 64, 128) for batch in (16, 64)],
+}
+
+
+def inputs(device: torch.device, batch: int, units: int, n: int, taps: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    gates = torch.randn(batch, 4 * units, n, n, device=device).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(4 * units, units, taps, device=device) / (taps * units) ** 0.5
+    return {"gates": gates.to(dtype).requires_grad_(), "weight": weight.to(dtype).requires_grad_()}
+
+
+def floor(batch: int, units: int, n: int, taps: int, storage: int) -> dict[str, Any]:
+    """Read 4h gates a pixel, write h; the backward reads the gates' activations, cells and dh, and writes 4h."""
+    pixels = batch * n * n
+    fwd, bwd = 5 * units * storage * pixels, (9 * units * storage + 4 * units) * pixels
+    flops = 2 * taps * 4 * units**2 * pixels
+    return {
+        "bytes": {"fwd": fwd, "bwd": bwd, "full": fwd + bwd},
+        "flops": {"fwd": flops, "bwd": 2 * flops, "full": 3 * flops},
+    }
+
+
+def dtypes(size: str) -> list[torch.dtype]:
+    return [torch.float32] if size.startswith("cpu") else [torch.float32, torch.bfloat16]
+
+
+def cases(size: str, device: torch.device) -> list[Case]:
+    found = []
+    for batch, units, n in SIZES[size]:
+        for dtype in dtypes(size):
+            rivals: Rivals = {
+                "eager, skewed": references.diagonal_lstm_skewed,
+                "eager, by diagonals": diagonal_lstm_reference,
+                "compiled, by diagonals": references.compiled(diagonal_lstm_reference),
+            }
+            landmark = "cuDNN LSTM of equal length" if device.type == "cuda" else "nn.LSTM of equal length"
+            if size != "toy":
+                rivals[landmark] = references.lstm_of_equal_length(2 * n - 1, units, device, dtype)
+            found.append(
+                Case(
+                    op="diagonal_lstm",
+                    shape=f"B={batch} h={units} {n}x{n}",
+                    dtype=dtype,
+                    inputs=functools.partial(inputs, batch=batch, units=units, n=n, taps=2, dtype=dtype),
+                    providers=contenders(size, device, rivals, diagonal_lstm, diagonal_lstm),
+                    truth=diagonal_lstm_reference,
+                    kernels=("diagonal_lstm",),
+                    not_compared=frozenset({landmark}),
+                    batch=batch,
+                    **floor(batch, units, n, 2, dtype.itemsize),
+                )
+            )
+    return found

@@ -1,0 +1,117 @@
+"""The machine, the software and the source that a row was measured with."""
+
+import ast
+import functools
+import hashlib
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ROOT / "kernels"
+SMI_FIELDS = ("pstate", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "power.limit", "mig.mode.current")
+
+
+def _output(*command: str) -> str:
+    """What the command prints, "" where it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _smi(device: torch.device, *fields: str) -> list[str]:
+    # By UUID: nvidia-smi counts all GPUs, torch those that CUDA_VISIBLE_DEVICES leaves.
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    line = _output("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", uuid)
+    values = [value.strip() for value in line.split(",")]
+    return values if len(values) == len(fields) else ["unknown"] * len(fields)
+
+
+def power_state(device: torch.device) -> dict[str, str]:
+    """Clocks, temperature and power as read now, as a record of how steady they were; empty on a CPU."""
+    if device.type != "cuda":
+        return {}
+    return dict(zip(SMI_FIELDS, _smi(device, *SMI_FIELDS), strict=True))
+
+
+@functools.cache
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+@functools.cache
+def environment(device: torch.device) -> dict[str, Any]:
+    """Fields of every row of a run: hardware and versions. `gpu` is None where none was used."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    cuda = device.type == "cuda"
+    return {
+        "gpu": torch.cuda.get_device_name(device) if cuda else None,
+        "driver": _smi(device, "driver_version")[0] if cuda else None,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "python": platform.python_version(),
+        "cpu": cpu_name(),
+        "tf32": torch.backends.cuda.matmul.allow_tf32 if cuda else None,
+        "commit": commit(),
+    }
+
+
+def folder_name(device: torch.device) -> str:
+    """Name of the results folder: the GPU, or the CPU after "cpu-"."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{cpu_name()}"
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of the checkout, with "+changes" where tracked files differ from it; results do not count."""
+    found = _output("git", "rev-parse", "HEAD")
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return (found + "+changes" if changed else found) or "unknown"
+
+
+def _imports(module: str) -> list[str]:
+    """Modules of the kernels package that a module of it imports."""
+    tree = ast.parse((KERNELS / f"{module}.py").read_text())
+    names = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        if node.module == "fastgen.kernels":
+            names += [alias.name for alias in node.names]
+        elif (node.module or "").startswith("fastgen.kernels."):
+            names.append(str(node.module).split(".")[2])
+    return [name for name in names if name != "catalogue_entry" and (KERNELS / f"{name}.py").exists()]
+
+
+def sources(modules: tuple[str, ...]) -> list[str]:
+    """The modules and those of the kernels package that they import, sorted after the first."""
+    found, waiting = list(modules), list(modules)
+    while waiting:
+        new = [name for name in _imports(waiting.pop()) if name not in found]
+        found += new
+        waiting += new
+    return found[:1] + sorted(found[1:])
+
+
+def kernel_sha256(modules: list[str]) -> str | None:
+    """sha256 of the kernels' source: of the one file, or of all of them one after the other. None: a file is gone."""
+    if not modules or any(not (KERNELS / f"{name}.py").exists() for name in modules):
+        return None
+    digest = hashlib.sha256()
+    for name in modules:
+        digest.update((KERNELS / f"{name}.py").read_bytes())
+    return digest.hexdigest()

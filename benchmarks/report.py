@@ -1,0 +1,197 @@
+"""What is printed, and the README's performance section: all of it from rows."""
+
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import machine, rows
+from benchmarks.case import Case
+from benchmarks.rows import Row
+from benchmarks.runner import Session
+
+README = machine.ROOT / "README.md"
+BEGIN, END = "<!-- benchmarks: begin (make readme-tables) -->", "<!-- benchmarks: end -->"
+NOT_MEASURED = "Not yet measured on a GPU."
+
+
+def header(session: Session) -> None:
+    facts = machine.environment(session.device)
+    print(f"{facts['gpu'] or facts['cpu']}, torch {facts['torch']}, Triton {facts['triton']}, {facts['commit'][:12]}")
+    if session.device.type == "cuda":
+        state = ", ".join(f"{name} {value}" for name, value in machine.power_state(session.device).items())
+        print(f"driver {facts['driver']}, CUDA {facts['cuda']}, TF32 {'on' if facts['tf32'] else 'off'}, {state}")
+    else:
+        print("No CUDA GPU here: no kernel is timed, and nothing below says anything about a GPU.")
+    if session.time:
+        rates = session.rates(torch.float32, torch.get_num_threads())
+        print(f"copy {rates['copy_gb_s']:.0f} GB/s, float32 matmul {rates['matmul_tflop_s']:.3g} TFLOP/s (measured)")
+
+
+def _number(value: float | None, form: str = ".4g") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f}%"
+
+
+def case_table(case: Case, measured: list[Row]) -> None:
+    threads = measured[0]["threads"]
+    where = "" if threads is None else f", {threads} thread" + "s" * (threads > 1)
+    print(f"\n{case.op} {case.shape} {str(case.dtype).removeprefix('torch.')}{where}")
+    columns = ("mode", "ms", "20..80%", "times", "graph", "peak MB", "of copy", "error")
+    print(f"  {'provider':<30}" + "".join(f"{name:>11}" for name in columns))
+    # Where nothing was timed, one line tells it for all modes.
+    shown = measured if any(row["ms_p50"] for row in measured) else measured[: len(case.providers)]
+    for row in shown:
+        cells = (
+            row["mode"] if shown is measured else "all",
+            _number(row["ms_p50"]),
+            f"{_number(row['ms_p20'], '.3g')}..{_number(row['ms_p80'], '.3g')}" if row["ms_p50"] else "-",
+            _number(row["times_baseline"], ".2f"),
+            _number(row.get("graph_ms_p50")),
+            _number(row["peak_mb"]),
+            _percent(row.get("copy_fraction")),
+            _number(row["error"], ".1e"),
+        )
+        print(f"  {row['provider']:<30}" + "".join(f"{cell:>11}" for cell in cells) + f"  {row['problem']}".rstrip())
+
+
+def footer(session: Session, measured: list[Row], folder: Path) -> None:
+    problems = sum(bool(row["problem"]) for row in measured)
+    print(f"\n{len(measured)} rows, {problems} with a problem" + (f", in {folder}" if session.time else ""))
+    if not session.time:
+        print("dry run: compared with float64, not timed, not saved")
+    print("ms: median of single calls; times: over the first provider, in the same run; error: against float64")
+
+
+def changes(old: list[Row], new: list[Row]) -> None:
+    found = rows.changes(old, new)
+    print(f"\n{len(found)} changes beyond noise")
+    for ratio, before, after in found:
+        what = f"{after['op']} {after['shape']} {after['dtype']} {after['provider']} {after['mode']}"
+        word = "slower" if ratio > 1 else "faster"
+        print(f"  {what}: {before['ms_p50']:.4g} -> {after['ms_p50']:.4g} ms, {max(ratio, 1 / ratio):.2f} times {word}")
+
+
+def catalogue_kernels() -> dict[str, list[str]]:
+    """Module -> names of the kernels in its catalogue.
+
+    Raises:
+        ValueError: Triton is not installed.
+    """
+    try:
+        from fastgen.kernels.catalogue import kernel_modules
+
+        modules = kernel_modules()
+    except ImportError as error:
+        raise ValueError("status lists the kernels of the catalogue, which needs Triton (Linux only)") from error
+    return {
+        module.__name__.rsplit(".", 1)[1]: sorted({entry.kernel.__name__ for entry in module.CATALOGUE})
+        for module in modules
+        if getattr(module, "CATALOGUE", None)
+    }
+
+
+def status(folder: Path) -> int:
+    saved = rows.load(folder) if folder.exists() else []
+    gpus = sorted({row["gpu"] for row in saved if row.get("gpu")})
+    if torch.cuda.is_available() and torch.cuda.get_device_name() not in gpus:
+        gpus.append(torch.cuda.get_device_name())
+    table = rows.status(saved, catalogue_kernels(), gpus or ["(no GPU yet)"])
+    width = max(len(kernel) for _, kernel, _, _ in table)
+    for gpu, kernel, word, count in table:
+        print(f"{gpu}  {kernel:<{width}}  {word:<8} {count} rows")
+    counts = {word: sum(row[2] == word for row in table) for word in ("fresh", "stale", "missing")}
+    print(", ".join(f"{count} {word}" for word, count in counts.items()))
+    return 0
+
+
+def _best_rival(row: Row, group: list[Row]) -> Row | None:
+    """The fastest other provider that computes the same thing."""
+    timed = [r for r in group if r["ms_p50"] and r["error"] is not None and r["provider"] != row["provider"]]
+    return min(timed, key=lambda r: r["ms_p50"], default=None)
+
+
+def _groups(selected: list[Row]) -> dict[tuple, list[Row]]:
+    groups: dict[tuple, list[Row]] = {}
+    for row in selected:
+        groups.setdefault((row["op"], row["shape"], row["dtype"], row["mode"], row["threads"]), []).append(row)
+    return groups
+
+
+def _gpu_table(gpu: str, selected: list[Row]) -> list[str]:
+    versions = sorted({f"torch {row['torch']}, Triton {row['triton']}, driver {row['driver']}" for row in selected})
+    lines = [f"### {gpu}", "", f"{'; '.join(versions)}. Medians of single calls, L2 cache cleared, in ms.", ""]
+    lines += ["| operation | size | dtype | mode | fastgen | best rival | speed-up | of copy bandwidth |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for (op, shape, dtype, mode, _), group in sorted(_groups(selected).items(), key=str):
+        for row in group:
+            rival = _best_rival(row, [r for r in group if not r["provider"].startswith("fastgen")])
+            if not row["provider"].startswith("fastgen"):
+                continue
+            cells = [op, shape, dtype, mode, row["problem"] or _number(row["ms_p50"])]
+            cells += [f"{rival['provider']}: {rival['ms_p50']:.4g}" if rival else "-"]
+            cells += [f"{rival['ms_p50'] / row['ms_p50']:.2f}" if rival and row["ms_p50"] else "-"]
+            lines.append("| " + " | ".join([*cells, _percent(row.get("copy_fraction"))]) + " |")
+    return [*lines, ""]
+
+
+def _sampling_table(cpu: str, selected: list[Row]) -> list[str]:
+    """A CPU's figures are ratios measured side by side: a batch of samples over one forward pass of it."""
+    providers = list(dict.fromkeys(row["provider"] for row in selected))
+    rivals = [name for name in providers if name != selected[0]["baseline"]]
+    lines = [f"### Sampling on a CPU ({cpu})", ""]
+    lines += ["Time of a whole batch of images, in units of one forward pass of the same batch in the same run.", ""]
+    lines += ["| model | threads | " + " | ".join(rivals) + " |", "|---|---|" + "---|" * len(rivals)]
+    for (_, shape, _, _, threads), group in sorted(_groups(selected).items(), key=str):
+        times = {row["provider"]: _number(row["times_baseline"], ".3g") for row in group}
+        lines.append(f"| {shape} | {threads} | " + " | ".join(times.get(name, "-") for name in rivals) + " |")
+    return [*lines, ""]
+
+
+def performance_section(saved: list[Row]) -> str:
+    """The README's performance section, markers included."""
+    on_gpu = [row for row in saved if row["gpu"]]
+    sampling = [row for row in saved if not row["gpu"] and row["op"] == "sampling" and row["times_baseline"]]
+    lines = [BEGIN, ""]
+    if not on_gpu:
+        lines += [f"{NOT_MEASURED} `make bench` on a machine with an NVIDIA GPU measures and saves the rows.", ""]
+    for gpu in sorted({row["gpu"] for row in on_gpu}):
+        lines += _gpu_table(gpu, [row for row in on_gpu if row["gpu"] == gpu])
+    for cpu in sorted({row["cpu"] for row in sampling}):
+        lines += _sampling_table(cpu, [row for row in sampling if row["cpu"] == cpu])
+    return "\n".join([*lines, END])
+
+
+def readme_tables(folder: Path, *, check: bool, readme: Path = README) -> int:
+    """Writes the section between the markers of the README, or only checks it.
+
+    Raises:
+        ValueError: the README has no markers, or not one pair of them.
+    """
+    text = readme.read_text()
+    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise ValueError(f"{readme}: expected one pair of the lines {BEGIN} and {END}")
+    section = performance_section(rows.load(folder) if folder.exists() else [])
+    new = pattern.sub(lambda _: section, text)
+    if new == text:
+        return 0
+    if check:
+        print(f"{readme}: the performance section is not what the saved rows say: make readme-tables", file=sys.stderr)
+        return 1
+    readme.write_text(new)
+    return 0
+
+
+def plots(folder: Path) -> int:
+    from benchmarks import plots as drawing
+
+    if not folder.exists():
+        raise ValueError(f"{folder}: no saved rows to draw; run python -m benchmarks first")
+    for file in drawing.draw(rows.load(folder), machine.ROOT / "runs" / "benchmarks"):
+        print(file)
+    return 0

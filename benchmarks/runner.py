@@ -1,0 +1,239 @@
+"""Runs a case: every provider is first compared with float64, then timed in turns with the others."""
+
+import contextlib
+import datetime
+import gc
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import machine
+from benchmarks.case import INTERPRETED, Case, as_tuple, cotangents, gradients, in_float64, leaves
+from benchmarks.rows import Row
+from benchmarks.timing import CpuTimer, CudaTimer, Samples, copy_rate, matmul_rate, timer
+
+TURNS = 5  # a provider's samples are spread over as many turns, so that a disturbance meets all of them
+OUT_OF_MEMORY = "out of memory"
+
+
+@dataclass
+class Session:
+    """One run on one device: the timer, how long to measure, and the rates measured for it."""
+
+    device: torch.device
+    command: str
+    budget: float  # seconds of samples for one provider in one mode
+    time: bool = True  # False: only compare, take no time
+
+    def __post_init__(self) -> None:
+        self.clock: CpuTimer | CudaTimer = timer(self.device)
+        self._rates: dict[Any, float] = {}
+
+    def rates(self, dtype: torch.dtype, threads: int) -> dict[str, float | None]:
+        """Copy bandwidth and matmul rate, measured once a run for each dtype and number of threads."""
+        if not self.time:
+            return {"copy_gb_s": None, "matmul_tflop_s": None}
+        if threads not in self._rates:
+            self._rates[threads] = copy_rate(self.clock)
+        if (dtype, threads) not in self._rates:
+            self._rates[dtype, threads] = matmul_rate(self.clock, dtype)
+        return {"copy_gb_s": self._rates[threads], "matmul_tflop_s": self._rates[dtype, threads]}
+
+
+def relative_error(found: Tensor | None, expected: Tensor | None) -> float:
+    """Largest difference over the largest expected size; a missing gradient counts as zeros."""
+    if expected is None:
+        return 0.0 if found is None else math.inf
+    expected = expected.detach().double()
+    found = torch.zeros_like(expected) if found is None else found.detach().double()
+    if found.shape != expected.shape:
+        return math.inf
+    if expected.numel() == 0:
+        return 0.0
+    error = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+    return error if math.isfinite(error) else math.inf
+
+
+def evaluate(case: Case, call: Callable, inputs: dict[str, Any]) -> list[Tensor | None]:
+    """Outputs of the call and, where gradients are timed, the gradients of all leaves."""
+    variables = leaves(inputs) if case.modes != ("fwd",) else []
+    with torch.set_grad_enabled(bool(variables)):
+        outputs = as_tuple(call(**inputs))
+    if not variables:
+        return list(outputs)
+    return [*outputs, *gradients(outputs, variables, cotangents(outputs))]
+
+
+def failure(error: BaseException) -> str:
+    """A line for the row; running out of memory is a result of its own."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in text:
+        return OUT_OF_MEMORY
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first}"[:300]
+
+
+def compare(case: Case, inputs: dict[str, Any]) -> dict[str, tuple[float | None, str]]:
+    """The gate: provider -> (error, problem). A provider with a problem is not timed.
+
+    The error is the largest over outputs and gradients, relative to the largest value of each. Allowed are four times
+    what the baseline loses in this dtype, and at least eight roundings; nothing where the case is exact.
+    """
+    results: dict[str, tuple[float | None, str]] = {}
+    inputs = {**inputs, **case.given(inputs)}
+    try:
+        expected = evaluate(case, case.truth, inputs if case.exact else in_float64(inputs)) if case.truth else None
+    except RuntimeError as problem:
+        return {name: (None, f"no truth to compare with: {failure(problem)}") for name in case.providers}
+    allowed = 0.0 if case.exact else 8 * torch.finfo(case.dtype).eps
+    for name, call in case.providers.items():
+        if expected is None or name in case.not_compared:
+            results[name] = (None, "")
+            continue
+        try:
+            found = evaluate(case, call, inputs)
+            error = max(relative_error(a, b) for a, b in zip(found, expected, strict=True))
+        except Exception as problem:  # a rival may fail in any way: that is a row, not the end of the run
+            results[name] = (None, failure(problem))
+            continue
+        if name == case.baseline and not case.exact and error < 0.1:
+            allowed = max(allowed, 4 * error)
+        results[name] = (error if math.isfinite(error) else None, "")
+        if not error <= allowed:
+            results[name] = (results[name][0], f"wrong: error {error:.2g}, allowed {allowed:.2g}")
+    return results
+
+
+def prepare(case: Case, call: Callable, mode: str, inputs: dict[str, Any]) -> Callable[[], Any]:
+    """The call that is timed. For "bwd" it runs the forward now and keeps its graph."""
+    if mode == "fwd":
+
+        def evaluation() -> Any:
+            with torch.no_grad():
+                return call(**inputs)
+
+        return evaluation
+    variables = leaves(inputs)
+    outputs = as_tuple(call(**inputs))
+    seeds = cotangents(outputs)
+    if mode == "bwd":
+        return lambda: gradients(outputs, variables, seeds, retain=True)
+    return lambda: gradients(as_tuple(call(**inputs)), variables, seeds)
+
+
+def measure(case: Case, session: Session) -> list[Row]:
+    """Rows of all providers and modes of a case."""
+    # Without this torch.compile frees what the backward alone, run many times over one forward, reads again.
+    torch._functorch.config.donated_buffer = False
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    try:
+        inputs = case.inputs(session.device)
+        gate = compare(case, inputs)
+    except Exception as error:
+        gate = {name: (None, failure(error)) for name in case.providers}
+    rows = []
+    for mode in case.modes:
+        mode_rows = {name: _row(case, session, name, mode, *gate[name]) for name in case.providers}
+        timed = [
+            name for name, row in mode_rows.items() if session.time and not row["problem"] and INTERPRETED not in name
+        ]
+        _time(case, session, mode, inputs if timed else {}, {name: mode_rows[name] for name in timed})
+        base = mode_rows[case.baseline]["ms_p50"]
+        for row in mode_rows.values():
+            row["times_baseline"] = row["ms_p50"] / base if base and row["ms_p50"] else None
+        rows += list(mode_rows.values())
+    return rows
+
+
+def _row(case: Case, session: Session, name: str, mode: str, error: float | None, problem: str) -> Row:
+    threads = torch.get_num_threads()
+    cuda = session.device.type == "cuda"
+    runs_kernel = name.startswith("fastgen") and (cuda or INTERPRETED in name)
+    kernels = machine.sources(case.kernels) if runs_kernel else []
+    return {
+        "op": case.op,
+        "kernels": kernels,
+        "shape": case.shape,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "provider": name,
+        "mode": mode,
+        **Samples().figures(),
+        "peak_mb": None,
+        "error": error,
+        "problem": problem,
+        "baseline": case.baseline,
+        "times_baseline": None,
+        "bytes": case.bytes.get(mode),
+        "flops": case.flops.get(mode),
+        **session.rates(case.dtype, threads),
+        "batch": case.batch,
+        "threads": None if cuda else threads,
+        **machine.environment(session.device),
+        "kernel_sha256": machine.kernel_sha256(kernels),
+        "power": machine.power_state(session.device),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": session.command,
+    }
+
+
+@contextlib.contextmanager
+def _reported(row: Row) -> Iterator[None]:
+    """What goes wrong inside is the row's problem, and the run goes on."""
+    try:
+        yield
+    except Exception as error:
+        row["problem"] = failure(error)
+
+
+def plan(once: float, budget: float) -> tuple[int, int]:
+    """Turns, and samples a turn, for a call of `once` seconds: at least three samples, one where it takes long."""
+    if once > 20:
+        return 1, 1
+    count = max(1, min(40, round(budget / max(once, 1e-6) / TURNS)))
+    return (TURNS if count > 1 else 3), count
+
+
+def _time(case: Case, session: Session, mode: str, inputs: dict[str, Any], rows: dict[str, Row]) -> None:
+    """Warms every provider up, then samples them in turns; fills their rows in."""
+    clock = session.clock
+    plans: dict[str, tuple[int, int]] = {}
+    samples = {name: Samples() for name in rows}
+    for name, row in rows.items():
+        with _reported(row):
+            call = prepare(case, case.providers[name], mode, inputs)
+            row["warmup_s"] = clock.once(call)  # compilation, where it was not already done for the comparison
+            once = clock.once(call)
+            row["peak_mb"] = clock.peak_mb(call) if once < session.budget else None
+            plans[name] = plan(once, session.budget)
+        del call
+        gc.collect()
+    for turn in range(TURNS):
+        for name, (turns, count) in plans.items():
+            if turn >= turns or rows[name]["problem"]:
+                continue
+            with _reported(rows[name]):
+                call = prepare(case, case.providers[name], mode, inputs)
+                if count > 1:
+                    clock.once(call)
+                clock.turn(call, count, samples[name])
+                if turn == 0:
+                    clock.finish(call, mode != "bwd", samples[name])
+            del call
+    for name in plans:
+        rows[name].update(samples[name].figures())
+        _fractions(rows[name])
+
+
+def _fractions(row: Row) -> None:
+    """Which part of the measured copy bandwidth and matmul rate the floor's bytes and operations in this time are."""
+    seconds = (row["ms_p50"] or 0) / 1e3
+    for name, work, rate, unit in (
+        ("copy_fraction", "bytes", "copy_gb_s", 1e9),
+        ("matmul_fraction", "flops", "matmul_tflop_s", 1e12),
+    ):
+        row[name] = row[work] / seconds / (row[rate] * unit) if row[work] and row[rate] and seconds else None
