@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo test lint gate bench clean
+.PHONY: setup demo test lint gate bench readme-tables clean
 
 setup: $(VENV)/.ready
 
@@ -29,6 +29,9 @@ gate: setup
 
 bench: setup
 	$(RUN) -m benchmarks
+
+readme-tables: setup
+	$(RUN) -m benchmarks readme-tables
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,9 +16,20 @@ import importlib
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from benchmarks.case import Case
 
 NAMES = ("reparameterize_kl", "reconstruction_nll")
 COMMANDS = ("status", "readme-tables", "plots")
+
+
+def load_cases(name: str, size: str, device: "torch.device") -> "list[Case]":
+    """The cases of one benchmark; see benchmarks.case.SIZES."""
+    return importlib.import_module(f"benchmarks.{name}").cases(size, device)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -72,16 +83,15 @@ def _run(arguments: argparse.Namespace, folder: Path, command: list[str]) -> int
     device = torch.device("cuda" if cuda else "cpu")
     old = rows.load(arguments.compare) if arguments.compare else []
     size = "toy" if arguments.dry_run else device.type.replace("cuda", "gpu") + ("-full" if arguments.full else "")
-    session = Session(device, " ".join(command), budget=1.0 if arguments.full else 0.25, time=not arguments.dry_run)
+    session = Session(device, " ".join(command), budget=1.0 if arguments.full else 0.25, timing=not arguments.dry_run)
     report.header(session)
     new: list[rows.Row] = []
     threads_before = torch.get_num_threads()
     for name in arguments.names or NAMES:
-        module = importlib.import_module(f"benchmarks.{name}")
         # A CPU is measured with one thread, where processor time tells what was disturbed, and with all.
         for threads in [threads_before] if cuda or arguments.dry_run else sorted({1, threads_before}):
             torch.set_num_threads(threads)
-            for case in module.cases(size, device):
+            for case in load_cases(name, size, device):
                 measured = measure(case, session)
                 report.case_table(case, measured)
                 new += measured

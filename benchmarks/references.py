@@ -134,8 +134,8 @@ def row_lstm_convolutions(gates: Tensor, weight: Tensor) -> Tensor:
 def lstm_of_equal_length(steps: int, units: int, device: torch.device, dtype: torch.dtype) -> Callable:
     """torch.nn.LSTM (cuDNN on a GPU) with as many steps, rows and units, as a landmark: another recurrence.
 
-    Nothing comes from the neighbour above. Its input-to-state product, which the diagonal LSTM does not contain, is kept
-    small: one input feature.
+    Nothing comes from the neighbour above. Its input-to-state product, which the diagonal LSTM does not contain, is
+    kept small: one input feature.
     """
     lstm = torch.nn.LSTM(1, units, bias=False).to(device, dtype)
 

@@ -24,7 +24,7 @@ def header(session: Session) -> None:
         print(f"driver {facts['driver']}, CUDA {facts['cuda']}, TF32 {'on' if facts['tf32'] else 'off'}, {state}")
     else:
         print("No CUDA GPU here: no kernel is timed, and nothing below says anything about a GPU.")
-    if session.time:
+    if session.timing:
         rates = session.rates(torch.float32, torch.get_num_threads())
         print(f"copy {rates['copy_gb_s']:.0f} GB/s, float32 matmul {rates['matmul_tflop_s']:.3g} TFLOP/s (measured)")
 
@@ -42,7 +42,8 @@ def case_table(case: Case, measured: list[Row]) -> None:
     where = "" if threads is None else f", {threads} thread" + "s" * (threads > 1)
     print(f"\n{case.op} {case.shape} {str(case.dtype).removeprefix('torch.')}{where}")
     columns = ("mode", "ms", "20..80%", "times", "graph", "peak MB", "of copy", "error")
-    print(f"  {'provider':<30}" + "".join(f"{name:>11}" for name in columns))
+    widths = (6, 10, 16, 8, 10, 10, 9, 9)
+    print(f"  {'provider':<30}" + "".join(f"{name:>{w}}" for name, w in zip(columns, widths, strict=True)))
     # Where nothing was timed, one line tells it for all modes.
     shown = measured if any(row["ms_p50"] for row in measured) else measured[: len(case.providers)]
     for row in shown:
@@ -56,13 +57,14 @@ def case_table(case: Case, measured: list[Row]) -> None:
             _percent(row.get("copy_fraction")),
             _number(row["error"], ".1e"),
         )
-        print(f"  {row['provider']:<30}" + "".join(f"{cell:>11}" for cell in cells) + f"  {row['problem']}".rstrip())
+        line = "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True))
+        print(f"  {row['provider']:<30}{line}  {row['problem']}".rstrip())
 
 
 def footer(session: Session, measured: list[Row], folder: Path) -> None:
     problems = sum(bool(row["problem"]) for row in measured)
-    print(f"\n{len(measured)} rows, {problems} with a problem" + (f", in {folder}" if session.time else ""))
-    if not session.time:
+    print(f"\n{len(measured)} rows, {problems} with a problem" + (f", in {folder}" if session.timing else ""))
+    if not session.timing:
         print("dry run: compared with float64, not timed, not saved")
     print("ms: median of single calls; times: over the first provider, in the same run; error: against float64")
 

@@ -4,11 +4,13 @@ import contextlib
 import datetime
 import gc
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor
 
 from benchmarks import machine
@@ -17,6 +19,7 @@ from benchmarks.rows import Row
 from benchmarks.timing import CpuTimer, CudaTimer, Samples, copy_rate, matmul_rate, timer
 
 TURNS = 5  # a provider's samples are spread over as many turns, so that a disturbance meets all of them
+LONG = 20.0  # seconds: a call of this length is sampled once
 OUT_OF_MEMORY = "out of memory"
 
 
@@ -27,7 +30,7 @@ class Session:
     device: torch.device
     command: str
     budget: float  # seconds of samples for one provider in one mode
-    time: bool = True  # False: only compare, take no time
+    timing: bool = True  # False: only compare, take no time
 
     def __post_init__(self) -> None:
         self.clock: CpuTimer | CudaTimer = timer(self.device)
@@ -35,7 +38,7 @@ class Session:
 
     def rates(self, dtype: torch.dtype, threads: int) -> dict[str, float | None]:
         """Copy bandwidth and matmul rate, measured once a run for each dtype and number of threads."""
-        if not self.time:
+        if not self.timing:
             return {"copy_gb_s": None, "matmul_tflop_s": None}
         if threads not in self._rates:
             self._rates[threads] = copy_rate(self.clock)
@@ -77,34 +80,43 @@ def failure(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}"[:300]
 
 
-def compare(case: Case, inputs: dict[str, Any]) -> dict[str, tuple[float | None, str]]:
-    """The gate: provider -> (error, problem). A provider with a problem is not timed.
+@dataclass
+class Checked:
+    """What came of a provider's comparison with float64; first_call_s contains its compilation."""
+
+    problem: str = ""
+    error: float | None = None
+    first_call_s: float | None = None
+
+
+def compare(case: Case, inputs: dict[str, Any]) -> dict[str, Checked]:
+    """The gate: provider -> what came of it. A provider with a problem is not timed.
 
     The error is the largest over outputs and gradients, relative to the largest value of each. Allowed are four times
     what the baseline loses in this dtype, and at least eight roundings; nothing where the case is exact.
     """
-    results: dict[str, tuple[float | None, str]] = {}
+    results: dict[str, Checked] = {}
     inputs = {**inputs, **case.given(inputs)}
     try:
         expected = evaluate(case, case.truth, inputs if case.exact else in_float64(inputs)) if case.truth else None
     except RuntimeError as problem:
-        return {name: (None, f"no truth to compare with: {failure(problem)}") for name in case.providers}
+        return {name: Checked(f"no truth to compare with: {failure(problem)}") for name in case.providers}
     allowed = 0.0 if case.exact else 8 * torch.finfo(case.dtype).eps
     for name, call in case.providers.items():
         if expected is None or name in case.not_compared:
-            results[name] = (None, "")
+            results[name] = Checked()
             continue
+        start = time.perf_counter()
         try:
             found = evaluate(case, call, inputs)
             error = max(relative_error(a, b) for a, b in zip(found, expected, strict=True))
         except Exception as problem:  # a rival may fail in any way: that is a row, not the end of the run
-            results[name] = (None, failure(problem))
+            results[name] = Checked(failure(problem))
             continue
         if name == case.baseline and not case.exact and error < 0.1:
             allowed = max(allowed, 4 * error)
-        results[name] = (error if math.isfinite(error) else None, "")
-        if not error <= allowed:
-            results[name] = (results[name][0], f"wrong: error {error:.2g}, allowed {allowed:.2g}")
+        wrong = "" if error <= allowed else f"wrong: error {error:.2g}, allowed {allowed:.2g}"
+        results[name] = Checked(wrong, error if math.isfinite(error) else None, time.perf_counter() - start)
     return results
 
 
@@ -128,19 +140,19 @@ def prepare(case: Case, call: Callable, mode: str, inputs: dict[str, Any]) -> Ca
 def measure(case: Case, session: Session) -> list[Row]:
     """Rows of all providers and modes of a case."""
     # Without this torch.compile frees what the backward alone, run many times over one forward, reads again.
-    torch._functorch.config.donated_buffer = False
+    functorch_config.donated_buffer = False
     torch._dynamo.reset()
     torch.manual_seed(0)
     try:
         inputs = case.inputs(session.device)
         gate = compare(case, inputs)
     except Exception as error:
-        gate = {name: (None, failure(error)) for name in case.providers}
+        gate = {name: Checked(failure(error)) for name in case.providers}
     rows = []
     for mode in case.modes:
-        mode_rows = {name: _row(case, session, name, mode, *gate[name]) for name in case.providers}
+        mode_rows = {name: _row(case, session, name, mode, gate[name]) for name in case.providers}
         timed = [
-            name for name, row in mode_rows.items() if session.time and not row["problem"] and INTERPRETED not in name
+            name for name, row in mode_rows.items() if session.timing and not row["problem"] and INTERPRETED not in name
         ]
         _time(case, session, mode, inputs if timed else {}, {name: mode_rows[name] for name in timed})
         base = mode_rows[case.baseline]["ms_p50"]
@@ -150,7 +162,7 @@ def measure(case: Case, session: Session) -> list[Row]:
     return rows
 
 
-def _row(case: Case, session: Session, name: str, mode: str, error: float | None, problem: str) -> Row:
+def _row(case: Case, session: Session, name: str, mode: str, checked: Checked) -> Row:
     threads = torch.get_num_threads()
     cuda = session.device.type == "cuda"
     runs_kernel = name.startswith("fastgen") and (cuda or INTERPRETED in name)
@@ -164,8 +176,10 @@ def _row(case: Case, session: Session, name: str, mode: str, error: float | None
         "mode": mode,
         **Samples().figures(),
         "peak_mb": None,
-        "error": error,
-        "problem": problem,
+        "error": checked.error,
+        "problem": checked.problem,
+        "first_call_s": checked.first_call_s,
+        "warmup_s": None,
         "baseline": case.baseline,
         "times_baseline": None,
         "bytes": case.bytes.get(mode),
@@ -192,7 +206,7 @@ def _reported(row: Row) -> Iterator[None]:
 
 def plan(once: float, budget: float) -> tuple[int, int]:
     """Turns, and samples a turn, for a call of `once` seconds: at least three samples, one where it takes long."""
-    if once > 20:
+    if once > LONG:
         return 1, 1
     count = max(1, min(40, round(budget / max(once, 1e-6) / TURNS)))
     return (TURNS if count > 1 else 3), count
@@ -200,33 +214,40 @@ def plan(once: float, budget: float) -> tuple[int, int]:
 
 def _time(case: Case, session: Session, mode: str, inputs: dict[str, Any], rows: dict[str, Row]) -> None:
     """Warms every provider up, then samples them in turns; fills their rows in."""
-    clock = session.clock
     plans: dict[str, tuple[int, int]] = {}
     samples = {name: Samples() for name in rows}
     for name, row in rows.items():
         with _reported(row):
-            call = prepare(case, case.providers[name], mode, inputs)
-            row["warmup_s"] = clock.once(call)  # compilation, where it was not already done for the comparison
-            once = clock.once(call)
-            row["peak_mb"] = clock.peak_mb(call) if once < session.budget else None
+            once = _warm_up(session, prepare(case, case.providers[name], mode, inputs), row)
             plans[name] = plan(once, session.budget)
-        del call
         gc.collect()
     for turn in range(TURNS):
         for name, (turns, count) in plans.items():
             if turn >= turns or rows[name]["problem"]:
                 continue
             with _reported(rows[name]):
-                call = prepare(case, case.providers[name], mode, inputs)
-                if count > 1:
-                    clock.once(call)
-                clock.turn(call, count, samples[name])
-                if turn == 0:
-                    clock.finish(call, mode != "bwd", samples[name])
-            del call
+                _sample(session, prepare(case, case.providers[name], mode, inputs), count, samples[name])
+                if turn == 0 and mode != "bwd":
+                    session.clock.finish(prepare(case, case.providers[name], mode, inputs), samples[name])
     for name in plans:
-        rows[name].update(samples[name].figures())
-        _fractions(rows[name])
+        if not rows[name]["problem"]:
+            rows[name].update(samples[name].figures())
+            _fractions(rows[name])
+
+
+def _warm_up(session: Session, call: Callable[[], Any], row: Row) -> float:
+    """Seconds of a call after the first, which may compile. What is slow even so is not run once more for it."""
+    row["warmup_s"] = once = session.clock.once(call)
+    if once < LONG:
+        once = session.clock.once(call)
+    row["peak_mb"] = session.clock.peak_mb(call) if once < session.budget else None
+    return once
+
+
+def _sample(session: Session, call: Callable[[], Any], count: int, samples: Samples) -> None:
+    if count > 1:
+        session.clock.once(call)
+    session.clock.turn(call, count, samples)
 
 
 def _fractions(row: Row) -> None:

@@ -74,7 +74,7 @@ class CpuTimer:
         call()
         return None
 
-    def finish(self, call: Call, capturable: bool, samples: Samples) -> None:
+    def finish(self, call: Call, samples: Samples) -> None:
         pass
 
 
@@ -133,10 +133,8 @@ class CudaTimer:
         torch.cuda.synchronize(self.device)
         return (torch.cuda.max_memory_allocated(self.device) - before) / 1e6
 
-    def finish(self, call: Call, capturable: bool, samples: Samples) -> None:
+    def finish(self, call: Call, samples: Samples) -> None:
         """The graph time, where the call can be captured."""
-        if not capturable:
-            return
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         try:

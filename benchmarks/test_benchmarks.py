@@ -1,0 +1,21 @@
+"""Every case, provider and mode as a pytest-benchmark test. `python -m benchmarks` also compares with float64."""
+
+import torch
+
+from benchmarks.runner import prepare
+
+
+def test_speed(benchmark, case, provider, mode):
+    torch.manual_seed(0)
+    cuda = torch.cuda.is_available()
+    call = prepare(case, case.providers[provider], mode, case.inputs(torch.device("cuda" if cuda else "cpu")))
+
+    def finished():
+        # pytest-benchmark reads the host's clock: a GPU must be done before it stops.
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+
+    finished()
+    benchmark.group = f"{case.op} {case.shape} {case.dtype} {mode}"
+    benchmark.pedantic(finished, rounds=10, warmup_rounds=1)

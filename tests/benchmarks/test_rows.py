@@ -1,0 +1,130 @@
+"""Saved rows: replaced by key, fresh or stale, changes beyond noise; and what is drawn from them."""
+
+import json
+
+import pytest
+
+from benchmarks import machine, plots, report, rows
+from benchmarks.__main__ import main
+
+KERNEL = "reparameterize_kl"
+
+
+def row(**changes):
+    found = {"op": KERNEL, "kernels": [KERNEL], "shape": "1024x4096", "dtype": "float32", "provider": "fastgen"}
+    found |= {
+        "mode": "full",
+        "ms_p20": 0.9,
+        "ms_p50": 1.0,
+        "ms_p80": 1.1,
+        "peak_mb": 50.0,
+        "error": 1e-7,
+        "problem": "",
+    }
+    found |= {"gpu": "Imaginary 1", "driver": "1.0", "cuda": "13.0", "torch": "2.13.0", "triton": "3.7.1", "cpu": "C"}
+    found |= {"commit": "abc", "kernel_sha256": machine.kernel_sha256([KERNEL]), "time": "2030-01-01", "command": ""}
+    found |= {"baseline": "eager", "times_baseline": 0.5, "bytes": 100, "flops": 200, "copy_gb_s": 10.0, "batch": 1024}
+    found |= {"matmul_tflop_s": 1.0, "threads": None, "copy_fraction": 0.8}
+    return {**found, **changes}
+
+
+def test_a_row_of_the_same_key_is_replaced(tmp_path):
+    rows.save([row(), row(mode="fwd")], tmp_path)
+    rows.save([row(ms_p50=2.0)], tmp_path)
+    found = rows.load(tmp_path)
+    assert [(r["mode"], r["ms_p50"]) for r in found] == [("full", 2.0), ("fwd", 1.0)]
+    assert [file.name for file in tmp_path.iterdir()] == [f"{KERNEL}.jsonl"]
+
+
+def test_what_is_no_row_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row()) + "\n{broken\n")
+    with pytest.raises(ValueError, match=r"a.jsonl:2: not a row"):
+        rows.load(tmp_path)
+    with pytest.raises(ValueError, match="no such file"):
+        rows.load(tmp_path / "nothing")
+    assert main(["--compare", str(tmp_path), KERNEL]) == 2
+
+
+def test_status_tells_fresh_stale_and_missing():
+    kernels = {KERNEL: ["forward", "backward"], "scan": ["walk"]}
+    saved = [row(), row(gpu="Imaginary 2", kernel_sha256="old"), row(gpu=None)]
+    assert rows.status(saved, kernels, ["Imaginary 1", "Imaginary 2"]) == [
+        ("Imaginary 1", "forward", "fresh", 1),
+        ("Imaginary 1", "backward", "fresh", 1),
+        ("Imaginary 1", "walk", "missing", 0),
+        ("Imaginary 2", "forward", "stale", 1),
+        ("Imaginary 2", "backward", "stale", 1),
+        ("Imaginary 2", "walk", "missing", 0),
+    ]
+
+
+def test_status_lists_every_kernel_of_the_catalogue(tmp_path, capsys):
+    pytest.importorskip("triton")
+    rows.save([row()], tmp_path)
+    assert main(["status", "--results", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("reparameterize_kl_forward_kernel" in line and "fresh" in line for line in lines)
+    for module, names in report.catalogue_kernels().items():
+        word = "fresh" if module == KERNEL else "missing"
+        assert all(any(name in line and word in line for line in lines) for name in names)
+
+
+def test_only_changes_beyond_noise_are_shown(capsys):
+    old = [row(), row(mode="fwd"), row(mode="bwd"), row(dtype="bfloat16")]
+    new = [
+        row(ms_p20=1.8, ms_p50=2.0, ms_p80=2.2),
+        row(mode="fwd", ms_p20=0.95, ms_p50=1.05, ms_p80=1.2),
+        row(mode="bwd", ms_p20=0.4, ms_p50=0.5, ms_p80=0.6),
+        row(dtype="bfloat16", ms_p50=None, problem="out of memory"),
+        row(shape="other"),
+    ]
+    assert [(ratio, after["mode"]) for ratio, _, after in rows.changes(old, new)] == [(2.0, "full"), (0.5, "bwd")]
+    report.changes(old, new)
+    printed = capsys.readouterr().out
+    assert "2 changes" in printed and "2.00 times slower" in printed and "2.00 times faster" in printed
+
+
+def test_rows_of_two_cpus_are_not_compared():
+    assert rows.changes([row(gpu=None, cpu="A")], [row(gpu=None, cpu="B", ms_p20=8, ms_p50=9, ms_p80=10)]) == []
+
+
+def test_the_table_names_the_best_rival_and_claims_nothing_else():
+    saved = [row(), row(provider="eager", ms_p50=4.0), row(provider="compiled", ms_p50=3.0, ms_p20=2.9)]
+    saved += [row(provider="other recurrence", ms_p50=0.1, error=None)]
+    section = report.performance_section(saved)
+    assert "| reparameterize_kl | 1024x4096 | float32 | full | 1 | compiled: 3 | 3.00 | 80% |" in section
+    assert report.NOT_MEASURED not in section
+
+
+def test_without_gpu_rows_nothing_is_claimed_of_a_gpu():
+    sampling = row(op="sampling", gpu=None, threads=1, shape="m", baseline="forward pass", times_baseline=1.0)
+    saved = [sampling | {"provider": "forward pass"}, sampling | {"provider": "eager", "times_baseline": 3.7}]
+    section = report.performance_section([*saved, row(gpu=None)])
+    assert report.NOT_MEASURED in section and "| m | 1 | 3.7 |" in section
+
+
+def test_the_readme_is_what_the_rows_say():
+    assert main(["readme-tables", "--check"]) == 0, "run `make readme-tables` and commit the result"
+
+
+def test_a_stale_readme_is_noticed_and_written(tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
+    assert report.readme_tables(tmp_path / "none", check=True, readme=readme) == 1
+    assert report.readme_tables(tmp_path / "none", check=False, readme=readme) == 0
+    text = readme.read_text()
+    assert text.startswith("above\n") and text.endswith("below\n") and report.NOT_MEASURED in text
+    assert report.readme_tables(tmp_path / "none", check=True, readme=readme) == 0
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="expected one pair"):
+        report.readme_tables(tmp_path, check=True, readme=readme)
+
+
+def test_plots_are_drawn_from_rows(tmp_path):
+    pytest.importorskip("matplotlib")
+    saved = [row(), row(shape="64x4096", batch=64, ms_p50=0.3), row(gpu=None, threads=2, ms_p50=None, problem="oom")]
+    files = plots.draw(saved, tmp_path)
+    assert sorted(file.name for file in files) == [f"{KERNEL}-batch.png", f"{KERNEL}.png", "roofline.png"]
+    assert all(file.parent.name == "Imaginary-1" and file.stat().st_size > 1000 for file in files)
+    with pytest.raises(ValueError, match="no saved row has a time"):
+        plots.draw([row(ms_p50=None)], tmp_path)
