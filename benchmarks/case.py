@@ -32,7 +32,7 @@ class Case:
         modes: of "fwd" (evaluation, no gradient recorded), "bwd" (the backward alone), "full" (forward and backward).
         bytes: mode -> the least traffic that the mode needs, in bytes: inputs read once, results written once.
         flops: mode -> the least multiplications and additions that the mode needs.
-        given: further arguments for the comparison alone, as noise that is otherwise drawn.
+        given: inputs -> arguments for the comparison alone: noise that is otherwise drawn, fewer images.
         exact: truth takes the inputs as they are, and outputs must be equal to the last bit.
         not_compared: providers that compute something else (a lower bound, another recurrence).
         batch: images of one call, for plots over it.
@@ -70,11 +70,12 @@ def leaves(inputs: Mapping[str, Any]) -> list[Tensor]:
 
 
 def in_float64(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The same inputs in float64; integers and what is no tensor stay."""
+    """The same inputs in float64; integers and what is no tensor stay. Modules that share parameters go on doing so."""
+    copies: dict[int, Any] = {}
 
     def widen(value: Any) -> Any:
         if isinstance(value, nn.Module):
-            return copy.deepcopy(value).double()
+            return copy.deepcopy(value, copies).double()
         if isinstance(value, Tensor) and value.is_floating_point():
             return value.detach().double().requires_grad_(value.requires_grad)
         return value

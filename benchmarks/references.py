@@ -1,12 +1,15 @@
 """The rivals, in plain PyTorch: what a careful user writes today. Each is named as in the tables."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fastgen.nn import MaskedConv2d
 
 
 def compiled(call: Callable) -> Callable:
@@ -144,3 +147,52 @@ def lstm_of_equal_length(steps: int, units: int, device: torch.device, dtype: to
         return lstm(gates.new_zeros(steps, rows, 1) + 0 * gates.flatten()[0])[0]
 
     return landmark
+
+
+# Masked convolutions
+
+
+def _activate(out: Tensor, activation: str) -> Tensor:
+    if activation == "gated":
+        signal, valve = out.chunk(2, 1)
+        return signal.tanh() * valve.sigmoid()
+    return out.relu() if activation == "relu" else out
+
+
+def masked_conv2d_dense(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
+    """A dense convolution with zeros for what is masked, as nearly all PixelCNN code has it; "same" padding."""
+    return _activate(F.conv2d(x, weight * mask, bias, padding=weight.shape[2] // 2), activation)
+
+
+def masked_conv2d_cropped(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
+    """Only the kernel's upper rows, which hold all live weights: half the work of the dense one, and nothing copied."""
+    reach = weight.shape[2] // 2
+    upper = (weight * mask)[:, :, : reach + 1]
+    return _activate(F.conv2d(x, upper, bias, padding=reach)[:, :, : x.shape[2]], activation)
+
+
+class PlainMaskedConv2d(nn.Module):
+    """What stands in the place of a MaskedConv2d in `plain`: the same parameters in a dense convolution."""
+
+    mask: Tensor
+
+    def __init__(self, layer: MaskedConv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.register_buffer("mask", layer.mask.to(layer.weight.dtype))
+        self.geometry: Any = (layer.stride, layer.padding, layer.dilation)
+        self.activation = layer.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _activate(F.conv2d(x, self.weight * self.mask, self.bias, *self.geometry), self.activation)
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The same model in plain PyTorch, around the same Parameter objects."""
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    copied = copy.deepcopy(model, shared)
+    for parent in list(copied.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, MaskedConv2d):
+                setattr(parent, name, PlainMaskedConv2d(layer))
+    return copied
