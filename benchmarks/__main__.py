@@ -6,6 +6,7 @@
     python -m benchmarks --dry-run           only compare with float64, at toy size; on a CPU in Triton's interpreter
     python -m benchmarks status              for every kernel and GPU: are its rows fresh, stale or missing?
     python -m benchmarks readme-tables       write the README's performance section from the saved rows
+    python -m benchmarks gpu-tests           the whole test suite on this GPU, compute-sanitizer too; saved as rows
     python -m benchmarks plots               draw the saved rows into runs/benchmarks/
 
 Exit status 1: a result was wrong, or the README is not what the rows say (--check). 2: wrong usage.
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
     from benchmarks.case import Case
 
-NAMES = ("reparameterize_kl", "reconstruction_nll", "masked_conv2d", "training")
-COMMANDS = ("status", "readme-tables", "plots")
+NAMES = ("reparameterize_kl", "reconstruction_nll", "training")
+COMMANDS = ("status", "readme-tables", "plots", "gpu-tests")
 
 
 def load_cases(name: str, size: str, device: "torch.device") -> "list[Case]":
@@ -72,13 +73,18 @@ def main(argv: list[str] | None = None) -> int:
             return report.readme_tables(folder, check=arguments.check)
         if arguments.names[:1] == ["plots"]:
             return report.plots(folder)
-        return _run(arguments, folder, ["python -m benchmarks", *(sys.argv[1:] if argv is None else argv)])
+        command = " ".join(["python -m benchmarks", *(sys.argv[1:] if argv is None else argv)])
+        if arguments.names[:1] == ["gpu-tests"]:
+            from benchmarks import verify
+
+            return verify.run(folder, command)
+        return _run(arguments, folder, command)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
 
 
-def _run(arguments: argparse.Namespace, folder: Path, command: list[str]) -> int:
+def _run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
     import torch
 
     from benchmarks import machine, report, rows
@@ -90,7 +96,7 @@ def _run(arguments: argparse.Namespace, folder: Path, command: list[str]) -> int
     device = torch.device("cuda" if cuda else "cpu")
     old = rows.load(arguments.compare) if arguments.compare else []
     size = "toy" if arguments.dry_run else device.type.replace("cuda", "gpu") + ("-full" if arguments.full else "")
-    session = Session(device, " ".join(command), budget=1.0 if arguments.full else 0.25, timing=not arguments.dry_run)
+    session = Session(device, command, budget=1.0 if arguments.full else 0.25, timing=not arguments.dry_run)
     report.header(session)
     new: list[rows.Row] = []
     threads_before = torch.get_num_threads()

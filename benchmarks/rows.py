@@ -1,5 +1,6 @@
 """Saved rows: one JSON object a line, complete in itself. Fresh, stale or missing; and what has changed."""
 
+import datetime
 import json
 import os
 import tempfile
@@ -13,6 +14,10 @@ RESULTS = Path(__file__).resolve().parent / "results"
 Row = dict[str, Any]
 KEY = ("gpu", "cpu", "op", "shape", "dtype", "provider", "mode", "threads")
 NOISE = 0.03  # changes below this are not reported, however narrow the quantiles are
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def key(row: Row) -> tuple:

@@ -1,7 +1,6 @@
 """Runs a case: every provider is first compared with float64, then timed in turns with the others."""
 
 import contextlib
-import datetime
 import gc
 import math
 import time
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.case import INTERPRETED, Case, as_tuple, cotangents, gradients, in_float64, leaves
-from benchmarks.rows import Row
+from benchmarks.rows import Row, now
 from benchmarks.timing import CpuTimer, CudaTimer, Samples, copy_rate, matmul_rate, timer
 
 TURNS = 5  # a provider's samples are spread over as many turns, so that a disturbance meets all of them
@@ -190,7 +189,7 @@ def _row(case: Case, session: Session, name: str, mode: str, checked: Checked) -
         **machine.environment(session.device),
         "kernel_sha256": machine.kernel_sha256(kernels),
         "power": machine.power_state(session.device),
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "time": now(),
         "command": session.command,
     }
 

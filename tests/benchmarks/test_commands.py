@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import machine
+from benchmarks import machine, rows, verify
 from benchmarks.__main__ import NAMES, load_cases, main
 from benchmarks.case import SIZES
 
@@ -38,6 +38,24 @@ def test_wrong_usage_is_one_line_and_status_2(capsys):
 def test_a_gpu_is_not_made_up(capsys):
     assert main(["--device", "cuda"]) == 2
     assert "finds no CUDA GPU" in capsys.readouterr().err
+    assert main(["gpu-tests"]) == 2
+    assert "finds no CUDA GPU" in capsys.readouterr().err
+
+
+def test_a_report_of_tests_becomes_a_row(tmp_path):
+    report = tmp_path / "report.xml"
+    report.write_text(
+        '<testsuites><testsuite tests="9" failures="1" errors="1" skipped="2"/>'
+        '<testsuite tests="1" failures="0" errors="0" skipped="0"/></testsuites>'
+    )
+    found = verify.counts(report)
+    assert found == {"passed": 6, "failed": 2, "skipped": 2}
+    row = verify.row("pytest", "", found, torch.device("cpu"), "command")
+    assert (
+        "reparameterize_kl" in row["kernels"] and "catalogue" not in row["kernels"] and len(row["kernel_sha256"]) == 64
+    )
+    rows.save([row], tmp_path)
+    assert rows.load(tmp_path)[0]["passed"] == 6
 
 
 def test_pytest_benchmark_runs_the_same_cases():
