@@ -3,12 +3,13 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgen.distributions import Distribution
+from fastgen.models.rebuildable import Rebuildable
 
 
-class AutoregressiveModel(nn.Module):
+class AutoregressiveModel(Rebuildable):
     """Base class: p(x) = prod_i p(x_i | x_<i), pixels in raster order, colours R, G, B inside a pixel.
 
     A subclass sets nothing else than its layers and defines `forward(x, condition=None) -> params`, calling
