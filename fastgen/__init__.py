@@ -1,6 +1,7 @@
 """fastgen: Triton kernels and exact, work-optimal sampling for PixelCNN, PixelRNN and VAE models."""
 
 from fastgen._version import __version__
+from fastgen.checkpoint import load, save
 from fastgen.distributions import Bernoulli, Categorical, LogisticMixture
 
-__all__ = ["Bernoulli", "Categorical", "LogisticMixture", "__version__"]
+__all__ = ["Bernoulli", "Categorical", "LogisticMixture", "__version__", "load", "save"]

@@ -1,0 +1,178 @@
+"""A model in a folder: `model.safetensors` and `config.json`. Nothing is ever unpickled.
+
+The weights carry the configuration and a checksum in their own metadata, so that files of two different models, a
+flipped bit and a file from elsewhere are all noticed; `config.json` says the same to a reader.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fastgen._version import __version__
+from fastgen.files import make_folder, write_atomically
+from fastgen.models.rebuildable import Rebuildable
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+FORMAT = "fastgen model 1"
+
+
+def save(model: Rebuildable, folder: str | os.PathLike) -> None:
+    """Writes the weights of a model to FOLDER/model.safetensors and how to build it to FOLDER/config.json.
+
+    The folder is made where it is missing. Both files are replaced whole: where the disk is full, or writing fails in
+    any other way, the old ones stay.
+
+    Args:
+        model: a model of `fastgen.models`.
+
+    Raises:
+        TypeError: the model is none of `fastgen.models`, or was built with an argument that JSON cannot say.
+        OSError: the folder cannot be written to.
+    """
+    folder = Path(folder)
+    config = configuration(model)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    make_folder(folder)
+    metadata = {"config": json.dumps(_identity(config), sort_keys=True), "sha256": _checksum(tensors)}
+    write_atomically(
+        {
+            folder / WEIGHTS: safetensors.torch.save(tensors, metadata),
+            folder / CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
+        }
+    )
+
+
+def load(folder: str | os.PathLike) -> Any:
+    """The model that `fastgen.save` wrote into a folder, on the CPU, in evaluation mode.
+
+    Raises:
+        ValueError: the folder is missing or does not hold such a model, whole and unchanged; names the file and what
+            is wrong with it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder, expected one with {WEIGHTS} and {CONFIG} written by fastgen.save")
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: has no {name}, so it is not a folder written by fastgen.save")
+    config = _read_config(folder / CONFIG)
+    tensors = _read_weights(folder / WEIGHTS, config)
+    model = _build(config, folder / CONFIG)
+    _check_fit(model, tensors, folder / WEIGHTS)
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def configuration(model: Rebuildable) -> dict[str, Any]:
+    """What `config.json` says of a model.
+
+    Raises:
+        TypeError: as for `save`.
+    """
+    name = type(model).__name__
+    if model_classes().get(name) is not type(model):
+        known = ", ".join(model_classes())
+        raise TypeError(f"model must be one of fastgen.models ({known}), got {type(model).__qualname__}")
+    arguments = model.constructor_arguments()
+    for key, value in arguments.items():
+        if not _is_plain(value):
+            raise TypeError(f"{name} was built with {key}={value!r}, which cannot be written as JSON")
+    versions = {"fastgen": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {"format": FORMAT, "class": name, "arguments": arguments, "versions": versions}
+
+
+def model_classes() -> dict[str, type[Rebuildable]]:
+    """The public model classes by name."""
+    from fastgen import models
+
+    public = {name: getattr(models, name) for name in models.__all__}
+    return {name: kind for name, kind in public.items() if isinstance(kind, type) and issubclass(kind, Rebuildable)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, (bool, int, str))
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal in both files; the versions are for people."""
+    return {key: config[key] for key in ("format", "class", "arguments")}
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is not JSON ({error})") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise ValueError(f"{path}: is not a configuration written by fastgen.save (its format is not {FORMAT!r})")
+    if not isinstance(config.get("class"), str) or not isinstance(config.get("arguments"), dict):
+        raise ValueError(f"{path}: names no class with its arguments")
+    if config["class"] not in model_classes():
+        raise ValueError(f"{path}: unknown class {config['class']!r}, expected one of {', '.join(model_classes())}")
+    return config
+
+
+def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # safetensors has a kind of its own for each way to be damaged
+        raise ValueError(f"{path}: is not a safetensors file, or damaged ({error})") from error
+    if "config" not in metadata or "sha256" not in metadata:
+        raise ValueError(f"{path}: was not written by fastgen.save")
+    if metadata["config"] != json.dumps(_identity(config), sort_keys=True):
+        raise ValueError(f"{path}: belongs to another model than {CONFIG} beside it: {metadata['config']}")
+    if metadata["sha256"] != _checksum(tensors):
+        raise ValueError(f"{path}: is damaged: its checksum does not match")
+    return tensors
+
+
+def _build(config: dict[str, Any], path: Path) -> Rebuildable:
+    """The model of a configuration, with fresh weights; torch's random state stays as it is."""
+    arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in config["arguments"].items()}
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            return model_classes()[config["class"]](**arguments)
+    except Exception as error:  # whatever a constructor says to foreign arguments
+        raise ValueError(f"{path}: {config['class']} cannot be built from its arguments ({error})") from error
+
+
+def _check_fit(model: Rebuildable, tensors: dict[str, Tensor], path: Path) -> None:
+    expected = model.state_dict()
+    missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    if missing or unknown:
+        raise ValueError(f"{path}: does not fit {type(model).__name__}: missing {missing[:3]}, unknown {unknown[:3]}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
+            raise ValueError(f"{path}: {name} has the shape {found}, {type(model).__name__} needs {wanted}")
+        if tensor.is_floating_point() != expected[name].is_floating_point():
+            raise ValueError(f"{path}: {name} has the type {tensor.dtype}, expected {expected[name].dtype}")
