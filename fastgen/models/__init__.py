@@ -1,7 +1,9 @@
 """Generative models of images: exact likelihoods, exact samples."""
 
+from fastgen.models.autoencoder import Autoencoder
 from fastgen.models.gated_pixelcnn import GatedPixelCNN
 from fastgen.models.pixelcnn import PixelCNN
 from fastgen.models.pixelcnnpp import PixelCNNPP
+from fastgen.models.vae import VAE
 
-__all__ = ["GatedPixelCNN", "PixelCNN", "PixelCNNPP"]
+__all__ = ["VAE", "Autoencoder", "GatedPixelCNN", "PixelCNN", "PixelCNNPP"]

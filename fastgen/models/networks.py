@@ -1,0 +1,140 @@
+"""Encoders and decoders of images of any size: convolutions with stride 2 and their transposes, or an MLP."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.nn.gated import ClassBias
+
+NETWORKS = ("convolutional", "mlp")
+SMALLEST = 4  # convolutions halve an image until no side is longer
+Shape = tuple[int, int, int]
+
+
+class Encoder(nn.Module):
+    """(B, C, H, W) floats -> (B, outputs).
+
+    A 3x3 convolution, convolutions of stride 2 until no side is longer than 4 (channels double up to four times the
+    first), and a linear layer; or an MLP of two hidden layers. A class is a bias of the first layer.
+
+    Args:
+        shape: (C, H, W) of an image.
+        outputs: numbers an image.
+        network: "convolutional" or "mlp".
+        channels: feature maps at full resolution.
+        hidden: units of an MLP's hidden layer.
+        n_classes: number of classes, None for none.
+
+    Raises:
+        ValueError: an argument is not as above.
+    """
+
+    def __init__(
+        self, shape: Shape, outputs: int, *, network: str, channels: int, hidden: int, n_classes: int | None
+    ) -> None:
+        super().__init__()
+        check_arguments(shape, network, channels=channels, hidden=hidden)
+        colours, height, width = shape
+        first = channels if network == "convolutional" else hidden
+        self.condition = None if n_classes is None else ClassBias(n_classes, first)
+        if network == "mlp":
+            self.input: nn.Module = nn.Sequential(
+                nn.Flatten(), nn.Linear(colours * height * width, hidden), nn.Unflatten(1, (hidden, 1, 1))
+            )
+            rest: list[nn.Module] = [nn.Flatten(), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+            features = hidden
+        else:
+            self.input = nn.Conv2d(colours, channels, 3, padding=1)
+            rest = [nn.ReLU()]
+            stages = stages_of(shape, channels)
+            for (before, _, _), (after, _, _) in pairwise(stages):
+                rest += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ReLU()]
+            rest.append(nn.Flatten())
+            features = stages[-1][0] * stages[-1][1] * stages[-1][2]
+        self.layers = nn.Sequential(*rest, nn.Linear(features, outputs))
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        features = self.input(x)
+        if self.condition is not None:
+            features = features + self.condition(condition)
+        return self.layers(features)
+
+
+class Decoder(nn.Module):
+    """(B, inputs) -> (B, planes, H, W): the encoder's mirror image, with transposed convolutions.
+
+    Args:
+        shape: (C, H, W) of an image.
+        inputs: numbers an image.
+        planes: parameters a pixel.
+        network, channels, hidden, n_classes: as in `Encoder`.
+    """
+
+    def __init__(
+        self, shape: Shape, inputs: int, planes: int, *, network: str, channels: int, hidden: int, n_classes: int | None
+    ) -> None:
+        super().__init__()
+        check_arguments(shape, network, channels=channels, hidden=hidden)
+        _, height, width = shape
+        if network == "mlp":
+            self.input = nn.Linear(inputs, hidden)
+            rest: list[nn.Module] = [nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+            rest += [nn.Linear(hidden, planes * height * width), nn.Unflatten(1, (planes, height, width))]
+        else:
+            stages = stages_of(shape, channels)[::-1]
+            self.input = nn.Linear(inputs, stages[0][0] * stages[0][1] * stages[0][2])
+            rest = [nn.ReLU(), nn.Unflatten(1, stages[0])]
+            for (before, low, narrow), (after, high, wide) in pairwise(stages):
+                # A side of h pixels came from 2h - 1 or from 2h; the padding of the output tells which.
+                even = (high - 2 * low + 1, wide - 2 * narrow + 1)
+                rest += [nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=even), nn.ReLU()]
+            rest.append(nn.Conv2d(channels, planes, 3, padding=1))
+        self.condition = None if n_classes is None else ClassBias(n_classes, self.input.out_features)
+        self.layers = nn.Sequential(*rest)
+
+    def forward(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
+        features = self.input(z)
+        if self.condition is not None:
+            features = features + self.condition(condition).flatten(1)
+        return self.layers(features)
+
+
+def stages_of(shape: Shape, channels: int) -> list[Shape]:
+    """(channels, height, width) of the feature maps at each resolution, the largest first."""
+    _, height, width = shape
+    stages = [(channels, height, width)]
+    while max(height, width) > SMALLEST:
+        height, width = (height + 1) // 2, (width + 1) // 2
+        stages.append((channels * min(2 ** len(stages), 4), height, width))
+    return stages
+
+
+def check_arguments(shape: Shape, network: str, **counts: int) -> None:
+    """Raises ValueError naming what is not three positive ints, a known network, or a positive int."""
+    if len(shape) != 3 or any(not isinstance(size, int) or size < 1 for size in shape):
+        raise ValueError(f"shape must be three positive ints (C, H, W), got {shape!r}")
+    if network not in NETWORKS:
+        raise ValueError(f"network must be one of {NETWORKS}, got {network!r}")
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} must be an int >= 1, got {count!r}")
+
+
+def as_floats(x: Tensor, shape: tuple[int, ...], levels: int, dtype: torch.dtype) -> Tensor:
+    """Integer levels (B, C, H, W) as floats in [-1, 1]; a float tensor is taken as encoded already.
+
+    Raises:
+        ValueError: x is not (B, *shape).
+    """
+    if x.dim() != 4 or tuple(x.shape[1:]) != tuple(shape):
+        raise ValueError(f"x must have the shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
+    return x.to(dtype) if x.is_floating_point() else x.to(dtype) / (levels - 1) * 2 - 1
+
+
+def check_condition(condition: Tensor | None, n_classes: int | None) -> None:
+    """Raises ValueError where a class is missing, or given to an unconditional model."""
+    if condition is None and n_classes is not None:
+        raise ValueError(f"condition is missing: this model needs a class in 0..{n_classes - 1} for each image")
+    if condition is not None and n_classes is None:
+        raise ValueError("condition was given, but this model is unconditional (n_classes=None)")

@@ -1,0 +1,333 @@
+"""Variational autoencoder (Kingma & Welling 2014) with exact likelihoods and an importance-weighted bound."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastgen import ops
+from fastgen.models import decoded
+from fastgen.models.networks import Decoder, Encoder, as_floats, check_arguments, check_condition
+from fastgen.models.rebuildable import Rebuildable
+from fastgen.ops.reconstruction_nll import LIKELIHOODS
+from fastgen.ops.reparameterize_kl import MAX_LOGVAR, MIN_LOGVAR
+
+PARAMETERS_AT_ONCE = 2**24  # of the decoder's output; `log_prob` takes its samples in turns beyond that
+ACTIVE = 0.01  # variance of a posterior mean over images (Burda et al. 2016, section 5.2)
+
+
+class Bound(NamedTuple):
+    """The evidence lower bound of a batch and what it is made of.
+
+    Attributes:
+        elbo: -(nll + beta * kl), (B,) nats; for beta = 1 a lower bound of log p(x), in expectation over z.
+        nll: reconstruction, -log p(x | z), (B,) nats.
+        kl: KL of the posterior from the prior, each dimension not below the free bits, (B,) nats.
+        mu, logvar: the posterior, (B, D), without gradient.
+        dims: C * H * W, the dimensions of "bits/dim".
+    """
+
+    elbo: Tensor
+    nll: Tensor
+    kl: Tensor
+    mu: Tensor
+    logvar: Tensor
+    dims: int
+
+    @property
+    def bits_per_dim(self) -> Tensor:
+        """-elbo / (C * H * W * ln 2), (B,); of a density for a Gaussian, which may be negative."""
+        return -self.elbo / (self.dims * math.log(2))
+
+    @property
+    def kl_per_dimension(self) -> Tensor:
+        """Mean KL of each latent dimension over the batch, (D,) nats, without free bits."""
+        one_each = (half.reshape(-1, 1) for half in (self.mu, self.logvar))
+        _, kl = ops.reparameterize_kl(*one_each, eps=self.mu.new_zeros(self.mu.numel(), 1))
+        return kl.view(self.mu.shape).mean(0)
+
+    @property
+    def active_units(self) -> Tensor:
+        """How many dimensions have a posterior mean whose variance over the batch exceeds 0.01, () int64."""
+        return (self.mu.float().var(0, correction=0) > ACTIVE).sum()
+
+    def report(self) -> dict[str, float | list[float]]:
+        """All of it as Python numbers, means over the batch, for a log; waits for the device."""
+        means = {name: getattr(self, name).detach().mean().item() for name in ("elbo", "nll", "kl", "bits_per_dim")}
+        return {
+            **means,
+            "kl_per_dimension": self.kl_per_dimension.tolist(),
+            "active_units": int(self.active_units),
+        }
+
+
+class VAE(Rebuildable):
+    """p(x) = E over z ~ N(0, I) of p(x | z), with a diagonal Gaussian posterior q(z | x) for training and scoring.
+
+    Images are integer levels (B, C, H, W) as in the autoregressive models. Networks see them as floats in [-1, 1]
+    (Bernoulli: 0 and 1); float images are taken as encoded so already.
+
+    Args:
+        shape: (C, H, W) of an image, any sizes; C = 1 or 3 for "logistic_mixture".
+        latent_dim: D, dimensions of z.
+        likelihood: p(x | z) of `fastgen.ops.reconstruction_nll`. "bernoulli": levels 0 and 1. "gaussian": a density
+            of the floats, with learned mean and variance (at least that of rounding to a level, so that a constant
+            pixel has no infinite density). "categorical": a softmax over the levels. "logistic_mixture": PixelCNN++'s.
+        levels: number of levels of a channel; a Bernoulli has two, whatever is given here.
+        n_classes: number of classes of a class-conditional model p(x | y), None for an unconditional one.
+        network: "convolutional" or "mlp"; see `fastgen.models.networks`.
+        channels: feature maps of the convolutional network at full resolution.
+        hidden: units of a hidden layer of the MLP.
+        n_mix: components of the logistic mixture.
+
+    Raises:
+        ValueError: an argument is not as above.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        latent_dim: int,
+        *,
+        likelihood: str = "bernoulli",
+        levels: int = 256,
+        n_classes: int | None = None,
+        network: str = "convolutional",
+        channels: int = 32,
+        hidden: int = 512,
+        n_mix: int = 10,
+    ) -> None:
+        super().__init__()
+        check_arguments(shape, network, latent_dim=latent_dim, n_mix=n_mix)
+        if likelihood not in LIKELIHOODS:
+            raise ValueError(f"likelihood must be one of {LIKELIHOODS}, got {likelihood!r}")
+        if likelihood == "logistic_mixture" and shape[0] not in (1, 3):
+            raise ValueError(f"shape must have 1 or 3 channels for a mixture of logistics, got {shape!r}")
+        if not isinstance(levels, int) or levels < 2:
+            raise ValueError(f"levels must be an int >= 2, got {levels!r}")
+        self.shape = tuple(shape)
+        self.latent_dim = latent_dim
+        self.likelihood = likelihood
+        self.levels = 2 if likelihood == "bernoulli" else levels
+        self.n_classes = n_classes
+        self.planes = decoded.planes_of(likelihood, shape[0], self.levels, n_mix)
+        sizes: dict[str, Any] = {"network": network, "channels": channels, "hidden": hidden, "n_classes": n_classes}
+        self.encoder = Encoder(shape, 2 * latent_dim, **sizes)
+        self.decoder = Decoder(shape, latent_dim, self.planes, **sizes)
+
+    # --- the two networks
+
+    def _floats(self, x: Tensor) -> Tensor:
+        dtype = next(self.parameters()).dtype
+        if self.likelihood == "bernoulli":
+            x = x.to(dtype)
+        return as_floats(x, self.shape, self.levels, dtype)
+
+    def encode(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) and classes (B,) -> mean and log-variance of q(z | x), (B, D) each."""
+        check_condition(condition, self.n_classes)
+        mu, logvar = self.encoder(self._floats(x), condition).chunk(2, 1)
+        return mu, logvar
+
+    def decode(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
+        """z (B, D) and classes (B,) -> params of p(x | z) as `fastgen.ops.reconstruction_nll` takes them.
+
+        "bernoulli": logits (B, C, H, W). "gaussian": (B, 2*C, H, W), means, then log-variances. "categorical": logits
+        (B, K, C, H, W). "logistic_mixture": (B, 10 * n_mix, H, W) for RGB, (B, 3 * n_mix, H, W) for one channel.
+        """
+        check_condition(condition, self.n_classes)
+        params = self.decoder(z, condition)
+        if self.likelihood == "categorical":
+            return params.unflatten(1, (self.levels, self.shape[0]))
+        if self.likelihood == "gaussian":
+            mean, log_variance = params.chunk(2, 1)
+            width = 2 / (self.levels - 1)  # of a level; uniform noise of that width has variance width^2 / 12
+            return torch.cat((mean, F.softplus(log_variance) + math.log(width**2 / 12)), 1)
+        return params
+
+    def _target(self, x: Tensor) -> Tensor:
+        """What the likelihood is of. Raises TypeError where a discrete one gets floats."""
+        if self.likelihood == "gaussian":
+            return self._floats(x)
+        if self.likelihood != "bernoulli" and x.is_floating_point():
+            raise TypeError(f"x must hold integer levels 0..{self.levels - 1}, got {x.dtype}")
+        return x
+
+    # --- likelihood
+
+    def elbo(
+        self,
+        x: Tensor,
+        condition: Tensor | None = None,
+        *,
+        beta: float | Tensor = 1.0,
+        free_bits: float = 0.0,
+    ) -> Bound:
+        """One draw of the evidence lower bound for each image, with its parts.
+
+        Args:
+            x: integer levels (B, C, H, W); for "bernoulli" and "gaussian" also floats as encoded.
+            condition: classes (B,) of a class-conditional model.
+            beta: weight of the KL (Higgins et al. 2017); for annealing give another in each step, under
+                `torch.compile` as a tensor of one element.
+            free_bits: the least KL of a latent dimension, nats; see `fastgen.ops.reparameterize_kl`.
+
+        Raises:
+            ValueError, TypeError: as in `fastgen.ops.elbo`; x has another shape; the condition is missing.
+        """
+        mu, logvar = self.encode(x, condition)
+        z, kl = ops.reparameterize_kl(mu, logvar, free_bits=free_bits)
+        params = self.decode(z, condition)
+        parts = ops.elbo(params, self._target(x), kl, self.likelihood, beta=beta, levels=self.levels)
+        return Bound(*parts, mu.detach(), logvar.detach(), math.prod(self.shape))
+
+    forward = elbo
+
+    def loss(
+        self,
+        x: Tensor,
+        condition: Tensor | None = None,
+        *,
+        beta: float | Tensor = 1.0,
+        free_bits: float = 0.0,
+    ) -> Tensor:
+        """-elbo, mean over the batch: () nats."""
+        return -self.elbo(x, condition, beta=beta, free_bits=free_bits).elbo.mean()
+
+    def log_prob(
+        self,
+        x: Tensor,
+        n_samples: int = 64,
+        condition: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Importance-weighted estimate of log p(x), (B,) nats (Burda et al. 2016, equation 8).
+
+        log of the mean over n_samples draws z of q(z | x) of p(x | z) p(z) / q(z | x). In expectation it is a lower
+        bound of log p(x), the ELBO for one sample, that rises with n_samples and tends to log p(x).
+
+        Args:
+            x, condition: as in `elbo`.
+            n_samples: draws of z for each image; decoded in turns where all at once would take too much memory.
+            generator: where the noise comes from; None is torch's default generator of the device.
+        """
+        if not isinstance(n_samples, int) or n_samples < 1:
+            raise ValueError(f"n_samples must be an int >= 1, got {n_samples!r}")
+        mu, logvar = self.encode(x, condition)
+        target = self._target(x)
+        at_once = PARAMETERS_AT_ONCE // max(1, x.shape[0] * self.planes * self.shape[1] * self.shape[2])
+        at_once = min(max(1, at_once), n_samples)
+        noise = torch.randn(n_samples, *mu.shape, generator=generator, dtype=mu.dtype, device=mu.device)
+        log_weights = []
+        for eps in noise.split(at_once):
+            count = len(eps)
+            z, _ = ops.reparameterize_kl(mu.expand_as(eps), logvar.expand_as(eps), eps=eps)
+            params = self.decode(z.flatten(0, 1), None if condition is None else condition.repeat(count))
+            targets = target.repeat(count, 1, 1, 1)
+            nll = ops.reconstruction_nll(params, targets, self.likelihood, levels=self.levels)
+            # log p(z) - log q(z | x); the constants cancel, and (z - mu) / sigma is eps.
+            eps, z, width = (tensor.to(nll.dtype) for tensor in (eps, z, logvar.clamp(MIN_LOGVAR, MAX_LOGVAR)))
+            latent = 0.5 * (eps.square() - z.square() + width).sum(2)
+            log_weights.append(latent - nll.view(count, -1))
+        return torch.cat(log_weights).logsumexp(0) - math.log(n_samples)
+
+    # --- images
+
+    def expected(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
+        """E[x | z] in levels for z (B, D): floats (B, C, H, W) within 0..levels - 1."""
+        return decoded.expected(self.decode(z, condition), self.likelihood, self.shape[0], self.levels)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int | None = None,
+        temperature: float = 1.0,
+        condition: Tensor | None = None,
+        expected: bool = False,
+    ) -> Tensor:
+        """Draws n images: z from the prior, then x from p(x | z).
+
+        Args:
+            n: number of images.
+            seed: of the noise; None takes torch's default generator of the device.
+            temperature: scale of the prior's standard deviation.
+            condition: classes (n,) of a class-conditional model.
+            expected: E[x | z] instead of a draw: smoother to look at, but no sample of the model.
+
+        Returns:
+            Levels (n, C, H, W), int64 (for "gaussian" the nearest to the draw); with `expected`, floats.
+        """
+        if not isinstance(n, int) or n < 0:
+            raise ValueError(f"n must be an int >= 0, got {n!r}")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number >= 0, got {temperature!r}")
+        like = next(self.parameters())
+        generator = None if seed is None else torch.Generator(like.device).manual_seed(seed)
+        z = torch.randn(n, self.latent_dim, generator=generator, device=like.device) * temperature
+        z = z.to(like.dtype)
+        if expected:
+            return self.expected(z, condition)
+        params = self.decode(z, condition)
+        return decoded.draw(params, self.likelihood, self.shape[0], self.levels, generator)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """E[x | z] at the posterior's mean: floats (B, C, H, W) within 0..levels - 1."""
+        return self.expected(self.encode(x, condition)[0], condition)
+
+    @torch.no_grad()
+    def interpolate(self, x1: Tensor, x2: Tensor, steps: int, condition: Tensor | None = None) -> Tensor:
+        """Expected images on the straight line between the posterior means of two images.
+
+        Args:
+            x1, x2: (B, C, H, W) as in `elbo`, or one image (C, H, W) each.
+            steps: points on the line, both ends included, at least 2.
+            condition: classes (B,) of a class-conditional model.
+
+        Returns:
+            Floats (steps, B, C, H, W), or (steps, C, H, W), within 0..levels - 1; the first and the last are the
+            reconstructions of x1 and x2.
+        """
+        if not isinstance(steps, int) or steps < 2:
+            raise ValueError(f"steps must be an int >= 2, got {steps!r}")
+        if x1.shape != x2.shape:
+            raise ValueError(f"x1 and x2 must have one shape, got {tuple(x1.shape)} and {tuple(x2.shape)}")
+        single = x1.dim() == 3
+        ends = [self.encode(x.unsqueeze(0) if single else x, condition)[0] for x in (x1, x2)]
+        along = torch.linspace(0, 1, steps, device=x1.device, dtype=ends[0].dtype).view(-1, 1, 1)
+        images = self._expected_of_each(torch.lerp(ends[0], ends[1], along), condition)
+        return images.squeeze(1) if single else images
+
+    @torch.no_grad()
+    def traverse(
+        self, x: Tensor, dimension: int, values: Sequence[float] | Tensor, condition: Tensor | None = None
+    ) -> Tensor:
+        """Expected images at the posterior means of x with one latent dimension set to each of the values.
+
+        Args:
+            x: (B, C, H, W) as in `elbo`.
+            dimension: of z, 0..D - 1.
+            values: V numbers; the prior's standard deviation is 1.
+            condition: classes (B,) of a class-conditional model.
+
+        Returns:
+            Floats (V, B, C, H, W) within 0..levels - 1.
+        """
+        if not isinstance(dimension, int) or not 0 <= dimension < self.latent_dim:
+            raise ValueError(f"dimension must be an int in 0..{self.latent_dim - 1}, got {dimension!r}")
+        mu = self.encode(x, condition)[0]
+        each = torch.as_tensor(values, dtype=mu.dtype, device=mu.device)
+        z = mu.repeat(len(each), 1, 1)
+        z[:, :, dimension] = each.unsqueeze(1)
+        return self._expected_of_each(z, condition)
+
+    def _expected_of_each(self, z: Tensor, condition: Tensor | None) -> Tensor:
+        """Expected images (V, B, C, H, W) of z (V, B, D)."""
+        images = self.expected(z.flatten(0, 1), None if condition is None else condition.repeat(z.shape[0]))
+        return images.unflatten(0, z.shape[:2])
