@@ -3,5 +3,6 @@
 from fastgen._version import __version__
 from fastgen.checkpoint import load, save
 from fastgen.distributions import Bernoulli, Categorical, LogisticMixture
+from fastgen.sampling import accelerate
 
-__all__ = ["Bernoulli", "Categorical", "LogisticMixture", "__version__", "load", "save"]
+__all__ = ["Bernoulli", "Categorical", "LogisticMixture", "__version__", "accelerate", "load", "save"]

@@ -1,0 +1,45 @@
+"""What a model is conditioned on: any pytree, with one row an image."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+def rows_for(condition: Any, n: int, device: torch.device | None = None) -> Any:
+    """The condition of n images, on `device`.
+
+    A tensor has one row an image, or a single row for all; an int is the class of all images. Whatever else the
+    pytree holds (and a tensor without dimensions) goes to the model unchanged.
+
+    Raises:
+        ValueError: a tensor has neither 1 nor n rows.
+    """
+    if isinstance(condition, int) and not isinstance(condition, bool):
+        return torch.full((n,), condition, dtype=torch.long, device=device)
+
+    def rows(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if leaf.dim() and leaf.shape[0] not in (1, n):
+            raise ValueError(
+                f"condition has a tensor of shape {tuple(leaf.shape)}; expected {n} rows, one an image, or 1 for all"
+            )
+        leaf = leaf.to(device)
+        return leaf.expand(n, *leaf.shape[1:]) if leaf.dim() else leaf
+
+    return tree_map(rows, condition)
+
+
+def rows_between(condition: Any, start: int, stop: int) -> Any:
+    """The condition of images start..stop-1, from `rows_for` all images."""
+    return tree_map(lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) and leaf.dim() else leaf, condition)
+
+
+def example(condition: Any, device: torch.device) -> Any:
+    """The condition of two images, from that of any number."""
+    counts = {leaf.shape[0] for leaf in tree_leaves(condition) if isinstance(leaf, Tensor) and leaf.dim()}
+    if counts - {1} and min(counts - {1}) >= 2:
+        condition = tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) and leaf.dim() else leaf, condition)
+    return rows_for(condition, 2, device)

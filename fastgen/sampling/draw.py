@@ -1,0 +1,70 @@
+"""Draws from the model's output, in one place, so that no two backends can draw differently."""
+
+import torch
+from torch import Tensor
+
+from fastgen.distributions import Distribution
+from fastgen.sampling.job import Job
+
+
+def draw_channel(
+    distribution: Distribution,
+    params: Tensor,
+    noise: Tensor,
+    channel: int,
+    previous: Tensor,
+    known: Tensor | None = None,
+    known_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One channel at one pixel a row; rows are independent, and may be images or pixels.
+
+    Args:
+        distribution: of a pixel.
+        params: (n, ...) the model's output at the pixel.
+        noise: (n, U) the pixel's uniforms.
+        channel: which channel to draw.
+        previous: (n, channel) int64, the levels of the channels before it.
+        known: (n,) int64, the levels to keep.
+        known_mask: (n,) bool, where to keep them; None: nowhere.
+
+    Returns:
+        levels (n,) int64, and a bool scalar: the parameters of some row that was drawn, not kept, hold a NaN.
+    """
+    params = params.contiguous()  # sums are then taken in one order, whatever the layout of the model's output
+    levels = distribution.draw(params, noise, channel, previous).long()
+    bad = params.isnan().flatten(1).any(1)
+    if known is not None and known_mask is not None:
+        levels = torch.where(known_mask, known, levels)
+        bad = bad & ~known_mask
+    return levels, bad.any()
+
+
+def draw_image(job: Job, params: Tensor) -> tuple[Tensor, Tensor]:
+    """Every pixel of every image at once, from the model's output (n, ..., H, W): levels (n, C, H, W) and bad."""
+    levels = torch.empty((job.n, *job.shape), dtype=torch.long, device=params.device)
+    bad = torch.zeros((), dtype=torch.bool, device=params.device)
+    for row in range(job.shape[1]):  # a row at a time: float64 probabilities of whole images would be large
+        at, noise = _pixels(params[..., row, :]), _pixels(job.noise[..., row, :])
+        known = None if job.known is None else _pixels(job.known[..., row, :])
+        mask = None if job.known_mask is None else _pixels(job.known_mask[..., row, :])
+        drawn = torch.empty((len(noise), job.shape[0]), dtype=torch.long, device=params.device)
+        for channel in range(job.shape[0]):
+            keep = (None, None) if known is None or mask is None else (known[:, channel], mask[:, channel])
+            drawn[:, channel], nan = draw_channel(job.distribution, at, noise, channel, drawn[:, :channel], *keep)
+            bad = bad | nan
+        levels[..., row, :] = drawn.unflatten(0, (job.n, -1)).movedim(1, -1)
+    return levels, bad
+
+
+def image_log_prob(distribution: Distribution, params: Tensor, levels: Tensor) -> Tensor:
+    """Log-likelihood in nats, (n,) float64, of levels (n, C, H, W) under the model's output (n, ..., H, W)."""
+    total = torch.zeros(len(levels), dtype=torch.float64, device=levels.device)
+    for row in range(levels.shape[2]):
+        of_pixels = distribution.log_prob(_pixels(params[..., row, :]), _pixels(levels[..., row, :]))
+        total += of_pixels.double().unflatten(0, (len(levels), -1)).sum(1)
+    return total
+
+
+def _pixels(row: Tensor) -> Tensor:
+    """One row of a batch of images, (n, ..., W), with a row a pixel: (n * W, ...)."""
+    return row.movedim(-1, 1).flatten(0, 1)

@@ -1,0 +1,104 @@
+"""The definition of sampling: one whole forward pass of the model for every draw."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.sampling.condition import rows_for
+from fastgen.sampling.draw import draw_channel, image_log_prob
+from fastgen.sampling.job import Drawn, Job
+
+
+class Naive:
+    """Pixels in raster order and channels in order inside a pixel; what is not drawn yet holds level 0.
+
+    Args:
+        model: called as model(encode(levels)[, condition]), as it is.
+        shape: (C, H, W).
+        encode: levels (n, C, H, W) int64 -> the model's input.
+    """
+
+    def __init__(self, model: nn.Module, shape: tuple[int, int, int], encode: Callable[[Tensor], Tensor]) -> None:
+        self.model = model
+        self.encode = encode
+        self.draws = shape[0] * shape[1] * shape[2]
+
+    @property
+    def work_ratio(self) -> float:
+        return float(self.draws)
+
+    def explain(self) -> str:
+        return f"one whole forward pass for each of the {self.draws} draws of an image"
+
+    @torch.no_grad()
+    def run(self, job: Job) -> Drawn:
+        channels, _, width = job.shape
+        levels = first_levels(job)
+        bad = torch.zeros((), dtype=torch.bool, device=levels.device)
+        to_draw = torch.ones(job.shape, dtype=torch.bool) if job.known_mask is None else (~job.known_mask.cpu()).any(0)
+        passes = 0
+        params = None
+        for place in range(self.draws):
+            channel, (i, j) = place % channels, divmod(place // channels, width)
+            if to_draw[channel, i, j]:
+                params = whole_pass(self.model, self.encode, levels, job.condition)
+                passes += 1
+                known = None if job.known is None else job.known[:, channel, i, j]
+                mask = None if job.known_mask is None else job.known_mask[:, channel, i, j]
+                levels[:, channel, i, j], nan = draw_channel(
+                    job.distribution,
+                    params[..., i, j],
+                    job.noise[..., i, j],
+                    channel,
+                    levels[:, :channel, i, j],
+                    known,
+                    mask,
+                )
+                bad |= nan
+            if job.progress is not None:
+                job.progress(1)
+        log_prob = None
+        if job.return_log_prob:
+            # The last pass has seen all levels but the last one drawn, which no parameter before it depends on.
+            if params is None:
+                params = whole_pass(self.model, self.encode, levels, job.condition)
+                passes += 1
+            log_prob = image_log_prob(job.distribution, params, levels)
+        return Drawn(levels, log_prob, bad, passes)
+
+
+def first_levels(job: Job) -> Tensor:
+    """Images (n, C, H, W) before the first draw: the known levels, and level 0 elsewhere."""
+    if job.known is not None and job.known_mask is not None:
+        return job.known.masked_fill(~job.known_mask, 0)
+    return torch.zeros((job.n, *job.shape), dtype=torch.long, device=job.noise.device)
+
+
+def whole_pass(model: nn.Module, encode: Callable[[Tensor], Tensor], levels: Tensor, condition: Any) -> Tensor:
+    """The model's output (n, ..., H, W) for levels (n, C, H, W).
+
+    Raises:
+        TypeError: the output is not a tensor.
+        ValueError: it has no place for each image and pixel.
+    """
+    n, size = len(levels), levels.shape[-2:]
+    params = _call(model, encode, levels, condition)
+    if n == 1 and params.shape[:1] != (1,):
+        # Some models squeeze their output, and with it a batch of one. Two equal images are no exception to them.
+        params = _call(model, encode, levels.expand(2, -1, -1, -1), rows_for(condition, 2))[:1]
+    if params.dim() < 3 or params.shape[0] != n or params.shape[-2:] != size:
+        raise ValueError(
+            f"model must return parameters (n, ..., H, W) = ({n}, ..., {size[0]}, {size[1]}), "
+            f"got the shape {tuple(params.shape)}"
+        )
+    return params
+
+
+def _call(model: nn.Module, encode: Callable[[Tensor], Tensor], levels: Tensor, condition: Any) -> Tensor:
+    x = encode(levels)
+    params = model(x) if condition is None else model(x, condition)
+    if not isinstance(params, Tensor):
+        raise TypeError(f"model must return a tensor of parameters, got {type(params).__name__}")
+    return params

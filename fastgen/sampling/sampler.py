@@ -1,0 +1,394 @@
+"""`accelerate` and the `Sampler` it returns: arguments, chunks, changed parameters; the drawing is the backends'."""
+
+import inspect
+import operator
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.distributions import Bernoulli, Distribution, LogisticMixture
+from fastgen.ops._implementation import may_read_values
+from fastgen.sampling.condition import example, rows_between, rows_for
+from fastgen.sampling.draw import draw_image
+from fastgen.sampling.fixed_point import FixedPoint
+from fastgen.sampling.job import Backend, Drawn, Job
+from fastgen.sampling.naive import Naive, whole_pass
+from fastgen.sampling.noise import check_noise, uniforms
+from fastgen.sampling.snapshot import Snapshot
+
+BACKENDS = ("auto", "naive", "eager", "compiled", "cuda_graph", "persistent", "fixed_point")
+WHOLE_PASSES: dict[str, type[Naive | FixedPoint]] = {"naive": Naive, "fixed_point": FixedPoint}
+
+
+def accelerate(
+    model: nn.Module,
+    shape: tuple[int, int, int],
+    *,
+    distribution: Distribution,
+    encode: Callable[[Tensor], Tensor] | None = None,
+    condition: Any = None,
+    backend: str = "auto",
+) -> "Sampler":
+    """An exact sampler of any causal model that computes every activation of the network once an image.
+
+    Args:
+        model: any module, model(x (B, C, H, W)[, condition]) -> params (B, ..., H, W). Analysed as it is: call
+            `model.eval()` first.
+        shape: (C, H, W) of an image.
+        distribution: of a pixel given the model's output there: `fastgen.Categorical`, `fastgen.Bernoulli`,
+            `fastgen.LogisticMixture` or an object as described in `fastgen.distributions`.
+        encode: int64 levels (B, C, H, W) -> the model's input. Default: levels as floats of the model's dtype in
+            [-1, 1], and for Bernoulli 0. and 1.
+        condition: an example of the model's second argument, and what `sample` takes where it is given none. Where
+            the model needs one and there is none here, it is analysed at the first `sample`.
+        backend: "auto", or how to run: "naive" (a whole forward pass a draw), "fixed_point" (whole passes until
+            nothing changes), or the schedule that computes each activation once, "eager", "compiled", "cuda_graph" or
+            "persistent". All give the same images for the same noise.
+
+    Raises:
+        fastgen.NotCausalError: a parameter depends on a pixel that is drawn later.
+        TypeError, ValueError: an argument is wrong, or the model's output does not fit the distribution.
+    """
+    return Sampler(model, shape, distribution, encode, condition, backend)
+
+
+class Sampler:
+    """Draws images of one model; made by `fastgen.accelerate`, where the arguments are explained."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: tuple[int, int, int],
+        distribution: Distribution,
+        encode: Callable[[Tensor], Tensor] | None,
+        condition: Any,
+        backend: str,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+        self.model = model
+        self.shape = _checked_shape(shape)
+        self.distribution = _checked_distribution(distribution, self.shape)
+        if encode is None and _levels(distribution) is None:
+            raise ValueError(
+                f"encode must be given for {type(distribution).__name__}: it does not say how many levels there are"
+            )
+        if encode is not None and not callable(encode):
+            raise TypeError(f"encode must be callable, got {type(encode).__name__}")
+        self.custom_encode = encode
+        self.condition = condition
+        self.backend = backend
+        self._engine: Backend | None = None
+        self._snapshot: Snapshot | None = None
+        self._fallback: str | None = None
+        self._most: int | None = None
+        try:
+            self._probe(condition)
+        except Exception:
+            # A model that wants a condition fails without one, and is analysed when there is one.
+            if condition is not None or not _takes_condition(model):
+                raise
+        else:
+            self._build(condition)
+
+    def noise_shape(self, n: int) -> tuple[int, ...]:
+        """The shape of `noise` for n images, (n, U, H, W)."""
+        return tuple(self.distribution.noise_shape(_checked_count("n", n, 0), self.shape))
+
+    @property
+    def work_ratio(self) -> float:
+        """Multiply-adds spent on one image over those of one forward pass; 1 is the least.
+
+        Raises RuntimeError where the model needs a condition and has not been given one yet.
+        """
+        return self._ready().work_ratio
+
+    def explain(self) -> str:
+        """What runs and why, as text for people."""
+        lines = [f"{type(self.model).__name__}, images {self.shape}, {self.distribution}", f"backend: {self.backend}"]
+        if self._fallback is not None:
+            lines.append(f"fallback: fixed_point, because {self._fallback}")
+        if self._engine is None:
+            lines.append("not analysed yet: the model needs a condition")
+        else:
+            lines.append(self._engine.explain())
+        return "\n".join(lines)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int | torch.Generator | None = None,
+        noise: Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        known: Tensor | None = None,
+        known_mask: Tensor | None = None,
+        condition: Any = None,
+        progress: bool = False,
+        return_log_prob: bool = False,
+        batch_size: int | None = None,
+    ) -> Any:
+        """Draws n images.
+
+        Args:
+            n: number of images; 0 gives an empty tensor.
+            seed: an int, the same noise on every device and for every batch_size, or a torch.Generator of any
+                device. None: torch's default generator of the model's device.
+            noise: instead of a seed, float32 uniforms in [0, 1) of shape `noise_shape(n)`.
+            temperature: divides the logits (and multiplies the scales of logistics); 0 takes the mode.
+            top_k: only the k most probable levels of a draw.
+            top_p: only the fewest most probable levels of a draw that together have this probability.
+            known: integer levels, broadcastable to (n, C, H, W); read where known_mask is True.
+            known_mask: bool, broadcastable to (n, C, H, W), True where the level in `known` is kept.
+            condition: what the model is conditioned on: any pytree whose tensors have one row an image, or one for
+                all; an int is one class for all. None: the condition given to `accelerate`.
+            progress: whether to show a bar.
+            return_log_prob: whether to return the log-likelihoods, too.
+            batch_size: most images at once. None: all, and on a device out of memory half as many, and so on.
+
+        Returns:
+            int64 levels (n, C, H, W) on the model's device; with return_log_prob, and (n,) float64 nats: of the
+            whole images, known pixels included, under the model as it is (temperature 1).
+
+        Raises:
+            TypeError, ValueError: an argument is wrong.
+            FloatingPointError: the model's output at a draw was NaN.
+        """
+        n = _checked_count("n", n, 0)
+        if batch_size is not None:
+            batch_size = _checked_count("batch_size", batch_size, 1)
+        device = self._device()
+        distribution = _tempered(self.distribution, temperature, top_k, top_p)
+        if noise is None:
+            noise = uniforms(self.noise_shape(n), seed, device)
+        elif seed is not None:
+            raise ValueError(f"seed and noise exclude each other, got seed={seed!r} and a noise tensor")
+        else:
+            check_noise(noise, self.noise_shape(n))
+        known, known_mask = self._checked_known(known, known_mask, n, device)
+        if condition is None:
+            condition = self.condition
+        if n == 0:
+            nothing = torch.empty((0, *self.shape), dtype=torch.long, device=device)
+            return (nothing, torch.empty(0, dtype=torch.float64, device=device)) if return_log_prob else nothing
+        condition = rows_for(condition, n, device)
+        if self._engine is None or (self._snapshot is not None and self._snapshot.differs(self.model)):
+            self._probe(condition)
+            self._build(condition)
+        whole = Job(n, self.shape, noise.to(device), distribution, known, known_mask, condition, return_log_prob)
+        parts = self._run(whole, batch_size, progress)
+        if any(bool(part.bad) for part in parts):
+            raise FloatingPointError("the model's output is NaN at a pixel that was to be drawn")
+        levels = torch.cat([part.levels for part in parts])
+        if not return_log_prob:
+            return levels
+        return levels, torch.cat([part.log_prob for part in parts if part.log_prob is not None])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave out what can be made again."""
+        return self.__dict__ | {"_engine": None, "_snapshot": None}
+
+    def _run(self, whole: Job, batch_size: int | None, progress: bool) -> list[Drawn]:
+        from tqdm.auto import tqdm
+
+        draws = self.shape[0] * self.shape[1] * self.shape[2]
+        parts: list[Drawn] = []
+        start, most = 0, min(size for size in (whole.n, batch_size, self._most) if size is not None)
+        with tqdm(total=whole.n * draws, unit="draw", disable=not progress) as bar:
+
+            def advance(images: int, done: int) -> None:
+                bar.update(images * done)
+
+            while start < whole.n:
+                stop = min(start + most, whole.n)
+                size = stop - start
+                try:
+                    part = self._ready().run(_part(whole, start, stop, partial(advance, size)))
+                except torch.OutOfMemoryError:
+                    if size == 1:
+                        raise
+                else:
+                    parts.append(part)
+                    start = stop
+                    continue
+                # Out of the handler, whose traceback would keep the memory of the failed batch.
+                self._most = most = size // 2
+                bar.update(start * draws - bar.n)
+                torch.cuda.empty_cache()
+        return parts
+
+    def _probe(self, condition: Any) -> None:
+        """One pass over two blank images, so that what does not fit together fails here with a plain error."""
+        device = self._device()
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        levels = torch.zeros((2, *self.shape), dtype=torch.long, device=device)
+        noise = torch.zeros(self.noise_shape(2), device=device)
+        with torch.no_grad():
+            params = whole_pass(self.model, self._encode(), levels, example(condition, device))
+            draw_image(Job(2, self.shape, noise, self.distribution), params)
+            for buffer, before in buffers:  # a normalization in training mode counts batches
+                buffer.copy_(before)
+
+    def _build(self, condition: Any) -> None:
+        """Makes the engine, and remembers the model as it is now."""
+        self._fallback = None
+        if self.backend in WHOLE_PASSES:
+            # These follow every change of the model by themselves, a change of dtype included.
+            self._engine = WHOLE_PASSES[self.backend](self.model, self.shape, lambda levels: self._encode()(levels))
+            return
+        from fastgen.sampling.engine import Unsupported, build_engine
+
+        encode, condition = self._encode(), example(condition, self._device())
+        try:
+            self._engine = build_engine(self.model, self.shape, self.distribution, encode, condition, self.backend)
+        except Unsupported as reason:
+            self._fallback = str(reason)
+            self._engine = FixedPoint(self.model, self.shape, encode)
+            warnings.warn(f"sampling falls back to the fixed_point backend: {reason}", stacklevel=4)
+        self._snapshot = Snapshot(self.model)
+
+    def _ready(self) -> Backend:
+        if self._engine is None:
+            raise RuntimeError("the model needs a condition: give one to accelerate, or call sample first")
+        return self._engine
+
+    def _device(self) -> torch.device:
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            return tensor.device
+        return torch.device("cpu")
+
+    def _encode(self) -> Callable[[Tensor], Tensor]:
+        if self.custom_encode is not None:
+            return self.custom_encode
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        levels = None if isinstance(self.distribution, Bernoulli) else _levels(self.distribution)
+        return partial(_encode_levels, levels=levels, dtype=dtype)
+
+    def _checked_known(
+        self, known: Tensor | None, known_mask: Tensor | None, n: int, device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Both broadcast to (n, C, H, W), levels 0 where not known."""
+        if (known is None) != (known_mask is None):
+            missing = "known" if known is None else "known_mask"
+            raise ValueError(f"known and known_mask go together, but {missing} is missing")
+        if known is None or known_mask is None:
+            return None, None
+        if not isinstance(known, Tensor) or known.is_floating_point() or known.is_complex():
+            got = known.dtype if isinstance(known, Tensor) else type(known).__name__
+            raise TypeError(f"known must be a tensor of integer levels, got {got}")
+        if not isinstance(known_mask, Tensor) or known_mask.dtype != torch.bool:
+            got = known_mask.dtype if isinstance(known_mask, Tensor) else type(known_mask).__name__
+            raise TypeError(f"known_mask must be a bool tensor, got {got}")
+        size = (n, *self.shape)
+        known = _broadcast("known", known, size).to(device, torch.long)
+        known_mask = _broadcast("known_mask", known_mask, size).to(device)
+        known = known.masked_fill(~known_mask, 0)
+        levels = _levels(self.distribution)
+        if levels is not None and may_read_values(known) and bool(((known < 0) | (known >= levels)).any()):
+            raise ValueError(
+                f"known must hold levels 0..{levels - 1} where known_mask is True, "
+                f"got {int(known.min())}..{int(known.max())}"
+            )
+        return known, known_mask
+
+
+def _part(whole: Job, start: int, stop: int, progress: Callable[[int], Any]) -> Job:
+    """Images start..stop-1 of a job."""
+    return Job(
+        stop - start,
+        whole.shape,
+        whole.noise[start:stop],
+        whole.distribution,
+        None if whole.known is None else whole.known[start:stop],
+        None if whole.known_mask is None else whole.known_mask[start:stop],
+        rows_between(whole.condition, start, stop),
+        whole.return_log_prob,
+        progress,
+    )
+
+
+def _tempered(distribution: Distribution, temperature: float, top_k: int | None, top_p: float | None) -> Distribution:
+    if temperature == 1 and top_k is None and top_p is None:
+        return distribution
+    tempered = getattr(distribution, "tempered", None)
+    if tempered is None:
+        raise ValueError(
+            f"temperature, top_k and top_p are not defined for {type(distribution).__name__}, which has no method "
+            f"`tempered`: got temperature={temperature!r}, top_k={top_k!r}, top_p={top_p!r}"
+        )
+    return tempered(temperature, top_k, top_p)
+
+
+def _encode_levels(x: Tensor, levels: int | None, dtype: torch.dtype) -> Tensor:
+    """Levels as floats: in [-1, 1], or as they are where `levels` is None."""
+    x = x.to(dtype)
+    return x if levels is None else x / (levels - 1) * 2 - 1
+
+
+def _levels(distribution: Distribution) -> int | None:
+    """How many levels a channel has, where the distribution says so."""
+    if isinstance(distribution, LogisticMixture):
+        return 256
+    if isinstance(distribution, Bernoulli):
+        return 2
+    levels = getattr(distribution, "levels", None)
+    return levels if isinstance(levels, int) else None
+
+
+def _takes_condition(model: nn.Module) -> bool:
+    """Whether the model's forward takes a second positional argument."""
+    try:
+        inspect.signature(model.forward).bind(None, None)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _checked_count(name: str, count: Any, least: int) -> int:
+    try:
+        value = operator.index(count)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {count!r}") from None
+    if isinstance(count, bool) or value < least:
+        raise ValueError(f"{name} must be an int >= {least}, got {count!r}")
+    return value
+
+
+def _checked_shape(shape: Any) -> tuple[int, int, int]:
+    try:
+        sizes = tuple(operator.index(size) for size in shape)
+    except TypeError:
+        sizes = ()
+    if len(sizes) != 3 or min(sizes) < 1:
+        raise ValueError(f"shape must be three positive ints (C, H, W), got {shape!r}")
+    return sizes[0], sizes[1], sizes[2]
+
+
+def _checked_distribution(distribution: Any, shape: tuple[int, int, int]) -> Distribution:
+    if isinstance(distribution, type) or not isinstance(distribution, Distribution):
+        raise TypeError(
+            "distribution must be an object with the methods noise_shape, draw and log_prob, such as "
+            f"fastgen.Categorical(256), got {distribution!r}"
+        )
+    noise_shape = tuple(distribution.noise_shape(2, shape))
+    if len(noise_shape) != 4 or noise_shape[0] != 2 or noise_shape[2:] != shape[1:]:
+        raise ValueError(
+            f"distribution.noise_shape(2, {shape}) must be (2, U, {shape[1]}, {shape[2]}), got {noise_shape}"
+        )
+    return distribution
+
+
+def _broadcast(name: str, tensor: Tensor, size: tuple[int, ...]) -> Tensor:
+    try:
+        return tensor.expand(size)
+    except RuntimeError:
+        raise ValueError(f"{name} must be broadcastable to {size}, got the shape {tuple(tensor.shape)}") from None

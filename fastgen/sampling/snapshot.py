@@ -1,0 +1,39 @@
+"""Notices that a model has changed since something was derived from it."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+class Snapshot:
+    """A copy of a model's parameters, buffers and modes. Values are compared, because a change through `.data`
+    leaves neither version counter nor address behind."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = _modules(model)
+        self.tensors = {name: tensor.detach().clone() for name, tensor in _tensors(model)}
+
+    @torch.no_grad()
+    def differs(self, model: nn.Module) -> bool:
+        """Whether anything is not as it was: values, dtypes, devices, modules, training modes."""
+        tensors = dict(_tensors(model))
+        if self.modules != _modules(model) or self.tensors.keys() != tensors.keys():
+            return True
+        changed = []
+        for name, old in self.tensors.items():
+            new = tensors[name]
+            if (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
+                return True
+            changed.append(((old != new) & ((old == old) | (new == new))).any())  # NaN is no change of NaN
+        # One read for all tensors: on a GPU each would wait for the device.
+        return bool(changed) and bool(torch.stack([flag.to(changed[0].device) for flag in changed]).any())
+
+
+def _modules(model: nn.Module) -> list[tuple[str, type, bool]]:
+    return [(name, type(module), module.training) for name, module in model.named_modules()]
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
