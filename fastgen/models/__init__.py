@@ -4,6 +4,7 @@ from fastgen.models.autoencoder import Autoencoder
 from fastgen.models.gated_pixelcnn import GatedPixelCNN
 from fastgen.models.pixelcnn import PixelCNN
 from fastgen.models.pixelcnnpp import PixelCNNPP
+from fastgen.models.pixelrnn import PixelRNN
 from fastgen.models.vae import VAE
 
-__all__ = ["VAE", "Autoencoder", "GatedPixelCNN", "PixelCNN", "PixelCNNPP"]
+__all__ = ["VAE", "Autoencoder", "GatedPixelCNN", "PixelCNN", "PixelCNNPP", "PixelRNN"]

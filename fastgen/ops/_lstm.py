@@ -95,4 +95,10 @@ def runs_triton(impl: str, gates: Tensor) -> bool:
 def empty_maps(like: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """(B, channels, H, W), uninitialized, in the layout that the scans write: channels-last."""
     batch, _, height, width = like.shape
-    return like.new_empty((batch, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
+    size = (batch, channels, height, width)
+    return torch.empty(size, dtype=dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def own(maps: Tensor) -> Tensor:
+    """A copy in that layout that is no view: PyTorch forbids users to write into views that an operator returns."""
+    return empty_maps(maps, maps.shape[1], maps.dtype).copy_(maps)

@@ -14,6 +14,7 @@ from fastgen.ops._lstm import (
     lstm_cell,
     lstm_cell_backward,
     needs_gradient,
+    own,
     runs_triton,
     under_autocast,
 )
@@ -130,7 +131,7 @@ def _diagonal_lstm(gates: Tensor, weight: Tensor, reverse: bool, triton: bool = 
         from fastgen.kernels.diagonal_lstm import diagonal_lstm_forward
 
         return diagonal_lstm_forward(gates, weight, reverse, save=False)[0]
-    return _scan(gates, weight, reverse)[0]
+    return own(_scan(gates, weight, reverse)[0])
 
 
 @_diagonal_lstm.register_fake
@@ -145,7 +146,8 @@ def _saving(gates: Tensor, weight: Tensor, reverse: bool, triton: bool) -> tuple
         from fastgen.kernels.diagonal_lstm import diagonal_lstm_forward
 
         return diagonal_lstm_forward(gates, weight, reverse, save=True)
-    return _scan(gates, weight, reverse)
+    hidden, activated, cell = _scan(gates, weight, reverse)
+    return own(hidden), own(activated), own(cell)
 
 
 @_saving.register_fake
@@ -166,7 +168,7 @@ def _backward(
         from fastgen.kernels.diagonal_lstm import diagonal_lstm_backward
 
         return diagonal_lstm_backward(grad_hidden, activated, cell, weight, reverse)
-    return _scan_backward(grad_hidden, activated, cell, weight, reverse)
+    return own(_scan_backward(grad_hidden, activated, cell, weight, reverse))
 
 
 @_backward.register_fake

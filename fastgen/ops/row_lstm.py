@@ -11,15 +11,16 @@ from fastgen.ops._lstm import (
     lstm_cell,
     lstm_cell_backward,
     needs_gradient,
+    own,
     runs_triton,
     under_autocast,
 )
 
 
 def row_lstm_cell(gates: Tensor, weight: Tensor, hidden_above: Tensor, cell_above: Tensor) -> tuple[Tensor, Tensor]:
-    """One pixel of `row_lstm`: gates (B, 4h), hidden_above (B, h, k) the states above, centred on it, cell_above (B, h).
+    """One pixel of `row_lstm`: gates (B, 4h), hidden_above (B, h, k) the states above, cell_above (B, h).
 
-    Zeros stand outside the image. The cell state is float32 (float64 for float64).
+    The k states are centred on the pixel, zeros outside the image. The cell state is float32 (float64 for float64).
 
     Returns:
         (hidden, cell), (B, h) each.
@@ -86,7 +87,7 @@ def _row_lstm(gates: Tensor, weight: Tensor, triton: bool = False) -> Tensor:
         from fastgen.kernels.row_lstm import row_lstm_forward
 
         return row_lstm_forward(gates, weight, save=False)[0]
-    return _scan(gates, weight)[0]
+    return own(_scan(gates, weight)[0])
 
 
 @_row_lstm.register_fake
@@ -101,7 +102,8 @@ def _saving(gates: Tensor, weight: Tensor, triton: bool) -> tuple[Tensor, Tensor
         from fastgen.kernels.row_lstm import row_lstm_forward
 
         return row_lstm_forward(gates, weight, save=True)
-    return _scan(gates, weight)
+    hidden, activated, cell = _scan(gates, weight)
+    return own(hidden), own(activated), own(cell)
 
 
 @_saving.register_fake
@@ -120,7 +122,7 @@ def _backward(grad_hidden: Tensor, activated: Tensor, cell: Tensor, weight: Tens
         from fastgen.kernels.row_lstm import row_lstm_backward
 
         return row_lstm_backward(grad_hidden, activated, cell, weight)
-    return _scan_backward(grad_hidden, activated, cell, weight)
+    return own(_scan_backward(grad_hidden, activated, cell, weight))
 
 
 @_backward.register_fake

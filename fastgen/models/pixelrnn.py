@@ -1,0 +1,100 @@
+"""PixelRNN (van den Oord et al. 2016, "Pixel Recurrent Neural Networks", sections 3.3 to 3.5 and table 1)."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastgen.distributions import Categorical
+from fastgen.models.autoregressive import AutoregressiveModel
+from fastgen.models.pixelcnn import channels_of, logits_of_colours
+from fastgen.nn import DiagonalBiLSTM, MaskedConv2d, RowLSTM
+from fastgen.nn.gated import ClassBias
+
+KINDS = ("diagonal_bilstm", "row_lstm")
+
+
+class PixelRNN(AutoregressiveModel):
+    """A 7x7 convolution of mask type A, residual LSTM layers, two 1x1 layers, a softmax for every colour.
+
+    Args:
+        shape: (C, H, W); with C = 3 the colours are ordered R, G, B.
+        levels: number of levels of a channel.
+        kind: "diagonal_bilstm", whose layers see every pixel before, or "row_lstm", whose layers see a triangle.
+        hidden_channels: h, units of a layer; the residual stream has 2h. Rounded up to a multiple of C.
+        layers: number of LSTM layers.
+        n_classes: number of classes of a class-conditional model, None for an unconditional one.
+        head_channels: feature maps of the last layers, rounded up to a multiple of C; None is 2h.
+        skewed_padding: see `fastgen.nn.DiagonalLSTM`; only for "diagonal_bilstm".
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        levels: int = 256,
+        *,
+        kind: str = "diagonal_bilstm",
+        hidden_channels: int = 128,
+        layers: int = 12,
+        n_classes: int | None = None,
+        head_channels: int | None = None,
+        skewed_padding: bool = False,
+    ) -> None:
+        super().__init__(shape, levels, Categorical(levels, layout="BKCHW"), n_classes)
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+        if skewed_padding and kind != "diagonal_bilstm":
+            raise ValueError(f"skewed_padding is an option of kind='diagonal_bilstm', got kind={kind!r}")
+        for name, count in (("hidden_channels", hidden_channels), ("layers", layers)):
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name} must be an int >= 1, got {count!r}")
+        colours = shape[0]
+        h = channels_of(hidden_channels, colours)
+        head = channels_of(2 * h if head_channels is None else head_channels, colours)
+        options: dict[str, Any] = {"mask_type": "B", "data_channels": colours}
+
+        def scan() -> nn.Module:
+            if kind == "row_lstm":
+                return RowLSTM(2 * h, h, **options)
+            return DiagonalBiLSTM(2 * h, h, skewed_padding=skewed_padding, **options)
+
+        self.input = MaskedConv2d(colours, 2 * h, 7, padding=3, mask_type="A", data_channels=colours)
+        self.blocks = nn.ModuleList(
+            ResidualLSTM(scan(), MaskedConv2d(h, 2 * h, 1, **options), n_classes) for _ in range(layers)
+        )
+        self.head = nn.Sequential(
+            nn.ReLU(),
+            MaskedConv2d(2 * h, head, 1, activation="relu", **options),
+            MaskedConv2d(head, colours * levels, 1, **options),
+        )
+
+    @classmethod
+    def mnist(cls, **options: Any) -> "PixelRNN":
+        """The paper's Diagonal BiLSTM for binarized MNIST: 7 layers of 16 units, two levels."""
+        return cls((1, 28, 28), **{"levels": 2, "hidden_channels": 16, "layers": 7, "head_channels": 32, **options})
+
+    @classmethod
+    def cifar10(cls, **options: Any) -> "PixelRNN":
+        """The paper's Diagonal BiLSTM for CIFAR-10: 12 layers of 128 units (129: a third each for R, G and B)."""
+        return cls((3, 32, 32), **{"hidden_channels": 128, "layers": 12, "head_channels": 1024, **options})
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Levels (B, C, H, W), integers or floats in [-1, 1], and classes (B,) -> logits (B, K, C, H, W)."""
+        self.check_condition(condition)
+        features = self.input(self.encode(x))
+        for block in self.blocks:
+            features = block(features, condition)
+        return logits_of_colours(self.head(features), self.shape[0])
+
+
+class ResidualLSTM(nn.Module):
+    """Figure 5 (right): 2h features -> LSTM -> h -> 1x1 -> 2h, added to the input; the class is added to the LSTM's."""
+
+    def __init__(self, scan: nn.Module, expand: MaskedConv2d, n_classes: int | None) -> None:
+        super().__init__()
+        self.scan = scan
+        self.expand = expand
+        self.condition = None if n_classes is None else ClassBias(n_classes, expand.out_channels)
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        seen = x if self.condition is None else x + self.condition(condition)
+        return x + self.expand(self.scan(seen))

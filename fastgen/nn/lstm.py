@@ -1,0 +1,179 @@
+"""The layers of PixelRNN (van den Oord et al. 2016, sections 3.1 and 3.2)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastgen.nn.masked_conv import MaskedConv2d
+from fastgen.ops import causal_mask, diagonal_lstm, row_lstm
+
+CLOSED = -1e4  # a gate that is exactly 0 after its sigmoid, in every float type
+
+
+class _ScanLSTM(nn.Module):
+    """The masked input-to-state convolution and the state-to-state weights; bias 1 on the forget gate at the start."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        kernel_size: tuple[int, int],
+        state_taps: int,
+        mask_type: str,
+        data_channels: int,
+    ) -> None:
+        super().__init__()
+        if not isinstance(hidden_channels, int) or hidden_channels < 1 or hidden_channels % data_channels:
+            raise ValueError(
+                f"hidden_channels must be a positive multiple of data_channels = {data_channels}, so that every colour "
+                f"has its group of units; got {hidden_channels!r}"
+            )
+        # Each gate has its own colour groups. States come from other pixels, of which all colours may be seen.
+        mask = causal_mask(mask_type, hidden_channels, in_channels, kernel_size, data_channels).repeat(4, 1, 1, 1)
+        padding = (kernel_size[0] // 2, kernel_size[1] // 2)
+        self.input_to_state = MaskedConv2d(in_channels, 4 * hidden_channels, kernel_size, padding=padding, mask=mask)
+        self.state_to_state = nn.Parameter(torch.empty(4 * hidden_channels, hidden_channels, state_taps))
+        bound = (state_taps * hidden_channels) ** -0.5
+        nn.init.uniform_(self.state_to_state, -bound, bound)
+        with torch.no_grad():
+            self.bias[hidden_channels : 2 * hidden_channels] = 1
+
+    @property
+    def bias(self) -> Tensor:
+        """Of the gates, (4h,): the convolution's."""
+        bias = self.input_to_state.bias
+        assert bias is not None
+        return bias
+
+
+class DiagonalLSTM(_ScanLSTM):
+    """A diagonal LSTM over the image: a pixel sees what is above and to the left of it, its quadrant.
+
+    The input-to-state convolution is the paper's 1x1 for mask type "B". For "A", where a 1x1 convolution would see
+    nothing, it is 3x3. State-to-state weights (4h, h, 2) are those of `fastgen.ops.diagonal_lstm`, one tap for the
+    pixel above, one for the pixel to the left, and the convolution's bias is the only one.
+
+    Args:
+        in_channels: channels of the input.
+        hidden_channels: units h, the channels of the output.
+        mask_type: "A" hides the pixel itself (a first layer, on the image), "B" shows it.
+        data_channels: number of colours, see `fastgen.ops.causal_mask`; in_channels and hidden_channels are multiples.
+        reverse: scan from the right: a pixel then sees what is above and to the right of it, so that the layer alone
+            is not causal. Input to a scan from the right should be masked for what `DiagonalBiLSTM` does with it.
+        skewed_padding: states as in implementations that skew a zero-padded image (row i shifted right by i): there
+            the LSTM runs through the padding as well, where its input is the bias, so that the state to the left of
+            column 0 is not 0 but that of i steps on the bias alone. Loads their checkpoints, the biases of their two
+            convolutions added; costs H - 1 more columns.
+
+    Raises:
+        ValueError: channels that are no multiples of data_channels, an unknown mask type.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        *,
+        mask_type: str,
+        data_channels: int = 1,
+        reverse: bool = False,
+        skewed_padding: bool = False,
+    ) -> None:
+        kernel = (3, 3) if mask_type == "A" else (1, 1)
+        super().__init__(in_channels, hidden_channels, kernel, 2, mask_type, data_channels)
+        self.reverse = reverse
+        self.skewed_padding = skewed_padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, hidden_channels, H, W)."""
+        gates = self.input_to_state(x)
+        if not self.skewed_padding:
+            return diagonal_lstm(gates, self.state_to_state, reverse=self.reverse)
+        padding = self._padding(gates)
+        width = gates.shape[3]
+        if self.reverse:
+            gates = torch.cat((gates, padding.flip(3)), 3)
+            return diagonal_lstm(gates, self.state_to_state, reverse=True)[..., :width]
+        return diagonal_lstm(torch.cat((padding, gates), 3), self.state_to_state)[..., padding.shape[3] :]
+
+    def _padding(self, gates: Tensor) -> Tensor:
+        """(B, 4h, H, H - 1): row i ends with i columns of bias, and what comes before has the input gate closed, so
+        that state begins, from 0, with the bias."""
+        height = gates.shape[2]
+        bias = self.bias.to(gates.dtype)
+        output, forget, _, content = bias.chunk(4)
+        closed = torch.cat((output, forget, torch.full_like(output, CLOSED), content))
+        place = torch.arange(height, device=gates.device)
+        biased = place[:, None] + place[: height - 1] >= height - 1
+        padding = torch.where(biased, bias[:, None, None], closed[:, None, None])
+        return padding.expand(gates.shape[0], -1, -1, -1)
+
+
+class DiagonalBiLSTM(nn.Module):
+    """The Diagonal BiLSTM: one scan from the left, one from the right; together a pixel sees all pixels before it.
+
+    The scan from the right sees the rest of a pixel's own row. Its states are therefore shifted down by one row before
+    they are added to the others (section 3.2): what is added to a pixel comes from the rows above it. For the same
+    reason its input needs no mask, neither of the centre nor of colours. Units of both scans have their own weights.
+
+    Args:
+        in_channels, hidden_channels, mask_type, data_channels, skewed_padding: as in `DiagonalLSTM`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        *,
+        mask_type: str,
+        data_channels: int = 1,
+        skewed_padding: bool = False,
+    ) -> None:
+        super().__init__()
+        self.from_left = DiagonalLSTM(
+            in_channels,
+            hidden_channels,
+            mask_type=mask_type,
+            data_channels=data_channels,
+            skewed_padding=skewed_padding,
+        )
+        self.from_right = DiagonalLSTM(
+            in_channels, hidden_channels, mask_type="B", reverse=True, skewed_padding=skewed_padding
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, hidden_channels, H, W)."""
+        return self.from_left(x) + F.pad(self.from_right(x)[:, :, :-1], (0, 0, 1, 0))
+
+
+class RowLSTM(_ScanLSTM):
+    """The Row LSTM: all pixels of a row at once from the row above; a pixel sees a triangle above it.
+
+    The input-to-state convolution is the paper's 1x3, masked, for mask type "B", and 3x3 for "A". State-to-state
+    weights (4h, h, kernel_size) are those of `fastgen.ops.row_lstm`.
+
+    Args:
+        in_channels, hidden_channels, mask_type, data_channels: as in `DiagonalLSTM`.
+        kernel_size: odd, states of the row above that a pixel sees.
+
+    Raises:
+        ValueError: as in `DiagonalLSTM`, and for a kernel_size that is not odd.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        *,
+        mask_type: str,
+        data_channels: int = 1,
+        kernel_size: int = 3,
+    ) -> None:
+        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be an odd int >= 1, got {kernel_size!r}")
+        kernel = (3, 3) if mask_type == "A" else (1, 3)
+        super().__init__(in_channels, hidden_channels, kernel, kernel_size, mask_type, data_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, hidden_channels, H, W)."""
+        return row_lstm(self.input_to_state(x), self.state_to_state)
