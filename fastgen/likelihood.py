@@ -47,9 +47,7 @@ def log_likelihoods(
     """
     if isinstance(model, nn.Module) and model.training:
         raise ValueError("model is in training mode (dropout is on): call model.eval() before scoring")
-    device = (
-        next((parameter.device for parameter in model.parameters()), None) if isinstance(model, nn.Module) else None
-    )
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     conditional = condition is not None or getattr(model, "n_classes", None) is not None
     found = [torch.zeros(0, dtype=torch.float64)]
     for x, classes in _batches(images, condition, batch_size):
