@@ -9,9 +9,17 @@ A distribution is any object with
 where, at one pixel, params (n, ...) is the model's output, noise (n, U) float32 the uniforms in [0, 1), channel
 the channel to draw and previous (n, channel) the levels already drawn there. The three below accept any further
 trailing dimensions (a whole image) as well, which is how an image is scored or checked in one call.
-`tempered(temperature, top_k, top_p)`, where present, returns the distribution with these sampling options.
+
+Three further methods are used where they are present:
+
+    tempered(temperature, top_k, top_p) -> the distribution with these sampling options
+    uncertain(params, noise, channel, previous, error) -> (n,) bool, True where an absolute error of at most `error`
+        in every entry of params could change the level that `draw` gives for this noise; conservative
+    check_params(params, channels), which raises ValueError where the model's output at a pixel does not fit
 """
 
+import math
+import numbers
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -40,12 +48,19 @@ def _precise(params: Tensor) -> Tensor:
 
 
 def _check_options(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if not (isinstance(temperature, (int, float)) and 0 <= temperature < float("inf")):
+    if not (isinstance(temperature, numbers.Real) and 0 <= temperature < math.inf):
         raise ValueError(f"temperature must be a finite number >= 0, got {temperature!r}")
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+    if top_k is not None and (not isinstance(top_k, numbers.Integral) or isinstance(top_k, bool) or top_k < 1):
         raise ValueError(f"top_k must be an int >= 1 or None, got {top_k!r}")
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_p is not None and not (isinstance(top_p, numbers.Real) and 0 < top_p <= 1):
         raise ValueError(f"top_p must be in (0, 1] or None, got {top_p!r}")
+
+
+def _softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Over dim 1. The greatest logit is taken off first, so that a small temperature does not overflow."""
+    if temperature == 1:
+        return logits.softmax(1)
+    return ((logits - logits.amax(1, keepdim=True)) / temperature).softmax(1)
 
 
 def _first_exceeding(probabilities: Tensor, noise: Tensor) -> Tensor:
@@ -56,6 +71,34 @@ def _first_exceeding(probabilities: Tensor, noise: Tensor) -> Tensor:
     count = probabilities.shape[1]
     last_possible = count - 1 - (probabilities.flip(1) > 0).to(torch.uint8).argmax(1)
     return torch.minimum(index, last_possible)
+
+
+def _bounds(share: Tensor, error: float) -> tuple[Tensor, Tensor]:
+    """The least and the greatest probability (dim 1) that a set of levels can have instead of `share`, when every
+    logit moves by at most `error`: the log-odds of the set then move by at most 2 * error. A little wider, for the
+    rounding of sums."""
+    share = share.clamp(max=1)
+    shrink = math.exp(-2 * min(error, 300.0))
+    slack = share.shape[1] * torch.finfo(share.dtype).eps
+    low = share * shrink / (share * shrink + (1 - share))
+    high = share / (share + (1 - share) * shrink)
+    return low - slack, high + slack
+
+
+def _near_a_step(probabilities: Tensor, noise: Tensor, error: float) -> Tensor:
+    """Whether `_first_exceeding` could give another index when every logit moves by at most `error`."""
+    cumulative = probabilities.cumsum(1)
+    low, high = _bounds(cumulative[:, :-1] / cumulative[:, -1:], error)
+    noise = noise.unsqueeze(1)
+    return ((low <= noise) & (noise < high)).any(1)
+
+
+def _close_leaders(logits: Tensor, error: float) -> Tensor:
+    """Whether the index of the greatest logit could change when every logit moves by at most `error`."""
+    if logits.shape[1] == 1:
+        return torch.zeros_like(logits[:, 0], dtype=torch.bool)
+    first, second = logits.topk(2, 1).values.unbind(1)
+    return first - second <= 2 * error
 
 
 def _sum_all_but_batch(values: Tensor) -> Tensor:
@@ -115,11 +158,9 @@ class Categorical:
         logits = _precise(logits)
         if self.temperature == 0:
             return F.one_hot(logits.argmax(1), self.levels).movedim(-1, 1).to(logits.dtype)
-        if self.temperature != 1:
-            logits = logits / self.temperature
         if self.top_k is None and self.top_p is None:
-            return logits.softmax(1)
-        ranked, order = logits.softmax(1).sort(dim=1, descending=True, stable=True)
+            return _softmax(logits, self.temperature)
+        ranked, order = _softmax(logits, self.temperature).sort(dim=1, descending=True, stable=True)
         kept = torch.ones_like(ranked, dtype=torch.bool)
         if self.top_k is not None:
             kept[:, self.top_k :] = False
@@ -133,6 +174,37 @@ class Categorical:
         logits = self.logits(params).select(2, channel)
         return _first_exceeding(self.probabilities(logits), noise[:, channel])
 
+    def uncertain(self, params: Tensor, noise: Tensor, channel: int, previous: Tensor, error: float) -> Tensor:
+        logits = _precise(self.logits(params).select(2, channel))
+        if self.temperature == 0:
+            return _close_leaders(logits, error)
+        error = error / self.temperature
+        unsure = _near_a_step(self.probabilities(logits), noise[:, channel], error)
+        if self.top_k is None and self.top_p is None:
+            return unsure
+        # The set of kept levels changes where two in the ranking about its end could swap, or where the number kept
+        # by top_p could change.
+        ranked = logits.sort(dim=1, descending=True).values / self.temperature
+        swaps = ranked[:, :-1] - ranked[:, 1:] <= 2 * error + 1e-12
+        count = self.levels if self.top_k is None else min(self.top_k, self.levels)
+        if count < self.levels:
+            unsure = unsure | swaps[:, count - 1]
+        if self.top_p is not None and self.top_p < 1 and count > 1:
+            share = ranked[:, :count].softmax(1).cumsum(1)[:, :-1]
+            low, high = _bounds(share, error)
+            last = (share < self.top_p).sum(1, keepdim=True)  # rank of the last level kept
+            swaps = F.pad(swaps, (0, 1)).gather(1, last).squeeze(1)
+            unsure = unsure | swaps | ((low < self.top_p) & (self.top_p <= high)).any(1)
+        return unsure
+
+    def check_params(self, params: Tensor, channels: int) -> None:
+        found = self.logits(params).shape[2]
+        if found != channels:
+            raise ValueError(
+                f"params has the shape {tuple(params.shape)}, logits of {found} channels in the layout {self.layout} "
+                f"with {self.levels} levels; expected {channels} channels"
+            )
+
     def log_prob(self, params: Tensor, levels: Tensor) -> Tensor:
         log_probabilities = _precise(self.logits(params)).log_softmax(1)
         return _sum_all_but_batch(log_probabilities.gather(1, levels.unsqueeze(1)).squeeze(1))
@@ -143,6 +215,9 @@ class Bernoulli:
     """One logit for every channel of a pixel; levels 0 and 1, 1 where noise >= 1 - sigmoid(logit)."""
 
     temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_options(self.temperature, None, None)
 
     def noise_shape(self, n: int, shape: tuple[int, int, int]) -> tuple[int, ...]:
         return (n, *shape)
@@ -158,6 +233,21 @@ class Bernoulli:
         if self.temperature == 0:
             return (logit > 0).long()
         return (noise[:, channel] >= torch.sigmoid(-logit / self.temperature)).long()
+
+    def uncertain(self, params: Tensor, noise: Tensor, channel: int, previous: Tensor, error: float) -> Tensor:
+        logit = _precise(params[:, channel])
+        if self.temperature == 0:
+            return logit.abs() <= error
+        u = noise[:, channel]
+        slack = 4 * torch.finfo(logit.dtype).eps
+        low = torch.sigmoid(-(logit + error) / self.temperature) - slack
+        return (low <= u) & (u < torch.sigmoid(-(logit - error) / self.temperature) + slack)
+
+    def check_params(self, params: Tensor, channels: int) -> None:
+        if params.dim() < 2 or params.shape[1] != channels:
+            raise ValueError(
+                f"params has the shape {tuple(params.shape)}; expected a logit for each of {channels} channels on dim 1"
+            )
 
     def log_prob(self, params: Tensor, levels: Tensor) -> Tensor:
         return _sum_all_but_batch(-F.softplus(_precise(params) * (1 - 2 * levels)))
@@ -179,6 +269,7 @@ class LogisticMixture:
     def __post_init__(self) -> None:
         if not isinstance(self.n_mix, int) or self.n_mix < 1:
             raise ValueError(f"n_mix must be an int >= 1, got {self.n_mix!r}")
+        _check_options(self.temperature, None, None)
 
     def noise_shape(self, n: int, shape: tuple[int, int, int]) -> tuple[int, ...]:
         channels, height, width = shape
@@ -193,7 +284,7 @@ class LogisticMixture:
     def _split(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Logits (n, M, ...), means and log-scales (n, C, M, ...), coefficients (n, 3, M, ...) or None."""
         m = self.n_mix
-        if params.shape[1] not in (3 * m, 10 * m):
+        if params.dim() < 2 or params.shape[1] not in (3 * m, 10 * m):
             raise ValueError(
                 f"params has the shape {tuple(params.shape)}; expected {3 * m} (one channel) or {10 * m} (RGB) "
                 f"parameters a pixel on dim 1 for n_mix = {m}"
@@ -217,17 +308,50 @@ class LogisticMixture:
 
     def draw(self, params: Tensor, noise: Tensor, channel: int, previous: Tensor) -> Tensor:
         logits, means, log_scales, coefficients = self._split(params)
-        mean = self._mean(channel, means, coefficients, previous)
+        component = self._component(logits, noise)
+        mean = self._mean(channel, means, coefficients, previous).gather(1, component).squeeze(1)
+        return self._level(mean + self._offset(channel, log_scales, component, noise))
+
+    def uncertain(self, params: Tensor, noise: Tensor, channel: int, previous: Tensor, error: float) -> Tensor:
+        logits, means, log_scales, coefficients = self._split(params)
+        component = self._component(logits, noise)
         if self.temperature == 0:
-            component = logits.argmax(1, keepdim=True)
-            x = mean.gather(1, component).squeeze(1)
+            unsure = _close_leaders(logits, error)
         else:
-            weights = (logits / self.temperature).softmax(1)
-            component = _first_exceeding(weights, noise[:, 0]).unsqueeze(1)
-            u = noise[:, channel + 1].to(mean.dtype)
-            scale = log_scales[:, channel].gather(1, component).squeeze(1).exp() * self.temperature
-            x = mean.gather(1, component).squeeze(1) + scale * (u.log() - (-u).log1p())
+            unsure = _near_a_step(_softmax(logits, self.temperature), noise[:, 0], error / self.temperature)
+        # The mean moves by its own error and by those of its coefficients (the slope of tanh is at most 1) times the
+        # colours before, a scale by a factor of at most exp(error).
+        offset = self._offset(channel, log_scales, component, noise)
+        x = self._mean(channel, means, coefficients, previous).gather(1, component).squeeze(1) + offset
+        moved = error * (1 + (previous.to(x.dtype) / 127.5 - 1).abs().sum(1)) + 1e-12
+        moved = moved + offset.abs() * (math.expm1(min(error, 300.0)) + 1e-12)
+        return unsure | (self._level(x - moved) != self._level(x + moved))
+
+    def _component(self, logits: Tensor, noise: Tensor) -> Tensor:
+        """(n, 1): the component that the first uniform chooses."""
+        if self.temperature == 0:
+            return logits.argmax(1, keepdim=True)
+        return _first_exceeding(_softmax(logits, self.temperature), noise[:, 0]).unsqueeze(1)
+
+    def _offset(self, channel: int, log_scales: Tensor, component: Tensor, noise: Tensor) -> Tensor:
+        """(n,): how far from the component's mean the channel's own uniform falls."""
+        scale = log_scales[:, channel].gather(1, component).squeeze(1).exp()
+        if self.temperature == 0:
+            return torch.zeros_like(scale)
+        u = noise[:, channel + 1].to(scale.dtype)
+        return scale * self.temperature * (u.log() - (-u).log1p())
+
+    @staticmethod
+    def _level(x: Tensor) -> Tensor:
         return ((x.clamp(-1, 1) + 1) * 127.5).round().nan_to_num(0).long()
+
+    def check_params(self, params: Tensor, channels: int) -> None:
+        found = self._split(params)[1].shape[1]
+        if found != channels:
+            raise ValueError(
+                f"params has the shape {tuple(params.shape)}, a mixture of n_mix = {self.n_mix} for {found} channels; "
+                f"expected {channels} channels (1 or 3)"
+            )
 
     def log_prob(self, params: Tensor, levels: Tensor) -> Tensor:
         """Exact: log(sigmoid(a) - sigmoid(b)) = logsigmoid(a) + logsigmoid(-b) + log(1 - exp(b - a))."""

@@ -3,7 +3,7 @@
 import inspect
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ WHOLE_PASSES: dict[str, type[Naive | FixedPoint]] = {"naive": Naive, "fixed_poin
 
 def accelerate(
     model: nn.Module,
-    shape: tuple[int, int, int],
+    shape: Sequence[int],
     *,
     distribution: Distribution,
     encode: Callable[[Tensor], Tensor] | None = None,
@@ -62,7 +62,7 @@ class Sampler:
     def __init__(
         self,
         model: nn.Module,
-        shape: tuple[int, int, int],
+        shape: Sequence[int],
         distribution: Distribution,
         encode: Callable[[Tensor], Tensor] | None,
         condition: Any,
@@ -234,6 +234,9 @@ class Sampler:
         noise = torch.zeros(self.noise_shape(2), device=device)
         with torch.no_grad():
             params = whole_pass(self.model, self._encode(), levels, example(condition, device))
+            check_params = getattr(self.distribution, "check_params", None)
+            if check_params is not None:
+                check_params(params[..., 0, 0], self.shape[0])
             draw_image(Job(2, self.shape, noise, self.distribution), params)
             for buffer, before in buffers:  # a normalization in training mode counts batches
                 buffer.copy_(before)
