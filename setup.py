@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "fastgen/_version.py").read
 EXTRAS = {
     "demo": ["scikit-learn>=1.3"],
     "plots": ["matplotlib>=3.7"],
-    "data": ["datasets>=2.14", "torchvision"],
+    "data": ["datasets>=2.14"],
     "log": ["tensorboard"],
     "benchmarks": ["pytest>=7", "pytest-benchmark>=4", "matplotlib>=3.7"],
     "dev": ["pytest>=7", "pytest-benchmark>=4", "pytest-xdist", "hypothesis", "mpmath", "ruff", "mypy"],

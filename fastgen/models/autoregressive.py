@@ -32,7 +32,7 @@ class AutoregressiveModel(Rebuildable):
         super().__init__()
         if len(shape) != 3 or any(not isinstance(size, int) or size < 1 for size in shape):
             raise ValueError(f"shape must be three positive ints (C, H, W), got {shape!r}")
-        self.shape = tuple(shape)
+        self.shape: tuple[int, int, int] = (shape[0], shape[1], shape[2])
         self.levels = levels
         self.distribution = distribution
         self.n_classes = n_classes

@@ -1,0 +1,256 @@
+"""Where images come from. Nothing is unpickled, and nothing that is read is run."""
+
+import gzip
+import hashlib
+import os
+import tarfile
+import urllib.request
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastgen.data.dataset import Dataset, Split, assemble
+from fastgen.files import write_atomically
+
+PATCH = 32
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+GREY_MODES = {"1", "L", "LA"}
+COLOUR_MODES = {"RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB"}
+MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+MNIST_MD5 = {
+    "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+    "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+    "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+    "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+}
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/"
+CIFAR10_FILE = "cifar-10-binary.tar.gz"  # the "python version" is a pickle
+CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+CIFAR10_RECORD = 1 + 3 * 32 * 32  # a label, then the red, green and blue plane
+
+
+def digits() -> Dataset:
+    """1,797 digits of UCI's Optical Recognition of Handwritten Digits: the first 1,350 to train, the next 150 for
+    validation, the last 297 for test. Neighbours are often by one writer, so the last are of other writers."""
+    bunch = _sklearn_datasets().load_digits()
+    every = Split(
+        torch.from_numpy(bunch.images.astype(np.uint8)).unsqueeze(1), torch.from_numpy(bunch.target.astype(np.int64))
+    )
+    return Dataset("digits", 17, 10, every[:1350], every[1350:1500], every[1500:])
+
+
+def patches() -> Dataset:
+    """Patches of china.jpg and flower.jpg (427x640). Each photograph is cut by columns into a part to train (0..415,
+    patches at every eighth pixel), for validation (416..511) and for test (512..639), both cut into patches that do
+    not overlap."""
+    photographs = _sklearn_datasets().load_sample_images().images
+
+    def cut(left: int, right: int, stride: int) -> Split:
+        windows = [
+            torch.from_numpy(np.array(image))[:, left:right].unfold(0, PATCH, stride).unfold(1, PATCH, stride)
+            for image in photographs
+        ]
+        return Split(torch.cat([part.flatten(0, 1) for part in windows]).contiguous())
+
+    attribution = (
+        "photographs china.jpg by danielbuechele (flickr.com/photos/danielbuechele/6061409035) and flower.jpg by "
+        "vultilion (flickr.com/photos/vultilion/6056698931), CC BY 2.0, cut into patches"
+    )
+    return Dataset("patches", 256, None, cut(0, 416, 8), cut(416, 512, PATCH), cut(512, 640, PATCH), attribution)
+
+
+def _sklearn_datasets():
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise ValueError("this data set needs scikit-learn: pip install scikit-learn") from error
+    return datasets
+
+
+def npz(path: str) -> Dataset:
+    """Arrays `train`, `validation` and `test` (or `x_train`, ...; a single array, or `images`, is all to train), labels
+    under the same names with `_labels` (or `y_train`, ..., `labels`), and optionally the number `levels`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except FileNotFoundError as error:
+        raise ValueError(f"npz:{path}: no such file") from error
+    except Exception as error:  # NumPy has no kind of its own for a damaged file, or for one that holds objects
+        raise ValueError(f"npz:{path}: is not an .npz file of plain arrays ({error})") from error
+    levels = None
+    if "levels" in arrays:
+        count = arrays.pop("levels")
+        if count.ndim or not np.issubdtype(count.dtype, np.integer) or not 2 <= count <= 256:
+            raise ValueError(f"npz:{path}: levels must be one integer in 2..256, got {count!r}")
+        levels = int(count)
+    if len(arrays) == 1 and not {"train", "x_train"} & arrays.keys():
+        arrays = {"images": next(iter(arrays.values()))}
+    splits = {}
+    for name in ("train", "validation", "test"):
+        for images, labels in (
+            (name, f"{name}_labels"),
+            (f"x_{name}", f"y_{name}"),
+            *([("images", "labels")] if name == "train" else []),
+        ):
+            if images in arrays and name not in splits:
+                splits[name] = (arrays.pop(images), arrays.pop(labels, None))
+    if arrays or not splits:
+        raise ValueError(
+            f"npz:{path}: expected arrays named train, validation, test (or x_train, ..., or images) with labels named "
+            f"train_labels (or y_train, or labels), and levels; got {', '.join(sorted(arrays)) or 'nothing'}"
+        )
+    return assemble(splits, levels, f"npz:{path}")
+
+
+def folder(path: str) -> Dataset:
+    """Image files of one size, in PATH/train, PATH/validation and PATH/test, or all in PATH. Folders inside are
+    classes, numbered by their names in order, where every image is in one. Grey only if all images are grey."""
+    source, root = f"folder:{path}", Path(path)
+    if not root.is_dir():
+        raise ValueError(f"{source}: no such folder")
+    roots = {name: root / name for name in ("train", "validation", "test") if (root / name).is_dir()}
+    if "train" not in roots:
+        roots = {"train": root}
+    files = {name: _image_files(part) for name, part in roots.items()}
+    if not files["train"]:
+        raise ValueError(f"{source}: has no image files ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    kinds = {name: [file.relative_to(roots[name]).parts[:-1][:1] for file in found] for name, found in files.items()}
+    names = sorted({kind for found in kinds.values() for kind in found})
+    every = _pixels(((str(file), file) for found in files.values() for file in found), source)
+    splits, start = {}, 0
+    for name, found in files.items():
+        if found:
+            labels = None if () in names else np.array([names.index(kind) for kind in kinds[name]])
+            splits[name] = (every[start : start + len(found)], labels)
+            start += len(found)
+    return assemble(splits, 256, source)
+
+
+def _image_files(root: Path) -> list[Path]:
+    return sorted(file for file in root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+
+
+def _pixels(images: Iterable[tuple[str, Any]], source: str) -> np.ndarray:
+    """Images (each a name for errors, and a file or a PIL image) as uint8 (n, H, W), or (n, H, W, 3) where one of them
+    has colours."""
+    opened: list[tuple[str, Image.Image]] = []
+    for name, image in images:
+        try:
+            image = image if isinstance(image, Image.Image) else Image.open(image)
+            image.load()
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{source}: {name} is not an image that can be read ({error})") from error
+        if image.mode not in GREY_MODES | COLOUR_MODES:
+            raise ValueError(f"{source}: {name} has the mode {image.mode}, expected 8 bits a channel")
+        if opened and image.size != opened[0][1].size:
+            first, size = opened[0][0], "x".join(map(str, opened[0][1].size))
+            raise ValueError(
+                f"{source}: {name} is {image.size[0]}x{image.size[1]} and {first} is {size}; make them one size first"
+            )
+        opened.append((name, image))
+    mode = "L" if all(image.mode in GREY_MODES for _, image in opened) else "RGB"
+    return np.stack([np.asarray(image.convert(mode)) for _, image in opened])
+
+
+def hub(name: str) -> Dataset:
+    """A data set of the Hugging Face hub, or a folder that `datasets.load_dataset` reads. Its first column of images
+    is taken, and its first column of class labels."""
+    source = f"hf:{name}"
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"{source}: needs the datasets package: pip install datasets") from error
+    try:
+        loaded = datasets.load_dataset(name)
+    except Exception as error:  # network, missing names and damaged files each raise their own
+        raise ValueError(f"{source}: cannot be loaded ({error})") from error
+    splits: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+    parts = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+    chosen = {part: loaded[key] for part, keys in parts.items() for key in keys if key in loaded}
+    if "train" not in chosen:
+        raise ValueError(f"{source}: has no training images (its splits: {', '.join(loaded)})")
+    features = chosen["train"].features
+    columns = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
+    if not columns:
+        raise ValueError(f"{source}: has no column of images (its columns: {', '.join(features)})")
+    classes = [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    lengths = {part: len(rows) for part, rows in chosen.items()}
+    every = ((f"{part} {i}", row) for part, rows in chosen.items() for i, row in enumerate(rows[columns[0]]))
+    pixels, start = _pixels(every, source), 0
+    for part, length in lengths.items():
+        labels = np.array(chosen[part][classes[0]]) if classes else None
+        splits[part] = (pixels[start : start + length], labels)
+        start += length
+    return assemble(splits, 256, source)
+
+
+# --- downloaded once
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: the environment variable FASTGEN_DATA, or ~/.cache/fastgen."""
+    return Path(os.environ.get("FASTGEN_DATA") or Path.home() / ".cache" / "fastgen")
+
+
+def _fetched(name: str, url: str, md5: str) -> Path:
+    """The file of that name in the cache, downloaded and compared with its checksum where it is missing."""
+    path = cache_folder() / name
+    if path.is_file():
+        return path
+    try:
+        with urllib.request.urlopen(url + path.name, timeout=60) as response:
+            content = response.read()
+    except OSError as error:
+        raise OSError(f"{url}{path.name} cannot be downloaded ({error}); put the file at {path} by hand") from error
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if found != md5:
+        raise ValueError(f"{url}{path.name}: its MD5 is {found}, expected {md5}; nothing was saved")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically({path: content})
+    return path
+
+
+def mnist() -> Dataset:
+    """LeCun et al. 1998: 60,000 images, a tenth of them for validation, and 10,000 for test."""
+    files = [_idx(_fetched(f"mnist/{name}", MNIST_URL, md5)) for name, md5 in MNIST_MD5.items()]
+    return assemble({"train": (files[0], files[1]), "test": (files[2], files[3])}, 256, "mnist")
+
+
+def _idx(path: Path) -> np.ndarray:
+    """An array in MNIST's format: two zeros, type 8 (uint8), the number of dimensions, big-endian sizes, bytes."""
+    try:
+        content = gzip.decompress(path.read_bytes())
+        if content[:3] != b"\0\0\x08":
+            raise ValueError("it does not start as an IDX file of bytes")
+        sizes = np.frombuffer(content, ">u4", count=content[3], offset=4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(sizes.tolist())
+    except (ValueError, IndexError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it to download it again") from error
+
+
+def cifar10() -> Dataset:
+    """Krizhevsky 2009: 50,000 images, a tenth of them for validation, and 10,000 for test."""
+    path = _fetched(f"cifar10/{CIFAR10_FILE}", CIFAR10_URL, CIFAR10_MD5)
+    batches = {}
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            for member in archive:
+                name = Path(member.name).name
+                file = archive.extractfile(member) if name.endswith("_batch.bin") or "data_batch" in name else None
+                if file is not None:
+                    batches[name] = np.frombuffer(file.read(), np.uint8).reshape(-1, CIFAR10_RECORD)
+        test = batches.pop("test_batch.bin")
+        train = np.concatenate([batches[name] for name in sorted(batches)])
+    except (tarfile.TarError, ValueError, KeyError, EOFError, zlib.error, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it to download it again") from error
+    records = {"train": train, "test": test}
+    return assemble(
+        {name: (part[:, 1:].reshape(-1, 3, 32, 32), part[:, 0].astype(np.int64)) for name, part in records.items()},
+        256,
+        "cifar10",
+    )
