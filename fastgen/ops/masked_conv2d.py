@@ -2,6 +2,7 @@
 operator that visits only live weights, the public function."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +23,20 @@ def masked_conv2d_reference(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     activation: str = "none",
+    condition: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The definition: arguments and result as in `masked_conv2d`, any float dtype, differentiable by autograd."""
     live = weight if mask is None else torch.where(mask, weight, 0)
     geometry = (as_pair("stride", stride, 1), as_pair("padding", padding, 0), as_pair("dilation", dilation, 1))
     out = F.conv2d(x, live, bias, *geometry)
+    if condition is not None:
+        out = out + condition[..., None, None]
     if activation == "relu":
-        return out.relu()
-    return gate(out) if activation == "gated" else out
+        out = out.relu()
+    if activation == "gated":
+        out = gate(out)
+    return out if residual is None else out + residual
 
 
 def gate(pre: Tensor) -> Tensor:
@@ -47,87 +54,138 @@ def _operator(
     weight: Tensor,
     mask: Tensor | None,
     bias: Tensor | None,
+    condition: Tensor | None,
+    residual: Tensor | None,
+    other: Tensor | None,
+    other_weight: Tensor | None,
     stride: list[int],
     padding: list[int],
     dilation: list[int],
     activation: str,
-    save: bool,
+    keep: str,
 ) -> tuple[Tensor, Tensor]:
-    """The result and, where `save` asks for it, what the gate needs in the backward: its input (B, O, H', W')."""
-    from fastgen.kernels.masked_conv2d import masked_conv2d_forward
+    """As `fused` below, and what is kept: with a gate its second half's input (B, O / 2, H', W') where keep is
+    "valve", both halves' (B, O, H', W'), differentiable, where it is "both"; else empty."""
+    from fastgen.kernels import masked_conv2d as kernels
 
-    return masked_conv2d_forward(x, weight, mask, bias, stride, padding, dilation, activation, save)
+    tensors = (x, weight, mask, bias, condition, residual, other, other_weight)
+    return kernels.forward(*tensors, stride, padding, dilation, activation, keep)
 
 
 @_operator.register_fake
-def _(x, weight, mask, bias, stride, padding, dilation, activation, save):
-    size = _out_size(x, weight, stride, padding, dilation)
-    channels = weight.shape[0] // 2 if activation == "gated" else weight.shape[0]
-    pre = _empty_maps(x, weight.shape[0], size) if save and activation == "gated" else x.new_empty(0)
-    return _empty_maps(x, channels, size), pre
+def _(x, weight, mask, bias, condition, residual, other, other_weight, stride, padding, dilation, activation, keep):
+    size = [
+        (x.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (weight.shape[2 + axis] - 1) - 1) // stride[axis] + 1
+        for axis in range(2)
+    ]
+    half = weight.shape[0] // 2
+    out = _empty_map(x, half if activation == "gated" else weight.shape[0], size)
+    return out, _empty_map(x, {"valve": half, "both": 2 * half}[keep], size) if keep else x.new_empty(0)
 
 
 @torch.library.custom_op("fastgen::masked_conv2d_backward", mutates_args=())
 def _backward_operator(
-    grad: Tensor,
+    grad: Tensor | None,
+    grad_pre: Tensor | None,
     x: Tensor,
     weight: Tensor,
     mask: Tensor | None,
+    out: Tensor,
     kept: Tensor,
+    other: Tensor | None,
+    other_weight: Tensor | None,
     stride: list[int],
     padding: list[int],
     dilation: list[int],
     activation: str,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias, empty where not wanted; kept: the output (relu), the gate's input (gated)."""
-    from fastgen.kernels.masked_conv2d import masked_conv2d_backward
+) -> list[Tensor]:
+    """Gradients of x, weight, bias, condition, other and other_weight, empty where not wanted."""
+    from fastgen.kernels import masked_conv2d as kernels
 
-    return masked_conv2d_backward(grad, x, weight, mask, kept, stride, padding, dilation, activation, wanted)
+    tensors = (grad, grad_pre, x, weight, mask, out, kept, other, other_weight)
+    return kernels.backward(*tensors, stride, padding, dilation, activation, wanted)
 
 
 @_backward_operator.register_fake
-def _(grad, x, weight, mask, kept, stride, padding, dilation, activation, wanted):
-    return (
-        _empty_maps(x, x.shape[1], x.shape[2:]) if wanted[0] else x.new_empty(0),
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[1] else x.new_empty(0),
-        weight.new_empty(weight.shape[0]) if wanted[2] else x.new_empty(0),
-    )
+def _(grad, grad_pre, x, weight, mask, out, kept, other, other_weight, stride, padding, dilation, activation, wanted):
+    found = [x.new_empty(0) for _ in wanted]
+    for index, read in ((0, x), (4, other)):
+        if wanted[index]:
+            found[index] = _empty_map(read, read.shape[1], read.shape[2:])
+    for index, read in ((1, weight), (5, other_weight)):
+        if wanted[index]:
+            found[index] = torch.empty_like(read, memory_format=torch.contiguous_format)
+    if wanted[2]:
+        found[2] = weight.new_empty(weight.shape[0])
+    if wanted[3]:
+        found[3] = x.new_empty(x.shape[0], weight.shape[0])
+    return found
 
 
-def _out_size(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> list[int]:
-    return [
-        (x.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (weight.shape[2 + axis] - 1) - 1) // stride[axis] + 1
-        for axis in range(2)
-    ]
-
-
-def _empty_maps(like: Tensor, channels: int, size) -> Tensor:
+def _empty_map(like: Tensor, channels: int, size) -> Tensor:
     """(B, channels, *size), uninitialized, in the layout that the kernels write: channels-last."""
     return like.new_empty((like.shape[0], *size, channels)).permute(0, 3, 1, 2)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, mask, bias, ctx.stride, ctx.padding, ctx.dilation, ctx.activation, _ = inputs
-    out, pre = output
-    ctx.mark_non_differentiable(pre)
-    ctx.with_bias = bias is not None
-    kept = {"none": None, "relu": out, "gated": pre}[ctx.activation]
-    ctx.save_for_backward(x, weight, mask, kept)
+    x, weight, mask, _, _, _, other, other_weight, ctx.stride, ctx.padding, ctx.dilation, ctx.activation, keep = inputs
+    out, kept = output
+    if keep != "both":
+        ctx.mark_non_differentiable(kept)
+    ctx.set_materialize_grads(False)
+    ctx.keep = keep
+    # Without an activation only the shape of the result counts, which its gradient has too.
+    ctx.save_for_backward(x, weight, mask, other, other_weight, out if ctx.activation != "none" else None, kept)
 
 
-def _backward(ctx, grad, _grad_pre):
-    x, weight, mask, kept = ctx.saved_tensors
+def _backward(ctx, grad, grad_kept):
+    x, weight, mask, other, other_weight, out, kept = ctx.saved_tensors
+    grad_pre = grad_kept if ctx.keep == "both" else None
+    if grad is None and grad_pre is None:
+        return (None,) * 13
     needs = ctx.needs_input_grad
-    wanted = [needs[0], needs[1], needs[3] and ctx.with_bias]
-    kept = x.new_empty(0) if kept is None else kept
+    wanted = [needs[index] for index in (0, 1, 3, 4, 6, 7)]
     geometry = (ctx.stride, ctx.padding, ctx.dilation)
-    grads = _backward_operator(grad, x, weight, mask, kept, *geometry, ctx.activation, wanted)
-    of_x, of_weight, of_bias = (one if asked else None for one, asked in zip(grads, wanted, strict=True))
-    return of_x, of_weight, None, of_bias, None, None, None, None, None
+    tensors = (grad, grad_pre, x, weight, mask, grad if out is None else out, kept, other, other_weight)
+    grads = _backward_operator(*tensors, *geometry, ctx.activation, wanted)
+    found = [one if asked else None for one, asked in zip(grads, wanted, strict=True)]
+    of_x, of_weight, of_bias, of_condition, of_other, of_other_weight = found
+    residual = grad if needs[5] else None
+    return of_x, of_weight, None, of_bias, of_condition, residual, of_other, of_other_weight, *([None] * 5)
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError("the Triton kernel of masked_conv2d has no second derivative: use impl='reference'")
 
 
 _operator.register_autograd(_backward, setup_context=_setup_context)
+_backward_operator.register_autograd(_no_second_derivative)
+
+
+def fused(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    geometry: Sequence[list[int]],
+    activation: str,
+    *,
+    condition: Tensor | None = None,
+    residual: Tensor | None = None,
+    other: Tensor | None = None,
+    other_weight: Tensor | None = None,
+    keep_pre: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One launch: activation(conv(x) + conv1x1(other) + bias + condition) + residual, and what enters the activation.
+
+    The second result is only there with keep_pre, which needs the gate; the residual only without an activation.
+    geometry: stride, padding, dilation. Other arguments as in `forward` of the kernels, all of one dtype.
+    """
+    tensors = (x, weight, bias, condition, residual, other, other_weight)
+    train = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
+    keep = "both" if keep_pre else "valve" if activation == "gated" and train else ""
+    return _operator(x, weight, mask, bias, condition, residual, other, other_weight, *geometry, activation, keep)
 
 
 # --- the public function
@@ -183,6 +241,8 @@ def masked_conv2d(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     activation: str = "none",
+    condition: Tensor | None = None,
+    residual: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """activation(F.conv2d(x, weight * mask, bias, stride, padding, dilation)), visiting live weights only.
@@ -195,15 +255,19 @@ def masked_conv2d(
         stride, padding, dilation: as in `F.conv2d`, an int or a pair of them.
         activation: "none", "relu", or "gated": tanh(first half of the channels) * sigmoid(second half), which leaves
             O / 2 channels (van den Oord et al. 2016b, equation 2).
+        condition: (B, O), or (O,) for one image, an image's own bias: the class-conditional one of the Gated PixelCNN
+            (equation 3), say. Added before the activation.
+        residual: of the shape of the result, added to it.
         impl: "auto" is Triton on CUDA tensors (not for float64), the PyTorch definition elsewhere.
 
     Returns:
         (B, O, H', W') or (B, O / 2, H', W'), of the dtype of x (under autocast: the autocast dtype).
 
     Raises:
-        TypeError: x, weight or bias is no float tensor, mask no bool tensor, or dtypes differ (outside autocast).
-        ValueError: shapes, devices or options that do not fit.
-        RuntimeError: impl="triton" where it cannot run.
+        TypeError: x, weight or another is no float tensor, mask no bool tensor, or dtypes differ (outside autocast).
+        ValueError: shapes, devices or options that do not fit; more than 2^31 - 1024 pixels for the kernel.
+        RuntimeError: impl="triton" where it cannot run; a second derivative of the kernel; a mask that is seen for the
+            first time while a CUDA graph is captured.
     """
     _check(x, weight, mask, bias, activation)
     geometry = [as_pair("stride", stride, 1), as_pair("padding", padding, 0), as_pair("dilation", dilation, 1)]
@@ -214,28 +278,58 @@ def masked_conv2d(
                 f"x has the {side} {x.shape[axis]}, with padding {x.shape[axis] + 2 * geometry[1][axis]}, which is "
                 f"less than the {reach} that the kernel covers"
             )
-    x, weight, bias = _under_autocast(x, weight, bias)
-    for name, tensor in (("weight", weight), ("bias", bias)):
+    size = [
+        (x.shape[axis] + 2 * geometry[1][axis] - geometry[2][axis] * (weight.shape[axis] - 1) - 1) // geometry[0][axis]
+        + 1
+        for axis in (-2, -1)
+    ]
+    channels = weight.shape[0] // 2 if activation == "gated" else weight.shape[0]
+    for name, tensor, shape in (
+        ("condition", condition, (*x.shape[:-3], weight.shape[0])),
+        ("residual", residual, (*x.shape[:-3], channels, *size)),
+    ):
+        _check_addend(name, tensor, shape, x)
+    x, weight, bias, condition, residual = under_autocast(x, weight, bias, condition, residual)
+    for name, tensor in (("weight", weight), ("bias", bias), ("condition", condition), ("residual", residual)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(f"x and {name} must have the same dtype, got {x.dtype} and {tensor.dtype}")
     if not _runs_triton(impl, x):
         options = {"stride": geometry[0], "padding": geometry[1], "dilation": geometry[2]}
-        return masked_conv2d_reference(x, weight, mask, bias, activation=activation, **options)
-    tensors = [x, weight] + ([] if bias is None else [bias])
-    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    batch = x if x.dim() == 4 else x.unsqueeze(0)
-    out = _operator(batch, weight, mask, bias, *geometry, activation, save)[0]
+        return masked_conv2d_reference(
+            x, weight, mask, bias, activation=activation, condition=condition, residual=residual, **options
+        )
+    batch, added = x, residual
+    if x.dim() == 3:
+        batch, condition = x.unsqueeze(0), None if condition is None else condition.unsqueeze(0)
+        added = None if residual is None else residual.unsqueeze(0)
+    inside = added if activation == "none" else None
+    out = fused(batch, weight, mask, bias, geometry, activation, condition=condition, residual=inside)[0]
+    if added is not None and inside is None:
+        out = out + added
     return out if x.dim() == 4 else out.squeeze(0)
 
 
-def _under_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _check_addend(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be a float tensor, got {kind}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have the shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device}, x on {x.device}; expected the same device")
+
+
+def under_autocast(x: Tensor, weight: Tensor, *more: Tensor | None) -> list[Any]:
     """All in the autocast dtype where autocast is on, as `F.conv2d` takes them; float64 stays."""
+    tensors: list[Any] = [x, weight, *more]
     kind = x.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     if not autocast or torch.float64 in (x.dtype, weight.dtype):
-        return x, weight, bias
+        return tensors
     dtype = torch.get_autocast_dtype(kind)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
 def _runs_triton(impl: str, x: Tensor) -> bool:

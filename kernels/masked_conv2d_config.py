@@ -1,0 +1,196 @@
+"""Launch configurations of the masked convolution: a default for every shape and chip, and measured ones as data.
+
+A default is chosen by rules that hold on every chip. `python -m fastgen.kernels.tune_masked_conv2d` measures the
+candidates of a layer on this machine's GPU and saves the best one that passed a numeric check there, together with
+cuDNN's times, as `<GPU>.json`: in the folder FASTGEN_TUNED (default ~/.cache/fastgen/masked_conv2d), which is looked up
+first, or in `tuned/` beside this file, which ships. No GPU has been measured yet: that folder is empty.
+"""
+
+import functools
+import json
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHIPPED = Path(__file__).parent / "tuned"
+PROVIDERS = ("triton", "dense", "cropped")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """M pixels by N channels (of each half, with a gate) in steps of K columns. tma: tensor descriptors."""
+
+    M: int
+    N: int
+    K: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a choice depends on. `pixels` is the number of results of a channel, B * H' * W'.
+
+    direction: "out" (the result), "in" (the gradient of the input), "weight" (its gradient).
+    """
+
+    direction: str
+    dtype: torch.dtype
+    rows: int  # channels written, of each half with a gate
+    parts: int
+    channels: int  # channels read
+    taps: int  # live ones
+    pixels: int
+    step: int  # product of the strides
+    tma: bool  # whether tensor descriptors can address the maps
+
+    @property
+    def key(self) -> str:
+        """Name in the tables. Pixels are rounded to a power of two: a choice holds for similar batches."""
+        size = 1 << max(self.pixels - 1, 1).bit_length()
+        kind = str(self.dtype).removeprefix("torch.")
+        shape = f"{self.channels}->{self.parts}x{self.rows} taps {self.taps} step {self.step}"
+        return f"{self.direction} {kind} {shape} pixels {size}"
+
+
+@functools.cache
+def chip_of(device: torch.device) -> str:
+    """ "sm_90" and the like, "gfx942" and the like, or "interpreter" for the CPU."""
+    if device.type != "cuda":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def has_tma(chip: str) -> bool:
+    """Hopper and later; consumer Blackwell too. The interpreter plays them as well."""
+    return chip == "interpreter" or (chip.startswith("sm_") and int(chip[3:]) >= 90)
+
+
+def power_of_two(n: int, low: int, high: int) -> int:
+    """The smallest power of two that is at least n, kept in [low, high]."""
+    return min(max(1 << max(n - 1, 0).bit_length(), low), high)
+
+
+def gathers(channels: int, mirrored: bool, step: int) -> bool:
+    """Below 16 channels a block of one tap would be mostly padding, as a matrix product needs 16 columns at least.
+
+    Not for the gradient of the input with a stride, where taps differ by pixel.
+    """
+    return channels < 16 and not (mirrored and step > 1)
+
+
+def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
+    """128 pixels by 64 (two halves of 64 with a gate, 128 without) in 8 warps, less where there is less to do.
+
+    - K: 128 bytes of each row (64 channels in half precision, 32 in float32): a whole cache line, and the swizzle that
+      wgmma likes. Less where there are fewer channels; 32 where columns are gathered.
+    - 64 pixels in 4 warps where 128 would leave most of a hundred multiprocessors without a tile.
+    - without tensor cores (float32 where TF32 is off): 64 x 64 in steps of 16, within the registers of 4 warps.
+    - three stages in flight: 96 KiB of shared memory at most, so that two programs fit on a Hopper multiprocessor; two
+      on AMD, which has 64 KiB.
+    - the interpreter: tiny tiles, so that small tests have several.
+    """
+    if chip == "interpreter":
+        return Tile(32, 16, 16, 4, 1, layer.tma)
+    if layer.direction == "weight":
+        return _weight_tile(chip, layer, precision)
+    wide = power_of_two(layer.rows, 16, 128 // layer.parts)
+    if precision == "ieee" and layer.dtype == torch.float32:
+        return Tile(64, min(wide, 64 // layer.parts), 16, 4, 2)
+    gather = gathers(layer.channels, layer.direction == "in", layer.step)
+    line = 128 // layer.dtype.itemsize
+    deep = 32 if gather else power_of_two(layer.channels, 16, line)
+    stages = 3 if chip.startswith("sm_") else 2
+    tiles = -(-layer.pixels // 128) * -(-layer.rows // wide)
+    if tiles < 100 or wide == 16:
+        return Tile(64, min(wide, 64), deep, 4, stages)
+    return Tile(128, wide, deep, 8, stages, tma=layer.tma and deep == line)
+
+
+def _weight_tile(chip: str, layer: Layer, precision: str) -> Tile:
+    """M pixels a step, sums of N rows by K columns: 128 x 128 in 8 warps, less where there is less; without tensor
+    cores 64 x 32."""
+    if precision == "ieee" and layer.dtype == torch.float32:
+        return Tile(16, power_of_two(layer.rows, 16, 64), 32, 4, 2)
+    n = power_of_two(layer.rows, 16, 128)
+    k = 32 if gathers(layer.channels, False, layer.step) else power_of_two(layer.channels, 16, 128)
+    return Tile(128 // layer.dtype.itemsize, n, k, 8 if n * k > 64 * 64 else 4, 3 if chip.startswith("sm_") else 2)
+
+
+def candidates(chip: str, layer: Layer, precision: str) -> list[Tile]:
+    """What the search tries: the default, and its neighbours in every direction."""
+    base = default_tile(chip, layer, precision)
+    found = [base]
+    for tma in {False, base.tma}:
+        for pixels in (64, 128):
+            for wide in {base.N // 2, base.N, base.N * 2} & {16, 32, 64, 128}:
+                for deep in {base.K // 2, base.K} & {16, 32, 64}:
+                    for warps, stages in ((4, 2), (4, 3), (4, 4), (8, 2), (8, 3), (8, 4)):
+                        found.append(Tile(pixels, wide, deep, warps, stages, tma))
+    return list(dict.fromkeys(found))
+
+
+# --- measured choices
+
+
+def folder() -> Path:
+    """Where this machine's measurements are kept."""
+    return Path(os.environ.get("FASTGEN_TUNED") or Path.home() / ".cache/fastgen/masked_conv2d")
+
+
+def file_name(gpu: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", gpu).strip("-") + ".json"
+
+
+@functools.cache
+def measured(gpu: str) -> dict[str, Any]:
+    """Measured choices by `Layer.key`: {"provider": one of PROVIDERS, "tile": fields of Tile, "ms": {name: time}}.
+
+    Raises:
+        ValueError: the file is not what the search writes.
+    """
+    found: dict[str, Any] = {}
+    for place in (SHIPPED, folder()):
+        path = place / file_name(gpu)
+        if not path.exists():
+            continue
+        try:
+            layers = json.loads(path.read_text())["layers"]
+            for key, row in layers.items():
+                if row["provider"] not in PROVIDERS:
+                    raise ValueError(f"unknown provider {row['provider']!r} for {key!r}")
+                found[key] = {**row, "tile": Tile(**row["tile"])}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no table of measured masked convolutions: {error}; remove it") from error
+    return found
+
+
+def choose(device: torch.device, layer: Layer, precision: str) -> tuple[str, Tile]:
+    """(provider, tile): as measured for this GPU where it was, the default otherwise."""
+    chip = chip_of(device)
+    if chip != "interpreter":
+        row = measured(torch.cuda.get_device_name(device)).get(layer.key)
+        if row is not None:
+            tile: Tile = row["tile"]
+            return row["provider"], tile if layer.tma else replace(tile, tma=False)
+    return "triton", default_tile(chip, layer, precision)
+
+
+def describe(gpu: str) -> str:
+    """One line a measured layer: what "auto" runs there and why. For reports."""
+    rows = measured(gpu)
+    if not rows:
+        return f"masked_conv2d on {gpu}: not yet measured, the Triton kernel with its default configuration everywhere"
+    lines = [f"masked_conv2d on {gpu}, measured:"]
+    for key, row in sorted(rows.items()):
+        times = ", ".join(f"{name} {ms:.4g} ms" for name, ms in row["ms"].items())
+        lines.append(f"  {key}: {row['provider']} ({times})")
+    return "\n".join(lines)

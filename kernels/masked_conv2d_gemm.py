@@ -1,0 +1,365 @@
+"""The masked convolution as a product over live columns: pack the weights, multiply, finish in registers.
+
+    m: a pixel of the written map; n: a channel of a part; column: a live (tap, channel), see masked_conv2d_plan.py
+    out[m, n] = finish(sum over blocks of columns of read[pixel(m) + tap, channel] * packed[n, column])
+
+Maps are channels-last inside. The weights are packed once a call into rows of live columns, zero where masked and where
+padded, so that the loop needs no mask for them; they are small beside the maps. The finish adds the bias and an image's
+own bias, applies ReLU or the gate, adds a residual, and keeps what the backward needs: with a gate only the second
+half's input (the first follows from the result), O / 2 values a pixel, where eager PyTorch keeps O.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgen.kernels.catalogue_entry import Entry
+from fastgen.kernels.masked_conv2d_config import Tile
+from fastgen.kernels.masked_conv2d_plan import ENTRY, Geometry, Plan
+
+INTS = tl.constexpr(ENTRY)
+
+
+@triton.jit
+def tanh(x):
+    """To float32's precision, also near 0, where 2 * sigmoid(2x) - 1 cancels; never NaN for a finite x."""
+    q = x * x
+    series = x * (1 + q * (-1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835 + q * (-1382 / 155925))))))
+    shrunk = tl.exp(-2 * tl.abs(x))
+    far = (1 - shrunk) / (1 + shrunk)
+    return tl.where(tl.abs(x) < 0.3, series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def product(a, b, accumulator, PRECISION: tl.constexpr):
+    """The interpreter multiplies bfloat16 wrongly: it is told by the precision "float32" to widen first."""
+    if PRECISION == "float32":
+        a, b = a.to(tl.float32), b.to(tl.float32)
+        return tl.dot(a, b, accumulator, input_precision="ieee")
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def masked_conv2d_pack_kernel(
+    weight_ptr,  # any strides: (row, column's channel, ky, kx)
+    mask_ptr,  # bool, the same, or None
+    packed_ptr,  # (parts * row_pad, packed columns), written
+    columns_ptr,  # (COLUMN, columns) int32
+    rows,  # of a part
+    row_pad,
+    columns,
+    packed_columns,
+    first_column,
+    weight_row,
+    weight_channel,
+    weight_y,
+    weight_x,
+    mask_row,
+    mask_channel,
+    mask_y,
+    mask_x,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Weights into rows of live columns; zero where masked, and in the padding of rows and columns."""
+    packed_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    channel = tl.load(columns_ptr + column, mask=column < columns, other=-1)
+    ky = tl.load(columns_ptr + columns + column, mask=column < columns, other=0)
+    kx = tl.load(columns_ptr + 2 * columns + column, mask=column < columns, other=0)
+    part_row = packed_row % row_pad
+    row = (packed_row // row_pad * rows + part_row).to(tl.int64)
+    live = (part_row < rows)[:, None] & (channel >= 0)[None, :]
+    if mask_ptr is not None:
+        within = channel * mask_channel + ky * mask_y + kx * mask_x
+        shown = tl.load(mask_ptr + (row * mask_row)[:, None] + within[None, :], mask=live, other=0)
+        live = live & (shown != 0)
+    within = channel * weight_channel + ky * weight_y + kx * weight_x
+    value = tl.load(weight_ptr + (row * weight_row)[:, None] + within[None, :], mask=live, other=0.0)
+    at = packed_row.to(tl.int64)[:, None] * packed_columns + first_column + column[None, :]
+    tl.store(packed_ptr + at, value, mask=(column < columns)[None, :])
+
+
+@triton.jit
+def finish(
+    signal,  # (M, N) float32
+    valve,  # the gate's second half, unused without
+    row,  # (M, 1) int64, the pixel's place in the written map
+    image,  # (M, 1) int64
+    n,  # (1, N)
+    inside,  # (M, 1)
+    bias_ptr,
+    condition_ptr,
+    residual_ptr,
+    residual_at,  # (M, 1) offset of the pixel
+    residual_channel,
+    out_ptr,
+    kept_ptr,
+    rows,
+    ACTIVATION: tl.constexpr,
+    KEEP_BOTH: tl.constexpr,
+):
+    """From sums to results; see the module's docstring. Biases (parts * rows,), an image's own (B, parts * rows)."""
+    parts: tl.constexpr = 2 if ACTIVATION == "gated" else 1
+    real = n < rows
+    if bias_ptr is not None:
+        signal += tl.load(bias_ptr + n, mask=real, other=0.0).to(tl.float32)
+        if ACTIVATION == "gated":
+            valve += tl.load(bias_ptr + rows + n, mask=real, other=0.0).to(tl.float32)
+    if condition_ptr is not None:
+        own = condition_ptr + image * (parts * rows) + n
+        signal += tl.load(own, mask=inside & real, other=0.0).to(tl.float32)
+        if ACTIVATION == "gated":
+            valve += tl.load(own + rows, mask=inside & real, other=0.0).to(tl.float32)
+    kind = out_ptr.dtype.element_ty
+    if ACTIVATION == "gated":
+        if kept_ptr is not None:
+            if KEEP_BOTH:
+                at = row * (2 * rows) + n
+                tl.store(kept_ptr + at, signal.to(kind), mask=inside & real)
+                tl.store(kept_ptr + at + rows, valve.to(kind), mask=inside & real)
+            else:
+                tl.store(kept_ptr + row * rows + n, valve.to(kind), mask=inside & real)
+        signal = tanh(signal) * tl.sigmoid(valve)
+    elif ACTIVATION == "relu":
+        signal = tl.where(signal < 0, 0.0, signal)  # keeps NaN
+    if residual_ptr is not None:
+        at = residual_ptr + residual_at + n.to(tl.int64) * residual_channel
+        signal += tl.load(at, mask=inside & real, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * rows + n, signal.to(kind), mask=inside & real)
+
+
+@triton.jit
+def masked_conv2d_kernel(
+    x_ptr,  # (B, x_height, x_width, channels), strides below
+    packed_ptr,  # (parts * row_pad, packed_columns)
+    other_ptr,  # (B, out_height, out_width, other_channels) or None: a second map, seen at the pixel itself
+    bias_ptr,
+    condition_ptr,
+    residual_ptr,
+    out_ptr,  # (B, out_height, out_width, rows) contiguous, written
+    kept_ptr,
+    entries_ptr,
+    starts_ptr,
+    columns_ptr,
+    pixels,  # B * lattice_height * lattice_width
+    lattice_height,  # the written map in steps of out_step: pixel (out_step * i + class)
+    lattice_width,
+    out_height,
+    out_width,
+    out_step_y,
+    out_step_x,
+    x_height,
+    x_width,
+    x_step_y,
+    x_step_x,
+    channels,
+    rows,  # of a part
+    row_pad,
+    row_tiles,
+    columns,  # packed columns of x, before those of the other map
+    packed_columns,
+    other_channels,
+    x_image,
+    x_y,
+    x_x,
+    x_channel,
+    other_image,
+    other_y,
+    other_x,
+    residual_image,
+    residual_y,
+    residual_x,
+    residual_channel,
+    GATHER: tl.constexpr,
+    WHOLE: tl.constexpr,  # the channels fill their blocks
+    ACTIVATION: tl.constexpr,
+    KEEP_BOTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+):
+    tile = tl.program_id(0) % row_tiles
+    place = tl.program_id(1)
+    m = tl.program_id(0) // row_tiles * M + tl.arange(0, M)
+    image = m // (lattice_height * lattice_width)
+    i = m // lattice_width % lattice_height
+    j = m % lattice_width
+    out_i = i * out_step_y + place // out_step_x
+    out_j = j * out_step_x + place % out_step_x
+    inside = (m < pixels) & (out_i < out_height) & (out_j < out_width)
+    y, x = i * x_step_y, j * x_step_x
+    k = tl.arange(0, K)
+    n = tile * N + tl.arange(0, N)
+    read = x_ptr + (image.to(tl.int64) * x_image + y.to(tl.int64) * x_y + x.to(tl.int64) * x_x)[:, None]
+    weights = packed_ptr + n.to(tl.int64)[None, :] * packed_columns + k[:, None]
+    to_valve = row_pad.to(tl.int64) * packed_columns
+    signal = tl.zeros((M, N), tl.float32)
+    valve = tl.zeros((M, N), tl.float32)
+    for entry in range(
+        tl.load(starts_ptr + place * row_tiles + tile), tl.load(starts_ptr + place * row_tiles + tile + 1)
+    ):
+        column = tl.load(entries_ptr + entry * INTS + 3) * K
+        if GATHER:
+            channel = tl.load(columns_ptr + column + k)
+            dy = tl.load(columns_ptr + 3 * columns + column + k)[None, :]
+            dx = tl.load(columns_ptr + 4 * columns + column + k)[None, :]
+            step = (dy.to(tl.int64) * x_y + dx.to(tl.int64) * x_x) + channel.to(tl.int64)[None, :] * x_channel
+            seen = inside[:, None] & (channel >= 0)[None, :]
+            seen = seen & (y[:, None] + dy >= 0) & (y[:, None] + dy < x_height)
+            seen = seen & (x[:, None] + dx >= 0) & (x[:, None] + dx < x_width)
+            a = tl.load(read + step, mask=seen, other=0.0)
+        else:
+            dy = tl.load(entries_ptr + entry * INTS)
+            dx = tl.load(entries_ptr + entry * INTS + 1)
+            channel = tl.load(entries_ptr + entry * INTS + 2) * K
+            seen = inside & (y + dy >= 0) & (y + dy < x_height) & (x + dx >= 0) & (x + dx < x_width)
+            step = dy.to(tl.int64) * x_y + dx.to(tl.int64) * x_x + channel
+            if WHOLE:
+                a = tl.load(read + step + k[None, :], mask=seen[:, None], other=0.0)
+            else:
+                a = tl.load(read + step + k[None, :], mask=seen[:, None] & (channel + k < channels)[None, :], other=0.0)
+        signal = product(a, tl.load(weights + column), signal, PRECISION)
+        if ACTIVATION == "gated":
+            valve = product(a, tl.load(weights + to_valve + column), valve, PRECISION)
+    image = image.to(tl.int64)[:, None]
+    out_i, out_j = out_i.to(tl.int64)[:, None], out_j.to(tl.int64)[:, None]
+    if other_ptr is not None:
+        read = other_ptr + image * other_image + out_i * other_y + out_j * other_x
+        for channel in range(0, other_channels, K):
+            a = tl.load(
+                read + channel + k[None, :], mask=inside[:, None] & (channel + k < other_channels)[None, :], other=0.0
+            )
+            signal = product(a, tl.load(weights + columns + channel), signal, PRECISION)
+            if ACTIVATION == "gated":
+                valve = product(a, tl.load(weights + to_valve + columns + channel), valve, PRECISION)
+    row = (image * out_height + out_i) * out_width + out_j
+    residual_at = image * residual_image + out_i * residual_y + out_j * residual_x
+    finish(
+        signal, valve, row, image, n[None, :], inside[:, None], bias_ptr, condition_ptr, residual_ptr, residual_at,
+        residual_channel, out_ptr, kept_ptr, rows, ACTIVATION, KEEP_BOTH,
+    )  # fmt: skip
+
+
+# --- launching
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What happens to the sums; tensors (O,), (B, O), (B, O, H', W') any strides, or None."""
+
+    activation: str = "none"
+    bias: Tensor | None = None
+    condition: Tensor | None = None
+    residual: Tensor | None = None
+    keep: str = ""  # "": nothing, "valve": the gate's second half before its sigmoid, "both": both halves
+
+
+def empty_map(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """(B, channels, height, width), uninitialized, channels-last."""
+    return like.new_empty((like.shape[0], height, width, channels)).permute(0, 3, 1, 2)
+
+
+def channels_last(x: Tensor, gather: bool) -> Tensor:
+    """x (B, C, H, W) as the kernels read it fast: channels side by side, every pixel at a multiple of 16 elements.
+
+    A copy where it is not so. Gathered columns are read as they lie.
+    """
+    if gather:
+        return x
+    aligned = all(x.stride(axis) % 16 == 0 or x.shape[axis] == 1 for axis in (0, 2, 3)) and x.data_ptr() % 16 == 0
+    if x.stride(1) == 1 and aligned:
+        return x
+    pitch = -(-x.shape[1] // 16) * 16
+    copied = x.new_empty(x.shape[0], x.shape[2], x.shape[3], pitch)[..., : x.shape[1]].permute(0, 3, 1, 2)
+    return copied.copy_(x)
+
+
+def pack(
+    weight: Tensor, mask: Tensor | None, plan: Plan, other_weight: Tensor | None = None, other_plan: Plan | None = None
+) -> Tensor:
+    """(parts * row_pad, columns) of weight (O, I, kh, kw), those of the other weight after those of the first."""
+    columns = [plan.columns.shape[1]] + ([] if other_plan is None else [other_plan.columns.shape[1]])
+    parts = plan.blocks.parts
+    packed = weight.new_empty(parts * plan.row_pad, max(sum(columns), plan.blocks.K))
+    sources = [(weight, mask, plan, 0)]
+    if other_weight is not None and other_plan is not None:
+        sources.append((other_weight, None, other_plan, columns[0]))
+    for values, shown, source, first in sources:
+        if source.columns.shape[1] == 0:
+            continue
+        mirrored = source.blocks.mirrored
+        strides = [(1, 0, 2, 3) if mirrored else (0, 1, 2, 3)] * 2
+        numbers = [
+            0 if tensor is None else tensor.stride(axis)
+            for tensor, order in zip((values, shown), strides, strict=True)
+            for axis in order
+        ]
+        rows = values.shape[1 if mirrored else 0] // parts
+        grid = (triton.cdiv(packed.shape[0], 16), triton.cdiv(source.columns.shape[1], 64))
+        masked_conv2d_pack_kernel[grid](
+            values, shown, packed, source.columns, rows, source.row_pad, source.columns.shape[1], packed.shape[1],
+            first, *numbers, ROWS=16, COLUMNS=64,
+        )  # fmt: skip
+    return packed
+
+
+def convolve(
+    x: Tensor,
+    packed: Tensor,
+    plan: Plan,
+    geometry: Geometry,
+    tile: Tile,
+    precision: str,
+    out: Tensor,
+    end: Finish,
+    kept: Tensor | None = None,
+    other: Tensor | None = None,
+) -> None:
+    """Writes `out` (and `kept`), both channels-last contiguous; x and other as from `channels_last`."""
+    batch, rows, out_height, out_width = out.shape
+    mirrored = plan.blocks.mirrored
+    out_step = geometry.stride if mirrored else (1, 1)
+    x_step = (1, 1) if mirrored else geometry.stride
+    lattice = [-(-size // step) for size, step in zip((out_height, out_width), out_step, strict=True)]
+    pixels = batch * lattice[0] * lattice[1]
+    grid = (triton.cdiv(pixels, tile.M) * plan.row_tiles, out_step[0] * out_step[1])
+    residual = [0] * 4 if end.residual is None else [end.residual.stride(axis) for axis in (0, 2, 3, 1)]
+    others = [0] * 4 if other is None else [other.shape[1], *(other.stride(axis) for axis in (0, 2, 3))]
+    masked_conv2d_kernel[grid](
+        x, packed, other, end.bias, end.condition, end.residual, out, kept,
+        plan.entries, plan.starts, plan.columns,
+        pixels, *lattice, out_height, out_width, *out_step, x.shape[2], x.shape[3], *x_step, x.shape[1],
+        rows, plan.row_pad, plan.row_tiles, plan.columns.shape[1], packed.shape[1], others[0],
+        x.stride(0), x.stride(2), x.stride(3), x.stride(1), *others[1:], *residual,
+        GATHER=plan.blocks.gather, WHOLE=x.shape[1] % tile.K == 0, ACTIVATION=end.activation,
+        KEEP_BOTH=end.keep == "both", PRECISION=precision, M=tile.M, N=tile.N, K=tile.K,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+# --- what ships, for the compile gate
+
+
+def entry(config: str, kernel: Any, dtype: str, fixed: dict[str, Any], tile: Tile, **more: Any) -> Entry:
+    """Absent tensors are those in `fixed`; strides and sizes aligned as they are for channels in multiples of 16."""
+    kinds = {"entries_ptr": "*i32", "starts_ptr": "*i32", "columns_ptr": "*i32", "places_ptr": "*i32"}
+    kinds |= {"mask_ptr": "*i1", "partial_ptr": "*fp32", "sums_ptr": "*fp32"}
+    signature = {
+        name: kinds.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+        if name not in fixed
+    }
+    aligned = tuple(
+        name
+        for name, kind in signature.items()
+        if kind == "i32"
+        and (name.endswith(("_image", "_y", "_x", "_columns", "channels", "_pad")) or name == "rows")
+        and "step" not in name
+    )
+    return Entry(kernel, config, signature, fixed, aligned=aligned, num_warps=tile.num_warps,
+                 num_stages=tile.num_stages, **more)  # fmt: skip
