@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 
 def rows_for(condition: Any, n: int, device: torch.device | None = None) -> Any:
@@ -35,6 +35,18 @@ def rows_for(condition: Any, n: int, device: torch.device | None = None) -> Any:
 def rows_between(condition: Any, start: int, stop: int) -> Any:
     """The condition of images start..stop-1, from `rows_for` all images."""
     return tree_map(lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) and leaf.dim() else leaf, condition)
+
+
+def kind(condition: Any) -> Any:
+    """What two conditions have in common that differ in nothing but the rows' values."""
+    leaves, structure = tree_flatten(condition)
+
+    def of(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.dtype, leaf.shape[1:] if leaf.dim() else leaf.item()
+
+    return structure, [of(leaf) for leaf in leaves]
 
 
 def example(condition: Any, device: torch.device) -> Any:

@@ -1,5 +1,7 @@
 """The uniforms that decide a batch of images."""
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -19,13 +21,13 @@ def uniforms(shape: tuple[int, ...], seed: int | torch.Generator | None, device:
         return torch.rand(shape, device=device)
     if isinstance(seed, torch.Generator):
         generator = seed
-    elif isinstance(seed, int) and not isinstance(seed, bool):
-        try:
-            generator = torch.Generator().manual_seed(seed)
-        except (RuntimeError, OverflowError) as error:
-            raise ValueError(f"seed must fit into 64 bits, got {seed!r}") from error
     else:
-        raise TypeError(f"seed must be an int, a torch.Generator or None, got {seed!r}")
+        try:
+            generator = torch.Generator().manual_seed(operator.index(seed))
+        except TypeError:
+            raise TypeError(f"seed must be an int, a torch.Generator or None, got {seed!r}") from None
+        except (RuntimeError, ValueError, OverflowError) as error:
+            raise ValueError(f"seed must fit into 64 bits, got {seed!r}") from error
     return torch.rand(shape, generator=generator, device=generator.device).to(device)
 
 

@@ -1,7 +1,6 @@
 """`accelerate` and the `Sampler` it returns: arguments, chunks, changed parameters; the drawing is the backends'."""
 
 import inspect
-import operator
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,9 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen.distributions import Bernoulli, Distribution, LogisticMixture
-from fastgen.ops._implementation import may_read_values
-from fastgen.sampling.condition import example, rows_between, rows_for
+from fastgen.distributions import Bernoulli, Distribution
+from fastgen.sampling.arguments import (
+    checked_count,
+    checked_distribution,
+    checked_known,
+    checked_shape,
+    levels_of,
+    tempered_distribution,
+)
+from fastgen.sampling.condition import example, kind, rows_between, rows_for
 from fastgen.sampling.draw import draw_image
 from fastgen.sampling.fixed_point import FixedPoint
 from fastgen.sampling.job import Backend, Drawn, Job
@@ -73,9 +79,9 @@ class Sampler:
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
         self.model = model
-        self.shape = _checked_shape(shape)
-        self.distribution = _checked_distribution(distribution, self.shape)
-        if encode is None and _levels(distribution) is None:
+        self.shape = checked_shape(shape)
+        self.distribution = checked_distribution(distribution, self.shape)
+        if encode is None and levels_of(distribution) is None:
             raise ValueError(
                 f"encode must be given for {type(distribution).__name__}: it does not say how many levels there are"
             )
@@ -87,19 +93,22 @@ class Sampler:
         self._engine: Backend | None = None
         self._snapshot: Snapshot | None = None
         self._fallback: str | None = None
+        self._built_for: Any = None
+        self._waits = ""
         self._most: int | None = None
         try:
-            self._probe(condition)
-        except Exception:
+            params = self._blank_pass(condition)
+        except Exception as error:
             # A model that wants a condition fails without one, and is analysed when there is one.
             if condition is not None or not _takes_condition(model):
                 raise
+            self._waits = f"not analysed yet, the model fails without a condition: {error}"
         else:
-            self._build(condition)
+            self._build(params, condition)
 
     def noise_shape(self, n: int) -> tuple[int, ...]:
         """The shape of `noise` for n images, (n, U, H, W)."""
-        return tuple(self.distribution.noise_shape(_checked_count("n", n, 0), self.shape))
+        return tuple(self.distribution.noise_shape(checked_count("n", n, 0), self.shape))
 
     @property
     def work_ratio(self) -> float:
@@ -107,18 +116,16 @@ class Sampler:
 
         Raises RuntimeError where the model needs a condition and has not been given one yet.
         """
-        return self._ready().work_ratio
+        if self._engine is None:
+            raise RuntimeError(self._waits)
+        return self._engine.work_ratio
 
     def explain(self) -> str:
         """What runs and why, as text for people."""
         lines = [f"{type(self.model).__name__}, images {self.shape}, {self.distribution}", f"backend: {self.backend}"]
         if self._fallback is not None:
             lines.append(f"fallback: fixed_point, because {self._fallback}")
-        if self._engine is None:
-            lines.append("not analysed yet: the model needs a condition")
-        else:
-            lines.append(self._engine.explain())
-        return "\n".join(lines)
+        return "\n".join([*lines, self._waits if self._engine is None else self._engine.explain()])
 
     @torch.no_grad()
     def sample(
@@ -163,41 +170,39 @@ class Sampler:
             TypeError, ValueError: an argument is wrong.
             FloatingPointError: the model's output at a draw was NaN.
         """
-        n = _checked_count("n", n, 0)
+        n = checked_count("n", n, 0)
         if batch_size is not None:
-            batch_size = _checked_count("batch_size", batch_size, 1)
+            batch_size = checked_count("batch_size", batch_size, 1)
         device = self._device()
-        distribution = _tempered(self.distribution, temperature, top_k, top_p)
+        distribution = tempered_distribution(self.distribution, temperature, top_k, top_p)
         if noise is None:
             noise = uniforms(self.noise_shape(n), seed, device)
         elif seed is not None:
             raise ValueError(f"seed and noise exclude each other, got seed={seed!r} and a noise tensor")
         else:
             check_noise(noise, self.noise_shape(n))
-        known, known_mask = self._checked_known(known, known_mask, n, device)
+        known, known_mask = checked_known(known, known_mask, (n, *self.shape), levels_of(self.distribution), device)
         if condition is None:
             condition = self.condition
         if n == 0:
             nothing = torch.empty((0, *self.shape), dtype=torch.long, device=device)
             return (nothing, torch.empty(0, dtype=torch.float64, device=device)) if return_log_prob else nothing
         condition = rows_for(condition, n, device)
-        if self._engine is None or (self._snapshot is not None and self._snapshot.differs(self.model)):
-            self._probe(condition)
-            self._build(condition)
+        if self._engine is None or self._is_stale(condition):
+            self._engine = None
+            self._build(self._blank_pass(condition), condition)
         whole = Job(n, self.shape, noise.to(device), distribution, known, known_mask, condition, return_log_prob)
-        parts = self._run(whole, batch_size, progress)
-        if any(bool(part.bad) for part in parts):
-            raise FloatingPointError("the model's output is NaN at a pixel that was to be drawn")
+        parts = self._run(self._engine, whole, batch_size, progress)
         levels = torch.cat([part.levels for part in parts])
         if not return_log_prob:
             return levels
         return levels, torch.cat([part.log_prob for part in parts if part.log_prob is not None])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave out what can be made again."""
-        return self.__dict__ | {"_engine": None, "_snapshot": None}
+        """Copies and pickles leave out what is made again at the next `sample`."""
+        return self.__dict__ | {"_engine": None, "_snapshot": None, "_waits": "not analysed since it was copied"}
 
-    def _run(self, whole: Job, batch_size: int | None, progress: bool) -> list[Drawn]:
+    def _run(self, engine: Backend, whole: Job, batch_size: int | None, progress: bool) -> list[Drawn]:
         from tqdm.auto import tqdm
 
         draws = self.shape[0] * self.shape[1] * self.shape[2]
@@ -212,11 +217,13 @@ class Sampler:
                 stop = min(start + most, whole.n)
                 size = stop - start
                 try:
-                    part = self._ready().run(_part(whole, start, stop, partial(advance, size)))
+                    part = engine.run(_part(whole, start, stop, partial(advance, size)))
                 except torch.OutOfMemoryError:
                     if size == 1:
                         raise
                 else:
+                    if bool(part.bad):
+                        raise FloatingPointError("the model's output is NaN at a pixel that was to be drawn")
                     parts.append(part)
                     start = stop
                     continue
@@ -226,23 +233,32 @@ class Sampler:
                 torch.cuda.empty_cache()
         return parts
 
-    def _probe(self, condition: Any) -> None:
-        """One pass over two blank images, so that what does not fit together fails here with a plain error."""
+    def _blank_pass(self, condition: Any) -> Tensor:
+        """The model's output for two blank images. Whatever does not fit together fails here, with a plain error."""
         device = self._device()
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         levels = torch.zeros((2, *self.shape), dtype=torch.long, device=device)
-        noise = torch.zeros(self.noise_shape(2), device=device)
         with torch.no_grad():
             params = whole_pass(self.model, self._encode(), levels, example(condition, device))
-            check_params = getattr(self.distribution, "check_params", None)
-            if check_params is not None:
-                check_params(params[..., 0, 0], self.shape[0])
-            draw_image(Job(2, self.shape, noise, self.distribution), params)
-            for buffer, before in buffers:  # a normalization in training mode counts batches
-                buffer.copy_(before)
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):  # a normalization in training mode follows its batches
+                    buffer.copy_(before)
+        return params
 
-    def _build(self, condition: Any) -> None:
-        """Makes the engine, and remembers the model as it is now."""
+    def _is_stale(self, condition: Any) -> bool:
+        """Whether the engine was made for another state of the model, or another kind of condition."""
+        if self._snapshot is None:
+            return False
+        return self._built_for != kind(condition) or self._snapshot.differs(self.model)
+
+    def _build(self, params: Tensor, condition: Any) -> None:
+        """Makes the engine, and remembers what it was made for. `params` is the output of `_blank_pass`."""
+        check_params = getattr(self.distribution, "check_params", None)
+        if check_params is not None:
+            check_params(params[..., 0, 0], self.shape[0])
+        draw_image(
+            Job(2, self.shape, torch.zeros(self.noise_shape(2), device=params.device), self.distribution), params
+        )
         self._fallback = None
         if self.backend in WHOLE_PASSES:
             # These follow every change of the model by themselves, a change of dtype included.
@@ -257,12 +273,7 @@ class Sampler:
             self._fallback = str(reason)
             self._engine = FixedPoint(self.model, self.shape, encode)
             warnings.warn(f"sampling falls back to the fixed_point backend: {reason}", stacklevel=4)
-        self._snapshot = Snapshot(self.model)
-
-    def _ready(self) -> Backend:
-        if self._engine is None:
-            raise RuntimeError("the model needs a condition: give one to accelerate, or call sample first")
-        return self._engine
+        self._snapshot, self._built_for = Snapshot(self.model), kind(condition)
 
     def _device(self) -> torch.device:
         for tensor in (*self.model.parameters(), *self.model.buffers()):
@@ -273,35 +284,8 @@ class Sampler:
         if self.custom_encode is not None:
             return self.custom_encode
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-        levels = None if isinstance(self.distribution, Bernoulli) else _levels(self.distribution)
+        levels = None if isinstance(self.distribution, Bernoulli) else levels_of(self.distribution)
         return partial(_encode_levels, levels=levels, dtype=dtype)
-
-    def _checked_known(
-        self, known: Tensor | None, known_mask: Tensor | None, n: int, device: torch.device
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Both broadcast to (n, C, H, W), levels 0 where not known."""
-        if (known is None) != (known_mask is None):
-            missing = "known" if known is None else "known_mask"
-            raise ValueError(f"known and known_mask go together, but {missing} is missing")
-        if known is None or known_mask is None:
-            return None, None
-        if not isinstance(known, Tensor) or known.is_floating_point() or known.is_complex():
-            got = known.dtype if isinstance(known, Tensor) else type(known).__name__
-            raise TypeError(f"known must be a tensor of integer levels, got {got}")
-        if not isinstance(known_mask, Tensor) or known_mask.dtype != torch.bool:
-            got = known_mask.dtype if isinstance(known_mask, Tensor) else type(known_mask).__name__
-            raise TypeError(f"known_mask must be a bool tensor, got {got}")
-        size = (n, *self.shape)
-        known = _broadcast("known", known, size).to(device, torch.long)
-        known_mask = _broadcast("known_mask", known_mask, size).to(device)
-        known = known.masked_fill(~known_mask, 0)
-        levels = _levels(self.distribution)
-        if levels is not None and may_read_values(known) and bool(((known < 0) | (known >= levels)).any()):
-            raise ValueError(
-                f"known must hold levels 0..{levels - 1} where known_mask is True, "
-                f"got {int(known.min())}..{int(known.max())}"
-            )
-        return known, known_mask
 
 
 def _part(whole: Job, start: int, stop: int, progress: Callable[[int], Any]) -> Job:
@@ -319,32 +303,10 @@ def _part(whole: Job, start: int, stop: int, progress: Callable[[int], Any]) -> 
     )
 
 
-def _tempered(distribution: Distribution, temperature: float, top_k: int | None, top_p: float | None) -> Distribution:
-    if temperature == 1 and top_k is None and top_p is None:
-        return distribution
-    tempered = getattr(distribution, "tempered", None)
-    if tempered is None:
-        raise ValueError(
-            f"temperature, top_k and top_p are not defined for {type(distribution).__name__}, which has no method "
-            f"`tempered`: got temperature={temperature!r}, top_k={top_k!r}, top_p={top_p!r}"
-        )
-    return tempered(temperature, top_k, top_p)
-
-
 def _encode_levels(x: Tensor, levels: int | None, dtype: torch.dtype) -> Tensor:
     """Levels as floats: in [-1, 1], or as they are where `levels` is None."""
     x = x.to(dtype)
     return x if levels is None else x / (levels - 1) * 2 - 1
-
-
-def _levels(distribution: Distribution) -> int | None:
-    """How many levels a channel has, where the distribution says so."""
-    if isinstance(distribution, LogisticMixture):
-        return 256
-    if isinstance(distribution, Bernoulli):
-        return 2
-    levels = getattr(distribution, "levels", None)
-    return levels if isinstance(levels, int) else None
 
 
 def _takes_condition(model: nn.Module) -> bool:
@@ -354,44 +316,3 @@ def _takes_condition(model: nn.Module) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _checked_count(name: str, count: Any, least: int) -> int:
-    try:
-        value = operator.index(count)
-    except TypeError:
-        raise TypeError(f"{name} must be an int, got {count!r}") from None
-    if isinstance(count, bool) or value < least:
-        raise ValueError(f"{name} must be an int >= {least}, got {count!r}")
-    return value
-
-
-def _checked_shape(shape: Any) -> tuple[int, int, int]:
-    try:
-        sizes = tuple(operator.index(size) for size in shape)
-    except TypeError:
-        sizes = ()
-    if len(sizes) != 3 or min(sizes) < 1:
-        raise ValueError(f"shape must be three positive ints (C, H, W), got {shape!r}")
-    return sizes[0], sizes[1], sizes[2]
-
-
-def _checked_distribution(distribution: Any, shape: tuple[int, int, int]) -> Distribution:
-    if isinstance(distribution, type) or not isinstance(distribution, Distribution):
-        raise TypeError(
-            "distribution must be an object with the methods noise_shape, draw and log_prob, such as "
-            f"fastgen.Categorical(256), got {distribution!r}"
-        )
-    noise_shape = tuple(distribution.noise_shape(2, shape))
-    if len(noise_shape) != 4 or noise_shape[0] != 2 or noise_shape[2:] != shape[1:]:
-        raise ValueError(
-            f"distribution.noise_shape(2, {shape}) must be (2, U, {shape[1]}, {shape[2]}), got {noise_shape}"
-        )
-    return distribution
-
-
-def _broadcast(name: str, tensor: Tensor, size: tuple[int, ...]) -> Tensor:
-    try:
-        return tensor.expand(size)
-    except RuntimeError:
-        raise ValueError(f"{name} must be broadcastable to {size}, got the shape {tuple(tensor.shape)}") from None
