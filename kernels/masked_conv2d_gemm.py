@@ -345,8 +345,8 @@ def convolve(
 # --- what ships, for the compile gate
 
 
-def entry(config: str, kernel: Any, dtype: str, fixed: dict[str, Any], tile: Tile, **more: Any) -> Entry:
-    """Absent tensors are those in `fixed`; strides and sizes aligned as they are for channels in multiples of 16."""
+def catalogue_entry(kernel: Any, config: str, dtype: str, fixed: dict[str, Any], tile: Tile, **more: Any) -> Entry:
+    """`fixed`: constexprs and absent tensors. Strides and numbers of channels are aligned, as in every large layer."""
     kinds = {"entries_ptr": "*i32", "starts_ptr": "*i32", "columns_ptr": "*i32", "places_ptr": "*i32"}
     kinds |= {"mask_ptr": "*i1", "partial_ptr": "*fp32", "sums_ptr": "*fp32"}
     signature = {
@@ -354,12 +354,44 @@ def entry(config: str, kernel: Any, dtype: str, fixed: dict[str, Any], tile: Til
         for name in kernel.arg_names
         if name not in fixed
     }
-    aligned = tuple(
-        name
-        for name, kind in signature.items()
-        if kind == "i32"
-        and (name.endswith(("_image", "_y", "_x", "_columns", "channels", "_pad")) or name == "rows")
-        and "step" not in name
+    even = ("rows", "row_pad", "channels", "other_channels", "columns", "packed_columns", "pitch")
+    strides = tuple(f"{name}_{axis}" for name in ("x", "other", "residual", "grad") for axis in ("image", "y", "x"))
+    aligned = tuple(name for name in signature if name in (*even, *strides))
+    return Entry(
+        kernel, config, signature, fixed, aligned=aligned, num_warps=tile.num_warps, num_stages=tile.num_stages, **more
     )
-    return Entry(kernel, config, signature, fixed, aligned=aligned, num_warps=tile.num_warps,
-                 num_stages=tile.num_stages, **more)  # fmt: skip
+
+
+def _product_entry(dtype: str, tile: Tile, *, gated: bool, gather: bool = False, last: bool = False, **more) -> Entry:
+    """last: with a residual; the others with a second map (not gathered), an image's own bias and what is kept."""
+    fixed: dict[str, Any] = {
+        "GATHER": gather, "WHOLE": not gather, "ACTIVATION": "gated" if gated else "none", "KEEP_BOTH": False,
+        "PRECISION": "tf32" if dtype == "fp32" and tile.K > 16 else "ieee", "M": tile.M, "N": tile.N, "K": tile.K,
+        "residual_channel": 1, "x_step_y": 1, "x_step_x": 1, "out_step_y": 1, "out_step_x": 1,
+    }  # fmt: skip
+    if not gather:
+        fixed["x_channel"] = 1
+    absent = ("other_ptr", "condition_ptr") if last or gather else ("residual_ptr",)
+    fixed |= dict.fromkeys((*absent, *(() if gated else ("kept_ptr",))))
+    twice = "(x2)" if gated else ""
+    kind = "gathered" if gather else "residual" if last else "two maps"
+    config = f"{dtype} {tile.M}x{tile.N}{twice}x{tile.K}, {kind}"
+    return catalogue_entry(masked_conv2d_kernel, config, dtype, fixed, tile, **more)
+
+
+WGMMA = {"sm_90": "wgmma"}
+AMD = {"gfx942": "AMD has 64 KiB of shared memory: two stages there"}
+ONLY_AMD = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"), "only AMD has two stages")
+CATALOGUE = [
+    _product_entry("bf16", Tile(128, 64, 64, 8, 3), gated=True, requires=WGMMA, skips=AMD),
+    _product_entry("bf16", Tile(128, 128, 64, 8, 3), gated=False, last=True, requires=WGMMA, skips=AMD),
+    _product_entry("bf16", Tile(64, 32, 64, 4, 3), gated=True, skips=AMD),
+    _product_entry("fp32", Tile(128, 64, 32, 8, 3), gated=True, skips=AMD),
+    _product_entry("fp32", Tile(128, 128, 32, 8, 3), gated=False, last=True, skips=AMD),
+    _product_entry("fp32", Tile(64, 32, 16, 4, 2), gated=True),
+    _product_entry("bf16", Tile(128, 64, 32, 8, 3), gated=True, gather=True, skips=AMD),
+    _product_entry("fp32", Tile(128, 128, 32, 8, 3), gated=False, gather=True, skips=AMD),
+    _product_entry("bf16", Tile(128, 64, 64, 8, 2), gated=True, skips=ONLY_AMD),
+    _product_entry("fp32", Tile(128, 64, 32, 8, 2), gated=True, skips=ONLY_AMD),
+    catalogue_entry(masked_conv2d_pack_kernel, "bf16", "bf16", {"ROWS": 16, "COLUMNS": 64}, Tile(0, 0, 0, 4, 3)),
+]

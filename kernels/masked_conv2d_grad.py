@@ -14,13 +14,15 @@ sum goes to a buffer of its own (float32); a second kernel adds the shares in a 
 exactly zero where masked. With atomics the shares are added in the first kernel, in any order.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastgen.kernels.masked_conv2d_config import Tile
-from fastgen.kernels.masked_conv2d_gemm import INTS, product
+from fastgen.kernels.masked_conv2d_gemm import AMD, INTS, ONLY_AMD, WGMMA, catalogue_entry, product
 from fastgen.kernels.masked_conv2d_plan import Geometry, Plan
 
 PROGRAMS = 512  # shares are cut so that about as many programs run; a constant, so that sums do not depend on the chip
@@ -273,3 +275,39 @@ def weight_gradient(
         weight[0].numel(), BLOCK=block,
     )  # fmt: skip
     return out
+
+
+# --- what ships, for the compile gate
+
+
+def _weight_entry(dtype: str, tile: Tile, *, gather: bool = False, atomic: bool = False, **more: Any) -> Any:
+    precision = "tf32" if dtype == "fp32" and tile.M > 16 else "ieee"
+    fixed = {"GATHER": gather, "ATOMIC": atomic, "PRECISION": precision, "M": tile.M, "N": tile.N, "K": tile.K}
+    fixed |= {"x_step_y": 1, "x_step_x": 1}
+    if not gather:
+        fixed["x_channel"] = 1
+    kind = f"{', gathered' if gather else ''}{', atomic' if atomic else ''}"
+    config = f"{dtype} {tile.N}x{tile.K} of {tile.M} pixels{kind}"
+    return catalogue_entry(masked_conv2d_weight_kernel, config, dtype, fixed, tile, **more)
+
+
+def _activation_entry(dtype: str, activation: str, pixels: int, rows: int, **absent: None) -> Any:
+    fixed = {"ACTIVATION": activation, "KEPT_BOTH": False, "PIXELS": pixels, "ROWS": rows, "grad_channel": 1} | absent
+    if "grad_pre_ptr" not in absent:
+        fixed |= {"KEPT_BOTH": True, "grad_pre_channel": 1}
+    config = f"{dtype} {activation} {pixels}x{rows}"
+    return catalogue_entry(masked_conv2d_activation_backward_kernel, config, dtype, fixed, Tile(0, 0, 0, 4, 3))
+
+
+CATALOGUE = [
+    _weight_entry("bf16", Tile(64, 128, 128, 8, 3), requires=WGMMA, skips=AMD),
+    _weight_entry("bf16", Tile(64, 128, 128, 8, 3), atomic=True, requires=WGMMA, skips=AMD),
+    _weight_entry("bf16", Tile(64, 128, 128, 8, 2), skips=ONLY_AMD),
+    _weight_entry("fp32", Tile(32, 128, 128, 8, 3), skips=AMD),
+    _weight_entry("fp32", Tile(16, 64, 32, 4, 2)),
+    _weight_entry("bf16", Tile(64, 128, 32, 4, 3), gather=True, skips=AMD),
+    _activation_entry("bf16", "gated", 32, 64),
+    _activation_entry("bf16", "gated", 32, 64, grad_pre_ptr=None),
+    _activation_entry("fp32", "relu", 32, 64, grad_pre_ptr=None, kept_ptr=None),
+    catalogue_entry(masked_conv2d_weight_sum_kernel, "bf16", "bf16", {"BLOCK": 256}, Tile(0, 0, 0, 4, 3)),
+]

@@ -5,6 +5,7 @@ A program owns a box of pixels (images x rows x columns) instead of a run of the
 `box_of` takes the shape that wastes the least. Without a stride only, as the accelerator reads neighbours.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import triton
@@ -12,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgen.kernels.masked_conv2d_config import Tile
-from fastgen.kernels.masked_conv2d_gemm import INTS, Finish, finish, product
+from fastgen.kernels.masked_conv2d_gemm import INTS, WGMMA, Finish, catalogue_entry, finish, product
 from fastgen.kernels.masked_conv2d_plan import Plan
 
 
@@ -141,3 +142,35 @@ def convolve_by_descriptors(
         IMAGES=box[0], HEIGHT=box[1], WIDTH=box[2], N=tile.N, K=tile.K,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
+
+
+# --- what ships, for the compile gate
+
+
+def _entry(dtype: str, tile: Tile, box: tuple[int, int, int], *, gated: bool) -> Any:
+    fixed: dict[str, Any] = {
+        "ACTIVATION": "gated" if gated else "none", "KEEP_BOTH": gated,
+        "PRECISION": "tf32" if dtype == "fp32" else "ieee",
+        "IMAGES": box[0], "HEIGHT": box[1], "WIDTH": box[2], "N": tile.N, "K": tile.K, "residual_channel": 1,
+    }  # fmt: skip
+    absent = ("residual_ptr",) if gated else ("other_desc", "condition_ptr", "kept_ptr")
+    maps = f"tensordesc<{dtype}[{box[0]},{box[1]},{box[2]},{tile.K}]>"
+    entry = catalogue_entry(
+        masked_conv2d_tma_kernel,
+        f"{dtype} {tile.M}x{tile.N}{'(x2)' if gated else ''}x{tile.K}, {tile.num_stages} stages",
+        dtype,
+        fixed | dict.fromkeys(absent),
+        tile,
+        requires=WGMMA if dtype == "bf16" else {},
+        skips=dict.fromkeys(("sm_80", "sm_86", "sm_89", "gfx942"), "has no tensor memory accelerator"),
+    )
+    described = {"x_desc": maps, "other_desc": maps, "packed_desc": f"tensordesc<{dtype}[{tile.N},{tile.K}]>"}
+    signature = {name: described.get(name, kind) for name, kind in entry.signature.items()}
+    return replace(entry, signature=signature)
+
+
+CATALOGUE = [
+    _entry("bf16", Tile(128, 64, 64, 8, 3, True), (1, 4, 32), gated=True),
+    _entry("bf16", Tile(128, 128, 64, 8, 3, True), (1, 4, 32), gated=False),
+    _entry("fp32", Tile(128, 64, 32, 8, 3, True), (1, 4, 32), gated=True),
+]
