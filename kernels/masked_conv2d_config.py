@@ -91,11 +91,12 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
     """128 pixels by 64 (two halves of 64 with a gate, 128 without) in 8 warps, less where there is less to do.
 
     - K: 128 bytes of each row (64 channels in half precision, 32 in float32): a whole cache line, and the swizzle that
-      wgmma likes. Less where there are fewer channels; 32 where columns are gathered.
+      wgmma likes. Less where there are fewer channels. Gathered: 32 columns, and in float32 64 channels at most, as
+      addresses take registers.
     - 64 pixels in 4 warps where 128 would leave most of a hundred multiprocessors without a tile.
     - without tensor cores (float32 where TF32 is off): 64 x 64 in steps of 16, within the registers of 4 warps.
-    - three stages in flight: 96 KiB of shared memory at most, so that two programs fit on a Hopper multiprocessor; two
-      on AMD, which has 64 KiB.
+    - as many stages as give 96 KiB of shared memory on a Hopper multiprocessor, so that two programs fit on it (the
+      pipeline keeps a buffer less where there is one product a step); two on AMD, which has 64 KiB.
     - the interpreter: tiny tiles, so that small tests have several.
     """
     if chip == "interpreter":
@@ -105,10 +106,13 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
     wide = power_of_two(layer.rows, 16, 128 // layer.parts)
     if precision == "ieee" and layer.dtype == torch.float32:
         return Tile(64, min(wide, 64 // layer.parts), 16, 4, 2)
-    gather = gathers(layer.channels, layer.direction == "in", layer.step)
     line = 128 // layer.dtype.itemsize
-    deep = 32 if gather else power_of_two(layer.channels, 16, line)
-    stages = 3 if chip.startswith("sm_") else 2
+    deep = power_of_two(layer.channels, 16, line)
+    if gathers(layer.channels, layer.direction == "in", layer.step):
+        deep = 32
+        if layer.dtype == torch.float32:
+            wide = min(wide, 64)
+    stages = 2 if not chip.startswith("sm_") else 3 if layer.parts == 2 else 4
     tiles = -(-layer.pixels // 128) * -(-layer.rows // wide)
     if tiles < 100 or wide == 16:
         return Tile(64, min(wide, 64), deep, 4, stages)

@@ -384,13 +384,14 @@ AMD = {"gfx942": "AMD has 64 KiB of shared memory: two stages there"}
 ONLY_AMD = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"), "only AMD has two stages")
 CATALOGUE = [
     _product_entry("bf16", Tile(128, 64, 64, 8, 3), gated=True, requires=WGMMA, skips=AMD),
-    _product_entry("bf16", Tile(128, 128, 64, 8, 3), gated=False, last=True, requires=WGMMA, skips=AMD),
-    _product_entry("bf16", Tile(64, 32, 64, 4, 3), gated=True, skips=AMD),
+    _product_entry("bf16", Tile(128, 128, 64, 8, 4), gated=False, last=True, requires=WGMMA, skips=AMD),
+    _product_entry("bf16", Tile(64, 64, 64, 4, 3), gated=True, requires=WGMMA, skips=AMD),
     _product_entry("fp32", Tile(128, 64, 32, 8, 3), gated=True, skips=AMD),
-    _product_entry("fp32", Tile(128, 128, 32, 8, 3), gated=False, last=True, skips=AMD),
+    _product_entry("fp32", Tile(128, 128, 32, 8, 4), gated=False, last=True, skips=AMD),
+    _product_entry("fp32", Tile(64, 64, 32, 4, 3), gated=True, skips=AMD),
     _product_entry("fp32", Tile(64, 32, 16, 4, 2), gated=True),
     _product_entry("bf16", Tile(128, 64, 32, 8, 3), gated=True, gather=True, skips=AMD),
-    _product_entry("fp32", Tile(128, 128, 32, 8, 3), gated=False, gather=True, skips=AMD),
+    _product_entry("fp32", Tile(128, 64, 32, 8, 4), gated=False, gather=True, skips=AMD),
     _product_entry("bf16", Tile(128, 64, 64, 8, 2), gated=True, skips=ONLY_AMD),
     _product_entry("fp32", Tile(128, 64, 32, 8, 2), gated=True, skips=ONLY_AMD),
     catalogue_entry(masked_conv2d_pack_kernel, "bf16", "bf16", {"ROWS": 16, "COLUMNS": 64}, Tile(0, 0, 0, 4, 3)),

@@ -157,7 +157,7 @@ def _entry(dtype: str, tile: Tile, box: tuple[int, int, int], *, gated: bool) ->
     maps = f"tensordesc<{dtype}[{box[0]},{box[1]},{box[2]},{tile.K}]>"
     entry = catalogue_entry(
         masked_conv2d_tma_kernel,
-        f"{dtype} {tile.M}x{tile.N}{'(x2)' if gated else ''}x{tile.K}, {tile.num_stages} stages",
+        f"{dtype} {tile.M}x{tile.N}{'(x2)' if gated else ''}x{tile.K}",
         dtype,
         fixed | dict.fromkeys(absent),
         tile,
@@ -171,6 +171,6 @@ def _entry(dtype: str, tile: Tile, box: tuple[int, int, int], *, gated: bool) ->
 
 CATALOGUE = [
     _entry("bf16", Tile(128, 64, 64, 8, 3, True), (1, 4, 32), gated=True),
-    _entry("bf16", Tile(128, 128, 64, 8, 3, True), (1, 4, 32), gated=False),
+    _entry("bf16", Tile(128, 128, 64, 8, 4, True), (1, 4, 32), gated=False),
     _entry("fp32", Tile(128, 64, 32, 8, 3, True), (1, 4, 32), gated=True),
 ]

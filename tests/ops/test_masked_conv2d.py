@@ -1,53 +1,8 @@
 import pytest
 import torch
-from torch.nn import functional as F
 
-from fastgen.ops import causal_mask, masked_conv2d
-
-ACTIVATIONS = ["none", "relu", "gated"]
-GEOMETRIES = [
-    {},
-    {"padding": 1},
-    {"padding": (2, 1), "stride": 2},
-    {"padding": 2, "dilation": 2},
-    {"padding": (1, 3), "stride": (1, 3), "dilation": (1, 2)},
-]
-
-
-def make_mask(kind, out_channels, in_channels, size):
-    if kind == "random":
-        return torch.rand(out_channels, in_channels, *size) < 0.5
-    if kind in ("all", "none"):
-        return torch.full((out_channels, in_channels, *size), kind == "all")
-    return causal_mask(kind[0], out_channels, in_channels, size, 3 if kind.endswith("rgb") else 1)
-
-
-def problem(kind="B", batch=2, inputs=3, outputs=6, height=6, width=5, size=(3, 3), dtype=torch.float64, device="cpu"):
-    mask = make_mask(kind, outputs, inputs, size)
-    x = torch.randn(batch, inputs, height, width, dtype=torch.float64)
-    weight = torch.randn(outputs, inputs, *size, dtype=torch.float64) / (inputs * size[0] * size[1]) ** 0.5
-    bias = torch.randn(outputs, dtype=torch.float64)
-    x, weight, bias = (one.to(device, dtype).requires_grad_() for one in (x, weight, bias))
-    return x, weight, mask.to(device), bias
-
-
-def truth(x, weight, mask, bias, activation="none", **geometry):
-    """The operation as the public surface states it, in float64, by other means than the definition's."""
-    x, weight = x.double(), weight.double()
-    out = F.conv2d(x, weight * mask, None if bias is None else bias.double(), **geometry)
-    if activation == "relu":
-        return torch.clamp(out, min=0)
-    if activation == "gated":
-        half = out.shape[1] // 2
-        return torch.tanh(out[:, :half]) * torch.sigmoid(out[:, half:])
-    return out
-
-
-def gradients(function, inputs, seed=1):
-    out = function(*inputs)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    asked = [one for one in inputs if one is not None and one.requires_grad]
-    return [out, *torch.autograd.grad(out, asked, grad.to(out.device, out.dtype))]
+from fastgen.ops import masked_conv2d
+from tests.ops.masked_conv2d_truth import ACTIVATIONS, GEOMETRIES, gradients, problem, strided, truth
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -93,16 +48,6 @@ def test_gradcheck(activation):
     x, weight, mask, bias = problem("A-rgb", batch=1, height=3, width=4)
     options = {"padding": 1, "activation": activation, "impl": "reference"}
     assert torch.autograd.gradcheck(lambda x, w, b: masked_conv2d(x, w, mask, b, **options), (x, weight, bias))
-
-
-def strided(tensor, layout):
-    if layout == "channels_last":
-        return tensor.contiguous(memory_format=torch.channels_last)
-    if layout == "expanded":
-        return tensor[:1].expand(tensor.shape)
-    wide = torch.full((*tensor.shape[:3], 2 * tensor.shape[3] + 1), torch.nan, dtype=tensor.dtype, device=tensor.device)
-    wide[..., 1::2] = tensor
-    return wide[..., 1::2]
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "sliced", "expanded"])

@@ -1,0 +1,322 @@
+"""The kernels through the public function: in the interpreter without a GPU, with tiles so small that there are
+several, none of which a size divides. What has no name of its own in a test id is spread over the combinations."""
+
+import itertools
+
+import pytest
+import torch
+
+from fastgen.kernels import masked_conv2d as kernels
+from fastgen.kernels.masked_conv2d_config import Tile
+from fastgen.ops import masked_conv2d
+from fastgen.ops.masked_conv2d import fused, gate
+from tests.ops.masked_conv2d_truth import ACTIVATIONS, GEOMETRIES, gradients, problem, strided, truth
+
+EPSILON = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+@pytest.fixture(autouse=True)
+def _full_memory():
+    """Memory that a kernel should write starts as NaN; float32 is float32."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["pointers", "descriptors"])
+def path(request, monkeypatch):
+    if request.param == "pointers":
+        monkeypatch.setattr(kernels, "has_tma", lambda chip: False)
+    return request.param
+
+
+def check(found, expected, dtype=torch.float32, terms=1.0):
+    """Errors of a few roundings of the largest value; `terms` scales that for long sums of rounded terms."""
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape and one.dtype == dtype
+        error = (one.detach().double() - other).abs().max() if one.numel() else torch.tensor(0.0)
+        assert error <= 4 * EPSILON[dtype] * terms * max(1.0, other.abs().max().item() if other.numel() else 0), error
+
+
+def test_memory_is_filled():
+    assert torch.ones(1).new_empty(5).isnan().all()
+
+
+COMBINATIONS = [
+    (kind, geometry, ACTIVATIONS[(i + j) % 3], 20 if (i + j // 2) % 2 else 3)
+    for (i, kind), (j, geometry) in itertools.product(enumerate(["A", "B", "random", "none"]), enumerate(GEOMETRIES))
+]
+
+
+@pytest.mark.parametrize(("kind", "geometry", "activation", "inputs"), COMBINATIONS, ids=str)
+def test_equals_the_definition(kind, geometry, activation, inputs, path, device):
+    if path == "descriptors" and (inputs < 16 or geometry.get("stride", 1) != 1):
+        pytest.skip("descriptors take stride 1 and blocks of channels")
+    x, weight, mask, bias = problem(kind, 2, inputs, 2 * inputs + 2, 7, 5, dtype=torch.float32, device=device)
+    expected = gradients(lambda x, w, b: truth(x, w, mask, b, activation, **geometry), (x, weight, bias))
+    options = {"activation": activation, "impl": "triton", **geometry}
+    found = gradients(lambda x, w, b: masked_conv2d(x, w, mask, b, **options), (x, weight, bias))
+    check(found, expected)
+    assert (found[2][~mask] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["A-rgb", "B-rgb"])
+def test_groups_of_colours(kind, device):
+    """48 channels in groups of 16: dead blocks of the centre tap are not in any list."""
+    x, weight, mask, bias = problem(kind, 1, 48, 48, 4, 3, dtype=torch.float32, device=device)
+    expected = gradients(lambda x, w, b: truth(x, w, mask, b, padding=1), (x, weight, bias))
+    check(
+        gradients(lambda x, w, b: masked_conv2d(x, w, mask, b, padding=1, impl="triton"), (x, weight, bias)), expected
+    )
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (5, 5), (2, 4)], ids=str)
+@pytest.mark.parametrize("inputs", [2, 17])
+def test_any_kernel_size(size, inputs, device):
+    x, weight, mask, bias = problem("random", 1, inputs, 3, 6, 5, size, torch.float32, device)
+    expected = gradients(lambda x, w, b: truth(x, w, mask, b, "relu"), (x, weight, bias))
+    found = gradients(lambda x, w, b: masked_conv2d(x, w, mask, b, activation="relu", impl="triton"), (x, weight, bias))
+    check(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_half_precision(dtype, activation, path, device):
+    x, weight, mask, bias = problem("B", 1, 16, 18, 5, 5, dtype=dtype, device=device)
+    options = {"padding": 1, "activation": activation}
+    expected = gradients(lambda x, w, b: truth(x, w, mask, b, **options), (x, weight, bias))
+    found = gradients(lambda x, w, b: masked_conv2d(x, w, mask, b, impl="triton", **options), (x, weight, bias))
+    check(found, expected, dtype)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+def test_an_image_s_own_bias_and_a_residual(activation, residual, layout, path, device):
+    x, weight, mask, bias = problem("B", 3, 16, 20, 4, 5, dtype=torch.float32, device=device)
+    condition = torch.randn(3, 20, device=device)
+    added = torch.randn(3, 10 if activation == "gated" else 20, 4, 5, device=device) if residual else None
+    if layout == "sliced":
+        condition = strided(condition[..., None, None], "sliced")[..., 0, 0]
+        added = strided(added, "sliced") if residual else None
+    inputs = [x, weight, bias, condition.requires_grad_(), None if added is None else added.requires_grad_()]
+
+    def expected(x, weight, bias, condition, residual):
+        pre = truth(x, weight, mask, bias, padding=1) + condition.double()[..., None, None]
+        out = {"none": lambda: pre, "relu": lambda: pre.clamp(min=0), "gated": lambda: gate(pre)}[activation]()
+        return out if residual is None else out + residual.double()
+
+    def found(x, weight, bias, condition, residual):
+        return masked_conv2d(
+            x,
+            weight,
+            mask,
+            bias,
+            padding=1,
+            activation=activation,
+            condition=condition,
+            residual=residual,
+            impl="triton",
+        )
+
+    check(gradients(found, inputs), gradients(expected, inputs))
+
+
+@pytest.mark.parametrize("keep_pre", [False, True])
+def test_a_second_map_and_the_sums_themselves(keep_pre, path, device):
+    x, weight, mask, bias = problem("B", 2, 16, 12, 4, 5, dtype=torch.float32, device=device)
+    other, other_weight = torch.randn(2, 20, 4, 5, device=device), torch.randn(12, 20, 1, 1, device=device) / 5
+    inputs = [x, weight, bias, other.requires_grad_(), other_weight.requires_grad_()]
+
+    def both(out, pre):
+        return torch.cat((out, pre), 1) if keep_pre else out
+
+    def expected(x, weight, bias, other, other_weight):
+        pre = truth(x, weight, mask, bias, padding=1) + torch.conv2d(other.double(), other_weight.double())
+        return both(gate(pre), pre)
+
+    def found(x, weight, bias, other, other_weight):
+        geometry = ([1, 1], [1, 1], [1, 1])
+        options = {"other": other, "other_weight": other_weight, "keep_pre": keep_pre}
+        return both(*fused(x, weight, mask, bias, geometry, "gated", **options))
+
+    check(gradients(found, inputs), gradients(expected, inputs))
+
+
+@pytest.mark.parametrize("inputs", [3, 20])
+@pytest.mark.parametrize("layout", ["channels_last", "sliced", "expanded"])
+def test_any_strides(layout, inputs, path, device):
+    x, weight, mask, bias = problem("B", 2, inputs, 6, 5, 4, dtype=torch.float32, device=device)
+    moved, moved_weight = strided(x.detach(), layout).requires_grad_(), strided(weight.detach(), "sliced")
+    inputs = (moved, moved_weight.requires_grad_(), bias)
+    expected = gradients(lambda x, w, b: truth(x, w, mask, b, "gated", padding=1), inputs)
+    call = lambda x, w, b: masked_conv2d(x, w, mask, b, padding=1, activation="gated", impl="triton")  # noqa: E731
+    check(gradients(call, inputs), expected)
+    # The incoming gradient has strides of its own: of a sum they are 0.
+    (found,) = torch.autograd.grad(call(*inputs).sum(), moved)
+    (wanted,) = torch.autograd.grad(truth(moved, moved_weight, mask, bias, "gated", padding=1).sum(), moved)
+    check([found], [wanted])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (1, 3, 1, 1), (2, 17, 1, 4), (1, 1, 2, 2)], ids=str)
+def test_empty_and_size_one(shape, activation, device):
+    batch, inputs, height, width = shape
+    x, weight, mask, bias = problem("B", batch, inputs, 2, height, width, dtype=torch.float32, device=device)
+    options = {"padding": 1, "activation": activation}
+    expected = gradients(lambda x, w, b: truth(x, w, mask, b, **options), (x, weight, bias))
+    check(
+        gradients(lambda x, w, b: masked_conv2d(x, w, mask, b, impl="triton", **options), (x, weight, bias)), expected
+    )
+
+
+def test_an_image_without_a_batch_a_mask_or_a_bias(device):
+    x, weight, _, bias = problem("all", dtype=torch.float32, device=device)
+    for activation in ("gated", "relu"):
+        found = masked_conv2d(x[0], weight, None, activation=activation, residual=None, impl="triton")
+        check([found], [truth(x[:1], weight, torch.tensor(1, device=device), None, activation)[0]])
+    condition, residual = torch.randn(6, device=device), torch.randn(6, 4, 3, device=device)
+    found = masked_conv2d(x[0], weight, None, bias, condition=condition, residual=residual, impl="triton")
+    wanted = truth(x[:1], weight, torch.tensor(1, device=device), bias)[0] + condition[:, None, None] + residual
+    check([found], [wanted])
+
+
+def test_masked_weights_and_unseen_pixels_take_no_part_whatever_their_value(device):
+    x, weight, mask, bias = problem("A", 1, 17, 4, 4, 4, dtype=torch.float32, device=device)
+    call = lambda x, w, b: masked_conv2d(x, w, mask, b, padding=1, impl="triton")  # noqa: E731
+    expected = gradients(call, (x, weight, bias))
+    with torch.no_grad():
+        weight[~mask] = torch.nan
+    for one, other in zip(gradients(call, (x, weight, bias)), expected, strict=True):
+        assert torch.equal(one, other)
+    x.data[:, :, -1, -1] = torch.nan  # the last pixel is seen by none
+    assert torch.equal(call(x, weight, bias), expected[0])
+
+
+def test_extremes_of_the_gate(device):
+    """Saturated and far out: no NaN where there is none in the definition."""
+    x = torch.tensor([0.0, 1e-4, -1e-4, 0.29, 0.31, -5, 9, 30, -100, 1e4, -1e4], device=device).view(1, 1, 1, -1)
+    x = x.expand(1, 2, 1, 11).contiguous().requires_grad_()
+    weight = torch.tensor([[1.0, 0], [0, -1.0], [0.5, 0], [0, 1.0]], device=device).view(4, 2, 1, 1).requires_grad_()
+    call = lambda x, w: masked_conv2d(x, w, None, activation="gated", impl="triton")  # noqa: E731
+    expected = gradients(lambda x, w: truth(x, w, torch.tensor(1, device=device), None, "gated"), (x, weight))
+    found = gradients(call, (x, weight))
+    check(found, expected)
+    small = found[0].double()[..., 1:3]
+    torch.testing.assert_close(small, expected[0][..., 1:3], rtol=1e-6, atol=0)
+    x.data[..., 3] = torch.nan
+    out = call(x, weight)
+    assert out[..., 3].isnan().all() and out[..., :3].isfinite().all()
+
+
+def test_only_wanted_gradients(device):
+    x, weight, mask, bias = problem("B", 1, 16, 4, 3, 3, dtype=torch.float32, device=device)
+    expected = gradients(lambda x, w, b: truth(x, w, mask, b, "gated"), (x, weight, bias))
+    for index, name in enumerate(("x", "weight", "bias")):
+        tensors = [one.detach().requires_grad_(i == index) for i, one in enumerate((x, weight, bias))]
+        found = gradients(lambda x, w, b: masked_conv2d(x, w, mask, b, activation="gated", impl="triton"), tensors)
+        check(found[1:], expected[index + 1 : index + 2])
+        assert [one.requires_grad for one in tensors].index(True) == index, name
+
+
+def test_a_mask_that_is_written_into_is_read_again(device):
+    x, weight, mask, bias = problem("A", 1, 16, 4, 4, 4, dtype=torch.float32, device=device)
+    check([masked_conv2d(x, weight, mask, bias, impl="triton")], [truth(x, weight, mask, bias)])
+    mask.fill_(True)
+    check([masked_conv2d(x, weight, mask, bias, impl="triton")], [truth(x, weight, mask, bias)])
+    mask.zero_()
+    check([masked_conv2d(x, weight, mask, bias, impl="triton")], [truth(x, weight, mask, bias)])
+
+
+def test_atomics_on_request(monkeypatch, device):
+    torch.use_deterministic_algorithms(False)
+    monkeypatch.setenv("FASTGEN_ATOMICS", "1")
+    x, weight, mask, bias = problem("B", 3, 17, 5, 9, 9, dtype=torch.float32, device=device)
+    expected = gradients(lambda x, w, b: truth(x, w, mask, b), (x, weight, bias))
+    check(gradients(lambda x, w, b: masked_conv2d(x, w, mask, b, impl="triton"), (x, weight, bias)), expected)
+
+
+@pytest.mark.parametrize("provider", ["dense", "cropped"])
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_cudnn_where_it_was_measured_faster(provider, geometry, monkeypatch, device):
+    x, weight, mask, bias = problem("A", 2, 5, 6, 7, 5, dtype=torch.float32, device=device)
+    other, other_weight = None, None
+    size = truth(x, weight, mask, bias, **geometry).shape
+    if geometry.get("stride", 1) == 1:
+        other, other_weight = torch.randn(*size, device=device), torch.randn(6, 6, 1, 1, device=device)
+    inputs = (x, weight, bias, torch.randn(2, 6, device=device, requires_grad=True))
+
+    def call(x, weight, bias, condition):
+        geometry_lists = [[*pair] if isinstance(pair, tuple) else [pair] * 2 for pair in pairs]
+        return fused(
+            x, weight, mask, bias, geometry_lists, "gated", condition=condition, other=other, other_weight=other_weight
+        )[0]
+
+    pairs = (geometry.get("stride", 1), geometry.get("padding", 0), geometry.get("dilation", 1))
+    expected = gradients(call, inputs)
+    monkeypatch.setattr(kernels, "choose", lambda device, layer, precision: (provider, Tile(32, 16, 16, 4, 1)))
+    check(gradients(call, inputs), [one.double() for one in expected])
+
+
+def test_operator_contract(device):
+    x, weight, mask, bias = problem("B", 2, 3, 4, 4, 3, dtype=torch.float32, device=device)
+    condition = torch.randn(2, 4, device=device, requires_grad=True)
+    residual = torch.randn(2, 4, 4, 3, device=device, requires_grad=True)
+    geometry = ([1, 1], [1, 1], [1, 1])
+    for activation, keep, added in (("none", "", residual), ("gated", "valve", None), ("gated", "both", None)):
+        arguments = (x, weight, mask, bias, condition, added, None, None, *geometry, activation, keep)
+        torch.library.opcheck(torch.ops.fastgen.masked_conv2d.default, arguments)
+
+
+def test_compiles_into_one_graph(device):
+    x, weight, mask, bias = problem("B", dtype=torch.float32, device=device)
+    options = {"padding": 1, "activation": "gated", "impl": "triton"}
+    compiled = torch.compile(masked_conv2d, fullgraph=True, backend="aot_eager")
+    expected = gradients(lambda x, w, b: masked_conv2d(x, w, mask, b, **options), (x, weight, bias))
+    for one, other in zip(
+        gradients(lambda x, w, b: compiled(x, w, mask, b, **options), (x, weight, bias)), expected, strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_autocast(device):
+    x, weight, mask, bias = problem("B", dtype=torch.float32, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = masked_conv2d(x, weight, mask, bias, condition=torch.randn(2, 6, device=device), impl="triton")
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert weight.grad.dtype == torch.float32 and weight.grad[~mask].abs().sum() == 0
+
+
+def test_what_the_kernel_cannot_do_is_said(device):
+    x, weight, mask, bias = problem("B", dtype=torch.float64, device=device)
+    with pytest.raises(TypeError, match="float64"):
+        masked_conv2d(x, weight, mask, bias, impl="triton")
+    x, weight, mask, bias = problem("B", dtype=torch.float32, device=device)
+    (grad,) = torch.autograd.grad(masked_conv2d(x, weight, mask, bias, impl="triton").sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()
+
+
+def test_too_many_pixels_are_refused(monkeypatch, device):
+    monkeypatch.setattr(kernels, "MAX_PIXELS", 10)
+    x, weight, mask, bias = problem("B", dtype=torch.float32, device=device)
+    with pytest.raises(ValueError, match="split the batch"):
+        masked_conv2d(x, weight, mask, bias, impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "named"),
+    [
+        ({"condition": torch.ones(2, 5)}, ValueError, r"condition must have the shape \(2, 6\)"),
+        ({"condition": torch.ones(2, 6, dtype=torch.int64)}, TypeError, "condition must be a float"),
+        ({"residual": torch.ones(2, 6, 6, 5)}, ValueError, r"residual must have the shape \(2, 6, 4, 3\)"),
+        ({"residual": torch.ones(2, 6, 4, 3).double()}, TypeError, "residual must have the same dtype"),
+    ],
+    ids=str,
+)
+def test_bad_addends_are_named(changes, error, named):
+    x, weight, mask, bias = problem("B", dtype=torch.float32)
+    with pytest.raises(error, match=named):
+        masked_conv2d(x, weight, mask, bias, **changes)
