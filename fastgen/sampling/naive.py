@@ -61,8 +61,8 @@ class Naive:
                 job.progress(1)
         log_prob = None
         if job.return_log_prob:
-            # The last pass has seen all levels but the last one drawn, which no parameter before it depends on.
-            if params is None:
+            # A pass for the very last draw has seen all other levels, and no parameters depend on this one.
+            if params is None or not to_draw[-1, -1, -1]:
                 params = whole_pass(self.model, self.encode, levels, job.condition)
                 passes += 1
             log_prob = image_log_prob(job.distribution, params, levels)

@@ -104,7 +104,7 @@ class Sampler:
                 raise
             self._waits = f"not analysed yet, the model fails without a condition: {error}"
         else:
-            self._build(params, condition)
+            self._engine = self._build(params, condition)
 
     def noise_shape(self, n: int) -> tuple[int, ...]:
         """The shape of `noise` for n images, (n, U, H, W)."""
@@ -188,11 +188,12 @@ class Sampler:
             nothing = torch.empty((0, *self.shape), dtype=torch.long, device=device)
             return (nothing, torch.empty(0, dtype=torch.float64, device=device)) if return_log_prob else nothing
         condition = rows_for(condition, n, device)
-        if self._engine is None or self._is_stale(condition):
-            self._engine = None
-            self._build(self._blank_pass(condition), condition)
+        engine = self._engine
+        if engine is None or self._is_stale(condition):
+            self._engine = None  # its memory is free before the next is made
+            self._engine = engine = self._build(self._blank_pass(condition), condition)
         whole = Job(n, self.shape, noise.to(device), distribution, known, known_mask, condition, return_log_prob)
-        parts = self._run(self._engine, whole, batch_size, progress)
+        parts = self._run(engine, whole, batch_size, progress)
         levels = torch.cat([part.levels for part in parts])
         if not return_log_prob:
             return levels
@@ -251,29 +252,29 @@ class Sampler:
             return False
         return self._built_for != kind(condition) or self._snapshot.differs(self.model)
 
-    def _build(self, params: Tensor, condition: Any) -> None:
-        """Makes the engine, and remembers what it was made for. `params` is the output of `_blank_pass`."""
+    def _build(self, params: Tensor, condition: Any) -> Backend:
+        """Makes the engine, and remembers what it is made for. `params` is the output of `_blank_pass`."""
         check_params = getattr(self.distribution, "check_params", None)
         if check_params is not None:
             check_params(params[..., 0, 0], self.shape[0])
-        draw_image(
-            Job(2, self.shape, torch.zeros(self.noise_shape(2), device=params.device), self.distribution), params
-        )
+        blank = torch.zeros(self.noise_shape(2), device=params.device)
+        draw_image(Job(2, self.shape, blank, self.distribution), params)
         self._fallback = None
         if self.backend in WHOLE_PASSES:
             # These follow every change of the model by themselves, a change of dtype included.
-            self._engine = WHOLE_PASSES[self.backend](self.model, self.shape, lambda levels: self._encode()(levels))
-            return
+            return WHOLE_PASSES[self.backend](self.model, self.shape, lambda levels: self._encode()(levels))
         from fastgen.sampling.engine import Unsupported, build_engine
 
         encode, condition = self._encode(), example(condition, self._device())
+        engine: Backend
         try:
-            self._engine = build_engine(self.model, self.shape, self.distribution, encode, condition, self.backend)
+            engine = build_engine(self.model, self.shape, self.distribution, encode, condition, self.backend)
         except Unsupported as reason:
             self._fallback = str(reason)
-            self._engine = FixedPoint(self.model, self.shape, encode)
+            engine = FixedPoint(self.model, self.shape, encode)
             warnings.warn(f"sampling falls back to the fixed_point backend: {reason}", stacklevel=4)
         self._snapshot, self._built_for = Snapshot(self.model), kind(condition)
+        return engine
 
     def _device(self) -> torch.device:
         for tensor in (*self.model.parameters(), *self.model.buffers()):

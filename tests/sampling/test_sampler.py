@@ -1,0 +1,495 @@
+"""Arguments, seeds, chunks, conditions, changed models; the images themselves are tested with the backends."""
+
+import copy
+import math
+import pickle
+import sys
+import types
+import warnings
+
+import pytest
+import torch
+from causal_models import Stranger, small
+from torch import nn
+from torch.nn import functional as F
+
+from fastgen import Bernoulli, Categorical, accelerate
+from fastgen.models import GatedPixelCNN
+from fastgen.sampling import Sampler
+from fastgen.sampling.fixed_point import FixedPoint
+
+BACKENDS = ("naive", "fixed_point")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+@pytest.fixture
+def grey(backend):
+    model, shape, distribution = small("grey")
+    return accelerate(model, shape, distribution=distribution, backend=backend)
+
+
+@pytest.fixture
+def by_class(backend):
+    model = Stranger(1, 5, classes=3).eval()
+    with torch.no_grad():
+        model.of_class.weight *= 3
+    return accelerate(model, (1, 4, 4), distribution=Categorical(5, "B(KC)HW"), backend=backend)
+
+
+def test_seeds(grey):
+    first = grey.sample(4, seed=7)
+    assert torch.equal(grey.sample(4, seed=7), first)
+    assert not torch.equal(grey.sample(4, seed=8), first)
+    assert torch.equal(grey.sample(4, seed=torch.Generator().manual_seed(7)), first)
+    generator = torch.Generator().manual_seed(7)
+    assert torch.equal(grey.sample(4, seed=generator), first)
+    assert not torch.equal(grey.sample(4, seed=generator), first)  # the generator has moved on
+    torch.manual_seed(3)
+    from_default = grey.sample(4)
+    assert not torch.equal(grey.sample(4), from_default)
+    torch.manual_seed(3)
+    assert torch.equal(grey.sample(4), from_default)
+
+
+def test_noise_is_the_image_alone(grey):
+    """The same noise gives the same image in whatever batch, and each image depends on its own noise only."""
+    noise = torch.rand(grey.noise_shape(5))
+    images = grey.sample(5, noise=noise)
+    assert torch.equal(grey.sample(5, noise=noise.flip(0)), images.flip(0))
+    assert torch.equal(grey.sample(2, noise=noise[3:]), images[3:])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+def test_chunks_give_the_same_images(by_class, batch_size):
+    known, mask = torch.randint(5, (5, 1, 4, 4)), torch.rand(5, 1, 4, 4) < 0.3
+    options = {"seed": 1, "condition": torch.tensor([0, 1, 2, 0, 1]), "known": known, "known_mask": mask}
+    images, log_prob = by_class.sample(5, **options, return_log_prob=True)
+    chunked, chunked_log_prob = by_class.sample(5, **options, return_log_prob=True, batch_size=batch_size)
+    assert torch.equal(chunked, images)
+    torch.testing.assert_close(chunked_log_prob, log_prob, atol=1e-5, rtol=1e-6)  # float32 logits
+
+
+def test_a_device_out_of_memory_gets_smaller_batches(grey):
+    sizes = []
+
+    def allocate(module, arguments):
+        sizes.append(len(arguments[0]))
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError("no more")
+
+    expected = grey.sample(7, seed=2)
+    grey.model.register_forward_pre_hook(allocate)
+    assert torch.equal(grey.sample(7, seed=2), expected)
+    assert {7, 3, 1} <= set(sizes) <= {7, 3, 1, 2}
+    sizes.clear()
+    grey.sample(7, seed=2)
+    assert max(sizes) == 3  # remembered
+    grey.model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
+    with pytest.raises(torch.OutOfMemoryError):
+        grey.sample(1)
+
+
+def test_nothing_to_draw(grey):
+    images, log_prob = grey.sample(0, return_log_prob=True)
+    assert images.shape == (0, 1, 5, 4) and images.dtype == torch.long
+    assert log_prob.shape == (0,) and log_prob.dtype == torch.float64
+    assert grey.sample(0, known=torch.zeros(1, 1, 5, 4).long(), known_mask=torch.tensor(True)).shape == images.shape
+
+
+def test_known_pixels_are_kept_and_seen(grey):
+    noise = torch.rand(grey.noise_shape(3))
+    free = grey.sample(3, noise=noise)
+    # The image itself as what is known: the others are drawn as before, since their noise means the same.
+    mask = torch.rand(3, 1, 5, 4) < 0.5
+    assert torch.equal(grey.sample(3, noise=noise, known=free, known_mask=mask), free)
+    # Broadcast, any integer dtype, and unread where not known.
+    row = torch.full((1, 5, 4), 255, dtype=torch.uint8)
+    row[:, 0] = torch.tensor([4, 0, 4, 0])
+    mask = torch.zeros(5, 1, dtype=torch.bool)
+    mask[0] = True
+    images = grey.sample(3, noise=noise, known=row, known_mask=mask)
+    assert torch.equal(images[:, :, 0], torch.tensor([4, 0, 4, 0]).expand(3, 1, 4))
+    assert not torch.equal(images[:, :, 1:], free[:, :, 1:])
+
+
+def test_log_prob_is_the_models_own_whatever_the_options(backend):
+    model = GatedPixelCNN((3, 3, 4), 4, channels=9, layers=2).double().eval()
+    sampler = accelerate(model, model.shape, distribution=model.distribution, backend=backend)
+    known = torch.randint(4, model.shape)
+    mask = torch.zeros(3, 1, dtype=torch.bool)
+    mask[1:] = True
+    for options in ({}, {"temperature": 0.5, "top_k": 2}, {"known": known, "known_mask": mask}):
+        images, log_prob = sampler.sample(3, seed=0, return_log_prob=True, **options)
+        assert log_prob.dtype == torch.float64
+        torch.testing.assert_close(log_prob, model.log_prob(images).detach())
+
+
+def test_options_reach_the_draws(grey):
+    """Temperature, top-k and top-p act as on the distribution of the first pixel, which sees nothing."""
+    with torch.no_grad():
+        logits = grey.model(torch.zeros(1, 1, 5, 4))[0, :, 0, 0].double()
+    grid = torch.full(grey.noise_shape(500), 0.5)
+    grid[:, 0, 0, 0] = (torch.arange(500) + 0.5) / 500
+    two = logits.topk(2).indices
+    expected = {
+        "temperature": (logits / 0.5).softmax(0),
+        "top_k": torch.zeros(5).double().scatter(0, two, logits[two].softmax(0)),
+        "top_p": F.one_hot(logits.argmax(), 5).double(),
+    }
+    for option, value in {"temperature": 0.5, "top_k": 2, "top_p": 1e-6}.items():
+        drawn = grey.sample(500, noise=grid, **{option: value})[:, 0, 0, 0]
+        share = torch.bincount(drawn, minlength=5) / 500
+        torch.testing.assert_close(share.double(), expected[option], atol=2 / 500, rtol=0)
+    modes = grey.sample(3, temperature=0)
+    assert torch.equal(modes, modes[:1].expand_as(modes))
+    with torch.no_grad():
+        assert torch.equal(grey.model(modes.float() / 4 * 2 - 1).argmax(1), modes[:, 0])
+
+
+def test_conditions(by_class):
+    labels = torch.tensor([2, 0, 2, 1])
+    noise = torch.rand(by_class.noise_shape(4))
+    images = by_class.sample(4, noise=noise, condition=labels)
+    for index, label in enumerate(labels.tolist()):
+        one = by_class.sample(1, noise=noise[index : index + 1], condition=torch.tensor([label]))
+        assert torch.equal(one, images[index : index + 1])
+    all_twos = by_class.sample(4, noise=noise, condition=2)
+    assert torch.equal(all_twos, by_class.sample(4, noise=noise, condition=torch.tensor([2])))
+    assert torch.equal(all_twos[labels == 2], images[labels == 2])
+    assert not torch.equal(all_twos, images)
+    with pytest.raises(ValueError, match=r"condition has a tensor of shape \(3,\); expected 4 rows"):
+        by_class.sample(4, condition=torch.tensor([0, 1, 2]))
+    with pytest.raises(TypeError):  # from the model: no label
+        by_class.sample(4)
+
+
+def test_a_condition_given_to_accelerate_is_the_default(backend):
+    model = Stranger(1, 5, classes=3).eval()
+    options = {"distribution": Categorical(5, "B(KC)HW"), "backend": backend}
+    expected = accelerate(model, (1, 4, 4), **options).sample(4, seed=0, condition=1)
+    for condition in (1, torch.tensor([1]), torch.tensor([1, 1, 1, 1])):
+        assert torch.equal(accelerate(model, (1, 4, 4), condition=condition, **options).sample(4, seed=0), expected)
+
+
+def test_a_condition_may_be_any_pytree(backend):
+    class Conditioned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = Stranger(1, 1)
+
+        def forward(self, x, condition):
+            assert condition["name"] == "a name" and condition["scale"].dim() == 0
+            return self.model(x) + condition["scale"] * sum(condition["bias"])[:, :, None, None]
+
+    sampler = accelerate(Conditioned().eval(), (1, 3, 3), distribution=Bernoulli(), backend=backend)
+    far = torch.tensor([[-50.0], [50.0], [50.0]])
+    condition = {"name": "a name", "scale": torch.tensor(2.0), "bias": (far, torch.ones(1, 1))}
+    images = sampler.sample(3, condition=condition, batch_size=2)
+    assert torch.equal(images, (far > 0).long()[:, :, None, None].expand(3, 1, 3, 3))
+
+
+def test_work_is_not_known_before_a_condition(by_class):
+    with pytest.raises(RuntimeError, match="fails without a condition"):
+        _ = by_class.work_ratio
+    assert "fails without a condition" in by_class.explain()
+    by_class.sample(2, condition=0)
+    assert 1 <= by_class.work_ratio <= 16
+    assert "whole forward pass" in by_class.explain()
+
+
+def test_nan_is_an_error_at_the_end(backend):
+    class Spoilt(nn.Module):
+        """NaN at one pixel of images whose first pixel is 1."""
+
+        def forward(self, x):
+            params = torch.zeros_like(x)
+            params[:, 0, 1, 1] = torch.where(x[:, 0, 0, 0] == 1, math.nan, 0.0)
+            return params
+
+    sampler = accelerate(Spoilt(), (1, 2, 3), distribution=Bernoulli(), backend=backend)
+    noise = torch.rand(sampler.noise_shape(3))
+    noise[:, 0, 0, 0] = torch.tensor([0.2, 0.9, 0.1])
+    with pytest.raises(FloatingPointError, match="NaN"):
+        sampler.sample(3, noise=noise)
+    good = sampler.sample(3, noise=noise.clamp(max=0.4))
+    assert bool((good[:, 0, 0, 0] == 0).all())
+    mask = torch.zeros(2, 3, dtype=torch.bool)
+    mask[1, 1] = True  # where a level is known its parameters do not matter
+    assert sampler.sample(3, noise=noise, known=torch.ones(1).long(), known_mask=mask)[1, 0, 0, 0] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_dtypes_of_the_model(backend, dtype):
+    model, shape, distribution = small("colours")
+    sampler = accelerate(model, shape, distribution=distribution, backend=backend)
+    seen = []
+    model.to(dtype).register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].dtype))
+    assert sampler.sample(2, seed=0).shape == (2, *shape)
+    assert set(seen) == {dtype}
+
+
+def test_encode_decides_the_input(backend):
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(5, 3)
+            self.model = Stranger(3, 5)
+
+        def forward(self, x):
+            return self.model(self.embedding(x.squeeze(1)).movedim(-1, 1))
+
+    model = Tokens().eval()
+    options = {"distribution": Categorical(5, "B(KC)HW"), "backend": backend}
+    sampler = accelerate(model, (1, 3, 4), encode=lambda levels: levels, **options)
+    images = sampler.sample(4, seed=0, temperature=0)
+    with torch.no_grad():
+        assert torch.equal(model(images).argmax(1), images[:, 0])
+
+
+class Geometric:
+    """A distribution by the documented protocol alone: levels 0, 1, 2, ... up to 9 with the failure rate sigmoid(p)."""
+
+    def noise_shape(self, n, shape):
+        return (n, *shape)
+
+    def draw(self, params, noise, channel, previous):
+        assert params.dim() == 2 and previous.shape == (len(params), channel)
+        rate = torch.sigmoid(params[:, channel].double())
+        return ((1 - noise[:, channel].double()).log() / rate.log()).floor().clamp(max=9).long()
+
+    def log_prob(self, params, levels):
+        rate = torch.sigmoid(params.double())
+        return torch.where(levels < 9, (1 - rate).log(), 0.0).add(levels * rate.log()).sum(1)
+
+
+def test_a_distribution_of_ones_own(backend):
+    model = Stranger(2, 2, 2).eval()
+    sampler = accelerate(model, (2, 3, 3), distribution=Geometric(), encode=lambda x: x.float() / 9, backend=backend)
+    images, log_prob = sampler.sample(5, seed=0, return_log_prob=True)
+    other = accelerate(model, (2, 3, 3), distribution=Geometric(), encode=lambda x: x.float() / 9, backend="naive")
+    assert torch.equal(images, other.sample(5, seed=0))
+    with torch.no_grad():
+        params = model(images.float() / 9)
+    expected = sum(Geometric().log_prob(params[..., i, j], images[..., i, j]) for i in range(3) for j in range(3))
+    torch.testing.assert_close(log_prob, expected)
+    with pytest.raises(ValueError, match="Geometric"):
+        sampler.sample(1, temperature=0.5)
+    with pytest.raises(ValueError, match="encode"):
+        accelerate(model, (2, 3, 3), distribution=Geometric(), backend=backend)
+
+
+def test_progress_counts_every_draw_once(grey, monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, total, unit, disable):
+            self.total, self.disable, self.n = total, disable, 0
+            bars.append(self)
+
+        def update(self, n):
+            self.n += n
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr("tqdm.auto.tqdm", Bar)
+    grey.sample(5, seed=0, progress=True, batch_size=2)
+    grey.sample(1, seed=0)
+    assert [(bar.n, bar.total, bar.disable) for bar in bars] == [(100, 100, False), (20, 20, True)]
+
+
+def test_no_gradient_and_no_change_of_mode(grey):
+    images, log_prob = grey.sample(2, seed=0, return_log_prob=True)
+    assert not log_prob.requires_grad
+    assert all(parameter.grad is None for parameter in grey.model.parameters())
+    grey.model.train()
+    assert torch.equal(grey.sample(2, seed=0), images)
+    assert grey.model.training
+    grey.model(torch.zeros(1, 1, 5, 4)).sum().backward()  # nothing was left that cannot be trained on
+
+
+def test_a_normalization_keeps_its_statistics(backend):
+    model = nn.Sequential(Stranger(1, 1), nn.BatchNorm2d(1))
+    accelerate(model, (1, 3, 3), distribution=Bernoulli(), backend=backend)
+    assert model[1].num_batches_tracked == 0 and model[1].running_mean == 0
+
+
+def test_copies_and_pickles(grey):
+    expected = grey.sample(2, seed=0)
+    for twin in (copy.deepcopy(grey), pickle.loads(pickle.dumps(grey))):
+        assert twin.model is not grey.model
+        assert torch.equal(twin.sample(2, seed=0), expected)
+
+
+@pytest.mark.parametrize(
+    "error, name, arguments",
+    [
+        (TypeError, "n must", {"n": 1.5}),
+        (ValueError, "n must", {"n": -1}),
+        (ValueError, "batch_size", {"batch_size": 0}),
+        (TypeError, "seed", {"seed": 0.5}),
+        (ValueError, "seed", {"seed": 2**70}),
+        (ValueError, "seed and noise", {"seed": 1, "noise": torch.zeros(2, 1, 5, 4)}),
+        (TypeError, "noise", {"noise": torch.zeros(2, 1, 5, 4).double()}),
+        (TypeError, "noise", {"noise": [0.5]}),
+        (ValueError, "noise", {"noise": torch.zeros(2, 1, 4, 5)}),
+        (ValueError, "noise", {"noise": torch.ones(2, 1, 5, 4)}),
+        (ValueError, "noise", {"noise": torch.full((2, 1, 5, 4), -0.1)}),
+        (ValueError, "noise", {"noise": torch.full((2, 1, 5, 4), math.nan)}),
+        (ValueError, "temperature", {"temperature": -1}),
+        (ValueError, "top_k", {"top_k": 0}),
+        (ValueError, "top_p", {"top_p": 0.0}),
+        (ValueError, "known_mask is missing", {"known": torch.zeros(1).long()}),
+        (ValueError, "known is missing", {"known_mask": torch.ones(1).bool()}),
+        (TypeError, "known must", {"known": torch.zeros(1), "known_mask": torch.ones(1).bool()}),
+        (TypeError, "known must", {"known": 1, "known_mask": torch.ones(1).bool()}),
+        (TypeError, "known_mask must", {"known": torch.zeros(1).long(), "known_mask": torch.ones(1)}),
+        (ValueError, "known must", {"known": torch.zeros(3, 5, 4).long(), "known_mask": torch.ones(1).bool()}),
+        (ValueError, "known_mask must", {"known": torch.zeros(1).long(), "known_mask": torch.ones(3).bool()}),
+        (ValueError, "levels 0..4", {"known": torch.tensor([5]), "known_mask": torch.ones(1).bool()}),
+        (ValueError, "levels 0..4", {"known": torch.tensor([-1]), "known_mask": torch.ones(1).bool()}),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_sample_are_named(error, name, arguments):
+    model, shape, distribution = small("grey")
+    sampler = accelerate(model, shape, distribution=distribution, backend="naive")
+    with pytest.raises(error, match=name):
+        sampler.sample(**{"n": 2} | arguments)
+
+
+def test_bad_arguments_of_accelerate_are_named():
+    model, shape, distribution = small("grey")
+    for error, name, arguments in (
+        (TypeError, "model", {"model": model.forward}),
+        (ValueError, "shape", {"shape": (5, 4)}),
+        (ValueError, "shape", {"shape": (1, 0, 4)}),
+        (ValueError, "shape", {"shape": 3}),
+        (ValueError, "shape", {"shape": (1, 2.5, 4)}),
+        (TypeError, "distribution", {"distribution": Categorical}),
+        (TypeError, "distribution", {"distribution": "categorical"}),
+        (TypeError, "encode", {"encode": 1}),
+        (ValueError, "backend", {"backend": "fast"}),
+        (ValueError, "expected 1 channels", {"distribution": Categorical(2, "B(KC)HW"), "model": Stranger(1, 6)}),
+        (ValueError, "K = 4", {"distribution": Categorical(4, "B(KC)HW")}),
+        (ValueError, "BKCHW", {"distribution": Categorical(5)}),
+    ):
+        with pytest.raises(error, match=name):
+            accelerate(**{"model": model, "shape": shape, "distribution": distribution, "backend": "naive"} | arguments)
+    for output, error in ((lambda x: (x, x), TypeError), (lambda x: x[..., 1:], ValueError)):
+        bad = nn.Module()
+        bad.forward = output
+        with pytest.raises(error, match="model must return"):
+            accelerate(bad, (1, 2, 3), distribution=Bernoulli(), backend="naive")
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """A stand-in for the engine's module, which counts what is built and refuses what `refused` names."""
+    module = types.ModuleType("fastgen.sampling.engine")
+    module.built, module.refused = [], None
+
+    class Unsupported(Exception):
+        pass
+
+    def build_engine(model, shape, distribution, encode, condition_example, backend):
+        if module.refused is not None:
+            raise Unsupported(module.refused)
+        module.built.append(condition_example)
+        return FixedPoint(model, shape, encode)
+
+    module.Unsupported, module.build_engine = Unsupported, build_engine
+    monkeypatch.setitem(sys.modules, "fastgen.sampling.engine", module)
+    return module
+
+
+def test_a_changed_model_is_analysed_again(engines):
+    model, shape, distribution = small("grey")
+    model.register_buffer("counter", torch.zeros(3))
+    sampler = accelerate(model, shape, distribution=distribution)
+    assert len(engines.built) == 1
+    sampler.sample(1)
+    sampler.sample(3, temperature=0.5)
+    assert len(engines.built) == 1
+
+    def step():
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        model(torch.rand(2, 1, 5, 4)).sum().backward()
+        optimizer.step()
+
+    def swap_two_weights():
+        model.head.weight.data[[0, 1]] = model.head.weight.data[[1, 0]]
+
+    changes = {
+        "optimizer": step,
+        "state_dict": lambda: model.load_state_dict(model.state_dict() | {"head.bias": torch.ones(5)}),
+        "data": swap_two_weights,
+        "buffer": lambda: model.counter.add_(1),
+        "dtype": model.double,
+        "mode": model.train,
+        "module": lambda: setattr(model, "first", nn.Sequential(model.first)),
+        "nan": lambda: model.counter.fill_(math.nan),
+    }
+    for count, (name, change) in enumerate(changes.items(), 2):
+        change()
+        sampler.sample(1)
+        sampler.sample(1)
+        assert len(engines.built) == count, name
+
+
+def test_engines_are_built_with_the_condition_of_two_images(engines):
+    model = Stranger(1, 5, classes=3).eval()
+    options = {"distribution": Categorical(5, "B(KC)HW")}
+    for condition in (2, torch.tensor([2]), torch.tensor([2, 1, 0]), torch.tensor([[2]])[0]):
+        engines.built.clear()
+        sampler = accelerate(model, (1, 3, 3), condition=condition, **options)
+        sampler.sample(1, condition=1)
+        sampler.sample(4, condition=torch.tensor([0, 1, 2, 0]))
+        assert len(engines.built) == 1
+        assert engines.built[0].shape == (2,) and engines.built[0][0] == 2
+    engines.built.clear()
+    late = accelerate(model, (1, 3, 3), **options)
+    assert engines.built == []
+    late.sample(5, condition=1)
+    assert len(engines.built) == 1
+
+
+def test_another_kind_of_condition_is_analysed_again(engines):
+    class Optional(Stranger):
+        def forward(self, x, bias=None):
+            return super().forward(x) + (0 if bias is None else bias[:, :1, None, None])
+
+    sampler = accelerate(Optional(1, 1).eval(), (1, 3, 3), distribution=Bernoulli())
+    sampler.sample(2)
+    assert len(engines.built) == 1
+    sampler.sample(2, condition=torch.zeros(2, 1))
+    sampler.sample(3, condition=torch.ones(3, 1))
+    assert len(engines.built) == 2
+    sampler.sample(2, condition=torch.zeros(2, 4))
+    assert len(engines.built) == 3
+    sampler.sample(2)
+    assert len(engines.built) == 4
+
+
+def test_what_the_engine_cannot_take_falls_back_with_a_warning(engines):
+    model, shape, distribution = small("grey")
+    engines.refused = "aten::fft is not known"
+    with pytest.warns(UserWarning, match="fixed_point backend: aten::fft is not known") as caught:
+        sampler = accelerate(model, shape, distribution=distribution, backend="eager")
+    assert caught[0].filename == __file__
+    assert isinstance(sampler, Sampler) and "because aten::fft is not known" in sampler.explain()
+    expected = accelerate(model, shape, distribution=distribution, backend="naive").sample(3, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(sampler.sample(3, seed=0), expected)
+    engines.refused = None
+    model.head.bias.data += 1
+    sampler.sample(1)
+    assert "fallback" not in sampler.explain()
