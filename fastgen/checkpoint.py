@@ -43,10 +43,10 @@ def save(model: Rebuildable, folder: str | os.PathLike) -> None:
     config = configuration(model)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     make_folder(folder)
-    metadata = {"config": json.dumps(_identity(config), sort_keys=True), "sha256": _checksum(tensors)}
+    seal = json.dumps({**_identity(config), "sha256": _checksum(tensors)}, sort_keys=True)
     write_atomically(
         {
-            folder / WEIGHTS: safetensors.torch.save(tensors, metadata),
+            folder / WEIGHTS: safetensors.torch.save(tensors, {"fastgen": seal}),
             folder / CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
         }
     )
@@ -87,8 +87,9 @@ def configuration(model: Rebuildable) -> dict[str, Any]:
     for key, value in arguments.items():
         if not _is_plain(value):
             raise TypeError(f"{name} was built with {key}={value!r}, which cannot be written as JSON")
-    versions = {"fastgen": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    return {"format": FORMAT, "class": name, "arguments": arguments, "versions": versions}
+    versions = {"fastgen": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    plain = json.loads(json.dumps(arguments))  # tuples become lists, as they will be when read
+    return {"format": FORMAT, "class": name, "arguments": plain, "versions": versions}
 
 
 def model_classes() -> dict[str, type[Rebuildable]]:
@@ -140,17 +141,18 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     try:
         with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            seal = json.loads((file.metadata() or {}).get("fastgen", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # safetensors has a kind of its own for each way to be damaged
         raise ValueError(f"{path}: is not a safetensors file, or damaged ({error})") from error
-    if "config" not in metadata or "sha256" not in metadata:
+    if not isinstance(seal, dict) or "sha256" not in seal:
         raise ValueError(f"{path}: was not written by fastgen.save")
-    if metadata["config"] != json.dumps(_identity(config), sort_keys=True):
-        raise ValueError(f"{path}: belongs to another model than {CONFIG} beside it: {metadata['config']}")
-    if metadata["sha256"] != _checksum(tensors):
+    checksum = seal.pop("sha256")
+    if seal != _identity(config):
+        raise ValueError(f"{path}: belongs to another model than {CONFIG} beside it: {json.dumps(seal)}")
+    if checksum != _checksum(tensors):
         raise ValueError(f"{path}: is damaged: its checksum does not match")
     return tensors
 
