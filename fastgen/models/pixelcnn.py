@@ -54,15 +54,13 @@ class ResidualBlock(nn.Module):
     def __init__(self, h: int, colours: int, n_classes: int | None) -> None:
         super().__init__()
         self.reduce = MaskedConv2d(2 * h, h, 1, mask_type="B", data_channels=colours, activation="relu")
-        self.look = MaskedConv2d(h, h, 3, padding=1, mask_type="B", data_channels=colours)
+        self.look = MaskedConv2d(h, h, 3, padding=1, mask_type="B", data_channels=colours, activation="relu")
         self.expand = MaskedConv2d(h, 2 * h, 1, mask_type="B", data_channels=colours)
         self.condition = None if n_classes is None else ClassBias(n_classes, h)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        features = self.look(self.reduce(x.relu()))
-        if self.condition is not None:
-            features = features + self.condition(condition)
-        return x + self.expand(features.relu())
+        own = None if self.condition is None else self.condition(condition).flatten(1)
+        return self.expand(self.look(self.reduce(x.relu()), condition=own), residual=x)
 
 
 def channels_of(channels: int, colours: int) -> int:

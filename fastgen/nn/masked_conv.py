@@ -73,7 +73,14 @@ class MaskedConv2d(nn.Conv2d):
         self.register_buffer("mask", mask.to(self.weight.device), persistent=False)
         self._box, self._box_of = live_box(mask), _state_of(self.mask)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def geometry(self) -> list[list[int]]:
+        """Stride, padding and dilation, a pair each; only where the padding is the same on both sides."""
+        before_w, _, before_h, _ = self._reversed_padding_repeated_twice
+        return [list(self.stride), [before_h, before_w], list(self.dilation)]
+
+    def forward(self, x: Tensor, condition: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """x (B, in_channels, H, W); condition and residual as in `fastgen.ops.masked_conv2d`."""
         weight: Tensor = self.weight
         mask: Tensor | None = self.mask
         height, width = weight.shape[2:]
@@ -107,6 +114,8 @@ class MaskedConv2d(nn.Conv2d):
             padding=padding,
             dilation=self.dilation,
             activation=self.activation,
+            condition=condition,
+            residual=residual,
         )
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:

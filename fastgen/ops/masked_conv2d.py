@@ -180,10 +180,17 @@ def fused(
     """One launch: activation(conv(x) + conv1x1(other) + bias + condition) + residual, and what enters the activation.
 
     The second result is only there with keep_pre, which needs the gate; the residual only without an activation.
-    geometry: stride, padding, dilation. Other arguments as in `forward` of the kernels, all of one dtype.
+    geometry: stride, padding, dilation. Other arguments as in `forward` of the kernels.
+
+    Raises:
+        TypeError: dtypes differ.
     """
-    tensors = (x, weight, bias, condition, residual, other, other_weight)
-    train = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
+    tensors = {
+        "weight": weight, "bias": bias, "condition": condition, "residual": residual, "other": other,
+        "other_weight": other_weight,
+    }  # fmt: skip
+    _check_dtypes(x, tensors)
+    train = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, *tensors.values()))
     keep = "both" if keep_pre else "valve" if activation == "gated" and train else ""
     return _operator(x, weight, mask, bias, condition, residual, other, other_weight, *geometry, activation, keep)
 
@@ -290,9 +297,7 @@ def masked_conv2d(
     ):
         _check_addend(name, tensor, shape, x)
     x, weight, bias, condition, residual = under_autocast(x, weight, bias, condition, residual)
-    for name, tensor in (("weight", weight), ("bias", bias), ("condition", condition), ("residual", residual)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"x and {name} must have the same dtype, got {x.dtype} and {tensor.dtype}")
+    _check_dtypes(x, {"weight": weight, "bias": bias, "condition": condition, "residual": residual})
     if not _runs_triton(impl, x):
         options = {"stride": geometry[0], "padding": geometry[1], "dilation": geometry[2]}
         return masked_conv2d_reference(
@@ -319,6 +324,12 @@ def _check_addend(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: T
         raise ValueError(f"{name} must have the shape {shape}, got {tuple(tensor.shape)}")
     if tensor.device != x.device:
         raise ValueError(f"{name} is on {tensor.device}, x on {x.device}; expected the same device")
+
+
+def _check_dtypes(x: Tensor, tensors: dict[str, Tensor | None]) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"x and {name} must have the same dtype, got {x.dtype} and {tensor.dtype}")
 
 
 def under_autocast(x: Tensor, weight: Tensor, *more: Tensor | None) -> list[Any]:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastgen.nn import GatedMaskedBlock
+from fastgen.nn import GatedMaskedBlock, gated
 
 
 def textbook(block, mask_type, vertical, horizontal, condition):
@@ -39,6 +39,33 @@ def test_equals_the_cropped_stacks(mask_type, kernel_size, colours, n_classes):
     expected = textbook(block, mask_type, vertical, horizontal, condition)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("hook", [False, True])
+@pytest.mark.parametrize(("mask_type", "colours", "n_classes"), [("A", 3, None), ("B", 1, 2)])
+def test_the_fused_block_equals_the_composition(mask_type, colours, n_classes, hook, monkeypatch):
+    """In the interpreter: outputs and the gradients of inputs and parameters; a hook sees its layer called."""
+    inputs = colours if mask_type == "A" else 6
+    block = GatedMaskedBlock(inputs, 6, 3, mask_type=mask_type, data_channels=colours, n_classes=n_classes)
+    calls = []
+    if hook:
+        block.across.register_forward_hook(lambda *_: calls.append(1))
+    maps = [torch.randn(2, inputs, 4, 5, requires_grad=True) for _ in range(2)]
+    condition = None if n_classes is None else torch.tensor([1, 0])
+    variables = [*maps, *block.parameters()]
+
+    def results():
+        out = block(*maps, condition)
+        grads = torch.autograd.grad([out[0].square().sum(), out[1].sin().sum()], variables)
+        return [*out, *grads]
+
+    expected = results()
+    calls.clear()
+    monkeypatch.setattr(gated, "uses_triton", lambda impl, x: True)
+    found = results()
+    assert len(calls) == hook
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("mask_type", ["A", "B"])

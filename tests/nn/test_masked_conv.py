@@ -118,6 +118,13 @@ def test_any_mask():
     torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight * mask, layer.bias, padding=1))
 
 
+def test_an_image_s_own_bias_and_a_residual():
+    layer = MaskedConv2d(3, 6, 3, padding=1, mask_type="B", activation="relu")
+    x, own, residual = torch.randn(2, 3, 5, 5), torch.randn(2, 6), torch.randn(2, 6, 5, 5)
+    conv = F.conv2d(x, layer.weight * layer.mask, layer.bias, padding=1)
+    torch.testing.assert_close(layer(x, own, residual), (conv + own[..., None, None]).relu() + residual)
+
+
 def test_traces_to_plain_operators():
     layer = MaskedConv2d(3, 6, 3, padding=1, mask_type="B", data_channels=3, activation="gated")
     graph = make_fx(layer)(torch.randn(1, 3, 5, 5)).graph
