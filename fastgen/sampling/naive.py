@@ -1,6 +1,6 @@
 """The definition of sampling: one whole forward pass of the model for every draw."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,36 +12,44 @@ from fastgen.sampling.job import Drawn, Job
 
 
 class Naive:
-    """Pixels in raster order and channels in order inside a pixel; what is not drawn yet holds level 0.
+    """One draw after another; what is not drawn yet holds level 0.
 
     Args:
         model: called as model(encode(levels)[, condition]), as it is.
         shape: (C, H, W).
         encode: levels (n, C, H, W) int64 -> the model's input.
+        order: of the draws, each (channel, row, column), the channels of a pixel in order. Default: pixels in raster
+            order, all channels of a pixel before the next.
     """
 
-    def __init__(self, model: nn.Module, shape: tuple[int, int, int], encode: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: tuple[int, int, int],
+        encode: Callable[[Tensor], Tensor],
+        order: Sequence[tuple[int, int, int]] | None = None,
+    ) -> None:
         self.model = model
         self.encode = encode
-        self.draws = shape[0] * shape[1] * shape[2]
+        channels, height, width = shape
+        raster = ((c, i, j) for i in range(height) for j in range(width) for c in range(channels))
+        self.order = list(raster if order is None else order)
 
     @property
     def work_ratio(self) -> float:
-        return float(self.draws)
+        return float(len(self.order))
 
     def explain(self) -> str:
-        return f"one whole forward pass for each of the {self.draws} draws of an image"
+        return f"one whole forward pass for each of the {len(self.order)} draws of an image"
 
     @torch.no_grad()
     def run(self, job: Job) -> Drawn:
-        channels, _, width = job.shape
         levels = first_levels(job)
         bad = torch.zeros((), dtype=torch.bool, device=levels.device)
         to_draw = torch.ones(job.shape, dtype=torch.bool) if job.known_mask is None else (~job.known_mask.cpu()).any(0)
         passes = 0
         params = None
-        for place in range(self.draws):
-            channel, (i, j) = place % channels, divmod(place // channels, width)
+        for channel, i, j in self.order:
             if to_draw[channel, i, j]:
                 params = whole_pass(self.model, self.encode, levels, job.condition)
                 passes += 1
@@ -62,7 +70,7 @@ class Naive:
         log_prob = None
         if job.return_log_prob:
             # A pass for the very last draw has seen all other levels, and no parameters depend on this one.
-            if params is None or not to_draw[-1, -1, -1]:
+            if params is None or not to_draw[self.order[-1]]:
                 params = whole_pass(self.model, self.encode, levels, job.condition)
                 passes += 1
             log_prob = image_log_prob(job.distribution, params, levels)
@@ -71,9 +79,11 @@ class Naive:
 
 def first_levels(job: Job) -> Tensor:
     """Images (n, C, H, W) before the first draw: the known levels, and level 0 elsewhere."""
+    levels = torch.zeros((job.n, *job.shape), dtype=torch.long, device=job.noise.device)
     if job.known is not None and job.known_mask is not None:
-        return job.known.masked_fill(~job.known_mask, 0)
-    return torch.zeros((job.n, *job.shape), dtype=torch.long, device=job.noise.device)
+        # Copied, so that the strides of `known` do not choose another convolution, which would round otherwise.
+        levels.copy_(job.known.masked_fill(~job.known_mask, 0))
+    return levels
 
 
 def whole_pass(model: nn.Module, encode: Callable[[Tensor], Tensor], levels: Tensor, condition: Any) -> Tensor:

@@ -160,7 +160,8 @@ class Sampler:
                 all; an int is one class for all. None: the condition given to `accelerate`.
             progress: whether to show a bar.
             return_log_prob: whether to return the log-likelihoods, too.
-            batch_size: most images at once. None: all, and on a device out of memory half as many, and so on.
+            batch_size: most images at once. None: all, or half as many where memory
+                runs out, and so on.
 
         Returns:
             int64 levels (n, C, H, W) on the model's device; with return_log_prob, and (n,) float64 nats: of the
@@ -219,8 +220,8 @@ class Sampler:
                 size = stop - start
                 try:
                     part = engine.run(_part(whole, start, stop, partial(advance, size)))
-                except torch.OutOfMemoryError:
-                    if size == 1:
+                except RuntimeError as error:
+                    if size == 1 or not _is_out_of_memory(error):
                         raise
                 else:
                     if bool(part.bad):
@@ -308,6 +309,10 @@ def _encode_levels(x: Tensor, levels: int | None, dtype: torch.dtype) -> Tensor:
     """Levels as floats: in [-1, 1], or as they are where `levels` is None."""
     x = x.to(dtype)
     return x if levels is None else x / (levels - 1) * 2 - 1
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _takes_condition(model: nn.Module) -> bool:

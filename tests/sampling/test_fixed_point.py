@@ -8,6 +8,8 @@ from causal_models import NAMES, Backwards, small
 from torch import nn
 
 from fastgen import Bernoulli, accelerate
+from fastgen.sampling.job import Job
+from fastgen.sampling.naive import Naive
 
 
 def both(model, shape, distribution, **options):
@@ -50,13 +52,21 @@ def test_equals_naive_with_known_pixels_and_options(name):
 
 
 def test_other_orders_than_raster():
-    """A model that reads backwards draws the image of its forward twin, backwards."""
+    """A model that reads backwards draws the image of its forward twin, backwards, as naive draws do in its order."""
     model, shape, distribution = small("grey")
     forward = accelerate(model, shape, distribution=distribution, backend="naive")
     backward = accelerate(Backwards(model).eval(), shape, distribution=distribution, backend="fixed_point")
     noise = torch.rand(forward.noise_shape(5))
     expected = forward.sample(5, noise=noise)
     assert torch.equal(backward.sample(5, noise=noise.flip(-1, -2)), expected.flip(-1, -2))
+    order = [(0, i, j) for i in reversed(range(shape[1])) for j in reversed(range(shape[2]))]
+    naive = Naive(backward.model, shape, lambda x: x.float() / 4 * 2 - 1, order)
+    job = Job(5, shape, noise.flip(-1, -2), distribution, return_log_prob=True)
+    drawn = naive.run(job)
+    assert torch.equal(drawn.levels, expected.flip(-1, -2)) and drawn.passes == math.prod(shape)
+    with torch.no_grad():
+        log_prob = distribution.log_prob(model(expected.float() / 4 * 2 - 1), expected)
+    torch.testing.assert_close(drawn.log_prob, log_prob, atol=1e-5, rtol=1e-6)  # float32 logits
 
 
 def test_stops_where_nothing_can_settle():

@@ -73,12 +73,15 @@ def test_chunks_give_the_same_images(by_class, batch_size):
     torch.testing.assert_close(chunked_log_prob, log_prob, atol=1e-5, rtol=1e-6)  # float32 logits
 
 
-def test_a_device_out_of_memory_gets_smaller_batches(grey):
+@pytest.mark.parametrize("on", ["gpu", "cpu"])
+def test_out_of_memory_means_smaller_batches(grey, on):
     sizes = []
 
     def allocate(module, arguments):
         sizes.append(len(arguments[0]))
         if sizes[-1] > 3:
+            if on == "cpu":
+                torch.empty(2**50)
             raise torch.OutOfMemoryError("no more")
 
     expected = grey.sample(7, seed=2)
