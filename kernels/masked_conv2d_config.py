@@ -7,6 +7,7 @@ first, or in `tuned/` beside this file, which ships. No GPU has been measured ye
 """
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -95,8 +96,8 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
       addresses take registers.
     - 64 pixels in 4 warps where 128 would leave most of a hundred multiprocessors without a tile.
     - without tensor cores (float32 where TF32 is off): 64 x 64 in steps of 16, within the registers of 4 warps.
-    - as many stages as give 96 KiB of shared memory on a Hopper multiprocessor, so that two programs fit on it (the
-      pipeline keeps a buffer less where there is one product a step); two on AMD, which has 64 KiB.
+    - five stages: the pipeline gives two to the entries of the list, which it fetches ahead of the blocks that they
+      name, and three to these: 96 KiB of shared memory, two programs on a Hopper multiprocessor. Two on AMD (64 KiB).
     - the interpreter: tiny tiles, so that small tests have several.
     """
     if chip == "interpreter":
@@ -112,7 +113,7 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
         deep = 32
         if layer.dtype == torch.float32:
             wide = min(wide, 64)
-    stages = 2 if not chip.startswith("sm_") else 3 if layer.parts == 2 else 4
+    stages = 5 if chip.startswith("sm_") else 2
     tiles = -(-layer.pixels // 128) * -(-layer.rows // wide)
     if tiles < 100 or wide == 16:
         return Tile(64, min(wide, 64), deep, 4, stages)
@@ -137,7 +138,7 @@ def candidates(chip: str, layer: Layer, precision: str) -> list[Tile]:
         for pixels in (64, 128):
             for wide in {base.N // 2, base.N, base.N * 2} & {16, 32, 64, 128}:
                 for deep in {base.K // 2, base.K} & {16, 32, 64}:
-                    for warps, stages in ((4, 2), (4, 3), (4, 4), (8, 2), (8, 3), (8, 4)):
+                    for warps, stages in itertools.product((4, 8), (3, 5, 7)):
                         found.append(Tile(pixels, wide, deep, warps, stages, tma))
     return list(dict.fromkeys(found))
 

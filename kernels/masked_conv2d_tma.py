@@ -51,6 +51,7 @@ def masked_conv2d_tma_kernel(
     WIDTH: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    STAGES: tl.constexpr,  # as in masked_conv2d_kernel
 ):
     M: tl.constexpr = IMAGES * HEIGHT * WIDTH
     tile = tl.program_id(0) % row_tiles
@@ -70,7 +71,7 @@ def masked_conv2d_tma_kernel(
         if ACTIVATION == "gated":
             valve = product(a, packed_desc.load([row_pad + tile * N, column]).T, valve, PRECISION)
     if other_desc is not None:
-        for channel in range(0, other_channels, K):
+        for channel in tl.range(0, other_channels, K, num_stages=(STAGES + 1) // 2):
             a = other_desc.load([image, y, x, channel]).reshape(M, K)
             signal = product(a, packed_desc.load([tile * N, columns + channel]).T, signal, PRECISION)
             if ACTIVATION == "gated":
@@ -139,7 +140,7 @@ def convolve_by_descriptors(
         plan.entries, plan.starts, batch, height, width, across, down, rows, plan.row_pad, plan.row_tiles,
         plan.columns.shape[1], 0 if other is None else other.shape[1], *residual,
         ACTIVATION=end.activation, KEEP_BOTH=end.keep == "both", PRECISION=precision,
-        IMAGES=box[0], HEIGHT=box[1], WIDTH=box[2], N=tile.N, K=tile.K,
+        IMAGES=box[0], HEIGHT=box[1], WIDTH=box[2], N=tile.N, K=tile.K, STAGES=tile.num_stages,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
@@ -151,7 +152,8 @@ def _entry(dtype: str, tile: Tile, box: tuple[int, int, int], *, gated: bool) ->
     fixed: dict[str, Any] = {
         "ACTIVATION": "gated" if gated else "none", "KEEP_BOTH": gated,
         "PRECISION": "tf32" if dtype == "fp32" else "ieee",
-        "IMAGES": box[0], "HEIGHT": box[1], "WIDTH": box[2], "N": tile.N, "K": tile.K, "residual_channel": 1,
+        "IMAGES": box[0], "HEIGHT": box[1], "WIDTH": box[2], "N": tile.N, "K": tile.K,
+        "STAGES": tile.num_stages, "residual_channel": 1,
     }  # fmt: skip
     absent = ("residual_ptr",) if gated else ("other_desc", "condition_ptr", "kept_ptr")
     maps = f"tensordesc<{dtype}[{box[0]},{box[1]},{box[2]},{tile.K}]>"
@@ -170,7 +172,7 @@ def _entry(dtype: str, tile: Tile, box: tuple[int, int, int], *, gated: bool) ->
 
 
 CATALOGUE = [
-    _entry("bf16", Tile(128, 64, 64, 8, 3, True), (1, 4, 32), gated=True),
-    _entry("bf16", Tile(128, 128, 64, 8, 4, True), (1, 4, 32), gated=False),
-    _entry("fp32", Tile(128, 64, 32, 8, 3, True), (1, 4, 32), gated=True),
+    _entry("bf16", Tile(128, 64, 64, 8, 5, True), (1, 4, 32), gated=True),
+    _entry("bf16", Tile(128, 128, 64, 8, 5, True), (1, 4, 32), gated=False),
+    _entry("fp32", Tile(128, 64, 32, 8, 5, True), (1, 4, 32), gated=True),
 ]
