@@ -20,14 +20,15 @@ class Snapshot:
         tensors = dict(_tensors(model))
         if self.modules != _modules(model) or self.tensors.keys() != tensors.keys():
             return True
-        changed = []
-        for name, old in self.tensors.items():
-            new = tensors[name]
-            if (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
-                return True
-            changed.append(((old != new) & ((old == old) | (new == new))).any())  # NaN is no change of NaN
+        pairs = [(old, tensors[name]) for name, old in self.tensors.items()]
+        if any((old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device) for old, new in pairs):
+            return True
+        if not pairs:
+            return False
         # One read for all tensors: on a GPU each would wait for the device.
-        return bool(changed) and bool(torch.stack([flag.to(changed[0].device) for flag in changed]).any())
+        same = torch.stack([(old == new).all().to(pairs[0][0].device) for old, new in pairs]).tolist()
+        unlike = [pair for pair, equal in zip(pairs, same, strict=True) if not equal]
+        return any(bool(((old != new) & ((old == old) | (new == new))).any()) for old, new in unlike)  # not NaN for NaN
 
 
 def _modules(model: nn.Module) -> list[tuple[str, type, bool]]:
