@@ -71,7 +71,11 @@ class MaskedConv2d(nn.Conv2d):
             found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"mask must be a bool tensor of the shape {tuple(self.weight.shape)}, got {found}")
         self.register_buffer("mask", mask.to(self.weight.device), persistent=False)
-        self._box, self._box_of = live_box(mask), _state_of(self.mask)
+        self._box, self._box_of = live_box(mask), state_of(self.mask)
+
+    def live_mask(self) -> Tensor:
+        """The BoolTensor of the shape of weight that decides."""
+        return self.mask
 
     @property
     def geometry(self) -> list[list[int]]:
@@ -82,17 +86,18 @@ class MaskedConv2d(nn.Conv2d):
     def forward(self, x: Tensor, condition: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """x (B, in_channels, H, W); condition and residual as in `fastgen.ops.masked_conv2d`."""
         weight: Tensor = self.weight
-        mask: Tensor | None = self.mask
+        live = self.live_mask()
+        mask: Tensor | None = live
         height, width = weight.shape[2:]
         top, bottom, left, right = 0, height, 0, width
         if not uses_triton("auto", x):
-            if not torch.compiler.is_compiling() and self._box_of != _state_of(self.mask):
-                self._box, self._box_of = live_box(self.mask), _state_of(self.mask)
+            if not torch.compiler.is_compiling() and self._box_of != state_of(live):
+                self._box, self._box_of = live_box(live), state_of(live)
             if self._box is not None:
                 top, bottom, left, right, full = self._box
                 if (bottom - top, right - left) != (height, width):
                     weight = weight[:, :, top:bottom, left:right]
-                    mask = None if full else self.mask[:, :, top:bottom, left:right]
+                    mask = None if full else live[:, :, top:bottom, left:right]
                 elif full:
                     mask = None
         # What the cropped rows and columns of the kernel would have reached is no longer padded, or no longer read.
@@ -148,6 +153,6 @@ def live_box(mask: Tensor) -> tuple[int, int, int, int, bool] | None:
         return None
 
 
-def _state_of(mask: Tensor) -> tuple[int, int]:
+def state_of(mask: Tensor) -> tuple[int, int]:
     """Differs when another tensor takes the place of the mask, and when someone writes into it."""
     return id(mask), 0 if mask.is_inference() else mask._version

@@ -1,0 +1,167 @@
+"""Take over the masked convolutions of a model that was not written with fastgen."""
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastgen.nn.masked_conv import MaskedConv2d, live_box, state_of
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class PatchedConv2d(MaskedConv2d):
+    """What becomes of a stranger's masked convolution: its own object, parameters and buffers, under this class.
+
+    Its mask stays the buffer that it was, of any dtype and of any shape that broadcasts to the weight's, and goes on
+    deciding; `_live` is made from it, and made again after it was changed or loaded.
+    """
+
+    _live: Tensor
+
+    def live_mask(self) -> Tensor:
+        source = self._buffers[self._mask_name]
+        if not torch.compiler.is_compiling() and self._live_of != state_of(source):
+            self._read_mask()
+        return self._live
+
+    def _read_mask(self) -> None:
+        source = self._buffers[self._mask_name]
+        live = (source != 0).expand(self.weight.shape).contiguous()
+        self.register_buffer("_live", live, persistent=False)
+        self._live_of = state_of(source)
+        self._box, self._box_of = live_box(live), state_of(live)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        nn.Conv2d._load_from_state_dict(self, *arguments)
+
+
+def patch(model: nn.Module) -> int:
+    """Makes the masked convolutions of `model` into `fastgen.nn.MaskedConv2d`, in place.
+
+    Taken are instances of subclasses of `nn.Conv2d` that convolve with weights part of which a buffer of zeros and ones
+    sets to zero, whatever the buffer's name, dtype and shape (one that broadcasts to the weight's), and whether the
+    masked weights are multiplied anew or overwritten in each call. An object keeps its identity, its Parameters, its
+    buffers and so its state_dict; wherever it is referred to, also twice, it is changed. Each is run on small random
+    inputs first, and left alone if a masked convolution does not give the same results and gradients.
+
+    Left alone, too: groups; padding modes other than zeros; a forward with more arguments than the input; hooks;
+    weights that are no Parameter (weight_norm and other parametrizations); further parameters or submodules; masks with
+    values other than 0 and 1; masks that are no buffer.
+
+    One thing differs in training: masked weights get a gradient of exactly zero, while code that overwrites them
+    computes one that it then ignores.
+
+    Args:
+        model: any module; it may be a masked convolution itself.
+
+    Returns:
+        How many convolutions were taken, 0 on a second call.
+
+    Raises:
+        TypeError: model is no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    count = 0
+    for module in list(model.modules()):
+        if isinstance(module, nn.Conv2d) and not isinstance(module, MaskedConv2d) and _may_be_masked(module):
+            name = next((name for name in _masks(module) if _reproduces(module, name)), None)
+            if name is not None and _take(module, name):
+                count += 1
+    return count
+
+
+def _may_be_masked(module: nn.Conv2d) -> bool:
+    if type(module) is nn.Conv2d or module.groups != 1 or module.padding_mode != "zeros" or module._modules:
+        return False
+    if any(getattr(module, hooks) for hooks in HOOKS) or not set(module._parameters) <= {"weight", "bias"}:
+        return False
+    weight = module._parameters.get("weight")
+    if weight is None or weight.device.type == "meta" or isinstance(weight, nn.parameter.UninitializedParameter):
+        return False
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return len([one for one in parameters if one.kind not in variadic]) <= 1
+
+
+def _masks(module: nn.Conv2d) -> list[str]:
+    """Names of the buffers that can be the mask; those that mask something first."""
+    found = []
+    for name, buffer in module._buffers.items():
+        if buffer is None or not 2 <= buffer.dim() <= 4 or buffer.is_complex():
+            continue
+        shape = (1,) * (4 - buffer.dim()) + tuple(buffer.shape)
+        if any(side not in (1, full) for side, full in zip(shape, module.weight.shape, strict=True)):
+            continue
+        if not ((buffer == 0) | (buffer == 1)).all():
+            continue
+        masks_something = bool((buffer == 0).any())
+        if masks_something or "mask" in name.lower():
+            found.append((not masks_something, name))
+    return [name for _, name in sorted(found)]
+
+
+def _reproduces(module: nn.Conv2d, name: str) -> bool:
+    """Whether a convolution masked by that buffer gives the module's results and gradients.
+
+    On the CPU, in float64, with random parameters in the place of its own, which may hide something (zeros), in
+    training and in evaluation mode."""
+    generator = torch.Generator().manual_seed(0)
+    try:
+        twin = copy.deepcopy(module).cpu().double()
+        for training, scale in ((True, 1.0), (False, 1e3)):
+            twin.train(training)
+            with torch.no_grad():
+                for parameter in twin.parameters():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+                    parameter.requires_grad_()
+            size = [
+                d * (k - 1) + 2 * s + more
+                for d, k, s, more in zip(twin.dilation, twin.kernel_size, twin.stride, (2, 3), strict=True)
+            ]
+            x = scale * torch.randn(2, twin.in_channels, *size, generator=generator, dtype=torch.float64)
+            if not _same(twin, name, x.requires_grad_()):
+                return False
+    except Exception:  # a stranger's code may do anything with an input that it was not made for
+        return False
+    return True
+
+
+def _same(twin: nn.Conv2d, name: str, x: Tensor) -> bool:
+    mask = (twin._buffers[name] != 0).expand(twin.weight.shape)
+    weight, bias = twin.weight.detach().clone().requires_grad_(), twin.bias
+    expected = F.conv2d(x, torch.where(mask, weight, 0), bias, twin.stride, twin.padding, twin.dilation)
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        found = twin(x)
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return False
+    others = [x] if bias is None else [x, bias]
+    # A gradient of its own: the twin's graph must not be freed before both are known.
+    grad = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view(expected.shape)
+    wanted = torch.autograd.grad(expected, [weight, *others], grad)
+    gotten = list(torch.autograd.grad(found, [twin.weight, *others], grad))
+    gotten[0] = torch.where(mask, gotten[0], 0)
+    return all(
+        torch.allclose(one, other, rtol=1e-9, atol=1e-9 * other.abs().max().item())
+        for one, other in zip((found, *gotten), (expected, *wanted), strict=True)
+    )
+
+
+def _take(module: nn.Conv2d, name: str) -> bool:
+    """Changes the class of the object; False where Python refuses to, and where a name is taken."""
+    if any(taken in vars(module) or taken in module._buffers for taken in ("_live", "_mask_name", "_live_of", "_box")):
+        return False
+    try:
+        module.__class__ = PatchedConv2d
+    except TypeError:  # the class has slots
+        return False
+    vars(module).setdefault("mask_type", None)
+    taken: Any = module
+    taken.activation = "none"
+    taken._mask_name = name
+    taken._read_mask()
+    return True
