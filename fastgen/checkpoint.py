@@ -67,7 +67,7 @@ def load(folder: str | os.PathLike) -> Any:
             raise ValueError(f"{folder}: has no {name}, so it is not a folder written by fastgen.save")
     config = _read_config(folder / CONFIG)
     tensors = _read_weights(folder / WEIGHTS, config)
-    model = _build(config, folder / CONFIG)
+    model = build(config, folder / CONFIG)
     _check_fit(model, tensors, folder / WEIGHTS)
     model.load_state_dict(tensors, assign=True)
     return model.eval()
@@ -157,14 +157,18 @@ def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _build(config: dict[str, Any], path: Path) -> Rebuildable:
-    """The model of a configuration, with fresh weights; torch's random state stays as it is."""
-    arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in config["arguments"].items()}
+def build(config: dict[str, Any], path: Path) -> Rebuildable:
+    """The model of a configuration read from a file, with fresh weights; torch's random state stays as it is.
+
+    Raises:
+        ValueError: its class or arguments are not those of a model; names the file.
+    """
     try:
+        arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in config["arguments"].items()}
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             return model_classes()[config["class"]](**arguments)
     except Exception as error:  # whatever a constructor says to foreign arguments
-        raise ValueError(f"{path}: {config['class']} cannot be built from its arguments ({error})") from error
+        raise ValueError(f"{path}: no model can be built from its class and arguments ({error})") from error
 
 
 def _check_fit(model: Rebuildable, tensors: dict[str, Tensor], path: Path) -> None:

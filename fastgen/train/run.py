@@ -255,6 +255,11 @@ def read_state(folder: str | os.PathLike) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and pickle raise many kinds for files that are something else
         raise ValueError(f"{path}: is not a training state, or damaged ({type(error).__name__})") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    kinds = {"model": dict, "data": str, "settings": dict}
+    if (
+        not isinstance(state, dict)
+        or state.get("format") != FORMAT
+        or any(not isinstance(state.get(name), kind) for name, kind in kinds.items())
+    ):
         raise ValueError(f"{path}: is not a training state written by fastgen")
     return state

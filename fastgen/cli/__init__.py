@@ -1,0 +1,81 @@
+"""The command `fastgen`.
+
+Exit status 0: done. 2: wrong usage or input, said in one line on stderr. 130: interrupted.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from fastgen._version import __version__
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, and a misspelt option is named with the one that was probably meant."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+        self.needed: list[argparse.Action] = []
+
+    def add_needed(self, *names: str, **options: Any) -> None:
+        """An option that must be given, missed only after a misspelt one has been named."""
+        self.needed.append(self.add_argument(*names, **options))
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        parser = getattr(found, "parser", self)
+        if unknown:
+            options = [option for action in parser._actions for option in action.option_strings]
+            close = get_close_matches(unknown[0].partition("=")[0], options, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            parser.error(f"unrecognized argument {unknown[0]!r}{hint}")
+        for action in parser.needed:
+            if getattr(found, action.dest) is None:
+                parser.error(f"{action.option_strings[0]} is needed")
+        return found
+
+
+def build_parser() -> Parser:
+    """All commands. Each module's `add` gives its parser `run(arguments) -> exit status`; torch is imported there."""
+    from fastgen.cli import bench, demo, doctor, training, using
+
+    parser = Parser(prog="fastgen", description="Train, evaluate and sample generative models of images.")
+    parser.add_argument("--version", action="version", version=f"fastgen {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    for module in (demo, training, using, bench, doctor):
+        module.add(commands)
+    for name, command in commands.choices.items():
+        command.set_defaults(parser=command, command=name)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status. FASTGEN_DEBUG=1 shows the whole traceback of an error."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+        message = _one_line(error)
+    except KeyboardInterrupt:
+        print(f"fastgen {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        message = f"out of memory ({_one_line(error)}): try a smaller --batch-size or --n"
+    if os.environ.get("FASTGEN_DEBUG") == "1":
+        raise
+    print(f"fastgen {arguments.command}: {message}", file=sys.stderr)
+    return 2
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,131 @@
+"""fastgen doctor: what this machine has, and which kernels can run on it."""
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import pkgutil
+import platform
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "pillow", "tqdm")
+OPTIONAL = {
+    "scikit-learn": "the data sets digits and patches, fastgen demo",
+    "matplotlib": "curves",
+    "datasets": "hf:NAME",
+    "tensorboard": "a log for TensorBoard",
+}
+LEAST_CAPABILITY = (8, 0)  # of the GPUs that the compile gate covers
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="what this machine has, and which kernels can run on it",
+        description="Prints versions, the GPU, and for each kernel whether it can run here and why not.",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from fastgen._version import __version__
+
+    print(f"fastgen {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    for name in PACKAGES:
+        print(f"  {name} {_version(name) or 'not installed'}")
+    for name, purpose in OPTIONAL.items():
+        print(f"  {name} {_version(name) or f'not installed; needed for: {purpose}'}")
+    print(f"CPU: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    for line in gpus():
+        print(f"GPU: {line}")
+    reason = why_no_kernels()
+    print("Kernels:")
+    for name, problem in kernels(reason):
+        print(f"  {name}: {problem or 'can run'}")
+    if not reason and not torch.cuda.is_available():
+        print(
+            'TRITON_INTERPRET=1: kernels run in Triton\'s interpreter, on CPU tensors, where impl="triton" asks for it'
+        )
+    if reason:
+        print(f'No Triton kernel runs here: {reason}. impl="auto" uses the PyTorch definitions, with the same results.')
+    return 0
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def gpus() -> list[str]:
+    """A line for each GPU that torch finds, or one that says why there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        if torch.version.cuda is None and torch.version.hip is None:
+            return [f"none: torch {torch.__version__} is built for CPUs"]
+        return [f"none: torch {torch.__version__} finds no GPU or no driver"]
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        memory = f"{found.total_memory / 2**30:.0f} GiB, {found.multi_processor_count} multiprocessors"
+        lines.append(
+            f"{found.name}, compute capability {found.major}.{found.minor}, {memory}, CUDA {torch.version.cuda}"
+        )
+    return lines
+
+
+def why_no_kernels() -> str:
+    """Why no kernel can run on this machine, "" where they can."""
+    import torch
+
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (it is published for Linux)"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    if not torch.cuda.is_available():
+        return "there is no GPU (TRITON_INTERPRET=1 runs them on the CPU in Triton's interpreter, slowly)"
+    capability = torch.cuda.get_device_capability()
+    if torch.version.hip is None and capability < LEAST_CAPABILITY:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, expected at least 8.0"
+    return ""
+
+
+def kernels(reason: str) -> list[tuple[str, str]]:
+    """Each kernel as MODULE.NAME with why it cannot run here, "" where it can. Without Triton, which kernels a module
+    has is not known, and the module stands for them."""
+    from fastgen import kernels as package
+
+    if importlib.util.find_spec("triton") is None:
+        folders = [Path(folder) for folder in package.__path__]
+        files = sorted(file for folder in folders for file in folder.glob("*.py") if "@triton.jit" in file.read_text())
+        return [(file.stem, "no Triton") for file in files]
+    short = reason.partition(" (")[0]
+    found = []
+    for name in sorted(info.name for info in pkgutil.iter_modules(package.__path__)):
+        try:
+            module = importlib.import_module(f"fastgen.kernels.{name}")
+        except Exception as error:  # whatever stops a kernel from being defined is what the reader wants to know
+            found.append((name, f"cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}"))
+            continue
+        entries: dict[str, list[Any]] = {}
+        for entry in getattr(module, "CATALOGUE", []):
+            entries.setdefault(entry.kernel.__name__, []).append(entry)
+        found += [(f"{name}.{kernel}", short or _skipped(configs)) for kernel, configs in entries.items()]
+    return found
+
+
+def _skipped(entries: list[Any]) -> str:
+    """Why a kernel is never launched on this GPU, "" where it is."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""  # the interpreter
+    target = "gfx942" if torch.version.hip else "sm_{}{}".format(*torch.cuda.get_device_capability())
+    reasons = [entry.skips.get(target, "") for entry in entries]
+    return reasons[0] if all(reasons) else ""
