@@ -4,6 +4,18 @@ from fastgen._version import __version__
 from fastgen.checkpoint import load, save
 from fastgen.distributions import Bernoulli, Categorical, LogisticMixture
 from fastgen.nn.patch import patch
-from fastgen.sampling import accelerate
+from fastgen.sampling import CausalityReport, NotCausalError, accelerate, check_causality
 
-__all__ = ["Bernoulli", "Categorical", "LogisticMixture", "__version__", "accelerate", "load", "patch", "save"]
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "CausalityReport",
+    "LogisticMixture",
+    "NotCausalError",
+    "__version__",
+    "accelerate",
+    "check_causality",
+    "load",
+    "patch",
+    "save",
+]

@@ -32,11 +32,11 @@ def draw_channel(
     """
     params = params.contiguous()  # sums are then taken in one order, whatever the layout of the model's output
     levels = distribution.draw(params, noise, channel, previous).long()
-    bad = params.isnan().flatten(1).any(1)
+    nan = params.isnan()
     if known is not None and known_mask is not None:
         levels = torch.where(known_mask, known, levels)
-        bad = bad & ~known_mask
-    return levels, bad.any()
+        nan = nan.flatten(1).any(1) & ~known_mask
+    return levels, nan.any()
 
 
 def draw_image(job: Job, params: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,3 +68,20 @@ def image_log_prob(distribution: Distribution, params: Tensor, levels: Tensor) -
 def _pixels(row: Tensor) -> Tensor:
     """One row of a batch of images, (n, ..., W), with a row a pixel: (n * W, ...)."""
     return row.movedim(-1, 1).flatten(0, 1)
+
+
+def uncertain_image(job: Job, params: Tensor, levels: Tensor, error: float) -> bool:
+    """Whether an error of at most `error` in the parameters could have changed any draw of levels (n, C, H, W)."""
+    check = getattr(job.distribution, "uncertain", None)
+    if check is None:
+        return True
+    for row in range(job.shape[1]):
+        at, noise, drawn = (_pixels(one[..., row, :]) for one in (params, job.noise, levels))
+        at = at.contiguous()
+        for channel in range(job.shape[0]):
+            unsure = check(at, noise, channel, drawn[:, :channel], error)
+            if job.known_mask is not None:
+                unsure = unsure & ~_pixels(job.known_mask[..., row, :])[:, channel]
+            if bool(unsure.any()):
+                return True
+    return False

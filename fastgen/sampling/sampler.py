@@ -202,7 +202,8 @@ class Sampler:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out what is made again at the next `sample`."""
-        return self.__dict__ | {"_engine": None, "_snapshot": None, "_waits": "not analysed since it was copied"}
+        made = {"_engine": None, "_snapshot": None, "_built_for": None, "_waits": "not analysed since it was copied"}
+        return self.__dict__ | made
 
     def _run(self, engine: Backend, whole: Job, batch_size: int | None, progress: bool) -> list[Drawn]:
         from tqdm.auto import tqdm

@@ -1,0 +1,287 @@
+"""The traced network of one image: values that are computed, and where every operand takes its elements from.
+
+Data movement is never a step of its own. A `Value` is the result of a computation (or an input, or a constant); an
+`Operand` says, element by element, which value it reads: by an affine `Map` (slices, permutations, padding, shifts) or,
+where no such map exists, by a tensor of element numbers.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CONSTANT = -2  # ready time of what depends on no input at all
+READY = -1  # ready time of what depends on no pixel (but maybe on the condition)
+NEVER = 2**30  # time of what nobody needs
+
+
+class Unsupported(Exception):
+    """This model cannot be taken by the engine; the text says why."""
+
+
+@dataclass(eq=False)
+class Value:
+    """One tensor of the network that is computed, given or constant.
+
+    Attributes:
+        kind: "levels", "condition", "constant" or "computed".
+        shape: of one image, with the leading 1 of its batch where the model has it.
+        data: the tensor of the traced run, contiguous.
+        op, args, kwargs: the ATen operator and its arguments; tensors among them are `Operand`s.
+        output: which output of the operator this is.
+        module: qualified name of the module whose forward computed it.
+        base: number of its first element; elements are numbered in row-major order. 0 for a constant none of whose
+            elements is moved one by one, which has no numbers.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    data: Tensor
+    op: Any = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    output: int = 0
+    module: str = ""
+    index: int = -1
+    base: int = 0
+
+    @property
+    def numel(self) -> int:
+        return self.data.numel()
+
+    @property
+    def name(self) -> str:
+        if self.op is None:
+            return self.kind
+        op = str(self.op).removeprefix("aten.").split(".")[0]
+        return f"{op} in {self.module}" if self.module else op
+
+    @property
+    def operands(self) -> list["Operand"]:
+        found: list[Operand] = []
+        for argument in (*self.args, *self.kwargs.values()):
+            for one in argument if isinstance(argument, (list, tuple)) else (argument,):
+                if isinstance(one, Operand):
+                    found.append(one)
+        return found
+
+
+@dataclass(frozen=True)
+class Map:
+    """Element i of an operand is the element start + sum_d i_d * steps[d] of a value; outside of it stand zeros."""
+
+    value: Value
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+    steps: tuple[tuple[int, ...], ...]
+
+    @staticmethod
+    def identity(value: Value) -> "Map":
+        rank = len(value.shape)
+        steps = tuple(tuple(int(k == d) for k in range(rank)) for d in range(rank))
+        return Map(value, value.shape, (0,) * rank, steps)
+
+    def bounds(self) -> list[tuple[int, int]]:
+        """The least and the greatest coordinate along each dimension of the value."""
+        found = []
+        for k, low in enumerate(self.start):
+            reach = [step[k] * (size - 1) for step, size in zip(self.steps, self.shape, strict=True)]
+            found.append((low + sum(min(r, 0) for r in reach), low + sum(max(r, 0) for r in reach)))
+        return found
+
+    @property
+    def padded(self) -> bool:
+        return any(low < 0 or high >= size for (low, high), size in zip(self.bounds(), self.value.shape, strict=True))
+
+    def pad(self, before: Sequence[int], after: Sequence[int]) -> "Map | None":
+        """More zeros around (fewer elements where negative); None where not zeros but elements lie there."""
+        start = list(self.start)
+        shape = list(self.shape)
+        for d, (low, high) in enumerate(zip(before, after, strict=True)):
+            if low > 0 or high > 0:
+                along = [k for k, step in enumerate(self.steps[d]) if step]
+                if not self._may_pad(d, along, low, high):
+                    return None
+            for k, step in enumerate(self.steps[d]):
+                start[k] -= low * step
+            shape[d] += low + high
+        if any(size < 0 for size in shape):
+            return None
+        return Map(self.value, tuple(shape), tuple(start), self.steps)
+
+    def _may_pad(self, d: int, along: list[int], low: int, high: int) -> bool:
+        if len(along) != 1 or self.steps[d][along[0]] < 0:
+            return False
+        k, step = along[0], self.steps[d][along[0]]
+        if any(other[k] for e, other in enumerate(self.steps) if e != d and self.shape[e] > 1):
+            return False
+        first, last = self.start[k], self.start[k] + step * (self.shape[d] - 1)
+        return (low <= 0 or first - step < 0) and (high <= 0 or last + step >= self.value.shape[k])
+
+    def read(self, source: Tensor, fill: int) -> Tensor:
+        """The operand's view of a tensor of the value's shape, `fill` standing for the zeros around."""
+        shape, bounds = self.value.shape, self.bounds()
+        lows = [max(0, -low) for low, _ in bounds]
+        highs = [max(0, high - size + 1) for (_, high), size in zip(bounds, shape, strict=True)]
+        if any(lows) or any(highs):
+            wide = source.new_full([lo + size + hi for lo, size, hi in zip(lows, shape, highs, strict=True)], fill)
+            wide[tuple(slice(lo, lo + size) for lo, size in zip(lows, shape, strict=True))] = source
+            source = wide
+        strides = source.stride()
+        offset = source.storage_offset() + sum((s + lo) * t for s, lo, t in zip(self.start, lows, strides, strict=True))
+        steps = [sum(k * t for k, t in zip(step, strides, strict=True)) for step in self.steps]
+        return source.as_strided(self.shape, steps, offset)
+
+    def lower(self, target: Tensor, wanted: Tensor) -> None:
+        """target = min(target, wanted), each element of `wanted` at the element of the value that it reads."""
+        steps, shape = list(self.steps), list(self.shape)
+        for d in range(len(shape)):  # several elements that read one: the least of them
+            if shape[d] > 1 and not any(steps[d]):
+                wanted, shape[d] = wanted.amin(d, keepdim=True), 1
+        if wanted.numel() == 0:
+            return
+        narrowed = Map(self.value, tuple(shape), self.start, tuple(steps))
+        if not narrowed._is_injective():
+            ids = narrowed.read(torch.arange(1, target.numel() + 1).view(self.value.shape), 0)
+            flat = torch.cat((target.new_zeros(1), target.reshape(-1)))
+            flat.scatter_reduce_(0, ids.reshape(-1), wanted.reshape(-1), "amin")
+            target.copy_(flat[1:].view(target.shape))
+            return
+        bounds = narrowed.bounds()
+        lows = [max(0, -low) for low, _ in bounds]
+        highs = [max(0, high - size + 1) for (_, high), size in zip(bounds, target.shape, strict=True)]
+        wide = target.new_full([lo + size + hi for lo, size, hi in zip(lows, target.shape, highs, strict=True)], NEVER)
+        strides = wide.stride()
+        offset = sum((s + lo) * t for s, lo, t in zip(self.start, lows, strides, strict=True))
+        wide.as_strided(shape, [sum(k * t for k, t in zip(s, strides, strict=True)) for s in steps], offset).copy_(
+            wanted
+        )
+        inner = wide[tuple(slice(lo, lo + size) for lo, size in zip(lows, target.shape, strict=True))]
+        torch.minimum(target, inner, out=target)
+
+    def _is_injective(self) -> bool:
+        """Each dimension steps along dimensions of the value that no other one steps along."""
+        used: set[int] = set()
+        for size, step in zip(self.shape, self.steps, strict=True):
+            along = {k for k, s in enumerate(step) if s} if size > 1 else set()
+            if along & used:
+                return False
+            used |= along
+        return True
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """What an operation reads: by `map`, or by `ids`, the numbers of elements (0 stands for a zero)."""
+
+    graph: "Graph"
+    shape: tuple[int, ...]
+    map: Map | None = None
+    ids: Tensor | None = None
+
+    def element_ids(self) -> Tensor:
+        if self.ids is not None:
+            return self.ids
+        assert self.map is not None
+        value = self.map.value
+        base = self.graph.number(value)
+        return self.map.read(torch.arange(base, base + value.numel).view(value.shape), 0)
+
+    def read(self, store: Tensor, fill: int) -> Tensor:
+        """The operand's view of a quantity of all elements, `fill` standing for zeros around."""
+        if self.map is not None:
+            return self.map.read(self.graph.of(store, self.map.value), fill)
+        assert self.ids is not None
+        found = store[self.ids]
+        return found.masked_fill(self.ids == 0, fill)
+
+    def lower(self, store: Tensor, wanted: Tensor) -> None:
+        """store = min(store, wanted) at the elements that the operand reads."""
+        wanted = wanted.expand(self.shape)
+        if self.map is not None:
+            if self.map.value.base:
+                self.map.lower(self.graph.of(store, self.map.value), wanted)
+        else:
+            assert self.ids is not None
+            store.scatter_reduce_(0, self.ids.reshape(-1), wanted.reshape(-1), "amin")
+
+    @property
+    def values(self) -> list[Value]:
+        if self.map is not None:
+            return [self.map.value]
+        assert self.ids is not None
+        return self.graph.values_of(self.ids)
+
+
+@dataclass(eq=False)
+class Graph:
+    """All values of the network in the order in which they were computed, and its output."""
+
+    values: list[Value] = field(default_factory=list)
+    numbered: list[Value] = field(default_factory=list)
+    output: Operand = None  # type: ignore[assignment]
+    numel: int = 1  # element 0 is the zero outside of images
+    remarks: list[str] = field(default_factory=list)
+
+    def add(self, value: Value) -> Value:
+        value.index = len(self.values)
+        self.values.append(value)
+        if value.kind != "constant":
+            self.number(value)
+        return value
+
+    def number(self, value: Value) -> int:
+        """Number of the value's first element."""
+        if value.base == 0:
+            value.base = self.numel
+            self.numel += value.numel
+            self.numbered.append(value)
+        return value.base
+
+    def of(self, store: Tensor, value: Value) -> Tensor:
+        """The part of a quantity of all elements that belongs to one value, in its shape."""
+        if value.base == 0:
+            return torch.tensor(CONSTANT, dtype=store.dtype).expand(value.shape)
+        return store[value.base : value.base + value.numel].view(value.shape)
+
+    def new_store(self, fill: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.full((self.numel,), fill, dtype=dtype)
+
+    def zero(self, dtype: torch.dtype) -> Value:
+        """A constant that holds one zero, element 0."""
+        for value in self.values:
+            fits = value.kind == "constant" and value.shape == (1,) and value.base == 0 and value.data.dtype == dtype
+            if fits and value.data[0] == 0:
+                return value
+        return self.add(Value("constant", (1,), torch.zeros(1, dtype=dtype)))
+
+    def values_of(self, ids: Tensor) -> list[Value]:
+        bases = torch.tensor([value.base for value in self.numbered])
+        numbers = torch.searchsorted(bases, ids.reshape(-1).unique(), right=True) - 1
+        return [self.numbered[k] for k in numbers.unique().tolist() if k >= 0]
+
+    def data_of(self, operand: Operand) -> Tensor:
+        """The operand's elements in the traced run."""
+        if operand.map is not None:
+            return operand.map.read(operand.map.value.data, 0)
+        assert operand.ids is not None
+        values = self.values_of(operand.ids)
+        dtype = values[0].data.dtype if values else torch.float32
+        out = torch.zeros(operand.ids.shape, dtype=dtype)
+        for value in values:
+            inside = (operand.ids >= value.base) & (operand.ids < value.base + value.numel)
+            out[inside] = value.data.reshape(-1)[operand.ids[inside] - value.base].to(dtype)
+        return out
+
+
+def map_arguments(arguments: Any, change: Callable[[Operand], Any]) -> Any:
+    """The same arguments with every operand changed, inside lists too."""
+    if isinstance(arguments, Operand):
+        return change(arguments)
+    if isinstance(arguments, (list, tuple)):
+        return type(arguments)(map_arguments(one, change) for one in arguments)
+    if isinstance(arguments, dict):
+        return {key: map_arguments(one, change) for key, one in arguments.items()}
+    return arguments

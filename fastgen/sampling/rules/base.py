@@ -1,0 +1,125 @@
+"""What the engine asks of an operation, and the quantities that it keeps for all elements."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastgen.sampling.graph import CONSTANT, NEVER, Graph, Operand, Value
+
+if TYPE_CHECKING:
+    from fastgen.sampling.builder import Builder
+    from fastgen.sampling.layout import Box
+
+LOW = -1e4  # what is below by this much vanishes in a softmax
+
+
+class Analysis:
+    """Ready times of all elements, and which of them are constants that are zero, or so low that a softmax gives zero.
+
+    The ready time of an element is the place in the drawing order of the last pixel (or channel) that it depends on.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._ready = graph.new_store(CONSTANT)
+        self._zero = graph.new_store(0, torch.bool)
+        self._low = graph.new_store(0, torch.bool)
+        self._zero[0] = True
+
+    def set(self, value: Value, ready: Tensor, low: Tensor | None = None) -> None:
+        self.graph.of(self._ready, value).copy_(ready)
+        constant = ready == CONSTANT
+        self.graph.of(self._zero, value).copy_(constant & (value.data == 0))
+        is_low = constant & (value.data <= LOW) if value.data.is_floating_point() else torch.zeros_like(constant)
+        self.graph.of(self._low, value).copy_(is_low if low is None else is_low | low)
+
+    def ready_of(self, value: Value) -> Tensor:
+        return self.graph.of(self._ready, value)
+
+    def ready(self, operand: Operand) -> Tensor:
+        return operand.read(self._ready, CONSTANT)
+
+    def zero(self, operand: Operand) -> Tensor:
+        if operand.map is not None and operand.map.value.base == 0:
+            return operand.map.read((operand.map.value.data == 0).to(torch.uint8), 1).bool()
+        return operand.read(self._zero.view(torch.uint8), 1).bool()
+
+    def low(self, operand: Operand) -> Tensor:
+        if operand.map is not None and operand.map.value.base == 0:
+            data = operand.map.value.data
+            low = (data <= LOW) if data.is_floating_point() else torch.zeros_like(data, dtype=torch.bool)
+            return operand.map.read(low.to(torch.uint8), 0).bool()
+        return operand.read(self._low.view(torch.uint8), 0).bool()
+
+    def data(self, operand: Operand) -> Tensor:
+        return self.graph.data_of(operand)
+
+
+class Rule:
+    """One operation of the network. Subclasses say what depends on what, and compute parts of the result."""
+
+    def __init__(self, value: Value, analysis: Analysis) -> None:
+        self.value = value
+        self.analysis = analysis
+
+    def ready(self) -> tuple[Tensor, Tensor | None]:
+        """Ready times of the value's elements, and which of them are low, where the rule knows."""
+        raise NotImplementedError
+
+    def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
+        """Each operand with the least time at which an element of it is needed; NEVER where it is not.
+
+        Args:
+            times: when each element of the value is computed; NEVER where it is not computed.
+        """
+        raise NotImplementedError
+
+    def reads(self) -> list[Operand]:
+        """Operands as they are read, with what padding puts around them."""
+        return self.value.operands
+
+    def fixed(self, box: "Box") -> tuple[Any, ...]:
+        """What besides the sizes of the box the program depends on."""
+        return ()
+
+    def emit(self, builder: "Builder", box: "Box") -> None:
+        """Writes the computation of the box."""
+        raise NotImplementedError
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of the whole value in one forward pass of one image."""
+        return 0
+
+
+def constant_operand(operand: Any) -> bool:
+    return operand.map is not None and operand.map.value.kind == "constant"
+
+
+def reduce_to(times: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The least over the dimensions along which a tensor of this shape was broadcast."""
+    while times.dim() > len(shape):
+        times = times.amin(0)
+    for d, size in enumerate(shape):
+        if size == 1 and times.shape[d] > 1:
+            times = times.amin(d, keepdim=True)
+    return times
+
+
+def groups_of(rows: Tensor, limit: int | None = None) -> list[tuple[Tensor, Tensor]] | None:
+    """Equal rows: (numbers of the rows, the row) each; None where there are more kinds than the limit."""
+    flat = rows.reshape(len(rows), -1)
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(-(2**40), 2**40, (flat.shape[1],), generator=generator)
+    keys = (flat.long() * weights).sum(1)
+    kinds, inverse = keys.unique(return_inverse=True)
+    if limit is not None and len(kinds) > limit:
+        return None
+    members = [torch.nonzero(inverse == k).flatten() for k in range(len(kinds))]
+    return [(numbers, rows[numbers[0]]) for numbers in members]
+
+
+def never(shape: Any) -> Tensor:
+    return torch.full(tuple(shape), NEVER, dtype=torch.int32)

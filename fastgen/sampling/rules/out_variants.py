@@ -1,0 +1,37 @@
+"""Operators that write into memory which is there already."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+# torch's own functions cost less to call than ATen's overloads.
+QUICK = {
+    "add", "sub", "mul", "div", "tanh", "sigmoid", "exp", "log", "neg", "sin", "cos", "sqrt", "rsqrt", "abs", "pow",
+    "maximum", "minimum", "erf", "square", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_not", "log1p",
+    "expm1", "reciprocal", "floor", "round",
+}  # fmt: skip
+
+
+@cache
+def out_variant(op: Any) -> Callable[..., Any] | None:
+    """The function that does what `op` does, into `out=`; None where there is none."""
+    packet = op.overloadpacket
+    name = op._schema.name.split("::")[1]
+    if name in QUICK:
+        return getattr(torch, name)
+    wanted = [(argument.name, str(argument.type)) for argument in op._schema.arguments]
+    for overload_name in packet.overloads():
+        overload = getattr(packet, overload_name)
+        arguments = overload._schema.arguments
+        outs = [a for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+        rest = [(a.name, str(a.type)) for a in arguments if a.alias_info is None or not a.alias_info.is_write]
+        if len(outs) == 1 and outs[0].name == "out" and rest == wanted:
+            return overload
+    return None
+
+
+def clamp_below(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """relu into `out`."""
+    return torch.clamp_min(x, 0, out=out)

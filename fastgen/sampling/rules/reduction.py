@@ -1,0 +1,278 @@
+"""Softmax, normalization, sums and other reductions, look-ups, concatenation, and operations without a rule."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen.sampling.builder import Builder
+from fastgen.sampling.graph import CONSTANT, NEVER, Operand, Unsupported, map_arguments
+from fastgen.sampling.layout import Box
+from fastgen.sampling.program import Linear
+from fastgen.sampling.rules.base import Rule, constant_operand, reduce_to
+
+
+def whole(shape: Sequence[int]) -> list[tuple[Linear, int, int]]:
+    return [(Linear(0), size, 1) for size in shape]
+
+
+def cut(found: Tensor, dim: int, start: int, size: int, step: int) -> Tensor:
+    """Part of a result (n, ...) along one dimension of the images."""
+    return found[(slice(None),) * (dim + 1) + (slice(start, start + (size - 1) * step + 1, step),)]
+
+
+class Softmax(Rule):
+    """Elements that are low, beside others in their row that are not, are constant zeros of a softmax."""
+
+    @property
+    def dim(self) -> int:
+        return self.value.args[1] % max(len(self.value.shape), 1)
+
+    def _unseen(self) -> Tensor:
+        low = self.analysis.low(self.value.args[0])
+        return low & ~low.all(self.dim, keepdim=True) & (self.value.data == 0 if not self._is_log else True)
+
+    @property
+    def _is_log(self) -> bool:
+        return "log" in self.value.op._schema.name
+
+    def ready(self) -> tuple[Tensor, Tensor | None]:
+        times, unseen = self.analysis.ready(self.value.args[0]), self._unseen()
+        ready = torch.where(unseen, CONSTANT, times).amax(self.dim, keepdim=True).expand(self.value.shape)
+        return ready if self._is_log else torch.where(unseen, CONSTANT, ready), None
+
+    def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
+        wanted = times.amin(self.dim, keepdim=True).expand(times.shape)
+        yield self.value.args[0], torch.where(self._unseen(), NEVER, wanted)
+
+    def fixed(self, box: Box) -> tuple[int, ...]:
+        return (box.start[self.dim],)
+
+    def emit(self, builder: Builder, box: Box) -> None:
+        dim, out = self.dim, builder.out(self.value, box)
+        region = builder.region(box)
+        region[dim] = (Linear(0), self.value.shape[dim], 1)
+        x = builder.read(self.value.args[0], region)
+        found = builder.make(torch.log_softmax if self._is_log else torch.softmax, x, dim + 1)
+        if box.sizes[dim] != self.value.shape[dim]:
+            found = builder.make(cut, found, dim, box.start[dim], box.sizes[dim], box.steps[dim])
+        builder.emit(Tensor.copy_, out, found)
+
+
+class Reduction(Rule):
+    """Each result depends on all that is reduced into it; further dimensions stay."""
+
+    @property
+    def dims(self) -> list[int]:
+        rank = len(self.value.args[0].shape)
+        if self.value.op._schema.name.endswith("native_layer_norm"):
+            return list(range(rank - len(self.value.args[1]), rank))
+        named = {a.name: k for k, a in enumerate(self.value.op._schema.arguments)}
+        found: Any = None
+        if "dim" in named:
+            k = named["dim"]
+            found = self.value.args[k] if k < len(self.value.args) else self.value.kwargs.get("dim")
+        if found is None or found == []:
+            return list(range(rank))
+        return [d % max(rank, 1) for d in (found if isinstance(found, (list, tuple)) else [found])]
+
+    @property
+    def keeps(self) -> bool:
+        return len(self.value.shape) == len(self.value.args[0].shape)
+
+    def ready(self) -> tuple[Tensor, Tensor | None]:
+        x = self.analysis.ready(self.value.args[0])
+        ready = x.amax(self.dims, keepdim=self.keeps) if self.dims else x
+        return ready.expand(self.value.shape), None
+
+    def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
+        x = self.value.args[0]
+        if self.value.shape == x.shape:
+            times = times.amin(self.dims, keepdim=True) if self.dims else times
+        elif not self.keeps:
+            for d in sorted(self.dims):
+                times = times.unsqueeze(d)
+        yield x, times.expand(x.shape)
+        for one in self.value.operands[1:]:
+            if not constant_operand(one):
+                yield one, times.amin().expand(one.shape)
+
+    def emit(self, builder: Builder, box: Box) -> None:
+        out, x = builder.out(self.value, box), self.value.args[0]
+        kept = [d for d in range(len(x.shape)) if d not in self.dims]
+        name = self.value.op._schema.name.split("::")[1]
+        same = self.value.shape == x.shape  # layer normalization gives all that it has averaged over
+        region = whole(x.shape)
+        for k, d in enumerate(range(len(x.shape)) if self.keeps else kept):
+            if d in kept:
+                region[d] = builder.region(box)[k]
+        seen = builder.read(x, region)
+        if name == "native_layer_norm":
+            normalized, weight, bias, eps = self.value.args[1:]
+            weight, bias = (None if one is None else self.analysis.data(one) for one in (weight, bias))
+            found = builder.make(torch.layer_norm, seen, normalized, weight, bias, eps)
+            if same:
+                for d in self.dims:
+                    found = builder.make(cut, found, d, box.start[d], box.sizes[d], box.steps[d])
+        else:
+            found = builder.make(
+                _batched(self.value.op, self.value.args[1:], self.value.kwargs, self.value.output), seen
+            )
+        builder.emit(Tensor.copy_, out, found)
+
+    def fixed(self, box: Box) -> tuple[int, ...]:
+        return box.start if self.value.op._schema.name.endswith("native_layer_norm") else ()
+
+
+def _batched(op: Any, args: Sequence[Any], kwargs: dict[str, Any], output: int) -> Any:
+    """The operator on a tensor with a further dimension of images in front."""
+
+    def one(x: Tensor) -> Tensor:
+        found = op(x, *args, **kwargs)
+        return found[output] if isinstance(found, (tuple, list)) else found
+
+    return torch.vmap(one)
+
+
+class Cumulative(Rule):
+    """Running sums: each result depends on what comes before it along one dimension."""
+
+    @property
+    def dim(self) -> int:
+        return self.value.args[1] % max(len(self.value.shape), 1)
+
+    def ready(self) -> tuple[Tensor, Tensor | None]:
+        return self.analysis.ready(self.value.args[0]).cummax(self.dim).values, None
+
+    def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
+        yield self.value.args[0], times.flip(self.dim).cummin(self.dim).values.flip(self.dim)
+
+    def fixed(self, box: Box) -> tuple[int, ...]:
+        return (box.start[self.dim],)
+
+    def emit(self, builder: Builder, box: Box) -> None:
+        dim, out = self.dim, builder.out(self.value, box)
+        region = builder.region(box)
+        region[dim] = (Linear(0), box.start[dim] + (box.sizes[dim] - 1) * box.steps[dim] + 1, 1)
+        found = builder.make(torch.cumsum, builder.read(self.value.args[0], region), dim + 1)
+        found = builder.make(cut, found, dim, box.start[dim], box.sizes[dim], box.steps[dim])
+        builder.emit(Tensor.copy_, out, found)
+
+
+class Lookup(Rule):
+    """Rows of a constant table by computed indices: embedding(table, indices), table[indices]."""
+
+    @property
+    def indices(self) -> Operand:
+        found = self.value.args[1]
+        return found[0] if isinstance(found, (list, tuple)) else found
+
+    def ready(self) -> tuple[Tensor, Tensor | None]:
+        times = self.analysis.ready(self.indices)
+        return times.view(*times.shape, *[1] * (len(self.value.shape) - times.dim())).expand(self.value.shape), None
+
+    def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
+        extra = tuple(range(len(self.indices.shape), times.dim()))
+        yield self.indices, times.amin(extra) if extra else times
+
+    def fixed(self, box: Box) -> tuple[int, ...]:
+        return box.start[len(self.indices.shape) :]
+
+    def emit(self, builder: Builder, box: Box) -> None:
+        rank = len(self.indices.shape)
+        table = self.analysis.data(self.value.args[0])
+        out = builder.out(self.value, box)
+        for d in range(rank, len(box.sizes)):
+            table = table.narrow(1 + d - rank, box.start[d], (box.sizes[d] - 1) * box.steps[d] + 1)
+            table = table[(slice(None),) * (1 + d - rank) + (slice(None, None, box.steps[d]),)]
+        seen = builder.read(self.indices, builder.region(box)[:rank])
+        builder.emit(Tensor.copy_, out, builder.make(_rows, table, seen))
+
+
+def _rows(table: Tensor, indices: Tensor) -> Tensor:
+    return table[indices]
+
+
+class Concatenation(Rule):
+    @property
+    def dim(self) -> int:
+        dim = self.value.args[1] if len(self.value.args) > 1 else self.value.kwargs.get("dim", 0)
+        return dim % len(self.value.shape)
+
+    @property
+    def stacks(self) -> bool:
+        return self.value.op._schema.name == "aten::stack"
+
+    @property
+    def pieces(self) -> list[tuple[int, int, Operand]]:
+        """Where each operand begins and ends along the dimension."""
+        found, first = [], 0
+        for one in self.value.args[0]:
+            if not self.stacks and one.shape == (0,):
+                continue
+            last = first + (1 if self.stacks else one.shape[self.dim])
+            found.append((first, last, one))
+            first = last
+        return found
+
+    def ready(self) -> tuple[Tensor, Tensor | None]:
+        read = [(self.analysis.ready(one), self.analysis.low(one)) for _, _, one in self.pieces]
+        join = torch.stack if self.stacks else torch.cat
+        return join([r for r, _ in read], self.dim), join([low for _, low in read], self.dim)
+
+    def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
+        for first, last, one in self.pieces:
+            part = times.narrow(self.dim, first, last - first)
+            yield one, part.squeeze(self.dim) if self.stacks else part
+
+    def fixed(self, box: Box) -> tuple[int, ...]:
+        return (box.start[self.dim],)
+
+    def emit(self, builder: Builder, box: Box) -> None:
+        dim, out = self.dim, builder.out(self.value, box)
+        start, size, step = box.start[dim], box.sizes[dim], box.steps[dim]
+        for first, last, one in self.pieces:
+            inside = [k for k in range(size) if first <= start + k * step < last]
+            if not inside:
+                continue
+            region = builder.region(box)
+            if self.stacks:
+                del region[dim]
+                part = builder.read(one, region).unsqueeze(dim)
+            else:
+                region[dim] = (Linear(start + inside[0] * step - first), len(inside), step)
+                part = builder.read(one, region)
+            builder.emit(Tensor.copy_, out.narrow(dim, inside[0], len(inside)), part)
+
+
+class Opaque(Rule):
+    """An operation that is not known: all of its result depends on all of its operands."""
+
+    def ready(self) -> tuple[Tensor, Tensor | None]:
+        latest = max(
+            (int(self.analysis.ready(one).max()) for one in self.value.operands if one.shape.count(0) == 0),
+            default=CONSTANT,
+        )
+        return torch.full(self.value.shape, latest, dtype=torch.int32), None
+
+    def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
+        for one in self.value.operands:
+            if not constant_operand(one):
+                yield one, reduce_to(times.amin().view([1] * len(one.shape)), one.shape).expand(one.shape)
+
+    def emit(self, builder: Builder, box: Box) -> None:
+        value = self.value
+        if box.sizes != value.shape:
+            raise Unsupported(f"{value.name} has no rule")
+        out = builder.out(value, box)
+        operands = value.operands
+        seen = [builder.read(one, whole(one.shape)) for one in operands]
+
+        def one_image(*tensors: Tensor) -> Tensor:
+            given = dict(zip(map(id, operands), tensors, strict=True))
+            args, kwargs = (map_arguments(a, lambda one: given[id(one)]) for a in (value.args, value.kwargs))
+            found = value.op(*args, **kwargs)
+            return found[value.output] if isinstance(found, (tuple, list)) else found
+
+        builder.emit(Tensor.copy_, out, builder.make(torch.vmap(one_image), *seen))
