@@ -7,8 +7,8 @@ A distribution is any object with
     log_prob(params, levels) -> (n,) nats
 
 where, at one pixel, params (n, ...) is the model's output, noise (n, U) float32 the uniforms in [0, 1), channel
-the channel to draw and previous (n, channel) the levels already drawn there. The three below accept any further
-trailing dimensions (a whole image) as well, which is how an image is scored or checked in one call.
+the channel to draw and previous (n, channel) the levels already drawn there. `log_prob` of the
+three below accepts any further trailing dimensions (a whole image) as well, so that an image is scored in one call.
 
 Three further methods are used where they are present:
 
@@ -65,12 +65,15 @@ def _softmax(logits: Tensor, temperature: float) -> Tensor:
 
 def _first_exceeding(probabilities: Tensor, noise: Tensor) -> Tensor:
     """The smallest index on dim 1 whose cumulative probability exceeds the noise; never one of probability 0."""
-    cumulative = probabilities.cumsum(1)
-    index = (cumulative <= noise.unsqueeze(1) * cumulative[:, -1:]).sum(1)
-    # Rounding may leave the noise at or above the last cumulative value: take the last possible level then.
-    count = probabilities.shape[1]
-    last_possible = count - 1 - (probabilities.flip(1) > 0).to(torch.uint8).argmax(1)
-    return torch.minimum(index, last_possible)
+    cumulative = probabilities.movedim(1, -1).cumsum(-1)
+    threshold = noise.unsqueeze(-1) * cumulative[..., -1:]
+    index = torch.searchsorted(cumulative.contiguous(), threshold.contiguous(), right=True).squeeze(-1)
+    last = probabilities.shape[1] - 1
+    if probabilities.dtype == torch.float64:
+        return index.clamp(max=last)  # NaN exceeds nothing
+    # Rounding may bring the threshold up to the last cumulative value: take the last possible level then. In float64
+    # it cannot, since float32 noise is below 1 by more than that.
+    return torch.minimum(index, last - (probabilities.flip(1) > 0).to(torch.uint8).argmax(1))
 
 
 def _bounds(share: Tensor, error: float) -> tuple[Tensor, Tensor]:
@@ -149,9 +152,10 @@ class Categorical:
             return params if axis == 1 else params.transpose(1, 2)
         if params.dim() < 2 or params.shape[1] % self.levels:
             raise ValueError(f"params has the shape {tuple(params.shape)}; {expected}")
+        n, size, *rest = params.shape
         if self.layout == "B(KC)HW":
-            return params.unflatten(1, (self.levels, -1))
-        return params.unflatten(1, (-1, self.levels)).transpose(1, 2)
+            return params.view(n, self.levels, size // self.levels, *rest)
+        return params.view(n, size // self.levels, self.levels, *rest).transpose(1, 2)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Softmax over dim 1 in float64, after temperature, top-k and top-p."""
@@ -281,19 +285,26 @@ class LogisticMixture:
             raise ValueError("top_k and top_p are not defined for LogisticMixture: use temperature")
         return replace(self, temperature=temperature)
 
-    def _split(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Logits (n, M, ...), means and log-scales (n, C, M, ...), coefficients (n, 3, M, ...) or None."""
+    def _split(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (n, M, ...), and what each colour has, (n, C, 3, M, ...) for RGB and (n, 1, 2, M, ...) for one."""
         m = self.n_mix
         if params.dim() < 2 or params.shape[1] not in (3 * m, 10 * m):
             raise ValueError(
                 f"params has the shape {tuple(params.shape)}; expected {3 * m} (one channel) or {10 * m} (RGB) "
                 f"parameters a pixel on dim 1 for n_mix = {m}"
             )
-        channels = 1 if params.shape[1] == 3 * m else 3
+        n, size, *rest = params.shape
         params = _precise(params)
-        of_colour = params[:, m:].unflatten(1, (channels, -1, m))
-        coefficients = of_colour[:, :, 2].tanh() if channels == 3 else None
-        return params[:, :m], of_colour[:, :, 0], of_colour[:, :, 1].clamp(min=MIN_LOG_SCALE), coefficients
+        colours = (
+            params[:, m:].reshape(n, 3, 3, m, *rest) if size == 10 * m else params[:, m:].reshape(n, 1, 2, m, *rest)
+        )
+        return params[:, :m], colours
+
+    @staticmethod
+    def _parts(colours: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Means and log-scales (n, C, M, ...), coefficients (n, 3, M, ...) or None."""
+        coefficients = colours[:, :, 2].tanh() if colours.shape[2] == 3 else None
+        return colours[:, :, 0], colours[:, :, 1].clamp(min=MIN_LOG_SCALE), coefficients
 
     @staticmethod
     def _mean(channel: int, means: Tensor, coefficients: Tensor | None, previous: Tensor) -> Tensor:
@@ -307,39 +318,38 @@ class LogisticMixture:
         return mean + coefficients[:, 1] * x[:, 0] + coefficients[:, 2] * x[:, 1]
 
     def draw(self, params: Tensor, noise: Tensor, channel: int, previous: Tensor) -> Tensor:
-        logits, means, log_scales, coefficients = self._split(params)
-        component = self._component(logits, noise)
-        mean = self._mean(channel, means, coefficients, previous).gather(1, component).squeeze(1)
-        return self._level(mean + self._offset(channel, log_scales, component, noise))
+        mean, offset = self._chosen(params, noise, channel, previous)[:2]
+        return self._level(mean + offset)
 
     def uncertain(self, params: Tensor, noise: Tensor, channel: int, previous: Tensor, error: float) -> Tensor:
-        logits, means, log_scales, coefficients = self._split(params)
-        component = self._component(logits, noise)
+        mean, offset, logits = self._chosen(params, noise, channel, previous)
         if self.temperature == 0:
             unsure = _close_leaders(logits, error)
         else:
             unsure = _near_a_step(_softmax(logits, self.temperature), noise[:, 0], error / self.temperature)
         # The mean moves by its own error and by those of its coefficients (the slope of tanh is at most 1) times the
         # colours before, a scale by a factor of at most exp(error).
-        offset = self._offset(channel, log_scales, component, noise)
-        x = self._mean(channel, means, coefficients, previous).gather(1, component).squeeze(1) + offset
+        x = mean + offset
         moved = error * (1 + (previous.to(x.dtype) / 127.5 - 1).abs().sum(1)) + 1e-12
         moved = moved + offset.abs() * (math.expm1(min(error, 300.0)) + 1e-12)
         return unsure | (self._level(x - moved) != self._level(x + moved))
 
-    def _component(self, logits: Tensor, noise: Tensor) -> Tensor:
-        """(n, 1): the component that the first uniform chooses."""
+    def _chosen(self, params: Tensor, noise: Tensor, channel: int, previous: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the component that the first uniform chooses: its mean for the channel, (n,), and how far from it the
+        channel's own uniform falls, (n,). Also the mixture's logits (n, M)."""
+        logits, colours = self._split(params)
         if self.temperature == 0:
-            return logits.argmax(1, keepdim=True)
-        return _first_exceeding(_softmax(logits, self.temperature), noise[:, 0]).unsqueeze(1)
-
-    def _offset(self, channel: int, log_scales: Tensor, component: Tensor, noise: Tensor) -> Tensor:
-        """(n,): how far from the component's mean the channel's own uniform falls."""
-        scale = log_scales[:, channel].gather(1, component).squeeze(1).exp()
+            component = logits.argmax(1)
+        else:
+            component = _first_exceeding(_softmax(logits, self.temperature), noise[:, 0])
+        index = component.view(-1, 1, 1, 1).expand(-1, *colours.shape[1:3], 1)
+        means, log_scales, coefficients = self._parts(colours.gather(3, index))
+        mean = self._mean(channel, means, coefficients, previous)[:, 0]
         if self.temperature == 0:
-            return torch.zeros_like(scale)
-        u = noise[:, channel + 1].to(scale.dtype)
-        return scale * self.temperature * (u.log() - (-u).log1p())
+            return mean, torch.zeros_like(mean), logits
+        u = noise[:, channel + 1].to(mean.dtype)
+        scale = log_scales[:, channel, 0].exp() * self.temperature
+        return mean, scale * (u.log() - (-u).log1p()), logits
 
     @staticmethod
     def _level(x: Tensor) -> Tensor:
@@ -355,7 +365,8 @@ class LogisticMixture:
 
     def log_prob(self, params: Tensor, levels: Tensor) -> Tensor:
         """Exact: log(sigmoid(a) - sigmoid(b)) = logsigmoid(a) + logsigmoid(-b) + log(1 - exp(b - a))."""
-        logits, means, log_scales, coefficients = self._split(params)
+        logits, colours = self._split(params)
+        means, log_scales, coefficients = self._parts(colours)
         total: Any = logits.log_softmax(1)
         for channel in range(means.shape[1]):
             level = levels[:, channel].unsqueeze(1)
