@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fastgen import Bernoulli, Categorical, LogisticMixture
+from fastgen.distributions import _first_exceeding
 
 NONE = torch.zeros(1, 0, dtype=torch.long)  # no earlier channel
 
@@ -104,6 +105,15 @@ def test_levels_of_probability_zero_are_never_drawn():
         assert Categorical(6).draw(logits, torch.tensor([[u]]), 0, NONE).item() in (1, 3)
     far = torch.tensor([0.0, 0.0, -200.0, -200.0]).view(1, 4, 1)  # the two last have less than float32 can tell from 0
     assert Categorical(4).draw(far, torch.tensor([[1 - 2**-24]]), 0, NONE).item() == 1
+
+
+def test_float32_sums_give_no_level_of_probability_zero():
+    """As on devices without float64, where a sum may be above 1 and the noise times it above its last term."""
+    probabilities = torch.rand(2000, 50)
+    probabilities[:, 40:] = 0
+    drawn = _first_exceeding(probabilities, torch.full((2000,), 1 - 2**-24))
+    assert bool((drawn < 40).all())
+    assert _first_exceeding(torch.full((1, 3), math.nan), torch.zeros(1)).item() in range(3)
 
 
 def test_bernoulli_is_one_from_one_minus_p_on():
