@@ -68,12 +68,9 @@ def _first_exceeding(probabilities: Tensor, noise: Tensor) -> Tensor:
     cumulative = probabilities.movedim(1, -1).cumsum(-1)
     threshold = noise.unsqueeze(-1) * cumulative[..., -1:]
     index = torch.searchsorted(cumulative.contiguous(), threshold.contiguous(), right=True).squeeze(-1)
-    last = probabilities.shape[1] - 1
-    if probabilities.dtype == torch.float64:
-        return index.clamp(max=last)  # NaN exceeds nothing
-    # Rounding may bring the threshold up to the last cumulative value: take the last possible level then. In float64
-    # it cannot, since float32 noise is below 1 by more than that.
-    return torch.minimum(index, last - (probabilities.flip(1) > 0).to(torch.uint8).argmax(1))
+    # float32 noise is at most 1 - 2**-24: rounded in float32 or float64, the threshold stays below the last sum, and
+    # only NaN exceeds nothing.
+    return index.clamp(max=probabilities.shape[1] - 1)
 
 
 def _bounds(share: Tensor, error: float) -> tuple[Tensor, Tensor]:

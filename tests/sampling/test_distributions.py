@@ -107,13 +107,14 @@ def test_levels_of_probability_zero_are_never_drawn():
     assert Categorical(4).draw(far, torch.tensor([[1 - 2**-24]]), 0, NONE).item() == 1
 
 
-def test_float32_sums_give_no_level_of_probability_zero():
-    """As on devices without float64, where a sum may be above 1 and the noise times it above its last term."""
-    probabilities = torch.rand(2000, 50)
-    probabilities[:, 40:] = 0
-    drawn = _first_exceeding(probabilities, torch.full((2000,), 1 - 2**-24))
-    assert bool((drawn < 40).all())
-    assert _first_exceeding(torch.full((1, 3), math.nan), torch.zeros(1)).item() in range(3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_greatest_noise_gives_the_last_possible_level(dtype):
+    """Whatever the sum of the weights: its product with the noise must not round up to it."""
+    total = torch.cat((1 + torch.arange(64) * 2.0**-23, torch.rand(2000) * 2))
+    weights = torch.stack((torch.zeros_like(total), total / 2, total - total / 2, torch.zeros_like(total)), 1)
+    drawn = _first_exceeding(weights.to(dtype), torch.full((len(total),), 1 - 2**-24))
+    assert bool((drawn == 2).all())
+    assert _first_exceeding(torch.full((1, 3), math.nan, dtype=dtype), torch.zeros(1)).item() in range(3)
 
 
 def test_bernoulli_is_one_from_one_minus_p_on():
