@@ -19,7 +19,7 @@ from fastgen.train import METRICS, Settings, train
 SETTINGS = Settings(
     steps=800, decay_steps=800, lr=3e-3, weight_decay=0.05, validate_every=100, patience=3, max_seconds=170
 )
-SIZES = {"channels": 48, "layers": 6, "dropout": 0.4}
+SIZES: dict[str, Any] = {"channels": 48, "layers": 6, "dropout": 0.4}
 SAMPLES = 10  # of each class
 COMPLETED = 10  # test images whose lower half is drawn anew
 REPEATS = 3  # of the accelerated sampling; the median counts
@@ -77,7 +77,7 @@ def run(folder: str | os.PathLike, device: torch.device) -> int:
 
 
 def _fastest_thread_count(model: GatedPixelCNN, split: data.Split) -> int:
-    """All of torch's threads, or one where that is faster: on a CPU that others use too, threads wait for each other."""
+    """All of torch's threads, or one where that is faster: on a CPU with other work, threads wait for each other."""
     most = torch.get_num_threads()
     images, labels = split.images[: SETTINGS.batch_size].long(), split.labels
     seconds = {}
@@ -100,15 +100,16 @@ def _device_name(device: torch.device) -> str:
 def _scores(model: GatedPixelCNN, digits: data.Dataset) -> dict[str, Any]:
     """Bits/dim on the test images beside the baselines, and how many of them Bayes' rule classifies rightly."""
     images, labels = digits.test.images.long(), digits.test.labels
+    assert labels is not None  # digits have classes
     score = likelihood.evaluate(model, images, labels)
-    right = likelihood.class_posterior(model, images).labels == labels
+    named = likelihood.class_posterior(model, images).labels
     return {
         "test_bits_per_dim": score.bits_per_dim,
         "test_nats": score.nats,
         "test_nats_standard_error": score.standard_error,
         "baseline_bits_per_dim": baselines.histogram_bits_per_dim(digits, digits.test),
         "uniform_bits_per_dim": baselines.uniform_bits_per_dim(digits),
-        "test_accuracy": float(right.double().mean()),
+        "test_accuracy": float((named == labels).double().mean()),
     }
 
 
@@ -178,8 +179,8 @@ over the ten classes names {report["test_accuracy"]:.1%} of the test digits righ
 
 {report["sampling_batch"]} images, a row for each class. From the same noise `fastgen.accelerate` and the naive loop,
 which runs the whole network once for every pixel, draw images that are {same}. In this run
-`accelerate` was **{report["speedup_vs_naive"]:.1f} times as fast**; it spends {report["work_ratio"]:.3g} times the multiply-adds of one
-forward pass, the naive loop {report["naive_work_ratio"]:.3g} times.
+`accelerate` was **{report["speedup_vs_naive"]:.1f} times as fast**. In multiply-adds an image costs it
+{report["work_ratio"]:.3g} forward passes of the network, and the naive loop {report["naive_work_ratio"]:.3g}.
 
 ![samples of each class](samples.png)
 

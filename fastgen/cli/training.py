@@ -128,8 +128,7 @@ def new_model(name: str, dataset: "Dataset", conditional: bool = False, options:
     if "levels" in inspect.signature(kind).parameters:
         arguments["levels"] = dataset.levels
     if name == "vae":
-        by_levels = {2: "bernoulli", 256: "logistic_mixture"}
-        arguments["likelihood"] = by_levels.get(dataset.levels, "categorical")
+        arguments["likelihood"] = "bernoulli" if dataset.levels == 2 else "logistic_mixture"
     if conditional:
         if dataset.n_classes is None:
             raise ValueError(f"--conditional: the images of {dataset.name} have no classes")

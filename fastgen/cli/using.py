@@ -1,6 +1,7 @@
 """fastgen evaluate, sample, complete: what can be done with a trained model."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,9 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         f"to compare: uniform {baselines.uniform_bits_per_dim(dataset):.3f} bits/dim, a histogram for each position "
         f"{baselines.histogram_bits_per_dim(dataset, split):.3f}"
     )
-    if model.n_classes is not None:
-        right = likelihood.class_posterior(model, split.images.long(), **options).labels == labels
-        print(f"classified by Bayes' rule: {right.double().mean():.1%} right")
+    if labels is not None:
+        named = likelihood.class_posterior(model, split.images.long(), **options).labels
+        print(f"classified by Bayes' rule: {(named == labels).double().mean():.1%} right")
     return 0
 
 
@@ -110,7 +111,7 @@ def run_sample(arguments: argparse.Namespace) -> int:
         sampler = accelerate(
             model, model.shape, distribution=model.distribution, condition=one, backend=arguments.backend
         )
-        images = sampler.sample(arguments.n, condition=condition, progress=True, **options)
+        images = sampler.sample(arguments.n, condition=condition, progress=sys.stderr.isatty(), **options)
     columns = model.n_classes if condition is not None and arguments.label is None else _columns(arguments.n)
     plots.image_grid(images, model.levels, path, columns=min(columns, arguments.n))
     print(f"{arguments.n} images in {path}")
