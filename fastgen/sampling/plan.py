@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastgen.distributions import Bernoulli, Categorical, Distribution
+from fastgen.distributions import Bernoulli, Categorical, Distribution, LogisticMixture
 from fastgen.sampling.builder import Builder, NeedsStorage, Storage
 from fastgen.sampling.causality import (
     CausalityReport,
     NotCausalError,
     Order,
+    channel_layouts,
     dependencies,
     draw_places,
     leaks_of,
@@ -76,8 +77,6 @@ def make_plan(
 ) -> Plan:
     """Raises NotCausalError, or Unsupported where the engine cannot take the model."""
     graph, leaves, run, samples = _traced(model, shape, encode, condition, levels)
-    if graph.numel > MOST_ELEMENTS:
-        raise Unsupported(f"the network of one image has {graph.numel:.1e} elements")
     timed, order, needed, remarks = _ordered(model, graph, run, samples, shape, distribution)
     when = schedule(timed, order, [(graph.output, (needed - 1).expand(graph.output.shape))])
     plan = Plan(
@@ -96,6 +95,22 @@ def make_plan(
             return plan
         except NeedsStorage as found:
             plan.storage.stored.add(found.value.index)
+
+
+def drawing_order(
+    model: nn.Module,
+    shape: Sequence[int],
+    distribution: Distribution,
+    encode: Callable[[Tensor], Tensor],
+    condition: Any,
+    levels: int,
+) -> Order:
+    """(channel, row, column) of all draws, in an order in which the model is causal. Raises as `make_plan`."""
+    graph, _, run, samples = _traced(model, shape, encode, condition, levels)
+    order = _ordered(model, graph, run, samples, shape, distribution)[1]
+    if len(order) == shape[0] * shape[1] * shape[2]:
+        return order
+    return [(c, i, j) for _, i, j in order for c in range(shape[0])]
 
 
 # --- tracing
@@ -124,6 +139,8 @@ def _traced(
         graphs = [trace(of_images, model, samples[b : b + 1], [leaves[k][b : b + 1] for k in rows]) for b in range(2)]
     _check_same(graphs, whole)
     graph = graphs[0]
+    if graph.numel > MOST_ELEMENTS:
+        raise Unsupported(f"the network of one image has {graph.numel:.1e} elements")
     expected = (1, *whole.shape[1:])
     found = graph.output.map
     assert found is not None
@@ -164,8 +181,9 @@ def _check_same(graphs: Sequence[Graph], whole: Tensor) -> None:
 # --- the drawing order
 
 
-def _channel_of(distribution: Distribution, shape: Sequence[int], channels: int) -> Tensor | None:
-    """For each parameter of a pixel the channel that it belongs to; None where that is not known."""
+def _channels_of(distribution: Distribution, shape: Sequence[int], channels: int) -> list[Tensor]:
+    """For each parameter of a pixel the channel that it belongs to; several ways where that is not known, since the
+    model's own pass has the last word; none for a mixture, whose parameters belong to all channels."""
     numbers = torch.arange(torch.Size(shape[1:]).numel(), dtype=torch.float64).view(1, *shape[1:])
     found = torch.zeros(numbers.numel(), dtype=torch.long)
     if isinstance(distribution, Categorical):
@@ -173,9 +191,11 @@ def _channel_of(distribution: Distribution, shape: Sequence[int], channels: int)
             found[of_channel.long().flatten()] = channel
     elif isinstance(distribution, Bernoulli):
         found = numbers[0].long().flatten() // max(1, numbers.numel() // channels)
+    elif isinstance(distribution, LogisticMixture):
+        return []
     else:
-        return None
-    return found.view(1, *shape[1:])
+        return channel_layouts(shape, channels)
+    return [found.view(1, *shape[1:])]
 
 
 def _ordered(
@@ -190,9 +210,8 @@ def _ordered(
     params = graph.output.shape[:-2]
     at_once = torch.zeros(params, dtype=torch.long)
     candidates = [(raster(shape, False), at_once)]
-    channel_of = _channel_of(distribution, params, shape[0]) if shape[0] > 1 else None
-    if channel_of is not None:
-        candidates.append((raster(shape, True), channel_of))
+    if shape[0] > 1:
+        candidates += [(raster(shape, True), channel_of) for channel_of in _channels_of(distribution, params, shape[0])]
     report = None
     for order, channels in candidates:
         places = places_of(order, shape)
@@ -324,4 +343,4 @@ def _signature(program: Program) -> Any:
     return source, tuple(found)
 
 
-__all__ = ["CONSTANT", "NEVER", "Plan", "make_plan"]
+__all__ = ["CONSTANT", "NEVER", "Plan", "drawing_order", "make_plan"]

@@ -271,7 +271,6 @@ class Geometric:
         return torch.where(levels < 9, (1 - rate).log(), 0.0).add(levels * rate.log()).sum(1)
 
 
-@pytest.mark.parametrize("backend", WHOLE_PASSES)
 def test_a_distribution_of_ones_own(backend):
     model = Stranger(2, 2, 2).eval()
     sampler = accelerate(model, (2, 3, 3), distribution=Geometric(), encode=lambda x: x.float() / 9, backend=backend)
