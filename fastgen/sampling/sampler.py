@@ -18,16 +18,20 @@ from fastgen.sampling.arguments import (
     levels_of,
     tempered_distribution,
 )
+from fastgen.sampling.causality import Order
 from fastgen.sampling.condition import example, kind, rows_between, rows_for
 from fastgen.sampling.draw import draw_image
+from fastgen.sampling.engine import build_engine
 from fastgen.sampling.fixed_point import FixedPoint
+from fastgen.sampling.graph import Unsupported
 from fastgen.sampling.job import Backend, Drawn, Job
 from fastgen.sampling.naive import Naive, whole_pass
 from fastgen.sampling.noise import check_noise, uniforms
+from fastgen.sampling.plan import drawing_order
 from fastgen.sampling.snapshot import Snapshot
 
 BACKENDS = ("auto", "naive", "eager", "compiled", "cuda_graph", "persistent", "fixed_point")
-WHOLE_PASSES: dict[str, type[Naive | FixedPoint]] = {"naive": Naive, "fixed_point": FixedPoint}
+WHOLE_PASSES = ("naive", "fixed_point")
 
 
 def accelerate(
@@ -92,7 +96,7 @@ class Sampler:
         self.backend = backend
         self._engine: Backend | None = None
         self._snapshot: Snapshot | None = None
-        self._fallback: str | None = None
+        self._remark: str | None = None
         self._built_for: Any = None
         self._waits = ""
         self._most: int | None = None
@@ -123,8 +127,8 @@ class Sampler:
     def explain(self) -> str:
         """What runs and why, as text for people."""
         lines = [f"{type(self.model).__name__}, images {self.shape}, {self.distribution}", f"backend: {self.backend}"]
-        if self._fallback is not None:
-            lines.append(f"fallback: fixed_point, because {self._fallback}")
+        if self._remark is not None:
+            lines.append(self._remark)
         return "\n".join([*lines, self._waits if self._engine is None else self._engine.explain()])
 
     @torch.no_grad()
@@ -250,9 +254,7 @@ class Sampler:
 
     def _is_stale(self, condition: Any) -> bool:
         """Whether the engine was made for another state of the model, or another kind of condition."""
-        if self._snapshot is None:
-            return False
-        return self._built_for != kind(condition) or self._snapshot.differs(self.model)
+        return self._snapshot is None or self._built_for != kind(condition) or self._snapshot.differs(self.model)
 
     def _build(self, params: Tensor, condition: Any) -> Backend:
         """Makes the engine, and remembers what it is made for. `params` is the output of `_blank_pass`."""
@@ -261,22 +263,28 @@ class Sampler:
             check_params(params[..., 0, 0], self.shape[0])
         blank = torch.zeros(self.noise_shape(2), device=params.device)
         draw_image(Job(2, self.shape, blank, self.distribution), params)
-        self._fallback = None
-        if self.backend in WHOLE_PASSES:
-            # These follow every change of the model by themselves, a change of dtype included.
-            return WHOLE_PASSES[self.backend](self.model, self.shape, lambda levels: self._encode()(levels))
-        from fastgen.sampling.engine import Unsupported, build_engine
-
         encode, condition = self._encode(), example(condition, self._device())
-        engine: Backend
-        try:
-            engine = build_engine(self.model, self.shape, self.distribution, encode, condition, self.backend)
-        except Unsupported as reason:
-            self._fallback = str(reason)
-            engine = FixedPoint(self.model, self.shape, encode)
-            warnings.warn(f"sampling falls back to the fixed_point backend: {reason}", stacklevel=4)
+        engine = self._make(encode, condition)
         self._snapshot, self._built_for = Snapshot(self.model), kind(condition)
         return engine
+
+    def _make(self, encode: Callable[[Tensor], Tensor], condition: Any) -> Backend:
+        given = (self.model, self.shape, self.distribution, encode, condition)
+        order: Order | None = None
+        self._remark = None
+        try:
+            if self.backend not in WHOLE_PASSES:
+                return build_engine(*given, self.backend)
+            order = drawing_order(*given, levels_of(self.distribution) or 2)
+        except Unsupported as reason:
+            if self.backend in WHOLE_PASSES:
+                self._remark = f"taken as causal, which could not be checked: {reason}"
+            else:
+                self._remark = f"fallback: fixed_point, because {reason}"
+                warnings.warn(f"sampling falls back to the fixed_point backend: {reason}", stacklevel=5)
+        if self.backend == "naive":
+            return Naive(self.model, self.shape, encode, order)
+        return FixedPoint(self.model, self.shape, encode)
 
     def _device(self) -> torch.device:
         for tensor in (*self.model.parameters(), *self.model.buffers()):

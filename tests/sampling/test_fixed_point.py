@@ -8,8 +8,8 @@ from causal_models import NAMES, Backwards, small
 from torch import nn
 
 from fastgen import Bernoulli, accelerate
+from fastgen.sampling.fixed_point import FixedPoint
 from fastgen.sampling.job import Job
-from fastgen.sampling.naive import Naive
 
 
 def both(model, shape, distribution, **options):
@@ -59,14 +59,12 @@ def test_other_orders_than_raster():
     noise = torch.rand(forward.noise_shape(5))
     expected = forward.sample(5, noise=noise)
     assert torch.equal(backward.sample(5, noise=noise.flip(-1, -2)), expected.flip(-1, -2))
-    order = [(0, i, j) for i in reversed(range(shape[1])) for j in reversed(range(shape[2]))]
-    naive = Naive(backward.model, shape, lambda x: x.float() / 4 * 2 - 1, order)
-    job = Job(5, shape, noise.flip(-1, -2), distribution, return_log_prob=True)
-    drawn = naive.run(job)
-    assert torch.equal(drawn.levels, expected.flip(-1, -2)) and drawn.passes == math.prod(shape)
+    naive = accelerate(backward.model, shape, distribution=distribution, backend="naive")
+    drawn, log_prob = naive.sample(5, noise=noise.flip(-1, -2), return_log_prob=True)
+    assert torch.equal(drawn, expected.flip(-1, -2))
     with torch.no_grad():
-        log_prob = distribution.log_prob(model(expected.float() / 4 * 2 - 1), expected)
-    torch.testing.assert_close(drawn.log_prob, log_prob, atol=1e-5, rtol=1e-6)  # float32 logits
+        expected_log_prob = distribution.log_prob(model(expected.float() / 4 * 2 - 1), expected)
+    torch.testing.assert_close(log_prob, expected_log_prob, atol=1e-5, rtol=1e-6)  # float32 logits
 
 
 def test_stops_where_nothing_can_settle():
@@ -76,9 +74,9 @@ def test_stops_where_nothing_can_settle():
         def forward(self, x):
             return 100 * (1 - 2 * x)
 
-    sampler = accelerate(Contrary(), (1, 2, 2), distribution=Bernoulli(), backend="fixed_point")
+    backend = FixedPoint(Contrary(), (1, 2, 2), lambda levels: levels.float())
     with pytest.raises(RuntimeError, match="still change after 5 passes"):
-        sampler.sample(2, seed=0)
+        backend.run(Job(2, (1, 2, 2), torch.rand(2, 1, 2, 2), Bernoulli()))
 
 
 def test_longest_chain():

@@ -3,7 +3,6 @@
 import copy
 import math
 import pickle
-import sys
 import types
 import warnings
 
@@ -13,10 +12,11 @@ from causal_models import Stranger, small
 from torch import nn
 from torch.nn import functional as F
 
-from fastgen import Bernoulli, Categorical, accelerate
+from fastgen import Bernoulli, Categorical, NotCausalError, accelerate
 from fastgen.models import GatedPixelCNN
 from fastgen.sampling import Sampler
 from fastgen.sampling.fixed_point import FixedPoint
+from fastgen.sampling.graph import Unsupported
 
 WHOLE_PASSES = ("naive", "fixed_point")
 BACKENDS = (*WHOLE_PASSES, "eager")
@@ -287,6 +287,16 @@ def test_a_distribution_of_ones_own(backend):
         accelerate(model, (2, 3, 3), distribution=Geometric(), backend=backend)
 
 
+def test_a_leak_is_an_error_for_every_backend(backend):
+    class Sees(nn.Module):
+        def forward(self, x):
+            return x.roll(-1, -1)
+
+    with pytest.raises(NotCausalError, match="not causal") as caught:
+        accelerate(Sees(), (1, 3, 3), distribution=Bernoulli(), backend=backend)
+    assert not caught.value.report.ok and caught.value.report.leaks
+
+
 def test_progress_counts_every_draw_once(grey, monkeypatch):
     bars = []
 
@@ -397,22 +407,17 @@ def test_bad_arguments_of_accelerate_are_named():
 
 @pytest.fixture
 def engines(monkeypatch):
-    """A stand-in for the engine's module, which counts what is built and refuses what `refused` names."""
-    module = types.ModuleType("fastgen.sampling.engine")
-    module.built, module.refused = [], None
-
-    class Unsupported(Exception):
-        pass
+    """A stand-in for the engine, which counts what is built and refuses for the reason `refused`."""
+    state = types.SimpleNamespace(built=[], refused=None)
 
     def build_engine(model, shape, distribution, encode, condition_example, backend):
-        if module.refused is not None:
-            raise Unsupported(module.refused)
-        module.built.append(condition_example)
+        if state.refused is not None:
+            raise Unsupported(state.refused)
+        state.built.append(condition_example)
         return FixedPoint(model, shape, encode)
 
-    module.Unsupported, module.build_engine = Unsupported, build_engine
-    monkeypatch.setitem(sys.modules, "fastgen.sampling.engine", module)
-    return module
+    monkeypatch.setattr("fastgen.sampling.sampler.build_engine", build_engine)
+    return state
 
 
 def test_a_changed_model_is_analysed_again(engines):
