@@ -34,6 +34,14 @@ from fastgen.sampling.trace import trace
 MOST_ELEMENTS = 4 * 10**8  # of one image; beyond, the analysis would not fit into memory
 
 
+class NotByReadyTimes(Unsupported):
+    """A model that is causal in `order`, as changing its input shows, but not by its ready times."""
+
+    def __init__(self, message: str, order: Order) -> None:
+        super().__init__(message)
+        self.order = order
+
+
 @dataclass
 class Plan:
     """All that sampling needs besides memory: which program runs at which step, with which offsets.
@@ -107,7 +115,10 @@ def drawing_order(
 ) -> Order:
     """(channel, row, column) of all draws, in an order in which the model is causal. Raises as `make_plan`."""
     graph, _, run, samples = _traced(model, shape, encode, condition, levels)
-    order = _ordered(model, graph, run, samples, shape, distribution)[1]
+    try:
+        order = _ordered(model, graph, run, samples, shape, distribution)[1]
+    except NotByReadyTimes as found:
+        order = found.order
     if len(order) == shape[0] * shape[1] * shape[2]:
         return order
     return [(c, i, j) for _, i, j in order for c in range(shape[0])]
@@ -234,7 +245,7 @@ def _ordered(
     if bool((timed.output_ready() < needed).all()):
         return timed, found, needed, ["pixels are drawn in another order than the raster, which the model asks for"]
     what = "changing its input shows no leak" if in_raster else "it is causal in another order than the raster"
-    raise Unsupported(f"ready times, an upper bound, find the model not causal, but {what}: {report}")
+    raise NotByReadyTimes(f"ready times, an upper bound, find the model not causal, but {what}: {report}", found)
 
 
 def _draw_dependencies(changed: Tensor, order: Order, channel_of: Tensor, shape: Sequence[int]) -> Tensor:
