@@ -1,6 +1,7 @@
 """`accelerate` and the `Sampler` it returns: arguments, chunks, changed parameters; the drawing is the backends'."""
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -104,7 +105,7 @@ class Sampler:
             params = self._blank_pass(condition)
         except Exception as error:
             # A model that wants a condition fails without one, and is analysed when there is one.
-            if condition is not None or not _takes_condition(model):
+            if condition is not None or not _wants_condition(model, error):
                 raise
             self._waits = f"not analysed yet, the model fails without a condition: {error}"
         else:
@@ -324,10 +325,16 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def _takes_condition(model: nn.Module) -> bool:
-    """Whether the model's forward takes a second positional argument."""
+def _wants_condition(model: nn.Module, error: Exception) -> bool:
+    """Whether `error`, raised by a call without a condition, may come from that: the model's forward has a second
+    argument, and cannot do without it, or the error speaks of it or of None."""
     try:
-        inspect.signature(model.forward).bind(None, None)
-    except (TypeError, ValueError):
+        arguments = [
+            one for one in inspect.signature(model.forward).parameters.values() if one.kind != one.KEYWORD_ONLY
+        ]
+    except ValueError:
         return False
-    return True
+    if len(arguments) < 2 or arguments[1].kind == arguments[1].VAR_KEYWORD:
+        return False
+    second = arguments[1]
+    return second.default is second.empty or re.search(rf"\b{second.name}\b|None", str(error)) is not None

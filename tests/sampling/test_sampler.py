@@ -206,6 +206,38 @@ def test_work_is_not_known_before_a_condition(by_class):
     assert "fails" not in by_class.explain()
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1, 1), (1, 1, 5), (2, 4, 1)], ids=str)
+def test_rows_and_columns_of_one_pixel(shape):
+    model = Stranger(shape[0], 4 * shape[0], shape[0]).eval()
+    samplers = [
+        accelerate(model, shape, distribution=Categorical(4, "B(CK)HW"), backend=backend) for backend in BACKENDS
+    ]
+    for n in (1, 3):
+        first, *others = [sampler.sample(n, seed=0) for sampler in samplers]
+        assert first.shape == (n, *shape)
+        assert all(torch.equal(first, other) for other in others)
+
+
+def test_only_a_missing_condition_puts_the_analysis_off():
+    class Fails(nn.Module):
+        def __init__(self, fail):
+            super().__init__()
+            self.fail = fail
+
+        def forward(self, x, label=None):
+            return self.fail(x, label)
+
+    waiting = (lambda x, label: F.embedding(label, x), lambda x, label: x * label[0], lambda x, label: label.foo)
+    for fail in waiting:
+        assert "fails without" in accelerate(Fails(fail), (1, 2, 2), distribution=Bernoulli()).explain()
+    model = GatedPixelCNN((1, 4, 4), 4, channels=8, layers=1, n_classes=2).eval()
+    assert "fails without" in accelerate(model, (1, 4, 4), distribution=model.distribution).explain()
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        accelerate(Fails(lambda x, label: x + x[..., :1].expand(2, 1, 2, 3)), (1, 2, 2), distribution=Bernoulli())
+    with pytest.raises(ValueError, match=r"x must have the shape \(B, 1, 4, 4\)"):
+        accelerate(GatedPixelCNN((1, 4, 4), 4, channels=8, layers=1).eval(), (1, 5, 4), distribution=Categorical(4))
+
+
 def test_nan_is_an_error_at_the_end(backend):
     class Spoilt(nn.Module):
         """NaN at one pixel of images whose first pixel is 1."""
