@@ -182,7 +182,7 @@ def test_learning_rate_rises_and_falls():
     settings = Settings(steps=1000, decay_steps=1000, lr=1.0, warmup=10)
     rates = [settings.learning_rate(step) for step in range(1200)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] > 0.99
-    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert all(a > b for a, b in itertools.pairwise(rates[9:1001]))
     assert rates[500] == pytest.approx(0.505) and rates[1000] == rates[1199] == pytest.approx(0.01)
     # A short run is the beginning of a longer one.
     assert Settings(steps=5).learning_rate(4) == Settings(steps=50).learning_rate(4)
