@@ -54,7 +54,7 @@ class Bound(NamedTuple):
         """How many dimensions have a posterior mean whose variance over the batch exceeds 0.01, () int64."""
         return (self.mu.float().var(0, correction=0) > ACTIVE).sum()
 
-    def report(self) -> dict[str, float | list[float]]:
+    def report(self) -> dict[str, Any]:
         """All of it as Python numbers, means over the batch, for a log; waits for the device."""
         means = {name: getattr(self, name).detach().mean().item() for name in ("elbo", "nll", "kl", "bits_per_dim")}
         return {
