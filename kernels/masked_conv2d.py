@@ -15,11 +15,12 @@ from torch import Tensor
 from fastgen.kernels import masked_conv2d_cudnn as cudnn
 from fastgen.kernels.masked_conv2d_config import Layer, Tile, chip_of, choose, gathers, has_tma
 from fastgen.kernels.masked_conv2d_gemm import Finish, channels_last, convolve, empty_map, pack
-from fastgen.kernels.masked_conv2d_grad import through_activation, weight_gradient
+from fastgen.kernels.masked_conv2d_grad import sum_weight_gradient, through_activation
 from fastgen.kernels.masked_conv2d_plan import Blocks, Geometry, Known, Plan, known_of, plan_of
 from fastgen.kernels.masked_conv2d_tma import convolve_by_descriptors, descriptors_fit
 
 MAX_PIXELS = 2**31 - 1024  # pixels are counted in 32 bits, offsets in 64
+Choice = tuple[str, Tile]  # provider and tile
 POINTWISE = Geometry((1, 1), (0, 0), (1, 1))
 
 
@@ -51,16 +52,15 @@ class Operand:
     def known(self) -> Known:
         return known_of(self.mask, tuple(self.weight.shape))
 
-    def choose(self, direction: str, read: Tensor, parts: int, pixels: int) -> tuple[str, Tile]:
-        """Provider and tile for a product that reads the map `read` and has `pixels` results a channel."""
+    def layer(self, direction: str, read: Tensor, parts: int, pixels: int) -> Layer:
+        """The product that reads the map `read` and has `pixels` results a channel."""
         rows, channels = self.weight.shape[:2]
         if direction == "in":
             rows, channels = channels, rows
         step = self.geometry.stride[0] * self.geometry.stride[1]
         fits = direction != "weight" and step == 1 and not gathers(channels, direction == "in", step)
         tma = fits and has_tma(chip_of(read.device)) and descriptors_fit(read)
-        layer = Layer(direction, read.dtype, rows // parts, parts, channels, self.known.taps, pixels, step, tma)
-        return choose(read.device, layer, precision_of(read))
+        return Layer(direction, read.dtype, rows // parts, parts, channels, self.known.taps, pixels, step, tma)
 
     def plan(self, direction: str, tile: Tile, parts: int = 1) -> Plan:
         mirrored = direction == "in"
@@ -70,7 +70,7 @@ class Operand:
         return plan_of(self.known, blocks, self.geometry, self.weight.device)
 
 
-def _operand(
+def operand_of(
     weight: Tensor, mask: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Operand:
     geometry = Geometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]))
@@ -97,17 +97,18 @@ def forward(
     dilation: Sequence[int],
     activation: str,
     keep: str,
+    choice: Choice | None = None,
 ) -> tuple[Tensor, Tensor]:
     """activation(conv(x, weight) + conv1x1(other, other_weight) + bias + condition) + residual, and what is kept.
 
     x (B, I, H, W), weight (O, I, kh, kw), bias (O,), condition (B, O), residual like the result, other (B, C, H', W'),
     other_weight (O, C, 1, 1). keep: "", or with a gate "valve" (the second half's input) or "both" halves'; the second
-    result is empty where nothing is kept.
+    result is empty where nothing is kept. choice: instead of that for the shape and chip.
 
     Raises:
         ValueError: more than 2^31 - 1024 pixels: split the batch.
     """
-    operand = _operand(weight, mask, stride, padding, dilation)
+    operand = operand_of(weight, mask, stride, padding, dilation)
     parts = 2 if activation == "gated" else 1
     height, width = (
         (x.shape[2 + a] + 2 * padding[a] - dilation[a] * (weight.shape[2 + a] - 1) - 1) // stride[a] + 1
@@ -121,7 +122,7 @@ def forward(
     if out.numel() == 0:
         return out, kept if keep else x.new_empty(0)
     x = _aligned(x, operand, "out")
-    provider, tile = operand.choose("out", x, parts, pixels)
+    provider, tile = choice or choose(x.device, operand.layer("out", x, parts, pixels), precision_of(x))
     condition = None if condition is None else condition.contiguous()
     end = Finish(activation, None if bias is None else bias.contiguous(), condition, residual, keep)
     if provider != "triton":
@@ -214,29 +215,30 @@ def backward(
         found[3] = totals.to(x.dtype)
     if grad_map is None:
         return found
-    operand = _operand(weight, mask, stride, padding, dilation)
+    operand = operand_of(weight, mask, stride, padding, dilation)
     if of_x:
-        found[0] = _input_gradient(grad_map, x, operand)
+        found[0] = input_gradient(grad_map, x, operand)
     if of_weight:
-        found[1] = _weight_gradient(grad_map, x, operand)
+        found[1] = weight_gradient(grad_map, x, operand)
     if other is not None and other_weight is not None:
         pointwise = Operand(other_weight, None, POINTWISE)
         if of_other:
-            found[4] = _input_gradient(grad_map, other, pointwise)
+            found[4] = input_gradient(grad_map, other, pointwise)
         if of_other_weight:
-            found[5] = _weight_gradient(grad_map, other, pointwise)
+            found[5] = weight_gradient(grad_map, other, pointwise)
     return found
 
 
-def _input_gradient(grad: Tensor, x: Tensor, operand: Operand) -> Tensor:
+def input_gradient(grad: Tensor, x: Tensor, operand: Operand, choice: Choice | None = None) -> Tensor:
+    """The gradient of x from that of the sums, whose channels lie side by side; x gives the shape."""
     out = empty_map(x, *x.shape[1:])
     if out.numel() == 0:
         return out
-    provider, tile = operand.choose("in", grad, 1, x[:, :1].numel())
+    provider, tile = choice or choose(x.device, operand.layer("in", grad, 1, x[:, :1].numel()), precision_of(x))
     if provider != "triton":
         box = operand.known.box if provider == "cropped" else None
-        of_x, _ = cudnn.gradients(grad, x, operand.weight, operand.mask, box, operand.geometry, (True, False))
-        return _dense_channels_last(of_x)
+        found = cudnn.input_gradient(grad, x, operand.weight, operand.mask, box, operand.geometry)
+        return _dense_channels_last(found)
     plan = operand.plan("in", tile)
     packed = pack(operand.weight, operand.mask, plan)
     if tile.tma:
@@ -246,13 +248,14 @@ def _input_gradient(grad: Tensor, x: Tensor, operand: Operand) -> Tensor:
     return out
 
 
-def _weight_gradient(grad: Tensor, x: Tensor, operand: Operand) -> Tensor:
-    provider, tile = operand.choose("weight", x, 1, grad[:, :1].numel())
+def weight_gradient(grad: Tensor, x: Tensor, operand: Operand, choice: Choice | None = None) -> Tensor:
+    """The gradient of the weight from that of the sums, whose channels lie side by side."""
+    layer = operand.layer("weight", x, 1, grad[:, :1].numel())
+    provider, tile = choice or choose(x.device, layer, precision_of(x))
     if provider != "triton":
         box = operand.known.box if provider == "cropped" else None
-        return cudnn.gradients(grad, x, operand.weight, operand.mask, box, operand.geometry, (False, True))[1]
+        return cudnn.weight_gradient(grad, x, operand.weight, operand.mask, box, operand.geometry)
     plan = operand.plan("weight", tile)
     x = _aligned(x, operand, "weight")
-    return weight_gradient(
-        grad, x, operand.weight, operand.mask, plan, operand.geometry, tile, precision_of(x), atomics()
-    )
+    weight, mask, geometry = operand.weight, operand.mask, operand.geometry
+    return sum_weight_gradient(grad, x, weight, mask, plan, geometry, tile, precision_of(x), atomics())

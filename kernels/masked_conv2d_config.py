@@ -11,7 +11,8 @@ import itertools
 import json
 import os
 import re
-from dataclasses import dataclass, replace
+import tempfile
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,15 +132,16 @@ def _weight_tile(chip: str, layer: Layer, precision: str) -> Tile:
 
 
 def candidates(chip: str, layer: Layer, precision: str) -> list[Tile]:
-    """What the search tries: the default, and its neighbours in every direction."""
+    """What the search tries: the default first, then its neighbours in every direction."""
     base = default_tile(chip, layer, precision)
     found = [base]
-    for tma in {False, base.tma}:
-        for pixels in (64, 128):
-            for wide in {base.N // 2, base.N, base.N * 2} & {16, 32, 64, 128}:
-                for deep in {base.K // 2, base.K} & {16, 32, 64}:
-                    for warps, stages in itertools.product((4, 8), (3, 5, 7)):
-                        found.append(Tile(pixels, wide, deep, warps, stages, tma))
+    deeps = {base.K // 2, base.K, base.K * 2} if layer.direction == "weight" else {base.K // 2, base.K}
+    pixels = {base.M // 2, base.M, base.M * 2} if layer.direction == "weight" else {64, 128}
+    for tma, m, n, k in itertools.product(
+        sorted({False, base.tma}), sorted(pixels), (base.N // 2, base.N, base.N * 2), sorted(deeps)
+    ):
+        if m >= 16 and 16 <= n <= 128 and 16 <= k <= 128:
+            found += [Tile(m, n, k, warps, stages, tma) for warps, stages in itertools.product((4, 8), (2, 3, 5, 7))]
     return list(dict.fromkeys(found))
 
 
@@ -187,6 +189,21 @@ def choose(device: torch.device, layer: Layer, precision: str) -> tuple[str, Til
             tile: Tile = row["tile"]
             return row["provider"], tile if layer.tma else replace(tile, tma=False)
     return "triton", default_tile(chip, layer, precision)
+
+
+def save(gpu: str, layers: dict[str, Any], versions: dict[str, str]) -> Path:
+    """Adds rows to this machine's table of the GPU; a reader sees the old file or the new one, never a part."""
+    path = folder() / file_name(gpu)
+    found: dict[str, Any] = {}
+    if path.exists():
+        found = json.loads(path.read_text())["layers"]
+    found |= {key: {**row, "tile": asdict(row["tile"])} for key, row in layers.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        json.dump({"gpu": gpu, **versions, "layers": dict(sorted(found.items()))}, file, indent=1)
+    os.replace(file.name, path)
+    measured.cache_clear()
+    return path
 
 
 def describe(gpu: str) -> str:

@@ -38,27 +38,40 @@ def sums(
     return F.conv2d(padded, live, None, geometry.stride, padding, geometry.dilation)
 
 
-def gradients(
+def input_gradient(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
     mask: Tensor | None,
     box: tuple[int, int, int, int] | None,
     geometry: Geometry,
-    wanted: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    """Of x and weight, as wanted, from the gradient of the sums."""
+) -> Tensor:
+    """The gradient of x from that of the sums."""
     padded, live, padding, pads = _cropped(x, weight, mask, box, geometry)
-    of_x, of_live, _ = torch.ops.aten.convolution_backward(
-        grad, padded, live, None, geometry.stride, padding, geometry.dilation, False, [0, 0], 1, [*wanted, False]
+    of_x = _backward(grad, padded, live, padding, geometry, [True, False, False])[0]
+    return F.pad(of_x, [-pad for pad in pads]) if any(pads) else of_x
+
+
+def weight_gradient(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    box: tuple[int, int, int, int] | None,
+    geometry: Geometry,
+) -> Tensor:
+    """The gradient of the weight from that of the sums, contiguous, zero where masked."""
+    padded, live, padding, _ = _cropped(x, weight, mask, box, geometry)
+    of_live = _backward(grad, padded, live, padding, geometry, [False, True, False])[1]
+    top, bottom, left, right = box or (0, weight.shape[2], 0, weight.shape[3])
+    of_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    of_weight[:, :, top:bottom, left:right] = of_live
+    return of_weight if mask is None else torch.where(mask, of_weight, 0).contiguous()
+
+
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, padding: list[int], geometry: Geometry, wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, geometry.stride, padding, geometry.dilation, False, [0, 0], 1, wanted
     )
-    of_weight = None
-    if wanted[0] and any(pads):
-        of_x = F.pad(of_x, [-pad for pad in pads])
-    if wanted[1]:
-        top, bottom, left, right = box or (0, weight.shape[2], 0, weight.shape[3])
-        of_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-        of_weight[:, :, top:bottom, left:right] = of_live
-        if mask is not None:
-            of_weight = torch.where(mask, of_weight, 0)
-    return of_x, of_weight

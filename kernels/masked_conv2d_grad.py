@@ -240,7 +240,7 @@ def through_activation(
     return written, None if found is None else found.view(groups, shares, parts * rows).sum(1)
 
 
-def weight_gradient(
+def sum_weight_gradient(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,

@@ -74,7 +74,8 @@ class Plan:
 
 def classes_of(geometry: Geometry, mirrored: bool) -> list[tuple[int, int]]:
     """Pixels of the written map modulo its step: one class for the result, stride^2 for the gradient of the input."""
-    return list(itertools.product(*(range(step) for step in geometry.stride))) if mirrored else [(0, 0)]
+    height, width = geometry.stride if mirrored else (1, 1)
+    return list(itertools.product(range(height), range(width)))
 
 
 def tap_offsets(tap: tuple[int, int], place: tuple[int, int], geometry: Geometry, mirrored: bool) -> list[int] | None:
@@ -103,7 +104,6 @@ def build(live: Tensor, blocks: Blocks, geometry: Geometry, device: torch.device
     # (taps, channels, row tiles): does any row of the tile, in any part, use this column?
     used = weights.permute(2, 3, 1, 0).reshape(height * width, channels, blocks.parts, per_part).any(2)
     used = _padded(used, 2, row_pad).unflatten(2, (row_tiles, blocks.N)).any(3)
-    placed: list[tuple[int, list[int]]] = []  # for each block of columns: its tap, its channels (-1: padding)
     if blocks.gather:
         pairs = used.any(2).flatten().nonzero().flatten().tolist()
         pairs += [-1] * (-len(pairs) % blocks.K)
@@ -124,14 +124,15 @@ def build(live: Tensor, blocks: Blocks, geometry: Geometry, device: torch.device
         first = torch.tensor(block_channels, dtype=torch.int64) * blocks.K
         column_channels = (first[:, None] + torch.arange(blocks.K)).flatten()
         column_channels[column_channels >= channels] = -1
-    entries, starts = [], [0]
+    entries: list[list[int]] = []
+    starts = [0]
     for place in classes_of(geometry, blocks.mirrored):
         offsets = [tap_offsets(tap, place, geometry, blocks.mirrored) for tap in taps]
         for tile in range(row_tiles):
             for block in lists[:, tile].nonzero().flatten().tolist():
-                offset = [0, 0] if blocks.gather else offsets[block_taps[block]]
+                offset: list[int] | None = [0, 0] if blocks.gather else offsets[block_taps[block]]
                 if offset is not None:
-                    entries.append([*offset, block_channels[block], block, tile])
+                    entries.append([offset[0], offset[1], block_channels[block], block, tile])
             starts.append(len(entries))
     columns = torch.zeros(COLUMN, len(column_channels), dtype=torch.int32)
     columns[0] = column_channels

@@ -21,16 +21,17 @@ class PatchedConv2d(MaskedConv2d):
     """
 
     _live: Tensor
+    _mask_name: str
 
     def live_mask(self) -> Tensor:
-        source = self._buffers[self._mask_name]
+        source = self.get_buffer(self._mask_name)
         if not torch.compiler.is_compiling() and self._live_of != state_of(source):
             self._read_mask()
         return self._live
 
     def _read_mask(self) -> None:
-        source = self._buffers[self._mask_name]
-        live = (source != 0).expand(self.weight.shape).contiguous()
+        source = self.get_buffer(self._mask_name)
+        live = source.bool().expand(self.weight.shape).contiguous()
         self.register_buffer("_live", live, persistent=False)
         self._live_of = state_of(source)
         self._box, self._box_of = live_box(live), state_of(live)
@@ -132,7 +133,7 @@ def _reproduces(module: nn.Conv2d, name: str) -> bool:
 
 
 def _same(twin: nn.Conv2d, name: str, x: Tensor) -> bool:
-    mask = (twin._buffers[name] != 0).expand(twin.weight.shape)
+    mask = twin.get_buffer(name).bool().expand(twin.weight.shape)
     weight, bias = twin.weight.detach().clone().requires_grad_(), twin.bias
     expected = F.conv2d(x, torch.where(mask, weight, 0), bias, twin.stride, twin.padding, twin.dilation)
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):

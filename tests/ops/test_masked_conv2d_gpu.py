@@ -1,0 +1,180 @@
+"""What only a GPU can show of the masked convolution: full-size tiles, big offsets, races, graphs, memory."""
+
+import copy
+
+import pytest
+import torch
+
+from fastgen.kernels import masked_conv2d as kernels
+from fastgen.kernels import tune_masked_conv2d as tune
+from fastgen.kernels.masked_conv2d_config import candidates, chip_of
+from fastgen.models import GatedPixelCNN, PixelCNN
+from fastgen.nn import GatedMaskedBlock, MaskedConv2d
+from fastgen.ops import causal_mask, masked_conv2d
+from fastgen.ops.masked_conv2d import masked_conv2d_reference
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def cuda():
+    return torch.device("cuda")
+
+
+def layer_inputs(device, dtype=torch.bfloat16, batch=8, channels=128, outputs=256, size=28):
+    x = torch.randn(batch, size, size, channels, device=device, dtype=dtype).permute(0, 3, 1, 2).requires_grad_()
+    mask = causal_mask("B", outputs, channels, 3).to(device)
+    weight = (torch.randn(outputs, channels, 3, 3, device=device) / (4.5 * channels) ** 0.5).to(dtype).requires_grad_()
+    return x, weight, mask, torch.randn(outputs, device=device, dtype=dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("channels", "outputs"), [(128, 256), (120, 72), (3, 128), (48, 32)])
+@pytest.mark.parametrize("tf32", [False, True])
+def test_defaults_and_all_their_neighbours_give_the_right_numbers(gated, dtype, channels, outputs, tf32, cuda):
+    """Every candidate of the search, at a size that fills the full tiles and divides none."""
+    if tf32 and dtype != torch.float32:
+        pytest.skip("TF32 is for float32")
+    problem = tune.Problem(17, channels, outputs, 3, 27, dtype, gated)
+    with torch.backends.cudnn.flags(allow_tf32=tf32):
+        precision = kernels.precision_of(torch.empty(0, dtype=dtype, device=cuda))
+        wrong = []
+        for name, product in tune.products(problem, cuda).items():
+            allowed = 2e-3 if tf32 else 8 * torch.finfo(dtype).eps
+            tiles = candidates(chip_of(cuda), product.layer, precision)
+            for tile in tiles[:1] + tiles[1::7]:
+                try:
+                    error = tune.error_of(product.run(("triton", tile)), product.truth)
+                except Exception:
+                    assert tile != tiles[0], f"the default of {name} does not run: {tile}"
+                    continue  # more shared memory or registers than the chip has
+                if error > allowed:
+                    wrong.append((name, tile, error))
+        assert not [one for one in wrong if one[1] == tiles[0]], wrong
+        assert not wrong, wrong
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "gated"])
+def test_repeated_runs_are_bitwise_equal(activation, cuda):
+    x, weight, mask, bias = layer_inputs(cuda)
+
+    def run():
+        out = masked_conv2d(x, weight, mask, bias, padding=1, activation=activation)
+        return [out, *torch.autograd.grad(out.float().square().sum(), [x, weight, bias])]
+
+    first = run()
+    for _ in range(30):
+        assert all(torch.equal(one, other) for one, other in zip(run(), first, strict=True))
+
+
+def test_offsets_beyond_32_bits(cuda):
+    """More than 2^31 elements in the input and in the result; the last images against the same ones alone."""
+    batch = 2**31 // (128 * 32 * 32) + 3
+    needed = 2 * 9 * batch * 128 * 32 * 32
+    if torch.cuda.mem_get_info(cuda)[0] < needed:
+        pytest.skip(f"needs {needed / 1e9:.0f} GB of free memory")
+    mask = causal_mask("B", 256, 128, 3).to(cuda)
+    weight = (torch.randn(256, 128, 3, 3, device=cuda) / 24).bfloat16()
+    x = torch.empty(batch, 32, 32, 128, device=cuda, dtype=torch.bfloat16).normal_().permute(0, 3, 1, 2)
+    options = {"padding": 1, "activation": "gated"}
+    x.requires_grad_()
+    weight.requires_grad_()
+    out = masked_conv2d(x, weight, mask, **options)
+    alone = x.detach()[-2:].clone(memory_format=torch.channels_last).requires_grad_()
+    expected = masked_conv2d(alone, weight, mask, **options)
+    torch.testing.assert_close(out[-2:], expected, rtol=0, atol=1e-2)
+    grad = torch.zeros_like(out)
+    grad[-2:] = 1
+    of_x, of_weight = torch.autograd.grad(out, [x, weight], grad)
+    alone_x, alone_weight = torch.autograd.grad(expected, [alone, weight], torch.ones_like(expected))
+    torch.testing.assert_close(of_x[-2:], alone_x, rtol=0, atol=2e-2)
+    torch.testing.assert_close(of_weight, alone_weight, rtol=1e-2, atol=1e-2 * alone_weight.abs().max().item())
+
+
+def test_a_cuda_graph_replays_and_refuses_a_mask_it_cannot_read(cuda):
+    layer = MaskedConv2d(128, 256, 3, padding=1, mask_type="B", activation="gated", device=cuda, dtype=torch.bfloat16)
+    x = torch.randn(4, 128, 28, 28, device=cuda, dtype=torch.bfloat16)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream), torch.no_grad():
+        layer(x)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        out = layer(x)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(out, layer(x))
+    fresh = layer.mask.clone()
+    with pytest.raises(RuntimeError, match="before the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        masked_conv2d(x, layer.weight, fresh, padding=1)
+
+
+def test_the_hot_path_does_not_wait(cuda):
+    x, weight, mask, bias = layer_inputs(cuda)
+
+    def step():
+        masked_conv2d(x, weight, mask, bias, padding=1, activation="gated").sum().backward()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_training_takes_no_more_memory_than_eager(cuda):
+    def peak(call):
+        x, weight, mask, bias = layer_inputs(cuda, batch=64)
+        for _ in range(2):
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            torch.autograd.grad(call(x, weight, mask, bias, padding=1, activation="gated").sum(), [x, weight, bias])
+            torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    assert peak(masked_conv2d) <= peak(masked_conv2d_reference)
+
+
+def test_compiles_with_inductor_into_one_graph(cuda):
+    x, weight, mask, bias = layer_inputs(cuda)
+    compiled = torch.compile(lambda x: masked_conv2d(x.sin(), weight, mask, bias, padding=1).relu(), fullgraph=True)
+    expected = masked_conv2d(x.sin(), weight, mask, bias, padding=1).relu()
+    torch.testing.assert_close(compiled(x), expected, rtol=2e-2, atol=2e-2)
+    compiled(x).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_block_and_the_models_equal_their_float64_selves(dtype, cuda):
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        block = GatedMaskedBlock(48, 48, data_channels=3, n_classes=4)
+        maps, condition = torch.randn(2, 5, 48, 9, 11), torch.tensor([0, 3, 1, 2, 0])
+        expected = copy.deepcopy(block).double()(*maps.double(), condition)
+        found = block.to(cuda, dtype)(*maps.to(cuda, dtype), condition.to(cuda))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one.cpu().double(), other, rtol=0, atol=20 * torch.finfo(dtype).eps)
+        for model in (
+            PixelCNN((3, 8, 8), 4, channels=24, layers=2),
+            GatedPixelCNN((3, 8, 8), 4, channels=24, layers=2),
+        ):
+            x = torch.randint(4, (2, 3, 8, 8))
+            expected = copy.deepcopy(model).double()(x)
+            found = model.to(cuda, dtype)(x.to(cuda)).cpu().double()
+            torch.testing.assert_close(found, expected, rtol=0, atol=60 * torch.finfo(dtype).eps)
+
+
+def test_the_block_runs_three_products(cuda):
+    block = GatedMaskedBlock(128, 128).to(cuda, torch.bfloat16)
+    maps = torch.randn(2, 8, 128, 32, 32, device=cuda, dtype=torch.bfloat16)
+    maps = [one.contiguous(memory_format=torch.channels_last) for one in maps]
+    with torch.no_grad():
+        block(*maps)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            block(*maps)
+    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    products = [name for name in names if name in ("masked_conv2d_kernel", "masked_conv2d_tma_kernel")]
+    assert len(products) == 3
+    assert len(names) <= 7, names  # and four times the packing of weights
