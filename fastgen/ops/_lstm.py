@@ -102,3 +102,22 @@ def empty_maps(like: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
 def own(maps: Tensor) -> Tensor:
     """A copy in that layout that is no view: PyTorch forbids users to write into views that an operator returns."""
     return empty_maps(maps, maps.shape[1], maps.dtype).copy_(maps)
+
+
+def weight_gradient(grad_gates: Tensor, hidden: Tensor, offsets: list[tuple[int, int]]) -> Tensor:
+    """(4h, h, taps) by one large matrix product over all pixels; offsets: (rows, columns) to each tap's neighbour."""
+    batch, units, height, width = hidden.shape
+    states = hidden.permute(0, 2, 3, 1)
+    neighbours = states.new_zeros(batch, height, width, len(offsets), units)
+    for tap, (down, right) in enumerate(offsets):
+        rows = range(max(0, -down), height - max(0, down))
+        columns = range(max(0, -right), width - max(0, right))
+        if rows and columns:
+            of = states[:, rows.start + down : rows.stop + down, columns.start + right : columns.stop + right]
+            neighbours[:, rows.start : rows.stop, columns.start : columns.stop, tap] = of
+    product = grad_gates.permute(0, 2, 3, 1).flatten(0, 2).T @ neighbours.flatten(3).flatten(0, 2)
+    return product.unflatten(1, (len(offsets), units)).transpose(1, 2)
+
+
+def no_second_derivative(ctx, *grads):
+    raise RuntimeError("this operator has no second derivative: use impl='reference'")

@@ -14,9 +14,11 @@ from fastgen.ops._lstm import (
     lstm_cell,
     lstm_cell_backward,
     needs_gradient,
+    no_second_derivative,
     own,
     runs_triton,
     under_autocast,
+    weight_gradient,
 )
 
 
@@ -145,7 +147,9 @@ def _saving(gates: Tensor, weight: Tensor, reverse: bool, triton: bool) -> tuple
     if triton:
         from fastgen.kernels.diagonal_lstm import diagonal_lstm_forward
 
-        return diagonal_lstm_forward(gates, weight, reverse, save=True)
+        hidden, activated, cell = diagonal_lstm_forward(gates, weight, reverse, save=True)
+        assert activated is not None and cell is not None
+        return hidden, activated, cell
     hidden, activated, cell = _scan(gates, weight, reverse)
     return own(hidden), own(activated), own(cell)
 
@@ -177,11 +181,7 @@ def _(grad_hidden: Tensor, activated: Tensor, cell: Tensor, weight: Tensor, reve
 
 
 def _weight_gradient(grad_gates: Tensor, hidden: Tensor, reverse: bool) -> Tensor:
-    """(4h, h, 2) by two large matrix products over all pixels that have the neighbour."""
-    up = torch.einsum("bghw,bkhw->gk", grad_gates[:, :, 1:], hidden[:, :, :-1])
-    here, neighbour = (slice(None, -1), slice(1, None)) if reverse else (slice(1, None), slice(None, -1))
-    left = torch.einsum("bghw,bkhw->gk", grad_gates[..., here], hidden[..., neighbour])
-    return torch.stack((up, left), -1)
+    return weight_gradient(grad_gates, hidden, [(-1, 0), (0, 1 if reverse else -1)])
 
 
 def _keep_inputs(ctx, inputs, output):
@@ -211,6 +211,7 @@ def _gradients(ctx, grad_hidden, _grad_activated, _grad_cell):
 
 _diagonal_lstm.register_autograd(_gradients_by_rerun, setup_context=_keep_inputs)
 _saving.register_autograd(_gradients, setup_context=_keep_states)
+_backward.register_autograd(no_second_derivative)
 
 
 def diagonal_lstm(
@@ -239,7 +240,7 @@ def diagonal_lstm(
     Raises:
         TypeError: gates or weight is no float tensor, or their dtypes differ (outside autocast).
         ValueError: shapes or devices that do not fit, an unknown impl.
-        RuntimeError: impl="triton" where it cannot run.
+        RuntimeError: impl="triton" where it cannot run; a second derivative outside impl="reference".
     """
     gates, weight = under_autocast(gates, weight)
     check_arguments(gates, weight)

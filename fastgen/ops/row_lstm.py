@@ -11,9 +11,11 @@ from fastgen.ops._lstm import (
     lstm_cell,
     lstm_cell_backward,
     needs_gradient,
+    no_second_derivative,
     own,
     runs_triton,
     under_autocast,
+    weight_gradient,
 )
 
 
@@ -101,7 +103,9 @@ def _saving(gates: Tensor, weight: Tensor, triton: bool) -> tuple[Tensor, Tensor
     if triton:
         from fastgen.kernels.row_lstm import row_lstm_forward
 
-        return row_lstm_forward(gates, weight, save=True)
+        hidden, activated, cell = row_lstm_forward(gates, weight, save=True)
+        assert activated is not None and cell is not None
+        return hidden, activated, cell
     hidden, activated, cell = _scan(gates, weight)
     return own(hidden), own(activated), own(cell)
 
@@ -131,15 +135,7 @@ def _(grad_hidden: Tensor, activated: Tensor, cell: Tensor, weight: Tensor, trit
 
 
 def _weight_gradient(grad_gates: Tensor, hidden: Tensor, taps: int) -> Tensor:
-    """(4h, h, k): for each tap one large matrix product over all pixels that have the neighbour."""
-    width = hidden.shape[3]
-    products = []
-    for shift in range(-(taps // 2), taps // 2 + 1):
-        low, high = max(0, -shift), max(0, min(width, width - shift))
-        below = grad_gates[:, :, 1:, low:high]
-        above = hidden[:, :, :-1, low + shift : high + shift] if low < high else hidden[:, :, :-1, :0]
-        products.append(torch.einsum("bghw,bkhw->gk", below[..., : above.shape[3]], above))
-    return torch.stack(products, -1)
+    return weight_gradient(grad_gates, hidden, [(-1, tap - taps // 2) for tap in range(taps)])
 
 
 def _keep_inputs(ctx, inputs, output):
@@ -169,6 +165,7 @@ def _gradients(ctx, grad_hidden, _grad_activated, _grad_cell):
 
 _row_lstm.register_autograd(_gradients_by_rerun, setup_context=_keep_inputs)
 _saving.register_autograd(_gradients, setup_context=_keep_states)
+_backward.register_autograd(no_second_derivative)
 
 
 def row_lstm(gates: Tensor, weight: Tensor, *, recompute: bool = False, impl: str = "auto") -> Tensor:
@@ -190,7 +187,7 @@ def row_lstm(gates: Tensor, weight: Tensor, *, recompute: bool = False, impl: st
     Raises:
         TypeError: gates or weight is no float tensor, or their dtypes differ (outside autocast).
         ValueError: shapes or devices that do not fit, an even k, an unknown impl.
-        RuntimeError: impl="triton" where it cannot run.
+        RuntimeError: impl="triton" where it cannot run; a second derivative outside impl="reference".
     """
     gates, weight = under_autocast(gates, weight)
     check_arguments(gates, weight)

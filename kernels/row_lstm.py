@@ -1,0 +1,205 @@
+"""The Row LSTM in one launch: a program walks all rows of its images, forward and backward.
+
+The design is that of `fastgen.kernels.diagonal_lstm`: the output is the state, read behind a barrier a row later, and
+cell states stay in registers. A tile's M lanes are the columns of an image. The weights of all taps do not fit shared
+memory and are read again for every row, from the caches.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgen.kernels.lstm_cell import cell_backward, cell_forward, load_gates, product, store_gates
+from fastgen.kernels.lstm_launch import (
+    AMD_SIZES,
+    SCAN_SIZES,
+    ScanLaunch,
+    StepLaunch,
+    arithmetic,
+    choose,
+    empty_maps,
+    scan_entry,
+)
+from fastgen.kernels.lstm_step import backward_by_steps, forward_by_steps
+
+
+@triton.jit(do_not_specialize=("batch", "steps"))
+def row_lstm_forward_kernel(
+    gates_ptr,  # (B, 4h, H, W), strides below
+    weight_ptr,  # (taps, h, 4h) contiguous
+    hidden_ptr,  # (B, H, W, h) contiguous, written and read
+    activated_ptr,  # (B, H, W, 4h) contiguous, written, or None
+    cell_ptr,  # (B, H, W, h) fp32 contiguous, written, or None
+    batch,
+    height,
+    width,
+    units,
+    taps,  # not a constant: an unrolled loop would load the weights of all taps at once, and spill
+    steps,
+    gates_image_stride,
+    gates_unit_stride,
+    gates_row_stride,
+    gates_column_stride,
+    PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
+    IMAGES: tl.constexpr,
+    LANES: tl.constexpr,
+    U: tl.constexpr,
+):
+    m = tl.arange(0, IMAGES * LANES)
+    u = tl.arange(0, U)
+    k = tl.arange(0, U)
+    real = (k < units)[:, None] & (u < units)[None, :]
+    column = m % LANES
+    cell = tl.zeros((IMAGES * LANES, U), tl.float32)
+    for step in range(steps):
+        row = step % height
+        image = (step // height * tl.num_programs(0) + tl.program_id(0)) * IMAGES + m // LANES
+        active = (image < batch) & (column < width)
+        mask = active[:, None] & (u < units)[None, :]
+        pixel = (image.to(tl.int64) * height + row) * width + column
+        at = image.to(tl.int64) * gates_image_stride + row.to(tl.int64) * gates_row_stride
+        at = (at + column.to(tl.int64) * gates_column_stride)[:, None] + u.to(tl.int64)[None, :] * gates_unit_stride
+        o, f, i, g = load_gates(gates_ptr + at, gates_unit_stride, units, mask)
+        tl.debug_barrier()  # all threads have written the states of the row above
+        for tap in range(taps):
+            shift = tap - taps // 2
+            seen = active & (row > 0) & (column + shift >= 0) & (column + shift < width)
+            above = (pixel - width + shift)[:, None] * units + k[None, :]
+            state = tl.load(hidden_ptr + above, seen[:, None] & (k < units)[None, :], other=0.0)
+            weight = weight_ptr + (tap * units + k)[:, None] * (4 * units) + u[None, :]
+            o = product(state, tl.load(weight, real, other=0.0), o, PRECISION)
+            f = product(state, tl.load(weight + units, real, other=0.0), f, PRECISION)
+            i = product(state, tl.load(weight + 2 * units, real, other=0.0), i, PRECISION)
+            g = product(state, tl.load(weight + 3 * units, real, other=0.0), g, PRECISION)
+        cell = tl.where(row == 0, 0.0, cell)
+        o, f, i, g, cell, hidden = cell_forward(o, f, i, g, cell, FAST)
+        at = pixel[:, None] * units + u[None, :]
+        tl.store(hidden_ptr + at, hidden.to(hidden_ptr.dtype.element_ty), mask)
+        if activated_ptr is not None:
+            store_gates(activated_ptr + pixel[:, None] * (4 * units) + u[None, :], units, o, f, i, g, mask)
+            tl.store(cell_ptr + at, cell, mask)
+
+
+@triton.jit(do_not_specialize=("batch", "steps"))
+def row_lstm_backward_kernel(
+    grad_hidden_ptr,  # (B, h, H, W), strides below
+    activated_ptr,  # (B, H, W, 4h) contiguous
+    cell_ptr,  # (B, H, W, h) fp32 contiguous
+    weight_ptr,  # (taps, 4h, h) contiguous
+    grad_gates_ptr,  # (B, H, W, 4h) contiguous, written and read
+    batch,
+    height,
+    width,
+    units,
+    taps,
+    steps,
+    grad_image_stride,
+    grad_unit_stride,
+    grad_row_stride,
+    grad_column_stride,
+    PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
+    IMAGES: tl.constexpr,
+    LANES: tl.constexpr,
+    U: tl.constexpr,
+):
+    m = tl.arange(0, IMAGES * LANES)
+    u = tl.arange(0, U)
+    k = tl.arange(0, U)
+    real = (k < units)[:, None] & (u < units)[None, :]
+    column = m % LANES
+    grad_cell = tl.zeros((IMAGES * LANES, U), tl.float32)
+    for step in range(steps):
+        row = height - 1 - step % height
+        image = (step // height * tl.num_programs(0) + tl.program_id(0)) * IMAGES + m // LANES
+        active = (image < batch) & (column < width)
+        mask = active[:, None] & (u < units)[None, :]
+        pixel = (image.to(tl.int64) * height + row) * width + column
+        at = image.to(tl.int64) * grad_image_stride + row.to(tl.int64) * grad_row_stride
+        at = (at + column.to(tl.int64) * grad_column_stride)[:, None] + u.to(tl.int64)[None, :] * grad_unit_stride
+        grad_hidden = tl.load(grad_hidden_ptr + at, mask, other=0.0).to(tl.float32)
+        at = pixel[:, None] * units + u[None, :]
+        cell = tl.load(cell_ptr + at, mask, other=0.0)
+        previous = tl.load(cell_ptr + at - width.to(tl.int64) * units, mask & (row > 0), other=0.0)
+        tl.debug_barrier()  # all threads have written the gradients of the row below
+        for tap in range(taps):
+            shift = tap - taps // 2
+            seen = active & (row < height - 1) & (column - shift >= 0) & (column - shift < width)
+            below = grad_gates_ptr + (pixel + width - shift)[:, None] * (4 * units) + k[None, :]
+            inside = seen[:, None] & (k < units)[None, :]
+            for gate in range(4):
+                state = tl.load(below + gate * units, inside, other=0.0)
+                weight = weight_ptr + ((tap * 4 + gate) * units + k)[:, None] * units + u[None, :]
+                grad_hidden = product(state, tl.load(weight, real, other=0.0), grad_hidden, PRECISION)
+        grad_cell = tl.where(row == height - 1, 0.0, grad_cell)
+        at = pixel[:, None] * (4 * units) + u[None, :]
+        o, f, i, g = load_gates(activated_ptr + at, 1, units, mask)
+        o, f, i, g, grad_cell = cell_backward(grad_hidden, grad_cell, o, f, i, g, cell, previous, FAST)
+        store_gates(grad_gates_ptr + at, units, o, f, i, g, mask)
+
+
+def row_lstm_forward(
+    gates: Tensor, weight: Tensor, save: bool, launch: ScanLaunch | StepLaunch | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """hidden (B, h, H, W), and to train the activated gates and the cell states, all channels-last.
+
+    Args:
+        gates: (B, 4h, H, W), any strides.
+        weight: (4h, h, k), any strides.
+        launch: None chooses.
+    """
+    batch, channels, height, width = gates.shape
+    units, taps = weight.shape[1:]
+    hidden = empty_maps(gates, units, gates.dtype)
+    activated = empty_maps(gates, channels, gates.dtype) if save else None
+    cell = empty_maps(gates, units, torch.float32) if save else None
+    if batch == 0:
+        return hidden, activated, cell
+    launch = launch or choose(gates, width, units)
+    if isinstance(launch, StepLaunch):
+        forward_by_steps(gates, weight, hidden, activated, cell, launch, row_scan=True)
+        return hidden, activated, cell
+    images = triton.cdiv(batch, launch.programs * launch.IMAGES)
+    packed = weight.permute(2, 1, 0).contiguous()
+    row_lstm_forward_kernel[(launch.programs,)](
+        gates, packed, hidden, activated, cell, batch, height, width, units, taps, images * height,
+        *gates.stride(), **arithmetic(gates), IMAGES=launch.IMAGES, LANES=launch.LANES, U=launch.U, **launch.options,
+    )  # fmt: skip
+    return hidden, activated, cell
+
+
+def row_lstm_backward(
+    grad_hidden: Tensor,
+    activated: Tensor,
+    cell: Tensor,
+    weight: Tensor,
+    launch: ScanLaunch | StepLaunch | None = None,
+) -> Tensor:
+    """Gradient of the gates (B, 4h, H, W), channels-last, from what the forward has saved."""
+    batch, units, height, width = grad_hidden.shape
+    activated, cell = (saved.contiguous(memory_format=torch.channels_last) for saved in (activated, cell))
+    grad_gates = empty_maps(grad_hidden, 4 * units, grad_hidden.dtype)
+    if batch == 0:
+        return grad_gates
+    launch = launch or choose(grad_hidden, width, units)
+    if isinstance(launch, StepLaunch):
+        backward_by_steps(grad_hidden, activated, cell, weight, grad_gates, launch, row_scan=True)
+        return grad_gates
+    images = triton.cdiv(batch, launch.programs * launch.IMAGES)
+    packed = weight.permute(2, 0, 1).contiguous()
+    row_lstm_backward_kernel[(launch.programs,)](
+        grad_hidden, activated, cell, packed, grad_gates, batch, height, width, units, weight.shape[2],
+        images * height, *grad_hidden.stride(), **arithmetic(grad_hidden), IMAGES=launch.IMAGES,
+        LANES=launch.LANES, U=launch.U, **launch.options,
+    )  # fmt: skip
+    return grad_gates
+
+
+CATALOGUE = [
+    scan_entry(kernel, *size, amd=amd)
+    for kernel in (row_lstm_forward_kernel, row_lstm_backward_kernel)
+    for amd, sizes in ((False, SCAN_SIZES), (True, AMD_SIZES))
+    for size in sizes
+]

@@ -1,0 +1,236 @@
+"""The scans' kernels, every variant, against the pixel loop in float64: in the interpreter, or on a GPU."""
+
+import functools
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from fastgen.kernels.diagonal_lstm import diagonal_lstm_backward, diagonal_lstm_forward
+from fastgen.kernels.lstm_launch import ScanLaunch, StepLaunch, choose
+from fastgen.kernels.row_lstm import row_lstm_backward, row_lstm_forward
+from fastgen.ops import diagonal_lstm, row_lstm
+from tests.ops.lstm_truth import diagonal_pixels, gradients, row_pixels
+
+
+def problem(batch, units, height, width, taps, dtype, device):
+    gates = torch.randn(batch, 4 * units, height, width, dtype=torch.float64)
+    weight = torch.randn(4 * units, units, taps, dtype=torch.float64) / units**0.5
+    grad = torch.randn(batch, units, height, width, dtype=torch.float64)
+    return tuple(tensor.to(device, dtype) for tensor in (gates, weight, grad))
+
+
+def check(found, truth, dtype):
+    """To 8 units in the last place of the largest element: what rounding states and gradients a step costs."""
+    for one, other in zip(found, truth, strict=True):
+        assert one.dtype == dtype
+        error = (one.double() - other).abs().max() / other.abs().max()
+        assert error < 8 * torch.finfo(dtype).eps, error
+
+
+def diagonal(gates, weight, grad, reverse, launch):
+    plain, *nothing = diagonal_lstm_forward(gates, weight, reverse, False, launch)
+    assert nothing == [None, None]
+    hidden, activated, cell = diagonal_lstm_forward(gates, weight, reverse, True, launch)
+    return plain, hidden, diagonal_lstm_backward(grad, activated, cell, weight, reverse, launch)
+
+
+def rows(gates, weight, grad, launch):
+    plain, *nothing = row_lstm_forward(gates, weight, False, launch)
+    assert nothing == [None, None]
+    hidden, activated, cell = row_lstm_forward(gates, weight, True, launch)
+    return plain, hidden, row_lstm_backward(grad, activated, cell, weight, launch)
+
+
+# Launches, and sizes (B, h, H, W) that divide none of their tiles.
+VARIANTS = {
+    "images side by side": (ScanLaunch(4, 4, 16, 1, 4), (3, 5, 3, 4)),
+    "a stream of images": (ScanLaunch(2, 8, 16, 1, 4), (5, 3, 5, 4)),
+    "two programs": (ScanLaunch(1, 16, 16, 2, 4), (3, 16, 4, 3)),
+    "more units": (ScanLaunch(1, 16, 32, 1, 4), (1, 19, 2, 3)),
+    "a step a launch": (StepLaunch(16, 16, 16), (2, 19, 3, 4)),
+    "steps of a long row": (StepLaunch(16, 16, 16), (3, 2, 2, 7)),
+    "steps of a column": (StepLaunch(16, 16, 16), (2, 2, 5, 1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_diagonal_variants_equal_the_pixel_loop(variant, dtype, device):
+    launch, size = VARIANTS[variant]
+    reverse = len(variant) % 2 == 0
+    gates, weight, grad = problem(*size, 2, dtype, device)
+    inputs = (gates.double(), weight.double(), grad.double())
+    hidden, grad_gates, _ = gradients(lambda g, w: diagonal_pixels(g, w, reverse), *inputs)
+    check(diagonal(gates, weight, grad, reverse, launch), (hidden, hidden, grad_gates), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_row_variants_equal_the_pixel_loop(variant, dtype, device):
+    launch, (batch, units, width, height) = VARIANTS[variant]
+    taps = 5 if "stream" in variant or "long" in variant else 3
+    gates, weight, grad = problem(batch, units, height, width, taps, dtype, device)
+    hidden, grad_gates, _ = gradients(row_pixels, gates.double(), weight.double(), grad.double())
+    check(rows(gates, weight, grad, launch), (hidden, hidden, grad_gates), dtype)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_operation_and_all_its_gradients(reverse, dtype, device):
+    gates, weight, grad = problem(3, 5, 4, 3, 2, dtype, device)
+    inputs = (gates.double(), weight.double(), grad.double())
+    truth = gradients(lambda g, w: diagonal_pixels(g, w, reverse), *inputs)
+    for recompute in (False, True):
+        operation = functools.partial(diagonal_lstm, reverse=reverse, recompute=recompute, impl="triton")
+        check(gradients(operation, gates, weight, grad), truth, dtype)
+    with torch.no_grad():
+        check([diagonal_lstm(gates, weight, reverse=reverse, impl="triton")], truth[:1], dtype)
+
+
+@pytest.mark.parametrize("taps", [1, 3, 7])
+def test_the_row_operation_and_all_its_gradients(taps, device):
+    gates, weight, grad = problem(3, 5, 4, 3, taps, torch.float32, device)
+    truth = gradients(row_pixels, gates.double(), weight.double(), grad.double())
+    for recompute in (False, True):
+        operation = functools.partial(row_lstm, recompute=recompute, impl="triton")
+        check(gradients(operation, gates, weight, grad), truth, torch.float32)
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1, 1), (2, 1, 1, 5), (2, 1, 4, 1), (0, 2, 3, 3)], ids=str)
+def test_dimensions_of_one_and_no_images(size, device):
+    gates, weight, grad = problem(*size, 2, torch.float32, device)
+    truth = gradients(diagonal_pixels, gates.double(), weight.double(), grad.double())
+    found = gradients(lambda g, w: diagonal_lstm(g, w, impl="triton"), gates, weight, grad)
+    for one, other in zip(found, truth, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-6)
+    truth = gradients(row_pixels, gates.double(), weight[..., :1].double(), grad.double())
+    found = gradients(lambda g, w: row_lstm(g, w, impl="triton"), gates, weight[..., :1], grad)
+    for one, other in zip(found, truth, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-6)
+
+
+def spread(tensor):
+    """The same values, every stride doubled and more, NaN between them."""
+    wide = torch.full([2 * size + 1 for size in tensor.shape], torch.nan, dtype=tensor.dtype, device=tensor.device)
+    view = wide[tuple(slice(1, None, 2) for _ in tensor.shape)]
+    return view.copy_(tensor)
+
+
+@pytest.mark.parametrize("launch", [ScanLaunch(4, 4, 16, 1, 4), StepLaunch(16, 16, 16)], ids=["scan", "steps"])
+@pytest.mark.parametrize("change", [spread, lambda t: t.transpose(0, -1).contiguous().transpose(0, -1)])
+def test_any_strides(launch, change, device):
+    gates, weight, grad = problem(2, 3, 3, 4, 2, torch.float32, device)
+    expected = diagonal(gates, weight, grad, False, launch)
+    for one, other in zip(diagonal(*map(change, (gates, weight, grad)), False, launch), expected, strict=True):
+        assert torch.equal(one, other)
+        assert one.is_contiguous(memory_format=torch.channels_last)
+    gates, weight, grad = problem(2, 3, 4, 3, 3, torch.float32, device)
+    expected = rows(gates, weight, grad, launch)
+    for one, other in zip(rows(*map(change, (gates, weight, grad)), launch), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_saturated_gates_and_nan(device):
+    """Gates of any size give finite states, and a NaN reaches what depends on it and no other pixel."""
+    gates, weight, grad = problem(1, 3, 3, 4, 2, torch.float32, device)
+    gates = gates * 1e4
+    truth = gradients(diagonal_pixels, gates.double(), weight.double(), grad.double())[:2]
+    launch = ScanLaunch(4, 4, 16, 1, 4)
+    _, hidden, grad_gates = diagonal(gates, weight, grad, False, launch)
+    torch.testing.assert_close(hidden.double(), truth[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad_gates.double(), truth[1], rtol=1e-4, atol=1e-6)
+    gates[0, 0, 1, 2] = torch.nan
+    hidden = diagonal_lstm_forward(gates, weight, False, False, launch)[0]
+    assert torch.equal(hidden.isnan().any(1)[0].cpu(), diagonal_pixels(gates, weight).isnan().any(1)[0].cpu())
+
+
+def test_small_states_keep_their_precision(device):
+    """Near 0 the hyperbolic tangent must not cancel."""
+    gates, weight, _ = problem(1, 4, 3, 3, 2, torch.float32, device)
+    gates[:, 12:] *= 1e-6
+    truth = diagonal_pixels(gates.double(), weight.double() * 0)
+    found = diagonal_lstm_forward(gates, weight * 0, False, False, ScanLaunch(4, 4, 16, 1, 4))[0]
+    torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "lanes", "units", "dtype", "kind"),
+    [
+        (16, 28, 16, torch.bfloat16, ScanLaunch),
+        (16, 32, 64, torch.bfloat16, ScanLaunch),
+        (16, 64, 64, torch.float16, ScanLaunch),
+        (16, 32, 32, torch.float32, ScanLaunch),
+        (16, 32, 64, torch.float32, StepLaunch),
+        (16, 32, 128, torch.bfloat16, StepLaunch),
+        (16, 200, 16, torch.bfloat16, StepLaunch),
+        (5, 1, 1, torch.float32, ScanLaunch),
+    ],
+)
+def test_the_choice_covers_the_problem(batch, lanes, units, dtype, kind):
+    launch = choose(torch.empty(batch, 1, dtype=dtype), lanes, units)
+    assert isinstance(launch, kind)
+    if kind is ScanLaunch:
+        assert lanes <= launch.LANES and max(units, 16) <= launch.U and launch.IMAGES * launch.LANES >= 16
+        assert launch.programs * launch.IMAGES <= max(batch + launch.IMAGES - 1, launch.IMAGES)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("units", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_repetition_gives_the_same_bits(units, dtype):
+    """A race between the states' writers and readers shows as a result that changes, or is wrong."""
+    gates, weight, grad = problem(37, units, 29, 31, 2, dtype, "cuda")
+    gates *= 0.5
+    truth = gradients(diagonal_lstm, gates.double(), weight.double(), grad.double())
+    first = gradients(lambda g, w: diagonal_lstm(g, w, impl="triton"), gates, weight, grad)
+    for one, other in zip(first, truth, strict=True):
+        error = (one.double() - other).abs().max() / other.abs().max()
+        assert error < 32 * torch.finfo(dtype).eps, error
+    for _ in range(50):
+        again = gradients(lambda g, w: diagonal_lstm(g, w, impl="triton"), gates, weight, grad)
+        assert all(torch.equal(one, other) for one, other in zip(again, first, strict=True))
+    first = gradients(lambda g, w: row_lstm(g, w, impl="triton"), gates, weight[..., :1], grad)
+    for _ in range(50):
+        again = gradients(lambda g, w: row_lstm(g, w, impl="triton"), gates, weight[..., :1], grad)
+        assert all(torch.equal(one, other) for one, other in zip(again, first, strict=True))
+
+
+@pytest.mark.gpu
+def test_streams_of_many_images():
+    gates, weight, grad = problem(1500, 8, 9, 7, 2, torch.float32, "cuda")
+    truth = gradients(diagonal_lstm, gates.double(), weight.double(), grad.double())
+    found = gradients(lambda g, w: diagonal_lstm(g, w, impl="triton"), gates, weight, grad)
+    for one, other in zip(found, truth, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operation", [diagonal_lstm, row_lstm])
+def test_offsets_beyond_two_to_the_31(operation):
+    """The last of so many images that its elements lie beyond 2^31 equals the same image alone."""
+    side, units = 64, 16
+    batch = 2**31 // (4 * units * side * side) + 2
+    gates = torch.zeros(batch, side, side, 4 * units, dtype=torch.bfloat16, device="cuda").permute(0, 3, 1, 2)
+    taps = 2 if operation is diagonal_lstm else 3
+    weight = torch.randn(4 * units, units, taps, dtype=torch.bfloat16, device="cuda") / 8
+    gates[-1] = torch.randn(4 * units, side, side, device="cuda")
+    with torch.no_grad():
+        assert torch.equal(operation(gates, weight)[-1:], operation(gates[-1:].clone(), weight))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("units", [16, 128])
+def test_captures_in_a_cuda_graph(units):
+    gates, weight, _ = problem(4, units, 12, 10, 2, torch.bfloat16, "cuda")
+    with torch.no_grad():
+        expected = [diagonal_lstm(gates, weight), row_lstm(gates, weight[..., :1])]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = [diagonal_lstm(gates, weight), row_lstm(gates, weight[..., :1])]
+        for one in captured:
+            one.fill_(torch.nan)
+        graph.replay()
+    for one, other in zip(captured, expected, strict=True):
+        assert torch.equal(one, other)
