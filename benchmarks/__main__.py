@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from benchmarks.case import Case
 
-NAMES = ("reparameterize_kl", "reconstruction_nll", "training")
+NAMES = ("masked_conv2d", "reparameterize_kl", "reconstruction_nll", "diagonal_lstm", "row_lstm", "training")
 COMMANDS = ("status", "readme-tables", "plots", "gpu-tests")
 
 

@@ -1,6 +1,7 @@
 """The diagonal LSTM over a map: H + W - 1 dependent steps, so bound by the time of a step, not by rates."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,14 +10,15 @@ from torch import Tensor
 from benchmarks import references
 from benchmarks.case import Case, Rivals, contenders
 from fastgen.ops import diagonal_lstm
-from fastgen.ops.diagonal_lstm import diagonal_lstm_reference
+from fastgen.ops.diagonal_lstm import diagonal_lstm_cell, diagonal_lstm_reference
 
+Sizes = dict[str, list[tuple[int, int, int]]]
 # (B, h, N): h hidden units on N x N maps.
-SIZES: dict[str, list[tuple[int, int, int]]] = {
+SIZES: Sizes = {
     "toy": [(2, 4, 5)],
     "cpu": [(16, 16, 28)],
     "cpu-full": [(16, 16, 28), (16, 64, 32)],
-    "gpu": [(16, 16, 28), (16, 64, 32), (64, 64, 32), (16, 128, 32)],
+    "gpu": [(16, 16, 28), (16, 64, 32), (16, 128, 32), (64, 128, 32), (16, 64, 64)],
     "gpu-full": [(batch, units, n) for n in (32, 64) for units in (16, 32, 64, 128) for batch in (16, 64)],
 }
 
@@ -42,15 +44,76 @@ def dtypes(size: str) -> list[torch.dtype]:
     return [torch.float32] if size.startswith("cpu") else [torch.float32, torch.bfloat16]
 
 
+def graph_captured(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same with its launches in a CUDA graph, forward and backward; captured at the first call, for its tensors."""
+    made: dict[bool, Any] = {}
+
+    def evaluation(gates: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call(gates, weight)  # what is compiled or chosen at the first call cannot be captured
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = call(gates, weight)
+
+        def replay(gates: Tensor, weight: Tensor) -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+    def captured(gates: Tensor, weight: Tensor) -> Tensor:
+        training = torch.is_grad_enabled()
+        if training not in made:
+            if training:
+                made[training] = torch.cuda.make_graphed_callables(call, (gates, weight))
+            else:
+                made[training] = evaluation(gates, weight)
+        return made[training](gates, weight)
+
+    return captured
+
+
+def on_a_gpu(
+    device: torch.device, rivals: Rivals, loop: Callable[..., Tensor], operation: Callable[..., Tensor]
+) -> Rivals:
+    """The rivals, on a GPU with the loop in a CUDA graph, and fastgen's own launches in one."""
+    if device.type != "cuda":
+        return rivals
+    captured = {"CUDA graph of the eager loop": graph_captured(loop), "fastgen, CUDA graph": graph_captured(operation)}
+    return {**rivals, **captured}
+
+
+def pixel_by_pixel(gates: Tensor, weight: Tensor) -> Tensor:
+    """Each pixel a matrix product of its own: what the definition's diagonals save on a CPU."""
+    batch, channels, height, width = gates.shape
+    outside = gates.new_zeros(batch, channels // 4)
+    cell = outside.float()
+    above = [outside] * width
+    rows = []
+    for i in range(height):
+        left, cell = outside, torch.zeros_like(cell)
+        for j in range(width):
+            left, cell = diagonal_lstm_cell(gates[:, :, i, j], weight, above[j], left, cell)
+            above[j] = left
+        rows.append(torch.stack(above, 2))
+    return torch.stack(rows, 2)
+
+
 def cases(size: str, device: torch.device) -> list[Case]:
     found = []
     for batch, units, n in SIZES[size]:
         for dtype in dtypes(size):
             rivals: Rivals = {
                 "eager, skewed": references.diagonal_lstm_skewed,
+                "compiled, skewed": references.compiled(references.diagonal_lstm_skewed),
                 "eager, by diagonals": diagonal_lstm_reference,
-                "compiled, by diagonals": references.compiled(diagonal_lstm_reference),
             }
+            if device.type == "cpu":
+                rivals["eager, by pixels"] = pixel_by_pixel
+            rivals = on_a_gpu(device, rivals, references.diagonal_lstm_skewed, diagonal_lstm)
             landmark = "cuDNN LSTM of equal length" if device.type == "cuda" else "nn.LSTM of equal length"
             if size != "toy":
                 rivals[landmark] = references.lstm_of_equal_length(2 * n - 1, units, device, dtype)
