@@ -232,7 +232,7 @@ def _check_shapes(params: Tensor, target: Tensor, likelihood: str) -> None:
         raise ValueError(f"target must have at most 4 dimensions (B, C, H, W), got {tuple(target.shape)}")
 
 
-def _check_levels(target: Tensor, likelihood: str, levels: int) -> None:
+def check_levels(target: Tensor, likelihood: str, levels: int) -> None:
     if likelihood == "gaussian" or target.numel() == 0 or not may_read_values(target):
         return
     if likelihood == "bernoulli":
@@ -324,7 +324,7 @@ def reconstruction_nll(
     if likelihood in ("categorical", "logistic_mixture") and target.dtype not in INTEGERS:
         raise TypeError(f"target must hold integer levels for likelihood={likelihood!r}, got {target.dtype}")
     _check_shapes(params, target, likelihood)
-    _check_levels(target, likelihood, params.shape[1] if likelihood == "categorical" else levels)
+    check_levels(target, likelihood, params.shape[1] if likelihood == "categorical" else levels)
     if compat is None and _uses_kernel(impl, params, likelihood):
         # The kernels see four dimensions, and five for a softmax: those that an image lacks are added, as views.
         missing = 4 - target.dim()
