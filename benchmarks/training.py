@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from benchmarks import references
 from benchmarks.case import Case, Rivals
-from fastgen.models import GatedPixelCNN, PixelCNN
+from fastgen.models import GatedPixelCNN, PixelCNN, PixelRNN
 from fastgen.ops import reconstruction_nll
 
 Shape = tuple[int, int, int]
-DIGITS, CIFAR = (1, 8, 8), (3, 32, 32)
+DIGITS, MNIST, CIFAR = (1, 8, 8), (1, 28, 28), (3, 32, 32)
 # Name, images, levels, batch, the model, the kernels it runs.
 Job = tuple[str, Shape, int, int, Callable[..., nn.Module], dict[str, int], tuple[str, ...]]
 CONVOLUTIONS = ("masked_conv2d", "reconstruction_nll")
+SCANS = {"diagonal_bilstm": ("diagonal_lstm", *CONVOLUTIONS), "row_lstm": ("row_lstm", *CONVOLUTIONS)}
 
 
 def _jobs(batch: dict[Shape, int], levels: dict[Shape, int], channels: int, layers: int) -> list[Job]:
@@ -31,13 +32,22 @@ def _jobs(batch: dict[Shape, int], levels: dict[Shape, int], channels: int, laye
     ]
 
 
+def _scans(shape: Shape, levels: int, batch: int, hidden_channels: int, layers: int) -> list[Job]:
+    """PixelRNN of both kinds: of 7 layers of 16 units and two levels, the paper's for MNIST."""
+    size = {"hidden_channels": hidden_channels, "layers": layers}
+    return [
+        (f"PixelRNN {kind}", shape, levels, batch, functools.partial(PixelRNN, kind=kind), size, kernels)
+        for kind, kernels in SCANS.items()
+    ]
+
+
 LEVELS = {DIGITS: 17, CIFAR: 256}
 JOBS: dict[str, list[Job]] = {
-    "toy": _jobs({(1, 3, 4): 2}, {(1, 3, 4): 3}, 4, 1),
+    "toy": _jobs({(1, 3, 4): 2}, {(1, 3, 4): 3}, 4, 1) + _scans((1, 3, 4), 3, 2, 4, 1),
     "cpu": _jobs({DIGITS: 64}, LEVELS, 32, 3),
-    "cpu-full": _jobs({DIGITS: 64, CIFAR: 4}, LEVELS, 48, 6),
-    "gpu": _jobs({DIGITS: 256, CIFAR: 32}, LEVELS, 128, 10),
-    "gpu-full": _jobs({DIGITS: 256, CIFAR: 128}, LEVELS, 128, 15),
+    "cpu-full": _jobs({DIGITS: 64, CIFAR: 4}, LEVELS, 48, 6) + _scans(DIGITS, 17, 64, 16, 3),
+    "gpu": _jobs({DIGITS: 256, CIFAR: 32}, LEVELS, 128, 10) + _scans(MNIST, 2, 16, 16, 7),
+    "gpu-full": _jobs({DIGITS: 256, CIFAR: 128}, LEVELS, 128, 15) + _scans(MNIST, 2, 64, 16, 7),
 }
 
 
