@@ -1,6 +1,13 @@
-"""A convolution with masked weights, bias and activation. Bound by operations, of which the mask leaves about half."""
+"""A convolution with masked weights, bias and activation. Bound by operations, of which the mask leaves about half.
 
+python -m benchmarks masked_conv2d                          measures
+python -m benchmarks.masked_conv2d [--full] [--chip sm_90]  only counts: multiply-adds and bytes of every layer
+"""
+
+import argparse
 import functools
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,21 +20,27 @@ from fastgen.ops.masked_conv2d import masked_conv2d_reference
 
 # (B, I, O, N, kernel, mask type, activation) on N x N maps.
 Layer = tuple[int, int, int, int, int, str, str]
+GATED, PLAIN = (256, 32, 3, "B", "gated"), (128, 32, 3, "B", "relu")  # 128 features in, as in both papers
 LAYERS: dict[str, list[Layer]] = {
-    "toy": [(2, 4, 6, 5, 3, "B", "gated"), (2, 3, 4, 5, 5, "A", "relu")],
+    "toy": [(2, 4, 6, 5, 3, "B", "gated"), (2, 3, 4, 5, 5, "A", "relu"), (1, 17, 4, 4, 1, "B", "none")],
     "cpu": [(16, 32, 64, 28, 3, "B", "gated"), (16, 1, 64, 28, 7, "A", "none")],
     "cpu-full": [
         (16, 32, 64, 28, 3, "B", "gated"),
         (16, 1, 64, 28, 7, "A", "none"),
-        (16, 128, 256, 32, 3, "B", "gated"),
+        (16, 128, *GATED),
     ],
     "gpu": [
-        (16, 128, 256, 32, 3, "B", "gated"),
-        (128, 128, 256, 32, 3, "B", "gated"),
+        (16, 128, *GATED),
+        (128, 128, *GATED),
+        (128, 128, *PLAIN),
+        (128, 128, 256, 32, 7, "B", "gated"),
         (128, 3, 256, 32, 7, "A", "none"),
     ],
-    "gpu-full": [(b, c, 2 * c, 32, k, "B", "gated") for b in (16, 128) for c in (64, 128, 256) for k in (3, 5)]
-    + [(128, 3, 256, 32, 7, "A", "none"), (128, 256, 256, 32, 1, "B", "relu"), (128, 128, 128, 64, 3, "B", "relu")],
+    "gpu-full": [(b, c, 2 * c, n, 3, "B", "gated") for b in (16, 128) for c in (64, 128, 256) for n in (28, 32)]
+    + [(b, 128, 128, 32, k, "B", "relu") for b in (16, 128) for k in (1, 3)]
+    + [(128, 128, 256, 32, k, "B", "gated") for k in (5, 7)]
+    + [(b, c, 256, n, 7, "A", "none") for b, c, n in ((128, 1, 28), (16, 3, 32), (128, 3, 32))]
+    + [(64, 128, 256, 64, 3, "B", "gated")],
 }
 
 
@@ -56,9 +69,13 @@ def _case(size: str, device: torch.device, layer: Layer, dtype: torch.dtype) -> 
     rivals: Rivals = {
         "eager, dense": references.masked_conv2d_dense,
         "eager, cropped": references.masked_conv2d_cropped,
+        "eager, split": references.masked_conv2d_split,
         "compiled, dense": references.compiled(references.masked_conv2d_dense),
         "compiled, cropped": references.compiled(references.masked_conv2d_cropped),
     }
+    if size.startswith("gpu"):  # a CPU has nothing to tune there
+        for name, call in (("dense", references.masked_conv2d_dense), ("cropped", references.masked_conv2d_cropped)):
+            rivals[f"compiled max-autotune, {name}"] = references.compiled(call, "max-autotune-no-cudagraphs")
     taps = int(causal_mask(mask_type, 1, 1, kernel).sum())
     flops = 2 * taps * of * to * batch * n * n
     results = to // 2 if activation == "gated" else to
@@ -82,3 +99,80 @@ def _case(size: str, device: torch.device, layer: Layer, dtype: torch.dtype) -> 
 def cases(size: str, device: torch.device) -> list[Case]:
     dtypes = [torch.float32] if size.startswith("cpu") else [torch.float32, torch.bfloat16]
     return [_case(size, device, layer, dtype) for layer in LAYERS[size] for dtype in dtypes]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a layer costs, counted.
+
+    Multiply-adds: of live weights; those that the kernel's tiles visit, the padding of channels, columns and pixels
+    included; those of a dense convolution. Bytes: those that the forward must move; those kept for the backward beside
+    input and result; what eager PyTorch keeps.
+    """
+
+    live: int
+    visited: int
+    dense: int
+    moved: int
+    kept: int
+    kept_eager: int
+    tile: str
+
+
+def work(layer: Layer, dtype: torch.dtype, chip: str) -> Work:
+    """By the default configuration of the chip; needs no GPU."""
+    from fastgen.kernels import masked_conv2d_config as config
+    from fastgen.kernels.masked_conv2d_plan import Blocks, Geometry, build
+    from fastgen.kernels.masked_conv2d_tma import box_of
+
+    batch, of, to, n, kernel, mask_type, activation = layer
+    parts = 2 if activation == "gated" else 1
+    mask = causal_mask(mask_type, to, of, kernel)
+    pixels, taps = batch * n * n, int(mask[0, 0].sum())
+    gather = config.gathers(of, False, 1)
+    tma = not gather and config.has_tma(chip) and of * dtype.itemsize % 16 == 0
+    product = config.Layer("out", dtype, to // parts, parts, of, taps, pixels, 1, tma)
+    tile = config.default_tile(chip, product, "tf32" if dtype == torch.float32 else "ieee")
+    geometry = Geometry((1, 1), (kernel // 2,) * 2, (1, 1))
+    plan = build(mask, Blocks(tile.N, tile.K, parts, gather), geometry, torch.device("cpu"))
+    results = to // parts
+    positions = -(-pixels // tile.M) * tile.M
+    if tile.tma:
+        boxes = zip((batch, n, n), box_of(tile.M, batch, n, n), strict=True)
+        positions = tile.M * math.prod(-(-whole // side) for whole, side in boxes)
+    return Work(
+        live=int(mask.sum()) * pixels,
+        visited=plan.pairs * tile.K * tile.N * parts * positions,
+        dense=mask.numel() * pixels,
+        moved=dtype.itemsize * (pixels * (of + results) + int(mask.sum())),
+        kept=dtype.itemsize * pixels * (results if parts == 2 else 0),
+        kept_eager=dtype.itemsize * pixels * (2 * results if parts == 2 else 0),
+        tile=f"{tile.M}x{tile.N}{'(x2)' if parts == 2 else ''}x{tile.K}{' TMA' if tile.tma else ''}",
+    )
+
+
+def table(size: str, chip: str) -> str:
+    lines = [
+        f"Counted for {chip}, not measured. 10^9 multiply-adds of the forward; 10^6 bytes.",
+        "| layer | dtype | tile | live | visited | dense | dense / visited | moved | kept | kept by eager |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for layer in LAYERS[size]:
+        batch, of, to, n, kernel, mask_type, activation = layer
+        for dtype in (torch.bfloat16, torch.float32):
+            found = work(layer, dtype, chip)
+            counts = [f"{count / 1e9:.4g}" for count in (found.live, found.visited, found.dense)]
+            counts.append(f"{found.dense / found.visited:.2f}")
+            counts += [f"{count / 1e6:.4g}" for count in (found.moved, found.kept, found.kept_eager)]
+            name = f"{batch}x{of}x{n}x{n} to {to}, {kernel}x{kernel} {mask_type} {activation}"
+            kind = str(dtype).removeprefix("torch.")
+            lines.append(f"| {name} | {kind} | {found.tile} | {' | '.join(counts)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.masked_conv2d", description="Counts, measures nothing.")
+    parser.add_argument("--full", action="store_true", help="more layers")
+    parser.add_argument("--chip", default="sm_90", help="sm_80, sm_90, gfx942, ... (default %(default)s)")
+    arguments = parser.parse_args()
+    print(table("gpu-full" if arguments.full else "gpu", arguments.chip))

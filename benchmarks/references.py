@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastgen.nn import MaskedConv2d
+from fastgen.nn import DiagonalLSTM, MaskedConv2d, RowLSTM
 
 
-def compiled(call: Callable) -> Callable:
+def compiled(call: Callable, mode: str | None = None) -> Callable:
     """The same under `torch.compile`, static shapes, each case compiled anew."""
-    return torch.compile(call, dynamic=False)
+    return torch.compile(call, dynamic=False, mode=mode)
 
 
 def channels_last(call: Callable, *names: str) -> Callable:
@@ -171,6 +171,17 @@ def masked_conv2d_cropped(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor,
     return _activate(F.conv2d(x, upper, bias, padding=reach)[:, :, : x.shape[2]], activation)
 
 
+def masked_conv2d_split(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
+    """Two convolutions without any masked tap, as a careful user splits a causal kernel: the rows above (1x3 of a 3x3),
+    and the centre with what is to its left (1x2). The sums are written twice."""
+    reach = weight.shape[2] // 2
+    live = weight * mask
+    out = F.conv2d(x, live[:, :, reach : reach + 1, : reach + 1], bias, padding=(0, reach))[..., : x.shape[3]]
+    if reach:
+        out = out + F.conv2d(x, live[:, :, :reach], padding=reach)[:, :, : x.shape[2]]
+    return _activate(out, activation)
+
+
 class PlainMaskedConv2d(nn.Module):
     """What stands in the place of a MaskedConv2d in `plain`: the same parameters in a dense convolution."""
 
@@ -183,8 +194,29 @@ class PlainMaskedConv2d(nn.Module):
         self.geometry: Any = (layer.stride, layer.padding, layer.dilation)
         self.activation = layer.activation
 
+    def forward(self, x: Tensor, condition: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        out = F.conv2d(x, self.weight * self.mask, self.bias, *self.geometry)
+        out = _activate(out if condition is None else out + condition[:, :, None, None], self.activation)
+        return out if residual is None else out + residual
+
+
+class PlainScan(nn.Module):
+    """What stands in the place of a DiagonalLSTM or a RowLSTM in `plain`: the same parameters in a loop."""
+
+    def __init__(self, layer: DiagonalLSTM | RowLSTM) -> None:
+        super().__init__()
+        self.input_to_state = PlainMaskedConv2d(layer.input_to_state)
+        self.state_to_state = layer.state_to_state
+        self.by_rows = isinstance(layer, RowLSTM)
+        self.reverse = isinstance(layer, DiagonalLSTM) and layer.reverse
+
     def forward(self, x: Tensor) -> Tensor:
-        return _activate(F.conv2d(x, self.weight * self.mask, self.bias, *self.geometry), self.activation)
+        gates = self.input_to_state(x)
+        if self.by_rows:
+            return row_lstm_convolutions(gates, self.state_to_state)
+        if self.reverse:
+            return diagonal_lstm_skewed(gates.flip(3), self.state_to_state).flip(3)
+        return diagonal_lstm_skewed(gates, self.state_to_state)
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -195,4 +227,6 @@ def plain(model: nn.Module) -> nn.Module:
         for name, layer in list(parent.named_children()):
             if isinstance(layer, MaskedConv2d):
                 setattr(parent, name, PlainMaskedConv2d(layer))
+            elif isinstance(layer, (DiagonalLSTM, RowLSTM)):
+                setattr(parent, name, PlainScan(layer))
     return copied

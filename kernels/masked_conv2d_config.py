@@ -93,8 +93,8 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
     """128 pixels by 64 (two halves of 64 with a gate, 128 without) in 8 warps, less where there is less to do.
 
     - K: 128 bytes of each row (64 channels in half precision, 32 in float32): a whole cache line, and the swizzle that
-      wgmma likes. Less where there are fewer channels. Gathered: 32 columns, and in float32 64 channels at most, as
-      addresses take registers.
+      wgmma likes. Less where there are fewer channels. Gathered: 32 columns, or 16 where that pads less, and in float32
+      64 channels at most, as addresses take registers.
     - 64 pixels in 4 warps where 128 would leave most of a hundred multiprocessors without a tile.
     - without tensor cores (float32 where TF32 is off): 64 x 64 in steps of 16, within the registers of 4 warps.
     - five stages: the pipeline gives two to the entries of the list, which it fetches ahead of the blocks that they
@@ -111,7 +111,7 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
     line = 128 // layer.dtype.itemsize
     deep = power_of_two(layer.channels, 16, line)
     if gathers(layer.channels, layer.direction == "in", layer.step):
-        deep = 32
+        deep = 16 if 0 < layer.taps * layer.channels % 32 <= 16 else 32
         if layer.dtype == torch.float32:
             wide = min(wide, 64)
     stages = 5 if chip.startswith("sm_") else 2

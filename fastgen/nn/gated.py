@@ -87,10 +87,12 @@ class GatedMaskedBlock(nn.Module):
         return gate(above), out + horizontal if self.residual else out
 
     def _fuses(self, x: Tensor) -> bool:
-        """Where the kernels run; not past a hook, which would miss the layer that it hangs on."""
+        """Where the kernels run; not past a hook, which would miss its layer, nor past a layer of another kind."""
         if not uses_triton("auto", x) or x.dtype == torch.float64 or x.dim() != 4:
             return False
-        layers = (self.vertical, self.horizontal, self.across)
+        layers = (self.vertical, self.horizontal, self.output, self.across)
+        if not all(isinstance(layer, MaskedConv2d) for layer in layers[:3]) or type(self.across) is not nn.Conv2d:
+            return False
         return not any(
             layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
             for layer in layers
@@ -104,10 +106,10 @@ class GatedMaskedBlock(nn.Module):
             biases = self.condition(condition).flatten(1).chunk(2, 1)
         up, beside, across = self.vertical, self.horizontal, self.across
         x, weight, bias, own = under_autocast(vertical, up.weight, up.bias, biases[0])
-        gated, sums = fused(x, weight, up.mask, bias, up.geometry, "gated", condition=own, keep_pre=True)
+        gated, sums = fused(x, weight, up.live_mask(), bias, up.geometry, "gated", condition=own, keep_pre=True)
         x, weight, bias, own, sums, across_weight = under_autocast(
             horizontal, beside.weight, across.bias, biases[1], sums, across.weight
         )
         second = {"other": sums, "other_weight": across_weight}
-        out, _ = fused(x, weight, beside.mask, bias, beside.geometry, "gated", condition=own, **second)
+        out, _ = fused(x, weight, beside.live_mask(), bias, beside.geometry, "gated", condition=own, **second)
         return gated, self.output(self.dropout(out), residual=horizontal if self.residual else None)

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from benchmarks import masked_conv2d
 from fastgen.kernels import masked_conv2d_config as config
 from fastgen.kernels import masked_conv2d_plan as plans
 from fastgen.kernels import tune_masked_conv2d as tune
@@ -203,3 +204,17 @@ def test_the_search_wants_a_gpu(capsys):
         pytest.skip("there is one")
     assert tune.main([]) == 2
     assert "no CUDA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("chip", "dtype"), [("sm_90", torch.bfloat16), ("sm_86", torch.float32), ("gfx942", torch.float32)]
+)
+def test_the_count_of_work(chip, dtype):
+    """What the tiles visit lies between the live weights and twice them, and where all is a multiple is no more."""
+    for layer in masked_conv2d.LAYERS["gpu-full"]:
+        found = masked_conv2d.work(layer, dtype, chip)
+        assert found.live <= found.visited <= (found.dense if layer[4] == 1 else 0.7 * found.dense)
+        if layer[1] % 64 == 0 and layer[4] > 1:
+            assert found.visited == found.live or layer[3] == 28
+        assert found.kept * 2 == found.kept_eager
+    assert "not measured" in masked_conv2d.table("gpu", chip)
