@@ -1,5 +1,6 @@
 """The main job, start to end: train on real images, score, sample, complete, report. See `fastgen demo --help`."""
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -70,7 +71,7 @@ def run(folder: str | os.PathLike, device: torch.device) -> int:
     report["vae"] = run_vae(folder, steps=VAE_STEPS, seed=SETTINGS.seed)
     print(f"test: at most {report['vae']['bits_per_dim']['importance']:.3f} bits/dim", flush=True)
     report["seconds"] = time.monotonic() - started
-    report["versions"] = {"fastgen": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    report["versions"] = {"fastgen": __version__, "python": platform.python_version(), **_versions()}
     write_atomically(
         {
             folder / "report.json": (json.dumps(report, indent=2) + "\n").encode(),
@@ -96,6 +97,17 @@ def _fastest_thread_count(model: GatedPixelCNN, split: data.Split) -> int:
         seconds[count] = sorted(times)[1]
     model.zero_grad()
     return min(seconds, key=seconds.__getitem__)
+
+
+def _versions() -> dict[str, str | None]:
+    """Of the packages that the numbers could depend on; None where one is not installed."""
+    found: dict[str, str | None] = {}
+    for name in ("torch", "triton", "numpy", "scikit-learn"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def _device_name(device: torch.device) -> str:
@@ -166,8 +178,8 @@ def _text(report: dict[str, Any]) -> str:
     return f"""# fastgen demo
 
 A class-conditional Gated PixelCNN ({report["parameters"]:,} parameters) on scikit-learn's handwritten digits (8x8, 17
-grey levels), trained for {report["training_steps"]} steps in {report["training_seconds"]:.0f} seconds on
-{report["device"]} ({report["threads"]} CPU threads).
+grey levels), trained for {report["training_steps"]} steps in {report["training_seconds"]:.0f} seconds. Device:
+{report["device"]}, with {report["threads"]} of the CPU's threads.
 
 | on the 297 test images | bits/dim |
 |---|---|
