@@ -1,10 +1,8 @@
-"""Arguments, seeds, chunks, conditions, changed models; the images themselves are tested with the backends."""
+"""Seeds, chunks, options, conditions; the images themselves are tested with the backends."""
 
 import copy
 import math
 import pickle
-import types
-import warnings
 
 import pytest
 import torch
@@ -12,11 +10,8 @@ from causal_models import Stranger, small
 from torch import nn
 from torch.nn import functional as F
 
-from fastgen import Bernoulli, Categorical, NotCausalError, accelerate
+from fastgen import Bernoulli, Categorical, accelerate
 from fastgen.models import GatedPixelCNN
-from fastgen.sampling import Sampler
-from fastgen.sampling.fixed_point import FixedPoint
-from fastgen.sampling.graph import Unsupported
 
 WHOLE_PASSES = ("naive", "fixed_point")
 BACKENDS = (*WHOLE_PASSES, "eager")
@@ -218,26 +213,6 @@ def test_rows_and_columns_of_one_pixel(shape):
         assert all(torch.equal(first, other) for other in others)
 
 
-def test_only_a_missing_condition_puts_the_analysis_off():
-    class Fails(nn.Module):
-        def __init__(self, fail):
-            super().__init__()
-            self.fail = fail
-
-        def forward(self, x, label=None):
-            return self.fail(x, label)
-
-    waiting = (lambda x, label: F.embedding(label, x), lambda x, label: x * label[0], lambda x, label: label.foo)
-    for fail in waiting:
-        assert "fails without" in accelerate(Fails(fail), (1, 2, 2), distribution=Bernoulli()).explain()
-    model = GatedPixelCNN((1, 4, 4), 4, channels=8, layers=1, n_classes=2).eval()
-    assert "fails without" in accelerate(model, (1, 4, 4), distribution=model.distribution).explain()
-    with pytest.raises(RuntimeError, match="size of tensor"):
-        accelerate(Fails(lambda x, label: x + x[..., :1].expand(2, 1, 2, 3)), (1, 2, 2), distribution=Bernoulli())
-    with pytest.raises(ValueError, match=r"x must have the shape \(B, 1, 4, 4\)"):
-        accelerate(GatedPixelCNN((1, 4, 4), 4, channels=8, layers=1).eval(), (1, 5, 4), distribution=Categorical(4))
-
-
 def test_nan_is_an_error_at_the_end(backend):
     class Spoilt(nn.Module):
         """NaN at one pixel of images whose first pixel is 1."""
@@ -319,16 +294,6 @@ def test_a_distribution_of_ones_own(backend):
         accelerate(model, (2, 3, 3), distribution=Geometric(), backend=backend)
 
 
-def test_a_leak_is_an_error_for_every_backend(backend):
-    class Sees(nn.Module):
-        def forward(self, x):
-            return x.roll(-1, -1)
-
-    with pytest.raises(NotCausalError, match="not causal") as caught:
-        accelerate(Sees(), (1, 3, 3), distribution=Bernoulli(), backend=backend)
-    assert not caught.value.report.ok and caught.value.report.leaks
-
-
 def test_progress_counts_every_draw_once(grey, monkeypatch):
     bars = []
 
@@ -362,176 +327,8 @@ def test_no_gradient_and_no_change_of_mode(grey):
     grey.model(torch.zeros(1, 1, 5, 4)).sum().backward()  # nothing was left that cannot be trained on
 
 
-def test_a_normalization_keeps_its_statistics():
-    model = nn.Sequential(Stranger(1, 1), nn.BatchNorm2d(1))
-    accelerate(model, (1, 3, 3), distribution=Bernoulli(), backend="naive")
-    assert model[1].num_batches_tracked == 0 and model[1].running_mean == 0
-
-
 def test_copies_and_pickles(grey):
     expected = grey.sample(2, seed=0)
     for twin in (copy.deepcopy(grey), pickle.loads(pickle.dumps(grey))):
         assert twin.model is not grey.model
         assert torch.equal(twin.sample(2, seed=0), expected)
-
-
-@pytest.mark.parametrize(
-    "error, name, arguments",
-    [
-        (TypeError, "n must", {"n": 1.5}),
-        (ValueError, "n must", {"n": -1}),
-        (ValueError, "batch_size", {"batch_size": 0}),
-        (TypeError, "seed", {"seed": 0.5}),
-        (ValueError, "seed", {"seed": 2**70}),
-        (ValueError, "seed and noise", {"seed": 1, "noise": torch.zeros(2, 1, 5, 4)}),
-        (TypeError, "noise", {"noise": torch.zeros(2, 1, 5, 4).double()}),
-        (TypeError, "noise", {"noise": [0.5]}),
-        (ValueError, "noise", {"noise": torch.zeros(2, 1, 4, 5)}),
-        (ValueError, "noise", {"noise": torch.ones(2, 1, 5, 4)}),
-        (ValueError, "noise", {"noise": torch.full((2, 1, 5, 4), -0.1)}),
-        (ValueError, "noise", {"noise": torch.full((2, 1, 5, 4), math.nan)}),
-        (ValueError, "temperature", {"temperature": -1}),
-        (ValueError, "top_k", {"top_k": 0}),
-        (ValueError, "top_p", {"top_p": 0.0}),
-        (ValueError, "known_mask is missing", {"known": torch.zeros(1).long()}),
-        (ValueError, "known is missing", {"known_mask": torch.ones(1).bool()}),
-        (TypeError, "known must", {"known": torch.zeros(1), "known_mask": torch.ones(1).bool()}),
-        (TypeError, "known must", {"known": 1, "known_mask": torch.ones(1).bool()}),
-        (TypeError, "known_mask must", {"known": torch.zeros(1).long(), "known_mask": torch.ones(1)}),
-        (ValueError, "known must", {"known": torch.zeros(3, 5, 4).long(), "known_mask": torch.ones(1).bool()}),
-        (ValueError, "known_mask must", {"known": torch.zeros(1).long(), "known_mask": torch.ones(3).bool()}),
-        (ValueError, "levels 0..4", {"known": torch.tensor([5]), "known_mask": torch.ones(1).bool()}),
-        (ValueError, "levels 0..4", {"known": torch.tensor([-1]), "known_mask": torch.ones(1).bool()}),
-    ],
-    ids=str,
-)
-def test_bad_arguments_of_sample_are_named(error, name, arguments):
-    model, shape, distribution = small("grey")
-    sampler = accelerate(model, shape, distribution=distribution, backend="naive")
-    with pytest.raises(error, match=name):
-        sampler.sample(**{"n": 2} | arguments)
-
-
-def test_bad_arguments_of_accelerate_are_named():
-    model, shape, distribution = small("grey")
-    for error, name, arguments in (
-        (TypeError, "model", {"model": model.forward}),
-        (ValueError, "shape", {"shape": (5, 4)}),
-        (ValueError, "shape", {"shape": (1, 0, 4)}),
-        (ValueError, "shape", {"shape": 3}),
-        (ValueError, "shape", {"shape": (1, 2.5, 4)}),
-        (TypeError, "distribution", {"distribution": Categorical}),
-        (TypeError, "distribution", {"distribution": "categorical"}),
-        (TypeError, "encode", {"encode": 1}),
-        (ValueError, "backend", {"backend": "fast"}),
-        (ValueError, "expected 1 channels", {"distribution": Categorical(2, "B(KC)HW"), "model": Stranger(1, 6)}),
-        (ValueError, "K = 4", {"distribution": Categorical(4, "B(KC)HW")}),
-        (ValueError, "BKCHW", {"distribution": Categorical(5)}),
-    ):
-        with pytest.raises(error, match=name):
-            accelerate(**{"model": model, "shape": shape, "distribution": distribution, "backend": "naive"} | arguments)
-    for output, error in ((lambda x: (x, x), TypeError), (lambda x: x[..., 1:], ValueError)):
-        bad = nn.Module()
-        bad.forward = output
-        with pytest.raises(error, match="model must return"):
-            accelerate(bad, (1, 2, 3), distribution=Bernoulli(), backend="naive")
-
-
-@pytest.fixture
-def engines(monkeypatch):
-    """A stand-in for the engine, which counts what is built and refuses for the reason `refused`."""
-    state = types.SimpleNamespace(built=[], refused=None)
-
-    def build_engine(model, shape, distribution, encode, condition_example, backend):
-        if state.refused is not None:
-            raise Unsupported(state.refused)
-        state.built.append(condition_example)
-        return FixedPoint(model, shape, encode)
-
-    monkeypatch.setattr("fastgen.sampling.sampler.build_engine", build_engine)
-    return state
-
-
-def test_a_changed_model_is_analysed_again(engines):
-    model, shape, distribution = small("grey")
-    model.register_buffer("counter", torch.zeros(3))
-    sampler = accelerate(model, shape, distribution=distribution)
-    assert len(engines.built) == 1
-    sampler.sample(1)
-    sampler.sample(3, temperature=0.5)
-    assert len(engines.built) == 1
-
-    def step():
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        model(torch.rand(2, 1, 5, 4)).sum().backward()
-        optimizer.step()
-
-    def swap_two_weights():
-        model.head.weight.data[[0, 1]] = model.head.weight.data[[1, 0]]
-
-    changes = {
-        "optimizer": step,
-        "state_dict": lambda: model.load_state_dict(model.state_dict() | {"head.bias": torch.ones(5)}),
-        "data": swap_two_weights,
-        "buffer": lambda: model.counter.add_(1),
-        "dtype": model.double,
-        "mode": model.train,
-        "module": lambda: setattr(model, "first", nn.Sequential(model.first)),
-        "nan": lambda: model.counter.fill_(math.nan),
-    }
-    for count, (name, change) in enumerate(changes.items(), 2):
-        change()
-        sampler.sample(1)
-        sampler.sample(1)
-        assert len(engines.built) == count, name
-
-
-def test_engines_are_built_with_the_condition_of_two_images(engines):
-    model = Stranger(1, 5, classes=3).eval()
-    options = {"distribution": Categorical(5, "B(KC)HW")}
-    for condition in (2, torch.tensor([2]), torch.tensor([2, 1, 0]), torch.tensor([[2]])[0]):
-        engines.built.clear()
-        sampler = accelerate(model, (1, 3, 3), condition=condition, **options)
-        sampler.sample(1, condition=1)
-        sampler.sample(4, condition=torch.tensor([0, 1, 2, 0]))
-        assert len(engines.built) == 1
-        assert engines.built[0].shape == (2,) and engines.built[0][0] == 2
-    engines.built.clear()
-    late = accelerate(model, (1, 3, 3), **options)
-    assert engines.built == []
-    late.sample(5, condition=1)
-    assert len(engines.built) == 1
-
-
-def test_another_kind_of_condition_is_analysed_again(engines):
-    class Optional(Stranger):
-        def forward(self, x, bias=None):
-            return super().forward(x) + (0 if bias is None else bias[:, :1, None, None])
-
-    sampler = accelerate(Optional(1, 1).eval(), (1, 3, 3), distribution=Bernoulli())
-    sampler.sample(2)
-    assert len(engines.built) == 1
-    sampler.sample(2, condition=torch.zeros(2, 1))
-    sampler.sample(3, condition=torch.ones(3, 1))
-    assert len(engines.built) == 2
-    sampler.sample(2, condition=torch.zeros(2, 4))
-    assert len(engines.built) == 3
-    sampler.sample(2)
-    assert len(engines.built) == 4
-
-
-def test_what_the_engine_cannot_take_falls_back_with_a_warning(engines):
-    model, shape, distribution = small("grey")
-    engines.refused = "aten::fft is not known"
-    with pytest.warns(UserWarning, match="fixed_point backend: aten::fft is not known") as caught:
-        sampler = accelerate(model, shape, distribution=distribution, backend="eager")
-    assert caught[0].filename == __file__
-    assert isinstance(sampler, Sampler) and "because aten::fft is not known" in sampler.explain()
-    expected = accelerate(model, shape, distribution=distribution, backend="naive").sample(3, seed=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(sampler.sample(3, seed=0), expected)
-    engines.refused = None
-    model.head.bias.data += 1
-    sampler.sample(1)
-    assert "fallback" not in sampler.explain()
