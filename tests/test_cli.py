@@ -152,6 +152,10 @@ def test_wrong_usage_is_one_line(images, trained, tmp_path, capsys):
         ([*new, "--set", "channels"], "NAME=VALUE"),
         ([*new, "--set", "chanels=3"], "chanels=3.*channels"),
         ([*new, "--set", "levels=3"], "levels=3"),
+        (
+            ["train", "--model", "gated_pixelcnn", "--data", images, "--out", tmp_path, "--set", "dropout='x'"],
+            "dropout='x'",
+        ),
         ([*new, "--set", "channels=none"], "'none'"),
         (["train", "--model", "pixelcnn", "--data", "patches", "--conditional", "--out", tmp_path / "new"], "classes"),
         (["train", "--model", "pixelcnn", "--data", "digit", "--out", tmp_path / "new"], "'digit'"),
@@ -213,7 +217,7 @@ def test_folders_that_cannot_be_written_are_named(images, trained, tmp_path, cap
 
 
 def test_help_of_every_command(capsys):
-    for command in ("demo", "train", "evaluate", "sample", "complete", "bench", "doctor"):
+    for command in ("demo", "train", "evaluate", "sample", "complete", "doctor"):
         with pytest.raises(SystemExit) as error:
             cli.main([command, "--help"])
         assert error.value.code == 0 and f"usage: fastgen {command}" in capsys.readouterr().out
@@ -289,9 +293,10 @@ def test_bench_runs_the_benchmarks(monkeypatch):
         "run",
         lambda command, cwd: calls.append((command[1:], cwd)) or subprocess.CompletedProcess(command, 7),
     )
-    assert cli.main(["bench", "reparameterize_kl", "--dry-run"]) == 7
-    assert calls[0][0] == ["-m", "benchmarks", "reparameterize_kl", "--dry-run"]
-    assert (calls[0][1] / "benchmarks" / "__main__.py").is_file()
+    assert cli.main(["bench", "reparameterize_kl", "--dry-run", "--compare", "old"]) == 7
+    assert cli.main(["bench", "--help"]) == 7
+    assert [call[0][2:] for call in calls] == [["reparameterize_kl", "--dry-run", "--compare", "old"], ["--help"]]
+    assert calls[0][0][:2] == ["-m", "benchmarks"] and (calls[0][1] / "benchmarks" / "__main__.py").is_file()
 
 
 # --- the demo

@@ -17,7 +17,7 @@ import torch
 import fastgen
 from fastgen.data import Dataset, Split
 from fastgen.models import VAE, Autoencoder, GatedPixelCNN, PixelCNN, PixelCNNPP
-from fastgen.train import METRICS, STATE, Settings, check_fit, mean_loss, read_state, train, unit
+from fastgen.train import METRICS, STATE, Settings, check_fit, images_at_once, mean_loss, read_state, train, unit
 from fastgen.train.run import Run
 
 QUICK = Settings(steps=7, batch_size=8, lr=0.01, warmup=2, validate_every=3, ema=0.5)
@@ -297,6 +297,12 @@ def test_model_and_data_must_fit(stripes):
     check_fit(PixelCNN((1, 4, 3), 4, channels=4, layers=1), unlabelled)
     with pytest.raises(ValueError, match="none"):
         check_fit(gated(), unlabelled)
+
+
+def test_scores_fewer_images_at_once_where_they_are_large():
+    assert images_at_once(gated()) == 256
+    assert 10 < images_at_once(PixelCNN((3, 32, 32), 256, channels=3, layers=1)) < 100
+    assert images_at_once(Autoencoder((3, 300, 300), 2, channels=1, hidden=1, network="mlp")) == 1
 
 
 @pytest.mark.parametrize(

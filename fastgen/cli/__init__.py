@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, NoReturn
 
 from fastgen._version import __version__
@@ -42,7 +43,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> Parser:
-    """All commands. Each module's `add` gives its parser `run(arguments) -> exit status`; torch is imported there."""
+    """All commands. Each module's `add` gives its parser `run(arguments) -> exit status`; torch is imported there.
+    `bench` is only listed: `main` hands its arguments on."""
     from fastgen.cli import bench, demo, doctor, training, using
 
     parser = Parser(prog="fastgen", description="Train, evaluate and sample generative models of images.")
@@ -57,13 +59,20 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status. FASTGEN_DEBUG=1 shows the whole traceback of an error."""
-    arguments = build_parser().parse_args(argv)
+    from fastgen.cli import bench
+
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["bench"]:
+        command, run = "bench", partial(bench.run, given[1:])
+    else:
+        arguments = build_parser().parse_args(given)
+        command, run = arguments.command, partial(arguments.run, arguments)
     try:
-        return arguments.run(arguments)
+        return run()
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         message = _one_line(error)
     except KeyboardInterrupt:
-        print(f"fastgen {arguments.command}: interrupted", file=sys.stderr)
+        print(f"fastgen {command}: interrupted", file=sys.stderr)
         return 130
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
@@ -71,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = f"out of memory ({_one_line(error)}): try a smaller --batch-size or --n"
     if os.environ.get("FASTGEN_DEBUG") == "1":
         raise
-    print(f"fastgen {arguments.command}: {message}", file=sys.stderr)
+    print(f"fastgen {command}: {message}", file=sys.stderr)
     return 2
 
 

@@ -141,4 +141,7 @@ def new_model(name: str, dataset: "Dataset", conditional: bool = False, options:
             arguments[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             arguments[key] = value
-    return kind(**arguments)
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"--set {' '.join(options)}: {error}") from error

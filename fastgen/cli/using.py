@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
     _add_run(evaluate, run_evaluate)
     evaluate.add_needed("--data", help=DATA_HELP)
     evaluate.add_argument("--split", choices=("train", "validation", "test"), default="test", help="default: test")
-    evaluate.add_argument("--batch-size", type=positive_int, default=256, help="images at a time (default 256)")
+    evaluate.add_argument("--batch-size", type=positive_int, help="images at a time (default: up to 256)")
     evaluate.add_argument(
         "--samples", type=positive_int, default=64, help="draws of the latent for each image of a VAE (default 64)"
     )
@@ -54,7 +54,7 @@ def _add_drawing(parser: argparse.ArgumentParser, out: str) -> None:
 def run_evaluate(arguments: argparse.Namespace) -> int:
     from fastgen import baselines, checkpoint, data, likelihood
     from fastgen.models import VAE, Autoencoder
-    from fastgen.train import check_fit, mean_loss, unit
+    from fastgen.train import check_fit, images_at_once, mean_loss, unit
 
     device = device_of(arguments)
     model = checkpoint.load(arguments.folder).to(device)
@@ -68,7 +68,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         error = mean_loss(model, split, device, batch_size=arguments.batch_size) * unit(model)[1]
         print(f"squared error {error:.5f} a dimension on the scale of -1..1, {len(split)} images")
         return 0
-    options: dict[str, Any] = {"batch_size": arguments.batch_size}
+    options: dict[str, Any] = {"batch_size": arguments.batch_size or images_at_once(model)}
     if isinstance(model, VAE):
         options["n_samples"] = arguments.samples
     labels = None if model.n_classes is None else split.labels

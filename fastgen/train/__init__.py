@@ -11,8 +11,19 @@ Every file is replaced whole.
 """
 
 from fastgen.train.loop import Result, train
-from fastgen.train.measure import check_fit, mean_loss, unit
+from fastgen.train.measure import check_fit, images_at_once, mean_loss, unit
 from fastgen.train.run import METRICS, STATE, read_state
 from fastgen.train.settings import Settings
 
-__all__ = ["METRICS", "STATE", "Result", "Settings", "check_fit", "mean_loss", "read_state", "train", "unit"]
+__all__ = [
+    "METRICS",
+    "STATE",
+    "Result",
+    "Settings",
+    "check_fit",
+    "images_at_once",
+    "mean_loss",
+    "read_state",
+    "train",
+    "unit",
+]

@@ -9,6 +9,8 @@ from torch import Tensor
 from fastgen.data import Dataset, Split
 from fastgen.models import Autoencoder
 
+LOGITS_AT_ONCE = 2**25  # 256 MiB in float64, of which scoring takes a few
+
 
 def unit(model: Any) -> tuple[str, float]:
     """What `model.loss` is shown as, and the factor to it: bits/dim, or the squared error a dimension."""
@@ -36,10 +38,17 @@ def batch_of(model: Any, split: Split, device: torch.device) -> tuple[Tensor, Te
     return split.images.to(device).long(), labels
 
 
+def images_at_once(model: Any) -> int:
+    """Images that a model scores in one pass by default: 256, or fewer where the parameters of their distributions
+    would take too much memory."""
+    return max(1, min(256, LOGITS_AT_ONCE // (math.prod(model.shape) * model.levels)))
+
+
 @torch.no_grad()
-def mean_loss(model: Any, split: Split, device: torch.device, *, batch_size: int = 256, seed: int = 0) -> float:
+def mean_loss(model: Any, split: Split, device: torch.device, *, batch_size: int | None = None, seed: int = 0) -> float:
     """The mean of `model.loss` over all images, with the noise of a seed; the random state stays as it is."""
     total = 0.0
+    batch_size = batch_size or images_at_once(model)
     with fork_rng(device):
         torch.manual_seed(seed)
         for start in range(0, len(split), batch_size):
