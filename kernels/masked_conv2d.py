@@ -19,7 +19,7 @@ from fastgen.kernels.masked_conv2d_grad import sum_weight_gradient, through_acti
 from fastgen.kernels.masked_conv2d_plan import Blocks, Geometry, Known, Plan, known_of, plan_of
 from fastgen.kernels.masked_conv2d_tma import convolve_by_descriptors, descriptors_fit
 
-MAX_PIXELS = 2**31 - 1024  # pixels are counted in 32 bits, offsets in 64
+MAX_PIXELS = 2**31 - 2**25  # pixels are counted in 32 bits, with room for the last blocks; offsets in 64
 Choice = tuple[str, Tile]  # provider and tile
 POINTWISE = Geometry((1, 1), (0, 0), (1, 1))
 
@@ -106,7 +106,7 @@ def forward(
     result is empty where nothing is kept. choice: instead of that for the shape and chip.
 
     Raises:
-        ValueError: more than 2^31 - 1024 pixels: split the batch.
+        ValueError: more than MAX_PIXELS pixels: split the batch.
     """
     operand = operand_of(weight, mask, stride, padding, dilation)
     parts = 2 if activation == "gated" else 1

@@ -5,8 +5,7 @@ from torch import Tensor, nn
 
 from fastgen.nn.masked_conv import MaskedConv2d
 from fastgen.ops import causal_mask
-from fastgen.ops._implementation import uses_triton
-from fastgen.ops.masked_conv2d import fused, gate, under_autocast
+from fastgen.ops.masked_conv2d import fused, gate, runs_triton, under_autocast
 
 
 class ClassBias(nn.Embedding):
@@ -88,7 +87,7 @@ class GatedMaskedBlock(nn.Module):
 
     def _fuses(self, x: Tensor) -> bool:
         """Where the kernels run; not past a hook, which would miss its layer, nor past a layer of another kind."""
-        if not uses_triton("auto", x) or x.dtype == torch.float64 or x.dim() != 4:
+        if not runs_triton("auto", x) or x.dim() != 4:
             return False
         layers = (self.vertical, self.horizontal, self.output, self.across)
         if not all(isinstance(layer, MaskedConv2d) for layer in layers[:3]) or type(self.across) is not nn.Conv2d:

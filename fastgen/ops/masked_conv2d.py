@@ -265,14 +265,15 @@ def masked_conv2d(
         condition: (B, O), or (O,) for one image, an image's own bias: the class-conditional one of the Gated PixelCNN
             (equation 3), say. Added before the activation.
         residual: of the shape of the result, added to it.
-        impl: "auto" is Triton on CUDA tensors (not for float64), the PyTorch definition elsewhere.
+        impl: "auto" is Triton on CUDA tensors (not for float64, nor inside a transform of `torch.func`), the PyTorch
+            definition elsewhere.
 
     Returns:
         (B, O, H', W') or (B, O / 2, H', W'), of the dtype of x (under autocast: the autocast dtype).
 
     Raises:
         TypeError: x, weight or another is no float tensor, mask no bool tensor, or dtypes differ (outside autocast).
-        ValueError: shapes, devices or options that do not fit; more than 2^31 - 1024 pixels for the kernel.
+        ValueError: shapes, devices or options that do not fit; more than about 2^31 pixels for the kernel.
         RuntimeError: impl="triton" where it cannot run; a second derivative of the kernel; a mask that is seen for the
             first time while a CUDA graph is captured.
     """
@@ -298,7 +299,7 @@ def masked_conv2d(
         _check_addend(name, tensor, shape, x)
     x, weight, bias, condition, residual = under_autocast(x, weight, bias, condition, residual)
     _check_dtypes(x, {"weight": weight, "bias": bias, "condition": condition, "residual": residual})
-    if not _runs_triton(impl, x):
+    if not runs_triton(impl, x):
         options = {"stride": geometry[0], "padding": geometry[1], "dilation": geometry[2]}
         return masked_conv2d_reference(
             x, weight, mask, bias, activation=activation, condition=condition, residual=residual, **options
@@ -343,11 +344,18 @@ def under_autocast(x: Tensor, weight: Tensor, *more: Tensor | None) -> list[Any]
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
-def _runs_triton(impl: str, x: Tensor) -> bool:
-    """`uses_triton`, with float64 left to the definition; TypeError where impl="triton" asks for it."""
-    triton = uses_triton(impl, x)
-    if triton and x.dtype == torch.float64:
-        if impl == "triton":
-            raise TypeError("x is float64, which the Triton kernel does not take: use impl='auto' or 'reference'")
+def runs_triton(impl: str, x: Tensor) -> bool:
+    """`uses_triton`, with what the operator does not take left to the definition: float64, and the transforms of
+    `torch.func`, which cannot differentiate an operator of torch.library.
+
+    Raises:
+        TypeError: impl="triton" for float64.
+    """
+    if not uses_triton(impl, x):
         return False
-    return triton
+    if impl == "triton":
+        if x.dtype == torch.float64:
+            raise TypeError("x is float64, which the Triton kernel does not take: use impl='auto' or 'reference'")
+        return True
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return x.dtype != torch.float64 and not transformed

@@ -61,7 +61,7 @@ def test_the_fused_block_equals_the_composition(mask_type, colours, n_classes, h
 
     expected = results()
     calls.clear()
-    monkeypatch.setattr(gated, "uses_triton", lambda impl, x: True)
+    monkeypatch.setattr(gated, "runs_triton", lambda impl, x: True)
     found = results()
     assert len(calls) == hook
     for one, other in zip(found, expected, strict=True):

@@ -2,6 +2,7 @@
 several, none of which a size divides. What has no name of its own in a test id is spread over the combinations."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -194,6 +195,7 @@ def test_masked_weights_and_unseen_pixels_take_no_part_whatever_their_value(devi
     assert torch.equal(call(x, weight, bias), expected[0])
 
 
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
 def test_extremes_of_the_gate(device):
     """Saturated and far out: no NaN where there is none in the definition."""
     x = torch.tensor([0.0, 1e-4, -1e-4, 0.29, 0.31, -5, 9, 30, -100, 1e4, -1e4], device=device).view(1, 1, 1, -1)
@@ -278,6 +280,26 @@ def test_compiles_into_one_graph(device):
         gradients(lambda x, w, b: compiled(x, w, mask, b, **options), (x, weight, bias)), expected, strict=True
     ):
         torch.testing.assert_close(one, other)
+
+
+def test_transforms_of_torch_func_get_the_definition(device, monkeypatch):
+    """As "auto" on a GPU: `torch.func` cannot differentiate an operator of torch.library."""
+    x, weight, mask, bias = problem("B", 2, 3, 4, 4, 3, dtype=torch.float32, device=device)
+    monkeypatch.setattr(sys.modules["fastgen.ops.masked_conv2d"], "uses_triton", lambda impl, x: True)
+    calls = []
+    monkeypatch.setattr(
+        sys.modules["fastgen.ops.masked_conv2d"], "_operator", lambda *arguments: calls.append(1) or (x, x)
+    )
+    masked_conv2d(x, weight, mask, bias)
+    assert calls == [1]
+
+    def loss(w, image):
+        return masked_conv2d(image[None], w, mask, bias, activation="gated").square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(weight, x)
+    (whole,) = torch.autograd.grad(truth(x, weight, mask, bias, "gated").square().sum(), weight)
+    check([each.sum(0)], [whole])
+    assert calls == [1]
 
 
 def test_autocast(device):
