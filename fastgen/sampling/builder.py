@@ -97,9 +97,6 @@ class Builder:
     def scratch(self, sizes: Sequence[int], dtype: torch.dtype) -> View:
         return scratch(sizes, dtype)
 
-    def count(self, multiply_adds: int) -> None:
-        self.program.multiply_adds += multiply_adds
-
     # --- where things are
 
     def _view(self, where: Map, region: Region) -> View:

@@ -1,7 +1,7 @@
 """Whether a model is causal: by ready times, and where those say no, by changing its input and looking."""
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from fastgen.sampling.arguments import checked_shape
 from fastgen.sampling.graph import Unsupported
 from fastgen.sampling.ready import Timed, path_to_input, ready_times
 from fastgen.sampling.trace import trace
+from fastgen.sampling.unchanged import unchanged
 
 TRAINING_HINT = "the model is in training mode: call model.eval() first"
 NOISE_FLOOR = 1e-6  # of the largest output: what a change of input may move by rounding alone
@@ -98,8 +99,9 @@ def draw_places(places: Tensor, channel_of: Tensor) -> Tensor:
     return places[0][channel_of.reshape(-1)].view(1, *channel_of.shape[1:], height, width)
 
 
-def leaks_of(timed: Timed, places: Tensor, needed: Tensor, channel_of: Tensor, training: bool) -> list[Leak]:
+def leaks_of(timed: Timed, places: Tensor, needed: Tensor, channel_of: Tensor, model: nn.Module) -> list[Leak]:
     """The leaks that ready times show, one for each output position, at most 16."""
+    modules = dict(model.named_modules())
     ready = timed.output_ready()
     late = ready >= needed
     found: list[Leak] = []
@@ -117,8 +119,15 @@ def leaks_of(timed: Timed, places: Tensor, needed: Tensor, channel_of: Tensor, t
         channels = places.shape[1]
         ordered = channels > 1 and bool((places[0, 0] != places[0, -1]).any())
         output = int(channel_of[first]) if ordered else int(torch.nonzero(here.reshape(-1))[0])
-        found.append(Leak((output, i, j), source, node, module, TRAINING_HINT if training else ""))
+        on_path = [modules[one.module] for one, _ in path if one.module in modules]
+        found.append(Leak((output, i, j), source, node, module, hint_for(on_path)))
     return found
+
+
+def hint_for(modules: Iterable[nn.Module]) -> str:
+    """What to do where one of these modules takes statistics of the batch, or draws, as in training."""
+    kinds = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+    return TRAINING_HINT if any(isinstance(one, kinds) and one.training for one in modules) else ""
 
 
 def _first_to_see(timed: Timed, path: list[Any], places: Tensor, needed: int) -> tuple[str, str]:
@@ -141,19 +150,28 @@ def _first_to_see(timed: Timed, path: list[Any], places: Tensor, needed: int) ->
 
 
 def dependencies(run: Callable[[Tensor], Tensor], levels: Tensor, other: Tensor) -> Tensor:
-    """Which outputs change with which levels: bool (C*H*W, *output of one image). One changed level an image."""
-    base = run(levels)
+    """Which outputs change with which levels: bool (C*H*W, *output of one image). One changed level an image.
+
+    Where an image's output depends on what else is in its batch (statistics of a batch), each changed image is run in
+    a batch with itself alone.
+    """
+    base = run(torch.cat((levels, levels)))[:1]
+    beside = run(torch.cat((levels, other)))[:1]
+    alone = not torch.allclose(base, beside, rtol=1e-5, atol=1e-6, equal_nan=True)
     scale = base[base.isfinite()].abs().max().clamp(min=1e-30) if base.isfinite().any() else torch.tensor(1.0)
     count = levels.numel()
     parts = []
-    for first in range(0, count, BATCH):
-        numbers = torch.arange(first, min(first + BATCH, count), device=levels.device)
+    size = 1 if alone else BATCH
+    for first in range(0, count, size):
+        numbers = torch.arange(first, min(first + size, count), device=levels.device)
         batch = levels.reshape(1, -1).repeat(len(numbers), 1)
         batch[torch.arange(len(numbers), device=levels.device), numbers] = other.reshape(-1)[numbers]
         # The unchanged image goes along, so that all are computed in the same way.
-        found = run(torch.cat((levels.reshape(1, -1), batch)).view(-1, *levels.shape[1:]))
-        moved = (found[1:] - found[:1]).abs() > NOISE_FLOOR * scale
-        parts.append((moved | (found[1:].isnan() != found[:1].isnan())).cpu())
+        companion = batch if alone else levels.reshape(1, -1)
+        found = run(torch.cat((companion, batch)).view(-1, *levels.shape[1:]))
+        before = base if alone else found[:1]
+        moved = (found[1:] - before).abs() > NOISE_FLOOR * scale
+        parts.append((moved | (found[1:].isnan() != before.isnan())).cpu())
     return torch.cat(parts)
 
 
@@ -225,10 +243,11 @@ def check_causality(
 
     x = example()
     try:
+        run(torch.cat((x, x)))  # an error of the model itself stays what it is
         graph = trace(run, model, x)
         output = graph.output
     except Unsupported as reason:
-        return _by_changes(run, x, example(), channels_ordered, str(reason), model.training)
+        return _by_changes(run, x, example(), channels_ordered, str(reason), hint_for(model.modules()))
     if len(output.shape) < 3 or output.shape[-2:] != (height, width):
         raise ValueError(f"model must return (B, ..., {height}, {width}), got the shape {output.shape}")
     order = raster(shape, channels_ordered)
@@ -237,17 +256,18 @@ def check_causality(
     best: list[Leak] | None = None
     for channel_of in channel_layouts(output.shape[:-2], channels if channels_ordered else 1):
         needed = draw_places(places, channel_of)
-        leaks = leaks_of(timed, places, needed, channel_of, model.training)
+        leaks = leaks_of(timed, places, needed, channel_of, model)
         if not leaks:
             return CausalityReport(True)
         if best is None or len(leaks) < len(best):
             best = leaks
-    checked = _by_changes(run, x, example(), channels_ordered, "ready times are an upper bound", model.training)
+    remark = "ready times are an upper bound"
+    checked = _by_changes(run, x, example(), channels_ordered, remark, hint_for(model.modules()))
     return checked if checked.ok else CausalityReport(False, best or checked.leaks)
 
 
 def _by_changes(
-    run: Callable[[Tensor], Tensor], x: Tensor, other: Tensor, channels_ordered: bool, remark: str, training: bool
+    run: Callable[[Tensor], Tensor], x: Tensor, other: Tensor, channels_ordered: bool, remark: str, hint: str
 ) -> CausalityReport:
     """By changing each level in turn."""
     channels, height, width = x.shape[1:]
@@ -268,7 +288,6 @@ def _by_changes(
         for found in torch.nonzero(late)[:16].tolist():
             c, rest = divmod(found[0], height * width)
             channel = int(channel_of[(0, *found[1:-2])]) if channels_ordered else found[1]
-            hint = TRAINING_HINT if training else ""
             leaks.append(Leak((channel, *found[-2:]), (c, *divmod(rest, width)), "model", "", hint))
         if best is None or len(leaks) < len(best):
             best = leaks
@@ -289,18 +308,3 @@ def channel_layouts(shape: Sequence[int], channels: int) -> list[Tensor]:
         for axis in (numbers.repeat_interleave(shape[1] // channels), numbers.repeat(shape[1] // channels)):
             found.append(axis.view(1, -1, *tail).expand(tuple(shape)))
     return found or [torch.zeros(tuple(shape), dtype=torch.long)]
-
-
-class unchanged:
-    """Restores the buffers that a forward pass writes into (the running statistics of a normalization in training)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.before = [(buffer, buffer.detach().clone()) for buffer in self.model.buffers()]
-
-    def __exit__(self, *_: Any) -> None:
-        for buffer, before in self.before:
-            if not torch.equal(buffer, before):
-                buffer.copy_(before)

@@ -55,7 +55,7 @@ class Value:
     def name(self) -> str:
         if self.op is None:
             return self.kind
-        op = str(self.op).removeprefix("aten.").split(".")[0]
+        op = str(self.op).split(".")[1]
         return f"{op} in {self.module}" if self.module else op
 
     @property

@@ -19,6 +19,13 @@ class Box:
     sizes: tuple[int, ...]
     steps: tuple[int, ...]
 
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(
+            slice(first, first + (size - 1) * step + 1, step)
+            for first, size, step in zip(self.start, self.sizes, self.steps, strict=True)
+        )
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -94,7 +94,7 @@ def whole_pass(model: nn.Module, encode: Callable[[Tensor], Tensor], levels: Ten
         ValueError: it has no place for each image and pixel.
     """
     n, size = len(levels), levels.shape[-2:]
-    params = _call(model, encode, levels, condition)
+    params = _call(model, encode, levels.clone(), condition)
     if n == 1 and params.shape[:1] != (1,):
         # Some models squeeze their output, and with it a batch of one. Two equal images are no exception to them.
         params = _call(model, encode, levels.expand(2, -1, -1, -1), rows_for(condition, 2))[:1]

@@ -1,45 +1,25 @@
-"""From a model to the programs of all steps: trace, ready times, order, schedule, layout, programs."""
+"""From a model to the programs of all steps: order, schedule, layout, programs."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastgen.distributions import Bernoulli, Categorical, Distribution, LogisticMixture
+from fastgen.distributions import Distribution
 from fastgen.sampling.builder import Builder, NeedsStorage, Storage
-from fastgen.sampling.causality import (
-    CausalityReport,
-    NotCausalError,
-    Order,
-    channel_layouts,
-    dependencies,
-    draw_places,
-    leaks_of,
-    places_of,
-    raster,
-    topological_order,
-    unchanged,
-)
-from fastgen.sampling.graph import CONSTANT, NEVER, Graph, Map, Operand, Unsupported, Value
+from fastgen.sampling.causality import Order, places_of
+from fastgen.sampling.graph import Map, Operand, Value
 from fastgen.sampling.layout import Box, layout
+from fastgen.sampling.network import Network
+from fastgen.sampling.order import Ordered, ordered
 from fastgen.sampling.program import Program
-from fastgen.sampling.ready import Timed, ready_times
+from fastgen.sampling.ready import Timed
 from fastgen.sampling.schedule import Schedule, schedule
-from fastgen.sampling.trace import trace
-
-MOST_ELEMENTS = 4 * 10**8  # of one image; beyond, the analysis would not fit into memory
-
-
-class NotByReadyTimes(Unsupported):
-    """A model that is causal in `order`, as changing its input shows, but not by its ready times."""
-
-    def __init__(self, message: str, order: Order) -> None:
-        super().__init__(message)
-        self.order = order
 
 
 @dataclass
@@ -68,11 +48,27 @@ class Plan:
     def levels(self) -> Value:
         return self.timed.graph.values[0]
 
-    @property
+    @cached_property
     def work_ratio(self) -> float:
-        whole = sum(rule.multiply_adds for rule in self.timed.rules.values())
-        done = sum(self.programs[number].multiply_adds for number, _ in self.steps)
-        return done / whole if whole else 1.0
+        """Multiply-adds of all steps over those of the same activations computed once each.
+
+        Both are counted with dense kernels. Activations that no draw reads (features of the last pixel) are left out
+        of both, so that the least is 1.
+        """
+        done, once = 0, 0
+        by_value: dict[int, list[Box]] = {}
+        for tasks in self.schedule.steps:
+            for value, box in tasks:
+                by_value.setdefault(value.index, []).append(box)
+        for index, boxes in by_value.items():
+            value, cost = self.timed.graph.values[index], self.timed.rules[index].multiply_adds
+            if cost:
+                computed = torch.zeros(value.shape, dtype=torch.bool)
+                for box in boxes:
+                    computed[box.slices] = True
+                done += sum(math.prod(box.sizes) for box in boxes) * cost
+                once += int(computed.sum()) * cost
+        return done / once if once else 1.0
 
 
 def make_plan(
@@ -84,188 +80,18 @@ def make_plan(
     levels: int,
 ) -> Plan:
     """Raises NotCausalError, or Unsupported where the engine cannot take the model."""
-    graph, leaves, run, samples = _traced(model, shape, encode, condition, levels)
-    timed, order, needed, remarks = _ordered(model, graph, run, samples, shape, distribution)
-    when = schedule(timed, order, [(graph.output, (needed - 1).expand(graph.output.shape))])
-    plan = Plan(
-        timed,
-        when,
-        _storage(timed, when, order, shape),
-        order,
-        len(order) == shape[1] * shape[2],
-        graph.output,
-        leaves,
-        remarks=[*graph.remarks, *remarks],
-    )
+    found: Ordered = ordered(Network(model, shape, encode, condition, levels), distribution)
+    output = found.graph.output
+    when = schedule(found.timed, found.order, [(output, (found.needed - 1).expand(output.shape))])
+    storage = _storage(found.timed, when, found.order, shape)
+    whole_pixels = len(found.order) == shape[1] * shape[2]
+    plan = Plan(found.timed, when, storage, found.order, whole_pixels, output, found.conditions, remarks=found.remarks)
     while True:
         try:
             _write_programs(plan)
             return plan
-        except NeedsStorage as found:
-            plan.storage.stored.add(found.value.index)
-
-
-def drawing_order(
-    model: nn.Module,
-    shape: Sequence[int],
-    distribution: Distribution,
-    encode: Callable[[Tensor], Tensor],
-    condition: Any,
-    levels: int,
-) -> Order:
-    """(channel, row, column) of all draws, in an order in which the model is causal. Raises as `make_plan`."""
-    graph, _, run, samples = _traced(model, shape, encode, condition, levels)
-    try:
-        order = _ordered(model, graph, run, samples, shape, distribution)[1]
-    except NotByReadyTimes as found:
-        order = found.order
-    if len(order) == shape[0] * shape[1] * shape[2]:
-        return order
-    return [(c, i, j) for _, i, j in order for c in range(shape[0])]
-
-
-# --- tracing
-
-
-def _traced(
-    model: nn.Module, shape: Sequence[int], encode: Callable[[Tensor], Tensor], condition: Any, levels: int
-) -> tuple[Graph, list[Value], Callable[[Tensor], Tensor], Tensor]:
-    """The graph of one image, its condition's values, the model as a function of levels, and two images of levels."""
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    leaves, structure = tree_flatten(condition)
-    rows = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim()]
-
-    def of_images(x: Tensor, *given: Tensor) -> Tensor:
-        full = list(leaves)
-        for k, leaf in zip(rows, given, strict=True):
-            full[k] = leaf
-        built = tree_unflatten(full, structure)
-        return model(encode(x)) if condition is None else model(encode(x), built)
-
-    generator = torch.Generator().manual_seed(0)
-    samples = torch.randint(levels, (2, *shape), generator=generator).to(device)
-    with unchanged(model):
-        with torch.no_grad():
-            whole = of_images(samples, *(leaves[k] for k in rows))
-        graphs = [trace(of_images, model, samples[b : b + 1], [leaves[k][b : b + 1] for k in rows]) for b in range(2)]
-    _check_same(graphs, whole)
-    graph = graphs[0]
-    if graph.numel > MOST_ELEMENTS:
-        raise Unsupported(f"the network of one image has {graph.numel:.1e} elements")
-    expected = (1, *whole.shape[1:])
-    found = graph.output.map
-    assert found is not None
-    if graph.output.shape == expected[1:]:
-        found = Map(found.value, expected, found.start, ((0,) * len(found.start), *found.steps))
-        graph.output = Operand(graph, expected, map=found)
-    if graph.output.shape != expected:
-        raise Unsupported(f"one image gives the shape {graph.output.shape}, two give {tuple(whole.shape)}")
-
-    def run(x: Tensor) -> Tensor:
-        with torch.no_grad(), unchanged(model):
-            return of_images(x, *(leaves[k][:1].expand(len(x), *leaves[k].shape[1:]) for k in rows))
-
-    return graph, [value for value in graph.values if value.kind == "condition"], run, samples
-
-
-def _check_same(graphs: Sequence[Graph], whole: Tensor) -> None:
-    """The same operations for both images, each by itself as in a batch of both."""
-    first, second = graphs
-    same = len(first.values) == len(second.values)
-    for a, b in zip(first.values, second.values, strict=False):
-        same = same and a.shape == b.shape and a.op == b.op
-        same = same and (a.kind != "constant" or torch.equal(a.data.nan_to_num(), b.data.nan_to_num()))
-    if not same:
-        raise Unsupported("the model computes in another way for other values of its input")
-    for k, graph in enumerate(graphs):
-        alone, together = graph.data_of(graph.output), whole[k].cpu()
-        scale = together[together.isfinite()].abs().max() if together.isfinite().any() else 0
-        tolerance = (
-            1e-3 * float(scale) + 1e-5 if together.dtype in (torch.float32, torch.float64) else 0.1 * float(scale)
-        )
-        if alone.numel() != together.numel() or not torch.allclose(
-            alone.reshape(together.shape), together, atol=tolerance, rtol=0, equal_nan=True
-        ):
-            raise Unsupported("an image's output depends on what else is in its batch")
-
-
-# --- the drawing order
-
-
-def _channels_of(distribution: Distribution, shape: Sequence[int], channels: int) -> list[Tensor]:
-    """For each parameter of a pixel the channel that it belongs to; several ways where that is not known, since the
-    model's own pass has the last word; none for a mixture, whose parameters belong to all channels."""
-    numbers = torch.arange(torch.Size(shape[1:]).numel(), dtype=torch.float64).view(1, *shape[1:])
-    found = torch.zeros(numbers.numel(), dtype=torch.long)
-    if isinstance(distribution, Categorical):
-        for channel, of_channel in enumerate(distribution.logits(numbers)[0].unbind(1)):
-            found[of_channel.long().flatten()] = channel
-    elif isinstance(distribution, Bernoulli):
-        found = numbers[0].long().flatten() // max(1, numbers.numel() // channels)
-    elif isinstance(distribution, LogisticMixture):
-        return []
-    else:
-        return channel_layouts(shape, channels)
-    return [found.view(1, *shape[1:])]
-
-
-def _ordered(
-    model: nn.Module,
-    graph: Graph,
-    run: Callable[[Tensor], Tensor],
-    samples: Tensor,
-    shape: Sequence[int],
-    distribution: Distribution,
-) -> tuple[Timed, Order, Tensor, list[str]]:
-    """Ready times for an order in which the model is causal, and when each output is needed first."""
-    params = graph.output.shape[:-2]
-    at_once = torch.zeros(params, dtype=torch.long)
-    candidates = [(raster(shape, False), at_once)]
-    if shape[0] > 1:
-        candidates += [(raster(shape, True), channel_of) for channel_of in _channels_of(distribution, params, shape[0])]
-    report = None
-    for order, channels in candidates:
-        places = places_of(order, shape)
-        timed, needed = ready_times(graph, places), draw_places(places, channels)
-        if bool((timed.output_ready() < needed).all()):
-            return timed, order, needed, []
-        report = CausalityReport(False, leaks_of(timed, places, needed, channels, model.training))
-    # Not in raster order, or only by an upper bound: look what really changes.
-    order, channels = candidates[-1]
-    sample = samples[:1]
-    changed = dependencies(run, sample, samples[1:] + (samples[1:] == sample).long() * (1 - 2 * (sample > 0).long()))
-    dependent = _draw_dependencies(changed, order, channels, shape)
-    found = topological_order(dependent, order)
-    if found is None:
-        assert report is not None
-        raise NotCausalError(report)
-    in_raster = found == order
-    places = places_of(found, shape)
-    timed, needed = ready_times(graph, places), draw_places(places, channels)
-    if bool((timed.output_ready() < needed).all()):
-        return timed, found, needed, ["pixels are drawn in another order than the raster, which the model asks for"]
-    what = "changing its input shows no leak" if in_raster else "it is causal in another order than the raster"
-    raise NotByReadyTimes(f"ready times, an upper bound, find the model not causal, but {what}: {report}", found)
-
-
-def _draw_dependencies(changed: Tensor, order: Order, channel_of: Tensor, shape: Sequence[int]) -> Tensor:
-    """depends[a, b]: draw a depends on the level of draw b."""
-    channels, height, width = shape
-    by_input = changed.view(channels, height, width, *changed.shape[1:])
-    ordered = len(order) > height * width
-    index = torch.tensor(order)
-    if not ordered:
-        any_output = by_input.flatten(3, -3).any(3) if by_input.dim() > 5 else by_input
-        found = any_output.any(0)[index[:, 1], index[:, 2]]
-        return found[:, index[:, 1], index[:, 2]].T.contiguous()
-    flat = by_input.flatten(3, -3)
-    owners = channel_of.reshape(-1)
-    of_channels = torch.stack([flat[:, :, :, owners == c].any(3) for c in range(channels)], 3)
-    found = of_channels[index[:, 0], index[:, 1], index[:, 2]]
-    return found[:, index[:, 0], index[:, 1], index[:, 2]].T.contiguous()
-
-
-# --- memory and programs
+        except NeedsStorage as missing:
+            plan.storage.stored.add(missing.value.index)
 
 
 def _storage(timed: Timed, when: Schedule, order: Order, shape: Sequence[int]) -> Storage:
@@ -352,6 +178,3 @@ def _signature(program: Program) -> Any:
         else:
             found.append((name, id(what)))
     return source, tuple(found)
-
-
-__all__ = ["CONSTANT", "NEVER", "Plan", "drawing_order", "make_plan"]

@@ -150,7 +150,6 @@ class Program:
 
     instructions: list[Instruction] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
-    multiply_adds: int = 0
     temporaries: int = 0
 
     def views(self) -> list[View]:

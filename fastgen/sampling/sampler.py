@@ -28,8 +28,9 @@ from fastgen.sampling.graph import Unsupported
 from fastgen.sampling.job import Backend, Drawn, Job
 from fastgen.sampling.naive import Naive, whole_pass
 from fastgen.sampling.noise import check_noise, uniforms
-from fastgen.sampling.plan import drawing_order
+from fastgen.sampling.order import drawing_order
 from fastgen.sampling.snapshot import Snapshot
+from fastgen.sampling.unchanged import unchanged
 
 BACKENDS = ("auto", "naive", "eager", "compiled", "cuda_graph", "persistent", "fixed_point")
 WHOLE_PASSES = ("naive", "fixed_point")
@@ -244,14 +245,9 @@ class Sampler:
     def _blank_pass(self, condition: Any) -> Tensor:
         """The model's output for two blank images. Whatever does not fit together fails here, with a plain error."""
         device = self._device()
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         levels = torch.zeros((2, *self.shape), dtype=torch.long, device=device)
-        with torch.no_grad():
-            params = whole_pass(self.model, self._encode(), levels, example(condition, device))
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):  # a normalization in training mode follows its batches
-                    buffer.copy_(before)
-        return params
+        with torch.no_grad(), unchanged(self.model):
+            return whole_pass(self.model, self._encode(), levels, example(condition, device))
 
     def _is_stale(self, condition: Any) -> bool:
         """Whether the engine was made for another state of the model, or another kind of condition."""

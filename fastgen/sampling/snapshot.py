@@ -1,14 +1,18 @@
 """Notices that a model has changed since something was derived from it."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+PLAIN = (bool, int, float, complex, str, type(None))
+
 
 class Snapshot:
-    """A copy of a model's parameters, buffers and modes. Values are compared, because a change through `.data`
-    leaves neither version counter nor address behind."""
+    """A copy of a model's parameters, buffers, modes, and of the tensors and numbers that its modules keep as plain
+    attributes. Values are compared, because a change through `.data` leaves neither version counter nor address
+    behind."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = _modules(model)
@@ -31,10 +35,17 @@ class Snapshot:
         return any(bool(((old != new) & ((old == old) | (new == new))).any()) for old, new in unlike)  # not NaN for NaN
 
 
-def _modules(model: nn.Module) -> list[tuple[str, type, bool]]:
-    return [(name, type(module), module.training) for name, module in model.named_modules()]
+def _modules(model: nn.Module) -> list[tuple[str, type, dict[str, Any]]]:
+    return [
+        (name, type(module), {key: value for key, value in module.__dict__.items() if isinstance(value, PLAIN)})
+        for name, module in model.named_modules()
+    ]
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
+    for name, module in model.named_modules():
+        for key, value in module.__dict__.items():
+            if isinstance(value, Tensor):
+                yield f"{name}.{key} (attribute)", value

@@ -14,49 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._decomp import get_decompositions
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastgen.sampling.graph import Graph, Map, Operand, Unsupported, Value
+from fastgen.sampling.trace_ops import DECOMPOSED, METADATA_ONLY, MOVEMENT, SHAPE_ONLY, WHOLE, Rewrites, average
 
 aten = torch.ops.aten
-
-# Written out as pointwise operations and reductions, which have rules.
-DECOMPOSED = get_decompositions(
-    [
-        aten.native_batch_norm,
-        aten._native_batch_norm_legit,
-        aten._native_batch_norm_legit_no_training,
-        aten.native_group_norm,
-        aten.glu,
-        aten.addcmul,
-        aten.addcdiv,
-        aten.std,
-        aten.var_mean,
-        aten.std_mean,
-        aten._prelu_kernel,
-        aten.rms_norm,
-        aten.aminmax,
-    ]
-)
-
-# Results that depend on shapes alone.
-SHAPE_ONLY = {
-    "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "zeros_like", "ones_like", "full_like",
-    "empty_like",
-}  # fmt: skip
-
-# Movement of elements, done by the same operator on element numbers; zeros get number 0.
-MOVEMENT = {
-    "roll", "flip", "repeat", "index_select", "im2col", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
-    "take_along_dim", "gather", "index", "tril", "triu", "upsample_nearest1d", "upsample_nearest2d",
-    "upsample_nearest3d", "_upsample_nearest_exact2d", "replication_pad1d", "replication_pad2d", "reflection_pad1d",
-    "reflection_pad2d", "slice_scatter", "select_scatter", "diagonal_scatter", "diag_embed", "take",
-    "repeat_interleave", "constant_pad_nd", "unfold_copy", "index_put", "rot90", "split_with_sizes_copy",
-}  # fmt: skip
 
 
 @dataclass
@@ -90,7 +55,7 @@ def trace(
         stack.enter_context(_plain_attention())
         if modules is not None:
             stack.enter_context(recorder.naming(modules))
-        stack.enter_context(_Rewrites())
+        stack.enter_context(Rewrites())
         stack.enter_context(recorder)
         output = run(levels, *conditions)
     if not isinstance(output, Tensor):
@@ -108,21 +73,6 @@ def _plain_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-class _Rewrites(TorchFunctionMode):
-    """Functions whose own code reads values, or that cannot tell a batch of one image from a dimension of size 1."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.one_hot:
-            classes = kwargs.get("num_classes", args[1] if len(args) > 1 else -1)
-            if classes > 0:
-                return (args[0].unsqueeze(-1) == torch.arange(classes, device=args[0].device)).long()
-        if func in (torch.squeeze, torch.Tensor.squeeze) and len(args) == 1 and not kwargs and args[0].dim() > 0:
-            x = args[0]
-            return x.reshape(x.shape[:1] + tuple(size for size in x.shape[1:] if size != 1))
-        return func(*args, **kwargs)
 
 
 class _Recorder(TorchDispatchMode):
@@ -209,7 +159,8 @@ class _Recorder(TorchDispatchMode):
             self.define(tensor, operand)
             return
         if not self.tracked(tensor):
-            base = tensor.as_strided((room,), (1,), 0)
+            base = tensor.as_strided((room,), (1,), 0).clone()
+            base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).zero_()  # written already
             value = self.constant(base)
             flat = self.whole(value).element_ids().view(-1)
         else:
@@ -238,6 +189,8 @@ class _Recorder(TorchDispatchMode):
 
         handles: list[Any] = []
         for name, module in modules.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                continue
             handles.append(module.register_forward_pre_hook(lambda *_, name=name: self.modules.append(name)))
             handles.append(module.register_forward_hook(leave))
         try:
@@ -261,6 +214,14 @@ class _Recorder(TorchDispatchMode):
         if variable and func in DECOMPOSED and not func._schema.is_mutable:
             with self:
                 return DECOMPOSED[func](*args, **kwargs)
+        if name == "_convolution" and variable:  # as traced by torch.jit
+            with self:
+                return aten.convolution.default(*args[:9])
+        if name == "avg_pool2d" and variable:
+            with self:
+                return average(*args, **kwargs)
+        if name in METADATA_ONLY:
+            return func(*args, **kwargs)
         if name == "native_batch_norm" and variable:
             with self:
                 return DECOMPOSED[aten.native_batch_norm.default](*args, **kwargs)
@@ -270,6 +231,8 @@ class _Recorder(TorchDispatchMode):
         written += [kwargs[a.name] for a in func._schema.arguments if a.name in kwargs and _is_written(a)]
         if not variable or name in SHAPE_ONLY:
             out = func(*args, **kwargs)
+            if "empty" in name and isinstance(out, Tensor) and out.numel():
+                out.zero_()  # what happens to lie there is no constant
             for tensor in written:
                 if self.tracked(tensor):
                     self.write(tensor, self.whole(self.constant(tensor)))
@@ -408,14 +371,6 @@ class _Recorder(TorchDispatchMode):
                 args[0] = self.copied(args[0])
         whole = name in WHOLE
         return [self.copied(one) if isinstance(one, Operand) and one.map is None and whole else one for one in args]
-
-
-WHOLE = {
-    "convolution", "mm", "addmm", "bmm", "baddbmm", "mv", "dot", "addmv", "_softmax", "_log_softmax", "_safe_softmax",
-    "native_layer_norm", "embedding", "sum", "mean", "amax", "amin", "max", "min", "var", "linalg_vector_norm",
-    "logsumexp", "prod", "cumsum", "argmax", "any", "all", "norm", "diagonal_lstm", "row_lstm", "index",
-    "diagonal_lstm_saving", "row_lstm_saving",
-}  # fmt: skip
 
 
 def _kept(tensor: Tensor) -> Tensor:

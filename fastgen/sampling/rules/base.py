@@ -89,8 +89,8 @@ class Rule:
         raise NotImplementedError
 
     @property
-    def multiply_adds(self) -> int:
-        """Of the whole value in one forward pass of one image."""
+    def multiply_adds(self) -> float:
+        """Of one element of the value, with dense kernels."""
         return 0
 
 

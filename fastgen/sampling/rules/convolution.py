@@ -42,9 +42,9 @@ class Convolution(Rule):
         self._cache: dict[Any, Any] = {}
 
     @property
-    def multiply_adds(self) -> int:
+    def multiply_adds(self) -> float:
         places = self.x.shape[2:] if self.transposed else self.value.shape[2:]
-        return self.value.shape[0] * self.weight.numel() * math.prod(places)
+        return self.value.shape[0] * self.weight.numel() * math.prod(places) / max(1, self.value.numel)
 
     def _blocks(self) -> Iterator[tuple[slice, slice]]:
         """Output and input channels of each group."""
@@ -213,7 +213,6 @@ class Convolution(Rule):
         matrix = packed.matrix
         target = out.collapse()
         target = target if target.sizes else target.unsqueeze(0)
-        builder.count(matrix.numel())
         if len(seen.sizes) == 0:
             seen = seen.unsqueeze(0)
         if len(seen.sizes) == 2 and seen.strides[1] == 1 and seen.sizes[1] >= WIDE and seen.sizes[0] <= 4:
@@ -250,7 +249,6 @@ class Convolution(Rule):
             strides.append(stride)
         seen = builder.read(self._padded(), region)
         bias = None if self.bias is None else self._bias(self._channels(box))
-        builder.count(packed.weight.numel() * math.prod(box.sizes[2:]) * box.sizes[0])
         if self.groups == 1 and all(size == 1 for size in packed.weight.shape[2:]) and all(s == 1 for s in strides):
             order = [0, *range(2, 2 + self.rank), 1]
             emit_linear(builder, seen.order(order), packed.matrix, bias, out.order(order))
@@ -304,7 +302,6 @@ class Convolution(Rule):
                 part = builder.make(call, seen, weight)
             else:
                 part = builder.make(functools.partial(_project, groups=self.groups), seen, weight)
-            builder.count(weight.numel() * box.sizes[0] * math.prod(region[2 + d][1] for d in many))
             total = part if total is None else builder.make(torch.add, total, part)
         if self.groups > 1 and total is not None:
             total = builder.make(_select, total, box.start[1], box.sizes[1], box.steps[1])
@@ -355,7 +352,7 @@ def _fill(out: Tensor, value: Tensor | float) -> Tensor:
 
 
 def _select(found: Tensor, start: int, size: int, step: int) -> Tensor:
-    return found[:, start : start + (size - 1) * step + 1 : step]
+    return found[:, :, start : start + (size - 1) * step + 1 : step]
 
 
 def _convolve(

@@ -1,7 +1,6 @@
 """Products of matrices, with or without a batch of them, and sums with a third operand."""
 
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,8 +36,8 @@ class MatMul(Rule):
         return args[0] if len(args) > 2 and self.value.kwargs.get("beta", 1) != 0 else None
 
     @property
-    def multiply_adds(self) -> int:
-        return self.value.numel * self.factors[0].shape[-1]
+    def multiply_adds(self) -> float:
+        return self.factors[0].shape[-1]
 
     def ready(self) -> tuple[Tensor, Tensor | None]:
         a, b = self.factors
@@ -48,6 +47,7 @@ class MatMul(Rule):
         ready = torch.maximum(latest(la, zb), latest(lb.mT, za.mT).mT)
         if self.summand is not None:
             ready = torch.maximum(ready, self.analysis.ready(self.summand).expand(ready.shape))
+            return ready, self.analysis.low(self.summand).expand(ready.shape)
         return ready, None
 
     def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
@@ -70,7 +70,6 @@ class MatMul(Rule):
         region = builder.region(box)
         inner = (Linear(0), a.shape[-1], 1)
         batch = region[:-2]
-        builder.count(math.prod(box.sizes) * a.shape[-1])
         plain = all(self.value.kwargs.get(name, 1) == 1 for name in ("alpha", "beta"))
         if constant_operand(b) and len(batch) == 0 and plain:
             weight = self._cut(b, 1, box)

@@ -1,5 +1,6 @@
 """Operations that compute every element from the same place of their operands."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,6 +45,10 @@ class Pointwise(Rule):
             low = torch.zeros(shape, dtype=torch.bool)
             for one in summands:
                 low |= self.analysis.low(one).expand(shape)
+            ready = torch.where(low & (self.value.data == -math.inf), CONSTANT, ready)
+        if name in ("exp", "exp2", "sigmoid"):
+            vanishes = self.analysis.low(operands[0]) & (self.value.data == 0)
+            ready = torch.where(vanishes, CONSTANT, ready)
         return ready, low
 
     @property

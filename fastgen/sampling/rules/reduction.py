@@ -10,7 +10,7 @@ from fastgen.sampling.builder import Builder
 from fastgen.sampling.graph import CONSTANT, NEVER, Operand, Unsupported, map_arguments
 from fastgen.sampling.layout import Box
 from fastgen.sampling.program import Linear
-from fastgen.sampling.rules.base import Rule, constant_operand, reduce_to
+from fastgen.sampling.rules.base import LOW, Rule, constant_operand, reduce_to
 
 
 def whole(shape: Sequence[int]) -> list[tuple[Linear, int, int]]:
@@ -31,7 +31,8 @@ class Softmax(Rule):
 
     def _unseen(self) -> Tensor:
         low = self.analysis.low(self.value.args[0])
-        return low & ~low.all(self.dim, keepdim=True) & (self.value.data == 0 if not self._is_log else True)
+        vanishes = self.value.data <= LOW if self._is_log else self.value.data == 0
+        return low & ~low.all(self.dim, keepdim=True) & vanishes
 
     @property
     def _is_log(self) -> bool:
@@ -40,7 +41,7 @@ class Softmax(Rule):
     def ready(self) -> tuple[Tensor, Tensor | None]:
         times, unseen = self.analysis.ready(self.value.args[0]), self._unseen()
         ready = torch.where(unseen, CONSTANT, times).amax(self.dim, keepdim=True).expand(self.value.shape)
-        return ready if self._is_log else torch.where(unseen, CONSTANT, ready), None
+        return (ready, unseen) if self._is_log else (torch.where(unseen, CONSTANT, ready), None)
 
     def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
         wanted = times.amin(self.dim, keepdim=True).expand(times.shape)
@@ -70,9 +71,10 @@ class Reduction(Rule):
             return list(range(rank - len(self.value.args[1]), rank))
         named = {a.name: k for k, a in enumerate(self.value.op._schema.arguments)}
         found: Any = None
-        if "dim" in named:
-            k = named["dim"]
-            found = self.value.args[k] if k < len(self.value.args) else self.value.kwargs.get("dim")
+        for name in ("dim", "dims"):
+            if name in named:
+                k = named[name]
+                found = self.value.args[k] if k < len(self.value.args) else self.value.kwargs.get(name)
         if found is None or found == []:
             return list(range(rank))
         return [d % max(rank, 1) for d in (found if isinstance(found, (list, tuple)) else [found])]
