@@ -21,7 +21,7 @@ from fastgen.cli.training import MODELS, new_model
 from fastgen.models import PixelCNN
 from fastgen.train import Settings
 
-TINY = ["--set", "channels=4", "--set", "layers=1", "--batch-size", "8", "--validate-every", "2"]
+TINY = ["--set", "channels=4", "--set", "layers=1", "--batch-size", "8", "--validate-every", "2", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_trains_and_resumes_as_if_it_had_never_stopped(images, tmp_path, capsys)
     assert cli.main([*common, "--steps", "5", "--out", str(tmp_path / "whole")]) == 0
     assert cli.main([*common, "--steps", "3", "--out", str(tmp_path / "parts")]) == 0
     assert "GatedPixelCNN with" in capsys.readouterr().out
-    assert cli.main(["train", "--resume", "--steps", "5", "--out", str(tmp_path / "parts")]) == 0
+    assert cli.main(["train", "--resume", "--steps", "5", "--device", "cpu", "--out", str(tmp_path / "parts")]) == 0
     for name in ("metrics.jsonl", "model.safetensors"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert "step 5" in capsys.readouterr().out
@@ -103,7 +103,8 @@ def test_evaluate(images, trained, capsys):
         shown = capsys.readouterr().out
         assert all(text in shown for text in expected), shown
     dataset = data.load(images)
-    assert cli.main(["evaluate", str(trained / "gated_pixelcnn"), "--data", images, "--split", "validation"]) == 0
+    run = str(trained / "gated_pixelcnn")
+    assert cli.main(["evaluate", run, "--data", images, "--split", "validation", "--device", "cpu"]) == 0
     nats = -fastgen.load(trained / "gated_pixelcnn").log_prob(dataset.validation.images.long()).mean()
     assert f"{nats / (16 * np.log(2)):.3f} bits/dim" in capsys.readouterr().out
 
