@@ -7,7 +7,7 @@ weight (one product, one sum). Work and traffic of a layer are counted in benchm
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,6 +70,20 @@ class Operand:
         return plan_of(self.known, blocks, self.geometry, self.weight.device)
 
 
+def _choice(read: Tensor, layer: Layer) -> Choice:
+    """What was measured or is the default, if it has passed the numeric check on this GPU; else cuDNN."""
+    precision = precision_of(read)
+    provider, tile = choose(read.device, layer, precision)
+    if provider != "triton" or not read.is_cuda:
+        return provider, tile
+    from fastgen.kernels.masked_conv2d_check import trusted  # which runs the functions below
+
+    for candidate in dict.fromkeys((tile, replace(tile, tma=False))):
+        if trusted(read.device, layer, candidate, precision == "tf32"):
+            return "triton", candidate
+    return "dense", tile
+
+
 def operand_of(
     weight: Tensor, mask: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Operand:
@@ -122,7 +136,7 @@ def forward(
     if out.numel() == 0:
         return out, kept if keep else x.new_empty(0)
     x = _aligned(x, operand, "out")
-    provider, tile = choice or choose(x.device, operand.layer("out", x, parts, pixels), precision_of(x))
+    provider, tile = choice or _choice(x, operand.layer("out", x, parts, pixels))
     condition = None if condition is None else condition.contiguous()
     end = Finish(activation, None if bias is None else bias.contiguous(), condition, residual, keep)
     if provider != "triton":
@@ -234,7 +248,7 @@ def input_gradient(grad: Tensor, x: Tensor, operand: Operand, choice: Choice | N
     out = empty_map(x, *x.shape[1:])
     if out.numel() == 0:
         return out
-    provider, tile = choice or choose(x.device, operand.layer("in", grad, 1, x[:, :1].numel()), precision_of(x))
+    provider, tile = choice or _choice(x, operand.layer("in", grad, 1, x[:, :1].numel()))
     if provider != "triton":
         box = operand.known.box if provider == "cropped" else None
         found = cudnn.input_gradient(grad, x, operand.weight, operand.mask, box, operand.geometry)
@@ -250,8 +264,7 @@ def input_gradient(grad: Tensor, x: Tensor, operand: Operand, choice: Choice | N
 
 def weight_gradient(grad: Tensor, x: Tensor, operand: Operand, choice: Choice | None = None) -> Tensor:
     """The gradient of the weight from that of the sums, whose channels lie side by side."""
-    layer = operand.layer("weight", x, 1, grad[:, :1].numel())
-    provider, tile = choice or choose(x.device, layer, precision_of(x))
+    provider, tile = choice or _choice(x, operand.layer("weight", x, 1, grad[:, :1].numel()))
     if provider != "triton":
         box = operand.known.box if provider == "cropped" else None
         return cudnn.weight_gradient(grad, x, operand.weight, operand.mask, box, operand.geometry)

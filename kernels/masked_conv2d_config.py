@@ -7,6 +7,7 @@ first, or in `tuned/` beside this file, which ships. No GPU has been measured ye
 """
 
 import functools
+import importlib.util
 import itertools
 import json
 import os
@@ -71,8 +72,11 @@ def chip_of(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+@functools.cache
 def has_tma(chip: str) -> bool:
-    """Hopper and later; consumer Blackwell too. The interpreter plays them as well."""
+    """Hopper and later, where this Triton takes descriptors made on the host. The interpreter plays them as well."""
+    if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
+        return False
     return chip == "interpreter" or (chip.startswith("sm_") and int(chip[3:]) >= 90)
 
 
@@ -180,6 +184,7 @@ def measured(gpu: str) -> dict[str, Any]:
     return found
 
 
+@functools.lru_cache(4096)
 def choose(device: torch.device, layer: Layer, precision: str) -> tuple[str, Tile]:
     """(provider, tile): as measured for this GPU where it was, the default otherwise."""
     chip = chip_of(device)
@@ -203,6 +208,7 @@ def save(gpu: str, layers: dict[str, Any], versions: dict[str, str]) -> Path:
         json.dump({"gpu": gpu, **versions, "layers": dict(sorted(found.items()))}, file, indent=1)
     os.replace(file.name, path)
     measured.cache_clear()
+    choose.cache_clear()
     return path
 
 

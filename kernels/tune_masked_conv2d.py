@@ -13,33 +13,16 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from fastgen.kernels import masked_conv2d as kernels
-from fastgen.kernels.masked_conv2d_config import Layer, Tile, candidates, chip_of, describe, save
+from fastgen.kernels.masked_conv2d_check import Problem, Product, error_of, products
+from fastgen.kernels.masked_conv2d_config import Tile, candidates, chip_of, describe, save
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-DIRECTIONS = ("out", "in", "weight")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A layer with "same" padding on square maps, with the mask of a grey image."""
-
-    batch: int
-    channels: int
-    outputs: int
-    kernel: int
-    size: int
-    dtype: torch.dtype
-    gated: bool
-    mask: str = "B"
 
 
 def usual_problems() -> list[Problem]:
@@ -51,66 +34,6 @@ def usual_problems() -> list[Problem]:
         for size in (28, 32)
         for outputs, kernel, gated in ((256, 3, True), (128, 3, False), (128, 1, False))
     ]
-
-
-def live_weights(problem: Problem, device: torch.device) -> Tensor:
-    """(O, I, k, k): all before the centre in raster order, and with mask "B" the centre."""
-    mask = torch.zeros(problem.kernel**2, dtype=torch.bool)
-    mask[: problem.kernel**2 // 2 + (problem.mask == "B")] = True
-    shape = (problem.outputs, problem.channels, problem.kernel, problem.kernel)
-    return mask.view(problem.kernel, problem.kernel).expand(shape).contiguous().to(device)
-
-
-@dataclass
-class Product:
-    """One of the three products of a layer: how to run it with a choice, and what it should give in float64."""
-
-    layer: Layer
-    run: Callable[[kernels.Choice], Tensor]
-    truth: Tensor
-
-
-def products(problem: Problem, device: torch.device) -> dict[str, Product]:
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device)
-
-    p, side = problem, problem.size
-    mask = live_weights(problem, device)
-    x = normal(p.batch, side, side, p.channels).permute(0, 3, 1, 2).to(p.dtype)
-    grad = normal(p.batch, side, side, p.outputs).permute(0, 3, 1, 2).to(p.dtype)
-    weight = (normal(p.outputs, p.channels, p.kernel, p.kernel) / (p.channels * p.kernel**2 / 2) ** 0.5).to(p.dtype)
-    padding, parts = [p.kernel // 2] * 2, 2 if p.gated else 1
-    operand = kernels.operand_of(weight, mask, [1, 1], padding, [1, 1])
-    activation = "gated" if p.gated else "none"
-
-    def forward(choice: kernels.Choice) -> Tensor:
-        absent = (None, None, None, None, None)
-        return kernels.forward(x, weight, mask, *absent, [1, 1], padding, [1, 1], activation, "", choice)[0]
-
-    wide_x, wide_weight = x.double().requires_grad_(), (weight * mask).double().requires_grad_()
-    pre = F.conv2d(wide_x, wide_weight, padding=padding)
-    of_x, of_weight = torch.autograd.grad(pre, [wide_x, wide_weight], grad.double())
-    truth = pre.detach()
-    if p.gated:
-        truth = truth[:, : p.outputs // 2].tanh() * truth[:, p.outputs // 2 :].sigmoid()
-    pixels = p.batch * side * side
-    runs = {
-        "out": (x, parts, forward, truth),
-        "in": (grad, 1, lambda choice: kernels.input_gradient(grad, x, operand, choice), of_x),
-        "weight": (x, 1, lambda choice: kernels.weight_gradient(grad, x, operand, choice), of_weight * mask),
-    }
-    return {
-        name: Product(operand.layer(name, read, count, pixels), run, value)
-        for name, (read, count, run, value) in runs.items()
-    }
-
-
-def error_of(found: Tensor, truth: Tensor) -> float:
-    """Largest difference over the largest value; infinite where there is a NaN."""
-    error = ((found.double() - truth).abs().max() / truth.abs().max().clamp(min=1e-30)).item()
-    return error if error == error else float("inf")
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device, budget: float = 0.05) -> float:

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from benchmarks import masked_conv2d
+from fastgen.kernels import masked_conv2d as kernels
+from fastgen.kernels import masked_conv2d_check as check
 from fastgen.kernels import masked_conv2d_config as config
 from fastgen.kernels import masked_conv2d_plan as plans
 from fastgen.kernels import tune_masked_conv2d as tune
@@ -145,9 +147,11 @@ def table(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTGEN_TUNED", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU/1")
     monkeypatch.setattr(config, "chip_of", lambda device: "sm_90")
-    config.measured.cache_clear()
+    for cache in (config.measured, config.choose):
+        cache.cache_clear()
     yield tmp_path / "A-GPU-1.json"
-    config.measured.cache_clear()
+    for cache in (config.measured, config.choose):
+        cache.cache_clear()
 
 
 def test_without_a_measurement_the_default_runs(table):
@@ -181,9 +185,9 @@ def test_a_damaged_table_is_named(table, content):
 
 def test_the_search_refuses_wrong_numbers(monkeypatch):
     """In the interpreter: a configuration that computes something else is not chosen, however fast."""
-    problem = tune.Problem(1, 17, 6, 3, 4, torch.float32, True)
+    problem = check.Problem(1, 17, 6, 3, 4, torch.float32, True)
     monkeypatch.setattr(tune, "milliseconds", lambda call, device: 1.0)
-    for name, product in tune.products(problem, CPU).items():
+    for name, product in check.products(problem, CPU).items():
         right, wrong = Tile(32, 16, 16, 4, 1), Tile(16, 16, 16, 4, 1)
         run = product.run
 
@@ -197,6 +201,33 @@ def test_the_search_refuses_wrong_numbers(monkeypatch):
         row = tune.search(product, CPU, [wrong])
         assert row["provider"] != "triton" and row["refused"] == 1
         json.dumps(row["ms"])
+
+
+@pytest.mark.parametrize(("direction", "channels"), [("out", 17), ("in", 32), ("weight", 3)])
+def test_a_configuration_is_trusted_once_it_gave_the_right_numbers(direction, channels, monkeypatch):
+    """In the interpreter, with kernels that are right, and with some that write nothing."""
+    monkeypatch.setattr(check, "_found", {})
+    tile = Tile(32, 16, 16, 4, 1)
+    layer = Layer(direction, torch.float32, 6, 2 if direction == "out" else 1, channels, 5, 100, 1, False)
+    assert check.trusted(CPU, layer, tile, False)
+    for name in ("convolve", "sum_weight_gradient"):
+        monkeypatch.setattr(kernels, name, lambda *arguments: torch.zeros_like(arguments[2]))
+    assert check.trusted(CPU, layer, tile, False), "asked a second time, it is not tried again"
+    with pytest.warns(UserWarning, match="it is not used"):
+        assert not check.trusted(CPU, layer, Tile(32, 16, 16, 8, 1), False)
+
+
+def test_what_is_not_trusted_is_left_to_cudnn(monkeypatch):
+    asked = []
+    monkeypatch.setattr(check, "trusted", lambda device, layer, tile, tf32: asked.append(tile) or False)
+    default = Tile(128, 64, 64, 8, 5, True)
+    monkeypatch.setattr(kernels, "choose", lambda device, layer, precision: ("triton", default))
+
+    class OnAGpu:
+        is_cuda, device, dtype = True, CPU, torch.bfloat16
+
+    assert kernels._choice(OnAGpu(), LAYER) == ("dense", default)
+    assert asked == [default, Tile(128, 64, 64, 8, 5, False)]
 
 
 def test_the_search_wants_a_gpu(capsys):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastgen.kernels import masked_conv2d as kernels
-from fastgen.kernels import tune_masked_conv2d as tune
+from fastgen.kernels import masked_conv2d_check as check
 from fastgen.kernels.masked_conv2d_config import candidates, chip_of
 from fastgen.models import GatedPixelCNN, PixelCNN
 from fastgen.nn import GatedMaskedBlock, MaskedConv2d
@@ -36,16 +36,16 @@ def test_defaults_and_all_their_neighbours_give_the_right_numbers(gated, dtype, 
     """Every candidate of the search, at a size that fills the full tiles and divides none."""
     if tf32 and dtype != torch.float32:
         pytest.skip("TF32 is for float32")
-    problem = tune.Problem(17, channels, outputs, 3, 27, dtype, gated)
+    problem = check.Problem(17, channels, outputs, 3, 27, dtype, gated)
     with torch.backends.cudnn.flags(allow_tf32=tf32):
         precision = kernels.precision_of(torch.empty(0, dtype=dtype, device=cuda))
         wrong = []
-        for name, product in tune.products(problem, cuda).items():
+        for name, product in check.products(problem, cuda).items():
             allowed = 2e-3 if tf32 else 8 * torch.finfo(dtype).eps
             tiles = candidates(chip_of(cuda), product.layer, precision)
             for tile in tiles[:1] + tiles[1::7]:
                 try:
-                    error = tune.error_of(product.run(("triton", tile)), product.truth)
+                    error = check.error_of(product.run(("triton", tile)), product.truth)
                 except Exception:
                     assert tile != tiles[0], f"the default of {name} does not run: {tile}"
                     continue  # more shared memory or registers than the chip has
