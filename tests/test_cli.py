@@ -231,8 +231,16 @@ def test_a_bug_is_not_hidden(monkeypatch, trained, tmp_path):
     monkeypatch.setattr("fastgen.checkpoint.load", lambda folder: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["sample", str(trained / "vae"), "--out", str(tmp_path / "a.png")])
+    monkeypatch.undo()
+    monkeypatch.setenv("FASTGEN_DEBUG", "1")
+    with pytest.raises(ValueError, match="nothing"):
+        cli.main(["sample", str(tmp_path / "nothing"), "--out", str(tmp_path / "a.png")])
+
+
+def test_too_little_memory_is_one_line(monkeypatch, trained, tmp_path, capsys):
     monkeypatch.setattr("fastgen.checkpoint.load", lambda folder: torch.empty(2**60))
-    assert cli.main(["sample", str(trained / "vae"), "--out", str(tmp_path / "a.png")]) == 2
+    line = refused(capsys, "sample", trained / "vae", "--out", tmp_path / "a.png")
+    assert "out of memory, try a smaller" in line
 
 
 def test_ctrl_c_of_the_real_command(images, tmp_path):

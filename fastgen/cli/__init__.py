@@ -5,6 +5,7 @@ Exit status 0: done. 2: wrong usage or input, said in one line on stderr. 130: i
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -69,19 +70,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, run = arguments.command, partial(arguments.run, arguments)
     try:
         return run()
-    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        message = _one_line(error)
     except KeyboardInterrupt:
         print(f"fastgen {command}: interrupted", file=sys.stderr)
         return 130
-    except RuntimeError as error:
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+        memory = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
+        if os.environ.get("FASTGEN_DEBUG") == "1" or (isinstance(error, RuntimeError) and not memory):
             raise
-        message = f"out of memory ({_one_line(error)}): try a smaller --batch-size or --n"
-    if os.environ.get("FASTGEN_DEBUG") == "1":
-        raise
-    print(f"fastgen {command}: {message}", file=sys.stderr)
-    return 2
+        advice = ": out of memory, try a smaller --batch-size or --n" if memory else ""
+        print(f"fastgen {command}: {_one_line(error)}{advice}", file=sys.stderr)
+        return 2
 
 
 def _one_line(error: BaseException) -> str:

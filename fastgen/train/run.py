@@ -107,8 +107,7 @@ class Run:
             "learning_rate": self.settings.learning_rate(self.step - 1),
             "gradient_norm": float(self.gradient_norm),
         }
-        if not loss < float("inf"):
-            raise FloatingPointError(f"the loss is {loss} at step {self.step}: try a lower learning rate")
+        self._check_finite(loss)
         self.loss_sum.zero_()
         self.loss_count = 0
         self._add(row)
@@ -128,7 +127,13 @@ class Run:
 
     def _validation(self) -> float:
         split, seed = self.dataset.validation, self.settings.seed
-        return mean_loss(self.average, split, self.device, seed=seed) * self.factor
+        value = mean_loss(self.average, split, self.device, seed=seed) * self.factor
+        self._check_finite(value)
+        return value
+
+    def _check_finite(self, loss: float) -> None:
+        if not loss < float("inf"):
+            raise FloatingPointError(f"the loss is {loss} at step {self.step}: try a lower learning rate")
 
     def _add(self, row: dict[str, float]) -> None:
         self.rows.append(row)
