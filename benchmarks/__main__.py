@@ -25,7 +25,17 @@ if TYPE_CHECKING:
 
     from benchmarks.case import Case
 
-NAMES = ("masked_conv2d", "reparameterize_kl", "reconstruction_nll", "diagonal_lstm", "row_lstm", "training")
+NAMES = (
+    "masked_conv2d",
+    "reparameterize_kl",
+    "reconstruction_nll",
+    "linear_cross_entropy",
+    "elbo",
+    "diagonal_lstm",
+    "row_lstm",
+    "training",
+    "vae",
+)
 COMMANDS = ("status", "readme-tables", "plots", "gpu-tests")
 
 

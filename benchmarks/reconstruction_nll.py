@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import references
-from benchmarks.case import Case, contenders
+from benchmarks.case import Case, Rivals, contenders
 from fastgen.ops import reconstruction_nll
 from fastgen.ops.reconstruction_nll import reconstruction_nll_reference
 
@@ -15,6 +15,17 @@ RIVALS = {
     "gaussian": references.gaussian_nll,
     "categorical": references.categorical_nll,
     "logistic_mixture": references.logistic_mixture_nll,
+}
+OTHERS: dict[
+    str, Rivals
+] = {  # the same by torch.distributions, and by torch's own loss where that is not what the first rival is
+    "bernoulli": {"distributions": references.bernoulli_nll_distributions},
+    "gaussian": {
+        "distributions": references.gaussian_nll_distributions,
+        "F.gaussian_nll_loss": references.gaussian_nll_torch,
+    },
+    "categorical": {"distributions": references.categorical_nll_distributions},
+    "logistic_mixture": {},
 }
 # (B, C, H, W) images; the parameters follow from the likelihood.
 Image = tuple[int, ...]
@@ -31,7 +42,9 @@ CONFIGURATIONS: dict[str, list[tuple[str, Image]]] = {
         ("categorical", (64, 3, 32, 32)),
         ("logistic_mixture", (64, 3, 32, 32)),
     ],
-    "gpu-full": [(likelihood, (batch, 3, 32, 32)) for likelihood in RIVALS for batch in (16, 64, 128)],
+    "gpu-full": [
+        (likelihood, (batch, 3, side, side)) for likelihood in RIVALS for side in (32, 64) for batch in (64, 256)
+    ],
 }
 
 
@@ -43,7 +56,7 @@ def _parameters(likelihood: str, image: Image) -> tuple[int, ...]:
     return (batch, per_pixel, height, width)
 
 
-def _inputs(device: torch.device, likelihood: str, image: Image, dtype: torch.dtype) -> dict[str, Tensor]:
+def likelihood_inputs(device: torch.device, likelihood: str, image: Image, dtype: torch.dtype) -> dict[str, Tensor]:
     params = torch.randn(_parameters(likelihood, image), device=device)
     if likelihood == "logistic_mixture":  # log-scales of a trained model; wider than a pixel, narrower than the range
         params[:, 10:].view(image[0], 3, 3, 10, *image[2:])[:, :, 1] -= 3
@@ -60,6 +73,9 @@ def cases(size: str, device: torch.device) -> list[Case]:
     for likelihood, image in CONFIGURATIONS.get(size, CONFIGURATIONS[size.removesuffix("-full")]):
         for dtype in dtypes:
             rival = RIVALS[likelihood]
+            rivals: Rivals = {"eager": rival, "compiled": references.compiled(rival), **OTHERS[likelihood]}
+            if device.type == "cuda":
+                rivals["compiled reduce-overhead"] = references.compiled(rival, "reduce-overhead")
             params = torch.Size(_parameters(likelihood, image)).numel() * dtype.itemsize
             target = torch.Size(image).numel() * (4 if likelihood == "gaussian" else 1)
             found.append(
@@ -67,11 +83,11 @@ def cases(size: str, device: torch.device) -> list[Case]:
                     op="reconstruction_nll",
                     shape=f"{likelihood} {'x'.join(map(str, image))}",
                     dtype=dtype,
-                    inputs=functools.partial(_inputs, likelihood=likelihood, image=image, dtype=dtype),
+                    inputs=functools.partial(likelihood_inputs, likelihood=likelihood, image=image, dtype=dtype),
                     providers=contenders(
                         size,
                         device,
-                        {"eager": rival, "compiled": references.compiled(rival)},
+                        rivals,
                         functools.partial(reconstruction_nll, likelihood=likelihood),
                         functools.partial(reconstruction_nll_reference, likelihood=likelihood),
                     ),

@@ -92,6 +92,30 @@ def logistic_mixture_nll(params: Tensor, target: Tensor) -> Tensor:
     return -(logits + per_colour.sum(1)).logsumexp(1).flatten(1).sum(1)
 
 
+def bernoulli_nll_distributions(params: Tensor, target: Tensor) -> Tensor:
+    """By torch.distributions, its argument checks off (they wait for the GPU)."""
+    distribution = torch.distributions.Bernoulli(logits=params.float(), validate_args=False)
+    return -distribution.log_prob(target.float()).flatten(1).sum(1)
+
+
+def gaussian_nll_distributions(params: Tensor, target: Tensor) -> Tensor:
+    mean, logvar = params.float().chunk(2, 1)
+    distribution = torch.distributions.Normal(mean, torch.exp(0.5 * logvar), validate_args=False)
+    return -distribution.log_prob(target).flatten(1).sum(1)
+
+
+def gaussian_nll_torch(params: Tensor, target: Tensor) -> Tensor:
+    """torch's own loss, of the variance; it waits for the GPU to see that no variance is negative."""
+    mean, logvar = params.float().chunk(2, 1)
+    losses = F.gaussian_nll_loss(mean, target, torch.exp(logvar), full=True, eps=0.0, reduction="none")
+    return losses.flatten(1).sum(1)
+
+
+def categorical_nll_distributions(params: Tensor, target: Tensor) -> Tensor:
+    distribution = torch.distributions.Categorical(logits=params.float().movedim(1, -1), validate_args=False)
+    return -distribution.log_prob(target.long()).flatten(1).sum(1)
+
+
 # Scans
 
 

@@ -41,6 +41,8 @@ def cases(size: str, device: torch.device) -> list[Case]:
             "compiled": references.compiled(textbook),
             "distributions": references.reparameterize_kl_distributions,
         }
+        if device.type == "cuda":
+            rivals["compiled reduce-overhead"] = references.compiled(textbook, "reduce-overhead")
         found.append(
             Case(
                 op="reparameterize_kl",

@@ -165,6 +165,7 @@ class VAE(Rebuildable):
         *,
         beta: float | Tensor = 1.0,
         free_bits: float = 0.0,
+        eps: Tensor | None = None,
     ) -> Bound:
         """One draw of the evidence lower bound for each image, with its parts.
 
@@ -174,12 +175,13 @@ class VAE(Rebuildable):
             beta: weight of the KL (Higgins et al. 2017); for annealing give another in each step, under
                 `torch.compile` as a tensor of one element.
             free_bits: the least KL of a latent dimension, nats; see `fastgen.ops.reparameterize_kl`.
+            eps: the standard normal noise, (B, D); None draws it from torch's default generator.
 
         Raises:
             ValueError, TypeError: as in `fastgen.ops.elbo`; x has another shape; the condition is missing.
         """
         mu, logvar = self.encode(x, condition)
-        z, kl = ops.reparameterize_kl(mu, logvar, free_bits=free_bits)
+        z, kl = ops.reparameterize_kl(mu, logvar, eps=eps, free_bits=free_bits)
         params = self.decode(z, condition)
         parts = ops.elbo(params, self._target(x), kl, self.likelihood, beta=beta, levels=self.levels)
         return Bound(*parts, mu.detach(), logvar.detach(), math.prod(self.shape))

@@ -72,6 +72,8 @@ def test_the_bound_is_made_of_the_operations():
     z, kl = ops.reparameterize_kl(*model.encode(x), free_bits=0.2)
     nll = ops.reconstruction_nll(model.decode(z), x, "categorical")
     torch.testing.assert_close((bound.nll, bound.kl, bound.elbo), (nll, kl, -(nll + 0.5 * kl)))
+    eps = (z - bound.mu) / (bound.logvar / 2).exp()
+    torch.testing.assert_close(model.elbo(x, eps=eps).nll, nll)
     torch.testing.assert_close(bound.bits_per_dim, (nll + 0.5 * kl) / (30 * math.log(2)))
     posterior = Normal(bound.mu, (bound.logvar / 2).exp())
     each = kl_divergence(posterior, Normal(torch.zeros(3).double(), torch.ones(3).double()))
