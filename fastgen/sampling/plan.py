@@ -55,7 +55,7 @@ class Plan:
         Both are counted with dense kernels. Activations that no draw reads (features of the last pixel) are left out
         of both, so that the least is 1.
         """
-        done, once = 0, 0
+        done, once = 0.0, 0.0
         by_value: dict[int, list[Box]] = {}
         for tasks in self.schedule.steps:
             for value, box in tasks:

@@ -50,7 +50,7 @@ def schedule(
         operand.lower(wanted, times)
     times = graph.new_store(CONSTANT)
     for value in reversed(timed.computed):
-        ready, latest = analysis.ready_of(value), graph.of(wanted, value)
+        ready, latest = analysis.ready_of(value), timed.rules[value.index].refine(graph.of(wanted, value))
         last_end = ends[(torch.searchsorted(ends, latest, right=True) - 1).clamp(min=0)]
         when = torch.where(last_end >= ready, last_end, ready)
         when = torch.where(ready == READY, READY, when)
@@ -84,7 +84,7 @@ def _read_later(timed: Timed, times: Tensor, deadlines: Sequence[tuple[Operand, 
     for value in timed.graph.values:
         if value.base and value.kind == "computed":
             when, need = graph.of(times, value), graph.of(last, value)
-            if ((need != NEVER) & (-need != when)).any():
+            if timed.rules[value.index].keeps_state or ((need != NEVER) & (-need != when)).any():
                 found.add(value.index)
     for operand, _ in deadlines:
         found |= {value.index for value in operand.values}

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastgen.sampling.graph import Graph, Map, Operand, Unsupported, Value
-from fastgen.sampling.trace_ops import DECOMPOSED, METADATA_ONLY, MOVEMENT, SHAPE_ONLY, WHOLE, Rewrites, average
+from fastgen.sampling.trace_ops import DECOMPOSED, METADATA_ONLY, MOVEMENT, SCANS, SHAPE_ONLY, WHOLE, Rewrites, average
 
 aten = torch.ops.aten
 
@@ -258,6 +258,9 @@ class _Recorder(TorchDispatchMode):
             self.define(out, moved)
             return
         recorded_args = self.in_one_piece(name, recorded_args)
+        if name in SCANS and out.dtype in (torch.float32, torch.float64):
+            self.record_scan(func, name, args, recorded_args, out)
+            return
         for k, tensor in enumerate(out if isinstance(out, (list, tuple)) else (out,)):
             if not isinstance(tensor, Tensor):
                 if name not in ("_local_scalar_dense", "is_nonzero", "equal"):
@@ -270,6 +273,20 @@ class _Recorder(TorchDispatchMode):
                 "computed", tuple(tensor.shape), data, func, tuple(recorded_args), recorded_kwargs, k, self.module
             )
             self.define(tensor, self.whole(self.graph.add(value)))
+
+    def record_scan(self, func: Any, name: str, args: Any, recorded_args: Any, hidden: Tensor) -> None:
+        """The value of a scan holds its hidden and its cell states; the model sees the former."""
+        with torch._C._DisableTorchDispatch():
+            given = args[: 3 if name == "diagonal_lstm" else 2]  # without the choice of implementation
+            _, _, cell = getattr(torch.ops.fastgen, f"{name}_saving")(*given, False)
+        data = _kept(torch.stack((hidden, cell), 1))
+        value = self.graph.add(
+            Value("computed", tuple(data.shape), data, func, tuple(recorded_args), module=self.module)
+        )
+        whole = Map.identity(value)
+        steps = tuple(whole.steps[d] for d in (0, 2, 3, 4))
+        seen = Map(value, tuple(hidden.shape), whole.start, steps)
+        self.define(hidden, Operand(self.graph, seen.shape, map=seen))
 
     def graph_dtype(self, operand: Operand) -> torch.dtype:
         value = operand.map.value if operand.map is not None else operand.values[-1]

@@ -54,12 +54,13 @@ MOVEMENT = {
 }  # fmt: skip
 
 
+SCANS = {"diagonal_lstm", "row_lstm"}  # of fastgen
+
 # Read in one piece: where no map describes such an operand, it becomes a value of its own.
 WHOLE = {
     "convolution", "mm", "addmm", "bmm", "baddbmm", "mv", "dot", "addmv", "_softmax", "_log_softmax", "_safe_softmax",
     "native_layer_norm", "embedding", "sum", "mean", "amax", "amin", "max", "min", "var", "linalg_vector_norm",
     "logsumexp", "prod", "cumsum", "argmax", "any", "all", "norm", "diagonal_lstm", "row_lstm", "index",
-    "diagonal_lstm_saving", "row_lstm_saving",
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from fastgen.sampling.rules.convolution import Convolution
 from fastgen.sampling.rules.matmul import MatMul
 from fastgen.sampling.rules.pointwise import Pointwise
 from fastgen.sampling.rules.reduction import Concatenation, Cumulative, Lookup, Opaque, Reduction, Softmax
+from fastgen.sampling.rules.scan import DiagonalScan, RowScan
 
 __all__ = ["Analysis", "Rule", "rule_for"]
 
@@ -30,6 +31,10 @@ def rule_for(value: Value, analysis: Analysis) -> Rule:
         return Concatenation(value, analysis)
     if name == "cumsum":
         return Cumulative(value, analysis)
+    if name == "diagonal_lstm":
+        return DiagonalScan(value, analysis)
+    if name == "row_lstm":
+        return RowScan(value, analysis)
     if name == "embedding" and constant_operand(value.args[0]):
         return Lookup(value, analysis)
     if name == "index" and constant_operand(value.args[0]) and len(value.args[1]) == 1:

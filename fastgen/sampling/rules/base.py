@@ -58,7 +58,13 @@ class Analysis:
 
 
 class Rule:
-    """One operation of the network. Subclasses say what depends on what, and compute parts of the result."""
+    """One operation of the network. Subclasses say what depends on what, and compute parts of the result.
+
+    Attributes:
+        keeps_state: whether elements of the value are read to compute others of it.
+    """
+
+    keeps_state = False
 
     def __init__(self, value: Value, analysis: Analysis) -> None:
         self.value = value
@@ -67,6 +73,10 @@ class Rule:
     def ready(self) -> tuple[Tensor, Tensor | None]:
         """Ready times of the value's elements, and which of them are low, where the rule knows."""
         raise NotImplementedError
+
+    def refine(self, latest: Tensor) -> Tensor:
+        """When each element is needed, by others of this value too."""
+        return latest
 
     def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
         """Each operand with the least time at which an element of it is needed; NEVER where it is not.
