@@ -123,6 +123,19 @@ def _(grad, grad_pre, x, weight, mask, out, kept, other, other_weight, stride, p
     return found
 
 
+def in_aten(
+    x, weight, mask, bias, condition, residual, other, other_weight, stride, padding, dilation, activation, keep
+) -> tuple[Tensor, Tensor]:
+    """What the operator computes, written out in plain PyTorch with its own arguments, for what reads graphs."""
+    geometry = {"stride": stride, "padding": padding, "dilation": dilation}
+    pre = masked_conv2d_reference(x, weight, mask, bias, condition=condition, **geometry)
+    if other is not None:
+        pre = pre + F.conv2d(other, other_weight)
+    out = {"none": lambda: pre, "relu": pre.relu, "gated": lambda: gate(pre)}[activation]()
+    kept = {"": lambda: x.new_empty(0), "valve": lambda: pre.chunk(2, 1)[1], "both": lambda: pre}[keep]()
+    return out if residual is None else out + residual, kept
+
+
 def _empty_map(like: Tensor, channels: int, size) -> Tensor:
     """(B, channels, *size), uninitialized, in the layout that the kernels write: channels-last."""
     return like.new_empty((like.shape[0], *size, channels)).permute(0, 3, 1, 2)

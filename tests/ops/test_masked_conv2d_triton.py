@@ -10,7 +10,7 @@ import torch
 from fastgen.kernels import masked_conv2d as kernels
 from fastgen.kernels.masked_conv2d_config import Tile
 from fastgen.ops import masked_conv2d
-from fastgen.ops.masked_conv2d import fused, gate
+from fastgen.ops.masked_conv2d import fused, gate, in_aten
 from tests.ops.masked_conv2d_truth import ACTIVATIONS, GEOMETRIES, gradients, problem, strided, truth
 
 EPSILON = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -269,6 +269,17 @@ def test_operator_contract(device):
     for activation, keep, added in (("none", "", residual), ("gated", "valve", None), ("gated", "both", None)):
         arguments = (x, weight, mask, bias, condition, added, None, None, *geometry, activation, keep)
         torch.library.opcheck(torch.ops.fastgen.masked_conv2d.default, arguments)
+
+
+@pytest.mark.parametrize(("activation", "keep"), [("none", ""), ("relu", ""), ("gated", "valve"), ("gated", "both")])
+def test_written_out_in_plain_operators_it_is_the_same(activation, keep, device):
+    x, weight, mask, bias = (one.detach() for one in problem("B", 2, 3, 4, 5, 5, dtype=torch.float32, device=device))
+    condition, residual = torch.randn(2, 4, device=device), torch.randn(2, 4, 3, 2, device=device)
+    other, other_weight = torch.randn(2, 3, 3, 2, device=device), torch.randn(4, 3, 1, 1, device=device)
+    added = residual if activation == "none" else None
+    arguments = (x, weight, mask, bias, condition, added, other, other_weight, [2, 2], [1, 0], [1, 1], activation, keep)
+    for one, two in zip(torch.ops.fastgen.masked_conv2d(*arguments), in_aten(*arguments), strict=True):
+        torch.testing.assert_close(one, two)
 
 
 def test_compiles_into_one_graph(device):
