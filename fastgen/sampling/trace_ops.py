@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._decomp import get_decompositions
 from torch.overrides import TorchFunctionMode
 
+from fastgen.ops.masked_conv2d import in_aten
 from fastgen.sampling.graph import Unsupported
 
 aten = torch.ops.aten
@@ -33,6 +34,7 @@ DECOMPOSED = get_decompositions(
         aten.aminmax,
     ]
 )
+DECOMPOSED[torch.ops.fastgen.masked_conv2d.default] = in_aten  # what runs on a GPU
 
 # Results that depend on shapes alone.
 SHAPE_ONLY = {

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fastgen import LogisticMixture
+from fastgen import LogisticMixture, accelerate
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelCNNPP
+from fastgen.nn import gated
 
 SMALL = {
     "pixelcnn": lambda shape, levels=4, **options: PixelCNN(shape, levels, channels=24, layers=2, **options),
@@ -156,6 +157,17 @@ def test_compiles_into_one_graph(build):
     model = build((1, 4, 4))
     x = torch.randint(model.levels, (1, 1, 4, 4))
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+
+
+def test_the_sampler_reads_what_runs_on_a_gpu(monkeypatch):
+    """The fused block, here in Triton's interpreter: the same samples, and no slower way of drawing them."""
+    model = SMALL["gated"]((1, 3, 3)).eval()
+    plain = accelerate(model, (1, 3, 3), distribution=model.distribution)
+    expected = plain.sample(2, seed=3)
+    monkeypatch.setattr(gated, "runs_triton", lambda impl, x: True)
+    fused = accelerate(model, (1, 3, 3), distribution=model.distribution)
+    assert torch.equal(fused.sample(2, seed=3), expected)
+    assert fused.work_ratio == plain.work_ratio
 
 
 @pytest.mark.parametrize("name", ["pixelcnn", "gated"])
