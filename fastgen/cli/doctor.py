@@ -46,6 +46,10 @@ def run(arguments: argparse.Namespace) -> int:
     print("Kernels:")
     for name, problem in kernels(reason):
         print(f"  {name}: {problem or 'can run'}")
+    if not reason and torch.cuda.is_available():
+        from fastgen.kernels.masked_conv2d_config import describe
+
+        print(describe(torch.cuda.get_device_name()))
     if not reason and not torch.cuda.is_available():
         print(
             'TRITON_INTERPRET=1: kernels run in Triton\'s interpreter, on CPU tensors, where impl="triton" asks for it'

@@ -69,7 +69,8 @@ def _operator(
     from fastgen.kernels import masked_conv2d as kernels
 
     tensors = (x, weight, mask, bias, condition, residual, other, other_weight)
-    return kernels.forward(*tensors, stride, padding, dilation, activation, keep)
+    with torch.cuda.device_of(x):  # Triton launches on the current GPU
+        return kernels.forward(*tensors, stride, padding, dilation, activation, keep)
 
 
 @_operator.register_fake
@@ -104,7 +105,8 @@ def _backward_operator(
     from fastgen.kernels import masked_conv2d as kernels
 
     tensors = (grad, grad_pre, x, weight, mask, out, kept, other, other_weight)
-    return kernels.backward(*tensors, stride, padding, dilation, activation, wanted)
+    with torch.cuda.device_of(x):
+        return kernels.backward(*tensors, stride, padding, dilation, activation, wanted)
 
 
 @_backward_operator.register_fake
@@ -266,6 +268,12 @@ def masked_conv2d(
     impl: str = "auto",
 ) -> Tensor:
     """activation(F.conv2d(x, weight * mask, bias, stride, padding, dilation)), visiting live weights only.
+
+    The kernel runs with float32 sums; float32 inputs are multiplied in TF32 where PyTorch's setting for convolutions
+    says so. Results repeat to the last bit; FASTGEN_ATOMICS=1 lets the gradient of the weight be added up in any order
+    instead. On the first call a mask is read and the configuration is checked on the GPU, which waits for it; later
+    calls do not. Where cuDNN was measured faster on the GPU (`python -m fastgen.kernels.tune_masked_conv2d`), or no
+    configuration passes the check, cuDNN computes the sums.
 
     Args:
         x: (B, I, H, W) or (I, H, W), any float dtype and any strides.
