@@ -332,6 +332,32 @@ def test_layouts_need_no_copies(likelihood, device):
         )
 
 
+@pytest.mark.parametrize("layout", fastgen.distributions.LAYOUTS)
+def test_logits_in_every_layout_are_read_where_they_are(layout, device, monkeypatch):
+    """The four places that models put the levels and the colours in: views, gradients in the model's own layout."""
+    logits, target = make("categorical", 2, 3, 4, 5)
+    order = {"BKCHW": (0, 1, 2), "BCKHW": (0, 2, 1), "B(KC)HW": (0, 1, 2), "B(CK)HW": (0, 2, 1)}[layout]
+    stored = logits.permute(*order, 3, 4).contiguous()
+    stored = stored.flatten(1, 2) if "(" in layout else stored
+    leaf = stored.to(device).requires_grad_()
+    view = fastgen.Categorical(7, layout).logits(leaf)
+    assert view.data_ptr() == leaf.data_ptr()
+
+    def refuse(*args, **options):
+        raise AssertionError("copied")
+
+    monkeypatch.setattr(torch.Tensor, "contiguous", refuse)
+    nll = reconstruction_nll(view, target.to(device), "categorical", impl="triton")
+    (grad,) = torch.autograd.grad(nll.sum(), leaf)
+    monkeypatch.undo()
+    exact = logits.double().requires_grad_()
+    truth = reconstruction_nll(exact, target, "categorical", impl="reference")
+    torch.testing.assert_close(nll.cpu().double(), truth, rtol=2e-6, atol=2e-5)
+    wanted = torch.autograd.grad(truth.sum(), exact)[0].permute(*order, 3, 4).reshape(stored.shape)
+    torch.testing.assert_close(grad.cpu().double(), wanted, rtol=1e-4, atol=1e-6)
+    assert grad.stride() == leaf.stride()
+
+
 @pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int32, torch.int64, torch.bool, torch.float64])
 def test_target_dtypes(kind, device):
     for likelihood in LIKELIHOODS:

@@ -254,6 +254,15 @@ def test_noise_is_independent_between_elements_rows_and_seeds(device):
     assert noise.flatten().unique().numel() > 0.99 * noise.numel()
 
 
+def test_noise_is_independent_between_launches(device):
+    zeros = torch.zeros(51, 999, device=device)
+    first, second = (reparameterize_kl(zeros, zeros, impl="triton")[0].double() for _ in range(2))
+    bound = 4.5 / math.sqrt(first.numel())
+    assert abs((first * second).mean()) < bound
+    assert abs(((first.square() - 1) * (second.square() - 1)).mean() / 2) < bound
+    assert abs((first[:, 1:] * second[:, :-1]).mean()) < bound and abs((first[1:] * second[:-1]).mean()) < bound
+
+
 def test_each_launch_draws_anew_and_a_seed_repeats(device):
     mu = torch.zeros(4, 9, device=device)
     torch.manual_seed(3)
