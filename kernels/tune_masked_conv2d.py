@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fastgen.kernels import masked_conv2d as kernels
-from fastgen.kernels.masked_conv2d_check import Problem, Product, error_of, products
+from fastgen.kernels.masked_conv2d_check import Problem, Product, error_of, products, tolerance
 from fastgen.kernels.masked_conv2d_config import Tile, candidates, chip_of, describe, save
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -58,15 +58,15 @@ def milliseconds(call: Callable[[], Any], device: torch.device, budget: float = 
     return sorted(times)[len(times) // 2]
 
 
-def search(product: Product, device: torch.device, tiles: list[Tile]) -> dict[str, Any]:
+def search(product: Product, device: torch.device, tiles: list[Tile], tf32: bool) -> dict[str, Any]:
     """The row of a table: the fastest of the right ones, and the times of cuDNN.
 
-    The allowed error is four times cuDNN's in the same dtype, and at least eight roundings. Where no tile is right,
-    cuDNN is chosen whatever its time.
+    The allowed error is four times cuDNN's in the same dtype, and at least `tolerance`. Where no tile is right, cuDNN
+    is chosen whatever its time.
     """
     base = Tile(0, 0, 0, 0, 0)
     times: dict[str, float] = {}
-    allowed = 8 * torch.finfo(product.layer.dtype).eps
+    allowed = tolerance(product.layer.dtype, tf32)
     for name in ("dense", "cropped"):
         allowed = max(allowed, 4 * error_of(product.run((name, base)), product.truth))
         times[name] = milliseconds(partial(product.run, (name, base)), device)
@@ -124,7 +124,8 @@ def main(argv: list[str] | None = None) -> int:
         rows = {}
         for product in products(problem, device).values():
             precision = kernels.precision_of(torch.empty(0, dtype=problem.dtype, device=device))
-            rows[product.layer.key] = search(product, device, candidates(chip_of(device), product.layer, precision))
+            tiles = candidates(chip_of(device), product.layer, precision)
+            rows[product.layer.key] = search(product, device, tiles, precision == "tf32")
         save(gpu, rows, versions)
     print(describe(gpu))
     return 0

@@ -195,10 +195,10 @@ def test_the_search_refuses_wrong_numbers(monkeypatch):
             return run(choice) * (1.01 if choice == ("triton", Tile(16, 16, 16, 4, 1)) else 1)
 
         product.run = faulty
-        row = tune.search(product, CPU, [wrong, right])
+        row = tune.search(product, CPU, [wrong, right], False)
         assert (row["tile"], row["refused"]) == (right, 1), name
         assert set(row["ms"]) == {"dense", "cropped", "triton"}
-        row = tune.search(product, CPU, [wrong])
+        row = tune.search(product, CPU, [wrong], False)
         assert row["provider"] != "triton" and row["refused"] == 1
         json.dumps(row["ms"])
 

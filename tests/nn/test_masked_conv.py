@@ -150,6 +150,18 @@ def test_compiles_into_one_graph():
     torch.testing.assert_close(compiled(x), layer(x))
 
 
+def test_trains_in_distributed_data_parallel(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        layer = MaskedConv2d(3, 6, 3, padding=1, mask_type="A")
+        x = torch.randn(2, 3, 5, 5)
+        torch.nn.parallel.DistributedDataParallel(layer)(x).square().sum().backward()
+        expected = torch.autograd.grad(dense(layer, x).square().sum(), layer.weight)[0]
+        torch.testing.assert_close(layer.weight.grad, expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_moves_and_changes_dtype():
     layer = MaskedConv2d(3, 6, 3, padding=1, mask_type="A").bfloat16()
     assert layer.mask.dtype == torch.bool

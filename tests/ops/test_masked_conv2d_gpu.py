@@ -41,7 +41,7 @@ def test_defaults_and_all_their_neighbours_give_the_right_numbers(gated, dtype, 
         precision = kernels.precision_of(torch.empty(0, dtype=dtype, device=cuda))
         wrong = []
         for name, product in check.products(problem, cuda).items():
-            allowed = 2e-3 if tf32 else 8 * torch.finfo(dtype).eps
+            allowed = check.tolerance(dtype, tf32)
             tiles = candidates(chip_of(cuda), product.layer, precision)
             for tile in tiles[:1] + tiles[1::7]:
                 try:
