@@ -39,8 +39,9 @@ class Bound(NamedTuple):
 
     @property
     def bits_per_dim(self) -> Tensor:
-        """-elbo / (C * H * W * ln 2), (B,); of a density for a Gaussian, which may be negative."""
-        return -self.elbo / (self.dims * math.log(2))
+        """(nll + kl) / (C * H * W * ln 2), (B,): an upper bound whatever beta is; of a density for a Gaussian, where it
+        may be negative."""
+        return (self.nll + self.kl) / (self.dims * math.log(2))
 
     @property
     def kl_per_dimension(self) -> Tensor:

@@ -74,7 +74,7 @@ def test_the_bound_is_made_of_the_operations():
     torch.testing.assert_close((bound.nll, bound.kl, bound.elbo), (nll, kl, -(nll + 0.5 * kl)))
     eps = (z - bound.mu) / (bound.logvar / 2).exp()
     torch.testing.assert_close(model.elbo(x, eps=eps).nll, nll)
-    torch.testing.assert_close(bound.bits_per_dim, (nll + 0.5 * kl) / (30 * math.log(2)))
+    torch.testing.assert_close(bound.bits_per_dim, (nll + kl) / (30 * math.log(2)))
     posterior = Normal(bound.mu, (bound.logvar / 2).exp())
     each = kl_divergence(posterior, Normal(torch.zeros(3).double(), torch.ones(3).double()))
     torch.testing.assert_close(bound.kl_per_dimension, each.mean(0))
