@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks import references
 from benchmarks.case import Case, Rivals, contenders
+from fastgen.nn import GatedMaskedBlock
 from fastgen.ops import causal_mask, masked_conv2d
 from fastgen.ops.masked_conv2d import masked_conv2d_reference
 
@@ -96,9 +97,60 @@ def _case(size: str, device: torch.device, layer: Layer, dtype: torch.dtype) -> 
     )
 
 
+# (B, channels, N): layers of the Gated PixelCNN, both stacks, 3x3, one colour.
+BLOCKS: dict[str, list[tuple[int, int, int]]] = {
+    "toy": [(2, 17, 4)],
+    "cpu": [(16, 32, 28)],
+    "cpu-full": [(16, 32, 28), (16, 128, 32)],
+    "gpu": [(16, 128, 32), (128, 128, 32)],
+    "gpu-full": [(b, c, n) for b in (16, 128) for c in (128, 256) for n in (28, 32)],
+}
+
+
+def _block_inputs(device: torch.device, size: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]:
+    batch, channels, n = size
+    maps = [torch.randn(batch, n, n, channels, device=device).permute(0, 3, 1, 2).to(dtype) for _ in range(2)]
+    vertical, horizontal = (one.requires_grad_() for one in maps)
+    return {
+        "block": GatedMaskedBlock(channels, channels).to(device, dtype),
+        "vertical": vertical,
+        "horizontal": horizontal,
+    }
+
+
+def _block(block: GatedMaskedBlock, vertical: Tensor, horizontal: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """impl="triton": the kernels also on a CPU, in the interpreter."""
+    return block.fused(vertical, horizontal) if impl == "triton" else block(vertical, horizontal)
+
+
+def _block_case(size: str, device: torch.device, of_block: tuple[int, int, int], dtype: torch.dtype) -> Case:
+    batch, c, n = of_block
+    rivals: Rivals = {
+        "eager, cropped": references.gated_block_cropped,
+        "compiled, cropped": references.compiled(references.gated_block_cropped),
+    }
+    pixels, weights = batch * n * n, 2 * c * c * (6 + 2) + 4 * c * c + c * c
+    # Two maps in, two out; the backward reads the maps and both gradients and writes the gradients of the maps.
+    moved = {"fwd": dtype.itemsize * (4 * c * pixels + weights), "bwd": dtype.itemsize * (6 * c * pixels + 2 * weights)}
+    flops = 2 * weights * pixels
+    return Case(
+        op="masked_conv2d",
+        shape=f"gated block {batch}x{c}x{n}x{n}",
+        dtype=dtype,
+        inputs=functools.partial(_block_inputs, size=of_block, dtype=dtype),
+        providers=contenders(size, device, rivals, _block, _block),
+        truth=_block,
+        kernels=("masked_conv2d",),
+        bytes={**moved, "full": moved["fwd"] + moved["bwd"]},
+        flops={"fwd": flops, "bwd": 2 * flops, "full": 3 * flops},
+        batch=batch,
+    )
+
+
 def cases(size: str, device: torch.device) -> list[Case]:
     dtypes = [torch.float32] if size.startswith("cpu") else [torch.float32, torch.bfloat16]
-    return [_case(size, device, layer, dtype) for layer in LAYERS[size] for dtype in dtypes]
+    found = [_case(size, device, layer, dtype) for layer in LAYERS[size] for dtype in dtypes]
+    return found + [_block_case(size, device, block, dtype) for block in BLOCKS[size] for dtype in dtypes]
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class GatedMaskedBlock(nn.Module):
         without a shift.
         """
         if self._fuses(vertical):
-            return self._fused(vertical, horizontal, condition)
+            return self.fused(vertical, horizontal, condition)
         above = self.vertical(vertical)
         beside = self.horizontal(horizontal)
         if self.condition is not None:
@@ -97,9 +97,12 @@ class GatedMaskedBlock(nn.Module):
             for layer in layers
         )
 
-    def _fused(self, vertical: Tensor, horizontal: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Three products: the vertical stack, which leaves its sums as well; the horizontal one, which adds the 1x1
-        convolution of these to its own; and the output with the residual."""
+    def fused(self, vertical: Tensor, horizontal: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What `forward` runs on a GPU, by the kernels.
+
+        Three products: the vertical stack, which leaves its sums as well; the horizontal one, which adds the 1x1
+        convolution of these to its own; and the output with the residual.
+        """
         biases: tuple[Tensor | None, ...] = (None, None)
         if self.condition is not None:
             biases = self.condition(condition).flatten(1).chunk(2, 1)
