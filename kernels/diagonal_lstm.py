@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgen.kernels.lstm_cell import cell_backward, cell_forward, load_gates, product, store_gates
+from fastgen.kernels.lstm_cell import cell_backward, cell_forward, load_gates, offsets, product, store_gates, widened
 from fastgen.kernels.lstm_launch import (
     AMD_SIZES,
     SCAN_SIZES,
@@ -77,19 +77,31 @@ def diagonal_lstm_forward_kernel(
     row = m % LANES
     column = -row
     cell = tl.zeros((IMAGES * LANES, U), tl.float32)
+    mask = ((column >= 0) & (image < batch) & (row < height))[:, None] & (u < units)[None, :]
+    x = width - 1 - column if REVERSE else column
+    at = offsets(image, row, x, gates_image_stride, gates_row_stride, gates_column_stride, u, gates_unit_stride)
+    next_o, next_f, next_i, next_g = load_gates(gates_ptr + at, gates_unit_stride, units, mask)
     for _ in range(steps):
+        o, f, i, g = widened((next_o, next_f, next_i, next_g))
         active = (column >= 0) & (image < batch) & (row < height)
+        mask = active[:, None] & (u < units)[None, :]
+        begun = column > 0
         x = width - 1 - column if REVERSE else column
         pixel = (image.to(tl.int64) * height + row) * width + x
-        at = image.to(tl.int64) * gates_image_stride + row.to(tl.int64) * gates_row_stride
-        at = (at + x.to(tl.int64) * gates_column_stride)[:, None] + u.to(tl.int64)[None, :] * gates_unit_stride
-        mask = active[:, None] & (u < units)[None, :]
-        o, f, i, g = load_gates(gates_ptr + at, gates_unit_stride, units, mask)
+
+        # The next gates are on their way while this step waits for its states.
+        column += 1
+        image = tl.where(column == width, image + tl.num_programs(0) * IMAGES, image)
+        column = tl.where(column == width, 0, column)
+        x = width - 1 - column if REVERSE else column
+        at = offsets(image, row, x, gates_image_stride, gates_row_stride, gates_column_stride, u, gates_unit_stride)
+        ahead = ((column >= 0) & (image < batch) & (row < height))[:, None] & (u < units)[None, :]
+        next_o, next_f, next_i, next_g = load_gates(gates_ptr + at, gates_unit_stride, units, ahead)
 
         up = (k < U)[None, :]
         left = pixel + 1 if REVERSE else pixel - 1
         near = tl.where(up, (pixel - width)[:, None], left[:, None])
-        seen = active[:, None] & tl.where(up, (row > 0)[:, None], (column > 0)[:, None]) & (k % U < units)[None, :]
+        seen = active[:, None] & tl.where(up, (row > 0)[:, None], begun[:, None]) & (k % U < units)[None, :]
         tl.debug_barrier()  # all threads have written the states of the step before
         state = tl.load(hidden_ptr + near * units + (k % U)[None, :], seen, other=0.0)
         o = product(state, w_o, o, PRECISION)
@@ -97,16 +109,34 @@ def diagonal_lstm_forward_kernel(
         i = product(state, w_i, i, PRECISION)
         g = product(state, w_g, g, PRECISION)
 
-        cell = tl.where((column == 0)[:, None], 0.0, cell)
+        cell = tl.where(begun[:, None], cell, 0.0)
         o, f, i, g, cell, hidden = cell_forward(o, f, i, g, cell, FAST)
         at = pixel[:, None] * units + u[None, :]
         tl.store(hidden_ptr + at, hidden.to(hidden_ptr.dtype.element_ty), mask)
         if activated_ptr is not None:
             store_gates(activated_ptr + pixel[:, None] * (4 * units) + u[None, :], units, o, f, i, g, mask)
             tl.store(cell_ptr + at, cell, mask)
-        column += 1
-        image = tl.where(column == width, image + tl.num_programs(0) * IMAGES, image)
-        column = tl.where(column == width, 0, column)
+
+
+@triton.jit
+def load_saved(
+    grad_hidden_ptr, activated_ptr, cell_ptr, batch, height, width, units,
+    image_stride, unit_stride, row_stride, column_stride, image, row, back, u, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """What the backward reads at a pixel, `back` pixels before its row's end: the gradient of its hidden state, its and
+    the previous cell state, its four gates."""
+    active = (back >= 0) & (image < batch) & (row >= 0)
+    mask = active[:, None] & (u < units)[None, :]
+    x = back if REVERSE else width - 1 - back
+    pixel = (image.to(tl.int64) * height + row) * width + x
+    left = pixel + 1 if REVERSE else pixel - 1
+    at = offsets(image, row, x, image_stride, row_stride, column_stride, u, unit_stride)
+    grad_hidden = tl.load(grad_hidden_ptr + at, mask, other=0.0)
+    cell = tl.load(cell_ptr + pixel[:, None] * units + u[None, :], mask, other=0.0)
+    inner = mask & (back < width - 1)[:, None]
+    previous = tl.load(cell_ptr + left[:, None] * units + u[None, :], inner, other=0.0)
+    o, f, i, g = load_gates(activated_ptr + pixel[:, None] * (4 * units) + u[None, :], 1, units, mask)
+    return grad_hidden, cell, previous, o, f, i, g
 
 
 @triton.jit(do_not_specialize=("batch", "steps"))
@@ -129,6 +159,7 @@ def diagonal_lstm_backward_kernel(
     weight_unit_stride,
     weight_tap_stride,
     REVERSE: tl.constexpr,
+    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
     IMAGES: tl.constexpr,
@@ -148,24 +179,38 @@ def diagonal_lstm_backward_kernel(
     row = height - 1 - m % LANES
     back = -(m % LANES)  # pixels of the row that are done
     grad_cell = tl.zeros((IMAGES * LANES, U), tl.float32)
+    if AHEAD:
+        saved = load_saved(
+            grad_hidden_ptr, activated_ptr, cell_ptr, batch, height, width, units,
+            grad_image_stride, grad_unit_stride, grad_row_stride, grad_column_stride, image, row, back, u, REVERSE,
+        )  # fmt: skip
     for _ in range(steps):
+        if not AHEAD:
+            saved = load_saved(
+                grad_hidden_ptr, activated_ptr, cell_ptr, batch, height, width, units,
+                grad_image_stride, grad_unit_stride, grad_row_stride, grad_column_stride, image, row, back, u, REVERSE,
+            )  # fmt: skip
+        grad_hidden, cell, previous, o, f, i, g = saved
+        grad_hidden = grad_hidden.to(tl.float32)
+        o, f, i, g = widened((o, f, i, g))
         active = (back >= 0) & (image < batch) & (row >= 0)
+        mask = active[:, None] & (u < units)[None, :]
+        begun = back > 0
         x = back if REVERSE else width - 1 - back
         pixel = (image.to(tl.int64) * height + row) * width + x
-        mask = active[:, None] & (u < units)[None, :]
-        at = image.to(tl.int64) * grad_image_stride + row.to(tl.int64) * grad_row_stride
-        at = (at + x.to(tl.int64) * grad_column_stride)[:, None] + u.to(tl.int64)[None, :] * grad_unit_stride
-        grad_hidden = tl.load(grad_hidden_ptr + at, mask, other=0.0).to(tl.float32)
-        at = pixel[:, None] * units + u[None, :]
-        cell = tl.load(cell_ptr + at, mask, other=0.0)
-        left = (pixel + 1 if REVERSE else pixel - 1)[:, None] * units + u[None, :]
-        previous = tl.load(cell_ptr + left, mask & (back < width - 1)[:, None], other=0.0)
-        at_gates = pixel[:, None] * (4 * units) + u[None, :]
+        back += 1
+        image = tl.where(back == width, image + tl.num_programs(0) * IMAGES, image)
+        back = tl.where(back == width, 0, back)
+        if AHEAD:  # what the next step reads is on its way while this one waits for its gradients
+            saved = load_saved(
+                grad_hidden_ptr, activated_ptr, cell_ptr, batch, height, width, units,
+                grad_image_stride, grad_unit_stride, grad_row_stride, grad_column_stride, image, row, back, u, REVERSE,
+            )  # fmt: skip
 
         below = (k < U)[None, :]
         right = pixel - 1 if REVERSE else pixel + 1
         near = tl.where(below, (pixel + width)[:, None], right[:, None]) * (4 * units) + (k % U)[None, :]
-        seen = tl.where(below, (row < height - 1)[:, None], (back > 0)[:, None])
+        seen = tl.where(below, (row < height - 1)[:, None], begun[:, None])
         seen = seen & active[:, None] & (k % U < units)[None, :]
         tl.debug_barrier()  # all threads have written the gradients of the step before
         near = grad_gates_ptr + near
@@ -174,13 +219,9 @@ def diagonal_lstm_backward_kernel(
         grad_hidden = product(tl.load(near + 2 * units, seen, other=0.0), w_i, grad_hidden, PRECISION)
         grad_hidden = product(tl.load(near + 3 * units, seen, other=0.0), w_g, grad_hidden, PRECISION)
 
-        grad_cell = tl.where((back == 0)[:, None], 0.0, grad_cell)
-        o, f, i, g = load_gates(activated_ptr + at_gates, 1, units, mask)
+        grad_cell = tl.where(begun[:, None], grad_cell, 0.0)
         o, f, i, g, grad_cell = cell_backward(grad_hidden, grad_cell, o, f, i, g, cell, previous, FAST)
-        store_gates(grad_gates_ptr + at_gates, units, o, f, i, g, mask)
-        back += 1
-        image = tl.where(back == width, image + tl.num_programs(0) * IMAGES, image)
-        back = tl.where(back == width, 0, back)
+        store_gates(grad_gates_ptr + pixel[:, None] * (4 * units) + u[None, :], units, o, f, i, g, mask)
 
 
 def diagonal_lstm_forward(
@@ -234,8 +275,8 @@ def diagonal_lstm_backward(
     images = triton.cdiv(batch, launch.programs * launch.IMAGES)
     diagonal_lstm_backward_kernel[(launch.programs,)](
         grad_hidden, activated, cell, weight, grad_gates, batch, height, width, units, images * width + height - 1,
-        *grad_hidden.stride(), *weight.stride(), REVERSE=reverse, **arithmetic(grad_hidden), IMAGES=launch.IMAGES,
-        LANES=launch.LANES, U=launch.U, **launch.options,
+        *grad_hidden.stride(), *weight.stride(), REVERSE=reverse, AHEAD=launch.ahead, **arithmetic(grad_hidden),
+        IMAGES=launch.IMAGES, LANES=launch.LANES, U=launch.U, **launch.options,
     )  # fmt: skip
     return grad_gates
 

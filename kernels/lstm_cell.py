@@ -54,13 +54,26 @@ def cell_backward(grad_hidden, grad_cell, o, f, i, g, cell, previous, FAST: tl.c
 
 @triton.jit
 def load_gates(at, unit_stride, units, mask):
-    """The tiles of o, f, i, g in float32; `at` points to those of o, gates lie `units` channels apart."""
+    """The tiles of o, f, i, g; `at` points to those of o, gates lie `units` channels apart."""
     gate = units.to(tl.int64) * unit_stride
-    o = tl.load(at, mask, other=0.0).to(tl.float32)
-    f = tl.load(at + gate, mask, other=0.0).to(tl.float32)
-    i = tl.load(at + 2 * gate, mask, other=0.0).to(tl.float32)
-    g = tl.load(at + 3 * gate, mask, other=0.0).to(tl.float32)
+    o = tl.load(at, mask, other=0.0)
+    f = tl.load(at + gate, mask, other=0.0)
+    i = tl.load(at + 2 * gate, mask, other=0.0)
+    g = tl.load(at + 3 * gate, mask, other=0.0)
     return o, f, i, g
+
+
+@triton.jit
+def widened(gates):
+    o, f, i, g = gates
+    return o.to(tl.float32), f.to(tl.float32), i.to(tl.float32), g.to(tl.float32)
+
+
+@triton.jit
+def offsets(image, row, column, image_stride, row_stride, column_stride, u, unit_stride):
+    """(M, U), in 64 bits, of a map of any strides."""
+    at = image.to(tl.int64) * image_stride + row.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
+    return at[:, None] + u.to(tl.int64)[None, :] * unit_stride
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgen.kernels.lstm_cell import cell_backward, cell_forward, load_gates, product, store_gates
+from fastgen.kernels.lstm_cell import cell_backward, cell_forward, load_gates, offsets, product, store_gates, widened
 from fastgen.kernels.lstm_launch import StepLaunch, arithmetic, entry
 
 VARYING = (
@@ -69,9 +69,8 @@ def lstm_step_forward_kernel(
     active = m < pixels
     mask = active[:, None] & (u < units)[None, :]
     pixel = (image.to(tl.int64) * height + row) * width + x
-    at = image.to(tl.int64) * gates_image_stride + row.to(tl.int64) * gates_row_stride
-    at = (at + x.to(tl.int64) * gates_column_stride)[:, None] + u.to(tl.int64)[None, :] * gates_unit_stride
-    o, f, i, g = load_gates(gates_ptr + at, gates_unit_stride, units, mask)
+    at = offsets(image, row, x, gates_image_stride, gates_row_stride, gates_column_stride, u, gates_unit_stride)
+    o, f, i, g = widened(load_gates(gates_ptr + at, gates_unit_stride, units, mask))
     for tap in tl.static_range(TAPS):
         if ROW_SCAN:
             shift = tap - TAPS // 2
@@ -143,8 +142,7 @@ def lstm_step_backward_kernel(
     active = m < pixels
     mask = active[:, None] & (u < units)[None, :]
     pixel = (image.to(tl.int64) * height + row) * width + x
-    at = image.to(tl.int64) * grad_image_stride + row.to(tl.int64) * grad_row_stride
-    at = (at + x.to(tl.int64) * grad_column_stride)[:, None] + u.to(tl.int64)[None, :] * grad_unit_stride
+    at = offsets(image, row, x, grad_image_stride, grad_row_stride, grad_column_stride, u, grad_unit_stride)
     grad_hidden = tl.load(grad_hidden_ptr + at, mask, other=0.0).to(tl.float32)
     for tap in tl.static_range(TAPS):
         if ROW_SCAN:
@@ -176,7 +174,7 @@ def lstm_step_backward_kernel(
     lane = grad_cell_ptr + lane[:, None] * units + u[None, :]
     grad_cell = tl.load(lane, mask & continues[:, None], other=0.0)
     at = pixel[:, None] * (4 * units) + u[None, :]
-    o, f, i, g = load_gates(activated_ptr + at, 1, units, mask)
+    o, f, i, g = widened(load_gates(activated_ptr + at, 1, units, mask))
     o, f, i, g, grad_cell = cell_backward(grad_hidden, grad_cell, o, f, i, g, cell, previous, FAST)
     store_gates(grad_gates_ptr + at, units, o, f, i, g, mask)
     tl.store(lane, grad_cell, mask)
@@ -253,6 +251,6 @@ CATALOGUE = [
     )
     for kernel in (lstm_step_forward_kernel, lstm_step_backward_kernel)
     for taps in (2, 3)
-    for dtype, pixels, steps in (("bf16", 32, 32), ("fp32", 16, 16))
-    for amd in (False, True)
+    for dtype, pixels, steps in (("bf16", 32, 32), ("fp32", 16, 16), ("tf32", 16, 16))
+    for amd in ((False,) if dtype == "tf32" else (False, True))
 ]

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgen.kernels.lstm_cell import cell_backward, cell_forward, load_gates, product, store_gates
+from fastgen.kernels.lstm_cell import cell_backward, cell_forward, load_gates, offsets, product, store_gates, widened
 from fastgen.kernels.lstm_launch import (
     AMD_SIZES,
     SCAN_SIZES,
@@ -53,15 +53,40 @@ def row_lstm_forward_kernel(
     real = (k < units)[:, None] & (u < units)[None, :]
     column = m % LANES
     cell = tl.zeros((IMAGES * LANES, U), tl.float32)
+    image = tl.program_id(0) * IMAGES + m // LANES
+    mask = ((image < batch) & (column < width))[:, None] & (u < units)[None, :]
+    at = offsets(
+        image,
+        tl.zeros_like(column),
+        column,
+        gates_image_stride,
+        gates_row_stride,
+        gates_column_stride,
+        u,
+        gates_unit_stride,
+    )
+    ahead = load_gates(gates_ptr + at, gates_unit_stride, units, mask)
     for step in range(steps):
+        o, f, i, g = widened(ahead)
         row = step % height
-        image = (step // height * tl.num_programs(0) + tl.program_id(0)) * IMAGES + m // LANES
         active = (image < batch) & (column < width)
         mask = active[:, None] & (u < units)[None, :]
         pixel = (image.to(tl.int64) * height + row) * width + column
-        at = image.to(tl.int64) * gates_image_stride + row.to(tl.int64) * gates_row_stride
-        at = (at + column.to(tl.int64) * gates_column_stride)[:, None] + u.to(tl.int64)[None, :] * gates_unit_stride
-        o, f, i, g = load_gates(gates_ptr + at, gates_unit_stride, units, mask)
+
+        # The next gates are on their way while this step waits for its states.
+        image += tl.where(row == height - 1, tl.num_programs(0) * IMAGES, 0)
+        at = offsets(
+            image,
+            (step + 1) % height + tl.zeros_like(column),
+            column,
+            gates_image_stride,
+            gates_row_stride,
+            gates_column_stride,
+            u,
+            gates_unit_stride,
+        )
+        after = ((image < batch) & (column < width))[:, None] & (u < units)[None, :]
+        ahead = load_gates(gates_ptr + at, gates_unit_stride, units, after)
         tl.debug_barrier()  # all threads have written the states of the row above
         for tap in range(taps):
             shift = tap - taps // 2
@@ -82,6 +107,22 @@ def row_lstm_forward_kernel(
             tl.store(cell_ptr + at, cell, mask)
 
 
+@triton.jit
+def load_saved(
+    grad_hidden_ptr, activated_ptr, cell_ptr, batch, height, width, units,
+    image_stride, unit_stride, row_stride, column_stride, image, row, column, u,
+):  # fmt: skip
+    """What the backward reads at a row: the gradient of its hidden states, its and the upper cell states, its gates."""
+    mask = ((image < batch) & (column < width))[:, None] & (u < units)[None, :]
+    pixel = (image.to(tl.int64) * height + row) * width + column
+    at = offsets(image, row + tl.zeros_like(column), column, image_stride, row_stride, column_stride, u, unit_stride)
+    grad_hidden = tl.load(grad_hidden_ptr + at, mask, other=0.0)
+    cell = tl.load(cell_ptr + pixel[:, None] * units + u[None, :], mask, other=0.0)
+    previous = tl.load(cell_ptr + (pixel - width)[:, None] * units + u[None, :], mask & (row > 0), other=0.0)
+    o, f, i, g = load_gates(activated_ptr + pixel[:, None] * (4 * units) + u[None, :], 1, units, mask)
+    return grad_hidden, cell, previous, o, f, i, g
+
+
 @triton.jit(do_not_specialize=("batch", "steps"))
 def row_lstm_backward_kernel(
     grad_hidden_ptr,  # (B, h, H, W), strides below
@@ -99,6 +140,7 @@ def row_lstm_backward_kernel(
     grad_unit_stride,
     grad_row_stride,
     grad_column_stride,
+    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
     IMAGES: tl.constexpr,
@@ -111,18 +153,32 @@ def row_lstm_backward_kernel(
     real = (k < units)[:, None] & (u < units)[None, :]
     column = m % LANES
     grad_cell = tl.zeros((IMAGES * LANES, U), tl.float32)
+    image = tl.program_id(0) * IMAGES + m // LANES
+    if AHEAD:
+        saved = load_saved(
+            grad_hidden_ptr, activated_ptr, cell_ptr, batch, height, width, units,
+            grad_image_stride, grad_unit_stride, grad_row_stride, grad_column_stride, image, height - 1, column, u,
+        )  # fmt: skip
     for step in range(steps):
         row = height - 1 - step % height
-        image = (step // height * tl.num_programs(0) + tl.program_id(0)) * IMAGES + m // LANES
+        if not AHEAD:
+            saved = load_saved(
+                grad_hidden_ptr, activated_ptr, cell_ptr, batch, height, width, units,
+                grad_image_stride, grad_unit_stride, grad_row_stride, grad_column_stride, image, row, column, u,
+            )  # fmt: skip
+        grad_hidden, cell, previous, o, f, i, g = saved
+        grad_hidden = grad_hidden.to(tl.float32)
+        o, f, i, g = widened((o, f, i, g))
         active = (image < batch) & (column < width)
         mask = active[:, None] & (u < units)[None, :]
         pixel = (image.to(tl.int64) * height + row) * width + column
-        at = image.to(tl.int64) * grad_image_stride + row.to(tl.int64) * grad_row_stride
-        at = (at + column.to(tl.int64) * grad_column_stride)[:, None] + u.to(tl.int64)[None, :] * grad_unit_stride
-        grad_hidden = tl.load(grad_hidden_ptr + at, mask, other=0.0).to(tl.float32)
-        at = pixel[:, None] * units + u[None, :]
-        cell = tl.load(cell_ptr + at, mask, other=0.0)
-        previous = tl.load(cell_ptr + at - width.to(tl.int64) * units, mask & (row > 0), other=0.0)
+        image += tl.where(row == 0, tl.num_programs(0) * IMAGES, 0)
+        if AHEAD:  # what the next step reads is on its way while this one waits for its gradients
+            saved = load_saved(
+                grad_hidden_ptr, activated_ptr, cell_ptr, batch, height, width, units,
+                grad_image_stride, grad_unit_stride, grad_row_stride, grad_column_stride,
+                image, height - 1 - (step + 1) % height, column, u,
+            )  # fmt: skip
         tl.debug_barrier()  # all threads have written the gradients of the row below
         for tap in range(taps):
             shift = tap - taps // 2
@@ -134,10 +190,8 @@ def row_lstm_backward_kernel(
                 weight = weight_ptr + ((tap * 4 + gate) * units + k)[:, None] * units + u[None, :]
                 grad_hidden = product(state, tl.load(weight, real, other=0.0), grad_hidden, PRECISION)
         grad_cell = tl.where(row == height - 1, 0.0, grad_cell)
-        at = pixel[:, None] * (4 * units) + u[None, :]
-        o, f, i, g = load_gates(activated_ptr + at, 1, units, mask)
         o, f, i, g, grad_cell = cell_backward(grad_hidden, grad_cell, o, f, i, g, cell, previous, FAST)
-        store_gates(grad_gates_ptr + at, units, o, f, i, g, mask)
+        store_gates(grad_gates_ptr + pixel[:, None] * (4 * units) + u[None, :], units, o, f, i, g, mask)
 
 
 def row_lstm_forward(
@@ -191,7 +245,7 @@ def row_lstm_backward(
     packed = weight.permute(2, 0, 1).contiguous()
     row_lstm_backward_kernel[(launch.programs,)](
         grad_hidden, activated, cell, packed, grad_gates, batch, height, width, units, weight.shape[2],
-        images * height, *grad_hidden.stride(), **arithmetic(grad_hidden), IMAGES=launch.IMAGES,
+        images * height, *grad_hidden.stride(), AHEAD=launch.ahead, **arithmetic(grad_hidden), IMAGES=launch.IMAGES,
         LANES=launch.LANES, U=launch.U, **launch.options,
     )  # fmt: skip
     return grad_gates

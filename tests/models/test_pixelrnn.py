@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import fastgen
 from fastgen.models import PixelRNN
 from fastgen.models.pixelrnn import KINDS
 
@@ -100,12 +101,14 @@ def test_the_scans_are_single_nodes_of_a_trace(kind):
     assert all(len(node.args) <= 3 for node in scans)
 
 
-def test_a_state_dict_restores_the_model(kind):
+def test_state_dict_and_files_restore_the_model(kind, tmp_path):
     model, other = small(kind, (1, 4, 4)), small(kind, (1, 4, 4))
     x = torch.randint(4, (2, 1, 4, 4))
     assert not torch.equal(model(x), other(x))
     other.load_state_dict(model.state_dict())
     assert torch.equal(model(x), other(x))
+    fastgen.save(model, tmp_path)
+    assert torch.equal(fastgen.load(tmp_path)(x), model(x))
 
 
 def test_learns(kind):

@@ -1,3 +1,4 @@
+import copy
 import itertools
 
 import pytest
@@ -70,7 +71,7 @@ def test_equals_the_pixel_loop_on_a_masked_convolution(colours):
     gates = F.conv2d(x, right.input_to_state.weight, right.input_to_state.bias)
     beyond = diagonal_pixels(gates, right.state_to_state, reverse=True)
     expected = both.from_left(x)
-    expected[:, :, 1:] += beyond[:, :, :-1]  # in place: a layer's output is a tensor of its own
+    expected[:, :, 1:] += beyond[:, :, :-1]
     torch.testing.assert_close(both(x), expected)
 
     rows = RowLSTM(6, 6, mask_type="B", data_channels=colours, kernel_size=5).double()
@@ -144,6 +145,31 @@ def test_learns_every_parameter_and_compiles(layer):
     out.sum().backward()
     for name, parameter in built.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.gpu
+def test_both_scans_at_once_are_right_every_time():
+    """The two streams wait for each other: forward and backward, many layers, and captured in a CUDA graph."""
+    layers = torch.nn.Sequential(*(DiagonalBiLSTM(16, 16, mask_type="B") for _ in range(4))).cuda()
+    x = torch.randn(5, 16, 13, 11, device="cuda", requires_grad=True)
+    grad = torch.randn(5, 16, 13, 11, device="cuda")
+    exact = copy.deepcopy(layers).double()
+    wide = x.detach().double().requires_grad_()
+    variables, precise = [x, *layers.parameters()], [wide, *exact.parameters()]
+    out = exact(wide)
+    truth = [out, *torch.autograd.grad(out, precise, grad.double())]
+    for _ in range(50):
+        out = layers(x)
+        for one, other in zip([out, *torch.autograd.grad(out, variables, grad)], truth, strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        layers(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = layers(x)
+        captured.fill_(torch.nan)
+        graph.replay()
+    torch.testing.assert_close(captured.double(), truth[0], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

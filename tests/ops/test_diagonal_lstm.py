@@ -135,6 +135,18 @@ def test_gradients_not_asked_for(wanted):
     torch.testing.assert_close(found, expected)
 
 
+def test_a_second_derivative_is_the_definitions_alone():
+    gates, weight, _ = problem(2, 2, 3, 3)
+    gates.requires_grad_()
+
+    def slope(**options):
+        return torch.autograd.grad(diagonal_lstm(gates, weight, **options).sum(), gates, create_graph=True)[0]
+
+    assert torch.autograd.grad(slope(impl="reference").square().sum(), gates)[0].abs().max() > 0
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(slope().square().sum(), gates)
+
+
 def test_empty_batch():
     gates, weight, grad = problem(0, 2, 3, 4)
     hidden, grad_gates, grad_weight = gradients(diagonal_lstm, gates, weight, grad)

@@ -44,9 +44,9 @@ def rows(gates, weight, grad, launch):
 
 # Launches, and sizes (B, h, H, W) that divide none of their tiles.
 VARIANTS = {
-    "images side by side": (ScanLaunch(4, 4, 16, 1, 4), (3, 5, 3, 4)),
-    "a stream of images": (ScanLaunch(2, 8, 16, 1, 4), (5, 3, 5, 4)),
-    "two programs": (ScanLaunch(1, 16, 16, 2, 4), (3, 16, 4, 3)),
+    "images side by side": (ScanLaunch(4, 4, 16, 1, 4, ahead=True), (3, 5, 3, 4)),
+    "a stream of images": (ScanLaunch(2, 8, 16, 1, 4, ahead=True), (5, 3, 5, 4)),
+    "two programs, nothing ahead": (ScanLaunch(1, 16, 16, 2, 4), (3, 16, 4, 3)),
     "more units": (ScanLaunch(1, 16, 32, 1, 4), (1, 19, 2, 3)),
     "a step a launch": (StepLaunch(16, 16, 16), (2, 19, 3, 4)),
     "steps of a long row": (StepLaunch(16, 16, 16), (3, 2, 2, 7)),
@@ -95,6 +95,20 @@ def test_the_row_operation_and_all_its_gradients(taps, device):
     for recompute in (False, True):
         operation = functools.partial(row_lstm, recompute=recompute, impl="triton")
         check(gradients(operation, gates, weight, grad), truth, torch.float32)
+
+
+def test_operators_pass_opcheck(device):
+    gates, weight, grad = problem(2, 3, 2, 3, 2, torch.float32, device)
+    tests = ("test_schema", "test_faketensor")
+    for name, reverse in (("diagonal", [False]), ("row", [])):
+        weight = weight[..., :1] if name == "row" else weight
+        forward, saving, backward = (
+            getattr(torch.ops.fastgen, f"{name}_lstm{part}").default for part in ("", "_saving", "_backward")
+        )
+        torch.library.opcheck(forward, (gates, weight, *reverse, True), test_utils=tests)
+        torch.library.opcheck(saving, (gates, weight, *reverse, True), test_utils=tests)
+        _, activated, cell = saving(gates, weight, *reverse, True)
+        torch.library.opcheck(backward, (grad, activated, cell, weight, *reverse, True), test_utils=tests)
 
 
 @pytest.mark.parametrize("size", [(1, 1, 1, 1), (2, 1, 1, 5), (2, 1, 4, 1), (0, 2, 3, 3)], ids=str)
@@ -161,8 +175,8 @@ def test_small_states_keep_their_precision(device):
         (16, 28, 16, torch.bfloat16, ScanLaunch),
         (16, 32, 64, torch.bfloat16, ScanLaunch),
         (16, 64, 64, torch.float16, ScanLaunch),
-        (16, 32, 32, torch.float32, ScanLaunch),
-        (16, 32, 64, torch.float32, StepLaunch),
+        (16, 28, 16, torch.float32, ScanLaunch),
+        (16, 32, 32, torch.float32, StepLaunch),
         (16, 32, 128, torch.bfloat16, StepLaunch),
         (16, 200, 16, torch.bfloat16, StepLaunch),
         (5, 1, 1, torch.float32, ScanLaunch),
