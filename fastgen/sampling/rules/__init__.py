@@ -7,6 +7,7 @@ from fastgen.sampling.rules.base import Analysis, Rule, constant_operand
 from fastgen.sampling.rules.convolution import Convolution
 from fastgen.sampling.rules.matmul import MatMul
 from fastgen.sampling.rules.pointwise import Pointwise
+from fastgen.sampling.rules.pooling import MaxPool2d
 from fastgen.sampling.rules.reduction import Concatenation, Cumulative, Lookup, Opaque, Reduction, Softmax
 from fastgen.sampling.rules.scan import DiagonalScan, RowScan
 
@@ -29,6 +30,8 @@ def rule_for(value: Value, analysis: Analysis) -> Rule:
         return Softmax(value, analysis)
     if name in ("cat", "stack"):
         return Concatenation(value, analysis)
+    if name == "max_pool2d_with_indices" and MaxPool2d.takes(value):
+        return MaxPool2d(value, analysis)
     if name == "cumsum":
         return Cumulative(value, analysis)
     if name == "diagonal_lstm":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastgen.sampling.graph import CONSTANT, NEVER, Graph, Operand, Value
+from fastgen.sampling.graph import CONSTANT, NEVER, Graph, Map, Operand, Value
 
 if TYPE_CHECKING:
     from fastgen.sampling.builder import Builder
@@ -52,6 +52,11 @@ class Analysis:
             low = (data <= LOW) if data.is_floating_point() else torch.zeros_like(data, dtype=torch.bool)
             return operand.map.read(low.to(torch.uint8), 0).bool()
         return operand.read(self._low.view(torch.uint8), 0).bool()
+
+    def constant(self, data: Tensor) -> Operand:
+        """A constant of the rule's own, to be read like the network's."""
+        value = self.graph.add(Value("constant", tuple(data.shape), data.contiguous()))
+        return Operand(self.graph, value.shape, map=Map.identity(value))
 
     def data(self, operand: Operand) -> Tensor:
         return self.graph.data_of(operand)

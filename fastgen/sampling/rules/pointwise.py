@@ -11,13 +11,15 @@ from fastgen.sampling.builder import Builder
 from fastgen.sampling.graph import CONSTANT, NEVER, Operand, map_arguments
 from fastgen.sampling.layout import Box
 from fastgen.sampling.program import Linear, View
-from fastgen.sampling.rules.base import Rule, constant_operand, reduce_to
+from fastgen.sampling.rules.base import LOW, Rule, constant_operand, reduce_to
 from fastgen.sampling.rules.out_variants import clamp_below, out_variant
 
 ONE = (Linear(0), 1, 1)  # all of a dimension of size 1
 
 
 class Pointwise(Rule):
+    vanishes: Operand | None = None
+
     def ready(self) -> tuple[Tensor, Tensor | None]:
         shape, name = self.value.shape, self.name
         operands = self.value.operands
@@ -49,6 +51,10 @@ class Pointwise(Rule):
         if name in ("exp", "exp2", "sigmoid"):
             vanishes = self.analysis.low(operands[0]) & (self.value.data == 0)
             ready = torch.where(vanishes, CONSTANT, ready)
+            if vanishes.any():
+                self.vanishes = self.analysis.constant(vanishes)
+        if name in ("mul", "div") and not any(isinstance(one, Operand) for one in self.value.args[1:]):
+            low = self.analysis.low(operands[0]) & (self.value.data <= LOW)
         return ready, low
 
     @property
@@ -101,6 +107,8 @@ class Pointwise(Rule):
             builder.emit(function, *args, **kwargs, out=target)
         else:
             builder.emit(Tensor.copy_, target, builder.make(self.value.op, *args, **kwargs))
+        if self.vanishes is not None:  # whatever lies where the operand is low
+            builder.emit(Tensor.masked_fill_, target, builder.read(self.vanishes, region).order(order), 0)
 
 
 def _or_none(argument: Any) -> Operand | None:

@@ -12,6 +12,8 @@ from fastgen.sampling.layout import Box
 from fastgen.sampling.program import Linear
 from fastgen.sampling.rules.base import LOW, Rule, constant_operand, reduce_to
 
+LOWEST = -float("inf")
+
 
 def whole(shape: Sequence[int]) -> list[tuple[Linear, int, int]]:
     return [(Linear(0), size, 1) for size in shape]
@@ -24,6 +26,8 @@ def cut(found: Tensor, dim: int, start: int, size: int, step: int) -> Tensor:
 
 class Softmax(Rule):
     """Elements that are low, beside others in their row that are not, are constant zeros of a softmax."""
+
+    unseen: Operand | None = None
 
     @property
     def dim(self) -> int:
@@ -41,6 +45,8 @@ class Softmax(Rule):
     def ready(self) -> tuple[Tensor, Tensor | None]:
         times, unseen = self.analysis.ready(self.value.args[0]), self._unseen()
         ready = torch.where(unseen, CONSTANT, times).amax(self.dim, keepdim=True).expand(self.value.shape)
+        if unseen.any():
+            self.unseen = self.analysis.constant(unseen)
         return (ready, unseen) if self._is_log else (torch.where(unseen, CONSTANT, ready), None)
 
     def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
@@ -54,7 +60,9 @@ class Softmax(Rule):
         dim, out = self.dim, builder.out(self.value, box)
         region = builder.region(box)
         region[dim] = (Linear(0), self.value.shape[dim], 1)
-        x = builder.read(self.value.args[0], region)
+        x: Any = builder.read(self.value.args[0], region)
+        if self.unseen is not None:  # what lies there may not have been computed
+            x = builder.make(torch.masked_fill, x, builder.read(self.unseen, region), LOWEST)
         found = builder.make(torch.log_softmax if self._is_log else torch.softmax, x, dim + 1)
         if box.sizes[dim] != self.value.shape[dim]:
             found = builder.make(cut, found, dim, box.start[dim], box.sizes[dim], box.steps[dim])

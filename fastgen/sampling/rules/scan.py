@@ -32,6 +32,11 @@ class Scan(Rule):
         self._cuts: dict[Any, Tensor] = {}
 
     @property
+    def options(self) -> tuple[Any, ...]:
+        """Of the operator, behind gates and weight."""
+        return ()
+
+    @property
     def multiply_adds(self) -> float:
         return 4 * self.weight[0].numel() / 2  # an element of the value is half a unit
 
@@ -108,6 +113,15 @@ class Scan(Rule):
         gates = [piece.order([1, 2, 3]) for piece in pieces]
         builder.emit(self.run, gates, states.order([1, 2, 3, 4]), self._cuts[first, count], first)
 
+    def whole(self, gates: Tensor) -> Tensor:
+        """The states (n, 1, 2, h, H, W) of whole images from their gates (n, 1, 4h, H, W)."""
+        given = [gates.flatten(0, 1), self.weight.to(gates.device), *self.value.args[2:3]]
+        name = self.value.op._schema.name.split("::")[1]
+        hidden, _, cell = getattr(torch.ops.fastgen, f"{name}_saving")(
+            *given[: 3 if name == "diagonal_lstm" else 2], False
+        )
+        return torch.stack((hidden, cell), 1).unsqueeze(1)
+
     def packed(self, weight: Tensor) -> Tensor:
         """The weights (4 units, h, taps) of some units as `run` takes them."""
         raise NotImplementedError
@@ -137,6 +151,10 @@ class DiagonalScan(Scan):
     @property
     def reverse(self) -> bool:
         return bool(self.value.args[2])
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        return (self.reverse,)
 
     def before(self, times: Tensor, fill: int) -> Tensor:
         if self.reverse:

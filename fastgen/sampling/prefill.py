@@ -1,0 +1,82 @@
+"""Fills in what leading known pixels decide: all activations of whole images at once, as in a pass of the model."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from fastgen.sampling.graph import Map, Operand, Value, map_arguments
+from fastgen.sampling.plan import Plan
+from fastgen.sampling.rules.scan import Scan
+
+
+def prefill(plan: Plan, given: Mapping[int, Tensor], store: Callable[[Value, Tensor], None]) -> None:
+    """Computes every value for a batch of images.
+
+    Args:
+        plan: of the network.
+        given: index of the levels and the condition's values -> (n, *shape).
+        store: called with each value that sampling keeps, and its elements (n, *shape). Those that pixels not known
+            yet decide are of no use, and computed again when their time comes.
+    """
+    n, device = len(next(iter(given.values()))), next(iter(given.values())).device
+    found: dict[int, Tensor] = dict(given)
+    last_use: dict[int, int] = {}
+    for value in plan.timed.computed:
+        for operand in value.operands:
+            for source in operand.values:
+                last_use[source.index] = value.index
+
+    def whole(value: Value) -> Tensor:
+        if value.kind == "constant":
+            return value.data.to(device).expand(n, *value.shape)
+        return found[value.index]
+
+    for value in plan.timed.computed:
+        rule = plan.timed.rules[value.index]
+        result = rule.whole(_read(rule.gates, whole)) if isinstance(rule, Scan) else _compute(value, whole)
+        found[value.index] = result
+        if value.index in plan.storage.stored:
+            store(value, result)
+        for index in {source.index for operand in value.operands for source in operand.values}:
+            if last_use[index] == value.index:
+                found.pop(index, None)
+
+
+def _compute(value: Value, whole: Callable[[Value], Tensor]) -> Tensor:
+    """The operator on the images of a batch one by one, which vmap does at once."""
+    operands = value.operands
+
+    def one_image(*tensors: Tensor) -> Tensor:
+        given = dict(zip(map(id, operands), tensors, strict=True))
+        args, kwargs = (map_arguments(a, lambda one: given[id(one)]) for a in (value.args, value.kwargs))
+        found = value.op(*args, **kwargs)
+        return found[value.output] if isinstance(found, (tuple, list)) else found
+
+    fixed = [one.map is not None and one.map.value.kind == "constant" for one in operands]
+    tensors = [_read(one, whole)[0] if same else _read(one, whole) for one, same in zip(operands, fixed, strict=True)]
+    return torch.vmap(one_image, in_dims=tuple(None if same else 0 for same in fixed))(*tensors)
+
+
+def _read(operand: Operand, whole: Callable[[Value], Tensor]) -> Tensor:
+    """An operand of a batch of images, (n, *shape)."""
+    if operand.map is not None:
+        inner, data = operand.map, whole(operand.map.value)
+        batched = Map(
+            Value("computed", tuple(data.shape), data),
+            (len(data), *inner.shape),
+            (0, *inner.start),
+            ((1, *(0,) * len(inner.start)), *((0, *step) for step in inner.steps)),
+        )
+        return batched.read(data.contiguous(), 0)
+    assert operand.ids is not None
+    values = operand.values
+    data = whole(values[-1])
+    out = data.new_zeros((len(data), operand.ids.numel()))
+    flat = operand.ids.reshape(-1)
+    for value in values:
+        places = torch.nonzero((flat >= value.base) & (flat < value.base + value.numel)).flatten()
+        out[:, places.to(data.device)] = (
+            whole(value).flatten(1)[:, (flat[places] - value.base).to(data.device)].to(data.dtype)
+        )
+    return out.view(len(data), *operand.ids.shape)

@@ -1,0 +1,178 @@
+"""Memory of a batch, the programs bound to it, and the draws in between."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fastgen.distributions import Distribution
+from fastgen.sampling.draw import draw_channel
+from fastgen.sampling.graph import CONSTANT, Value
+from fastgen.sampling.job import Job
+from fastgen.sampling.plan import Plan
+from fastgen.sampling.prefill import prefill
+from fastgen.sampling.program import Memory
+
+
+class Run:
+    """The memory of a batch of n images, and the programs bound to it."""
+
+    def __init__(self, plan: Plan, n: int, device: torch.device) -> None:
+        self.plan = plan
+        self.n = n
+        self.device = device
+        self.blocks: dict[int, Tensor] = {}
+        self._keep: list[Memory] = []
+        self.programs = [program.bind(n, self.block, self.on_device) for program in plan.programs]
+        self.steps = [
+            (self.programs[number], [self.on_device(one) for one in offsets]) for number, offsets in plan.steps
+        ]
+        for value in plan.timed.graph.values:
+            if value.kind == "computed" and value.index in plan.storage.stored:
+                times = plan.timed.graph.of(plan.schedule.times, value)
+                if (times == CONSTANT).any():
+                    self._inner(value).copy_(torch.where(times == CONSTANT, value.data, 0).to(device))
+        self._levels = self._inner(plan.levels)
+        self.levels = self._levels[:, 0]
+        view = plan.output.map
+        assert view is not None
+        strides, origin = plan.storage.strides(view.value)
+        memory = self.block(plan.storage.memory(view.value))
+        if view.value.kind == "constant":
+            memory = memory.expand(n, -1)
+        along = [sum(s * t for s, t in zip(step, strides, strict=True)) for step in view.steps]
+        offset = origin + sum(s * t for s, t in zip(view.start, strides, strict=True))
+        self._params = memory.as_strided((n, *view.shape), (memory.stride(0), *along), offset)[:, 0]
+
+    def block(self, memory: Memory) -> Tensor:
+        if id(memory) not in self.blocks:
+            self._keep.append(memory)
+            if memory.data is not None:
+                self.blocks[id(memory)] = memory.data.to(self.device).view(1, -1)
+            else:
+                self.blocks[id(memory)] = torch.zeros((self.n, memory.numel), dtype=memory.dtype, device=self.device)
+        return self.blocks[id(memory)]
+
+    def on_device(self, one: Any) -> Any:
+        return one.to(self.device) if isinstance(one, Tensor) and one.device != self.device else one
+
+    def params(self) -> Tensor:
+        """The model's output for what has been drawn, (n, ..., H, W), a view."""
+        return self._params
+
+    def begin(self, job: Job) -> None:
+        """Takes the condition, forgets the levels, computes what depends on no pixel."""
+        self.forced = job.known_mask.clone() if job.known_mask is not None else None
+        self.given = job.known.clone() if job.known is not None else None
+        self._levels.zero_()
+        leaves = [leaf for leaf in tree_leaves(job.condition) if isinstance(leaf, Tensor) and leaf.dim()]
+        for value, leaf in zip(self.plan.leaves, leaves, strict=True):
+            self._inner(value).copy_(leaf.view(self.n, *value.shape))
+        program, offsets = self.steps[0]
+        program(offsets)
+
+    def draw_from(self, job: Job, first: int) -> Tensor:
+        """Draws from one place on; returns whether parameters were NaN."""
+        bad = torch.zeros((), dtype=torch.bool, device=self.device)
+        known = [None] * len(self.plan.order) if self.forced is None else self._all_known(self.forced)
+        for place in range(first, len(self.plan.order)):
+            if known[place] and self.given is not None:
+                c, i, j = self.plan.order[place]
+                at = slice(None) if self.plan.whole_pixels else slice(c, c + 1)
+                self.levels[:, at, i, j] = self.given[:, at, i, j]
+                self.step(place)
+            else:
+                draw_place(self, job.distribution, job.noise, self.given, self.forced, place, bad)
+            if job.progress is not None and first == 0:
+                job.progress(self.channels if self.plan.whole_pixels else 1)
+        return bad
+
+    def step(self, place: int) -> None:
+        """Computes what the level drawn at this place decides."""
+        program, offsets = self.steps[place + 1]
+        program(offsets)
+
+    def _all_known(self, mask: Tensor) -> list[bool]:
+        """For every place whether no image draws there."""
+        everywhere = mask.all(0).cpu()
+        index = torch.tensor(self.plan.order)
+        of_places = everywhere[:, index[:, 1], index[:, 2]]
+        if self.plan.whole_pixels:
+            return of_places.all(0).tolist()
+        return of_places[index[:, 0], torch.arange(len(index))].tolist()
+
+    def fill_known(self) -> int:
+        """Takes over leading known pixels in one pass; returns how many places, 0 where they are less than a row."""
+        if self.forced is None or self.given is None:
+            return 0
+        known = [*self._all_known(self.forced), False]
+        count = known.index(False)
+        if count < self.levels.shape[-1]:
+            return 0
+        self.levels.copy_(torch.where(self.forced, self.given, 0))
+        given = {self.plan.levels.index: self._levels.contiguous()}
+        for value in self.plan.leaves:
+            given[value.index] = self._inner(value).contiguous()
+
+        def keep(value: Value, found: Tensor) -> None:
+            self._inner(value).copy_(found)
+
+        prefill(self.plan, given, keep)
+        return count
+
+    def _inner(self, value: Value) -> Tensor:
+        """A stored value, (n, *shape)."""
+        return self.plan.storage.layouts[value.index].inner(self.block(self.plan.storage.memory(value)))
+
+    @property
+    def channels(self) -> int:
+        return self.plan.levels.shape[1]
+
+    def correct(self, job: Job, truth: Tensor) -> int | None:
+        """Puts the first wrong level of each image right; the place to go on from, None where all are right."""
+        index = torch.tensor(self.plan.order, device=self.device)
+        wrong = self.levels != truth
+        if not bool(wrong.any()):
+            return None
+        if self.plan.whole_pixels:
+            by_place = wrong.any(1)[:, index[:, 1], index[:, 2]]
+        else:
+            by_place = wrong[:, index[:, 0], index[:, 1], index[:, 2]]
+        if self.forced is None or self.given is None:
+            self.forced, self.given = torch.zeros_like(wrong), torch.zeros_like(self.levels)
+        firsts = []
+        for b in torch.nonzero(by_place.any(1)).flatten().tolist():
+            place = int(torch.nonzero(by_place[b])[0])
+            c, i, j = self.plan.order[place]
+            at = slice(None) if self.plan.whole_pixels else slice(c, c + 1)
+            self.given[b, at, i, j] = truth[b, at, i, j]
+            self.forced[b, at, i, j] = True
+            firsts.append(place)
+        return min(firsts)
+
+
+def draw_place(
+    run: Run,
+    distribution: Distribution,
+    noise: Tensor,
+    given: Tensor | None,
+    forced: Tensor | None,
+    place: int,
+    bad: Tensor,
+) -> None:
+    """Draws one place of the order and computes what it decides; `bad` notes parameters that are NaN."""
+    c, i, j = run.plan.order[place]
+    for channel in range(run.channels) if run.plan.whole_pixels else (c,):
+        drawn, nan = draw_channel(
+            distribution,
+            run.params()[..., i, j],
+            noise[..., i, j],
+            channel,
+            run.levels[:, :channel, i, j],
+            None if given is None else given[:, channel, i, j],
+            None if forced is None else forced[:, channel, i, j],
+        )
+        run.levels[:, channel, i, j] = drawn
+        bad |= nan
+    run.step(place)
