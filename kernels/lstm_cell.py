@@ -55,7 +55,7 @@ def cell_backward(grad_hidden, grad_cell, o, f, i, g, cell, previous, FAST: tl.c
 @triton.jit
 def load_gates(at, unit_stride, units, mask):
     """The tiles of o, f, i, g; `at` points to those of o, gates lie `units` channels apart."""
-    gate = units.to(tl.int64) * unit_stride
+    gate = tl.full((), 1, tl.int64) * units * unit_stride
     o = tl.load(at, mask, other=0.0)
     f = tl.load(at + gate, mask, other=0.0)
     i = tl.load(at + 2 * gate, mask, other=0.0)

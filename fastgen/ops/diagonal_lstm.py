@@ -225,7 +225,8 @@ def diagonal_lstm(
     so that their state left of the first column is not 0.)
 
     Args:
-        gates: input-to-state terms, bias included, (B, 4h, H, W) in the order o, f, i, g, of any strides.
+        gates: input-to-state terms, bias included, (B, 4h, H, W) in the order o, f, i, g, of any strides; the kernel
+            reads them fastest channels-last.
         weight: state-to-state weights (4h, h, 2), [..., 0] from above, [..., 1] from the left.
         reverse: (i, j+1) takes the place of (i, j-1).
         recompute: run the scan again in the backward. Then a training step keeps the gates, 4h numbers a pixel, besides

@@ -175,7 +175,8 @@ def row_lstm(gates: Tensor, weight: Tensor, *, recompute: bool = False, impl: st
     c(i, j) = sigmoid(f) * c(i-1, j) + sigmoid(i) * tanh(g), hidden = sigmoid(o) * tanh(c). Above the image both are 0.
 
     Args:
-        gates: input-to-state terms, bias included, (B, 4h, H, W) in the order o, f, i, g, of any strides.
+        gates: input-to-state terms, bias included, (B, 4h, H, W) in the order o, f, i, g, of any strides; the kernel
+            reads them fastest channels-last.
         weight: state-to-state weights (4h, h, k), k odd; tap t multiplies the state at column j + t - k // 2.
         recompute: run the scan again in the backward, as in `diagonal_lstm`.
         impl: "auto" is Triton on CUDA tensors (not for float64), the PyTorch definition elsewhere.
