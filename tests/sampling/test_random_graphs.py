@@ -163,10 +163,11 @@ class Pool(nn.Module):
     def __init__(self, data, ranks):
         super().__init__()
         self.size = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+        self.pool = data.draw(st.sampled_from([F.avg_pool2d, F.max_pool2d]))
         self.ranks = list(ranks)
 
     def forward(self, x):
-        return F.avg_pool2d(F.pad(x, (self.size[1] - 1, 0, self.size[0] - 1, 0)), self.size, stride=1)
+        return self.pool(F.pad(x, (self.size[1] - 1, 0, self.size[0] - 1, 0)), self.size, stride=1)
 
 
 LAYERS = [Conv, Conv, Conv, Shift, DownAndUp, Channels, Pointwise, Attention, Pool]
@@ -217,14 +218,19 @@ def test_any_causal_graph_gives_the_images_of_whole_passes(data):
     distribution = Bernoulli() if binary else Categorical(LEVELS, "B(KC)HW")
     model = Graph(data, colours, 1 if binary else LEVELS).eval()
     plain = accelerate(model, shape, distribution=distribution, backend="naive")
+    known = {}
+    if data.draw(st.booleans()):
+        rows = torch.arange(shape[1]).view(-1, 1) < data.draw(st.integers(0, shape[1]))
+        known = {"known": torch.randint(2, shape), "known_mask": rows | (torch.rand(3, *shape) < 0.2)}
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # no fallback
+        warnings.simplefilter("error")  # no fallback, no more than rounding
         sampler = accelerate(model, shape, distribution=distribution, backend="eager")
-    for seed in range(2):
-        passes = []
-        expected = plain.sample(3, seed=seed)
-        handle = model.register_forward_hook(lambda *_, passes=passes: passes.append(1))
-        images = sampler.sample(3, seed=seed)
-        handle.remove()
-        assert torch.equal(images, expected)
-        assert len(passes) <= 1
+        for seed in range(2):
+            passes = []
+            expected, nats = plain.sample(3, seed=seed, return_log_prob=True, **known)
+            handle = model.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+            images, found = sampler.sample(3, seed=seed, return_log_prob=True, **known)
+            handle.remove()
+            assert torch.equal(images, expected)
+            torch.testing.assert_close(found, nats, rtol=1e-4, atol=1e-4)
+            assert len(passes) <= 1

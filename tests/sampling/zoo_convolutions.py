@@ -218,7 +218,7 @@ class CoarseContext(nn.Module):
         above = F.pad(x, (0, 0, 4, 0))[:, :, :-4]
         coarse = F.relu(self.coarse(above))
         back = F.interpolate(coarse, scale_factor=2, mode="nearest")
-        pooled = F.avg_pool2d(F.pad(x, (1, 1, 3, 0))[:, :, :-1], 3, stride=1).expand(-1, 2, -1, -1)
+        pooled = F.max_pool2d(F.pad(x, (1, 1, 3, 0))[:, :, :-1], 3, stride=1).expand(-1, 2, -1, -1)
         mean = F.avg_pool2d(F.pad(x, (1, 0, 0, 0))[..., :-1], (1, 2), 1, (0, 1))[..., :-1].expand(-1, 2, -1, -1)
         return self.out(torch.cat((back, self.fine(x), pooled, mean), 1))
 

@@ -120,6 +120,36 @@ class AttentionOverTheImage(nn.Module):
         return self.out(torch.cat((features, seen), 1))
 
 
+@case((1, 4, 5), Categorical(4, "B(KC)HW"), encode=as_float)
+class AxialAttention(nn.Module):
+    """Along the columns over the rows above, then along the row over what is to the left, with a bias by distance."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(1, 6)
+        self.down, self.along = nn.Linear(6, 18), nn.Linear(12, 18)
+        self.distance = nn.Parameter(torch.empty(1, 5))
+        self.out = nn.Linear(6, 4)
+
+    @staticmethod
+    def attend(qkv, bias):
+        q, k, v = qkv.chunk(3, -1)
+        return torch.baddbmm(bias.expand(q.shape[0], -1, -1), q, k.mT, alpha=0.4).softmax(-1).bmm(v)
+
+    def forward(self, x):
+        batch, _, height, width = x.shape
+        features = self.embed(x.permute(0, 2, 3, 1))
+        columns = self.down(features).transpose(1, 2).flatten(0, 1)
+        hidden = torch.full((height, height), -1e9).triu(1)
+        above = self.attend(columns, hidden).view(batch, width, height, 6).transpose(1, 2)
+        above = torch.cat((torch.zeros_like(above[:, :1]), above[:, :-1]), 1)
+        left = torch.cat((features.new_zeros(batch, height, 1, 6), features[:, :, :-1]), 2)
+        rows = self.along(torch.cat((above, left), -1)).reshape(-1, width, 18)
+        apart = torch.arange(width)[:, None] - torch.arange(width)
+        bias = self.distance[0][apart.clamp(min=0)].masked_fill(apart < 0, -1e9)
+        return self.out(self.attend(rows, bias)).view(batch, height, width, 4).movedim(-1, 1)
+
+
 @case((1, 4, 5), Bernoulli())
 class DiagonalRecurrence(nn.Module):
     """Rows skewed by slices, a cell that walks over the columns of the skewed image, and back."""
