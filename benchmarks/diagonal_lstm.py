@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import references
 from benchmarks.case import Case, Rivals, contenders
+from fastgen.nn import DiagonalBiLSTM
 from fastgen.ops import diagonal_lstm
 from fastgen.ops.diagonal_lstm import diagonal_lstm_cell, diagonal_lstm_reference
 
@@ -131,4 +132,34 @@ def cases(size: str, device: torch.device) -> list[Case]:
                     **floor(batch, units, n, 2, dtype.itemsize),
                 )
             )
+        found.append(layer_case(size, device, batch, units, n))
     return found
+
+
+def layer_inputs(device: torch.device, batch: int, units: int, n: int, dtype: torch.dtype) -> dict[str, Any]:
+    layer = DiagonalBiLSTM(2 * units, units, mask_type="B").to(device, dtype)
+    x = torch.randn(batch, 2 * units, n, n, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    return {"x": x.requires_grad_(), "layer": layer, "plain": references.plain(layer)}
+
+
+def plain_layer(x: Tensor, layer: nn.Module, plain: nn.Module) -> Tensor:
+    return plain(x)
+
+
+def fastgen_layer(x: Tensor, layer: nn.Module, plain: nn.Module) -> Tensor:
+    return layer(x)
+
+
+def layer_case(size: str, device: torch.device, batch: int, units: int, n: int) -> Case:
+    """A Diagonal BiLSTM with its input-to-state convolutions: both directions, at the same time on a GPU."""
+    dtype = torch.bfloat16 if size.startswith("gpu") else torch.float32
+    return Case(
+        op="diagonal_bilstm",
+        shape=f"B={batch} h={units} {n}x{n}",
+        dtype=dtype,
+        inputs=functools.partial(layer_inputs, batch=batch, units=units, n=n, dtype=dtype),
+        providers={"eager, skewed": plain_layer, "fastgen": fastgen_layer},
+        truth=plain_layer,
+        kernels=("diagonal_lstm", "masked_conv2d"),
+        batch=batch,
+    )
