@@ -35,6 +35,7 @@ NAMES = (
     "row_lstm",
     "training",
     "vae",
+    "sampling",
 )
 COMMANDS = ("status", "readme-tables", "plots", "gpu-tests")
 
