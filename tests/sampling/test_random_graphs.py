@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from fastgen import Bernoulli, Categorical, accelerate
+from fastgen import Bernoulli, Categorical, accelerate, check_causality
 
 LEVELS = 3
 SETTINGS = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
@@ -234,3 +234,36 @@ def test_any_causal_graph_gives_the_images_of_whole_passes(data):
             assert torch.equal(images, expected)
             torch.testing.assert_close(found, nats, rtol=1e-4, atol=1e-4)
             assert len(passes) <= 1
+
+
+def really_leaks(model, shape):
+    """By changing every element of three images: whether something moves that is drawn before it, or at once."""
+    colours, height, width = shape
+    count = math.prod(shape)
+    rank = torch.arange(height * width).view(1, height, width) * colours + torch.arange(colours).view(-1, 1, 1)
+    for _ in range(3):
+        x = torch.rand(1, *shape, dtype=torch.float64).repeat(count + 1, 1, 1, 1)
+        x[1:].view(count, count).diagonal().add_(0.9)
+        with torch.no_grad():
+            y = model(x).view(count + 1, -1, *shape)
+        moved = (y[1:] - y[:1]).abs().amax(1) > 1e-9
+        if (moved & (rank <= rank.reshape(-1, 1, 1, 1))).any():
+            return True
+    return False
+
+
+@given(st.data())
+@settings(max_examples=40, **SETTINGS)
+def test_an_opened_weight_is_found_where_it_leaks(data):
+    colours = data.draw(st.sampled_from([1, 3]))
+    shape = (colours, data.draw(st.integers(2, 4)), data.draw(st.integers(2, 4)))
+    model = Graph(data, colours, LEVELS).eval()
+    hidden = [
+        (layer, tuple(tap)) for layer in model.layers if isinstance(layer, Conv) for tap in (layer.mask == 0).nonzero()
+    ]
+    if hidden:
+        layer, tap = data.draw(st.sampled_from(hidden))
+        layer.mask[tap] = 1
+        layer.weight.data[tap] = 2.0
+    model = model.double()
+    assert check_causality(model, shape, channels_ordered=colours > 1).ok == (not really_leaks(model, shape))
