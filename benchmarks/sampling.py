@@ -14,7 +14,8 @@ from benchmarks.case import Case, Rivals
 from fastgen import accelerate
 from fastgen.models import GatedPixelCNN, PixelCNN
 
-Job = tuple[type[nn.Module], tuple[int, int, int], int, dict[str, int], int]  # model, image, levels, its size, batch
+# The model, image, levels, further sizes, images at once.
+Job = tuple[type[GatedPixelCNN] | type[PixelCNN], tuple[int, int, int], int, dict[str, int], int]
 
 TOY: list[Job] = [(GatedPixelCNN, (1, 3, 4), 3, {"channels": 4, "layers": 1}, 2)]
 JOBS: dict[str, list[Job]] = {

@@ -101,23 +101,25 @@ class Builder:
 
     def _view(self, where: Map, region: Region) -> View:
         value = where.value
-        first = [Linear(k) for k in where.start]
-        steps = []
-        for (start, _, step), along in zip(region, where.steps, strict=True):
-            for k, s in enumerate(along):
-                if s:
-                    first[k] = first[k] + start * s
-            steps.append([s * step for s in along])
         sizes = tuple(size for _, size, _ in region)
-        if value.kind == "constant" or value.kind != "computed" or value.index in self.storage.stored:
+        if value.kind != "computed" or value.index in self.storage.stored:
             strides, origin = self.storage.strides(value)
-            offset = Linear(origin)
-            for start, stride in zip(first, strides, strict=True):
-                offset = offset + start * stride
-            along = tuple(sum(s * t for s, t in zip(step, strides, strict=True)) for step in steps)
+            units = [sum(s * t for s, t in zip(step, strides, strict=True)) for step in where.steps]
+            offset = Linear(origin + sum(s * t for s, t in zip(where.start, strides, strict=True)))
+            for (start, _, _), unit in zip(region, units, strict=True):
+                if unit and (start.const or start.coefficients):
+                    offset = offset + start * unit
+            along = tuple(unit * step for unit, (_, _, step) in zip(units, region, strict=True))
             return View(self.storage.memory(value), sizes, along, offset, self.task)
         if value.index not in self.local:
             raise NeedsStorage(value)
+        first = [Linear(k) for k in where.start]
+        steps = []
+        for (start, _, step), along_value in zip(region, where.steps, strict=True):
+            for k, s in enumerate(along_value):
+                if s:
+                    first[k] = first[k] + start * s
+            steps.append([s * step for s in along_value])
         return self._local_view(value, first, steps, sizes)
 
     def _local_view(self, value: Value, first: list[Linear], steps: list[list[int]], sizes: tuple[int, ...]) -> View:

@@ -3,6 +3,7 @@
 import heapq
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fastgen.sampling.unchanged import unchanged
 TRAINING_HINT = "the model is in training mode: call model.eval() first"
 NOISE_FLOOR = 1e-6  # of the largest output: what a change of input may move by rounding alone
 BATCH = 64
+TRIALS = 3  # images whose levels are changed one by one: a dead ReLU hides what another image shows
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,8 @@ def check_causality(
         graph = trace(run, model, x)
         output = graph.output
     except Unsupported as reason:
-        return _by_changes(run, x, example(), channels_ordered, str(reason), hint_for(model.modules()))
+        samples = [x, *(example() for _ in range(TRIALS))]
+        return _by_changes(run, samples, channels_ordered, str(reason), hint_for(model.modules()))
     if len(output.shape) < 3 or output.shape[-2:] != (height, width):
         raise ValueError(f"model must return (B, ..., {height}, {width}), got the shape {output.shape}")
     order = raster(shape, channels_ordered)
@@ -262,20 +265,26 @@ def check_causality(
         if best is None or len(leaks) < len(best):
             best = leaks
     remark = "ready times are an upper bound"
-    checked = _by_changes(run, x, example(), channels_ordered, remark, hint_for(model.modules()))
+    samples = [x, *(example() for _ in range(TRIALS))]
+    checked = _by_changes(run, samples, channels_ordered, remark, hint_for(model.modules()))
     return checked if checked.ok else CausalityReport(False, best or checked.leaks)
 
 
 def _by_changes(
-    run: Callable[[Tensor], Tensor], x: Tensor, other: Tensor, channels_ordered: bool, remark: str, hint: str
+    run: Callable[[Tensor], Tensor], samples: Sequence[Tensor], channels_ordered: bool, remark: str, hint: str
 ) -> CausalityReport:
-    """By changing each level in turn."""
+    """By changing each level of each sample but the last, one by one, to that of the next sample."""
+    x = samples[0]
     channels, height, width = x.shape[1:]
-    if x.is_floating_point():
-        other = torch.where((other - x).abs() < 0.1, x + 0.5, other)
-    else:
-        other = torch.where(other == x, 1 - x.clamp(max=1), other)
-    changed = dependencies(run, x, other)  # (inputs, ..., H, W)
+    changed: Tensor | None = None  # (inputs, ..., H, W)
+    for sample, other in pairwise(samples):
+        if sample.is_floating_point():
+            other = torch.where((other - sample).abs() < 0.1, sample + 0.5, other)
+        else:
+            other = torch.where(other == sample, 1 - sample.clamp(max=1), other)
+        found = dependencies(run, sample, other)
+        changed = found if changed is None else changed | found
+    assert changed is not None
     places = places_of(raster(x.shape[1:], channels_ordered), x.shape[1:]).cpu()
     sources = places.reshape(-1)
     best: list[Leak] | None = None
@@ -285,10 +294,10 @@ def _by_changes(
         if not late.any():
             return CausalityReport(True, [], f"by changing the input; {remark}")
         leaks = []
-        for found in torch.nonzero(late)[:16].tolist():
-            c, rest = divmod(found[0], height * width)
-            channel = int(channel_of[(0, *found[1:-2])]) if channels_ordered else found[1]
-            leaks.append(Leak((channel, *found[-2:]), (c, *divmod(rest, width)), "model", "", hint))
+        for place in torch.nonzero(late)[:16].tolist():
+            c, rest = divmod(place[0], height * width)
+            channel = int(channel_of[(0, *place[1:-2])]) if channels_ordered else place[1]
+            leaks.append(Leak((channel, *place[-2:]), (c, *divmod(rest, width)), "model", "", hint))
         if best is None or len(leaks) < len(best):
             best = leaks
     return CausalityReport(False, best or [])

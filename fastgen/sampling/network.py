@@ -15,7 +15,7 @@ MOST_ELEMENTS = 4 * 10**8  # of one image; beyond, the analysis would not fit in
 
 
 class Network:
-    """model(encode(levels)[, condition]) on two sample images; the condition has two rows wherever it has rows."""
+    """model(encode(levels)[, condition]) on sample images; the condition has two rows wherever it has rows."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class Network:
         self._rows = [k for k, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor) and leaf.dim()]
         device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         generator = torch.Generator().manual_seed(0)
-        self.samples = torch.randint(levels, (4, *shape), generator=generator).to(device)
+        self.samples = torch.randint(levels, (5, *shape), generator=generator).to(device)
         self.output_shape = tuple(self.run(self.samples[:2]).shape)
 
     def _call(self, levels: Tensor, *given: Tensor) -> Tensor:

@@ -86,12 +86,10 @@ def make_plan(
     storage = _storage(found.timed, when, found.order, shape)
     whole_pixels = len(found.order) == shape[1] * shape[2]
     plan = Plan(found.timed, when, storage, found.order, whole_pixels, output, found.conditions, remarks=found.remarks)
-    while True:
-        try:
-            _write_programs(plan)
-            return plan
-        except NeedsStorage as missing:
-            plan.storage.stored.add(missing.value.index)
+    built: Built = {}
+    while not _write_programs(plan, built):
+        pass  # again, with what was found to need storage
+    return plan
 
 
 def _storage(timed: Timed, when: Schedule, order: Order, shape: Sequence[int]) -> Storage:
@@ -116,7 +114,12 @@ def _storage(timed: Timed, when: Schedule, order: Order, shape: Sequence[int]) -
     return Storage(layouts, stored)
 
 
-def _write_programs(plan: Plan) -> None:
+Built = dict[int, tuple[Program, list[Any], frozenset[int]]]  # step -> program, payload, values local to it
+
+
+def _write_programs(plan: Plan, built: Built) -> bool:
+    """Whether the programs are right: not where values were found on the way that need storage."""
+    before = len(plan.storage.stored)
     plan.programs, plan.steps = [], []
     groups: dict[Any, list[int]] = {}
     tasks_of = plan.schedule.steps
@@ -124,7 +127,7 @@ def _write_programs(plan: Plan) -> None:
     steps: dict[int, tuple[int, list[Any]]] = {}
     for step, tasks in enumerate(tasks_of):
         if any(one.map is None for value, _ in tasks for one in value.operands):
-            program, payload = _build(plan, tasks)
+            program, payload = _build(plan, step, built)
             number = by_number.setdefault(_signature(program), len(plan.programs))
             if number == len(plan.programs):
                 plan.programs.append(program)
@@ -138,7 +141,7 @@ def _write_programs(plan: Plan) -> None:
     pending = list(groups.values())
     while pending:
         group = pending.pop(0)
-        program, payload = _build(plan, tasks_of[group[0]])
+        program, payload = _build(plan, group[0], built)
         starts = [
             np.array([tasks_of[step][k][1].start for step in group], dtype=np.int64).reshape(len(group), -1)
             for k in range(len(tasks_of[group[0]]))
@@ -154,14 +157,24 @@ def _write_programs(plan: Plan) -> None:
             steps[step] = len(plan.programs), offsets
         plan.programs.append(program)
     plan.steps = [steps[step] for step in range(len(tasks_of))]
+    return len(plan.storage.stored) == before
 
 
-def _build(plan: Plan, tasks: Sequence[tuple[Value, Box]]) -> tuple[Program, list[Any]]:
-    builder = Builder(plan.storage, tasks)
-    for number, (value, box) in enumerate(tasks):
-        builder.task = number
-        plan.timed.rules[value.index].emit(builder, box)
-    return builder.program, builder.payload
+def _build(plan: Plan, step: int, built: Built) -> tuple[Program, list[Any]]:
+    if step in built and not built[step][2] & plan.storage.stored:
+        return built[step][:2]
+    tasks = plan.schedule.steps[step]
+    while True:
+        builder = Builder(plan.storage, tasks)
+        try:
+            for number, (value, box) in enumerate(tasks):
+                builder.task = number
+                plan.timed.rules[value.index].emit(builder, box)
+        except NeedsStorage as missing:
+            plan.storage.stored.add(missing.value.index)
+        else:
+            built[step] = builder.program, builder.payload, frozenset(builder.local)
+            return builder.program, builder.payload
 
 
 def _signature(program: Program) -> Any:

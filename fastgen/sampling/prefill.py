@@ -20,6 +20,7 @@ def prefill(plan: Plan, given: Mapping[int, Tensor], store: Callable[[Value, Ten
             yet decide are of no use, and computed again when their time comes.
     """
     n, device = len(next(iter(given.values()))), next(iter(given.values())).device
+    empty = torch.empty((n, 0), device=device)
     found: dict[int, Tensor] = dict(given)
     last_use: dict[int, int] = {}
     for value in plan.timed.computed:
@@ -34,7 +35,9 @@ def prefill(plan: Plan, given: Mapping[int, Tensor], store: Callable[[Value, Ten
 
     for value in plan.timed.computed:
         rule = plan.timed.rules[value.index]
-        result = rule.whole(_read(rule.gates, whole)) if isinstance(rule, Scan) else _compute(value, whole)
+        result = (
+            rule.whole(_read(rule.gates, whole, empty)) if isinstance(rule, Scan) else _compute(value, whole, empty)
+        )
         found[value.index] = result
         if value.index in plan.storage.stored:
             store(value, result)
@@ -43,7 +46,7 @@ def prefill(plan: Plan, given: Mapping[int, Tensor], store: Callable[[Value, Ten
                 found.pop(index, None)
 
 
-def _compute(value: Value, whole: Callable[[Value], Tensor]) -> Tensor:
+def _compute(value: Value, whole: Callable[[Value], Tensor], empty: Tensor) -> Tensor:
     """The operator on the images of a batch one by one, which vmap does at once."""
     operands = value.operands
 
@@ -54,12 +57,15 @@ def _compute(value: Value, whole: Callable[[Value], Tensor]) -> Tensor:
         return found[value.output] if isinstance(found, (tuple, list)) else found
 
     fixed = [one.map is not None and one.map.value.kind == "constant" for one in operands]
-    tensors = [_read(one, whole)[0] if same else _read(one, whole) for one, same in zip(operands, fixed, strict=True)]
+    tensors = [
+        _read(one, whole, empty)[0] if same else _read(one, whole, empty)
+        for one, same in zip(operands, fixed, strict=True)
+    ]
     return torch.vmap(one_image, in_dims=tuple(None if same else 0 for same in fixed))(*tensors)
 
 
-def _read(operand: Operand, whole: Callable[[Value], Tensor]) -> Tensor:
-    """An operand of a batch of images, (n, *shape)."""
+def _read(operand: Operand, whole: Callable[[Value], Tensor], empty: Tensor) -> Tensor:
+    """An operand of a batch of images, (n, *shape); `empty` (n, 0) tells the batch where it holds zeros alone."""
     if operand.map is not None:
         inner, data = operand.map, whole(operand.map.value)
         batched = Map(
@@ -71,7 +77,7 @@ def _read(operand: Operand, whole: Callable[[Value], Tensor]) -> Tensor:
         return batched.read(data.contiguous(), 0)
     assert operand.ids is not None
     values = operand.values
-    data = whole(values[-1])
+    data = whole(values[-1]) if values else empty
     out = data.new_zeros((len(data), operand.ids.numel()))
     flat = operand.ids.reshape(-1)
     for value in values:

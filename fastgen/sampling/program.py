@@ -181,7 +181,7 @@ class Program:
         """Python source of a function of the offsets, and the names in it that stand for functions and views."""
         names: dict[str, Any] = {}
         lines = ["def run(o):"]
-        moving = {view: f"v{k}" for k, view in enumerate(self.views())}
+        moving = {view: k for k, view in enumerate(self.views())}
         made: set[View] = set()
         static: dict[View, str] = {}
         functions: dict[Any, str] = {}
@@ -189,7 +189,7 @@ class Program:
         def text(argument: Any) -> str:
             if isinstance(argument, View):
                 if argument.moves:
-                    return moving[argument]
+                    return f"v{moving[argument]}"
                 if argument not in static:
                     static[argument] = f"s{len(static)}"
                     names[static[argument]] = argument
@@ -197,7 +197,7 @@ class Program:
             if isinstance(argument, Temporary):
                 return f"t{argument.number}"
             if isinstance(argument, Listed):
-                return f"o[{argument.position(moving)}]"
+                return f"o[{len(moving) + argument.number}]"
             if isinstance(argument, (list, tuple)):
                 inner = ", ".join(text(one) for one in argument)
                 return f"[{inner}]" if isinstance(argument, list) else f"({inner},)"
@@ -211,7 +211,7 @@ class Program:
             for argument in _leaves((instruction.args, instruction.kwargs)):
                 if isinstance(argument, View) and argument.moves and argument not in made:
                     made.add(argument)
-                    k = list(moving).index(argument)
+                    k = moving[argument]
                     names[f"m{k}"] = argument
                     lines.append(f"    v{k} = strided(m{k}, z{k}, y{k}, o[{k}])")
             name = functions.setdefault(instruction.function, f"f{len(functions)}")
@@ -250,9 +250,6 @@ class Listed:
     """An argument taken from the payload of the step."""
 
     number: int
-
-    def position(self, moving: dict[View, str]) -> int:
-        return len(moving) + self.number
 
 
 def scratch(sizes: Sequence[int], dtype: torch.dtype, order: Sequence[int] | None = None) -> View:

@@ -102,6 +102,7 @@ class Sampler:
         self._built_for: Any = None
         self._waits = ""
         self._most: int | None = None
+        self._volatile: set[str] = set()  # attributes that the forward pass writes
         try:
             params = self._blank_pass(condition)
         except Exception as error:
@@ -246,8 +247,10 @@ class Sampler:
         """The model's output for two blank images. Whatever does not fit together fails here, with a plain error."""
         device = self._device()
         levels = torch.zeros((2, *self.shape), dtype=torch.long, device=device)
-        with torch.no_grad(), unchanged(self.model):
-            return whole_pass(self.model, self._encode(), levels, example(condition, device))
+        with torch.no_grad(), unchanged(self.model) as state:
+            params = whole_pass(self.model, self._encode(), levels, example(condition, device))
+        self._volatile |= state.touched
+        return params
 
     def _is_stale(self, condition: Any) -> bool:
         """Whether the engine was made for another state of the model, or another kind of condition."""
@@ -262,7 +265,7 @@ class Sampler:
         draw_image(Job(2, self.shape, blank, self.distribution), params)
         encode, condition = self._encode(), example(condition, self._device())
         engine = self._make(encode, condition)
-        self._snapshot, self._built_for = Snapshot(self.model), kind(condition)
+        self._snapshot, self._built_for = Snapshot(self.model, self._volatile), kind(condition)
         return engine
 
     def _make(self, encode: Callable[[Tensor], Tensor], condition: Any) -> Backend:

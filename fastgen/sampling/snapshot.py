@@ -1,6 +1,6 @@
 """Notices that a model has changed since something was derived from it."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -12,17 +12,22 @@ PLAIN = (bool, int, float, complex, str, type(None))
 class Snapshot:
     """A copy of a model's parameters, buffers, modes, and of the tensors and numbers that its modules keep as plain
     attributes. Values are compared, because a change through `.data` leaves neither version counter nor address
-    behind."""
+    behind.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = _modules(model)
-        self.tensors = {name: tensor.detach().clone() for name, tensor in _tensors(model)}
+    Args:
+        ignored: "module.attribute" names that do not count, as the forward pass itself writes them.
+    """
+
+    def __init__(self, model: nn.Module, ignored: Collection[str] = ()) -> None:
+        self.ignored = frozenset(ignored)
+        self.modules = _modules(model, self.ignored)
+        self.tensors = {name: tensor.detach().clone() for name, tensor in _tensors(model, self.ignored)}
 
     @torch.no_grad()
     def differs(self, model: nn.Module) -> bool:
         """Whether anything is not as it was: values, dtypes, devices, modules, training modes."""
-        tensors = dict(_tensors(model))
-        if self.modules != _modules(model) or self.tensors.keys() != tensors.keys():
+        tensors = dict(_tensors(model, self.ignored))
+        if self.modules != _modules(model, self.ignored) or self.tensors.keys() != tensors.keys():
             return True
         pairs = [(old, tensors[name]) for name, old in self.tensors.items()]
         if any((old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device) for old, new in pairs):
@@ -35,17 +40,25 @@ class Snapshot:
         return any(bool(((old != new) & ((old == old) | (new == new))).any()) for old, new in unlike)  # not NaN for NaN
 
 
-def _modules(model: nn.Module) -> list[tuple[str, type, dict[str, Any]]]:
+def _modules(model: nn.Module, ignored: Collection[str]) -> list[tuple[str, type, dict[str, Any]]]:
     return [
-        (name, type(module), {key: value for key, value in module.__dict__.items() if isinstance(value, PLAIN)})
-        for name, module in model.named_modules()
+        (
+            path,
+            type(module),
+            {key: value for key, value in _attributes(path, module, ignored) if isinstance(value, PLAIN)},
+        )
+        for path, module in model.named_modules()
     ]
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: nn.Module, ignored: Collection[str]) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
-    for name, module in model.named_modules():
-        for key, value in module.__dict__.items():
+    for path, module in model.named_modules():
+        for key, value in _attributes(path, module, ignored):
             if isinstance(value, Tensor):
-                yield f"{name}.{key} (attribute)", value
+                yield f"{path}.{key} (attribute)", value
+
+
+def _attributes(path: str, module: nn.Module, ignored: Collection[str]) -> Iterator[tuple[str, Any]]:
+    return ((key, value) for key, value in module.__dict__.items() if f"{path}.{key}" not in ignored)

@@ -23,8 +23,8 @@ def test_every_benchmark_agrees_with_float64_at_toy_size(name, capsys):
 def test_every_size_is_stated(name):
     for size in SIZES:
         cases = load_cases(name, size, torch.device("cpu"))
-        assert cases and len({(case.shape, case.dtype) for case in cases}) == len(cases)
-        assert all(case.op == name for case in cases)
+        assert cases and len({(case.op, case.shape, case.dtype) for case in cases}) == len(cases)
+        assert cases[0].op == name  # a file may hold more that belongs to it, as whole layers do
 
 
 def test_wrong_usage_is_one_line_and_status_2(capsys):
