@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastgen.distributions import Distribution
 from fastgen.sampling.arguments import levels_of
+from fastgen.sampling.compiled_run import CompiledRun
 from fastgen.sampling.draw import draw_image, image_log_prob, uncertain_image
 from fastgen.sampling.fixed_point import FixedPoint
 from fastgen.sampling.graph import Unsupported
@@ -20,10 +21,11 @@ from fastgen.sampling.run import Run
 
 __all__ = ["Engine", "Unsupported", "build_engine"]
 
-NOT_BUILT = {
-    "compiled": "step programs are Python source over preallocated memory, and no compiler has improved on them yet",
-    "persistent": "there is no persistent kernel yet",
+WHY_BEST = {
+    "eager": "on a CPU eager, since compiled step programs were no faster where they were measured",
+    "cuda_graph": "on a GPU cuda_graph, which spares the host a launch an operation",
 }
+RUNS = {"eager": Run, "compiled": CompiledRun, "cuda_graph": GraphRun}
 MARGIN = 4.0  # times the largest difference between the engine's output and the model's own that was seen
 MOST_CORRECTIONS = 20
 
@@ -44,11 +46,15 @@ def build_engine(
     """
     plan = make_plan(model, shape, distribution, encode, condition, levels_of(distribution) or 2)
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    chosen = "cuda_graph" if device.type == "cuda" and backend != "eager" else "eager"
+    best = "cuda_graph" if device.type == "cuda" else "eager"
+    possible = ("eager", "cuda_graph") if device.type == "cuda" else ("eager", "compiled")
+    chosen = backend if backend in possible else best
     if backend not in ("auto", chosen):
-        why = NOT_BUILT.get(backend, f"a model on {device.type} has no CUDA graphs")
+        why = "there is no persistent kernel yet" if backend == "persistent" else f"the model is on {device.type}"
         warnings.warn(f"sampling falls back from the {backend} to the {chosen} backend: {why}", stacklevel=6)
         plan.remarks.append(f"fallback: {chosen} instead of {backend}, because {why}")
+    if backend == "auto":
+        plan.remarks.append(f"auto: {WHY_BEST[best]}")
     return Engine(model, shape, encode, plan, chosen)
 
 
@@ -96,8 +102,7 @@ class Engine:
         run = self._runs.get(job.n)
         if run is None:
             self._runs.clear()  # memory of another batch size
-            kind = GraphRun if self.backend == "cuda_graph" else Run
-            run = self._runs[job.n] = kind(self.plan, job.n, job.noise.device)
+            run = self._runs[job.n] = RUNS[self.backend](self.plan, job.n, job.noise.device)
         run.begin(job)
         filled = run.fill_known()
         if filled and job.progress is not None:

@@ -1,5 +1,6 @@
 """Memory of a batch, the programs bound to it, and the draws in between."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,10 +25,8 @@ class Run:
         self.device = device
         self.blocks: dict[int, Tensor] = {}
         self._keep: list[Memory] = []
-        self.programs = [program.bind(n, self.block, self.on_device) for program in plan.programs]
-        self.steps = [
-            (self.programs[number], [self.on_device(one) for one in offsets]) for number, offsets in plan.steps
-        ]
+        programs = self.bound()
+        self.steps = [(programs[number], [self.on_device(one) for one in offsets]) for number, offsets in plan.steps]
         for value in plan.timed.graph.values:
             if value.kind == "computed" and value.index in plan.storage.stored:
                 times = plan.timed.graph.of(plan.schedule.times, value)
@@ -44,6 +43,10 @@ class Run:
         along = [sum(s * t for s, t in zip(step, strides, strict=True)) for step in view.steps]
         offset = origin + sum(s * t for s, t in zip(view.start, strides, strict=True))
         self._params = memory.as_strided((n, *view.shape), (memory.stride(0), *along), offset)[:, 0]
+
+    def bound(self) -> list[Callable[[list[Any]], None]]:
+        """The plan's programs, ready to run on this batch."""
+        return [program.bind(self.n, self.block, self.on_device) for program in self.plan.programs]
 
     def block(self, memory: Memory) -> Tensor:
         if id(memory) not in self.blocks:

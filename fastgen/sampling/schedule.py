@@ -51,7 +51,7 @@ def schedule(
     times = graph.new_store(CONSTANT)
     for value in reversed(timed.computed):
         ready, latest = analysis.ready_of(value), timed.rules[value.index].refine(graph.of(wanted, value))
-        last_end = ends[(torch.searchsorted(ends, latest, right=True) - 1).clamp(min=0)]
+        last_end = ends[(torch.searchsorted(ends, latest.contiguous(), right=True) - 1).clamp(min=0)]
         when = torch.where(last_end >= ready, last_end, ready)
         when = torch.where(ready == READY, READY, when)
         when = torch.where(latest == NEVER, NEVER, when)

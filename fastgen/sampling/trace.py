@@ -206,11 +206,8 @@ class _Recorder(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         variable = any(self.tracked(tensor) for tensor in tensors)
         name = func._schema.name.split("::")[1]
-        if variable and torch.Tag.nondeterministic_seeded in func.tags:
-            if name in ("native_dropout", "bernoulli_", "bernoulli", "alpha_dropout"):
-                raise Unsupported(f"{name} draws random numbers: call model.eval()")
-            if not name.endswith("_like"):
-                raise Unsupported(f"{name} draws random numbers in the model's forward pass")
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise Unsupported(f"{name} draws random numbers in the model's forward pass: call model.eval()")
         if variable and func in DECOMPOSED and not func._schema.is_mutable:
             with self:
                 return DECOMPOSED[func](*args, **kwargs)

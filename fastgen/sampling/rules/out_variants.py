@@ -42,6 +42,5 @@ def out_variant(op: Any) -> Callable[..., Any] | None:
     return None
 
 
-def clamp_below(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """relu into `out`."""
+def relu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     return torch.clamp_min(x, 0, out=out)

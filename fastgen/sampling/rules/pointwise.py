@@ -12,7 +12,7 @@ from fastgen.sampling.graph import CONSTANT, NEVER, Operand, map_arguments
 from fastgen.sampling.layout import Box
 from fastgen.sampling.program import Linear, View
 from fastgen.sampling.rules.base import LOW, Rule, constant_operand, reduce_to
-from fastgen.sampling.rules.out_variants import clamp_below, out_variant
+from fastgen.sampling.rules.out_variants import out_variant, relu
 
 ONE = (Linear(0), 1, 1)  # all of a dimension of size 1
 
@@ -102,7 +102,7 @@ class Pointwise(Rule):
         if self.name in ("clone", "_to_copy"):
             builder.emit(Tensor.copy_, target, args[0])
         elif self.name == "relu":
-            builder.emit(clamp_below, args[0], out=target)
+            builder.emit(relu, args[0], out=target)
         elif (function := out_variant(self.value.op)) is not None:
             builder.emit(function, *args, **kwargs, out=target)
         else:

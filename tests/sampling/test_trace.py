@@ -1,0 +1,70 @@
+"""What the recorder makes of views, copies and writes in place: where every operand takes its elements from."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastgen.sampling.graph import Map, Unsupported, Value
+from fastgen.sampling.trace import trace
+
+MOVES = {
+    "slices and steps": lambda x: x[:, :, 1::2, :-1] + 0,
+    "pad and crop": lambda x: F.pad(x, (2, 0, 1, 0))[:, :, :-1, :-2] + 0,
+    "transposes": lambda x: x.transpose(2, 3).flip(3) + 0,
+    "flatten": lambda x: x.flatten(2).transpose(1, 2) + 0,
+    "chunks": lambda x: torch.cat(x.chunk(2, 3)[::-1], 3) + 0,
+    "expand": lambda x: x.unsqueeze(2).expand(-1, -1, 2, -1, -1) + 0,
+    "roll and repeat": lambda x: x.roll(1, 2).repeat(1, 2, 1, 1) + 0,
+    "unfold": lambda x: F.unfold(x, 2) + 0,
+    "tril": lambda x: x.tril() + 0,
+}
+
+
+def written_in_pieces(x):
+    out = torch.zeros_like(x)
+    for j in range(x.shape[3]):
+        out[:, :, :, j] = x[:, :, :, j] * (j + 1)
+        out[:, :, 0, j] += 1
+    return out * 2
+
+
+@pytest.mark.parametrize("run", [*MOVES.values(), written_in_pieces], ids=[*MOVES, "written in pieces"])
+def test_operands_hold_what_the_run_read(run):
+    x = torch.randint(1, 100, (1, 2, 4, 6)).double()
+    graph = trace(run, None, x)
+    assert torch.equal(graph.data_of(graph.output), run(x))
+    for value in graph.values:
+        if value.kind == "computed":
+            for operand in value.operands:
+                assert graph.data_of(operand).shape == operand.shape
+
+
+def test_views_and_zero_padding_are_affine_maps_without_operations():
+    graph = trace(lambda x: F.pad(x, (1, 1, 2, 0))[:, :, :-2] * 3, None, torch.ones(1, 2, 4, 6))
+    computed = [value for value in graph.values if value.kind == "computed"]
+    assert [value.name for value in computed] == ["mul"]
+    assert computed[0].operands[0].map.start == (0, 0, -2, -1)
+
+
+def test_a_map_refuses_zeros_where_elements_lie():
+    value = Value("levels", (4, 5), torch.zeros(4, 5))
+    whole = Map.identity(value)
+    cropped = whole.pad((-1, 0), (0, 0))
+    assert cropped.shape == (3, 5) and cropped.start == (1, 0)
+    assert cropped.pad((1, 0), (0, 0)) is None
+    assert cropped.pad((0, 2), (1, 0)).start == (1, -2)
+
+
+def test_least_times_reach_the_elements_that_were_read():
+    x = torch.zeros(1, 1, 3, 4)
+    graph = trace(lambda x: x[:, :, 1:, ::2] + 0, None, x)
+    store = graph.new_store(9)
+    operand = graph.values[1].operands[0] if graph.values[1].operands else graph.values[-1].operands[0]
+    operand.lower(store, torch.tensor([[5, 3], [4, 7]], dtype=torch.int32))
+    expected = torch.tensor([[9, 9, 9, 9], [5, 9, 3, 9], [4, 9, 7, 9]], dtype=torch.int32)
+    assert torch.equal(graph.of(store, graph.values[0])[0, 0], expected)
+
+
+def test_random_numbers_are_not_recorded():
+    with pytest.raises(Unsupported, match="eval"):
+        trace(lambda x: F.dropout(x, 0.5), None, torch.ones(1, 1, 2, 2))
