@@ -67,6 +67,13 @@ class Value:
                     found.append(one)
         return found
 
+    def compute(self, *tensors: Tensor) -> Tensor:
+        """The value of one image from the tensors of its `operands`, in their order."""
+        given = dict(zip(map(id, self.operands), tensors, strict=True))
+        args, kwargs = (map_arguments(one, lambda operand: given[id(operand)]) for one in (self.args, self.kwargs))
+        found = self.op(*args, **kwargs)
+        return found[self.output] if isinstance(found, (tuple, list)) else found
+
 
 @dataclass(frozen=True)
 class Map:
@@ -221,7 +228,7 @@ class Graph:
 
     values: list[Value] = field(default_factory=list)
     numbered: list[Value] = field(default_factory=list)
-    output: Operand = None  # type: ignore[assignment]
+    output: Operand = field(init=False)
     numel: int = 1  # element 0 is the zero outside of images
     remarks: list[str] = field(default_factory=list)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from fastgen.sampling.graph import Map, Operand, Value, map_arguments
+from fastgen.sampling.graph import Map, Operand, Value
 from fastgen.sampling.plan import Plan
 from fastgen.sampling.rules.scan import Scan
 
@@ -50,18 +50,12 @@ def _compute(value: Value, whole: Callable[[Value], Tensor], empty: Tensor) -> T
     """The operator on the images of a batch one by one, which vmap does at once."""
     operands = value.operands
 
-    def one_image(*tensors: Tensor) -> Tensor:
-        given = dict(zip(map(id, operands), tensors, strict=True))
-        args, kwargs = (map_arguments(a, lambda one: given[id(one)]) for a in (value.args, value.kwargs))
-        found = value.op(*args, **kwargs)
-        return found[value.output] if isinstance(found, (tuple, list)) else found
-
     fixed = [one.map is not None and one.map.value.kind == "constant" for one in operands]
     tensors = [
         _read(one, whole, empty)[0] if same else _read(one, whole, empty)
         for one, same in zip(operands, fixed, strict=True)
     ]
-    return torch.vmap(one_image, in_dims=tuple(None if same else 0 for same in fixed))(*tensors)
+    return torch.vmap(value.compute, in_dims=tuple(None if same else 0 for same in fixed))(*tensors)
 
 
 def _read(operand: Operand, whole: Callable[[Value], Tensor], empty: Tensor) -> Tensor:

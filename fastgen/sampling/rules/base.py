@@ -1,5 +1,6 @@
 """What the engine asks of an operation, and the quantities that it keeps for all elements."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ class Analysis:
         return self.graph.data_of(operand)
 
 
-class Rule:
+class Rule(ABC):
     """One operation of the network. Subclasses say what depends on what, and compute parts of the result.
 
     Attributes:
@@ -75,21 +76,21 @@ class Rule:
         self.value = value
         self.analysis = analysis
 
+    @abstractmethod
     def ready(self) -> tuple[Tensor, Tensor | None]:
         """Ready times of the value's elements, and which of them are low, where the rule knows."""
-        raise NotImplementedError
 
     def refine(self, latest: Tensor) -> Tensor:
         """When each element is needed, by others of this value too."""
         return latest
 
+    @abstractmethod
     def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
         """Each operand with the least time at which an element of it is needed; NEVER where it is not.
 
         Args:
             times: when each element of the value is computed; NEVER where it is not computed.
         """
-        raise NotImplementedError
 
     def reads(self) -> list[Operand]:
         """Operands as they are read, with what padding puts around them."""
@@ -99,9 +100,9 @@ class Rule:
         """What besides the sizes of the box the program depends on."""
         return ()
 
+    @abstractmethod
     def emit(self, builder: "Builder", box: "Box") -> None:
         """Writes the computation of the box."""
-        raise NotImplementedError
 
     @property
     def multiply_adds(self) -> float:

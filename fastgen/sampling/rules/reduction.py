@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastgen.sampling.builder import Builder
-from fastgen.sampling.graph import CONSTANT, NEVER, Operand, Unsupported, map_arguments
+from fastgen.sampling.graph import CONSTANT, NEVER, Operand, Unsupported
 from fastgen.sampling.layout import Box
 from fastgen.sampling.program import Linear
 from fastgen.sampling.rules.base import LOW, Rule, constant_operand, reduce_to
@@ -276,13 +276,5 @@ class Opaque(Rule):
         if box.sizes != value.shape:
             raise Unsupported(f"{value.name} has no rule")
         out = builder.out(value, box)
-        operands = value.operands
-        seen = [builder.read(one, whole(one.shape)) for one in operands]
-
-        def one_image(*tensors: Tensor) -> Tensor:
-            given = dict(zip(map(id, operands), tensors, strict=True))
-            args, kwargs = (map_arguments(a, lambda one: given[id(one)]) for a in (value.args, value.kwargs))
-            found = value.op(*args, **kwargs)
-            return found[value.output] if isinstance(found, (tuple, list)) else found
-
-        builder.emit(Tensor.copy_, out, builder.make(torch.vmap(one_image), *seen))
+        seen = [builder.read(one, whole(one.shape)) for one in value.operands]
+        builder.emit(Tensor.copy_, out, builder.make(torch.vmap(value.compute), *seen))

@@ -3,6 +3,7 @@
 The value of a scan holds hidden and cell states, (1, 2, h, H, W), of which the model sees the hidden ones.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,9 +41,9 @@ class Scan(Rule):
     def multiply_adds(self) -> float:
         return 4 * self.weight[0].numel() / 2  # an element of the value is half a unit
 
+    @abstractmethod
     def before(self, times: Tensor, fill: int) -> Tensor:
         """For every pixel of times (H, W) the greatest of all pixels that its state comes from, not its own."""
-        raise NotImplementedError
 
     def ready(self) -> tuple[Tensor, Tensor | None]:
         own = self.analysis.ready(self.gates).unflatten(1, (4, -1)).amax(1)  # (1, h, H, W)
@@ -122,10 +123,11 @@ class Scan(Rule):
         )
         return torch.stack((hidden, cell), 1).unsqueeze(1)
 
+    @abstractmethod
     def packed(self, weight: Tensor) -> Tensor:
         """The weights (4 units, h, taps) of some units as `run` takes them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, gates: list[Tensor], states: Tensor, weight: Tensor, first: int) -> None:
         """Fills in the states of a box.
 
@@ -135,7 +137,6 @@ class Scan(Rule):
             weight: as `packed` gives it.
             first: number of the first unit of the box.
         """
-        raise NotImplementedError
 
 
 def _cell(gates: list[Tensor], recurrent: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
