@@ -44,6 +44,12 @@ class Network:
         x = self.encode(levels.clone())  # encode, or the model, may write into its argument
         return self.model(x, tree_unflatten(leaves, self._structure)) if self._conditional else self.model(x)
 
+    def _beside(self, levels: Tensor, *given: Tensor) -> Tensor:
+        """Of the first of two images; the second is constant. For models that take a batch of one for none."""
+        other = torch.cat((levels, self.samples[-1:]))
+        rows = [torch.cat((leaf, self._leaves[k][:1])) for leaf, k in zip(given, self._rows, strict=True)]
+        return self._call(other, *rows)[:1]
+
     @torch.no_grad()
     def run(self, levels: Tensor) -> Tensor:
         """The output for levels (n, C, H, W), all under the first row of the condition."""
@@ -57,19 +63,14 @@ class Network:
         Raises:
             Unsupported: the model cannot be traced, or computes otherwise for other images or in other batches.
         """
-        graphs = []
-        for b in range(2):
-            rows = [self._leaves[k][b : b + 1] for k in self._rows]
+        try:
+            graph = self._checked(self._call, [0, 1])
+        except Unsupported as reason:
             try:
-                with unchanged(self.model):
-                    graphs.append(trace(self._call, self.model, self.samples[b : b + 1], rows))
+                graph = self._checked(self._beside, [0, 1, 2])
             except Unsupported:
-                raise
-            except Exception as error:  # the model runs on two images, but not on one, or not under the recorder
-                raise Unsupported(f"tracing one image fails: {type(error).__name__}: {error}") from error
-        with torch.no_grad(), unchanged(self.model):
-            _check_same(graphs, self._call(self.samples[:2], *(self._leaves[k] for k in self._rows)))
-        graph = graphs[0]
+                raise reason from None
+            graph.remarks.append(f"traced beside a second image, because alone {reason}")
         if graph.numel > MOST_ELEMENTS:
             raise Unsupported(f"the network of one image has {graph.numel:.1e} elements")
         expected = (1, *self.output_shape[1:])
@@ -81,6 +82,23 @@ class Network:
         if graph.output.shape != expected:
             raise Unsupported(f"one image gives the shape {graph.output.shape}, two give {self.output_shape}")
         return graph, [value for value in graph.values if value.kind == "condition"]
+
+    def _checked(self, call: Callable[..., Tensor], images: list[int]) -> Graph:
+        """The graph of call(levels, *rows of the condition) for one image; the same for several, as in a batch."""
+        graphs = []
+        for b in range(2):
+            rows = [self._leaves[k][b : b + 1] for k in self._rows]
+            try:
+                with unchanged(self.model):
+                    graphs.append(trace(call, self.model, self.samples[b : b + 1], rows))
+            except Unsupported:
+                raise
+            except Exception as error:  # the model runs on two images, but not on one, or not under the recorder
+                raise Unsupported(f"tracing one image fails: {type(error).__name__}: {error}") from error
+        rows = [self._leaves[k][[b % 2 for b in images]] for k in self._rows]
+        with torch.no_grad(), unchanged(self.model):
+            _check_same(graphs, self._call(self.samples[images], *rows))
+        return graphs[0]
 
 
 def _check_same(graphs: Sequence[Graph], whole: Tensor) -> None:

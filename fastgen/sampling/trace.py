@@ -18,8 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastgen.sampling.decompositions import WRITTEN_OUT
 from fastgen.sampling.graph import Graph, Map, Operand, Unsupported, Value
-from fastgen.sampling.trace_ops import DECOMPOSED, METADATA_ONLY, MOVEMENT, SCANS, SHAPE_ONLY, WHOLE, Rewrites, average
+from fastgen.sampling.trace_ops import DECOMPOSED, METADATA_ONLY, MOVEMENT, SCANS, SHAPE_ONLY, SOURCES, WHOLE, Rewrites
 
 aten = torch.ops.aten
 
@@ -206,7 +207,12 @@ class _Recorder(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         variable = any(self.tracked(tensor) for tensor in tensors)
         name = func._schema.name.split("::")[1]
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if variable and name in WRITTEN_OUT:
+            with self:
+                found = WRITTEN_OUT[name](func, *args, **kwargs)
+            if found is not NotImplemented:
+                return found
+        if torch.Tag.nondeterministic_seeded in func.tags and (variable or not _is_seeded(func, args, kwargs)):
             raise Unsupported(f"{name} draws random numbers in the model's forward pass: call model.eval()")
         if variable and func in DECOMPOSED and not func._schema.is_mutable:
             with self:
@@ -214,9 +220,6 @@ class _Recorder(TorchDispatchMode):
         if name == "_convolution" and variable:  # as traced by torch.jit
             with self:
                 return aten.convolution.default(*args[:9])
-        if name == "avg_pool2d" and variable:
-            with self:
-                return average(*args, **kwargs)
         if name in METADATA_ONLY:
             return func(*args, **kwargs)
         if name == "native_batch_norm" and variable:
@@ -239,10 +242,11 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         results = [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
         if not results or not all(self.tracked(tensor) for tensor in results):  # else it is a view
-            self.record(func, name, args, _map_tensors(args, self.operand), _map_tensors(kwargs, self.operand), out)
+            self.record(func, name, args, kwargs, out)
         return out
 
-    def record(self, func: Any, name: str, args: Any, recorded_args: Any, recorded_kwargs: Any, out: Any) -> None:
+    def record(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        recorded_args, recorded_kwargs = (_map_tensors(one, self.operand) for one in (args, kwargs))
         if name in ("clone", "_to_copy", "contiguous", "lift_fresh_copy", "copy", "alias_copy", "view_copy"):
             source = recorded_args[1] if name == "copy" else recorded_args[0]
             if source.shape == tuple(out.shape) and self.graph_dtype(source) == out.dtype:
@@ -250,7 +254,7 @@ class _Recorder(TorchDispatchMode):
                 return
             if name == "copy":
                 recorded_args, func = (source,), aten.clone.default
-        moved = self.moved(func, name, args, recorded_args, recorded_kwargs, out) if name in MOVEMENT else None
+        moved = self.moved(func, name, args, kwargs, recorded_args, out) if name in MOVEMENT else None
         if moved is not None:
             self.define(out, moved)
             return
@@ -293,8 +297,17 @@ class _Recorder(TorchDispatchMode):
         """An operator in place is the one that gives a new tensor, followed by a write."""
         if len(written) != 1 or written[0] is not args[0]:
             raise Unsupported(f"{name} writes into its arguments")
-        recorded_args, recorded_kwargs = (_map_tensors(one, self.operand) for one in (args, kwargs))
         target = args[0]
+        if (
+            name in ("index_put_", "_index_put_impl_")
+            and (mask := _single_mask(*args)) is not None
+            and self.tracked(mask)
+        ):
+            with self:  # x[mask] = number
+                chosen = aten.where.self(mask, args[2], target)
+            self.write(target, self.operand(chosen))
+            return func(*args, **kwargs)
+        recorded_args, recorded_kwargs = (_map_tensors(one, self.operand) for one in (args, kwargs))
         out = func(*args, **kwargs)
         if name in ("zero_", "fill_") and not self.tracked(args[-1] if name == "fill_" else None):
             self.write(target, self.whole(self.constant(target)))
@@ -315,7 +328,7 @@ class _Recorder(TorchDispatchMode):
         if not name.endswith("_") or overload is None:
             raise Unsupported(f"{name} writes into its arguments")
         if name.removesuffix("_") in MOVEMENT:
-            moved = self.moved(overload, name.removesuffix("_"), args, recorded_args, recorded_kwargs, target)
+            moved = self.moved(overload, name.removesuffix("_"), args, kwargs, recorded_args, target)
             if moved is not None:
                 self.write(target, moved)
                 return out
@@ -327,39 +340,37 @@ class _Recorder(TorchDispatchMode):
         self.write(target, self.whole(self.graph.add(value)))
         return out
 
-    def moved(self, func: Any, name: str, args: Any, recorded_args: Any, recorded_kwargs: Any, out: Tensor):
+    def moved(
+        self, func: Any, name: str, args: Any, kwargs: dict[str, Any], recorded_args: Sequence[Any], out: Tensor
+    ) -> Operand | None:
         """The result of an operator that only moves elements; None where it does more (indices that are computed)."""
-        sources = 2 if name.endswith("_scatter") else 1
         if name == "constant_pad_nd":
-            padded = self.padded(recorded_args, recorded_kwargs)
+            padded = self.padded(recorded_args, kwargs)
             if padded is not None:
                 return padded
-        if name == "index_put":
-            if len(recorded_args) > 3 and recorded_args[3]:
-                return None
-            indices, source = args[1], recorded_args[2]
-            if any(isinstance(one, Tensor) and self.tracked(one) for one in indices):
-                return None
-            changed = [recorded_args[0].element_ids(), list(indices), source.element_ids()]
-        else:
-            rest = [
-                leaf for leaf in tree_leaves((args[sources:], recorded_kwargs)) if isinstance(leaf, (Tensor, Operand))
-            ]
-            if any(isinstance(leaf, Operand) or self.tracked(leaf) for leaf in rest):
-                return None
-            changed = [one.element_ids() for one in recorded_args[:sources]] + list(args[sources:])
-        kwargs = dict(recorded_kwargs)
-        if name == "constant_pad_nd":
-            fill = (list(args) + [kwargs.pop("value", 0)])[2]
-            number = (
-                0 if fill == 0 else int(self.whole(self.constant(torch.tensor([fill], dtype=out.dtype))).element_ids())
-            )
-            changed = [changed[0], args[1], number]
+            recorded_args, kwargs = [*recorded_args, kwargs.get("value", 0)][:3], {}
+        sources = SOURCES.get(name, (0,))
+        rest = [one for k, one in enumerate(args) if k not in sources]
+        if any(self.tracked(leaf) for leaf in tree_leaves((rest, kwargs))):
+            return None
+        if "reduce" in func._overloadname or (
+            name == "index_put" and ([*args, False, False][3] or kwargs.get("accumulate"))
+        ):
+            return None  # sums
+        changed: list[Any] = []
+        for k, one in enumerate(recorded_args):
+            if k not in sources:
+                changed.append(_map_tensors(args[k], Tensor.cpu))
+            elif isinstance(one, Operand):
+                changed.append(one.element_ids())
+            else:
+                number = self.whole(self.constant(torch.tensor(one, dtype=out.dtype))) if one else None
+                changed.append(0 if number is None else int(number.element_ids()))
         floats = name.startswith(("upsample", "_upsample", "im2col", "replication", "reflection"))
         if floats:  # these take no integers; float64 holds the numbers exactly
             changed[0] = changed[0].double()
         with torch._C._DisableTorchDispatch():
-            ids = func(*changed, **kwargs)
+            ids = func(*changed, **_map_tensors(kwargs, Tensor.cpu))
         return Operand(self.graph, tuple(out.shape), ids=ids.long().contiguous())
 
     def padded(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Operand | None:
@@ -400,8 +411,23 @@ def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def _single_mask(x: Tensor, indices: Sequence[Any], values: Tensor, *_: Any) -> Tensor | None:
+    """Where a write by indices puts one number, as a mask to be broadcast to x; None where it does anything else."""
+    given = [(d, one) for d, one in enumerate(indices) if one is not None]
+    if len(given) != 1 or given[0][1].dtype != torch.bool or values.numel() != 1:
+        return None
+    first, mask = given[0]
+    return mask.view(*mask.shape, *[1] * (x.dim() - first - mask.dim()))
+
+
 def _is_written(argument: Any) -> bool:
     return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _is_seeded(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether random numbers come from a generator of the model's own, so that they may be the same every time."""
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    return isinstance(given.get("generator"), torch.Generator)
 
 
 def _map_tensors(arguments: Any, change: Callable[[Tensor], Any]) -> Any:

@@ -10,10 +10,15 @@ from fastgen.sampling.rules.pointwise import Pointwise
 from fastgen.sampling.rules.pooling import MaxPool2d
 from fastgen.sampling.rules.reduction import Concatenation, Cumulative, Lookup, Opaque, Reduction, Softmax
 from fastgen.sampling.rules.scan import DiagonalScan, RowScan
+from fastgen.sampling.rules.slicewise import Slicewise
 
 __all__ = ["Analysis", "Rule", "rule_for"]
 
-POINTWISE = {"clone", "_to_copy", "masked_fill", "where"}
+POINTWISE = {
+    "clone", "_to_copy", "masked_fill", "where", "complex", "polar", "fake_quantize_per_tensor_affine_cachemask",
+    "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
+}  # fmt: skip
+CUMULATIVE = {"cumsum", "cumprod", "logcumsumexp", "cummax", "cummin"}
 MATMUL = {"mm", "addmm", "bmm", "baddbmm"}
 SOFTMAX = {"_softmax", "_log_softmax", "_safe_softmax"}
 REDUCTION = {"native_layer_norm", "linalg_vector_norm", "logsumexp", "argmax", "argmin", "norm", "var"}
@@ -32,7 +37,7 @@ def rule_for(value: Value, analysis: Analysis) -> Rule:
         return Concatenation(value, analysis)
     if name == "max_pool2d_with_indices" and MaxPool2d.takes(value):
         return MaxPool2d(value, analysis)
-    if name == "cumsum":
+    if name in CUMULATIVE:
         return Cumulative(value, analysis)
     if name == "diagonal_lstm":
         return DiagonalScan(value, analysis)
@@ -42,6 +47,8 @@ def rule_for(value: Value, analysis: Analysis) -> Rule:
         return Lookup(value, analysis)
     if name == "index" and constant_operand(value.args[0]) and len(value.args[1]) == 1:
         return Lookup(value, analysis)
+    if Slicewise.takes(value):
+        return Slicewise(value, analysis)
     if name in REDUCTION or torch.Tag.reduction in value.op.tags:
         return Reduction(value, analysis)
     if name in POINTWISE or torch.Tag.pointwise in value.op.tags:

@@ -1,7 +1,8 @@
 """What the engine asks of an operation, and the quantities that it keeps for all elements."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,6 +113,40 @@ class Rule(ABC):
 
 def constant_operand(operand: Any) -> bool:
     return operand.map is not None and operand.map.value.kind == "constant"
+
+
+def argument(value: Value, name: str) -> Any:
+    """An argument of the value's operator by its name, the default where it was not given; None without one."""
+    for k, one in enumerate(value.op._schema.arguments):
+        if one.name == name:
+            return value.args[k] if k < len(value.args) else value.kwargs.get(name, one.default_value)
+    return None
+
+
+def batched_arguments(value: Value, dims: Sequence[int]) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of the value's operator for operands with a further dimension of images in front.
+
+    Args:
+        dims: what its argument `dim` stands for; empty where it has none.
+    """
+    args, kwargs = list(value.args), dict(value.kwargs)
+    for k, one in enumerate(value.op._schema.arguments):
+        if dims and one.name == "dim":
+            moved = [d + 1 for d in dims] if isinstance(argument(value, "dim"), (list, tuple)) else dims[0] + 1
+            if one.kwarg_only or one.name in kwargs:
+                kwargs["dim"] = moved
+            else:
+                args += [other.default_value for other in value.op._schema.arguments[len(args) : k + 1]]
+                args[k] = moved
+    return args, kwargs
+
+
+@cache
+def result_of(op: Any, output: int) -> Callable[..., Tensor]:
+    """The operator as a function of one result."""
+    if len(op._schema.returns) == 1:
+        return op
+    return lambda *args, **kwargs: op(*args, **kwargs)[output]
 
 
 def reduce_to(times: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -11,7 +11,7 @@ from fastgen.sampling.builder import Builder
 from fastgen.sampling.graph import CONSTANT, NEVER, Operand, map_arguments
 from fastgen.sampling.layout import Box
 from fastgen.sampling.program import Linear, View
-from fastgen.sampling.rules.base import LOW, Rule, constant_operand, reduce_to
+from fastgen.sampling.rules.base import LOW, Rule, constant_operand, reduce_to, result_of
 from fastgen.sampling.rules.out_variants import out_variant, relu
 
 ONE = (Linear(0), 1, 1)  # all of a dimension of size 1
@@ -106,7 +106,8 @@ class Pointwise(Rule):
         elif (function := out_variant(self.value.op)) is not None:
             builder.emit(function, *args, **kwargs, out=target)
         else:
-            builder.emit(Tensor.copy_, target, builder.make(self.value.op, *args, **kwargs))
+            result = builder.make(result_of(self.value.op, self.value.output), *args, **kwargs)
+            builder.emit(Tensor.copy_, target, result)
         if self.vanishes is not None:  # whatever lies where the operand is low
             builder.emit(Tensor.masked_fill_, target, builder.read(self.vanishes, region).order(order), 0)
 

@@ -1,6 +1,7 @@
 """Softmax, normalization, sums and other reductions, look-ups, concatenation, and operations without a rule."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from fastgen.sampling.builder import Builder
 from fastgen.sampling.graph import CONSTANT, NEVER, Operand, Unsupported
 from fastgen.sampling.layout import Box
 from fastgen.sampling.program import Linear
-from fastgen.sampling.rules.base import LOW, Rule, constant_operand, reduce_to
+from fastgen.sampling.rules.base import LOW, Rule, argument, batched_arguments, constant_operand, reduce_to, result_of
 
 LOWEST = -float("inf")
 
@@ -77,12 +78,8 @@ class Reduction(Rule):
         rank = len(self.value.args[0].shape)
         if self.value.op._schema.name.endswith("native_layer_norm"):
             return list(range(rank - len(self.value.args[1]), rank))
-        named = {a.name: k for k, a in enumerate(self.value.op._schema.arguments)}
-        found: Any = None
-        for name in ("dim", "dims"):
-            if name in named:
-                k = named[name]
-                found = self.value.args[k] if k < len(self.value.args) else self.value.kwargs.get(name)
+        found = argument(self.value, "dim")
+        found = argument(self.value, "dims") if found is None else found
         if found is None or found == []:
             return list(range(rank))
         return [d % max(rank, 1) for d in (found if isinstance(found, (list, tuple)) else [found])]
@@ -126,27 +123,25 @@ class Reduction(Rule):
                 for d in self.dims:
                     found = builder.make(cut, found, d, box.start[d], box.sizes[d], box.steps[d])
         else:
-            found = builder.make(
-                _batched(self.value.op, self.value.args[1:], self.value.kwargs, self.value.output), seen
-            )
+            found = builder.make(self.run, seen)
         builder.emit(Tensor.copy_, out, found)
+
+    @cached_property
+    def run(self) -> Callable[[Tensor], Tensor]:
+        """The operator on a batch of images."""
+        op = result_of(self.value.op, self.value.output)
+        if argument(self.value, "dim") in (None, []):
+            args, kwargs = self.value.args[1:], self.value.kwargs
+            return torch.vmap(lambda x: op(x, *args, **kwargs))
+        (_, *given), options = batched_arguments(self.value, self.dims)
+        return lambda x: op(x, *given, **options)
 
     def fixed(self, box: Box) -> tuple[int, ...]:
         return box.start if self.value.op._schema.name.endswith("native_layer_norm") else ()
 
 
-def _batched(op: Any, args: Sequence[Any], kwargs: dict[str, Any], output: int) -> Any:
-    """The operator on a tensor with a further dimension of images in front."""
-
-    def one(x: Tensor) -> Tensor:
-        found = op(x, *args, **kwargs)
-        return found[output] if isinstance(found, (tuple, list)) else found
-
-    return torch.vmap(one)
-
-
 class Cumulative(Rule):
-    """Running sums: each result depends on what comes before it along one dimension."""
+    """Running sums, products, maxima: each result depends on what comes before it along one dimension."""
 
     @property
     def dim(self) -> int:
@@ -165,7 +160,9 @@ class Cumulative(Rule):
         dim, out = self.dim, builder.out(self.value, box)
         region = builder.region(box)
         region[dim] = (Linear(0), box.start[dim] + (box.sizes[dim] - 1) * box.steps[dim] + 1, 1)
-        found = builder.make(torch.cumsum, builder.read(self.value.args[0], region), dim + 1)
+        (_, *args), kwargs = batched_arguments(self.value, [dim])
+        run = result_of(self.value.op, self.value.output)
+        found = builder.make(run, builder.read(self.value.args[0], region), *args, **kwargs)
         found = builder.make(cut, found, dim, box.start[dim], box.sizes[dim], box.steps[dim])
         builder.emit(Tensor.copy_, out, found)
 

@@ -1,0 +1,104 @@
+"""Operations along some dimensions (the channels, say) that do the same at every index of the others."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen.sampling.builder import Builder
+from fastgen.sampling.graph import CONSTANT, Operand, Value, map_arguments
+from fastgen.sampling.layout import Box
+from fastgen.sampling.program import Linear, View
+from fastgen.sampling.rules.base import Analysis, Rule, argument, batched_arguments, constant_operand, never, result_of
+from fastgen.sampling.rules.reduction import cut
+
+# Along the dimension `dim` of their schema, or several.
+ALONG = {
+    "sort", "topk", "gather", "scatter", "scatter_add", "scatter_reduce", "index_add", "median", "nanmedian", "mode",
+    "kthvalue", "linalg_cross", "_fft_r2c", "_fft_c2r", "_fft_c2c",
+}  # fmt: skip
+
+
+class Slicewise(Rule):
+    """Each result depends on all of the operands' elements at its own index of the dimensions that stay apart."""
+
+    def __init__(self, value: Value, analysis: Analysis) -> None:
+        super().__init__(value, analysis)
+        rank = len(value.operands[0].shape)
+        self.dims = along(value)
+        apart = [d for d in range(rank) if d not in self.dims]
+        dropped = len(value.shape) < rank
+        self.place = {d: k if dropped else d for k, d in enumerate(apart)}  # dimension of an operand -> of the value
+        self.mixed = [d for d in range(len(value.shape)) if d not in self.place.values()]
+        self.aligned = [one for one in value.operands if len(one.shape) == rank]
+
+    @staticmethod
+    def takes(value: Value) -> bool:
+        name = value.op._schema.name.split("::")[1]
+        if name not in ALONG and name != "view_as_real_copy":
+            return False
+        rank = len(value.operands[0].shape)
+        apart = [d for d in range(rank) if d not in along(value)]
+        sizes = [value.shape[k if len(value.shape) < rank else d] for k, d in enumerate(apart)]
+        return rank > 0 and all(
+            all(one.shape[d] >= size for d, size in zip(apart, sizes, strict=True))
+            if len(one.shape) == rank
+            else constant_operand(one)
+            for one in value.operands
+        )
+
+    def ready(self) -> tuple[Tensor, Tensor | None]:
+        found = torch.full(self.value.shape, CONSTANT, dtype=torch.int32)
+        for one in self.aligned:
+            times = self.analysis.ready(one)[self._used()]
+            times = times.amax(self.dims) if self.dims else times
+            for d in self.mixed:
+                times = times.unsqueeze(d)
+            torch.maximum(found, times.expand(found.shape), out=found)
+        return found, None
+
+    def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
+        times = times.amin(self.mixed) if self.mixed else times
+        for d in self.dims:
+            times = times.unsqueeze(d)
+        for one in self.aligned:
+            if not constant_operand(one):
+                wanted = never(one.shape)
+                wanted[self._used()] = times
+                yield one, wanted
+
+    def _used(self) -> tuple[slice, ...]:
+        """Of an operand, which may be larger than the result."""
+        rank = len(self.place) + len(self.dims)
+        return tuple(slice(self.value.shape[self.place[d]]) if d in self.place else slice(None) for d in range(rank))
+
+    def fixed(self, box: Box) -> tuple[int, ...]:
+        return tuple(box.start[d] for d in self.mixed)
+
+    def emit(self, builder: Builder, box: Box) -> None:
+        region = builder.region(box)
+
+        def view(operand: Operand) -> View | Tensor:
+            if not any(operand is one for one in self.aligned):
+                return self.analysis.data(operand)
+            inner = [
+                region[self.place[d]] if d in self.place else (Linear(0), size, 1)
+                for d, size in enumerate(operand.shape)
+            ]
+            return builder.read(operand, inner)
+
+        args, kwargs = (map_arguments(one, view) for one in batched_arguments(self.value, self.dims))
+        found: Any = builder.make(result_of(self.value.op, self.value.output), *args, **kwargs)
+        for d in self.mixed:
+            found = builder.make(cut, found, d, box.start[d], box.sizes[d], box.steps[d])
+        builder.emit(Tensor.copy_, builder.out(self.value, box), found)
+
+
+def along(value: Value) -> list[int]:
+    """The dimensions of its operands along which an operation works."""
+    if value.op._schema.name == "aten::view_as_real_copy":
+        return []
+    dims = argument(value, "dim")
+    rank = len(value.operands[0].shape)
+    return sorted(d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims]))

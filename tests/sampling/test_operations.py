@@ -1,0 +1,176 @@
+"""Single operations between masked layers: the engine takes them, and ready times say when their results are known."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastgen import Categorical, accelerate
+from fastgen.sampling.causality import places_of, raster
+from fastgen.sampling.ready import ready_times
+from fastgen.sampling.trace import trace
+from tests.sampling.zoo_case import DataMask
+
+SHAPE, DISTRIBUTION, N = (1, 4, 4), Categorical(4, "B(KC)HW"), 3
+CHECKERS = (torch.arange(4)[:, None] + torch.arange(4)) % 2 == 0
+
+
+def below(x):
+    """One pixel further down and to the right, so that a window around a pixel shows what came before."""
+    return F.pad(x, (1, -1, 1, -1))
+
+
+def patches(x):
+    return F.fold(F.unfold(F.pad(x, (0, 0, 1, -1)), (1, 3), padding=(0, 1)), x.shape[-2:], (1, 3), padding=(0, 1))
+
+
+def at_places(x):
+    rows, columns = torch.meshgrid(torch.arange(4.0) - 1.4, torch.arange(4.0) * 0.8, indexing="ij")
+    grid = torch.stack((columns, rows), -1)[None] / 1.5 - 1
+    return F.pad(F.grid_sample(x, grid.expand(len(x), -1, -1, -1), align_corners=True), (0, 0, 1, -1))
+
+
+def nearest_code(x):
+    codes = torch.linspace(-1, 1, 48).view(8, 6)
+    rows = x.permute(0, 2, 3, 1)
+    found = torch.cdist(rows.reshape(-1, 6), codes).argmin(1)
+    return codes[found].view(rows.shape).permute(0, 3, 1, 2)
+
+
+def straight_through(x):
+    codes = torch.linspace(-1, 1, 48).view(8, 6)
+    rows = x.permute(0, 2, 3, 1).reshape(-1, 6)
+    distances = rows.pow(2).sum(1, keepdim=True) + codes.pow(2).sum(1) - 2 * rows @ codes.T
+    found = torch.zeros_like(distances).scatter_(1, distances.argmin(1, keepdim=True), 1.0) @ codes
+    return x + (found.view(len(x), 4, 4, 6).permute(0, 3, 1, 2) - x).detach()
+
+
+def codes_by_distance(x):
+    codes = torch.linspace(-1, 1, 48).view(1, 8, 6).expand(len(x), -1, -1)
+    return (torch.softmax(-torch.cdist(x.flatten(2).mT, codes, p=1), -1) @ codes).mT.view_as(x)
+
+
+def filtered(x):
+    return torch.fft.irfft(torch.fft.rfft(x, dim=1) * torch.tensor([1.0, 0.5, 0.3, 0.1]).view(4, 1, 1), 6, 1)
+
+
+def table_of_buckets(x):
+    edges = torch.linspace(-2, 2, 9)
+    return torch.linspace(-1, 1, 10)[torch.searchsorted(edges, x.contiguous(), right=True)]
+
+
+def written_by_masks(x):
+    x = x.clone()
+    x[:, :, CHECKERS] = 0.5
+    x[..., ~CHECKERS] = x[..., ~CHECKERS] * 2
+    x[x < -1] = -1.0
+    return x
+
+
+def rotated(x):
+    pairs = torch.view_as_complex(x.permute(0, 2, 3, 1).reshape(-1, 4, 4, 3, 2).contiguous())
+    turned = torch.view_as_real(pairs * torch.polar(torch.ones(3), torch.arange(3.0)))
+    return turned.flatten(3).permute(0, 3, 1, 2)
+
+
+def by_pixel(norm):
+    return lambda x: norm(x.permute(0, 2, 3, 1).reshape(-1, 6)).view(-1, 4, 4, 6).permute(0, 3, 1, 2)
+
+
+def coarse(pool, mode, **options):
+    """Rows far above, pooled and brought back to size."""
+
+    def run(x):
+        return below(F.interpolate(pool(F.pad(x, (0, 0, 2, -2))), size=x.shape[-2:], mode=mode, **options))
+
+    return run
+
+
+OPERATIONS = {
+    "sort": lambda x: x.sort(1, descending=True).values,
+    "top-k mask": lambda x: x * torch.zeros_like(x).scatter(1, x.topk(2, 1).indices, 1.0),
+    "gather": lambda x: x + x.gather(1, x.argmax(1, keepdim=True)),
+    "scatter_add": lambda x: torch.zeros_like(x).scatter_add(1, x.argsort(1), x),
+    "index_add": lambda x: x.index_add(1, torch.tensor([0, 2]), x[:, :2]),
+    "index_copy": lambda x: x.index_copy(2, torch.tensor([0, 2]), x[:, :, :2] * 0.5),
+    "index_fill": lambda x: x.index_fill(3, torch.tensor([2]), 0.5),
+    "median": lambda x: x - x.median(1).values.unsqueeze(1) + x.kthvalue(2, 1, keepdim=True).values,
+    "running maximum": lambda x: x.cummax(3).values + (x.sigmoid() + 0.5).cumprod(1) + x.logcumsumexp(1),
+    "Fourier": filtered,
+    "rotated": rotated,
+    "cross product": lambda x: torch.linalg.cross(x[:, :3], x[:, 3:], dim=1).repeat(1, 2, 1, 1),
+    "bilinear form": by_pixel(lambda x: F.bilinear(x, x, torch.full((6, 6, 6), 0.1))),
+    "buckets": lambda x: torch.bucketize(x.contiguous(), torch.linspace(-2, 2, 9)) * 0.3 + x,
+    "table of buckets": table_of_buckets,
+    "fake quantization": lambda x: torch.fake_quantize_per_tensor_affine(x, 0.1, 0, -128, 127),
+    "randomized ReLU": F.rrelu,
+    "local response": lambda x: F.local_response_norm(x, 3),
+    "groups of a pixel": by_pixel(lambda x: F.group_norm(x, 2)),
+    "deviation": lambda x: x / torch.std_mean(x, 1, keepdim=True)[0],
+    "quantile": lambda x: x - x.quantile(0.3, dim=1, keepdim=True),
+    "vector quantization": nearest_code,
+    "straight-through": straight_through,
+    "soft codes": codes_by_distance,
+    "boolean masks": written_by_masks,
+    "overlapping patches": patches,
+    "constant grid": at_places,
+    "average, its zeros not counted": lambda x: below(F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)),
+    "average, last windows cut": coarse(lambda x: F.avg_pool2d(x, 3, 2, 1, ceil_mode=True), "nearest"),
+    "average along rows": lambda x: F.pad(F.avg_pool1d(x.flatten(0, 1), 3, 1, 1).view_as(x), (1, -1)),
+    "greatest around": lambda x: below(F.max_pool2d(x, 3, 1, 1)),
+    "greatest, last windows cut": coarse(lambda x: F.max_pool2d(x, (3, 2), 2, (1, 0), ceil_mode=True), "nearest"),
+    "bilinear": coarse(lambda x: x[:, :, ::2, ::2], "bilinear"),
+    "bilinear, corners aligned": coarse(lambda x: F.max_pool2d(x, 2), "bilinear", align_corners=True),
+    "bicubic": lambda x: F.pad(F.interpolate(F.adaptive_avg_pool2d(x, (4, 3)), (4, 4), mode="bicubic"), (0, 0, 3, -3)),
+    "area": coarse(lambda x: x[:, :, ::2, ::2], "area"),
+}  # fmt: skip
+
+
+class Between(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.out, self.function = DataMask(1, 6, 3, True), nn.Conv2d(6, 4, 1), function
+
+    def forward(self, x):
+        return self.out(self.function(2 * self.first(x)))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_engine_takes_it(name):
+    model = Between(OPERATIONS[name]).eval()
+    plain = accelerate(model, SHAPE, distribution=DISTRIBUTION, backend="naive")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no fallback
+        sampler = accelerate(model, SHAPE, distribution=DISTRIBUTION, backend="eager")
+        for seed in range(2):
+            noise = torch.rand(sampler.noise_shape(N), generator=torch.Generator().manual_seed(seed))
+            assert torch.equal(sampler.sample(N, noise=noise), plain.sample(N, noise=noise))
+    assert sampler._engine.error < 2e-5  # the pass that makes sure of the images hides nothing
+    assert sampler.work_ratio <= 1.05
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_nothing_moves_a_result_after_its_ready_time(name):
+    """By changing every level, in double precision, of the operation itself behind one masked layer."""
+    model = Between(OPERATIONS[name]).double().eval() if name not in FLOATS else Between(OPERATIONS[name]).eval()
+    x = torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(0)).to(model.out.weight.dtype) * 2 - 1
+    places = places_of(raster(SHAPE, False), SHAPE)
+    with torch.no_grad():
+        ready = ready_times(trace(model, model, x), places).output_ready()
+        count = math.prod(SHAPE)
+        changed = x.repeat(count, 1, 1, 1)
+        changed.view(count, count).diagonal().add_(0.7)
+        moved = (model(changed) - model(x.repeat(count, 1, 1, 1))).abs() > 1e-6
+    last = torch.where(moved, torch.arange(count).view(-1, 1, 1, 1), -2).amax(0)
+    assert (last <= ready).all()
+    assert (last > 0).any()  # it does see something
+
+
+FLOATS = {
+    "Fourier", "rotated", "bilinear form", "table of buckets", "vector quantization", "straight-through", "soft codes",
+    "constant grid",
+}  # fmt: skip
