@@ -3,7 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,9 @@ class Case:
         flops: mode -> the least multiplications and additions that the mode needs.
         given: inputs -> arguments for the comparison alone: noise that is otherwise drawn, fewer images.
         exact: truth takes the inputs as they are, and outputs must be equal to the last bit.
-        not_compared: providers that compute something else (a lower bound, another recurrence).
+        not_compared: providers that compute something else (a lower bound, another recurrence): landmarks, no rivals.
+        inexact: rivals of an exact case whose rounding may change a result entirely (a drawn level, and with it all
+            later ones): timed without a comparison.
         batch: images of one call, for plots over it.
     """
 
@@ -51,11 +53,29 @@ class Case:
     given: Callable[[dict[str, Any]], dict[str, Any]] = lambda inputs: {}
     exact: bool = False
     not_compared: frozenset[str] = frozenset()
+    inexact: frozenset[str] = frozenset()
     batch: int | None = None
 
     @property
     def baseline(self) -> str:
         return next(iter(self.providers))
+
+    def timed_modes(self, provider: str) -> tuple[str, ...]:
+        """The modes in which a provider is timed. CUDA graphs of torch.compile are recorded anew for every backward
+        that follows another over the same forward, so that the backward alone has no time of its own."""
+        if "reduce-overhead" in provider:
+            return tuple(mode for mode in self.modes if mode != "bwd")
+        return self.modes
+
+    def without(self, *words: str) -> "Case":
+        """The same without the providers whose names contain one of the words."""
+        kept = {name: call for name, call in self.providers.items() if not any(word in name for word in words)}
+        return replace(self, providers=kept)
+
+
+def replays_graphs(provider: str) -> bool:
+    """Whether the provider runs as CUDA graphs by itself: its memory is theirs, and it is not captured once more."""
+    return "reduce-overhead" in provider or "CUDA graph" in provider
 
 
 def leaves(inputs: Mapping[str, Any]) -> list[Tensor]:

@@ -16,7 +16,8 @@ def pytest_addoption(parser):
 
 def pytest_generate_tests(metafunc):
     """One test a case, provider and mode. All of them stand first in their file's own order."""
-    from benchmarks.__main__ import NAMES, load_cases
+    from benchmarks.__main__ import NAMES
+    from benchmarks.agenda import load_cases
     from benchmarks.case import INTERPRETED, SIZES
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,7 +34,7 @@ def pytest_generate_tests(metafunc):
         for name in ([only] if only else NAMES)
         for case in load_cases(name, size, device)
         for provider in case.providers
-        for mode in case.modes
+        for mode in case.timed_modes(provider)
         if INTERPRETED not in provider
     ]
     metafunc.parametrize(("case", "provider", "mode"), parameters)

@@ -3,6 +3,7 @@
 import ast
 import functools
 import hashlib
+import os
 import platform
 import re
 import subprocess
@@ -13,7 +14,18 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "kernels"
-SMI_FIELDS = ("pstate", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "power.limit", "mig.mode.current")
+SMI_FIELDS = (
+    "pstate",
+    "clocks.sm",
+    "clocks.mem",
+    "clocks.max.sm",
+    "temperature.gpu",
+    "power.draw",
+    "power.limit",
+    "ecc.mode.current",
+    "mig.mode.current",
+    "clocks_throttle_reasons.active",
+)
 
 
 def _output(*command: str) -> str:
@@ -27,9 +39,12 @@ def _output(*command: str) -> str:
 def _smi(device: torch.device, *fields: str) -> list[str]:
     # By UUID: nvidia-smi counts all GPUs, torch those that CUDA_VISIBLE_DEVICES leaves.
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    line = _output("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", uuid)
-    values = [value.strip() for value in line.split(",")]
-    return values if len(values) == len(fields) else ["unknown"] * len(fields)
+    query = ("nvidia-smi", "--format=csv,noheader", "-i", uuid)
+    values = [value.strip() for value in _output(*query, f"--query-gpu={','.join(fields)}").split(",")]
+    if len(values) == len(fields):
+        return values
+    # One field that this driver does not know makes the whole query fail.
+    return [_output(*query, f"--query-gpu={field}") or "unknown" for field in fields]
 
 
 def power_state(device: torch.device) -> dict[str, str]:
@@ -60,6 +75,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(device) if cuda else None,
         "driver": _smi(device, "driver_version")[0] if cuda else None,
         "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
         "torch": torch.__version__,
         "triton": triton_version,
         "python": platform.python_version(),
@@ -77,15 +93,19 @@ def folder_name(device: torch.device) -> str:
 
 @functools.cache
 def commit() -> str:
-    """The commit of the checkout, with "+changes" where tracked files differ from it; results do not count."""
+    """The commit of the checkout, with "+changes" where tracked files differ from it; results do not count.
+
+    In a copy without its history, the environment variable FASTGEN_COMMIT says which commit it was made of.
+    """
     found = _output("git", "rev-parse", "HEAD")
     changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
-    return (found + "+changes" if changed else found) or "unknown"
+    return (found + "+changes" if changed else found) or os.environ.get("FASTGEN_COMMIT") or "unknown"
 
 
-def _imports(module: str) -> list[str]:
+@functools.cache
+def _imports(file: Path) -> list[str]:
     """Modules of the kernels package that a module of it imports."""
-    tree = ast.parse((KERNELS / f"{module}.py").read_text())
+    tree = ast.parse(file.read_text())
     names = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom):
@@ -94,14 +114,14 @@ def _imports(module: str) -> list[str]:
             names += [alias.name for alias in node.names]
         elif (node.module or "").startswith("fastgen.kernels."):
             names.append(str(node.module).split(".")[2])
-    return [name for name in names if name != "catalogue_entry" and (KERNELS / f"{name}.py").exists()]
+    return [name for name in names if name != "catalogue_entry" and (file.parent / f"{name}.py").exists()]
 
 
 def sources(modules: tuple[str, ...]) -> list[str]:
     """The modules and those of the kernels package that they import, sorted after the first."""
     found, waiting = list(modules), list(modules)
     while waiting:
-        new = [name for name in _imports(waiting.pop()) if name not in found]
+        new = [name for name in _imports(KERNELS / f"{waiting.pop()}.py") if name not in found]
         found += new
         waiting += new
     return found[:1] + sorted(found[1:])
@@ -115,3 +135,22 @@ def kernel_sha256(modules: list[str]) -> str | None:
     for name in modules:
         digest.update((KERNELS / f"{name}.py").read_bytes())
     return digest.hexdigest()
+
+
+@functools.cache
+def source_sha256() -> str:
+    """sha256 of all Python source of the library, the kernels and the benchmarks: tells copies of one commit apart."""
+    digest = hashlib.sha256()
+    for folder in ("benchmarks", "fastgen", "kernels"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def lost(device: torch.device) -> bool:
+    """Whether the GPU answers nothing more in this process, as after an illegal memory access."""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False

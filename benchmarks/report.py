@@ -2,11 +2,13 @@
 
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 from benchmarks import machine, rows
+from benchmarks.agenda import Item
 from benchmarks.case import Case
 from benchmarks.rows import Row
 from benchmarks.runner import Session
@@ -61,11 +63,16 @@ def case_table(case: Case, measured: list[Row]) -> None:
         print(f"  {row['provider']:<30}{line}  {row['problem']}".rstrip())
 
 
-def footer(session: Session, measured: list[Row], folder: Path) -> None:
+def footer(session: Session, measured: list[Row], kept: list[Row], late: list[Item], folder: Path) -> None:
     problems = sum(bool(row["problem"]) for row in measured)
     print(f"\n{len(measured)} rows, {problems} with a problem" + (f", in {folder}" if session.timing else ""))
     if not session.timing:
         print("dry run: compared with float64, not timed, not saved")
+    if kept:
+        print(f"{len(kept)} rows of an earlier run are still true and were not measured again")
+    if late:
+        names = ", ".join(f"{count} of {name}" for name, count in Counter(item.name for item in late).items())
+        print(f"no time was left for {len(late)} cases ({names}): the same command with --resume goes on")
     print("ms: median of single calls; times: over the first provider, in the same run; error: against float64")
 
 
@@ -76,6 +83,9 @@ def changes(old: list[Row], new: list[Row]) -> None:
         what = f"{after['op']} {after['shape']} {after['dtype']} {after['provider']} {after['mode']}"
         word = "slower" if ratio > 1 else "faster"
         print(f"  {what}: {before['ms_p50']:.4g} -> {after['ms_p50']:.4g} ms, {max(ratio, 1 / ratio):.2f} times {word}")
+    for row in rows.newly_failing(old, new):
+        what = f"{row['op']} {row['shape']} {row['dtype']} {row['provider']} {row['mode']}"
+        print(f"  {what}: had a time, and now: {row['problem']}")
 
 
 def catalogue_kernels() -> dict[str, list[str]]:
@@ -103,9 +113,9 @@ def status(folder: Path) -> int:
     if torch.cuda.is_available() and torch.cuda.get_device_name() not in gpus:
         gpus.append(torch.cuda.get_device_name())
     table = rows.status(saved, catalogue_kernels(), gpus or ["(no GPU yet)"])
-    width = max(len(kernel) for _, kernel, _, _ in table)
-    for gpu, kernel, word, count in table:
-        print(f"{gpu}  {kernel:<{width}}  {word:<8} {count} rows")
+    width = max(len(row[1]) for row in table)
+    for gpu, kernel, word, count, tested in table:
+        print(f"{gpu}  {kernel:<{width}}  {word:<8} {count:>4} rows   tests {tested}")
     counts = {word: sum(row[2] == word for row in table) for word in ("fresh", "stale", "missing")}
     print(", ".join(f"{count} {word}" for word, count in counts.items()))
     return 0

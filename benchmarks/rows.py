@@ -13,6 +13,7 @@ from benchmarks import machine
 RESULTS = Path(__file__).resolve().parent / "results"
 Row = dict[str, Any]
 KEY = ("gpu", "cpu", "op", "shape", "dtype", "provider", "mode", "threads")
+TESTS = "tests"  # the operation of rows that say how the tests went
 NOISE = 0.03  # changes below this are not reported, however narrow the quantiles are
 
 
@@ -67,15 +68,23 @@ def state(row: Row) -> str:
     return "fresh" if current is not None and current == row.get("kernel_sha256") else "stale"
 
 
-def status(rows: list[Row], kernels: dict[str, list[str]], gpus: list[str]) -> list[tuple[str, str, str, int]]:
-    """(GPU, kernel, "fresh" | "stale" | "missing", rows) for every kernel of `kernels` (module -> names) and GPU."""
+def _word(about: list[Row]) -> str:
+    states = {state(row) for row in about}
+    return "stale" if "stale" in states else "fresh" if states else "missing"
+
+
+def status(rows: list[Row], kernels: dict[str, list[str]], gpus: list[str]) -> list[tuple[str, str, str, int, str]]:
+    """(GPU, kernel, "fresh" | "stale" | "missing", rows, the same word of its tests, or "failed") for every kernel of
+    `kernels` (module -> names) and GPU. The rows of a kernel are those that timed it."""
     table = []
     for gpu in gpus:
         for module, names in sorted(kernels.items()):
             about = [row for row in rows if row.get("gpu") == gpu and module in (row.get("kernels") or [])]
-            states = {state(row) for row in about}
-            word = "stale" if "stale" in states else "fresh" if states else "missing"
-            table += [(gpu, name, word, len(about)) for name in names]
+            tests = [row for row in about if row["op"] == TESTS]
+            tested = "failed" if any(row["problem"] for row in tests) else _word(tests)
+            for name in names:
+                measured = [row for row in about if row.get("ms_p50") and name in row.get("launched", names)]
+                table.append((gpu, name, _word(measured), len(measured), tested))
     return table
 
 
@@ -93,3 +102,9 @@ def changes(old: list[Row], new: list[Row]) -> list[tuple[float, Row, Row]]:
         if apart and abs(ratio - 1) > NOISE:
             found.append((ratio, past, row))
     return sorted(found, key=lambda change: -change[0])
+
+
+def newly_failing(old: list[Row], new: list[Row]) -> list[Row]:
+    """What had a time in the old rows and has a problem now."""
+    before = {key(row) for row in old if row.get("ms_p50")}
+    return [row for row in new if key(row) in before and not row.get("ms_p50") and row.get("problem")]

@@ -46,6 +46,8 @@ class CpuTimer:
     something else: it is left out, unless that would leave none.
     """
 
+    LONG = 20.0  # seconds: a call of this length is sampled once
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
@@ -69,13 +71,13 @@ class CpuTimer:
         samples.ms += wall
         samples.add("cpu_ms", cpu)
 
-    def peak_mb(self, call: Call) -> float | None:
-        """None: torch does not count the memory of a CPU."""
-        call()
-        return None
+    def once_with_memory(self, call: Call) -> tuple[float, float | None]:
+        """Seconds of one call; no memory: torch does not count that of a CPU."""
+        return self.once(call), None
 
-    def finish(self, call: Call, samples: Samples) -> None:
-        pass
+    def graph(self, make: Callable[[], Call], samples: Samples) -> str:
+        """There are no CUDA graphs here."""
+        return ""
 
 
 class CudaTimer:
@@ -85,14 +87,18 @@ class CudaTimer:
     - warm_ms: the same without clearing the cache;
     - wall_ms: host time of a call in a row of calls with one synchronization, launches included;
     - graph_ms: one replay of the call as a CUDA graph, cache cleared: no launch cost of single kernels.
+
+    A call that is sampled once a turn, because it is long, has only the first: caches and launches say nothing of it.
     """
 
+    LONG = 5.0
     REPLAYS = 20
+    FLUSH = 2**26  # bytes that are overwritten to clear the L2 cache, at least
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         cache = torch.cuda.get_device_properties(device).L2_cache_size
-        self.flush = torch.empty(max(4 * cache, 2**26), dtype=torch.uint8, device=device)
+        self.flush = torch.empty(max(4 * cache, self.FLUSH), dtype=torch.uint8, device=device)
 
     def once(self, call: Call) -> float:
         torch.cuda.synchronize(self.device)
@@ -116,6 +122,8 @@ class CudaTimer:
 
     def turn(self, call: Call, count: int, samples: Samples) -> None:
         samples.ms += self._events(call, count, cold=True)
+        if count == 1:
+            return
         samples.add("warm_ms", self._events(call, count, cold=False))
 
         def burst() -> None:
@@ -124,31 +132,38 @@ class CudaTimer:
 
         samples.add("wall_ms", [1e3 * self.once(burst) / count])
 
-    def peak_mb(self, call: Call) -> float | None:
-        """Memory of one call beyond what stood before it, in 10^6 bytes."""
+    def once_with_memory(self, call: Call) -> tuple[float, float | None]:
+        """Seconds of one call, and its memory beyond what stood before it, in 10^6 bytes."""
         torch.cuda.synchronize(self.device)
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        call()
-        torch.cuda.synchronize(self.device)
-        return (torch.cuda.max_memory_allocated(self.device) - before) / 1e6
+        seconds = self.once(call)
+        return seconds, (torch.cuda.max_memory_allocated(self.device) - before) / 1e6
 
-    def finish(self, call: Call, samples: Samples) -> None:
-        """The graph time, where the call can be captured."""
+    def graph(self, make: Callable[[], Call], samples: Samples) -> str:
+        """The graph time, where the call can be captured; else why not. `make` makes the call, on the stream that is
+        captured, so that a backward alone runs there too."""
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         try:
+            # What waits for the GPU is found before the capture, which it would break.
+            torch.cuda.set_sync_debug_mode("error")
             with torch.cuda.stream(stream):
+                call = make()
                 for _ in range(3):
                     call()
+            torch.cuda.set_sync_debug_mode("default")
             torch.cuda.current_stream(self.device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream):
                 call()
-        except RuntimeError:  # it waits for the GPU, or copies from the host: then there is no graph time
+        except Exception as error:  # a rival may fail here in any way: it only has no graph time then
+            return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
             torch.cuda.synchronize(self.device)
-            return
         samples.add("graph_ms", self._events(graph.replay, self.REPLAYS, cold=True))
+        return ""
 
 
 def timer(device: torch.device) -> CpuTimer | CudaTimer:
@@ -165,7 +180,7 @@ def _median_seconds(clock: CpuTimer | CudaTimer, call: Call) -> float:
 def copy_rate(clock: CpuTimer | CudaTimer) -> float:
     """Measured copy bandwidth in 10^9 bytes a second, reads and writes counted."""
     size = 2**30 if clock.device.type == "cuda" else 2**27
-    source = torch.zeros(size, dtype=torch.uint8, device=clock.device)
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=clock.device)
     target = torch.empty_like(source)
     return 2 * size / _median_seconds(clock, lambda: target.copy_(source)) / 1e9
 

@@ -5,6 +5,7 @@ The rivals hold the same parameters in plain PyTorch. On a GPU bfloat16 means au
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,57 +13,91 @@ from torch import Tensor, nn
 
 from benchmarks import references
 from benchmarks.case import Case, Rivals
+from benchmarks.images import AVAILABLE, LEVELS, SHAPES, Shape, images
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelRNN
 from fastgen.ops import reconstruction_nll
 
-Shape = tuple[int, int, int]
-DIGITS, MNIST, CIFAR = (1, 8, 8), (1, 28, 28), (3, 32, 32)
-# Name, images, levels, batch, the model, the kernels it runs.
-Job = tuple[str, Shape, int, int, Callable[..., nn.Module], dict[str, int], tuple[str, ...]]
 CONVOLUTIONS = ("masked_conv2d", "reconstruction_nll")
-SCANS = {"diagonal_bilstm": ("diagonal_lstm", *CONVOLUTIONS), "row_lstm": ("row_lstm", *CONVOLUTIONS)}
 
 
-def _jobs(batch: dict[Shape, int], levels: dict[Shape, int], channels: int, layers: int) -> list[Job]:
+@dataclass(frozen=True)
+class Job:
+    """A model of some size, on a batch of images; and the kernels that it runs."""
+
+    name: str
+    build: Callable[..., nn.Module]
+    size: dict[str, int]
+    kernels: tuple[str, ...]
+    data: str
+    shape: Shape
+    levels: int
+    batch: int
+
+
+def _convolutions(data: str, batch: int, channels: int, layers: int) -> list[Job]:
     size = {"channels": channels, "layers": layers}
+    models = (("GatedPixelCNN", GatedPixelCNN), ("PixelCNN", PixelCNN))
     return [
-        (name, shape, levels[shape], batch[shape], model, size, CONVOLUTIONS)
-        for shape in batch
-        for name, model in (("PixelCNN", PixelCNN), ("GatedPixelCNN", GatedPixelCNN))
+        Job(name, model, size, CONVOLUTIONS, data, SHAPES[data], LEVELS[data], batch)
+        for name, model in models
+        if data in AVAILABLE
     ]
 
 
-def _scans(shape: Shape, levels: int, batch: int, hidden_channels: int, layers: int) -> list[Job]:
-    """PixelRNN of both kinds: of 7 layers of 16 units and two levels, the paper's for MNIST."""
+def _scans(data: str, batch: int, hidden_channels: int, layers: int) -> list[Job]:
+    """PixelRNN of both kinds."""
     size = {"hidden_channels": hidden_channels, "layers": layers}
     return [
-        (f"PixelRNN {kind}", shape, levels, batch, functools.partial(PixelRNN, kind=kind), size, kernels)
-        for kind, kernels in SCANS.items()
+        Job(
+            f"PixelRNN {kind}",
+            functools.partial(PixelRNN, kind=kind),
+            size,
+            (scan, *CONVOLUTIONS),
+            data,
+            SHAPES[data],
+            LEVELS[data],
+            batch,
+        )
+        for kind, scan in (("diagonal_bilstm", "diagonal_lstm"), ("row_lstm", "row_lstm"))
+        if data in AVAILABLE
     ]
 
 
-LEVELS = {DIGITS: 17, CIFAR: 256}
+def _toy() -> list[Job]:
+    jobs = _convolutions("random", 2, 4, 1) + _scans("random", 2, 4, 1)
+    return [replace(job, shape=(1, 3, 4), levels=3) for job in jobs]
+
+
 JOBS: dict[str, list[Job]] = {
-    "toy": _jobs({(1, 3, 4): 2}, {(1, 3, 4): 3}, 4, 1) + _scans((1, 3, 4), 3, 2, 4, 1),
-    "cpu": _jobs({DIGITS: 64}, LEVELS, 32, 3),
-    "cpu-full": _jobs({DIGITS: 64, CIFAR: 4}, LEVELS, 48, 6) + _scans(DIGITS, 17, 64, 16, 3),
-    "gpu": _jobs({DIGITS: 256, CIFAR: 32}, LEVELS, 128, 10) + _scans(MNIST, 2, 16, 16, 7),
-    "gpu-full": _jobs({DIGITS: 256, CIFAR: 128}, LEVELS, 128, 15) + _scans(MNIST, 2, 64, 16, 7),
+    "toy": _toy(),
+    "cpu": _convolutions("digits", 64, 32, 3) + _convolutions("patches", 2, 32, 3) + _convolutions("random", 2, 32, 3),
+    "cpu-full": [
+        *(
+            job
+            for data, batch in (("digits", 64), ("patches", 4), ("random", 4))
+            for job in _convolutions(data, batch, 48, 6)
+        ),
+        *_scans("digits", 64, 16, 3),
+        *(job for data in ("patches", "random") for job in _scans(data, 2, 12, 1)),
+    ],
+    # PixelRNN with the 7 layers of 16 units that the paper has for MNIST.
+    "gpu": [
+        *_convolutions("digits", 256, 128, 10),
+        *_scans("digits", 64, 16, 7),
+        *(job for data in ("patches", "random") for job in _convolutions(data, 32, 128, 10)),
+        *(job for data in ("patches", "random") for job in _scans(data, 16, 48, 7)),
+    ],
+    "gpu-full": [
+        *_convolutions("digits", 256, 128, 15),
+        *_scans("digits", 256, 16, 7),
+        *(job for data in ("patches", "random") for job in _convolutions(data, 128, 128, 15)),
+        *(job for data in ("patches", "random") for job in _scans(data, 64, 96, 7)),
+    ],
 }
 
 
-def images(device: torch.device, shape: Shape, levels: int, batch: int) -> Tensor:
-    """Handwritten digits, or random levels in other shapes: the time of a step does not depend on them."""
-    if shape != DIGITS:
-        return torch.randint(levels, (batch, *shape), device=device)
-    from sklearn.datasets import load_digits
-
-    return torch.from_numpy(load_digits().images[:batch]).long().unsqueeze(1).to(device)
-
-
 def _inputs(device: torch.device, job: Job, dtype: torch.dtype) -> dict[str, Any]:
-    _, shape, levels, batch, build, size, _ = job
-    model = build(shape, levels, **size).to(device)
+    model = job.build(job.shape, job.levels, **job.size).to(device)
     if device.type == "cuda":
         for parameter in model.parameters():
             if parameter.dim() == 4:
@@ -71,7 +106,7 @@ def _inputs(device: torch.device, job: Job, dtype: torch.dtype) -> dict[str, Any
     return {
         "model": model,
         "plain": references.plain(model),
-        "x": images(device, shape, levels, batch),
+        "x": images(job.data, job.shape, job.levels, job.batch, device).long(),
         "autocast": autocast,
     }
 
@@ -104,8 +139,8 @@ def cases(size: str, device: torch.device) -> list[Case]:
     dtypes = {"gpu": [torch.bfloat16], "gpu-full": [torch.float32, torch.bfloat16]}.get(size, [torch.float32])
     found = []
     for job in JOBS[size]:
-        name, shape, levels, batch, _, of_model, kernels = job
-        sizes = " ".join(f"{key}={value}" for key, value in of_model.items())
+        sizes = " ".join(f"{key}={value}" for key, value in job.size.items())
+        image = "x".join(map(str, job.shape))
         for dtype in dtypes:
             providers: Rivals = {"eager": plain_loss}
             if size != "toy":
@@ -113,19 +148,18 @@ def cases(size: str, device: torch.device) -> list[Case]:
             providers["fastgen"] = fastgen_loss
             if size.endswith("-full"):
                 providers["fastgen, compiled"] = references.compiled(fastgen_loss)
-            image = "x".join(map(str, shape))
             found.append(
                 Case(
                     op="training",
-                    shape=f"{name} {image} levels={levels} B={batch} {sizes}",
+                    shape=f"{job.name} {job.data} {image} levels={job.levels} B={job.batch} {sizes}",
                     dtype=dtype,
                     inputs=functools.partial(_inputs, job=job, dtype=dtype),
                     providers=providers,
                     truth=truth,
-                    kernels=kernels,
+                    kernels=job.kernels,
                     modes=("full",),
                     given=_few_images,
-                    batch=batch,
+                    batch=job.batch,
                 )
             )
     return found

@@ -9,37 +9,58 @@ from torch import Tensor
 
 from benchmarks import references
 from benchmarks.case import Case, Rivals
+from benchmarks.images import AVAILABLE, LEVELS, SHAPES, Shape, images
 from benchmarks.reconstruction_nll import RIVALS
 from fastgen import ops
 from fastgen.models import VAE
 from fastgen.ops.reconstruction_nll import reconstruction_nll_reference
 from fastgen.ops.reparameterize_kl import reparameterize_kl_reference
 
-# Likelihood, images (C, H, W), batch, arguments of the VAE.
-Job = tuple[str, tuple[int, int, int], int, dict[str, Any]]
-MLP = ("bernoulli", (1, 28, 28), 128, {"latent_dim": 20, "network": "mlp", "hidden": 400})
+# Likelihood, data, batch, arguments of the VAE.
+Job = tuple[str, str, int, dict[str, Any]]
+MNIST = (1, 28, 28)  # random images of this shape, binary
+MLP = ("bernoulli", "binary", 128, {"latent_dim": 20, "network": "mlp", "hidden": 400})
+
+
+def _on_all(of_digits: tuple[int, dict[str, Any]], of_colours: tuple[int, dict[str, Any]]) -> list[Job]:
+    """A softmax over the levels of digits, a mixture of logistics for images with colours."""
+    jobs: list[Job] = [("categorical", "digits", *of_digits)]
+    jobs += [("logistic_mixture", data, *of_colours) for data in ("patches", "random")]
+    return [job for job in jobs if job[1] in AVAILABLE]
+
+
 JOBS: dict[str, list[Job]] = {
     "toy": [
-        ("bernoulli", (1, 3, 5), 2, {"latent_dim": 3, "network": "mlp", "hidden": 8}),
-        ("logistic_mixture", (3, 5, 6), 2, {"latent_dim": 3, "channels": 4}),
+        ("bernoulli", "binary 1x3x5", 2, {"latent_dim": 3, "network": "mlp", "hidden": 8}),
+        ("logistic_mixture", "random 3x5x6", 2, {"latent_dim": 3, "channels": 4}),
     ],
-    "cpu": [MLP, ("logistic_mixture", (3, 32, 32), 8, {"latent_dim": 64, "channels": 16})],
-    "gpu": [MLP, ("logistic_mixture", (3, 32, 32), 256, {"latent_dim": 128, "channels": 64})],
+    "cpu": [*_on_all((128, {"latent_dim": 16, "channels": 16}), (8, {"latent_dim": 64, "channels": 16})), MLP],
+    "gpu": [*_on_all((256, {"latent_dim": 16, "channels": 64}), (256, {"latent_dim": 128, "channels": 64})), MLP],
     "gpu-full": [
+        *_on_all((1024, {"latent_dim": 16, "channels": 64}), (512, {"latent_dim": 128, "channels": 64})),
         MLP,
-        ("categorical", (3, 32, 32), 64, {"latent_dim": 128, "channels": 64}),
-        ("logistic_mixture", (3, 32, 32), 256, {"latent_dim": 128, "channels": 64}),
-        ("logistic_mixture", (3, 64, 64), 256, {"latent_dim": 256, "channels": 64}),
+        ("categorical", "random", 64, {"latent_dim": 128, "channels": 64}),
+        ("logistic_mixture", "random 3x64x64", 256, {"latent_dim": 256, "channels": 64}),
     ],
 }
 
 
+def _shape(data: str) -> Shape:
+    name, _, shape = data.partition(" ")
+    if shape:
+        channels, height, width = map(int, shape.split("x"))
+        return channels, height, width
+    return MNIST if name == "binary" else SHAPES[name]
+
+
 def _inputs(device: torch.device, job: Job, dtype: torch.dtype) -> dict[str, Any]:
-    likelihood, shape, batch, of_model = job
-    model = VAE(shape, likelihood=likelihood, **of_model).to(device)
+    likelihood, data, batch, of_model = job
+    shape, name = _shape(data), data.partition(" ")[0]
+    model = VAE(shape, likelihood=likelihood, levels=LEVELS.get(name, 2), **of_model).to(device)
+    source = "random" if name == "binary" else name
     return {
         "model": model,
-        "x": torch.randint(model.levels, (batch, *shape), device=device, dtype=torch.uint8),
+        "x": images(source, shape, model.levels, batch, device),
         "autocast": torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
     }
 
@@ -69,20 +90,21 @@ def plain_loss(model: VAE, x: Tensor, autocast: Any, eps: Tensor | None = None) 
 def truth(model: VAE, x: Tensor, autocast: Any, eps: Tensor) -> Tensor:
     """In float64, so without autocast."""
     z, kl = reparameterize_kl_reference(*model.encode(x), eps=eps)
-    return (reconstruction_nll_reference(model.decode(z), x, model.likelihood) + kl).mean()
+    return (reconstruction_nll_reference(model.decode(z), x, model.likelihood, levels=model.levels) + kl).mean()
 
 
 def cases(size: str, device: torch.device) -> list[Case]:
     dtypes = {"gpu": [torch.bfloat16], "gpu-full": [torch.float32, torch.bfloat16]}.get(size, [torch.float32])
     found = []
     for job in JOBS.get(size, JOBS[size.removesuffix("-full")]):
-        likelihood, shape, batch, of_model = job
+        likelihood, data, batch, of_model = job
+        image = "x".join(map(str, _shape(data)))
         sizes = " ".join(f"{key}={value}" for key, value in of_model.items())
         for dtype in dtypes:
             providers: Rivals = {"eager": plain_loss}
             if size != "toy":
                 providers["compiled"] = references.compiled(plain_loss)
-            if device.type == "cuda":
+            if device.type == "cuda" and size != "toy":
                 providers["compiled reduce-overhead"] = references.compiled(plain_loss, "reduce-overhead")
             providers["fastgen"] = fastgen_loss
             if size.endswith("-full"):
@@ -90,7 +112,7 @@ def cases(size: str, device: torch.device) -> list[Case]:
             found.append(
                 Case(
                     op="vae",
-                    shape=f"{likelihood} {'x'.join(map(str, shape))} B={batch} {sizes}",
+                    shape=f"{likelihood} {data.partition(' ')[0]} {image} B={batch} {sizes}",
                     dtype=dtype,
                     inputs=functools.partial(_inputs, job=job, dtype=dtype),
                     providers=providers,

@@ -1,11 +1,13 @@
-"""The whole test suite on this GPU, then the toy benchmarks under compute-sanitizer where it is installed; as rows."""
+"""How the tests went on a GPU, as a row: `pytest -m gpu` saves one at its end, `gpu-tests` runs it in parallel."""
 
+import importlib.util
+import os
 import shutil
 import subprocess
 import sys
-import tempfile
-import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,59 +15,80 @@ from benchmarks import machine, rows
 from benchmarks.rows import Row
 
 SANITIZERS = ("memcheck", "racecheck")
+NO_TIME = "no time was left"  # reason of tests skipped by --seconds
+PROCESSES = 6  # each compiles its kernels, and holds some gigabytes of the GPU
 
 
-def counts(report: Path) -> dict[str, int]:
-    """passed, failed and skipped of a JUnit report; errors count as failed."""
-    suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
-    total, failures, errors, skipped = (
-        sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "failures", "errors", "skipped")
-    )
-    return {"passed": total - failures - errors - skipped, "failed": failures + errors, "skipped": skipped}
-
-
-def row(provider: str, problem: str, found: dict[str, int], device: torch.device, command: str) -> Row:
-    kernels = sorted(file.stem for file in machine.KERNELS.glob("*.py") if "\nCATALOGUE" in file.read_text())
+def counts(stats: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """passed, failed (errors too), skipped, not_run of a test run's reports, and the names of the first that failed."""
+    failed = [*stats.get("failed", ()), *stats.get("error", ())]
+    skipped = stats.get("skipped", ())
+    late = [report for report in skipped if NO_TIME in str(report.longrepr)]
     return {
-        "op": "tests",
+        "passed": len(stats.get("passed", ())),
+        "failed": len(failed),
+        "skipped": len(skipped) - len(late),
+        "not_run": len(late),
+        "failures": [report.nodeid for report in failed[:50]],
+    }
+
+
+def row(what: str, problem: str, found: dict[str, Any], device: torch.device, command: str) -> Row:
+    kernels = sorted(file.stem for file in machine.KERNELS.glob("*.py") if "\nCATALOGUE" in file.read_text())
+    kernels = machine.sources(tuple(kernels))
+    return {
+        "op": rows.TESTS,
         "kernels": kernels,
-        "shape": "all",
+        "shape": what,
         "dtype": "all",
-        "provider": provider,
+        "provider": "pytest",
         "mode": "full",
         **dict.fromkeys(("ms_p20", "ms_p50", "ms_p80", "peak_mb", "error", "threads", "batch")),
         "problem": problem,
         **found,
+        "sanitizer": shutil.which("compute-sanitizer") is not None,
         **machine.environment(device),
         "kernel_sha256": machine.kernel_sha256(kernels),
+        "source_sha256": machine.source_sha256(),
+        "power": machine.power_state(device),
         "time": rows.now(),
         "command": command,
     }
 
 
-def run(folder: Path, command: str) -> int:
-    """Returns 0 where everything passed.
+def save(stats: Mapping[str, Sequence[Any]], status: int, config: Any) -> None:
+    """Saves what a run of `pytest -m gpu` found, called at its end with its reports and its exit status."""
+    device = torch.device("cuda")
+    found = counts(stats)
+    paths = [argument for argument in config.args if Path(argument).resolve() != machine.ROOT / "tests"]
+    problem = "" if status == 0 else f"pytest: exit status {status}, {found['failed']} failed"
+    command = " ".join(["python -m pytest", *config.invocation_params.args])
+    folder = Path(config.getoption("--rows") or rows.RESULTS) / machine.folder_name(device)
+    rows.save([row(" ".join(paths) or "all", problem, found, device, command)], folder)
+
+
+def run(folder: Path, paths: Sequence[str], budget: float | None) -> int:
+    """`pytest -m gpu`, in several processes where pytest-xdist is installed. Returns its exit status.
 
     Raises:
         ValueError: there is no GPU.
     """
     if not torch.cuda.is_available():
         raise ValueError("gpu-tests: torch finds no CUDA GPU; `make test` runs the kernels in the interpreter")
-    device = torch.device("cuda")
-    with tempfile.TemporaryDirectory() as temporary:
-        report = Path(temporary) / "report.xml"
-        pytest = [sys.executable, "-m", "pytest", str(machine.ROOT / "tests"), "-p", "no:cacheprovider"]
-        status = subprocess.run([*pytest, f"--junitxml={report}"], cwd=machine.ROOT).returncode
-        found = counts(report) if report.exists() else {}
-    problem = "" if status == 0 else f"pytest: exit status {status}"
-    results = [row("pytest", problem, found, device, command)]
-    for tool in SANITIZERS if shutil.which("compute-sanitizer") else ():
-        toy = [sys.executable, "-m", "benchmarks", "--dry-run", "--device", "cuda"]
-        checked = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", *toy]
-        status = subprocess.run(checked, cwd=machine.ROOT).returncode
-        problem = "" if status == 0 else f"exit status {status}"
-        results.append(row(f"compute-sanitizer {tool}", problem, {}, device, command))
-    rows.save(results, folder / machine.folder_name(device))
-    for result in results:
-        print(f"{result['provider']}: {result['problem'] or 'passed'} {found if result is results[0] else ''}")
-    return 1 if any(result["problem"] for result in results) else 0
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", *(paths or ["tests"]), "-p", "no:cacheprovider"]
+    command += ["--rows", str(folder.resolve())]
+    if budget is not None:
+        command += ["--seconds", str(budget)]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(min(PROCESSES, os.cpu_count() or 1)), "--dist", "loadgroup"]
+    return subprocess.run(command, cwd=machine.ROOT).returncode
+
+
+def sanitize(tool: str) -> list[str]:
+    """The command that runs every kernel, at toy size, under a tool of compute-sanitizer. Sampling has no kernel of its
+    own, and its CUDA graphs need the cache of memory that is off there."""
+    from benchmarks.__main__ import NAMES
+
+    checked = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--report-api-errors=no"]
+    toy = [sys.executable, "-m", "benchmarks", "--dry-run", "--device", "cuda"]
+    return [*checked, *toy, *(name for name in NAMES if name != "sampling")]

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import machine, rows, verify
-from benchmarks.__main__ import NAMES, load_cases, main
+from benchmarks import machine, report, rows, verify
+from benchmarks.__main__ import NAMES, main
+from benchmarks.agenda import ON_A_CPU, ON_A_GPU, load_cases
 from benchmarks.case import SIZES
 
 
@@ -17,6 +19,10 @@ def test_every_benchmark_agrees_with_float64_at_toy_size(name, capsys):
     assert main(["--dry-run", name]) == 0
     printed = capsys.readouterr().out
     assert "0 with a problem" in printed and "not timed, not saved" in printed
+
+
+def test_every_benchmark_has_a_place_in_the_agenda():
+    assert sorted(ON_A_GPU) == sorted(ON_A_CPU) == sorted(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -42,18 +48,16 @@ def test_a_gpu_is_not_made_up(capsys):
     assert "finds no CUDA GPU" in capsys.readouterr().err
 
 
-def test_a_report_of_tests_becomes_a_row(tmp_path):
-    report = tmp_path / "report.xml"
-    report.write_text(
-        '<testsuites><testsuite tests="9" failures="1" errors="1" skipped="2"/>'
-        '<testsuite tests="1" failures="0" errors="0" skipped="0"/></testsuites>'
-    )
-    found = verify.counts(report)
-    assert found == {"passed": 6, "failed": 2, "skipped": 2}
-    row = verify.row("pytest", "", found, torch.device("cpu"), "command")
-    assert (
-        "reparameterize_kl" in row["kernels"] and "catalogue" not in row["kernels"] and len(row["kernel_sha256"]) == 64
-    )
+def test_how_the_tests_went_becomes_a_row(tmp_path):
+    def outcome(name, why=""):
+        return SimpleNamespace(nodeid=name, longrepr=("file", 1, f"Skipped: {why}"))
+
+    stats = {"passed": [outcome("a")] * 6, "failed": [outcome("b")], "error": [outcome("c")], "": [outcome("setup")]}
+    stats["skipped"] = [outcome("d", "needs two GPUs"), outcome("e", verify.NO_TIME)]
+    found = verify.counts(stats)
+    assert found == {"passed": 6, "failed": 2, "skipped": 1, "not_run": 1, "failures": ["b", "c"]}
+    row = verify.row("all", "", found, torch.device("cpu"), "command")
+    assert set(report.catalogue_kernels()) <= set(row["kernels"]) and len(row["kernel_sha256"]) == 64
     rows.save([row], tmp_path)
     assert rows.load(tmp_path)[0]["passed"] == 6
 

@@ -47,14 +47,16 @@ def test_what_is_no_row_is_named(tmp_path):
 
 def test_status_tells_fresh_stale_and_missing():
     kernels = {KERNEL: ["forward", "backward"], "scan": ["walk"]}
-    saved = [row(), row(gpu="Imaginary 2", kernel_sha256="old"), row(gpu=None)]
+    saved = [row(launched=["forward"]), row(gpu="Imaginary 2", kernel_sha256="old"), row(gpu=None)]
+    saved += [row(op=rows.TESTS, ms_p50=None), row(op=rows.TESTS, gpu="Imaginary 2", ms_p50=None, problem="1 failed")]
+    saved += [row(mode="fwd", launched=["backward"], ms_p50=None, problem="wrong")]
     assert rows.status(saved, kernels, ["Imaginary 1", "Imaginary 2"]) == [
-        ("Imaginary 1", "forward", "fresh", 1),
-        ("Imaginary 1", "backward", "fresh", 1),
-        ("Imaginary 1", "walk", "missing", 0),
-        ("Imaginary 2", "forward", "stale", 1),
-        ("Imaginary 2", "backward", "stale", 1),
-        ("Imaginary 2", "walk", "missing", 0),
+        ("Imaginary 1", "forward", "fresh", 1, "fresh"),
+        ("Imaginary 1", "backward", "missing", 0, "fresh"),
+        ("Imaginary 1", "walk", "missing", 0, "missing"),
+        ("Imaginary 2", "forward", "stale", 1, "failed"),
+        ("Imaginary 2", "backward", "stale", 1, "failed"),
+        ("Imaginary 2", "walk", "missing", 0, "missing"),
     ]
 
 
@@ -72,6 +74,7 @@ def test_status_lists_every_kernel_of_the_catalogue(tmp_path, capsys):
 def test_only_changes_beyond_noise_are_shown(capsys):
     old = [row(), row(mode="fwd"), row(mode="bwd"), row(dtype="bfloat16")]
     new = [
+        row(provider="eager", ms_p50=None, problem="never had a time"),
         row(ms_p20=1.8, ms_p50=2.0, ms_p80=2.2),
         row(mode="fwd", ms_p20=0.95, ms_p50=1.05, ms_p80=1.2),
         row(mode="bwd", ms_p20=0.4, ms_p50=0.5, ms_p80=0.6),
@@ -81,6 +84,7 @@ def test_only_changes_beyond_noise_are_shown(capsys):
     assert [(ratio, after["mode"]) for ratio, _, after in rows.changes(old, new)] == [(2.0, "full"), (0.5, "bwd")]
     report.changes(old, new)
     printed = capsys.readouterr().out
+    assert "had a time, and now: out of memory" in printed and "never" not in printed
     assert "2 changes" in printed and "2.00 times slower" in printed and "2.00 times faster" in printed
 
 

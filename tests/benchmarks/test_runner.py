@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,9 +134,9 @@ def test_parameters_of_modules_are_differentiated_once():
 
 def test_quantiles_and_plans():
     assert quantile([3.0, 1.0, 2.0], 0.5) == 2 and quantile([1.0, 2.0], 0.2) == pytest.approx(1.2)
-    turns, count = plan(1e-3, 1.0)
+    turns, count = plan(1e-3, 1.0, 20.0)
     assert turns == runner.TURNS and turns * count == 200
-    assert plan(1.0, 0.25) == (3, 1) and plan(60.0, 1.0) == (1, 1)
+    assert plan(1.0, 0.25, 20.0) == (3, 1) and plan(60.0, 1.0, 20.0) == (1, 1)
 
 
 def test_interrupted_calls_of_one_thread_are_left_out():
@@ -193,6 +194,7 @@ def cuda_timer(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, Stub)
     for name in ("synchronize", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1_000_000)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3_500_000)
     return CudaTimer(torch.device("cpu"))
@@ -203,11 +205,12 @@ def test_the_timer_of_a_gpu(cuda_timer):
     cuda_timer.flush = type("Flush", (), {"zero_": lambda self: flushes.append(1)})()
     cuda_timer.turn(lambda: time.sleep(1e-3), 3, samples)
     assert len(flushes) == 3
-    cuda_timer.finish(lambda: None, samples)
+    assert cuda_timer.graph(lambda: lambda: None, samples) == ""
     figures = samples.figures()
     assert figures["samples"] == 3 and figures["ms_p50"] >= 1
     assert figures["warm_ms_p50"] >= 1 and figures["wall_ms_p50"] >= 1 and 0 < figures["graph_ms_p50"] < 1
-    assert cuda_timer.peak_mb(lambda: None) == 2.5
+    seconds, memory = cuda_timer.once_with_memory(lambda: None)
+    assert seconds < 1 and memory == 2.5
     assert cuda_timer.once(lambda: None) < 1
 
 
@@ -217,8 +220,50 @@ def test_what_cannot_be_captured_has_no_graph_time(cuda_timer, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "graph", refused)
     samples = Samples()
-    cuda_timer.finish(lambda: None, samples)
+    assert "when stream is capturing" in cuda_timer.graph(lambda: lambda: None, samples)
     assert "graph_ms" not in samples.extra
+
+
+def test_a_long_call_of_a_gpu_is_only_timed_alone(cuda_timer):
+    samples = Samples()
+    cuda_timer.turn(lambda: None, 1, samples)
+    assert len(samples.ms) == 1 and not samples.extra
+
+
+def test_the_backward_alone_is_not_timed_in_graphs_of_the_compiler(session):
+    rows = measure(case({"compiled reduce-overhead": square}), session)
+    assert [row["mode"] for row in rows if row["provider"] != "eager"] == ["fwd", "full"]
+
+
+def test_a_gradient_that_loses_much_is_held_to_what_the_baseline_loses_there():
+    def cases(rival):
+        return Case(
+            op="sums",
+            shape="",
+            dtype=torch.bfloat16,
+            inputs=lambda device: {"x": torch.ones(4)},
+            providers={"eager": lambda x: (x * 1.3, x), "rival": rival},
+            truth=lambda x: (x, x),
+        )
+
+    for rival, right in (
+        (lambda x: (x * 1.4, x), True),
+        (lambda x: (x, x * 1.2), False),
+        (lambda x: (x * 2, x), False),
+    ):
+        case = cases(rival)
+        checked = compare(case, case.inputs(torch.device("cpu")))
+        assert not checked["eager"].problem and (checked["rival"].problem == "") is right
+
+
+def test_kernels_are_seen_when_they_are_launched(session):
+    pytest.importorskip("triton")
+    from benchmarks.agenda import load_cases
+
+    (first, *_) = load_cases("reparameterize_kl", "toy", torch.device("cpu"))
+    found = {row["provider"]: row["launched"] for row in measure(first, replace(session, timing=False))}
+    assert found["eager"] == []
+    assert found["fastgen, interpreted"] == ["reparameterize_kl_backward_kernel", "reparameterize_kl_forward_kernel"]
 
 
 def test_the_hash_is_of_the_kernels_source():

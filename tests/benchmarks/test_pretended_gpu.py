@@ -1,0 +1,41 @@
+"""What the suite does on a GPU, on one that is only pretended: no branch of it runs there for the first time."""
+
+import pytest
+import torch
+from pretended_gpu import NAME, pretend
+
+from benchmarks import machine, rows
+from benchmarks.__main__ import NAMES, main
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def settings():
+    precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    for cached in (machine.environment, machine.commit):
+        cached.cache_clear()
+    yield
+    machine.environment.cache_clear()
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_benchmark_runs_and_saves_its_rows(name, monkeypatch, tmp_path, capsys):
+    with pretend(monkeypatch, [name]):
+        assert main(["--device", "cuda", "--full", "--results", str(tmp_path), name]) == 0, capsys.readouterr().out
+        saved = rows.load(tmp_path / "Pretended-GPU")
+        assert not [row["problem"] for row in saved if row["problem"]]
+        for row in saved:
+            assert row["gpu"] == NAME and row["threads"] is None and row["ms_p50"] > 0 and row["tf32"]
+            assert {"warm_ms_p50", "wall_ms_p50"} <= row.keys() and row["power"]
+            assert ("graph_ms_p50" in row) is not ("reduce-overhead" in row["provider"] or "CUDA" in row["provider"])
+            assert row["landmark"] or row["error"] is not None or "compiled" in row["provider"]
+        written = {(row["op"], row["shape"], row["dtype"], row["provider"], row["mode"]): row["time"] for row in saved}
+        assert len(written) == len(saved)
+        assert main(["--device", "cuda", "--full", "--results", str(tmp_path), "--resume", name]) == 0
+        assert f"{len(saved)} rows of an earlier run are still true" in capsys.readouterr().out
