@@ -124,6 +124,35 @@ def by_grid(func: Any, x: Tensor, grid: Tensor, *args: Any) -> Tensor:
     return torch.bmm(rows, weights.expand(len(rows), -1, -1)).view(*x.shape[:2], *grid.shape[1:-1])
 
 
+def convolution_by_patches(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """A convolution whose weights are computed: a product of matrices with all patches."""
+    rank = weight.dim() - 2
+    if transposed or rank > 2:
+        return NotImplemented
+    if rank == 1:
+        x, kernel = x.unsqueeze(-2), weight.unsqueeze(-2)
+        steps = [1, *stride], [0, *padding], [1, *dilation]
+        return convolution_by_patches(x, kernel, bias, *steps, False, [0, 0], groups).squeeze(-2)
+    sizes = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, p, d, s in zip(x.shape[2:], weight.shape[2:], padding, dilation, stride, strict=True)
+    ]
+    patches = aten.im2col(x, list(weight.shape[2:]), dilation, padding, stride).unflatten(1, (groups, -1))
+    found = torch.matmul(weight.reshape(groups, len(weight) // groups, -1), patches)
+    found = found.reshape(len(x), -1, *sizes)
+    return found if bias is None else found + bias.view(-1, 1, 1)
+
+
 def folded(
     func: Any,
     x: Tensor,

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastgen.sampling.decompositions import WRITTEN_OUT
+from fastgen.sampling.decompositions import WRITTEN_OUT, convolution_by_patches
 from fastgen.sampling.graph import Graph, Map, Operand, Unsupported, Value
 from fastgen.sampling.trace_ops import DECOMPOSED, METADATA_ONLY, MOVEMENT, SCANS, SHAPE_ONLY, SOURCES, WHOLE, Rewrites
 
@@ -212,6 +212,9 @@ class _Recorder(TorchDispatchMode):
                 found = WRITTEN_OUT[name](func, *args, **kwargs)
             if found is not NotImplemented:
                 return found
+        if variable and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:  # comes here whole under inference_mode, and out of what is written out
+                return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags and (variable or not _is_seeded(func, args, kwargs)):
             raise Unsupported(f"{name} draws random numbers in the model's forward pass: call model.eval()")
         if variable and func in DECOMPOSED and not func._schema.is_mutable:
@@ -220,6 +223,11 @@ class _Recorder(TorchDispatchMode):
         if name == "_convolution" and variable:  # as traced by torch.jit
             with self:
                 return aten.convolution.default(*args[:9])
+        if name == "convolution" and self.tracked(args[1]):
+            with self:
+                found = convolution_by_patches(*args)
+            if found is not NotImplemented:
+                return found
         if name in METADATA_ONLY:
             return func(*args, **kwargs)
         if name == "native_batch_norm" and variable:

@@ -32,8 +32,8 @@ class Pointwise(Rule):
             value = (~self.analysis.zero(condition)).expand(shape)
             a, b = (torch.full((), CONSTANT, dtype=torch.int32) if t is None else t for t in pick)
             ready = torch.where(known, torch.where(value, a, b), torch.stack(times).amax(0))
-            lows = [torch.zeros((), dtype=torch.bool) if t is None else self.analysis.low(t) for t in (first, second)]
-            return ready, known & torch.where(value, lows[0], lows[1])
+            a, b = (self._low(t, operand) for t, operand in zip(self._given(), (first, second), strict=True))
+            return ready, torch.where(known, torch.where(value, a, b), a & b)
         ready = times[0].clone()
         for other in times[1:]:
             torch.maximum(ready, other, out=ready)
@@ -53,13 +53,22 @@ class Pointwise(Rule):
             ready = torch.where(vanishes, CONSTANT, ready)
             if vanishes.any():
                 self.vanishes = self.analysis.constant(vanishes)
-        if name in ("mul", "div") and not any(isinstance(one, Operand) for one in self.value.args[1:]):
+        real = self.value.data.is_floating_point()
+        if real and name in ("mul", "div") and not any(isinstance(one, Operand) for one in self.value.args[1:]):
             low = self.analysis.low(operands[0]) & (self.value.data <= LOW)
         return ready, low
 
     @property
     def name(self) -> str:
         return self.value.op._schema.name.split("::")[1]
+
+    def _low(self, argument: Any, operand: Operand | None) -> Tensor:
+        return torch.tensor(argument <= LOW) if operand is None else self.analysis.low(operand)
+
+    def _given(self) -> tuple[Any, Any]:
+        """What a selection takes where its condition is true, and where it is false, numbers too."""
+        args = self.value.args
+        return (args[1], args[2]) if self.name == "where" else (args[2], args[0])
 
     def chosen(self) -> tuple[Operand, Operand | None, Operand | None] | None:
         """Of a selection: the condition, what stands where it is true, and where it is false; None for a number."""

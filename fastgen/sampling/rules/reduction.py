@@ -25,6 +25,12 @@ def cut(found: Tensor, dim: int, start: int, size: int, step: int) -> Tensor:
     return found[(slice(None),) * (dim + 1) + (slice(start, start + (size - 1) * step + 1, step),)]
 
 
+def _all(condition: Tensor, dims: Sequence[int]) -> Tensor:
+    for d in dims:
+        condition = condition.all(d, keepdim=True)
+    return condition
+
+
 class Softmax(Rule):
     """Elements that are low, beside others in their row that are not, are constant zeros of a softmax."""
 
@@ -70,8 +76,22 @@ class Softmax(Rule):
         builder.emit(Tensor.copy_, out, found)
 
 
+GREATEST = {"amax", "max", "logsumexp"}
+
+
 class Reduction(Rule):
-    """Each result depends on all that is reduced into it; further dimensions stay."""
+    """Each result depends on all that is reduced into it; further dimensions stay.
+
+    What is low beside others that are not takes no part in a maximum, as in a softmax that is written out.
+    """
+
+    unseen: Operand | None = None
+
+    def _unseen(self) -> Tensor | None:
+        if self.value.op._schema.name.split("::")[1] not in GREATEST or not self.dims:
+            return None
+        low = self.analysis.low(self.value.args[0])
+        return low & ~_all(low, self.dims) if low.any() else None
 
     @property
     def dims(self) -> list[int]:
@@ -89,7 +109,10 @@ class Reduction(Rule):
         return len(self.value.shape) == len(self.value.args[0].shape)
 
     def ready(self) -> tuple[Tensor, Tensor | None]:
-        x = self.analysis.ready(self.value.args[0])
+        x, unseen = self.analysis.ready(self.value.args[0]), self._unseen()
+        if unseen is not None and unseen.any():
+            x = torch.where(unseen, CONSTANT, x)
+            self.unseen = self.analysis.constant(unseen)
         ready = x.amax(self.dims, keepdim=self.keeps) if self.dims else x
         return ready.expand(self.value.shape), None
 
@@ -100,7 +123,8 @@ class Reduction(Rule):
         elif not self.keeps:
             for d in sorted(self.dims):
                 times = times.unsqueeze(d)
-        yield x, times.expand(x.shape)
+        wanted = times.expand(x.shape)
+        yield x, wanted if self.unseen is None else torch.where(self.analysis.data(self.unseen), NEVER, wanted)
         for one in self.value.operands[1:]:
             if not constant_operand(one):
                 yield one, times.amin().expand(one.shape)
@@ -114,7 +138,9 @@ class Reduction(Rule):
         for k, d in enumerate(range(len(x.shape)) if self.keeps else kept):
             if d in kept:
                 region[d] = builder.region(box)[k]
-        seen = builder.read(x, region)
+        seen: Any = builder.read(x, region)
+        if self.unseen is not None:  # what lies there may not have been computed
+            seen = builder.make(torch.masked_fill, seen, builder.read(self.unseen, region), LOWEST)
         if name == "native_layer_norm":
             normalized, weight, bias, eps = self.value.args[1:]
             weight, bias = (None if one is None else self.analysis.data(one) for one in (weight, bias))
