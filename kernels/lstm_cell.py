@@ -1,4 +1,7 @@
-"""What the scans of the diagonal and the Row LSTM share: the cell forward and backward, matrix products."""
+"""What the scans of the diagonal and the Row LSTM share: the cell, matrix products, loads and stores of its maps.
+
+Tiles are (M, U): M pixels, of `image`, `row` and `x`, and U units `u`. Four tiles are those of the gates o, f, i, g.
+"""
 
 import triton
 import triton.language as tl
@@ -33,34 +36,35 @@ def product(a, b, accumulator, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def cell_forward(o, f, i, g, cell, FAST: tl.constexpr):
-    """Gates before their activations and the previous cell state -> activated gates, cell state, hidden state."""
-    o, f, i, g = sigmoid(o, FAST), sigmoid(f, FAST), sigmoid(i, FAST), tanh(g, FAST)
-    cell = f * cell + i * g
-    return o, f, i, g, cell, o * tanh(cell, FAST)
+def products(state, weights, gates, PRECISION: tl.constexpr):
+    """Of one state with the weights of every gate, added to the gates."""
+    o = product(state, weights[0], gates[0], PRECISION)
+    f = product(state, weights[1], gates[1], PRECISION)
+    i = product(state, weights[2], gates[2], PRECISION)
+    g = product(state, weights[3], gates[3], PRECISION)
+    return o, f, i, g
 
 
 @triton.jit
-def cell_backward(grad_hidden, grad_cell, o, f, i, g, cell, previous, FAST: tl.constexpr):
+def cell_forward(gates, cell, FAST: tl.constexpr):
+    """Gates before their activations and the previous cell state -> activated gates, cell state, hidden state."""
+    o, f = sigmoid(gates[0], FAST), sigmoid(gates[1], FAST)
+    i, g = sigmoid(gates[2], FAST), tanh(gates[3], FAST)
+    cell = f * cell + i * g
+    return (o, f, i, g), cell, o * tanh(cell, FAST)
+
+
+@triton.jit
+def cell_backward(grad_hidden, grad_cell, gates, cell, previous, FAST: tl.constexpr):
     """Gradients of the four gates before their activations, and of the previous cell state."""
+    o, f, i, g = gates
     squashed = tanh(cell, FAST)
     grad_cell += grad_hidden * o * (1.0 - squashed * squashed)
     grad_o = grad_hidden * squashed * o * (1.0 - o)
     grad_f = grad_cell * previous * f * (1.0 - f)
     grad_i = grad_cell * g * i * (1.0 - i)
     grad_g = grad_cell * i * (1.0 - g * g)
-    return grad_o, grad_f, grad_i, grad_g, grad_cell * f
-
-
-@triton.jit
-def load_gates(at, unit_stride, units, mask):
-    """The tiles of o, f, i, g; `at` points to those of o, gates lie `units` channels apart."""
-    gate = tl.full((), 1, tl.int64) * units * unit_stride
-    o = tl.load(at, mask, other=0.0)
-    f = tl.load(at + gate, mask, other=0.0)
-    i = tl.load(at + 2 * gate, mask, other=0.0)
-    g = tl.load(at + 3 * gate, mask, other=0.0)
-    return o, f, i, g
+    return (grad_o, grad_f, grad_i, grad_g), grad_cell * f
 
 
 @triton.jit
@@ -70,16 +74,53 @@ def widened(gates):
 
 
 @triton.jit
-def offsets(image, row, column, image_stride, row_stride, column_stride, u, unit_stride):
-    """(M, U), in 64 bits, of a map of any strides."""
-    at = image.to(tl.int64) * image_stride + row.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
-    return at[:, None] + u.to(tl.int64)[None, :] * unit_stride
+def offsets(strides, image, row, x, u):
+    """(M, U), in 64 bits, of a map (B, units, H, W) of any strides."""
+    at = image.to(tl.int64) * strides[0] + row.to(tl.int64) * strides[2] + x.to(tl.int64) * strides[3]
+    return at[:, None] + u.to(tl.int64)[None, :] * strides[1]
 
 
 @triton.jit
-def store_gates(at, units, o, f, i, g, mask):
+def load_gates(at, unit_stride, units, mask):
+    """Four tiles; `at` points to those of o, gates lie `units` channels apart."""
+    gate = tl.full((), 1, tl.int64) * units * unit_stride
+    o = tl.load(at, mask, other=0.0)
+    f = tl.load(at + gate, mask, other=0.0)
+    i = tl.load(at + 2 * gate, mask, other=0.0)
+    g = tl.load(at + 3 * gate, mask, other=0.0)
+    return o, f, i, g
+
+
+@triton.jit
+def store_gates(at, units, gates, mask):
     kind: tl.constexpr = at.dtype.element_ty
-    tl.store(at, o.to(kind), mask)
-    tl.store(at + units, f.to(kind), mask)
-    tl.store(at + 2 * units, i.to(kind), mask)
-    tl.store(at + 3 * units, g.to(kind), mask)
+    tl.store(at, gates[0].to(kind), mask)
+    tl.store(at + units, gates[1].to(kind), mask)
+    tl.store(at + 2 * units, gates[2].to(kind), mask)
+    tl.store(at + 3 * units, gates[3].to(kind), mask)
+
+
+@triton.jit
+def load_terms(gates_ptr, strides, units, image, row, x, active, u):
+    """What the forward reads at `active` pixels that is no state: the input-to-state terms of the four gates."""
+    at = gates_ptr + offsets(strides, image, row, x, u)
+    return load_gates(at, strides[1], units, active[:, None] & (u < units)[None, :])
+
+
+@triton.jit
+def load_saved(maps, strides, units, image, row, x, pixel, before, begun, active, u):
+    """What the backward reads at `active` pixels that is no state.
+
+    maps: the gradient of the hidden states, of those strides; activated gates and cell states, contiguous. `before`:
+    pixels from one that has `begun` to the one before it.
+
+    Returns:
+        Gradient of the hidden state, cell state and the one before, the four activated gates.
+    """
+    mask = active[:, None] & (u < units)[None, :]
+    at = pixel[:, None] * units + u[None, :]
+    grad_hidden = tl.load(maps[0] + offsets(strides, image, row, x, u), mask, other=0.0)
+    cell = tl.load(maps[2] + at, mask, other=0.0)
+    previous = tl.load(maps[2] + at + before * units, mask & begun[:, None], other=0.0)
+    o, f, i, g = load_gates(maps[1] + pixel[:, None] * (4 * units) + u[None, :], 1, units, mask)
+    return grad_hidden, cell, previous, o, f, i, g

@@ -10,18 +10,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgen.kernels.lstm_cell import cell_backward, cell_forward, load_gates, offsets, product, store_gates, widened
+from fastgen.kernels.lstm_cell import (
+    cell_backward,
+    cell_forward,
+    load_gates,
+    load_saved,
+    load_terms,
+    product,
+    products,
+    store_gates,
+    widened,
+)
 from fastgen.kernels.lstm_launch import (
-    AMD_SIZES,
-    SCAN_SIZES,
     ScanLaunch,
-    StepLaunch,
+    TileLaunch,
     arithmetic,
     choose,
     empty_maps,
-    scan_entry,
+    empty_results,
+    scan_entries,
 )
-from fastgen.kernels.lstm_step import backward_by_steps, forward_by_steps
+from fastgen.kernels.lstm_tiles import backward_by_tiles, forward_by_tiles
 
 
 @triton.jit(do_not_specialize=("batch", "steps"))
@@ -47,80 +56,52 @@ def row_lstm_forward_kernel(
     LANES: tl.constexpr,
     U: tl.constexpr,
 ):
+    strides = (gates_image_stride, gates_unit_stride, gates_row_stride, gates_column_stride)
     m = tl.arange(0, IMAGES * LANES)
     u = tl.arange(0, U)
     k = tl.arange(0, U)
     real = (k < units)[:, None] & (u < units)[None, :]
     column = m % LANES
-    cell = tl.zeros((IMAGES * LANES, U), tl.float32)
     image = tl.program_id(0) * IMAGES + m // LANES
-    mask = ((image < batch) & (column < width))[:, None] & (u < units)[None, :]
-    at = offsets(
-        image,
-        tl.zeros_like(column),
-        column,
-        gates_image_stride,
-        gates_row_stride,
-        gates_column_stride,
-        u,
-        gates_unit_stride,
-    )
-    ahead = load_gates(gates_ptr + at, gates_unit_stride, units, mask)
+    active = (image < batch) & (column < width)
+    cell = tl.zeros((IMAGES * LANES, U), tl.float32)
+    terms = load_terms(gates_ptr, strides, units, image, tl.zeros_like(m), column, active, u)
     for step in range(steps):
-        o, f, i, g = widened(ahead)
+        gates = widened(terms)
         row = step % height
-        active = (image < batch) & (column < width)
-        mask = active[:, None] & (u < units)[None, :]
         pixel = (image.to(tl.int64) * height + row) * width + column
+        reads = active & (row > 0)
+        mask = active[:, None] & (u < units)[None, :]
 
-        # The next gates are on their way while this step waits for its states.
+        # The next terms are on their way while this step waits for its states.
         image += tl.where(row == height - 1, tl.num_programs(0) * IMAGES, 0)
-        at = offsets(
-            image,
-            (step + 1) % height + tl.zeros_like(column),
-            column,
-            gates_image_stride,
-            gates_row_stride,
-            gates_column_stride,
-            u,
-            gates_unit_stride,
-        )
-        after = ((image < batch) & (column < width))[:, None] & (u < units)[None, :]
-        ahead = load_gates(gates_ptr + at, gates_unit_stride, units, after)
+        active = (image < batch) & (column < width)
+        after = (step + 1) % height + tl.zeros_like(m)
+        terms = load_terms(gates_ptr, strides, units, image, after, column, active, u)
+
         tl.debug_barrier()  # all threads have written the states of the row above
         for tap in range(taps):
             shift = tap - taps // 2
-            seen = active & (row > 0) & (column + shift >= 0) & (column + shift < width)
+            seen = reads & (column + shift >= 0) & (column + shift < width)
             above = (pixel - width + shift)[:, None] * units + k[None, :]
             state = tl.load(hidden_ptr + above, seen[:, None] & (k < units)[None, :], other=0.0)
-            weight = weight_ptr + (tap * units + k)[:, None] * (4 * units) + u[None, :]
-            o = product(state, tl.load(weight, real, other=0.0), o, PRECISION)
-            f = product(state, tl.load(weight + units, real, other=0.0), f, PRECISION)
-            i = product(state, tl.load(weight + 2 * units, real, other=0.0), i, PRECISION)
-            g = product(state, tl.load(weight + 3 * units, real, other=0.0), g, PRECISION)
-        cell = tl.where(row == 0, 0.0, cell)
-        o, f, i, g, cell, hidden = cell_forward(o, f, i, g, cell, FAST)
+            weights = weight_ptr + (tap * units + k)[:, None] * (4 * units) + u[None, :]
+            gates = products(state, load_gates(weights, 1, units, real), gates, PRECISION)
+        gates, cell, hidden = cell_forward(gates, tl.where(row == 0, 0.0, cell), FAST)
         at = pixel[:, None] * units + u[None, :]
         tl.store(hidden_ptr + at, hidden.to(hidden_ptr.dtype.element_ty), mask)
         if activated_ptr is not None:
-            store_gates(activated_ptr + pixel[:, None] * (4 * units) + u[None, :], units, o, f, i, g, mask)
+            store_gates(activated_ptr + pixel[:, None] * (4 * units) + u[None, :], units, gates, mask)
             tl.store(cell_ptr + at, cell, mask)
 
 
 @triton.jit
-def load_saved(
-    grad_hidden_ptr, activated_ptr, cell_ptr, batch, height, width, units,
-    image_stride, unit_stride, row_stride, column_stride, image, row, column, u,
-):  # fmt: skip
-    """What the backward reads at a row: the gradient of its hidden states, its and the upper cell states, its gates."""
-    mask = ((image < batch) & (column < width))[:, None] & (u < units)[None, :]
+def load_saved_row(maps, strides, units, height, width, image, row, column, u, batch):
+    """`load_saved` of the columns of one row."""
+    row += tl.zeros_like(column)
     pixel = (image.to(tl.int64) * height + row) * width + column
-    at = offsets(image, row + tl.zeros_like(column), column, image_stride, row_stride, column_stride, u, unit_stride)
-    grad_hidden = tl.load(grad_hidden_ptr + at, mask, other=0.0)
-    cell = tl.load(cell_ptr + pixel[:, None] * units + u[None, :], mask, other=0.0)
-    previous = tl.load(cell_ptr + (pixel - width)[:, None] * units + u[None, :], mask & (row > 0), other=0.0)
-    o, f, i, g = load_gates(activated_ptr + pixel[:, None] * (4 * units) + u[None, :], 1, units, mask)
-    return grad_hidden, cell, previous, o, f, i, g
+    active = (image < batch) & (column < width)
+    return load_saved(maps, strides, units, image, row, column, pixel, -width, row > 0, active, u)
 
 
 @triton.jit(do_not_specialize=("batch", "steps"))
@@ -147,6 +128,8 @@ def row_lstm_backward_kernel(
     LANES: tl.constexpr,
     U: tl.constexpr,
 ):
+    maps = (grad_hidden_ptr, activated_ptr, cell_ptr)
+    strides = (grad_image_stride, grad_unit_stride, grad_row_stride, grad_column_stride)
     m = tl.arange(0, IMAGES * LANES)
     u = tl.arange(0, U)
     k = tl.arange(0, U)
@@ -155,30 +138,21 @@ def row_lstm_backward_kernel(
     grad_cell = tl.zeros((IMAGES * LANES, U), tl.float32)
     image = tl.program_id(0) * IMAGES + m // LANES
     if AHEAD:
-        saved = load_saved(
-            grad_hidden_ptr, activated_ptr, cell_ptr, batch, height, width, units,
-            grad_image_stride, grad_unit_stride, grad_row_stride, grad_column_stride, image, height - 1, column, u,
-        )  # fmt: skip
+        saved = load_saved_row(maps, strides, units, height, width, image, height - 1, column, u, batch)
     for step in range(steps):
         row = height - 1 - step % height
         if not AHEAD:
-            saved = load_saved(
-                grad_hidden_ptr, activated_ptr, cell_ptr, batch, height, width, units,
-                grad_image_stride, grad_unit_stride, grad_row_stride, grad_column_stride, image, row, column, u,
-            )  # fmt: skip
+            saved = load_saved_row(maps, strides, units, height, width, image, row, column, u, batch)
         grad_hidden, cell, previous, o, f, i, g = saved
         grad_hidden = grad_hidden.to(tl.float32)
-        o, f, i, g = widened((o, f, i, g))
+        gates = widened((o, f, i, g))
         active = (image < batch) & (column < width)
         mask = active[:, None] & (u < units)[None, :]
         pixel = (image.to(tl.int64) * height + row) * width + column
         image += tl.where(row == 0, tl.num_programs(0) * IMAGES, 0)
         if AHEAD:  # what the next step reads is on its way while this one waits for its gradients
-            saved = load_saved(
-                grad_hidden_ptr, activated_ptr, cell_ptr, batch, height, width, units,
-                grad_image_stride, grad_unit_stride, grad_row_stride, grad_column_stride,
-                image, height - 1 - (step + 1) % height, column, u,
-            )  # fmt: skip
+            after = height - 1 - (step + 1) % height
+            saved = load_saved_row(maps, strides, units, height, width, image, after, column, u, batch)
         tl.debug_barrier()  # all threads have written the gradients of the row below
         for tap in range(taps):
             shift = tap - taps // 2
@@ -190,12 +164,12 @@ def row_lstm_backward_kernel(
                 weight = weight_ptr + ((tap * 4 + gate) * units + k)[:, None] * units + u[None, :]
                 grad_hidden = product(state, tl.load(weight, real, other=0.0), grad_hidden, PRECISION)
         grad_cell = tl.where(row == height - 1, 0.0, grad_cell)
-        o, f, i, g, grad_cell = cell_backward(grad_hidden, grad_cell, o, f, i, g, cell, previous, FAST)
-        store_gates(grad_gates_ptr + pixel[:, None] * (4 * units) + u[None, :], units, o, f, i, g, mask)
+        grads, grad_cell = cell_backward(grad_hidden, grad_cell, gates, cell, previous, FAST)
+        store_gates(grad_gates_ptr + pixel[:, None] * (4 * units) + u[None, :], units, grads, mask)
 
 
 def row_lstm_forward(
-    gates: Tensor, weight: Tensor, save: bool, launch: ScanLaunch | StepLaunch | None = None
+    gates: Tensor, weight: Tensor, save: bool, launch: ScanLaunch | TileLaunch | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """hidden (B, h, H, W), and to train the activated gates and the cell states, all channels-last.
 
@@ -204,24 +178,22 @@ def row_lstm_forward(
         weight: (4h, h, k), any strides.
         launch: None chooses.
     """
-    batch, channels, height, width = gates.shape
+    batch, _, height, width = gates.shape
     units, taps = weight.shape[1:]
-    hidden = empty_maps(gates, units, gates.dtype)
-    activated = empty_maps(gates, channels, gates.dtype) if save else None
-    cell = empty_maps(gates, units, torch.float32) if save else None
+    hidden, activated, cell = results = empty_results(gates, save)
     if batch == 0:
-        return hidden, activated, cell
+        return results
     launch = launch or choose(gates, width, units)
-    if isinstance(launch, StepLaunch):
-        forward_by_steps(gates, weight, hidden, activated, cell, launch, row_scan=True)
-        return hidden, activated, cell
-    images = triton.cdiv(batch, launch.programs * launch.IMAGES)
+    if isinstance(launch, TileLaunch):
+        forward_by_tiles(gates, weight, hidden, activated, cell, launch, row_scan=True)
+        return results
     packed = weight.permute(2, 1, 0).contiguous()
     row_lstm_forward_kernel[(launch.programs,)](
-        gates, packed, hidden, activated, cell, batch, height, width, units, taps, images * height,
-        *gates.stride(), **arithmetic(gates), IMAGES=launch.IMAGES, LANES=launch.LANES, U=launch.U, **launch.options,
+        gates, packed, hidden, activated, cell, batch, height, width, units, taps,
+        launch.images_of_a_program(batch) * height, *gates.stride(), **arithmetic(gates), **launch.tile,
+        **launch.options,
     )  # fmt: skip
-    return hidden, activated, cell
+    return results
 
 
 def row_lstm_backward(
@@ -229,7 +201,7 @@ def row_lstm_backward(
     activated: Tensor,
     cell: Tensor,
     weight: Tensor,
-    launch: ScanLaunch | StepLaunch | None = None,
+    launch: ScanLaunch | TileLaunch | None = None,
 ) -> Tensor:
     """Gradient of the gates (B, 4h, H, W), channels-last, from what the forward has saved."""
     batch, units, height, width = grad_hidden.shape
@@ -238,22 +210,16 @@ def row_lstm_backward(
     if batch == 0:
         return grad_gates
     launch = launch or choose(grad_hidden, width, units)
-    if isinstance(launch, StepLaunch):
-        backward_by_steps(grad_hidden, activated, cell, weight, grad_gates, launch, row_scan=True)
+    if isinstance(launch, TileLaunch):
+        backward_by_tiles(grad_hidden, activated, cell, weight, grad_gates, launch, row_scan=True)
         return grad_gates
-    images = triton.cdiv(batch, launch.programs * launch.IMAGES)
     packed = weight.permute(2, 0, 1).contiguous()
     row_lstm_backward_kernel[(launch.programs,)](
         grad_hidden, activated, cell, packed, grad_gates, batch, height, width, units, weight.shape[2],
-        images * height, *grad_hidden.stride(), AHEAD=launch.ahead, **arithmetic(grad_hidden), IMAGES=launch.IMAGES,
-        LANES=launch.LANES, U=launch.U, **launch.options,
+        launch.images_of_a_program(batch) * height, *grad_hidden.stride(), AHEAD=launch.ahead,
+        **arithmetic(grad_hidden), **launch.tile, **launch.options,
     )  # fmt: skip
     return grad_gates
 
 
-CATALOGUE = [
-    scan_entry(kernel, *size, amd=amd)
-    for kernel in (row_lstm_forward_kernel, row_lstm_backward_kernel)
-    for amd, sizes in ((False, SCAN_SIZES), (True, AMD_SIZES))
-    for size in sizes
-]
+CATALOGUE = scan_entries(row_lstm_forward_kernel) + scan_entries(row_lstm_backward_kernel)

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 from fastgen.kernels.diagonal_lstm import diagonal_lstm_backward, diagonal_lstm_forward
-from fastgen.kernels.lstm_launch import ScanLaunch, StepLaunch, choose
+from fastgen.kernels.lstm_launch import ScanLaunch, TileLaunch, choose
 from fastgen.kernels.row_lstm import row_lstm_backward, row_lstm_forward
 from fastgen.ops import diagonal_lstm, row_lstm
 from tests.ops.lstm_truth import diagonal_pixels, gradients, row_pixels
@@ -48,9 +48,11 @@ VARIANTS = {
     "a stream of images": (ScanLaunch(2, 8, 16, 1, 4, ahead=True), (5, 3, 5, 4)),
     "two programs, nothing ahead": (ScanLaunch(1, 16, 16, 2, 4), (3, 16, 4, 3)),
     "more units": (ScanLaunch(1, 16, 32, 1, 4), (1, 19, 2, 3)),
-    "a step a launch": (StepLaunch(16, 16, 16), (2, 19, 3, 4)),
-    "steps of a long row": (StepLaunch(16, 16, 16), (3, 2, 2, 7)),
-    "steps of a column": (StepLaunch(16, 16, 16), (2, 2, 5, 1)),
+    "a step a launch": (TileLaunch(16, 16, 16), (2, 19, 2, 3)),
+    "steps of a long row": (TileLaunch(16, 16, 16), (3, 2, 2, 7)),
+    "steps of a column": (TileLaunch(16, 16, 16), (2, 2, 5, 1)),
+    "tiles in one launch": (TileLaunch(16, 16, 16, groups=1), (6, 2, 3, 4)),
+    "tiles of more units": (TileLaunch(16, 16, 16, groups=2), (3, 19, 3, 2)),
 }
 
 
@@ -131,7 +133,7 @@ def spread(tensor):
     return view.copy_(tensor)
 
 
-@pytest.mark.parametrize("launch", [ScanLaunch(4, 4, 16, 1, 4), StepLaunch(16, 16, 16)], ids=["scan", "steps"])
+@pytest.mark.parametrize("launch", [ScanLaunch(4, 4, 16, 1, 4), TileLaunch(16, 16, 16)], ids=["scan", "steps"])
 @pytest.mark.parametrize("change", [spread, lambda t: t.transpose(0, -1).contiguous().transpose(0, -1)])
 def test_any_strides(launch, change, device):
     gates, weight, grad = problem(2, 3, 3, 4, 2, torch.float32, device)
@@ -175,19 +177,24 @@ def test_small_states_keep_their_precision(device):
         (16, 28, 16, torch.bfloat16, ScanLaunch),
         (16, 32, 64, torch.bfloat16, ScanLaunch),
         (16, 64, 64, torch.float16, ScanLaunch),
+        (16, 200, 16, torch.bfloat16, TileLaunch),
+        (16, 32, 128, torch.bfloat16, TileLaunch),
         (16, 28, 16, torch.float32, ScanLaunch),
-        (16, 32, 32, torch.float32, StepLaunch),
-        (16, 32, 128, torch.bfloat16, StepLaunch),
-        (16, 200, 16, torch.bfloat16, StepLaunch),
+        (16, 64, 16, torch.float32, TileLaunch),
+        (16, 32, 64, torch.float32, TileLaunch),
         (5, 1, 1, torch.float32, ScanLaunch),
+        (1, 3, 65, torch.float32, TileLaunch),
     ],
 )
 def test_the_choice_covers_the_problem(batch, lanes, units, dtype, kind):
+    """Up to 64 units in one launch."""
     launch = choose(torch.empty(batch, 1, dtype=dtype), lanes, units)
     assert isinstance(launch, kind)
     if kind is ScanLaunch:
         assert lanes <= launch.LANES and max(units, 16) <= launch.U and launch.IMAGES * launch.LANES >= 16
         assert launch.programs * launch.IMAGES <= max(batch + launch.IMAGES - 1, launch.IMAGES)
+    else:
+        assert (launch.groups > 0) == (units <= 64) and launch.groups <= batch and launch.programs == 1
 
 
 @pytest.mark.gpu
