@@ -1,44 +1,103 @@
-"""The steps of a run with their programs compiled by `torch.compile`, which keeps what it has compiled on disk."""
+"""The steps of a run in machine code, as far as the step machine knows their instructions."""
 
-import warnings
-from collections import Counter
+import ctypes
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from fastgen.sampling.job import Job
+from fastgen.sampling.native.build import machine
+from fastgen.sampling.native.encode import Part, Unknown, translate
+from fastgen.sampling.native.link import Linker
+from fastgen.sampling.program import Instruction, Program, Temporary
 from fastgen.sampling.run import Run
 
-Step = Callable[[list[Any]], None]
-WORTH_COMPILING = 16  # steps that a program serves; compiling takes as long as thousands of them
+Step = Callable[[Any], None]
+WORTH_A_THREAD = 2**17  # multiply-adds between two waits from which another thread pays
+
+
+@dataclass
+class Section:
+    """Instructions in a row that the machine knows, as `parts`, or else as they are."""
+
+    parts: list[Part] = field(default_factory=list)
+    instructions: list[Instruction] = field(default_factory=list)
+
+
+class Offsets(list[Any]):
+    """Of a step: as a program in Python takes them, and where the machine finds those of moving views."""
+
+    def __init__(self, offsets: list[Any], device: torch.device) -> None:
+        super().__init__(offsets)
+        numbers = [one for one in offsets if isinstance(one, int)]
+        self._numbers = (ctypes.c_int64 * len(numbers))(*numbers)
+        self.address = ctypes.addressof(self._numbers)
 
 
 class CompiledRun(Run):
     def bound(self) -> list[Step]:
-        plain = super().bound()
-        uses = Counter(number for number, _ in self.plan.steps)
-        found = []
-        for number, program in enumerate(self.plan.programs):
-            step = plain[number]
-            if uses[number] >= WORTH_COMPILING:
-                functional = program.bind(self.n, self.block, self.on_device, functional=True)
-                step = _guarded(torch.compile(functional, dynamic=True), step)
-            found.append(step)
-        return found
+        self.threads = torch.get_num_threads()
+        self._linker = Linker(machine(), self.n, self.block)  # holds what the machine's code points to
+        return [self._step(program, self._linker) for program in self.plan.programs]
+
+    def offsets(self, offsets: list[Any]) -> Offsets:
+        return Offsets(offsets, self.device)
+
+    def begin(self, job: Job) -> None:
+        self.threads = torch.get_num_threads()
+        super().begin(job)
+
+    def _step(self, program: Program, linker: Linker) -> Step:
+        slots = {view: k for k, view in enumerate(program.views())}
+        steps: list[Step] = []
+        for section in sections(program):
+            if section.parts:
+                steps.append(self._machine_step(section.parts, linker, slots))
+            else:
+                steps.append(program.bind(self.n, self.block, self.on_device, section.instructions))
+        if len(steps) == 1:
+            return steps[0]
+
+        def step(offsets: Any) -> None:
+            for one in steps:
+                one(offsets)
+
+        return step
+
+    def _machine_step(self, parts: list[Part], linker: Linker, slots: Any) -> Step:
+        codes = linker.link(parts, slots)
+        address, count, run = ctypes.addressof(codes), len(codes), linker.machine.run
+        work = sum(part.weight.numel() * self.n for part in parts if part.weight is not None)
+        waits = 1 + sum(code.waits for code in codes)
+        most = max(1, work // waits // WORTH_A_THREAD)
+
+        def step(offsets: Offsets, keep: Any = codes) -> None:
+            run(address, count, offsets.address, min(self.threads, most))
+
+        return step
 
 
-def _guarded(compiled: Step, plain: Step) -> Step:
-    """The compiled step; the plain one for good where there is no compiler, or it fails. Steps may run twice."""
-    chosen = [compiled]
-
-    def step(offsets: list[Any]) -> None:
-        try:
-            chosen[0](offsets)
-        except Exception as error:
-            if chosen[0] is plain:
-                raise
-            warnings.warn(f"a step program runs uncompiled: {type(error).__name__}: {error}", stacklevel=2)
-            chosen[0] = plain
-            plain(offsets)
-
-    return step
+def sections(program: Program) -> list[Section]:
+    found: list[Section] = []
+    last_use = {}
+    for k, instruction in enumerate(program.instructions):
+        for one in (*instruction.args, *instruction.kwargs.values()):
+            if isinstance(one, Temporary):
+                last_use[one] = k
+    open_until = -1  # new tensors live within one section
+    for k, instruction in enumerate(program.instructions):
+        if instruction.result is not None:
+            open_until = max(open_until, last_use.get(instruction.result, k))
+        parts: list[Part] = []
+        if k > open_until:
+            with suppress(Unknown):
+                parts = translate(instruction)
+        if not found or bool(parts) != bool(found[-1].parts):
+            found.append(Section())
+        found[-1].parts += parts
+        if not parts:
+            found[-1].instructions.append(instruction)
+    return found

@@ -16,15 +16,12 @@ from fastgen.sampling.graph import Unsupported
 from fastgen.sampling.graph_run import GraphRun
 from fastgen.sampling.job import Drawn, Job
 from fastgen.sampling.naive import whole_pass
+from fastgen.sampling.native.build import NoMachine, machine
 from fastgen.sampling.plan import Plan, make_plan
 from fastgen.sampling.run import Run
 
 __all__ = ["Engine", "Unsupported", "build_engine"]
 
-WHY_BEST = {
-    "eager": "on a CPU eager, since compiled step programs were no faster where they were measured",
-    "cuda_graph": "on a GPU cuda_graph, which spares the host a launch an operation",
-}
 RUNS = {"eager": Run, "compiled": CompiledRun, "cuda_graph": GraphRun}
 # Times the largest difference between the engine's output and the model's own that was seen. `uncertain` takes that
 # difference for every parameter at once, with the worst signs, so that little more is needed.
@@ -48,16 +45,31 @@ def build_engine(
     """
     plan = make_plan(model, shape, distribution, encode, condition, levels_of(distribution) or 2)
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    best = "cuda_graph" if device.type == "cuda" else "eager"
-    possible = ("eager", "cuda_graph") if device.type == "cuda" else ("eager", "compiled")
+    best, why = _best(plan, device)
+    possible = {"eager", "cuda_graph"} if device.type == "cuda" else {"eager", best}
     chosen = backend if backend in possible else best
-    if backend not in ("auto", chosen):
-        why = "there is no persistent kernel yet" if backend == "persistent" else f"the model is on {device.type}"
-        warnings.warn(f"sampling falls back from the {backend} to the {chosen} backend: {why}", stacklevel=6)
-        plan.remarks.append(f"fallback: {chosen} instead of {backend}, because {why}")
     if backend == "auto":
-        plan.remarks.append(f"auto: {WHY_BEST[best]}")
+        plan.remarks.append(f"auto: {why}")
+    elif backend != chosen:
+        reason = {"persistent": "there is no persistent kernel yet", "compiled": why}.get(
+            backend, f"the model is on {device.type}"
+        )
+        warnings.warn(f"sampling falls back from the {backend} to the {chosen} backend: {reason}", stacklevel=6)
+        plan.remarks.append(f"fallback: {chosen} instead of {backend}, because {reason}")
     return Engine(model, shape, encode, plan, chosen)
+
+
+def _best(plan: Plan, device: torch.device) -> tuple[str, str]:
+    """The quickest backend for a model, and why."""
+    if device.type == "cuda":
+        return "cuda_graph", "on a GPU cuda_graph, which spares the host a launch an operation"
+    if plan.output_dtype != torch.float32:
+        return "eager", f"eager, since the step machine computes in float32 and the model in {plan.output_dtype}"
+    try:
+        found = machine()
+    except NoMachine as error:
+        return "eager", f"eager, since {error}"
+    return "compiled", f"on a CPU compiled: a step in machine code, {found.built}"
 
 
 class Engine:

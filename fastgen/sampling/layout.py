@@ -66,25 +66,29 @@ class Layout:
         )
 
 
-def dimension_order(times: Tensor) -> tuple[int, ...]:
-    """Places outermost, features innermost, otherwise as they are."""
+def dimension_order(times: Tensor, channels: int | None) -> tuple[int, ...]:
+    """Places outermost, features innermost, otherwise as they are; `channels`: the dimension to have last of all."""
     places = []
     for d in range(times.dim()):
         rows = times.movedim(d, 0).reshape(times.shape[d], -1)
         differing = int((rows[1:] != rows[:-1]).any(1).sum()) if len(rows) > 1 else 0
         kinds = 1 if differing == 0 else len(rows.unique(dim=0)) if len(rows) <= 4096 else len(rows)
         places.append(kinds > FEATURE_KINDS or (kinds > 1 and kinds == times.shape[d]))
-    return tuple([d for d in range(times.dim()) if places[d]] + [d for d in range(times.dim()) if not places[d]])
+    order = [d for d in range(times.dim()) if places[d]] + [d for d in range(times.dim()) if not places[d]]
+    if channels is not None and not places[channels]:
+        order.remove(channels)
+        order.append(channels)
+    return tuple(order)
 
 
-def layout(value: Value, times: Tensor, maps: Iterable[Map]) -> Layout:
-    """Room for all that the maps read of the value."""
+def layout(value: Value, times: Tensor, maps: Iterable[Map], channels: int | None) -> Layout:
+    """Room for all that the maps read of the value; `channels` as in `dimension_order`."""
     before, after = [0] * len(value.shape), [0] * len(value.shape)
     for one in maps:
         for k, (low, high) in enumerate(one.bounds()):
             before[k] = max(before[k], -low)
             after[k] = max(after[k], high - value.shape[k] + 1)
-    return Layout(value.shape, dimension_order(times), tuple(before), tuple(after))
+    return Layout(value.shape, dimension_order(times, channels), tuple(before), tuple(after))
 
 
 def dense_strides(sizes: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from fastgen.sampling.network import Network
 from fastgen.sampling.order import Ordered, ordered
 from fastgen.sampling.program import Program
 from fastgen.sampling.ready import Timed
+from fastgen.sampling.rules.convolution import Convolution
 from fastgen.sampling.schedule import Schedule, schedule
 
 
@@ -47,6 +48,10 @@ class Plan:
     @property
     def levels(self) -> Value:
         return self.timed.graph.values[0]
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        return self.timed.graph.data_of(self.output).dtype
 
     @cached_property
     def work_ratio(self) -> float:
@@ -107,11 +112,26 @@ def _storage(timed: Timed, when: Schedule, order: Order, shape: Sequence[int]) -
         else:
             stored |= {value.index for value in operand.values}
     layouts = {}
+    feature_maps = _feature_maps(timed)
     for value in graph.values:
         if value.kind != "constant":
             times = places_of(order, shape) if value.kind == "levels" else graph.of(when.times, value)
-            layouts[value.index] = layout(value, times, maps.get(value.index, []))
+            layouts[value.index] = layout(
+                value, times, maps.get(value.index, []), 1 if value.index in feature_maps else None
+            )
     return Storage(layouts, stored)
+
+
+def _feature_maps(timed: Timed) -> set[int]:
+    """Values (1, C, ...) that convolutions compute or read, and what is computed from them place by place."""
+    found: set[int] = set()
+    for value in timed.computed:
+        sources = [source for operand in value.operands for source in operand.values]
+        if isinstance(timed.rules[value.index], Convolution):
+            found |= {value.index, *(one.index for one in sources if len(one.shape) == len(value.shape))}
+        elif any(one.index in found and len(one.shape) == len(value.shape) for one in sources):
+            found.add(value.index)
+    return found
 
 
 Built = dict[int, tuple[Program, list[Any], frozenset[int]]]  # step -> program, payload, values local to it

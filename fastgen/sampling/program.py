@@ -177,11 +177,9 @@ class Program:
         rows = zip(*columns, strict=True) if columns else [()] * len(payloads)
         return [[*row, *payload] for row, payload in zip(rows, payloads, strict=True)]
 
-    def source(self, functional: bool = False) -> tuple[str, dict[str, Any]]:
-        """Python source of a function of the offsets, and the names in it that stand for functions and views.
-
-        Where `functional`, results are copied to where they belong instead of being written by `out=`, as a compiler
-        wants it.
+    def source(self, instructions: Sequence[Instruction] | None = None) -> tuple[str, dict[str, Any]]:
+        """Python source of a function of the offsets that runs the instructions (all of them where None), and the
+        names in it that stand for functions and views.
         """
         names: dict[str, Any] = {}
         lines = ["def run(o):"]
@@ -211,7 +209,7 @@ class Program:
             names[name] = argument
             return name
 
-        for instruction in self.instructions:
+        for instruction in self.instructions if instructions is None else instructions:
             for argument in _leaves((instruction.args, instruction.kwargs)):
                 if isinstance(argument, View) and argument.moves and argument not in made:
                     made.add(argument)
@@ -220,22 +218,23 @@ class Program:
                     lines.append(f"    v{k} = strided(m{k}, z{k}, y{k}, o[{k}])")
             name = functions.setdefault(instruction.function, f"f{len(functions)}")
             names[name] = instruction.function
-            kwargs = dict(instruction.kwargs)
-            target = kwargs.pop("out", None) if functional else None
             inner = [text(one) for one in instruction.args]
-            inner += [f"{key}={text(one)}" for key, one in kwargs.items()]
+            inner += [f"{key}={text(one)}" for key, one in instruction.kwargs.items()]
             call = f"{name}({', '.join(inner)})"
-            call = call if target is None else f"{text(target)}.copy_({call})"
             lines.append(f"    {'' if instruction.result is None else f't{instruction.result.number} = '}{call}")
         if len(lines) == 1:
             lines.append("    pass")
         return "\n".join(lines), names
 
     def bind(
-        self, n: int, tensors: Callable[[Memory], Tensor], on_device: Callable[[Any], Any], functional: bool = False
+        self,
+        n: int,
+        tensors: Callable[[Memory], Tensor],
+        on_device: Callable[[Any], Any],
+        instructions: Sequence[Instruction] | None = None,
     ) -> Callable[[list[Any]], None]:
-        """A function of a step's offsets that runs the program on batches of n images; `functional` as in `source`."""
-        source, names = self.source(functional)
+        """A function of a step's offsets that runs the program, or some of its instructions, on batches of n images."""
+        source, names = self.source(instructions)
         space: dict[str, Any] = {"strided": torch.as_strided}
         for name, what in names.items():
             if isinstance(what, View):

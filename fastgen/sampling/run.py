@@ -26,7 +26,7 @@ class Run:
         self.blocks: dict[int, Tensor] = {}
         self._keep: list[Memory] = []
         programs = self.bound()
-        self.steps = [(programs[number], [self.on_device(one) for one in offsets]) for number, offsets in plan.steps]
+        self.steps = [(programs[number], self.offsets(offsets)) for number, offsets in plan.steps]
         for value in plan.timed.graph.values:
             if value.kind == "computed" and value.index in plan.storage.stored:
                 times = plan.timed.graph.of(plan.schedule.times, value)
@@ -47,6 +47,10 @@ class Run:
     def bound(self) -> list[Callable[[list[Any]], None]]:
         """The plan's programs, ready to run on this batch."""
         return [program.bind(self.n, self.block, self.on_device) for program in self.plan.programs]
+
+    def offsets(self, offsets: list[Any]) -> Any:
+        """What a program is called with in a step."""
+        return [self.on_device(one) for one in offsets]
 
     def block(self, memory: Memory) -> Tensor:
         if id(memory) not in self.blocks:

@@ -7,6 +7,7 @@ import torch
 
 from fastgen import accelerate
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelCNNPP, PixelRNN
+from fastgen.sampling.native.build import machine
 
 MODELS = {
     "gated": lambda: GatedPixelCNN((1, 6, 5), 5, channels=8, layers=2),
@@ -58,19 +59,34 @@ def test_known_rows_are_filled_in_one_pass(name):
     assert torch.equal(found[:, :, :3], known[:, :, :3])
 
 
-def test_compiled_programs_give_the_same_images():
-    model = make("gated")
-    compiled, eager = samplers(model, "compiled", "eager")
-    assert "compiled:" in compiled.explain()
-    assert torch.equal(compiled.sample(3, seed=1), eager.sample(3, seed=1))
+@pytest.mark.parametrize("name", MODELS)
+def test_the_step_machine_gives_the_same_images(name):
+    model = make(name)
+    compiled, auto, naive = samplers(model, "compiled", "auto", "naive")
+    assert "compiled:" in compiled.explain() and "auto: on a CPU compiled" in auto.explain()
+    assert torch.equal(compiled.sample(3, seed=1), naive.sample(3, seed=1))
+    assert compiled._engine.error < 1e-5
+
+
+def test_without_a_compiler_eager_takes_its_place(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    machine.cache_clear()
+    try:
+        model = make("gated")
+        (auto,) = samplers(model, "auto")
+        assert "eager, since there is no C++ compiler 'no-such-compiler'" in auto.explain()
+        with pytest.warns(UserWarning, match="from the compiled to the eager backend: eager, since there is no"):
+            samplers(model, "compiled")
+    finally:
+        machine.cache_clear()
 
 
 @pytest.mark.parametrize("backend", ["persistent", "cuda_graph"])
 def test_what_cannot_run_here_is_said_and_replaced(backend):
     model = make("gated")
-    with pytest.warns(UserWarning, match=f"from the {backend} to the eager backend"):
+    with pytest.warns(UserWarning, match=f"from the {backend} to the compiled backend"):
         (sampler,) = samplers(model, backend)
-    assert f"eager instead of {backend}" in sampler.explain()
+    assert f"compiled instead of {backend}" in sampler.explain()
     assert torch.equal(sampler.sample(2, seed=1), samplers(model, "naive")[0].sample(2, seed=1))
 
 

@@ -215,7 +215,8 @@ class Convolution(Rule):
         target = target if target.sizes else target.unsqueeze(0)
         if len(seen.sizes) == 0:
             seen = seen.unsqueeze(0)
-        if len(seen.sizes) == 2 and seen.strides[1] == 1 and seen.sizes[1] >= WIDE and seen.sizes[0] <= 4:
+        precise = packed.weight.dtype in (torch.float32, torch.float64)  # parts of a half precision sum would be rounded
+        if precise and len(seen.sizes) == 2 and seen.strides[1] == 1 and seen.sizes[1] >= WIDE and seen.sizes[0] <= 4:
             rows = matrix.view(seen.sizes[0], seen.sizes[1], -1)
             for k in range(seen.sizes[0]):
                 part = seen.narrow(0, k, 1).order([1])
@@ -253,11 +254,13 @@ class Convolution(Rule):
             order = [0, *range(2, 2 + self.rank), 1]
             emit_linear(builder, seen.order(order), packed.matrix, bias, out.order(order))
             return
-        call = functools.partial(_convolve, rank=self.rank, stride=strides, dilation=self.dilation, groups=self.groups)
-        found: Any = builder.make(call, seen, packed.weight, bias)
-        if self.groups > 1:
+        call = Slab(tuple(strides), tuple(self.dilation), self.groups)
+        if self.groups == 1:
+            builder.emit(call, seen, packed.weight, bias, out=out)
+        else:
+            found = builder.make(call, seen, packed.weight, bias)
             found = builder.make(_select, found, box.start[1], box.sizes[1], box.steps[1])
-        builder.emit(Tensor.copy_, out, found)
+            builder.emit(Tensor.copy_, out, found)
 
     def _emit_transposed(self, builder: Builder, box: Box, out: View) -> None:
         """Along a dimension with one place, the taps that reach it; along the others, the transpose of a slab."""
@@ -355,13 +358,21 @@ def _select(found: Tensor, start: int, size: int, step: int) -> Tensor:
     return found[:, :, start : start + (size - 1) * step + 1 : step]
 
 
-def _convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, rank: int, stride: list[int], dilation: list[int], groups: int
-) -> Tensor:
-    """x (n, N, I, ...) -> (n, N, O, ...)"""
-    images, batch = x.shape[:2]
-    found = torch.convolution(x.flatten(0, 1), weight, bias, stride, [0] * rank, dilation, False, [0] * rank, groups)
-    return found.unflatten(0, (images, batch))
+@dataclass(frozen=True)
+class Slab:
+    """A convolution without padding of x (n, N, I, ...): (n, N, O, ...)."""
+
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+        images, batch = x.shape[:2]
+        no = [0] * len(self.stride)
+        found = torch.convolution(
+            x.flatten(0, 1), weight, bias, self.stride, no, self.dilation, False, no, self.groups
+        ).unflatten(0, (images, batch))
+        return found if out is None else out.copy_(found)
 
 
 def _convolve_transposed(

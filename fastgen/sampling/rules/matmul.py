@@ -142,9 +142,11 @@ def emit_linear(builder: Builder, x: View, weight: Tensor, bias: Tensor | None, 
         else:
             builder.emit(torch.addmm, bias, rows, weight, out=target)
         return
-    found = builder.make(torch.matmul, x, weight) if bias is None else builder.make(_linear, x, weight, bias)
-    builder.emit(Tensor.copy_, out, found)
+    builder.emit(linear, x, weight, bias, out=out)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.addmm(bias, x.reshape(-1, len(weight)), weight).view(*x.shape[:-1], -1)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """x (..., K) @ weight (K, N) + bias (N,)"""
+    rows = x.reshape(-1, len(weight))
+    found = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
+    return out.copy_(found.view(out.shape))
