@@ -1,6 +1,8 @@
-"""A softmax's nats from the features before a 1x1 convolution to 256 levels of three colours; watch the memory."""
+"""A softmax's nats from the features before a 1x1 convolution to 256 levels of three colours, summed over the images as
+a training step does; watch the memory."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,31 +35,24 @@ def _inputs(device: torch.device, features: tuple[int, int, int, int], levels: i
     }
 
 
-def convolution(features: Tensor, weight: Tensor, target: Tensor, bias: Tensor) -> Tensor:
-    """A 1x1 convolution and F.cross_entropy on the classes' dim."""
-    logits = F.conv2d(features, weight[:, :, None, None], bias).unflatten(1, (3, -1)).transpose(1, 2)
-    return references.categorical_nll(logits, target)
+def summed(nats: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def total(features: Tensor, weight: Tensor, target: Tensor, bias: Tensor) -> Tensor:
+        return nats(features, weight, target, bias).sum()
 
-
-def torch_whole(features: Tensor, weight: Tensor, target: Tensor, bias: Tensor) -> Tensor:
-    """F.linear_cross_entropy as it is by default, with the three colours as further dimensions of the weight."""
-    rows = features.movedim(1, -1).flatten(0, -2)
-    by_level = (tensor.unflatten(0, (3, -1)).transpose(0, 1) for tensor in (weight, bias))
-    weights, biases = by_level
-    levels = target.movedim(1, -1).flatten(0, -2)
-    nats = F.linear_cross_entropy(rows, weights, levels, linear_bias=biases, reduction="none")
-    return nats.view(len(features), -1).sum(1)
+    return total
 
 
 def cases(size: str, device: torch.device) -> list[Case]:
     found = []
     for features, levels in SIZES.get(size, SIZES[size.removesuffix("-full")]):
-        providers: Rivals = {"eager": convolution}
-        if size != "toy":
-            providers["compiled"] = references.compiled(convolution)
+        eager = summed(references.convolution_cross_entropy)
+        providers: Rivals = {"eager": eager, "compiled": references.compiled(eager)}
         if hasattr(F, "linear_cross_entropy"):
-            providers["F.linear_cross_entropy"] = torch_whole
-        providers["fastgen"] = functools.partial(linear_cross_entropy, positions=5 if size == "toy" else 8192)
+            by_torch = references.linear_cross_entropy_torch
+            providers["F.linear_cross_entropy"] = summed(by_torch)
+            providers["F.linear_cross_entropy, chunked"] = summed(functools.partial(by_torch, chunked=True))
+        own = functools.partial(linear_cross_entropy, positions=5 if size == "toy" else 8192)
+        providers["fastgen"] = summed(own)
         positions = features[0] * features[2] * features[3]
         multiply_adds = positions * features[1] * 3 * levels
         found.append(
@@ -67,7 +62,7 @@ def cases(size: str, device: torch.device) -> list[Case]:
                 dtype=torch.float32,
                 inputs=functools.partial(_inputs, features=features, levels=levels),
                 providers=providers,
-                truth=linear_cross_entropy_reference,
+                truth=summed(linear_cross_entropy_reference),
                 flops={"fwd": 2 * multiply_adds, "bwd": 4 * multiply_adds, "full": 6 * multiply_adds},
                 batch=features[0],
             )

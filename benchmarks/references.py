@@ -14,18 +14,15 @@ from fastgen.nn import DiagonalLSTM, GatedMaskedBlock, MaskedConv2d, RowLSTM
 
 def compiled(call: Callable, mode: str | None = None) -> Callable:
     """The same under `torch.compile`, static shapes, each case compiled anew."""
-    return torch.compile(call, dynamic=False, mode=mode)
+    made = torch.compile(call, dynamic=False, mode=mode)
+    if mode != "reduce-overhead":
+        return made
 
+    def step(*args: Any, **options: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()  # what the last call returned is not needed any more
+        return made(*args, **options)
 
-def channels_last(call: Callable, *names: str) -> Callable:
-    """The same with the named 4-d arguments channels-last, the layout cuDNN is fastest in."""
-
-    def converted(**inputs: Any) -> Any:
-        return call(
-            **{k: v.contiguous(memory_format=torch.channels_last) if k in names else v for k, v in inputs.items()}
-        )
-
-    return converted
+    return step
 
 
 # Reparameterization and KL
@@ -114,6 +111,53 @@ def gaussian_nll_torch(params: Tensor, target: Tensor) -> Tensor:
 def categorical_nll_distributions(params: Tensor, target: Tensor) -> Tensor:
     distribution = torch.distributions.Categorical(logits=params.float().movedim(1, -1), validate_args=False)
     return -distribution.log_prob(target.long()).flatten(1).sum(1)
+
+
+def convolution_cross_entropy(features: Tensor, weight: Tensor, target: Tensor, bias: Tensor) -> Tensor:
+    """Logits (B, 3 * levels, H, W) by a 1x1 convolution, then F.cross_entropy on the classes' dim."""
+    logits = F.conv2d(features, weight[:, :, None, None], bias).unflatten(1, (3, -1)).transpose(1, 2)
+    return categorical_nll(logits, target)
+
+
+def linear_cross_entropy_torch(
+    features: Tensor, weight: Tensor, target: Tensor, bias: Tensor, *, chunked: bool = False
+) -> Tensor:
+    """torch's own F.linear_cross_entropy, a product and a softmax in one function. As it is by default it keeps the
+    logits; `chunked` does not, and takes the three colours one after the other and only sums over all images."""
+    rows = features.movedim(1, -1).flatten(0, -2)
+    levels = target.movedim(1, -1).flatten(0, -2)
+    weights, biases = weight.unflatten(0, (3, -1)), bias.unflatten(0, (3, -1))
+    if chunked:
+        options = nn.LinearCrossEntropyOptions(allow_retain_graph=True)
+        of_colours = (
+            F.linear_cross_entropy(rows, w, level, linear_bias=b, reduction="sum", options=options)
+            for w, b, level in zip(weights, biases, levels.unbind(1), strict=True)
+        )
+        return sum(of_colours, rows.new_zeros(()))
+    by_level = weights.transpose(0, 1), biases.transpose(0, 1)
+    nats = F.linear_cross_entropy(rows, by_level[0], levels, linear_bias=by_level[1], reduction="none")
+    return nats.view(len(features), -1).sum(1)
+
+
+# Sampling
+
+
+def sample_naively(forward: Callable[[Tensor], Tensor], noise: Tensor, draw: Callable[..., Tensor]) -> Tensor:
+    """Images (n, C, H, W) as most code draws them: a whole forward pass for every level.
+
+    Args:
+        forward: levels (n, C, H, W) -> parameters (n, ..., H, W).
+        noise: uniforms (n, C, H, W).
+        draw: (parameters at a pixel, noise, channel, the pixel's levels so far) -> levels (n,) of one channel.
+    """
+    levels = torch.zeros_like(noise, dtype=torch.long)
+    _, channels, height, width = levels.shape
+    for i in range(height):
+        for j in range(width):
+            for c in range(channels):
+                params = forward(levels)[..., i, j]
+                levels[:, c, i, j] = draw(params, noise[..., i, j], c, levels[:, :c, i, j])
+    return levels
 
 
 # Scans

@@ -45,7 +45,7 @@ def case_table(case: Case, measured: list[Row]) -> None:
     print(f"\n{case.op} {case.shape} {str(case.dtype).removeprefix('torch.')}{where}")
     columns = ("mode", "ms", "20..80%", "times", "graph", "peak MB", "of copy", "error")
     widths = (6, 10, 16, 8, 10, 10, 9, 9)
-    print(f"  {'provider':<30}" + "".join(f"{name:>{w}}" for name, w in zip(columns, widths, strict=True)))
+    print(f"  {'provider':<34}" + "".join(f"{name:>{w}}" for name, w in zip(columns, widths, strict=True)))
     # Where nothing was timed, one line tells it for all modes.
     shown = measured if any(row["ms_p50"] for row in measured) else measured[: len(case.providers)]
     for row in shown:
@@ -60,7 +60,7 @@ def case_table(case: Case, measured: list[Row]) -> None:
             _number(row["error"], ".1e"),
         )
         line = "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True))
-        print(f"  {row['provider']:<30}{line}  {row['problem']}".rstrip())
+        print(f"  {row['provider']:<34}{line}  {row['problem']}".rstrip())
 
 
 def footer(session: Session, measured: list[Row], kept: list[Row], late: list[Item], folder: Path) -> None:
