@@ -1,8 +1,9 @@
 """The masked convolution forward and backward: what is launched, in which order, with which configuration.
 
-Forward: pack the weights (small), then one product with all that follows in its finish. Backward: one pass through the
-activation (none without activation and biases), the gradient of the input (pack, one product), the gradient of the
-weight (one product, one sum). Work and traffic of a layer are counted in benchmarks/masked_conv2d.py.
+Forward: pack the weights (small), then one product with all that follows in its finish. Backward: the gradient of the
+input (pack, one product) and that of the weight (one product, one sum). These lead back through the activation as they
+load the gradient, where that moves fewer bytes, and start after a pass that does it elsewhere: see
+masked_conv2d_activation.py. Work and traffic of a layer are counted in benchmarks/masked_conv2d.py.
 """
 
 import os
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels import masked_conv2d_cudnn as cudnn
-from fastgen.kernels.masked_conv2d_config import Layer, Tile, chip_of, choose, gathers, has_tma
-from fastgen.kernels.masked_conv2d_gemm import Finish, channels_last, convolve, empty_map, pack
-from fastgen.kernels.masked_conv2d_grad import sum_weight_gradient, through_activation
+from fastgen.kernels.masked_conv2d_activation import Finish, Incoming, through_activation
+from fastgen.kernels.masked_conv2d_config import Layer, Tile, chip_of, choose, gathers, has_tma, meets, on_load
+from fastgen.kernels.masked_conv2d_gemm import channels_last, convolve, empty_map, pack
+from fastgen.kernels.masked_conv2d_grad import sum_weight_gradient
 from fastgen.kernels.masked_conv2d_plan import Blocks, Geometry, Known, Plan, known_of, plan_of
 from fastgen.kernels.masked_conv2d_tma import convolve_by_descriptors, descriptors_fit
 
@@ -52,22 +54,29 @@ class Operand:
     def known(self) -> Known:
         return known_of(self.mask, tuple(self.weight.shape))
 
-    def layer(self, direction: str, read: Tensor, parts: int, pixels: int) -> Layer:
+    def layer(self, direction: str, read: Tensor, parts: int, pixels: int, saved: str = "none") -> Layer:
         """The product that reads the map `read` and has `pixels` results a channel."""
-        rows, channels = self.weight.shape[:2]
+        rows, channels = self.weight.shape[0] // parts, self.weight.shape[1]
         if direction == "in":
             rows, channels = channels, rows
         step = self.geometry.stride[0] * self.geometry.stride[1]
         fits = direction != "weight" and step == 1 and not gathers(channels, direction == "in", step)
-        tma = fits and has_tma(chip_of(read.device)) and descriptors_fit(read)
-        return Layer(direction, read.dtype, rows // parts, parts, channels, self.known.taps, pixels, step, tma)
+        tma = fits and saved == "none" and has_tma(chip_of(read.device)) and descriptors_fit(read)
+        return Layer(direction, read.dtype, rows, parts, channels, self.known.taps, pixels, step, tma, saved)
 
     def plan(self, direction: str, tile: Tile, parts: int = 1) -> Plan:
         mirrored = direction == "in"
-        channels = self.weight.shape[0 if mirrored else 1]
+        channels = self.weight.shape[0] // parts if mirrored else self.weight.shape[1]
         gather = gathers(channels, mirrored, self.geometry.stride[0] * self.geometry.stride[1])
         blocks = Blocks(tile.N, tile.K, parts, gather, mirrored)
         return plan_of(self.known, blocks, self.geometry, self.weight.device)
+
+    def backward_layer(self, direction: str, incoming: Incoming, x: Tensor) -> Layer:
+        """The gradient of x ("in") or of the weight from what comes in."""
+        grad = incoming.grad
+        if direction == "in":
+            return self.layer("in", grad, incoming.parts, x[:, :1].numel(), incoming.saved)
+        return self.layer("weight", x, incoming.parts, grad[:, :1].numel(), incoming.saved)
 
 
 def _choice(read: Tensor, layer: Layer) -> Choice:
@@ -116,8 +125,8 @@ def forward(
     """activation(conv(x, weight) + conv1x1(other, other_weight) + bias + condition) + residual, and what is kept.
 
     x (B, I, H, W), weight (O, I, kh, kw), bias (O,), condition (B, O), residual like the result, other (B, C, H', W'),
-    other_weight (O, C, 1, 1). keep: "", or with a gate "valve" (the second half's input) or "both" halves'; the second
-    result is empty where nothing is kept. choice: instead of that for the shape and chip.
+    other_weight (O, C, 1, 1). keep: "", with ReLU "sign" (what passes, bool), with a gate "valve" (the second half's
+    input) or "both" halves'; the second result is empty for "". choice: instead of that for the shape and chip.
 
     Raises:
         ValueError: more than MAX_PIXELS pixels: split the batch.
@@ -132,7 +141,8 @@ def forward(
     if max(pixels, x[:, :1].numel()) > MAX_PIXELS:
         raise ValueError(f"x has more than {MAX_PIXELS} pixels, {tuple(x.shape)}: split the batch")
     out = empty_map(x, weight.shape[0] // parts, height, width)
-    kept = empty_map(x, {"": 0, "valve": out.shape[1], "both": 2 * out.shape[1]}[keep], height, width)
+    channels = {"": 0, "both": 2 * out.shape[1]}.get(keep, out.shape[1])
+    kept = empty_map(x, channels, height, width, torch.bool if keep == "sign" else x.dtype)
     if out.numel() == 0:
         return out, kept if keep else x.new_empty(0)
     x = _aligned(x, operand, "out")
@@ -171,6 +181,7 @@ def _finish_plainly(
     out, kept = pre, pre.new_empty(0)
     if end.activation == "relu":
         out = pre.relu()
+        kept = ~(pre <= 0) if end.keep else kept
     if end.activation == "gated":
         signal, valve = pre.chunk(2, 1)
         out = signal.tanh() * valve.sigmoid()
@@ -198,13 +209,13 @@ def backward(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    activation: str,
+    saved: str,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of x, weight, bias, condition, other and other_weight, as `wanted`; the rest are empty.
 
-    grad: of the result, without the residual, None for zeros; grad_pre: of the sums, where these were kept and used.
-    out is the forward's result, whose values are read only with an activation.
+    grad: of the result, grad_pre: of the sums where these were kept and used; one is not None. saved: what the forward
+    kept, or its activation where it kept nothing. out is of the result's shape; it is read for "relu" and "valve".
     """
     of_x, of_weight, of_bias, of_condition, of_other, of_other_weight = wanted
     rows = weight.shape[0]
@@ -214,61 +225,105 @@ def backward(
             torch.zeros_like(one) if asked and one is not None else x.new_empty(0)
             for one, asked in zip(shapes, wanted, strict=True)
         ]
-    needs_map = of_x or of_weight or of_other or of_other_weight
+    operand = operand_of(weight, mask, stride, padding, dilation)
     sums = "image" if of_condition else "all" if of_bias else ""
-    grad_map, totals = grad, None
-    direct = activation == "none" and grad_pre is None and grad is not None and channels_last(grad, False) is grad
-    if sums or not direct:
-        write = needs_map and not direct
-        written, totals = through_activation(grad, grad_pre, out, kept, activation, write, sums)
-        grad_map = grad if written is None else written
+    if grad is None and grad_pre is not None:
+        grad, grad_pre, saved = grad_pre, None, "none"
+    assert grad is not None, "autograd asks for no gradient of nothing"
+    incoming, totals = Incoming(grad, saved, out, kept), None
+    more = of_other or of_other_weight
+    reads, adds_up = False, False
+    if grad_pre is None:
+        reads, adds_up = _on_load(incoming, x, operand, (of_x, of_weight), sums, more=more)
+    if not reads and (of_x or of_weight or more):
+        incoming, totals = through_activation(incoming, grad_pre, True, sums)
     found = [x.new_empty(0) for _ in wanted]
+    if of_x:
+        found[0] = input_gradient(incoming, x, operand)
+    if of_weight:
+        found[1], added = weight_gradient(incoming, x, operand, adds_up=adds_up)
+        totals = added if adds_up else totals
+    if other is not None and other_weight is not None:
+        pointwise = Operand(other_weight, None, POINTWISE)
+        if of_other:
+            found[4] = input_gradient(incoming, other, pointwise)
+        if of_other_weight:
+            found[5] = weight_gradient(incoming, other, pointwise)[0]
+    if sums and totals is None:
+        totals = through_activation(incoming, grad_pre, False, sums)[1]
     if totals is not None and of_bias:
         found[2] = totals.sum(0).to(weight.dtype)
     if totals is not None and of_condition:
         found[3] = totals.to(x.dtype)
-    if grad_map is None:
-        return found
-    operand = operand_of(weight, mask, stride, padding, dilation)
-    if of_x:
-        found[0] = input_gradient(grad_map, x, operand)
-    if of_weight:
-        found[1] = weight_gradient(grad_map, x, operand)
-    if other is not None and other_weight is not None:
-        pointwise = Operand(other_weight, None, POINTWISE)
-        if of_other:
-            found[4] = input_gradient(grad_map, other, pointwise)
-        if of_other_weight:
-            found[5] = weight_gradient(grad_map, other, pointwise)
     return found
 
 
-def input_gradient(grad: Tensor, x: Tensor, operand: Operand, choice: Choice | None = None) -> Tensor:
-    """The gradient of x from that of the sums, whose channels lie side by side; x gives the shape."""
+def _on_load(
+    incoming: Incoming, x: Tensor, operand: Operand, wanted: Sequence[bool], sums: str, *, more: bool
+) -> tuple[bool, bool]:
+    """Whether the products read the incoming gradient itself, and whether that of the weight adds it up for the bias.
+
+    With an activation where that moves fewer bytes than a pass, and the kernel, not cuDNN, would run after the pass as
+    well. Without one it is added up where every element is loaded once: the product waits for memory then, and does not
+    miss the registers that adding takes. more: the gradient is needed elsewhere, too.
+    """
+    grad = incoming.grad
+    if channels_last(grad, False) is not grad:
+        return False, False
+    names = [name for name, asked in zip(("in", "weight"), wanted, strict=True) if asked]
+    layers = {name: operand.backward_layer(name, incoming, x) for name in names}
+    tiles = {name: choose(x.device, layer, precision_of(x))[1] for name, layer in layers.items()}
+    times = {name: meets(layer, tiles[name]) for name, layer in layers.items()}
+    covers = "weight" in layers and operand.plan("weight", tiles["weight"], incoming.parts).covers
+    if incoming.saved == "none":
+        return True, sums == "all" and covers and times["weight"] == 1
+    if more or sums == "image" or (sums == "all" and not covers):
+        return False, False
+    if any(one is not None and one.stride() != grad.stride() for one in incoming.maps):
+        return False, False
+    if "in" in layers and gathers(layers["in"].channels, True, layers["in"].step):
+        return False, False
+    fewer = on_load(incoming.saved, x.element_size(), sum(times.values()))
+    runs = fewer and all(
+        _choice(x, one)[0] == "triton" for layer in layers.values() for one in (layer.after_pass, layer)
+    )
+    return runs, runs and sums == "all"
+
+
+def input_gradient(incoming: Incoming, x: Tensor, operand: Operand, choice: Choice | None = None) -> Tensor:
+    """The gradient of x from one whose channels lie side by side; x gives the shape."""
+    grad = incoming.grad
     out = empty_map(x, *x.shape[1:])
     if out.numel() == 0:
         return out
-    provider, tile = choice or _choice(x, operand.layer("in", grad, 1, x[:, :1].numel()))
+    provider, tile = choice or _choice(x, operand.backward_layer("in", incoming, x))
     if provider != "triton":
         box = operand.known.box if provider == "cropped" else None
         found = cudnn.input_gradient(grad, x, operand.weight, operand.mask, box, operand.geometry)
         return _dense_channels_last(found)
-    plan = operand.plan("in", tile)
+    plan = operand.plan("in", tile, incoming.parts)
     packed = pack(operand.weight, operand.mask, plan)
     if tile.tma:
         convolve_by_descriptors(grad, packed, plan, tile, precision_of(x), out, Finish())
     else:
-        convolve(grad, packed, plan, operand.geometry, tile, precision_of(x), out, Finish())
+        convolve(grad, packed, plan, operand.geometry, tile, precision_of(x), out, Finish(), through=incoming)
     return out
 
 
-def weight_gradient(grad: Tensor, x: Tensor, operand: Operand, choice: Choice | None = None) -> Tensor:
-    """The gradient of the weight from that of the sums, whose channels lie side by side."""
-    provider, tile = choice or _choice(x, operand.layer("weight", x, 1, grad[:, :1].numel()))
+def weight_gradient(
+    incoming: Incoming, x: Tensor, operand: Operand, choice: Choice | None = None, *, adds_up: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of the weight from one whose channels lie side by side; and where `adds_up`, sums over pixels of the
+    gradient of the sums, (1, O) float32, which cuDNN does not find.
+
+    adds_up: only where all rows have a live weight (`Plan.covers`).
+    """
+    grad = incoming.grad
+    provider, tile = choice or _choice(x, operand.backward_layer("weight", incoming, x))
     if provider != "triton":
         box = operand.known.box if provider == "cropped" else None
-        return cudnn.weight_gradient(grad, x, operand.weight, operand.mask, box, operand.geometry)
-    plan = operand.plan("weight", tile)
+        return cudnn.weight_gradient(grad, x, operand.weight, operand.mask, box, operand.geometry), None
+    plan = operand.plan("weight", tile, incoming.parts)
     x = _aligned(x, operand, "weight")
     weight, mask, geometry = operand.weight, operand.mask, operand.geometry
-    return sum_weight_gradient(grad, x, weight, mask, plan, geometry, tile, precision_of(x), atomics())
+    return sum_weight_gradient(incoming, x, weight, mask, plan, geometry, tile, precision_of(x), atomics(), adds_up)

@@ -4,15 +4,18 @@ Compilers have produced silently wrong code for single configurations on single 
 has passed here: a small layer in which the tiles are full, are not, and meet the border, against float64.
 """
 
+import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastgen.kernels import masked_conv2d as kernels
+from fastgen.kernels.masked_conv2d_activation import Incoming
 from fastgen.kernels.masked_conv2d_config import Layer, Tile
 
 
@@ -28,6 +31,7 @@ class Problem:
     dtype: torch.dtype
     gated: bool
     mask: str = "B"
+    saved: str = "none"  # what leads back through an activation in the gradients
 
 
 def live_weights(problem: Problem, device: torch.device) -> Tensor:
@@ -40,11 +44,15 @@ def live_weights(problem: Problem, device: torch.device) -> Tensor:
 
 @dataclass
 class Product:
-    """One of the three products of a layer: how to run it with a choice, and what it should give in float64."""
+    """One of the three products of a layer: how to run it with a choice, and what it should give in float64.
+
+    adding_up: the sums for the bias, which the product for the weight finds on the way, and what they should be.
+    """
 
     layer: Layer
     run: Callable[[kernels.Choice], Tensor]
     truth: Tensor
+    adding_up: tuple[Callable[[kernels.Choice], Any], Tensor] | None = None
 
 
 def products(problem: Problem, device: torch.device) -> dict[str, Product]:
@@ -56,8 +64,17 @@ def products(problem: Problem, device: torch.device) -> dict[str, Product]:
 
     p, side = problem, problem.size
     mask = live_weights(problem, device)
-    x = normal(p.batch, side, side, p.channels).permute(0, 3, 1, 2).to(p.dtype)
-    grad = normal(p.batch, side, side, p.outputs).permute(0, 3, 1, 2).to(p.dtype)
+
+    def feature_map(channels: int) -> Tensor:
+        return normal(p.batch, side, side, channels).permute(0, 3, 1, 2).to(p.dtype)
+
+    x = feature_map(p.channels)
+    results = p.outputs // 2 if p.saved == "valve" else p.outputs
+    out, kept = feature_map(results).tanh(), feature_map(results)
+    if p.saved == "relu":
+        out = out.relu()
+    incoming = Incoming(feature_map(results), p.saved, out, kept > 0 if p.saved == "sign" else kept)
+    grad = of_sums(incoming.grad, p.saved, out, kept)
     weight = (normal(p.outputs, p.channels, p.kernel, p.kernel) / (p.channels * p.kernel**2 / 2) ** 0.5).to(p.dtype)
     padding, parts = [p.kernel // 2] * 2, 2 if p.gated else 1
     operand = kernels.operand_of(weight, mask, [1, 1], padding, [1, 1])
@@ -71,19 +88,34 @@ def products(problem: Problem, device: torch.device) -> dict[str, Product]:
     truth = F.conv2d(wide_x, wide_weight, padding=padding)
     geometry = ([1, 1], padding, [1, 1], False, [0, 0], 1, [True, True, False])
     # Not by autograd, which is off inside an operator.
-    of_x, of_weight, _ = torch.ops.aten.convolution_backward(grad.double(), wide_x, wide_weight, None, *geometry)
+    of_x, of_weight, _ = torch.ops.aten.convolution_backward(grad, wide_x, wide_weight, None, *geometry)
     if p.gated:
         truth = truth[:, : p.outputs // 2].tanh() * truth[:, p.outputs // 2 :].sigmoid()
     pixels = p.batch * side * side
-    runs = {
-        "out": (x, parts, forward, truth),
-        "in": (grad, 1, lambda choice: kernels.input_gradient(grad, x, operand, choice), of_x),
-        "weight": (x, 1, lambda choice: kernels.weight_gradient(grad, x, operand, choice), of_weight * mask),
-    }
+    weights = functools.partial(kernels.weight_gradient, incoming, x, operand)
     return {
-        name: Product(operand.layer(name, read, count, pixels), run, value)
-        for name, (read, count, run, value) in runs.items()
+        "out": Product(operand.layer("out", x, parts, pixels), forward, truth),
+        "in": Product(
+            operand.backward_layer("in", incoming, x),
+            lambda choice: kernels.input_gradient(incoming, x, operand, choice),
+            of_x,
+        ),
+        "weight": Product(
+            operand.backward_layer("weight", incoming, x),
+            lambda choice: weights(choice)[0],
+            of_weight * mask,
+            (lambda choice: weights(choice, adds_up=True)[1], grad.sum((0, 2, 3))[None]),
+        ),
     }
+
+
+def of_sums(grad: Tensor, saved: str, out: Tensor, kept: Tensor) -> Tensor:
+    """The gradient of the sums in float64, by the definition; see `back` of the kernels."""
+    grad, out, kept = grad.double(), out.double(), kept.double()
+    if saved == "valve":
+        s = kept.sigmoid()
+        return torch.cat((grad * (s - out * (out / s).clamp(-1, 1)), grad * out * (1 - s)), 1)
+    return grad if saved == "none" else grad * ((out if saved == "relu" else kept) > 0)
 
 
 def error_of(found: Tensor, truth: Tensor) -> float:
@@ -108,7 +140,7 @@ def trusted(device: torch.device, layer: Layer, tile: Tile, tf32: bool) -> bool:
     channels = layer.channels
     if channels >= 16:
         channels = 2 * tile.K if channels % tile.K == 0 else tile.K + tile.K // 2
-    kind = Layer(layer.direction, layer.dtype, 2 * tile.N + 16, layer.parts, channels, 0, 0, 1, tile.tma)
+    kind = Layer(layer.direction, layer.dtype, 2 * tile.N + 16, layer.parts, channels, 0, 0, 1, tile.tma, layer.saved)
     key = (device, kind, tile, tf32)
     if key not in _found:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -127,14 +159,19 @@ def passes(device: torch.device, kind: Layer, tile: Tile, tf32: bool) -> bool:
 
     A configuration that does not compile or launch does not pass.
     """
-    channels, outputs = kind.channels, kind.parts * kind.rows
+    channels, outputs = kind.channels, kind.rows
     if kind.direction == "in":
         channels, outputs = outputs, channels
-    problem = Problem(3, channels, outputs, 3, 12, kind.dtype, kind.parts == 2)
+    problem = Problem(3, channels, kind.parts * outputs, 3, 12, kind.dtype, kind.parts == 2, saved=kind.saved)
     product = products(problem, device)[kind.direction]
-    allowed = tolerance(kind.dtype, tf32)
+    allowed, choice = tolerance(kind.dtype, tf32), ("triton", tile)
     try:
-        first = product.run(("triton", tile))
-        return error_of(first, product.truth) <= allowed and torch.equal(first, product.run(("triton", tile)))
+        first = product.run(choice)
+        if error_of(first, product.truth) > allowed or not torch.equal(first, product.run(choice)):
+            return False
+        if product.adding_up is None:
+            return True
+        add_up, sums = product.adding_up
+        return error_of(add_up(choice), sums) <= allowed
     except Exception:  # too much shared memory, too many registers, a compiler's own failure
         return False

@@ -40,17 +40,19 @@ class Layer:
     """What a choice depends on. `pixels` is the number of results of a channel, B * H' * W'.
 
     direction: "out" (the result), "in" (the gradient of the input), "weight" (its gradient).
+    saved: what leads back through an activation on loading; "none" where the gradient is that of the sums.
     """
 
     direction: str
     dtype: torch.dtype
     rows: int  # channels written, of each half with a gate
-    parts: int
-    channels: int  # channels read
+    parts: int  # 2 where a gate is passed in this product
+    channels: int  # channels read, of each half
     taps: int  # live ones
     pixels: int
     step: int  # product of the strides
     tma: bool  # whether tensor descriptors can address the maps
+    saved: str = "none"
 
     @property
     def key(self) -> str:
@@ -58,7 +60,14 @@ class Layer:
         size = 1 << max(self.pixels - 1, 1).bit_length()
         kind = str(self.dtype).removeprefix("torch.")
         shape = f"{self.channels}->{self.parts}x{self.rows} taps {self.taps} step {self.step}"
-        return f"{self.direction} {kind} {shape} pixels {size}"
+        through = "" if self.saved == "none" else f" through {self.saved}"
+        return f"{self.direction} {kind} {shape} pixels {size}{through}"
+
+    @property
+    def after_pass(self) -> "Layer":
+        """The same product where a pass has led back through the activation before."""
+        whole = {"in": "channels", "weight": "rows"}[self.direction]
+        return replace(self, saved="none", parts=1, **{whole: self.parts * getattr(self, whole)})
 
 
 @functools.cache
@@ -93,6 +102,29 @@ def gathers(channels: int, mirrored: bool, step: int) -> bool:
     return channels < 16 and not (mirrored and step > 1)
 
 
+def meets(layer: Layer, tile: Tile) -> int:
+    """How often a product of the backward loads each element of the gradient: once a tap and tile of channels."""
+    if layer.direction == "in":
+        return layer.taps * -(-layer.rows // tile.N)
+    if gathers(layer.channels, False, layer.step):
+        return -(-layer.taps * layer.channels // tile.K)
+    return layer.taps * -(-layer.channels // tile.K)
+
+
+def on_load(saved: str, itemsize: int, times: int) -> bool:
+    """Whether the products of the backward lead back through the activation as they load the gradient.
+
+    Where that moves fewer bytes than a pass before them, even if no cache helps; counted in
+    masked_conv2d_activation.py. times: sum of `meets`.
+    """
+    loaded, written = {
+        "relu": (2 * itemsize, itemsize),
+        "sign": (itemsize + 1, itemsize),
+        "valve": (3 * itemsize, 2 * itemsize),
+    }[saved]
+    return times * loaded < loaded + written + times * written
+
+
 def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
     """128 pixels by 64 (two halves of 64 with a gate, 128 without) in 8 warps, less where there is less to do.
 
@@ -103,16 +135,18 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
     - without tensor cores (float32 where TF32 is off): 64 x 64 in steps of 16, within the registers of 4 warps.
     - five stages: the pipeline gives two to the entries of the list, which it fetches ahead of the blocks that they
       name, and three to these: 96 KiB of shared memory, two programs on a Hopper multiprocessor. Two on AMD (64 KiB).
+    - through an activation on loading: half as deep, as up to three maps and two blocks of weights are buffered.
     - the interpreter: tiny tiles, so that small tests have several.
     """
     if chip == "interpreter":
         return Tile(32, 16, 16, 4, 1, layer.tma)
     if layer.direction == "weight":
         return _weight_tile(chip, layer, precision)
-    wide = power_of_two(layer.rows, 16, 128 // layer.parts)
+    sums = layer.parts if layer.direction == "out" else 1
+    wide = power_of_two(layer.rows, 16, 128 // sums)
     if precision == "ieee" and layer.dtype == torch.float32:
-        return Tile(64, min(wide, 64 // layer.parts), 16, 4, 2)
-    line = 128 // layer.dtype.itemsize
+        return Tile(64, min(wide, 64 // sums), 16, 4, 2)
+    line = (128 if layer.saved == "none" else 64) // layer.dtype.itemsize
     deep = power_of_two(layer.channels, 16, line)
     if gathers(layer.channels, layer.direction == "in", layer.step):
         deep = 16 if 0 < layer.taps * layer.channels % 32 <= 16 else 32
@@ -126,13 +160,15 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
 
 
 def _weight_tile(chip: str, layer: Layer, precision: str) -> Tile:
-    """M pixels a step, sums of N rows by K columns: 128 x 128 in 8 warps, less where there is less; without tensor
-    cores 64 x 32."""
+    """M pixels a step, sums of N rows (both halves of a gate) by K columns: 128 x 128 in 8 warps, less where there is
+    less; without tensor cores 64 x 32. Fewer pixels where they pass an activation on loading, which takes registers."""
     if precision == "ieee" and layer.dtype == torch.float32:
-        return Tile(16, power_of_two(layer.rows, 16, 64), 32, 4, 2)
-    n = power_of_two(layer.rows, 16, 128)
+        return Tile(16, power_of_two(layer.rows, 16, 64 // layer.parts), 32, 4, 2)
+    n = power_of_two(layer.rows, 16, 128 // layer.parts)
     k = 32 if gathers(layer.channels, False, layer.step) else power_of_two(layer.channels, 16, 128)
-    return Tile(128 // layer.dtype.itemsize, n, k, 8 if n * k > 64 * 64 else 4, 3 if chip.startswith("sm_") else 2)
+    pixels = max(16, {"none": 128, "valve": 32}.get(layer.saved, 64) // layer.dtype.itemsize)
+    warps = 8 if layer.parts * n * k > 64 * 64 else 4
+    return Tile(pixels, n, k, warps, 3 if chip.startswith("sm_") else 2)
 
 
 def candidates(chip: str, layer: Layer, precision: str) -> list[Tile]:

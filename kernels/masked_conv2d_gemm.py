@@ -3,34 +3,29 @@
     m: a pixel of the written map; n: a channel of a part; column: a live (tap, channel), see masked_conv2d_plan.py
     out[m, n] = finish(sum over blocks of columns of read[pixel(m) + tap, channel] * packed[n, column])
 
-Maps are channels-last inside. The weights are packed once a call into rows of live columns, zero where masked and where
-padded, so that the loop needs no mask for them; they are small beside the maps. The finish adds the bias and an image's
-own bias, applies ReLU or the gate, adds a residual, and keeps what the backward needs: with a gate only the second
-half's input (the first follows from the result), O / 2 values a pixel, where eager PyTorch keeps O.
+Maps are channels-last inside. The finish, and what the gradient of the input does on loading, stand in
+masked_conv2d_activation.py. The weights are packed once a call into rows of live columns, zero where masked and where
+padded, so that the loop needs no mask for them.
+
+The packing reads and writes every live weight, and its mask: 2 e + 1 bytes a weight (e bytes an element), for 3x3 B to
+2 x 128 from 128 channels 0.8 MB, where the forward moves 8.7 MB for 16 images of 32x32 and 67 MB for 128. Training
+needs it anew each step. Packed weights are not kept from call to call, as a change is not always seen: averaged weights
+are often copied in through `.data`, which does not count as a version, and a CUDA graph would replay the old ones.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastgen.kernels.catalogue_entry import Entry
+from fastgen.kernels.masked_conv2d_activation import Finish, Incoming, absent_maps, back, catalogue_entry, finish
 from fastgen.kernels.masked_conv2d_config import Tile
 from fastgen.kernels.masked_conv2d_plan import ENTRY, Geometry, Plan
 
 INTS = tl.constexpr(ENTRY)
-
-
-@triton.jit
-def tanh(x):
-    """To float32's precision, also near 0, where 2 * sigmoid(2x) - 1 cancels; never NaN for a finite x."""
-    q = x * x
-    series = x * (1 + q * (-1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835 + q * (-1382 / 155925))))))
-    shrunk = tl.exp(-2 * tl.abs(x))
-    far = (1 - shrunk) / (1 + shrunk)
-    return tl.where(tl.abs(x) < 0.3, series, tl.where(x < 0, -far, far))
 
 
 @triton.jit
@@ -44,7 +39,7 @@ def product(a, b, accumulator, PRECISION: tl.constexpr):
 
 @triton.jit
 def masked_conv2d_pack_kernel(
-    weight_ptr,  # any strides: (row, column's channel, ky, kx)
+    weight_ptr,  # any strides: (part, row, column's channel, ky, kx)
     mask_ptr,  # bool, the same, or None
     packed_ptr,  # (parts * row_pad, packed columns), written
     columns_ptr,  # (COLUMN, columns) int32
@@ -53,10 +48,12 @@ def masked_conv2d_pack_kernel(
     columns,
     packed_columns,
     first_column,
+    weight_part,
     weight_row,
     weight_channel,
     weight_y,
     weight_x,
+    mask_part,
     mask_row,
     mask_channel,
     mask_y,
@@ -70,71 +67,25 @@ def masked_conv2d_pack_kernel(
     channel = tl.load(columns_ptr + column, mask=column < columns, other=-1)
     ky = tl.load(columns_ptr + columns + column, mask=column < columns, other=0)
     kx = tl.load(columns_ptr + 2 * columns + column, mask=column < columns, other=0)
-    part_row = packed_row % row_pad
-    row = (packed_row // row_pad * rows + part_row).to(tl.int64)
-    live = (part_row < rows)[:, None] & (channel >= 0)[None, :]
+    part, row = (packed_row // row_pad).to(tl.int64), (packed_row % row_pad).to(tl.int64)
+    live = (row < rows)[:, None] & (channel >= 0)[None, :]
     if mask_ptr is not None:
         within = channel * mask_channel + ky * mask_y + kx * mask_x
-        shown = tl.load(mask_ptr + (row * mask_row)[:, None] + within[None, :], mask=live, other=0)
+        at = mask_ptr + (part * mask_part + row * mask_row)[:, None] + within[None, :]
+        shown = tl.load(at, mask=live, other=0)
         live = live & (shown != 0)
     within = channel * weight_channel + ky * weight_y + kx * weight_x
-    value = tl.load(weight_ptr + (row * weight_row)[:, None] + within[None, :], mask=live, other=0.0)
+    at = weight_ptr + (part * weight_part + row * weight_row)[:, None] + within[None, :]
+    value = tl.load(at, mask=live, other=0.0)
     at = packed_row.to(tl.int64)[:, None] * packed_columns + first_column + column[None, :]
     tl.store(packed_ptr + at, value, mask=(column < columns)[None, :])
 
 
 @triton.jit
-def finish(
-    signal,  # (M, N) float32
-    valve,  # the gate's second half, unused without
-    row,  # (M, 1) int64, the pixel's place in the written map
-    image,  # (M, 1) int64
-    n,  # (1, N)
-    inside,  # (M, 1)
-    bias_ptr,
-    condition_ptr,
-    residual_ptr,
-    residual_at,  # (M, 1) offset of the pixel
-    residual_channel,
-    out_ptr,
-    kept_ptr,
-    rows,
-    ACTIVATION: tl.constexpr,
-    KEEP_BOTH: tl.constexpr,
-):
-    """From sums to results; see the module's docstring. Biases (parts * rows,), an image's own (B, parts * rows)."""
-    parts: tl.constexpr = 2 if ACTIVATION == "gated" else 1
-    real = n < rows
-    if bias_ptr is not None:
-        signal += tl.load(bias_ptr + n, mask=real, other=0.0).to(tl.float32)
-        if ACTIVATION == "gated":
-            valve += tl.load(bias_ptr + rows + n, mask=real, other=0.0).to(tl.float32)
-    if condition_ptr is not None:
-        own = condition_ptr + image * (parts * rows) + n
-        signal += tl.load(own, mask=inside & real, other=0.0).to(tl.float32)
-        if ACTIVATION == "gated":
-            valve += tl.load(own + rows, mask=inside & real, other=0.0).to(tl.float32)
-    kind = out_ptr.dtype.element_ty
-    if ACTIVATION == "gated":
-        if kept_ptr is not None:
-            if KEEP_BOTH:
-                at = row * (2 * rows) + n
-                tl.store(kept_ptr + at, signal.to(kind), mask=inside & real)
-                tl.store(kept_ptr + at + rows, valve.to(kind), mask=inside & real)
-            else:
-                tl.store(kept_ptr + row * rows + n, valve.to(kind), mask=inside & real)
-        signal = tanh(signal) * tl.sigmoid(valve)
-    elif ACTIVATION == "relu":
-        signal = tl.where(signal < 0, 0.0, signal)  # keeps NaN
-    if residual_ptr is not None:
-        at = residual_ptr + residual_at + n.to(tl.int64) * residual_channel
-        signal += tl.load(at, mask=inside & real, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * rows + n, signal.to(kind), mask=inside & real)
-
-
-@triton.jit
 def masked_conv2d_kernel(
-    x_ptr,  # (B, x_height, x_width, channels), strides below
+    x_ptr,  # (B, x_height, x_width, channels), strides below; the gradient of a result unless SAVED is "none"
+    first_ptr,  # as x; see `back`
+    second_ptr,
     packed_ptr,  # (parts * row_pad, packed_columns)
     other_ptr,  # (B, out_height, out_width, other_channels) or None: a second map, seen at the pixel itself
     bias_ptr,
@@ -176,8 +127,9 @@ def masked_conv2d_kernel(
     residual_channel,
     GATHER: tl.constexpr,
     WHOLE: tl.constexpr,  # the channels fill their blocks
+    SAVED: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    KEEP_BOTH: tl.constexpr,
+    KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -196,7 +148,7 @@ def masked_conv2d_kernel(
     y, x = i * x_step_y, j * x_step_x
     k = tl.arange(0, K)
     n = tile * N + tl.arange(0, N)
-    read = x_ptr + (image.to(tl.int64) * x_image + y.to(tl.int64) * x_y + x.to(tl.int64) * x_x)[:, None]
+    base = (image.to(tl.int64) * x_image + y.to(tl.int64) * x_y + x.to(tl.int64) * x_x)[:, None]
     weights = packed_ptr + n.to(tl.int64)[None, :] * packed_columns + k[:, None]
     to_valve = row_pad.to(tl.int64) * packed_columns
     signal = tl.zeros((M, N), tl.float32)
@@ -213,17 +165,25 @@ def masked_conv2d_kernel(
             seen = inside[:, None] & (channel >= 0)[None, :]
             seen = seen & (y[:, None] + dy >= 0) & (y[:, None] + dy < x_height)
             seen = seen & (x[:, None] + dx >= 0) & (x[:, None] + dx < x_width)
-            a = tl.load(read + step, mask=seen, other=0.0)
+            a = tl.load(x_ptr + base + step, mask=seen, other=0.0)
         else:
             dy = tl.load(entries_ptr + entry * INTS)
             dx = tl.load(entries_ptr + entry * INTS + 1)
             channel = tl.load(entries_ptr + entry * INTS + 2) * K
             seen = inside & (y + dy >= 0) & (y + dy < x_height) & (x + dx >= 0) & (x + dx < x_width)
             step = dy.to(tl.int64) * x_y + dx.to(tl.int64) * x_x + channel
-            if WHOLE:
-                a = tl.load(read + step + k[None, :], mask=seen[:, None], other=0.0)
+            there = seen[:, None]
+            if not WHOLE:
+                there = there & (channel + k < channels)[None, :]
+            at = base + step + k[None, :]
+            if SAVED == "none":
+                a = tl.load(x_ptr + at, mask=there, other=0.0)
             else:
-                a = tl.load(read + step + k[None, :], mask=seen[:, None] & (channel + k < channels)[None, :], other=0.0)
+                a, b = back(x_ptr, first_ptr, second_ptr, at, at, there, SAVED)
+                a = a.to(packed_ptr.dtype.element_ty)
+                if SAVED == "valve":
+                    b = b.to(packed_ptr.dtype.element_ty)
+                    signal = product(b, tl.load(weights + to_valve + column), signal, PRECISION)
         signal = product(a, tl.load(weights + column), signal, PRECISION)
         if ACTIVATION == "gated":
             valve = product(a, tl.load(weights + to_valve + column), valve, PRECISION)
@@ -242,27 +202,16 @@ def masked_conv2d_kernel(
     residual_at = image * residual_image + out_i * residual_y + out_j * residual_x
     finish(
         signal, valve, row, image, n[None, :], inside[:, None], bias_ptr, condition_ptr, residual_ptr, residual_at,
-        residual_channel, out_ptr, kept_ptr, rows, ACTIVATION, KEEP_BOTH,
+        residual_channel, out_ptr, kept_ptr, rows, ACTIVATION, KEEP,
     )  # fmt: skip
 
 
 # --- launching
 
 
-@dataclass(frozen=True)
-class Finish:
-    """What happens to the sums; tensors (O,), (B, O), (B, O, H', W') any strides, or None."""
-
-    activation: str = "none"
-    bias: Tensor | None = None
-    condition: Tensor | None = None
-    residual: Tensor | None = None
-    keep: str = ""  # "": nothing, "valve": the gate's second half before its sigmoid, "both": both halves
-
-
-def empty_map(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+def empty_map(like: Tensor, channels: int, height: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
     """(B, channels, height, width), uninitialized, channels-last."""
-    return like.new_empty((like.shape[0], height, width, channels)).permute(0, 3, 1, 2)
+    return like.new_empty((like.shape[0], height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
 
 
 def channels_last(x: Tensor, gather: bool) -> Tensor:
@@ -294,13 +243,12 @@ def pack(
         if source.columns.shape[1] == 0:
             continue
         mirrored = source.blocks.mirrored
-        strides = [(1, 0, 2, 3) if mirrored else (0, 1, 2, 3)] * 2
-        numbers = [
-            0 if tensor is None else tensor.stride(axis)
-            for tensor, order in zip((values, shown), strides, strict=True)
-            for axis in order
-        ]
-        rows = values.shape[1 if mirrored else 0] // parts
+        of_part = values.shape[0] // parts
+        numbers: list[int] = []
+        for tensor in (values, shown):
+            row, channel, y, x = (0,) * 4 if tensor is None else tensor.stride()
+            numbers += [of_part * row, *((channel, row) if mirrored else (row, channel)), y, x]
+        rows = values.shape[1] if mirrored else of_part
         grid = (triton.cdiv(packed.shape[0], 16), triton.cdiv(source.columns.shape[1], 64))
         masked_conv2d_pack_kernel[grid](
             values, shown, packed, source.columns, rows, source.row_pad, source.columns.shape[1], packed.shape[1],
@@ -320,8 +268,12 @@ def convolve(
     end: Finish,
     kept: Tensor | None = None,
     other: Tensor | None = None,
+    through: Incoming | None = None,
 ) -> None:
-    """Writes `out` (and `kept`), both channels-last contiguous; x and other as from `channels_last`."""
+    """Writes `out` (and `kept`), both channels-last contiguous; x and other as from `channels_last`.
+
+    through: where x is its gradient, taken through the activation on loading.
+    """
     batch, rows, out_height, out_width = out.shape
     mirrored = plan.blocks.mirrored
     out_step = geometry.stride if mirrored else (1, 1)
@@ -330,54 +282,52 @@ def convolve(
     pixels = batch * lattice[0] * lattice[1]
     grid = (triton.cdiv(pixels, tile.M) * plan.row_tiles, out_step[0] * out_step[1])
     residual = [0] * 4 if end.residual is None else [end.residual.stride(axis) for axis in (0, 2, 3, 1)]
+    maps = (None, None) if through is None else through.maps
     others = [0] * 4 if other is None else [other.shape[1], *(other.stride(axis) for axis in (0, 2, 3))]
     masked_conv2d_kernel[grid](
-        x, packed, other, end.bias, end.condition, end.residual, out, kept,
+        x, *maps, packed, other, end.bias, end.condition, end.residual, out, kept,
         plan.entries, plan.starts, plan.columns,
         pixels, *lattice, out_height, out_width, *out_step, x.shape[2], x.shape[3], *x_step, x.shape[1],
         rows, plan.row_pad, plan.row_tiles, plan.columns.shape[1], packed.shape[1], others[0],
         x.stride(0), x.stride(2), x.stride(3), x.stride(1), *others[1:], *residual,
-        GATHER=plan.blocks.gather, WHOLE=x.shape[1] % tile.K == 0, ACTIVATION=end.activation,
-        KEEP_BOTH=end.keep == "both", PRECISION=precision, M=tile.M, N=tile.N, K=tile.K, STAGES=tile.num_stages,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        GATHER=plan.blocks.gather, WHOLE=x.shape[1] % tile.K == 0, SAVED="none" if through is None else through.saved,
+        ACTIVATION=end.activation, KEEP=end.keep, PRECISION=precision, M=tile.M, N=tile.N, K=tile.K,
+        STAGES=tile.num_stages, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
 
 # --- what ships, for the compile gate
 
 
-def catalogue_entry(kernel: Any, config: str, dtype: str, fixed: dict[str, Any], tile: Tile, **more: Any) -> Entry:
-    """`fixed`: constexprs and absent tensors. Strides and numbers of channels are aligned, as in every large layer."""
-    kinds = {"entries_ptr": "*i32", "starts_ptr": "*i32", "columns_ptr": "*i32", "places_ptr": "*i32"}
-    kinds |= {"mask_ptr": "*i1", "partial_ptr": "*fp32", "sums_ptr": "*fp32"}
-    signature = {
-        name: kinds.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
-        for name in kernel.arg_names
-        if name not in fixed
-    }
-    even = ("rows", "row_pad", "channels", "other_channels", "columns", "packed_columns", "pitch")
-    strides = tuple(f"{name}_{axis}" for name in ("x", "other", "residual", "grad") for axis in ("image", "y", "x"))
-    aligned = tuple(name for name in signature if name in (*even, *strides))
-    return Entry(
-        kernel, config, signature, fixed, aligned=aligned, num_warps=tile.num_warps, num_stages=tile.num_stages, **more
-    )
-
-
 def _product_entry(dtype: str, tile: Tile, *, gated: bool, gather: bool = False, last: bool = False, **more) -> Entry:
     """last: with a residual; the others with a second map (not gathered), an image's own bias and what is kept."""
     fixed: dict[str, Any] = {
-        "GATHER": gather, "WHOLE": not gather, "ACTIVATION": "gated" if gated else "none", "KEEP_BOTH": False,
-        "PRECISION": "tf32" if dtype == "fp32" and tile.K > 16 else "ieee", "M": tile.M, "N": tile.N, "K": tile.K,
-        "STAGES": tile.num_stages, "residual_channel": 1,
+        "GATHER": gather, "WHOLE": not gather, "SAVED": "none", "ACTIVATION": "gated" if gated else "none",
+        "KEEP": "valve" if gated else "", "PRECISION": "tf32" if dtype == "fp32" and tile.K > 16 else "ieee",
+        "M": tile.M, "N": tile.N, "K": tile.K, "STAGES": tile.num_stages, "residual_channel": 1,
         "x_step_y": 1, "x_step_x": 1, "out_step_y": 1, "out_step_x": 1,
     }  # fmt: skip
     if not gather:
         fixed["x_channel"] = 1
     absent = ("other_ptr", "condition_ptr") if last or gather else ("residual_ptr",)
-    fixed |= dict.fromkeys((*absent, *(() if gated else ("kept_ptr",))))
+    fixed |= dict.fromkeys((*absent, *(() if gated else ("kept_ptr",)))) | absent_maps("none")
     twice = "(x2)" if gated else ""
     kind = "gathered" if gather else "residual" if last else "two maps"
     config = f"{dtype} {tile.M}x{tile.N}{twice}x{tile.K}, {kind}"
+    return catalogue_entry(masked_conv2d_kernel, config, dtype, fixed, tile, **more)
+
+
+def _input_entry(dtype: str, saved: str, tile: Tile, precision: str = "ieee", **more: Any) -> Entry:
+    """The gradient of the input, through the activation on loading."""
+    absent = ("other_ptr", "bias_ptr", "condition_ptr", "residual_ptr", "kept_ptr")
+    fixed: dict[str, Any] = {
+        "GATHER": False, "WHOLE": True, "SAVED": saved, "ACTIVATION": "none", "KEEP": "",
+        "PRECISION": precision, "M": tile.M, "N": tile.N, "K": tile.K, "STAGES": tile.num_stages,
+        "residual_channel": 1, "x_channel": 1,
+        "x_step_y": 1, "x_step_x": 1, "out_step_y": 1, "out_step_x": 1,
+    }  # fmt: skip
+    fixed |= dict.fromkeys(absent) | absent_maps(saved)
+    config = f"{dtype} {tile.M}x{tile.N}x{tile.K}, through {saved}"
     return catalogue_entry(masked_conv2d_kernel, config, dtype, fixed, tile, **more)
 
 
@@ -396,5 +346,12 @@ CATALOGUE = [
     _product_entry("fp32", Tile(128, 64, 32, 8, 5), gated=False, gather=True, skips=AMD),
     _product_entry("bf16", Tile(128, 64, 64, 8, 2), gated=True, skips=ONLY_AMD),
     _product_entry("fp32", Tile(128, 64, 32, 8, 2), gated=True, skips=ONLY_AMD),
+    _input_entry("bf16", "valve", Tile(128, 128, 32, 8, 5), requires=WGMMA, skips=AMD),
+    _input_entry("bf16", "sign", Tile(128, 128, 32, 8, 5), requires=WGMMA, skips=AMD),
+    _input_entry("bf16", "valve", Tile(64, 64, 32, 4, 5), requires=WGMMA, skips=AMD),
+    _input_entry("fp32", "valve", Tile(128, 128, 16, 8, 5), "tf32", skips=AMD),
+    _input_entry("fp32", "relu", Tile(128, 128, 16, 8, 5), "tf32", skips=AMD),
+    _input_entry("fp32", "valve", Tile(64, 64, 16, 4, 2)),
+    _input_entry("bf16", "valve", Tile(128, 128, 32, 8, 2), skips=ONLY_AMD),
     catalogue_entry(masked_conv2d_pack_kernel, "bf16", "bf16", {"ROWS": 16, "COLUMNS": 64}, Tile(0, 0, 0, 4, 3)),
 ]

@@ -37,7 +37,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Blocks:
-    """N rows of each part (a gate has two parts, tanh and sigmoid) by K columns."""
+    """N rows by K columns. A gate's two parts, tanh and sigmoid, are laid over each other: one list serves both."""
 
     N: int
     K: int
@@ -57,6 +57,7 @@ class Plan:
         columns: (COLUMN, K), what each packed column is.
         places: (channels * kh * kw,), the packed column of every weight of a row, -1 where it is dead in all rows.
         row_tiles, row_pad: tiles of rows of a part, and rows of a part rounded up to whole tiles.
+        covers: whether every list has an entry.
         pairs: number of live pairs (tile of rows, block of columns), E where there is one class.
         live_columns: mean number of columns (not padded) that a row tile walks through; for counting operations.
     """
@@ -68,6 +69,7 @@ class Plan:
     places: Tensor
     row_tiles: int
     row_pad: int
+    covers: bool
     pairs: int
     live_columns: float
 
@@ -95,14 +97,15 @@ def tap_offsets(tap: tuple[int, int], place: tuple[int, int], geometry: Geometry
 
 def build(live: Tensor, blocks: Blocks, geometry: Geometry, device: torch.device) -> Plan:
     """The plan of a mask on the CPU, live (O, I, kh, kw)."""
-    weights = live.transpose(0, 1) if blocks.mirrored else live
+    weights = live.unflatten(0, (blocks.parts, -1)).any(0)
+    if blocks.mirrored:
+        weights = weights.transpose(0, 1)
     rows, channels, height, width = weights.shape
-    per_part = rows // blocks.parts
-    row_tiles = -(-per_part // blocks.N)
+    row_tiles = -(-rows // blocks.N)
     row_pad = row_tiles * blocks.N
     taps = [(ky, kx) for ky in range(height) for kx in range(width)]
-    # (taps, channels, row tiles): does any row of the tile, in any part, use this column?
-    used = weights.permute(2, 3, 1, 0).reshape(height * width, channels, blocks.parts, per_part).any(2)
+    # (taps, channels, row tiles): does any row of the tile use this column?
+    used = weights.permute(2, 3, 1, 0).reshape(height * width, channels, rows)
     used = _padded(used, 2, row_pad).unflatten(2, (row_tiles, blocks.N)).any(3)
     if blocks.gather:
         pairs = used.any(2).flatten().nonzero().flatten().tolist()
@@ -153,6 +156,7 @@ def build(live: Tensor, blocks: Blocks, geometry: Geometry, device: torch.device
         places=places.flatten().to(device),
         row_tiles=row_tiles,
         row_pad=row_pad,
+        covers=all(first < last for first, last in itertools.pairwise(starts)),
         pairs=len(entries),
         live_columns=walked / row_tiles,
     )

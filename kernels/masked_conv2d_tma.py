@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgen.kernels.masked_conv2d_activation import Finish, catalogue_entry, finish
 from fastgen.kernels.masked_conv2d_config import Tile
-from fastgen.kernels.masked_conv2d_gemm import INTS, WGMMA, Finish, catalogue_entry, finish, product
+from fastgen.kernels.masked_conv2d_gemm import INTS, WGMMA, product
 from fastgen.kernels.masked_conv2d_plan import Plan
 
 
@@ -44,7 +45,7 @@ def masked_conv2d_tma_kernel(
     residual_x,
     residual_channel,
     ACTIVATION: tl.constexpr,
-    KEEP_BOTH: tl.constexpr,
+    KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
     IMAGES: tl.constexpr,
     HEIGHT: tl.constexpr,
@@ -87,7 +88,7 @@ def masked_conv2d_tma_kernel(
     n = (tile * N + tl.arange(0, N))[None, :]
     finish(
         signal, valve, row, images, n, inside, bias_ptr, condition_ptr, residual_ptr, residual_at, residual_channel,
-        out_ptr, kept_ptr, rows, ACTIVATION, KEEP_BOTH,
+        out_ptr, kept_ptr, rows, ACTIVATION, KEEP,
     )  # fmt: skip
 
 
@@ -139,7 +140,7 @@ def convolve_by_descriptors(
         maps[0], _descriptor(packed, [tile.N, tile.K]), maps[1], end.bias, end.condition, end.residual, out, kept,
         plan.entries, plan.starts, batch, height, width, across, down, rows, plan.row_pad, plan.row_tiles,
         plan.columns.shape[1], 0 if other is None else other.shape[1], *residual,
-        ACTIVATION=end.activation, KEEP_BOTH=end.keep == "both", PRECISION=precision,
+        ACTIVATION=end.activation, KEEP=end.keep, PRECISION=precision,
         IMAGES=box[0], HEIGHT=box[1], WIDTH=box[2], N=tile.N, K=tile.K, STAGES=tile.num_stages,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -150,7 +151,7 @@ def convolve_by_descriptors(
 
 def _entry(dtype: str, tile: Tile, box: tuple[int, int, int], *, gated: bool) -> Any:
     fixed: dict[str, Any] = {
-        "ACTIVATION": "gated" if gated else "none", "KEEP_BOTH": gated,
+        "ACTIVATION": "gated" if gated else "none", "KEEP": "both" if gated else "",
         "PRECISION": "tf32" if dtype == "fp32" else "ieee",
         "IMAGES": box[0], "HEIGHT": box[1], "WIDTH": box[2], "N": tile.N, "K": tile.K,
         "STAGES": tile.num_stages, "residual_channel": 1,

@@ -64,8 +64,8 @@ def _operator(
     activation: str,
     keep: str,
 ) -> tuple[Tensor, Tensor]:
-    """As `fused` below, and what is kept: with a gate its second half's input (B, O / 2, H', W') where keep is
-    "valve", both halves' (B, O, H', W'), differentiable, where it is "both"; else empty."""
+    """As `fused` below, and what is kept: "", empty; "sign", with ReLU what passes, bool; "valve", the input of the
+    gate's second half (B, O / 2, H', W'); "both" halves' (B, O, H', W'), differentiable."""
     from fastgen.kernels import masked_conv2d as kernels
 
     tensors = (x, weight, mask, bias, condition, residual, other, other_weight)
@@ -79,9 +79,10 @@ def _(x, weight, mask, bias, condition, residual, other, other_weight, stride, p
         (x.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (weight.shape[2 + axis] - 1) - 1) // stride[axis] + 1
         for axis in range(2)
     ]
-    half = weight.shape[0] // 2
-    out = _empty_map(x, half if activation == "gated" else weight.shape[0], size)
-    return out, _empty_map(x, {"valve": half, "both": 2 * half}[keep], size) if keep else x.new_empty(0)
+    out = _empty_map(x, weight.shape[0] // 2 if activation == "gated" else weight.shape[0], size)
+    if not keep:
+        return out, x.new_empty(0)
+    return out, _empty_map(x, weight.shape[0] if keep == "both" else out.shape[1], size, keep == "sign")
 
 
 @torch.library.custom_op("fastgen::masked_conv2d_backward", mutates_args=())
@@ -98,7 +99,7 @@ def _backward_operator(
     stride: list[int],
     padding: list[int],
     dilation: list[int],
-    activation: str,
+    saved: str,
     wanted: list[bool],
 ) -> list[Tensor]:
     """Gradients of x, weight, bias, condition, other and other_weight, empty where not wanted."""
@@ -106,11 +107,11 @@ def _backward_operator(
 
     tensors = (grad, grad_pre, x, weight, mask, out, kept, other, other_weight)
     with torch.cuda.device_of(x):
-        return kernels.backward(*tensors, stride, padding, dilation, activation, wanted)
+        return kernels.backward(*tensors, stride, padding, dilation, saved, wanted)
 
 
 @_backward_operator.register_fake
-def _(grad, grad_pre, x, weight, mask, out, kept, other, other_weight, stride, padding, dilation, activation, wanted):
+def _(grad, grad_pre, x, weight, mask, out, kept, other, other_weight, stride, padding, dilation, saved, wanted):
     found = [x.new_empty(0) for _ in wanted]
     for index, read in ((0, x), (4, other)):
         if wanted[index]:
@@ -134,36 +135,42 @@ def in_aten(
     if other is not None:
         pre = pre + F.conv2d(other, other_weight)
     out = {"none": lambda: pre, "relu": pre.relu, "gated": lambda: gate(pre)}[activation]()
-    kept = {"": lambda: x.new_empty(0), "valve": lambda: pre.chunk(2, 1)[1], "both": lambda: pre}[keep]()
+    kept = {
+        "": lambda: x.new_empty(0), "sign": lambda: (pre <= 0).logical_not(), "valve": lambda: pre.chunk(2, 1)[1],
+        "both": lambda: pre,
+    }[keep]()  # fmt: skip
     return out if residual is None else out + residual, kept
 
 
-def _empty_map(like: Tensor, channels: int, size) -> Tensor:
-    """(B, channels, *size), uninitialized, in the layout that the kernels write: channels-last."""
-    return like.new_empty((like.shape[0], *size, channels)).permute(0, 3, 1, 2)
+def _empty_map(like: Tensor, channels: int, size, signs: bool = False) -> Tensor:
+    """(B, channels, *size), uninitialized, in the layout that the kernels write: channels-last. signs: of bools."""
+    dtype = torch.bool if signs else like.dtype
+    return like.new_empty((like.shape[0], *size, channels), dtype=dtype).permute(0, 3, 1, 2)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, mask, _, _, _, other, other_weight, ctx.stride, ctx.padding, ctx.dilation, ctx.activation, keep = inputs
+    x, weight, mask, _, _, _, other, other_weight, ctx.stride, ctx.padding, ctx.dilation, activation, keep = inputs
     out, kept = output
     if keep != "both":
         ctx.mark_non_differentiable(kept)
     ctx.set_materialize_grads(False)
-    ctx.keep = keep
-    # Without an activation only the shape of the result counts, which its gradient has too.
-    ctx.save_for_backward(x, weight, mask, other, other_weight, out if ctx.activation != "none" else None, kept)
+    ctx.saved = keep or activation
+    # Where only the shape of the result counts, its gradient has that too, or half of what is kept.
+    ctx.save_for_backward(x, weight, mask, other, other_weight, out if ctx.saved in ("relu", "valve") else None, kept)
 
 
 def _backward(ctx, grad, grad_kept):
     x, weight, mask, other, other_weight, out, kept = ctx.saved_tensors
-    grad_pre = grad_kept if ctx.keep == "both" else None
+    grad_pre = grad_kept if ctx.saved == "both" else None
     if grad is None and grad_pre is None:
         return (None,) * 13
     needs = ctx.needs_input_grad
     wanted = [needs[index] for index in (0, 1, 3, 4, 6, 7)]
     geometry = (ctx.stride, ctx.padding, ctx.dilation)
-    tensors = (grad, grad_pre, x, weight, mask, grad if out is None else out, kept, other, other_weight)
-    grads = _backward_operator(*tensors, *geometry, ctx.activation, wanted)
+    if out is None:
+        out = kept.chunk(2, 1)[0] if ctx.saved == "both" else grad
+    tensors = (grad, grad_pre, x, weight, mask, out, kept, other, other_weight)
+    grads = _backward_operator(*tensors, *geometry, ctx.saved, wanted)
     found = [one if asked else None for one, asked in zip(grads, wanted, strict=True)]
     of_x, of_weight, of_bias, of_condition, of_other, of_other_weight = found
     residual = grad if needs[5] else None
@@ -194,8 +201,8 @@ def fused(
 ) -> tuple[Tensor, Tensor]:
     """One launch: activation(conv(x) + conv1x1(other) + bias + condition) + residual, and what enters the activation.
 
-    The second result is only there with keep_pre, which needs the gate; the residual only without an activation.
-    geometry: stride, padding, dilation. Other arguments as in `forward` of the kernels.
+    The second result is only there with keep_pre, which needs the gate. geometry: stride, padding, dilation. Other
+    arguments as in `forward` of the kernels.
 
     Raises:
         TypeError: dtypes differ.
@@ -206,7 +213,10 @@ def fused(
     }  # fmt: skip
     _check_dtypes(x, tensors)
     train = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, *tensors.values()))
-    keep = "both" if keep_pre else "valve" if activation == "gated" and train else ""
+    keep = "both" if keep_pre else ""
+    if train and activation != "none" and not keep:
+        plain, added = {"relu": ("", "sign"), "gated": ("valve", "both")}[activation]
+        keep = plain if residual is None else added
     return _operator(x, weight, mask, bias, condition, residual, other, other_weight, *geometry, activation, keep)
 
 
@@ -325,15 +335,12 @@ def masked_conv2d(
         return masked_conv2d_reference(
             x, weight, mask, bias, activation=activation, condition=condition, residual=residual, **options
         )
-    batch, added = x, residual
-    if x.dim() == 3:
-        batch, condition = x.unsqueeze(0), None if condition is None else condition.unsqueeze(0)
-        added = None if residual is None else residual.unsqueeze(0)
-    inside = added if activation == "none" else None
-    out = fused(batch, weight, mask, bias, geometry, activation, condition=condition, residual=inside)[0]
-    if added is not None and inside is None:
-        out = out + added
-    return out if x.dim() == 4 else out.squeeze(0)
+    if x.dim() == 4:
+        return fused(x, weight, mask, bias, geometry, activation, condition=condition, residual=residual)[0]
+    addends = [None if one is None else one.unsqueeze(0) for one in (condition, residual)]
+    batch = x.unsqueeze(0)
+    out = fused(batch, weight, mask, bias, geometry, activation, condition=addends[0], residual=addends[1])[0]
+    return out.squeeze(0)
 
 
 def _check_addend(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:

@@ -44,9 +44,12 @@ def truth(x, weight, mask, bias, activation="none", **geometry):
     return out
 
 
-def gradients(function, inputs, seed=1):
+def gradients(function, inputs, seed=1, channels_last=False):
+    """The result and its gradients; the incoming one is contiguous, or channels-last as that of a next layer."""
     out = function(*inputs)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(out.device)
+    if channels_last:
+        grad = grad.contiguous(memory_format=torch.channels_last)
     asked = [one for one in inputs if one is not None and one.requires_grad]
     return [out, *torch.autograd.grad(out, asked, grad.to(out.device, out.dtype))]
 
