@@ -114,8 +114,11 @@ def choose(x: Tensor, lanes: int, units: int) -> ScanLaunch | TileLaunch:
 
 
 def scan_by_tiles(x: Tensor, lanes: int, units: int) -> TileLaunch:
-    """One launch, for up to 64 units. The tile is the largest without spills: weights are then read least often."""
-    padded = max(16, triton.next_power_of_2(units))
+    """One launch, a program an image or more, for any number of units.
+
+    The tile is the largest without spills, so that weights are read least often.
+    """
+    padded = min(64, max(16, triton.next_power_of_2(units)))
     if x.dtype != torch.float32:
         tall = padded < 64 or torch.version.hip is not None
         launch = TileLaunch(64 if tall else 32, padded, K=min(32, padded), num_warps=8)

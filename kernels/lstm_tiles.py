@@ -42,16 +42,22 @@ VARYING = ("begin", "end", "patience", "batch", "images")  # else compiled anew 
 
 @triton.jit
 def pixels_of(step, height, width, ROW_SCAN: tl.constexpr):
-    """The first row of a step, and how many pixels it has in an image."""
-    top = step if ROW_SCAN else tl.maximum(step - width + 1, 0)
-    return top, width if ROW_SCAN else tl.minimum(step, height - 1) - top + 1
+    """How many pixels a step has in an image."""
+    return width if ROW_SCAN else tl.minimum(tl.minimum(step + 1, height + width - 1 - step), tl.minimum(height, width))
 
 
 @triton.jit
-def pixel_of(m, step, top, count, ROW_SCAN: tl.constexpr):
-    """Image, row, and column in the order of the scan, of the m-th pixel of a step."""
+def place(m, step, first_image, images, height, width, ROW_SCAN: tl.constexpr, REVERSE: tl.constexpr):
+    """Where the m-th pixel of a step lies: image, row, column in the order of the scan, column x, offset in pixels;
+    whether it is one, and whether one has come before whose cell state it takes."""
+    top = step if ROW_SCAN else tl.maximum(step - width + 1, 0)
+    count = pixels_of(step, height, width, ROW_SCAN)
+    image = first_image + m // count
     row = top + (tl.zeros_like(m) if ROW_SCAN else m % count)
-    return m // count, row, m % count if ROW_SCAN else step - row
+    column = m % count if ROW_SCAN else step - row
+    x = width - 1 - column if REVERSE else column
+    pixel = (image.to(tl.int64) * height + row) * width + x
+    return image, row, column, x, pixel, m < images * count, row > 0 if ROW_SCAN else column > 0
 
 
 @triton.jit
@@ -117,18 +123,14 @@ def lstm_tiles_forward_kernel(
     images = tl.minimum(images, batch - first_image)
     parts = tl.cdiv(units, K)
     for step in range(begin, end):
-        top, count = pixels_of(step, height, width, ROW_SCAN)
-        tiles = tl.cdiv(images * count, M)
+        tiles = tl.cdiv(images * pixels_of(step, height, width, ROW_SCAN), M)
         for tile in range(tl.program_id(0), tiles * tl.cdiv(units, U), tl.num_programs(0)):
             m = tile % tiles * M + tl.arange(0, M)
             u = tile // tiles * U + tl.arange(0, U)
-            image, row, column = pixel_of(m, step, top, count, ROW_SCAN)
-            image += first_image
-            x = width - 1 - column if REVERSE else column
-            pixel = (image.to(tl.int64) * height + row) * width + x
-            active = m < images * count
+            image, row, column, x, pixel, active, begun = place(
+                m, step, first_image, images, height, width, ROW_SCAN, REVERSE
+            )
             mask = active[:, None] & (u < units)[None, :]
-            begun = row > 0 if ROW_SCAN else column > 0
             # Neither waits for the states: both are on their way while those are multiplied.
             terms = load_terms(gates_ptr, strides, units, image, row, x, active, u)
             cell_at = cell_ptr + offsets(cell_strides, image, row, x, u)
@@ -193,18 +195,15 @@ def lstm_tiles_backward_kernel(
     images = tl.minimum(images, batch - first_image)
     parts = tl.cdiv(4 * units, K)
     for back in range(begin, end):
-        top, count = pixels_of(last - back, height, width, ROW_SCAN)
-        tiles = tl.cdiv(images * count, M)
+        step = last - back
+        tiles = tl.cdiv(images * pixels_of(step, height, width, ROW_SCAN), M)
         for tile in range(tl.program_id(0), tiles * tl.cdiv(units, U), tl.num_programs(0)):
             m = tile % tiles * M + tl.arange(0, M)
             u = tile // tiles * U + tl.arange(0, U)
-            image, row, column = pixel_of(m, last - back, top, count, ROW_SCAN)
-            image += first_image
-            x = width - 1 - column if REVERSE else column
-            pixel = (image.to(tl.int64) * height + row) * width + x
-            active = m < images * count
+            image, row, column, x, pixel, active, begun = place(
+                m, step, first_image, images, height, width, ROW_SCAN, REVERSE
+            )
             mask = active[:, None] & (u < units)[None, :]
-            begun = row > 0 if ROW_SCAN else column > 0
             from_layer, cell, previous, o, f, i, g = load_saved(
                 maps, strides, units, image, row, x, pixel, to_previous, begun, active, u
             )
