@@ -108,9 +108,12 @@ def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
 
 
 def cotangents(outputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """What the backward starts from: every element of an output counts differently."""
+    """What the backward starts from: every element of an output counts differently. In the layout of the output, as
+    the gradient comes from a next layer."""
     return [
-        torch.linspace(0.5, 1.5, output.numel(), device=output.device).view(output.shape).to(output.dtype)
+        torch.empty_like(output).copy_(
+            torch.linspace(0.5, 1.5, output.numel(), device=output.device).view(output.shape)
+        )
         for output in outputs
     ]
 

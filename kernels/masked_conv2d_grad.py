@@ -22,7 +22,9 @@ from fastgen.kernels.masked_conv2d_config import Tile
 from fastgen.kernels.masked_conv2d_gemm import AMD, INTS, ONLY_AMD, WGMMA, product
 from fastgen.kernels.masked_conv2d_plan import Geometry, Plan
 
-PROGRAMS = 512  # shares are cut so that about as many programs run; a constant, so that sums do not depend on the chip
+# Shares are cut so that about as many programs run, two on each multiprocessor of a Hopper: every share is written and
+# read again, which with more would be more than the maps for few images. A constant: sums do not depend on the chip.
+PROGRAMS = 256
 
 
 @triton.jit
@@ -156,6 +158,14 @@ def masked_conv2d_weight_sum_kernel(
 # --- launching
 
 
+def shares_of(pixels: int, tile: Tile, pairs: int) -> tuple[int, int]:
+    """(shares of the pixels, blocks of `tile.M` pixels that a program walks through), 512 pixels a share at least: what
+    a share of 128 x 128 sums writes is then half of what it loads."""
+    blocks = triton.cdiv(pixels, tile.M)
+    steps = triton.cdiv(blocks, max(1, min(PROGRAMS // pairs, pixels // 512)))
+    return triton.cdiv(blocks, steps), steps
+
+
 def sum_weight_gradient(
     incoming: Incoming,
     x: Tensor,
@@ -180,9 +190,7 @@ def sum_weight_gradient(
     out = torch.empty_like(weight, memory_format=torch.contiguous_format)
     if plan.pairs == 0:
         return out.zero_(), None
-    blocks = triton.cdiv(pixels, tile.M)
-    steps = triton.cdiv(blocks, max(1, min(PROGRAMS // plan.pairs, blocks // 8)))
-    shares = triton.cdiv(blocks, steps)
+    shares, steps = shares_of(pixels, tile, plan.pairs)
     all_rows = incoming.parts * rows
     make = weight.new_zeros if atomic else weight.new_empty
     partial = make(1 if atomic else shares, all_rows, columns, dtype=torch.float32)

@@ -216,7 +216,7 @@ def test_the_search_refuses_wrong_numbers(monkeypatch):
         ("in", 32, 1, "none"),
         ("weight", 3, 1, "none"),
         ("in", 17, 2, "valve"),
-        ("weight", 17, 2, "valve"),
+        ("weight", 3, 2, "valve"),
         ("in", 17, 1, "relu"),
         ("weight", 17, 1, "sign"),
     ],
@@ -224,19 +224,19 @@ def test_the_search_refuses_wrong_numbers(monkeypatch):
 def test_a_configuration_is_trusted_once_it_gave_the_right_numbers(direction, channels, parts, saved, monkeypatch):
     """In the interpreter, with kernels that are right, and with some that write nothing."""
     monkeypatch.setattr(check, "_found", {})
-    tile = Tile(32, 16, 16, 4, 1)
+    tile = Tile(128, 16, 16, 4, 1)
     layer = Layer(direction, torch.float32, 6, parts, channels, 5, 100, 1, False, saved)
     assert check.trusted(CPU, layer, tile, False)
     if direction == "weight":  # right weights, wrong sums for the bias
         found = kernels.sum_weight_gradient
         monkeypatch.setattr(kernels, "sum_weight_gradient", lambda *all_of: (found(*all_of)[0], torch.ones(1, 1)))
         with pytest.warns(UserWarning, match="it is not used"):
-            assert not check.trusted(CPU, layer, Tile(32, 16, 16, 2, 1), False)
+            assert not check.trusted(CPU, layer, Tile(128, 16, 16, 2, 1), False)
     monkeypatch.setattr(kernels, "convolve", lambda *arguments, **more: arguments[6].zero_())
     monkeypatch.setattr(kernels, "sum_weight_gradient", lambda *arguments: (torch.zeros_like(arguments[2]), None))
     assert check.trusted(CPU, layer, tile, False), "asked a second time, it is not tried again"
     with pytest.warns(UserWarning, match="it is not used"):
-        assert not check.trusted(CPU, layer, Tile(32, 16, 16, 8, 1), False)
+        assert not check.trusted(CPU, layer, Tile(128, 16, 16, 8, 1), False)
 
 
 def test_what_is_not_trusted_is_left_to_cudnn(monkeypatch):
@@ -266,8 +266,44 @@ def test_the_count_of_work(chip, dtype):
     """What the tiles visit lies between the live weights and twice them, and where all is a multiple is no more."""
     for layer in masked_conv2d.LAYERS["gpu-full"]:
         found = masked_conv2d.work(layer, dtype, chip)
-        assert found.live <= found.visited <= (found.dense if layer[4] == 1 else 0.7 * found.dense)
+        visited = found.forward[1].multiply_adds
+        assert found.live <= visited <= (found.dense if layer[4] == 1 else 0.7 * found.dense)
         if layer[1] % 64 == 0 and layer[4] > 1:
-            assert found.visited == found.live or layer[3] == 28
+            assert visited == found.live or layer[3] == 28
         assert found.kept * 2 == found.kept_eager
+        assert sum(one.multiply_adds for one in found.backward) >= 2 * found.live
+        activation = layer[-1]
+        assert found.way in (("adds up", "sums") if activation == "none" else ("on load", "pass"))
+        if activation != "none":
+            assert (found.way == "on load") == (found.on_load < found.by_pass)
     assert "not measured" in masked_conv2d.table("gpu", chip)
+
+
+def test_the_ways_of_known_layers():
+    def way(*layer):
+        return masked_conv2d.work(layer, torch.bfloat16, "sm_90").way
+
+    assert way(128, 128, 256, 32, 1, "B", "gated") == way(128, 256, 256, 32, 1, "B", "gated") == "on load"
+    assert way(128, 128, 256, 32, 3, "B", "gated") == way(128, 512, 256, 32, 1, "B", "gated") == "pass"
+    assert way(128, 128, 128, 32, 1, "B", "relu") == "on load" and way(128, 256, 128, 32, 1, "B", "relu") == "pass"
+    assert way(128, 128, 256, 32, 1, "B", "none") == "adds up" and way(128, 128, 256, 32, 3, "B", "none") == "sums"
+
+
+def test_the_prediction_stands_beside_what_was_measured(capsys, tmp_path):
+    """A layer that is bound by operations, on an invented GPU that runs at half the rate of its matmul."""
+    layer = (128, 128, 256, 32, 7, "B", "gated")
+    found = masked_conv2d.work(layer, torch.bfloat16, "sm_90")
+    pack, out = found.forward
+    expected = pack.bytes / 3e9 + 2 * out.multiply_adds / 700e9
+    assert found.milliseconds("fwd", 3000.0, 700.0) == pytest.approx(expected)
+    assert found.milliseconds("full", 3000.0, 700.0) > 3 * expected
+    row = {"op": "masked_conv2d", "shape": "128x128x32x32 to 256, 7x7 B gated", "dtype": "bfloat16", "mode": "fwd"}
+    row |= {"provider": "fastgen", "gpu": "A GPU", "ms_p50": 2 * expected, "copy_gb_s": 3000.0, "matmul_tflop_s": 700.0}
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n" + json.dumps({**row, "provider": "eager, dense"}) + "\n")
+    masked_conv2d.main(["--rows", str(file)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[2].endswith("| 0.50 |")
+    file.write_text(json.dumps({**row, "gpu": None}) + "\n")
+    masked_conv2d.main(["--rows", str(file)])
+    assert "not yet measured" in capsys.readouterr().out

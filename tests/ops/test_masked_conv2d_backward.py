@@ -6,6 +6,7 @@ import torch
 from fastgen.kernels import masked_conv2d as kernels
 from fastgen.kernels.masked_conv2d_activation import through_activation
 from fastgen.kernels.masked_conv2d_config import Layer, Tile, meets, on_load
+from fastgen.kernels.masked_conv2d_grad import shares_of
 from fastgen.ops import masked_conv2d
 from fastgen.ops.masked_conv2d import fused
 from tests.ops.masked_conv2d_truth import gradients, problem, truth
@@ -28,12 +29,14 @@ def passes(monkeypatch):
     return calls
 
 
-def run(saved, kind="B", inputs=16, results=16, size=(1, 1), dtype=torch.float32, wanted=(True,) * 3, **options):
+def run(
+    saved, kind="B", inputs=16, results=16, size=(1, 1), dtype=torch.float32, wanted=(True,) * 3, batch=2, **options
+):
     """(found, expected): the result and the gradients of x, weight and bias, as far as wanted, by the kernels."""
     activation, adds = SAVED.get(saved, ("none", False))
     outputs = 2 * results if activation == "gated" else results
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    x, weight, mask, bias = problem(kind, 2, inputs, outputs, 4, 5, size, dtype, device)
+    x, weight, mask, bias = problem(kind, batch, inputs, outputs, 4, 5, size, dtype, device)
     asked = [one.detach().requires_grad_(need) for one, need in zip((x, weight, bias), wanted, strict=True)]
     geometry = {name: options.pop(name) for name in ("stride", "padding", "dilation") if name in options}
     shape = truth(x, weight, mask, bias, activation, **geometry).shape
@@ -74,6 +77,14 @@ def test_both_ways_equal_the_definition(way, saved, size, geometry, inputs, pass
     monkeypatch.setattr(kernels, "_on_load", lambda *arguments, **more: (taken, taken))
     check(*run(saved, "random" if size == (2, 3) else "B", inputs, 17, size, **geometry))
     assert passes == ([] if taken else [(True, "all")])
+
+
+@pytest.mark.parametrize("saved", ["valve", "none"])
+def test_shares_of_many_pixels_are_added(saved, passes):
+    """1040 pixels: two shares, the last of them shorter."""
+    assert shares_of(1040, Tile(32, 16, 16, 4, 1), 1) == (2, 17)
+    check(*run(saved, batch=52, inputs=3))
+    assert passes == []
 
 
 @pytest.mark.parametrize("saved", [*SAVED, "none"])
