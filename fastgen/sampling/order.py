@@ -24,6 +24,7 @@ from fastgen.sampling.causality import (
 from fastgen.sampling.graph import Graph, Unsupported
 from fastgen.sampling.network import Network
 from fastgen.sampling.ready import Timed, ready_times
+from fastgen.sampling.rules.base import coarser
 
 TRIALS = 4  # images whose levels are changed one by one: a dead ReLU hides what another image shows
 
@@ -79,13 +80,16 @@ def ordered(network: Network, distribution: Distribution) -> Ordered:
         graph, conditions = network.graph()
     except Unsupported as reason:
         raise NotByReadyTimes(str(reason), _order_by_changes(network, candidates, None)) from reason
-    report = None
+    finest = candidates[-1][0]
+    places = places_of(finest, network.shape)
+    timed = ready_times(graph, places)
     for order, channel_of in candidates:
-        places = places_of(order, network.shape)
-        timed, needed = ready_times(graph, places), draw_places(places, channel_of)
-        if bool((timed.output_ready() < needed).all()):
+        draws = len(finest) // len(order)  # of the finest order in one of this
+        needed = draw_places(places_of(order, network.shape), channel_of)
+        if bool((coarser(timed.output_ready(), draws) < needed).all()):
+            timed.analysis.coarsen(draws)
             return Ordered(graph, conditions, timed, order, needed)
-        report = CausalityReport(False, leaks_of(timed, places, needed, channel_of, network.model))
+    report = CausalityReport(False, leaks_of(timed, places, needed, channel_of, network.model))
     order = _order_by_changes(network, candidates, report)
     for _, channel_of in candidates:
         places = places_of(order, network.shape)

@@ -30,12 +30,25 @@ class Analysis:
         self._low = graph.new_store(0, torch.bool)
         self._zero[0] = True
 
+    def grow(self) -> None:
+        """Makes room for values that have been numbered since."""
+        more = self.graph.numel - len(self._ready)
+        self._ready = torch.cat((self._ready, self._ready.new_full((more,), CONSTANT)))
+        self._zero, self._low = (torch.cat((one, one.new_zeros(more))) for one in (self._zero, self._low))
+
     def set(self, value: Value, ready: Tensor, low: Tensor | None = None) -> None:
         self.graph.of(self._ready, value).copy_(ready)
+        if low is None and ready.numel() and int(ready.min()) > CONSTANT:
+            return
         constant = ready == CONSTANT
         self.graph.of(self._zero, value).copy_(constant & (value.data == 0))
         is_low = constant & (value.data <= LOW) if value.data.is_floating_point() else torch.zeros_like(constant)
         self.graph.of(self._low, value).copy_(is_low if low is None else is_low | low)
+
+    def coarsen(self, draws: int) -> None:
+        """Ready times in an order in which so many draws that follow each other are one."""
+        if draws > 1:
+            self._ready = coarser(self._ready, draws)
 
     def ready_of(self, value: Value) -> Tensor:
         return self.graph.of(self._ready, value)
@@ -62,6 +75,11 @@ class Analysis:
 
     def data(self, operand: Operand) -> Tensor:
         return self.graph.data_of(operand)
+
+
+def coarser(ready: Tensor, draws: int) -> Tensor:
+    """Ready times in an order in which so many draws that follow each other are one."""
+    return ready if draws == 1 else torch.where(ready < 0, ready, ready.div(draws, rounding_mode="floor"))
 
 
 class Rule(ABC):
