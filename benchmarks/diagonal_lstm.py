@@ -1,7 +1,7 @@
 """The diagonal LSTM over a map: H + W - 1 dependent steps, so bound by the time of a step, not by rates."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks import references
 from benchmarks.case import Case, Rivals, contenders
+from benchmarks.scan_launches import diagonal_scans
 from fastgen.nn import DiagonalBiLSTM
 from fastgen.ops import diagonal_lstm
 from fastgen.ops.diagonal_lstm import diagonal_lstm_cell, diagonal_lstm_reference
@@ -78,13 +79,18 @@ def graph_captured(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def on_a_gpu(
-    device: torch.device, rivals: Rivals, loop: Callable[..., Tensor], operation: Callable[..., Tensor]
+    device: torch.device,
+    rivals: Rivals,
+    loop: Callable[..., Tensor],
+    operation: Callable[..., Tensor],
+    scans: Callable[[], Mapping[str, Callable[..., Tensor]]],
 ) -> Rivals:
-    """The rivals, on a GPU with the loop in a CUDA graph, and fastgen's own launches in one."""
+    """The rivals, on a GPU with the loop in a CUDA graph, and fastgen's launches in one; its other launches (the time
+    of one replay of those stands in their rows)."""
     if device.type != "cuda":
         return rivals
     captured = {"CUDA graph of the eager loop": graph_captured(loop), "fastgen, CUDA graph": graph_captured(operation)}
-    return {**rivals, **captured}
+    return {**rivals, **captured, **{f"fastgen, {name}": scan for name, scan in scans().items()}}
 
 
 def pixel_by_pixel(gates: Tensor, weight: Tensor) -> Tensor:
@@ -114,7 +120,7 @@ def cases(size: str, device: torch.device) -> list[Case]:
             }
             if device.type == "cpu":
                 rivals["eager, by pixels"] = pixel_by_pixel
-            rivals = on_a_gpu(device, rivals, references.diagonal_lstm_skewed, diagonal_lstm)
+            rivals = on_a_gpu(device, rivals, references.diagonal_lstm_skewed, diagonal_lstm, diagonal_scans)
             landmark = "cuDNN LSTM of equal length" if device.type == "cuda" else "nn.LSTM of equal length"
             if size != "toy":
                 rivals[landmark] = references.lstm_of_equal_length(2 * n - 1, units, device, dtype)
@@ -153,12 +159,15 @@ def fastgen_layer(x: Tensor, layer: nn.Module, plain: nn.Module) -> Tensor:
 def layer_case(size: str, device: torch.device, batch: int, units: int, n: int) -> Case:
     """A Diagonal BiLSTM with its input-to-state convolutions: both directions, at the same time on a GPU."""
     dtype = torch.bfloat16 if size.startswith("gpu") else torch.float32
+    providers: Rivals = {"eager, skewed": plain_layer}
+    if size != "toy":
+        providers["compiled, skewed"] = references.compiled(plain_layer)
     return Case(
         op="diagonal_bilstm",
         shape=f"B={batch} h={units} {n}x{n}",
         dtype=dtype,
         inputs=functools.partial(layer_inputs, batch=batch, units=units, n=n, dtype=dtype),
-        providers={"eager, skewed": plain_layer, "fastgen": fastgen_layer},
+        providers={**providers, "fastgen": fastgen_layer},
         truth=plain_layer,
         kernels=("diagonal_lstm", "masked_conv2d"),
         batch=batch,

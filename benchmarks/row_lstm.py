@@ -6,19 +6,12 @@ import torch
 
 from benchmarks import references
 from benchmarks.case import Case, Rivals, contenders
-from benchmarks.diagonal_lstm import Sizes, dtypes, floor, inputs, on_a_gpu
+from benchmarks.diagonal_lstm import SIZES, dtypes, floor, inputs, on_a_gpu
+from benchmarks.scan_launches import row_scans
 from fastgen.ops import row_lstm
 from fastgen.ops.row_lstm import row_lstm_reference
 
 TAPS = 3
-# (B, h, N): h hidden units on N x N maps.
-SIZES: Sizes = {
-    "toy": [(2, 4, 5)],
-    "cpu": [(16, 16, 28)],
-    "cpu-full": [(16, 16, 28), (16, 64, 32)],
-    "gpu": [(16, 16, 28), (16, 64, 32), (16, 128, 32), (64, 128, 32), (16, 64, 64)],
-    "gpu-full": [(batch, units, n) for n in (32, 64) for units in (16, 32, 64, 128) for batch in (16, 64)],
-}
 
 
 def cases(size: str, device: torch.device) -> list[Case]:
@@ -27,7 +20,7 @@ def cases(size: str, device: torch.device) -> list[Case]:
         for dtype in dtypes(size):
             rival = references.row_lstm_convolutions
             rivals: Rivals = {"eager, convolutions": rival, "compiled, convolutions": references.compiled(rival)}
-            rivals = on_a_gpu(device, rivals, rival, row_lstm)
+            rivals = on_a_gpu(device, rivals, rival, row_lstm, functools.partial(row_scans, TAPS))
             found.append(
                 Case(
                     op="row_lstm",
