@@ -35,6 +35,8 @@ NAMES = (
 )
 COMMANDS = ("status", "readme-tables", "plots", "gpu-tests")
 BUDGET = 420.0  # seconds of a run without NAME and --full, so that it ends within ten minutes
+LAST_CASE = 90.0  # seconds after them in which the last case may still compile
+PATIENCE = 60.0, 600.0  # seconds that one rival may compile, without and with --full
 
 
 class _Parser(argparse.ArgumentParser):
@@ -98,7 +100,7 @@ def _run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
     import torch
 
     from benchmarks import agenda, machine, report, rows
-    from benchmarks.runner import Session, measure, went_wrong
+    from benchmarks.runner import NO_TIME, Session, measure, went_wrong
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA GPU")
@@ -111,6 +113,7 @@ def _run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
     end = time.perf_counter() + _budget(arguments)
     threads_before = torch.get_num_threads()
     session = Session(device, command, budget=0.5 if arguments.full else 0.1, timing=not arguments.dry_run)
+    session.patience, session.end = PATIENCE[arguments.full], end + LAST_CASE
     report.header(session)
     new: list[rows.Row] = []
     kept: list[rows.Row] = []
@@ -128,7 +131,7 @@ def _run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
         report.case_table(item.case, measured)
         new += measured
         if not arguments.dry_run:
-            rows.save(measured, folder)
+            rows.save([row for row in measured if row["problem"] != NO_TIME], folder)
         if cuda and machine.lost(device):
             return _start_again(arguments, end - time.perf_counter())
     if arguments.compare:

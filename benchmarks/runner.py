@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from benchmarks.timing import CpuTimer, CudaTimer, Samples, copy_rate, matmul_ra
 
 TURNS = 5  # a provider's samples are spread over as many turns, so that a disturbance meets all of them
 OUT_OF_MEMORY = "out of memory"
+NO_TIME = "no time was left"  # such rows are not saved
 # The largest error of one output or gradient that can pass. In half precision, a gradient that nearly cancels loses
 # much of itself: up to 0.2 was seen in plain PyTorch.
 LIMIT = {torch.float64: 0.1, torch.float32: 0.1, torch.bfloat16: 0.5, torch.float16: 0.5}
@@ -37,6 +39,8 @@ class Session:
     command: str
     budget: float  # seconds of samples for one provider in one mode
     timing: bool = True  # False: only compare, take no time
+    patience: float = 600.0  # seconds that a call may compile and search for configurations
+    end: float = math.inf  # of time.perf_counter(): nothing compiles after it
 
     def __post_init__(self) -> None:
         if self.device.type == "cuda":
@@ -54,6 +58,34 @@ class Session:
         if (dtype, threads) not in self._rates:
             self._rates[dtype, threads] = matmul_rate(self.clock, dtype)
         return {"copy_gb_s": self._rates[threads], "matmul_tflop_s": self._rates[dtype, threads]}
+
+    @contextlib.contextmanager
+    def patiently(self) -> Iterator[None]:
+        """A call that may compile for long: ends it after some time (where the system has such signals).
+
+        Raises:
+            TimeoutError: the time is over. Its text says which: this call's, or that of the whole run.
+        """
+        left = self.end - time.perf_counter()
+        seconds, problem = self.patience, f"no result within {self.patience:.0f} s"
+        if left < seconds:
+            seconds, problem = left, NO_TIME
+        if seconds <= 0:
+            raise TimeoutError(problem)
+
+        def over(*signal_and_frame: Any) -> None:
+            raise TimeoutError(problem)
+
+        if not hasattr(signal, "SIGALRM"):
+            yield
+            return
+        before = signal.signal(signal.SIGALRM, over)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
 
 def relative_error(found: Tensor | None, expected: Tensor | None) -> float:
@@ -85,6 +117,9 @@ def failure(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in text:
         return OUT_OF_MEMORY
+    for late in (NO_TIME, "no result within"):
+        if late in text:  # the compiler wraps what ends it
+            return text[text.index(late) :].partition("\n")[0]
     first = next((line.strip() for line in text.splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {first}"[:300]
 
@@ -92,8 +127,10 @@ def failure(error: BaseException) -> str:
 def went_wrong(row: Row) -> bool:
     """Whether a run with this row must fail: a wrong result, of whatever provider, or fastgen itself did not run."""
     problem = row["problem"]
-    own = row["provider"].startswith("fastgen") and OUT_OF_MEMORY not in problem
-    return bool(problem) and (problem.startswith("wrong") or own)
+    own = row["provider"] in ("fastgen", f"fastgen, {INTERPRETED}")
+    return problem.startswith("wrong") or (
+        own and bool(problem) and OUT_OF_MEMORY not in problem and problem != NO_TIME
+    )
 
 
 @dataclass
@@ -106,7 +143,7 @@ class Checked:
     launched: list[str] = field(default_factory=list)  # kernels of fastgen, by name
 
 
-def compare(case: Case, inputs: dict[str, Any]) -> dict[str, Checked]:
+def compare(case: Case, inputs: dict[str, Any], session: Session) -> dict[str, Checked]:
     """The gate: provider -> what came of it. A provider with a problem is not timed.
 
     The error is the largest over outputs and gradients, relative to the largest value of each. Allowed in each are
@@ -127,7 +164,7 @@ def compare(case: Case, inputs: dict[str, Any]) -> dict[str, Checked]:
             continue
         start = time.perf_counter()
         try:
-            with launches.recorded() as launched:
+            with session.patiently(), launches.recorded() as launched:
                 found = evaluate(case, call, inputs)
             errors = [relative_error(a, b) for a, b in zip(found, expected, strict=True)]
         except Exception as problem:  # a rival may fail in any way: that is a row, not the end of the run
@@ -169,7 +206,7 @@ def measure(case: Case, session: Session) -> list[Row]:
     torch.manual_seed(0)
     try:
         inputs = case.inputs(session.device)
-        gate = compare(case, inputs)
+        gate = compare(case, inputs, session)
     except Exception as error:
         gate = {name: Checked(failure(error)) for name in case.providers}
     rows = []
@@ -253,7 +290,8 @@ def _time(case: Case, session: Session, mode: str, inputs: dict[str, Any], rows:
     samples = {name: Samples() for name in rows}
     for name, row in rows.items():
         with _reported(row):
-            once = _warm_up(session, prepare(case, case.providers[name], mode, inputs), row)
+            with session.patiently():
+                once = _warm_up(session, prepare(case, case.providers[name], mode, inputs), row)
             plans[name] = plan(once, session.budget, session.clock.LONG)
     for turn in range(TURNS):
         for name, (turns, count) in plans.items():

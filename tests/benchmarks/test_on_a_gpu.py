@@ -11,7 +11,7 @@ import torch
 from benchmarks import machine, verify
 from benchmarks.__main__ import NAMES
 from benchmarks.agenda import load_cases
-from benchmarks.runner import compare, evaluate
+from benchmarks.runner import Session, compare, evaluate
 
 CASES = [
     pytest.param(name, index, id=f"{name}-{case.shape}-{case.dtype}")
@@ -37,7 +37,8 @@ def test_compute_sanitizer_finds_nothing(tool):
 def test_kernels_at_real_sizes(name, index):
     case = load_cases(name, "gpu", torch.device("cuda"))[index].without("compiled", "distributions", "F.")
     inputs = case.inputs(torch.device("cuda"))
-    problems = {provider: checked.problem for provider, checked in compare(case, inputs).items()}
+    session = Session(torch.device("cuda"), "pytest", budget=0.0, timing=False)
+    problems = {provider: checked.problem for provider, checked in compare(case, inputs, session).items()}
     assert not any(problem for provider, problem in problems.items() if provider.startswith("fastgen")), problems
     # A race shows as a result that changes.
     inputs |= case.given(inputs)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from pretended_gpu import NAME, pretend
 
-from benchmarks import machine, rows
+from benchmarks import agenda, machine, rows
 from benchmarks.__main__ import NAMES, main
 
 pytestmark = [
@@ -24,6 +24,20 @@ def settings():
     torch.backends.cudnn.allow_tf32 = convolutions
 
 
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """Leaves out what launches kernels on any device: they run in the interpreter, as in a dry run, but slow."""
+    load = agenda.load_cases
+
+    def loaded(*arguments):
+        for case in load(*arguments):
+            kernels = (name for name in case.providers if name.startswith("fastgen, "))
+            yield case.without(*(name for name in kernels if not name.endswith(("CUDA graph", "compiled"))))
+
+    monkeypatch.setattr(agenda, "load_cases", lambda *arguments: list(loaded(*arguments)))
+
+
+@pytest.mark.usefixtures("no_kernels")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_benchmark_runs_and_saves_its_rows(name, monkeypatch, tmp_path, capsys):
     with pretend(monkeypatch, [name]):

@@ -100,13 +100,13 @@ def test_out_of_memory_while_timed_is_a_row_too(session):
     assert all(row["error"] is not None and row["ms_p50"] is None for row in rows)
 
 
-def test_exact_cases_allow_no_difference():
+def test_exact_cases_allow_no_difference(session):
     exact = case({"close": lambda x: x * x * (1 + 1e-7)}, exact=True, modes=("fwd",))
-    checked = compare(exact, exact.inputs(torch.device("cpu")))
+    checked = compare(exact, exact.inputs(torch.device("cpu")), session)
     assert not checked["eager"].problem and checked["close"].problem.startswith("wrong")
 
 
-def test_half_precision_is_allowed_what_the_baseline_loses():
+def test_half_precision_is_allowed_what_the_baseline_loses(session):
     half = Case(
         op="sum",
         shape="",
@@ -115,7 +115,7 @@ def test_half_precision_is_allowed_what_the_baseline_loses():
         providers={"eager": lambda x: x.float().cumsum(0), "bad": lambda x: x.cumsum(0) * 1.1},
         truth=lambda x: x.cumsum(0),
     )
-    checked = compare(half, half.inputs(torch.device("cpu")))
+    checked = compare(half, half.inputs(torch.device("cpu")), session)
     assert not checked["eager"].problem and checked["bad"].problem.startswith("wrong")
 
 
@@ -235,7 +235,7 @@ def test_the_backward_alone_is_not_timed_in_graphs_of_the_compiler(session):
     assert [row["mode"] for row in rows if row["provider"] != "eager"] == ["fwd", "full"]
 
 
-def test_a_gradient_that_loses_much_is_held_to_what_the_baseline_loses_there():
+def test_a_gradient_that_loses_much_is_held_to_what_the_baseline_loses_there(session):
     def cases(rival):
         return Case(
             op="sums",
@@ -252,8 +252,21 @@ def test_a_gradient_that_loses_much_is_held_to_what_the_baseline_loses_there():
         (lambda x: (x * 2, x), False),
     ):
         case = cases(rival)
-        checked = compare(case, case.inputs(torch.device("cpu")))
+        checked = compare(case, case.inputs(torch.device("cpu")), session)
         assert not checked["eager"].problem and (checked["rival"].problem == "") is right
+
+
+def test_what_compiles_for_too_long_is_ended(session):
+    def endless(x):
+        while True:
+            time.sleep(1e-3)
+
+    impatient = replace(session, patience=0.1)
+    rows = measure(case({"endless": endless, "power": lambda x: x**2}), impatient)
+    assert {row["problem"] for row in rows if row["provider"] == "endless"} == {"no result within 0 s"}
+    assert all(row["ms_p50"] for row in rows if row["provider"] == "power")
+    over = replace(session, end=time.perf_counter() - 1)
+    assert {row["problem"] for row in measure(case({}), over)} == {runner.NO_TIME}
 
 
 def test_kernels_are_seen_when_they_are_launched(session):
