@@ -69,6 +69,7 @@ def masked_conv2d_pack_kernel(
     kx = tl.load(columns_ptr + 2 * columns + column, mask=column < columns, other=0)
     part, row = (packed_row // row_pad).to(tl.int64), (packed_row % row_pad).to(tl.int64)
     live = (row < rows)[:, None] & (channel >= 0)[None, :]
+    channel, ky, kx = channel.to(tl.int64), ky.to(tl.int64), kx.to(tl.int64)
     if mask_ptr is not None:
         within = channel * mask_channel + ky * mask_y + kx * mask_x
         at = mask_ptr + (part * mask_part + row * mask_row)[:, None] + within[None, :]

@@ -1,5 +1,8 @@
 """Problems, and the masked convolution as the public surface states it, by other means than the definition's."""
 
+import mmap
+
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -13,6 +16,15 @@ GEOMETRIES = [
     {"padding": 2, "dilation": 2},
     {"padding": (1, 3), "stride": (1, 3), "dilation": (1, 2)},
 ]
+
+
+@pytest.fixture(autouse=True)
+def full_memory():
+    """For who imports it: memory that a kernel should write starts as NaN; float32 is float32."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield
+    torch.use_deterministic_algorithms(False)
 
 
 def make_mask(kind, out_channels, in_channels, size):
@@ -32,16 +44,18 @@ def problem(kind="B", batch=2, inputs=3, outputs=6, height=6, width=5, size=(3, 
     return x, weight, mask.to(device), bias
 
 
-def truth(x, weight, mask, bias, activation="none", **geometry):
+def truth(x, weight, mask, bias, activation="none", condition=None, residual=None, **geometry):
     """In float64; bias None for none."""
     x, weight = x.double(), weight.double()
     out = F.conv2d(x, weight * mask, None if bias is None else bias.double(), **geometry)
+    if condition is not None:
+        out = out + condition.double()[:, :, None, None]
     if activation == "relu":
-        return torch.clamp(out, min=0)
+        out = torch.clamp(out, min=0)
     if activation == "gated":
         half = out.shape[1] // 2
-        return torch.tanh(out[:, :half]) * torch.sigmoid(out[:, half:])
-    return out
+        out = torch.tanh(out[:, :half]) * torch.sigmoid(out[:, half:])
+    return out if residual is None else out + residual.double()
 
 
 def gradients(function, inputs, seed=1, channels_last=False):
@@ -52,6 +66,16 @@ def gradients(function, inputs, seed=1, channels_last=False):
         grad = grad.contiguous(memory_format=torch.channels_last)
     asked = [one for one in inputs if one is not None and one.requires_grad]
     return [out, *torch.autograd.grad(out, asked, grad.to(out.device, out.dtype))]
+
+
+def far_apart(tensor, dim):
+    """The same values, with a step of more than 2^30 elements along `dim`, so that 32 bits hold the step, but not the
+    third place; memory is taken only where values lie."""
+    steps = list(tensor.contiguous(memory_format=torch.channels_last).stride())
+    steps[dim] = 2**30 + 16
+    reach = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, steps, strict=True))
+    memory = torch.frombuffer(mmap.mmap(-1, reach * tensor.element_size()), dtype=tensor.dtype)
+    return memory.as_strided(tensor.shape, steps).copy_(tensor)
 
 
 def strided(tensor, layout):

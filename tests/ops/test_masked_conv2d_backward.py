@@ -9,7 +9,7 @@ from fastgen.kernels.masked_conv2d_config import Layer, Tile, meets, on_load
 from fastgen.kernels.masked_conv2d_grad import shares_of
 from fastgen.ops import masked_conv2d
 from fastgen.ops.masked_conv2d import fused
-from tests.ops.masked_conv2d_truth import gradients, problem, truth
+from tests.ops.masked_conv2d_truth import full_memory, gradients, problem, truth  # noqa: F401
 
 EPSILON = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
 # What leads back through the activation: (activation, whether a residual is added).
@@ -43,8 +43,7 @@ def run(
     residual = torch.randn(shape, device=device).to(dtype) if adds else None
 
     def expected(x, weight, bias):
-        out = truth(x, weight, mask, bias, activation, **geometry)
-        return out if residual is None else out + residual.double()
+        return truth(x, weight, mask, bias, activation, residual=residual, **geometry)
 
     def found(x, weight, bias):
         given = {"activation": activation, "residual": residual, "impl": "triton", **geometry, **options}

@@ -1,7 +1,6 @@
 """The kernels through the public function: in the interpreter without a GPU, with tiles so small that there are
 several, none of which a size divides. What has no name of its own in a test id is spread over the combinations."""
 
-import itertools
 import sys
 
 import pytest
@@ -11,18 +10,18 @@ from fastgen.kernels import masked_conv2d as kernels
 from fastgen.kernels.masked_conv2d_config import Tile
 from fastgen.ops import masked_conv2d
 from fastgen.ops.masked_conv2d import fused, gate, in_aten
-from tests.ops.masked_conv2d_truth import ACTIVATIONS, GEOMETRIES, gradients, problem, strided, truth
+from tests.ops.masked_conv2d_truth import (
+    ACTIVATIONS,
+    GEOMETRIES,
+    far_apart,
+    full_memory,  # noqa: F401
+    gradients,
+    problem,
+    strided,
+    truth,
+)
 
 EPSILON = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-
-
-@pytest.fixture(autouse=True)
-def _full_memory():
-    """Memory that a kernel should write starts as NaN; float32 is float32."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=["pointers", "descriptors"])
@@ -44,29 +43,42 @@ def test_memory_is_filled():
     assert torch.ones(1).new_empty(5).isnan().all()
 
 
-KINDS = ["A", "B", "random", "none"]
-# All of them with gathered columns; with blocks of channels, which take longer here, each pair with one activation.
-COMBINATIONS = [(*each, 3) for each in itertools.product(KINDS, GEOMETRIES, ACTIVATIONS)]
-COMBINATIONS += [
-    (kind, geometry, ACTIVATIONS[(i + j) % 3], 17)
-    for (i, kind), (j, geometry) in itertools.product(enumerate(KINDS), enumerate(GEOMETRIES))
-]
-
-
-@pytest.mark.parametrize(("kind", "geometry", "activation", "inputs"), COMBINATIONS, ids=str)
-def test_equals_the_definition(kind, geometry, activation, inputs, device, monkeypatch):
-    paths = ["pointers", "descriptors"] if inputs > 16 and geometry.get("stride", 1) == 1 else ["pointers"]
-    x, weight, mask, bias = problem(kind, 2, inputs, 18, 6, 4, dtype=torch.float32, device=device)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("kind", ["A-rgb", "B", "random", "none"])
+def test_equals_the_definition(kind, geometry, activation, device):
+    """With gathered columns."""
+    x, weight, mask, bias = problem(kind, 2, 3, 18, 6, 4, dtype=torch.float32, device=device)
     expected = gradients(lambda x, w, b: truth(x, w, mask, b, activation, **geometry), (x, weight, bias))
     options = {"activation": activation, "impl": "triton", **geometry}
-    for path in paths:  # descriptors take blocks of channels without a stride
-        if path == "pointers":
-            monkeypatch.setattr(kernels, "has_tma", lambda chip: False)
-        else:
-            monkeypatch.undo()
-        found = gradients(lambda x, w, b: masked_conv2d(x, w, mask, b, **options), (x, weight, bias))
-        check(found, expected)
-        assert (found[2][~mask] == 0).all()
+    found = gradients(lambda x, w, b: masked_conv2d(x, w, mask, b, **options), (x, weight, bias))
+    check(found, expected)
+    assert (found[2][~mask] == 0).all()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("kind", ["A", "B-rgb", "random", "none"])
+def test_all_that_can_be_added_equals_the_definition(kind, geometry, activation, device, monkeypatch):
+    """With blocks of channels: an image's own bias and a residual beside the bias. Every other one by pointers."""
+    turn = ["A", "B-rgb", "random", "none"].index(kind) + ACTIVATIONS.index(activation)
+    if turn % 2:
+        monkeypatch.setattr(kernels, "has_tma", lambda chip: False)
+    x, weight, mask, bias = problem(kind, 2, 18, 18, 6, 4, dtype=torch.float32, device=device)
+    condition = torch.randn(2, 18, device=device, requires_grad=True)
+    residual = torch.randn_like(truth(x, weight, mask, bias, activation, **geometry), dtype=torch.float32)
+    inputs = (x, weight, bias, condition, residual.requires_grad_())
+
+    def expected(x, weight, bias, condition, residual):
+        return truth(x, weight, mask, bias, activation, condition, residual, **geometry)
+
+    def found(x, weight, bias, condition, residual):
+        options = {"activation": activation, "condition": condition, "residual": residual, **geometry}
+        return masked_conv2d(x, weight, mask, bias, impl="triton", **options)
+
+    results = gradients(found, inputs)
+    check(results, gradients(expected, inputs))
+    assert (results[2][~mask] == 0).all()
 
 
 @pytest.mark.parametrize("kind", ["A-rgb", "B-rgb"])
@@ -99,21 +111,14 @@ def test_half_precision(dtype, activation, path, device):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
-def test_an_image_s_own_bias_and_a_residual(activation, residual, layout, path, device):
+def test_an_image_s_own_bias_and_a_residual_of_any_strides(activation, path, device):
     x, weight, mask, bias = problem("B", 3, 16, 20, 4, 5, dtype=torch.float32, device=device)
-    condition = torch.randn(3, 20, device=device)
-    added = torch.randn(3, 10 if activation == "gated" else 20, 4, 5, device=device) if residual else None
-    if layout == "sliced":
-        condition = strided(condition[..., None, None], "sliced")[..., 0, 0]
-        added = strided(added, "sliced") if residual else None
-    inputs = [x, weight, bias, condition.requires_grad_(), None if added is None else added.requires_grad_()]
+    condition = strided(torch.randn(3, 20, 1, 1, device=device), "sliced")[..., 0, 0]
+    residual = strided(torch.randn(3, 10 if activation == "gated" else 20, 4, 5, device=device), "sliced")
+    inputs = [x, weight, bias, condition.requires_grad_(), residual.requires_grad_()]
 
     def expected(x, weight, bias, condition, residual):
-        pre = truth(x, weight, mask, bias, padding=1) + condition.double()[..., None, None]
-        out = {"none": lambda: pre, "relu": lambda: pre.clamp(min=0), "gated": lambda: gate(pre)}[activation]()
-        return out if residual is None else out + residual.double()
+        return truth(x, weight, mask, bias, activation, condition, residual, padding=1)
 
     def found(x, weight, bias, condition, residual):
         return masked_conv2d(
@@ -165,6 +170,32 @@ def test_any_strides(layout, inputs, path, device):
     (found,) = torch.autograd.grad(call(*inputs).sum(), moved)
     (wanted,) = torch.autograd.grad(truth(moved, moved_weight, mask, bias, "gated", padding=1).sum(), moved)
     check([found], [wanted])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes memory for all that lies between, which is not there")
+@pytest.mark.parametrize(("dim", "inputs"), [(0, 16), (1, 3), (2, 16), (2, 3), (3, 16), (3, 3)])
+def test_offsets_beyond_32_bits(dim, inputs, monkeypatch):
+    """Of what has any strides: the input, the residual and the incoming gradient, along each of their dimensions."""
+    monkeypatch.setattr(kernels, "has_tma", lambda chip: False)  # descriptors have 64-bit strides by their format
+    x, weight, mask, bias = problem("B", 3, inputs, inputs, 3, 3, dtype=torch.float16)
+    residual, grad = torch.randn(2, 3, inputs, 3, 3).half()
+    inputs = (far_apart(x.detach(), dim).requires_grad_(), weight, bias, far_apart(residual, dim).requires_grad_())
+    call = lambda x, w, b, r: masked_conv2d(x, w, mask, b, padding=1, residual=r, impl="triton")  # noqa: E731
+    out = call(*inputs)
+    found = torch.autograd.grad(out, inputs, far_apart(grad, dim))
+    wanted = truth(*inputs[:2], mask, bias, residual=inputs[3], padding=1)
+    check([out, *found], [wanted, *torch.autograd.grad(wanted, inputs, grad.double())], torch.float16)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, 3])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes memory for all that lies between, which is not there")
+def test_offsets_beyond_32_bits_in_the_weight(dim):
+    sizes = [3 if axis == dim else 1 for axis in range(4)]
+    x, weight, _, bias = problem("all", 2, sizes[1], sizes[0], 4, 4, tuple(sizes[2:]), torch.float16)
+    moved = far_apart(weight.detach(), dim).requires_grad_()
+    mask = far_apart(torch.ones(weight.shape, dtype=torch.bool), dim)
+    found = gradients(lambda x, w, b: masked_conv2d(x, w, mask, b, impl="triton"), (x, moved, bias))
+    check(found, gradients(lambda x, w, b: truth(x, w, mask, b), (x, weight, bias)), torch.float16)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -273,17 +304,20 @@ def test_operator_contract(device):
     condition = torch.randn(2, 4, device=device, requires_grad=True)
     residual = torch.randn(2, 4, 4, 3, device=device, requires_grad=True)
     geometry = ([1, 1], [1, 1], [1, 1])
-    for activation, keep, added in (("none", "", residual), ("gated", "valve", None), ("gated", "both", None)):
+    half = torch.randn(2, 2, 4, 3, device=device, requires_grad=True)
+    for activation, keep, added in (("none", "", residual), ("relu", "sign", residual), ("gated", "both", half)):
         arguments = (x, weight, mask, bias, condition, added, None, None, *geometry, activation, keep)
         torch.library.opcheck(torch.ops.fastgen.masked_conv2d.default, arguments)
 
 
-@pytest.mark.parametrize(("activation", "keep"), [("none", ""), ("relu", ""), ("gated", "valve"), ("gated", "both")])
+@pytest.mark.parametrize(
+    ("activation", "keep"), [("none", ""), ("relu", ""), ("relu", "sign"), ("gated", "valve"), ("gated", "both")]
+)
 def test_written_out_in_plain_operators_it_is_the_same(activation, keep, device):
     x, weight, mask, bias = (one.detach() for one in problem("B", 2, 3, 4, 5, 5, dtype=torch.float32, device=device))
     condition, residual = torch.randn(2, 4, device=device), torch.randn(2, 4, 3, 2, device=device)
     other, other_weight = torch.randn(2, 3, 3, 2, device=device), torch.randn(4, 3, 1, 1, device=device)
-    added = residual if activation == "none" else None
+    added = residual[:, :2] if activation == "gated" else residual
     arguments = (x, weight, mask, bias, condition, added, other, other_weight, [2, 2], [1, 0], [1, 1], activation, keep)
     for one, two in zip(torch.ops.fastgen.masked_conv2d(*arguments), in_aten(*arguments), strict=True):
         torch.testing.assert_close(one, two)
