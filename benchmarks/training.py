@@ -63,6 +63,11 @@ def _scans(data: str, batch: int, hidden_channels: int, layers: int) -> list[Job
     ]
 
 
+def _mnist(batch: int) -> list[Job]:
+    """PixelRNN with the 7 layers of 16 units that the paper has for binarized MNIST, on random images of that shape."""
+    return [replace(job, shape=(1, 28, 28), levels=2) for job in _scans("random", batch, 16, 7)]
+
+
 def _toy() -> list[Job]:
     jobs = _convolutions("random", 2, 4, 1) + _scans("random", 2, 4, 1)
     return [replace(job, shape=(1, 3, 4), levels=3) for job in jobs]
@@ -80,15 +85,16 @@ JOBS: dict[str, list[Job]] = {
         *_scans("digits", 64, 16, 3),
         *(job for data in ("patches", "random") for job in _scans(data, 2, 12, 1)),
     ],
-    # PixelRNN with the 7 layers of 16 units that the paper has for MNIST.
     "gpu": [
         *_convolutions("digits", 256, 128, 10),
+        *_mnist(16),
         *_scans("digits", 64, 16, 7),
         *(job for data in ("patches", "random") for job in _convolutions(data, 32, 128, 10)),
         *(job for data in ("patches", "random") for job in _scans(data, 16, 48, 7)),
     ],
     "gpu-full": [
         *_convolutions("digits", 256, 128, 15),
+        *_mnist(64),
         *_scans("digits", 256, 16, 7),
         *(job for data in ("patches", "random") for job in _convolutions(data, 128, 128, 15)),
         *(job for data in ("patches", "random") for job in _scans(data, 64, 96, 7)),
