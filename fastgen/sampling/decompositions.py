@@ -80,7 +80,7 @@ def maximum(
     for size, k, s, p, d in zip(x.shape[-2:], kernel, stride, padding, dilation, strict=True):
         pads = [p, _windows(size, k, s, p, d, ceil_mode)[1], *pads]
     if not any(pads):
-        return NotImplemented
+        return func(x, kernel, stride, [0], dilation) if ceil_mode else NotImplemented
     width = x.shape[-1] + pads[0] + pads[1]
     lowest = -math.inf if x.is_floating_point() else torch.iinfo(x.dtype).min
     found, places = func(aten.constant_pad_nd(x, pads, lowest), kernel, stride, [0], dilation)

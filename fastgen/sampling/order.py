@@ -99,6 +99,8 @@ def ordered(network: Network, distribution: Distribution) -> Ordered:
             found.remarks.append("pixels are drawn in another order than the raster, which the model asks for")
             return found
     what = "changing its input shows no leak"
+    if all(order != other for other, _ in candidates):
+        what = "changing its input shows that its draws can be put in another order than the raster"
     raise NotByReadyTimes(f"ready times, an upper bound, find the model not causal, but {what}: {report}", order)
 
 

@@ -372,7 +372,7 @@ class _Recorder(TorchDispatchMode):
             elif isinstance(one, Operand):
                 changed.append(one.element_ids())
             else:
-                number = self.whole(self.constant(torch.tensor(one, dtype=out.dtype))) if one else None
+                number = self.whole(self.constant(torch.tensor([one], dtype=out.dtype))) if one else None
                 changed.append(0 if number is None else int(number.element_ids()))
         floats = name.startswith(("upsample", "_upsample", "im2col", "replication", "reflection"))
         if floats:  # these take no integers; float64 holds the numbers exactly

@@ -160,17 +160,64 @@ class Attention(nn.Module):
 
 
 class Pool(nn.Module):
+    """Of what is before a pixel; or with zeros all around, moved down and to the right until it is."""
+
     def __init__(self, data, ranks):
         super().__init__()
-        self.size = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
-        self.pool = data.draw(st.sampled_from([F.avg_pool2d, F.max_pool2d]))
+        self.around = data.draw(st.booleans())
+        sizes = st.sampled_from([1, 3]) if self.around else st.integers(1, 3)
+        self.size = data.draw(sizes), data.draw(sizes)
+        self.counted = data.draw(st.booleans())
+        self.greatest = data.draw(st.booleans())
         self.ranks = list(ranks)
 
+    def pool(self, x, padding):
+        if self.greatest:
+            return F.max_pool2d(x, self.size, 1, padding)
+        return F.avg_pool2d(x, self.size, 1, padding, count_include_pad=self.counted)
+
     def forward(self, x):
-        return self.pool(F.pad(x, (self.size[1] - 1, 0, self.size[0] - 1, 0)), self.size, stride=1)
+        down, right = (size // 2 if self.around else size - 1 for size in self.size)
+        if not self.around:
+            return self.pool(F.pad(x, (right, 0, down, 0)), 0)
+        return F.pad(self.pool(x, (down, right)), (right, -right, down, -down))
 
 
-LAYERS = [Conv, Conv, Conv, Shift, DownAndUp, Channels, Pointwise, Attention, Pool]
+class Coarse(nn.Module):
+    """Four rows further down, from half the size."""
+
+    def __init__(self, data, ranks):
+        super().__init__()
+        self.mode = data.draw(st.sampled_from(["nearest", "bilinear"]))
+        self.greatest = data.draw(st.booleans())
+        self.ranks = [0 for _ in ranks]
+
+    def forward(self, x):
+        pool = F.max_pool2d if self.greatest else F.avg_pool2d
+        found = F.interpolate(pool(x, 2, 2, ceil_mode=True), size=x.shape[-2:], mode=self.mode)
+        return F.pad(found, (0, 0, 4, 0))[:, :, : x.shape[2]]
+
+
+class AlongChannels(nn.Module):
+    def __init__(self, data, ranks):
+        super().__init__()
+        self.name = data.draw(st.sampled_from(["sort", "largest", "running", "codes", "Fourier"]))
+        self.ranks = [max(ranks) for _ in ranks]
+
+    def forward(self, x):
+        if self.name == "sort":
+            return x.sort(1).values
+        if self.name == "largest":
+            return x.scatter(1, x.argmax(1, keepdim=True), 2.0)
+        if self.name == "running":
+            return x.cummax(1).values
+        if self.name == "codes":
+            codes = torch.linspace(-1, 1, 5 * x.shape[1], dtype=x.dtype).view(5, -1)
+            return (torch.softmax(-torch.cdist(x.flatten(2).mT, codes), -1) @ codes).mT.reshape(x.shape)
+        return torch.fft.fft(x, dim=1).real
+
+
+LAYERS = [Conv, Conv, Conv, Shift, DownAndUp, Channels, Pointwise, Attention, Pool, Coarse, AlongChannels]
 
 
 class Graph(nn.Module):
