@@ -12,8 +12,6 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -39,6 +37,8 @@ def save(model: Rebuildable, folder: str | os.PathLike) -> None:
         TypeError: the model is none of `fastgen.models`, or was built with an argument that JSON cannot say.
         OSError: the folder cannot be written to.
     """
+    import safetensors.torch
+
     folder = Path(folder)
     config = configuration(model)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -139,6 +139,8 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    import safetensors
+
     try:
         with safetensors.safe_open(path, "pt") as file:
             seal = json.loads((file.metadata() or {}).get("fastgen", "{}"))

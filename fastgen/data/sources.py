@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from fastgen.data.dataset import Dataset, Split, assemble
 from fastgen.files import write_atomically
@@ -138,6 +137,8 @@ def _image_files(root: Path) -> list[Path]:
 def _pixels(images: Iterable[tuple[str, Any]], source: str) -> np.ndarray:
     """Images (each a name for errors, and a file or a PIL image) as uint8 (n, H, W), or (n, H, W, 3) where one of them
     has colours."""
+    from PIL import Image
+
     opened: list[tuple[str, Image.Image]] = []
     for name, image in images:
         try:

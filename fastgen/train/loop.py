@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from fastgen.data import Dataset
 from fastgen.files import make_folder
@@ -63,6 +62,8 @@ def train(
     if resume:
         run.restore(read_state(folder))
     started, reason = time.monotonic(), run.over()
+    from tqdm import tqdm
+
     bar = tqdm(total=settings.steps, initial=run.step, unit="step", disable=None if progress else True)
     with Interrupts() as interrupts, run.tensorboard(), bar:
         while not reason:
