@@ -91,10 +91,13 @@ def choose(x: Tensor, lanes: int, units: int) -> ScanLaunch | TileLaunch:
     shared memory: in half precision up to 64 units and 64 lanes (128 lanes of 32 units), or half of that on chips
     without `full_tiles`; in float32 up to 32 and 32 where PyTorch's setting allows TF32, else 16 units and 32 lanes.
     Other sizes go by tiles. More units are too much for one processor: each step is a launch.
+
+    Units that are no multiple of 16 are loaded one by one, which takes more registers: they get half of the largest
+    tile, and still spill some words (on sm_90 72 bytes at most).
     """
     batch = x.shape[0]
     single = x.dtype == torch.float32
-    most, widest = (4096 if full_tiles(x.device) else 2048), 64
+    most, widest = (4096 if full_tiles(x.device) and units % 16 == 0 else 2048), 64
     if single:
         most, widest = (1024, 32) if arithmetic(x)["PRECISION"] == "tf32" else (512, 16)
     if torch.version.hip is not None:

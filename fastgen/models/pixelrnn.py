@@ -74,7 +74,10 @@ class PixelRNN(AutoregressiveModel):
 
     @classmethod
     def cifar10(cls, **options: Any) -> "PixelRNN":
-        """The paper's Diagonal BiLSTM for CIFAR-10: 12 layers of 128 units (129: a third each for R, G and B)."""
+        """The paper's Diagonal BiLSTM for CIFAR-10: 12 layers of 128 units (129: a third each for R, G and B).
+
+        The kernels load units in wide words where their number is a multiple of 16, as hidden_channels=144 is.
+        """
         return cls((3, 32, 32), **{"hidden_channels": 128, "layers": 12, "head_channels": 1024, **options})
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:

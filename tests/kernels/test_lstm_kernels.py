@@ -177,6 +177,7 @@ def test_small_states_keep_their_precision(device):
         (16, 28, 16, torch.bfloat16, ScanLaunch),
         (16, 32, 64, torch.bfloat16, ScanLaunch),
         (16, 64, 64, torch.float16, ScanLaunch),
+        (16, 64, 63, torch.float16, TileLaunch),
         (16, 200, 16, torch.bfloat16, TileLaunch),
         (16, 32, 128, torch.bfloat16, TileLaunch),
         (16, 28, 16, torch.float32, ScanLaunch),
@@ -216,6 +217,42 @@ def test_repetition_gives_the_same_bits(units, dtype):
     for _ in range(50):
         again = gradients(lambda g, w: row_lstm(g, w, impl="triton"), gates, weight[..., :1], grad)
         assert all(torch.equal(one, other) for one, other in zip(again, first, strict=True))
+
+
+@pytest.fixture
+def tf32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def check_on_a_gpu(units, lanes, dtype, allowed):
+    """What `choose` gives for so many units and lanes: both scans and their gradients, against float64."""
+    gates, weight, grad = problem(3, units, lanes, 7, 2, dtype, "cuda")
+    for operation in (diagonal_lstm, functools.partial(diagonal_lstm, reverse=True), row_lstm):
+        if operation is row_lstm:  # its lanes are columns
+            gates, grad, weight = gates.mT, grad.mT, problem(1, units, 1, 1, 3, dtype, "cuda")[1]
+        truth = gradients(operation, gates.double(), weight.double(), grad.double())
+        for one, other in zip(gradients(operation, gates, weight, grad), truth, strict=True):
+            error = (one.double() - other).abs().max() / other.abs().max()
+            assert error < allowed, (operation, error)
+
+
+SIZES = [(16, 28), (16, 64), (16, 200), (32, 32), (32, 128), (64, 32), (64, 64), (63, 64), (64, 100), (65, 20)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("units", "lanes"), SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_choice_is_right(units, lanes, dtype):
+    check_on_a_gpu(units, lanes, dtype, 32 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("units", "lanes"), SIZES)
+def test_every_choice_is_right_where_tf32_is_allowed(units, lanes, tf32):
+    check_on_a_gpu(units, lanes, torch.float32, 32 * 2**-11)
 
 
 @pytest.mark.gpu
