@@ -49,7 +49,7 @@ def test_the_zoo_is_causal_and_sees(name):
     images = torch.randint(levels, (1, *shape)).repeat(count + 1, 1, 1, 1)
     changed = images[1:].view(count, count).diagonal()
     changed.copy_((changed + levels // 2) % levels)
-    condition = [] if arguments["condition"] is None else [arguments["condition"].expand(count + 1)]
+    condition = [] if arguments["condition"] is None else [arguments["condition"].repeat_interleave(count + 1, 0)]
     with torch.no_grad():
         params = model(encoded(model, images, distribution, arguments["encode"]), *condition).double()
     params = by_channel(params, distribution)

@@ -14,6 +14,7 @@ from fastgen.sampling.program import Linear, View
 from fastgen.sampling.rules.base import LOW, Rule, constant_operand, reduce_to, result_of
 from fastgen.sampling.rules.out_variants import out_variant, relu
 
+SWALLOWS = 1e6  # what rounding of a sum has to take away, for its smaller part to count as nothing
 ONE = (Linear(0), 1, 1)  # all of a dimension of size 1
 
 
@@ -47,7 +48,7 @@ class Pointwise(Rule):
             low = torch.zeros(shape, dtype=torch.bool)
             for one in summands:
                 low |= self.analysis.low(one).expand(shape)
-            ready = torch.where(low & (self.value.data == -math.inf), CONSTANT, ready)
+            ready = torch.where(low & (self.value.data == -math.inf) | self._swallowed(summands), CONSTANT, ready)
         if name in ("exp", "exp2", "sigmoid"):
             vanishes = self.analysis.low(operands[0]) & (self.value.data == 0)
             ready = torch.where(vanishes, CONSTANT, ready)
@@ -61,6 +62,16 @@ class Pointwise(Rule):
     @property
     def name(self) -> str:
         return self.value.op._schema.name.split("::")[1]
+
+    def _swallowed(self, summands: list[Operand]) -> Tensor:
+        """Where a constant is so large that rounding leaves nothing of what is added to it: the mask of a score."""
+        found, data = torch.zeros(self.value.shape, dtype=torch.bool), self.value.data
+        for one in summands if data.is_floating_point() else []:
+            constant = self.analysis.ready(one) == CONSTANT
+            if constant.any():
+                same = self.analysis.data(one).expand(data.shape) == data
+                found |= same & constant.expand(data.shape) & (data.abs() * torch.finfo(data.dtype).eps > SWALLOWS)
+        return found
 
     def _low(self, argument: Any, operand: Operand | None) -> Tensor:
         return torch.tensor(argument <= LOW) if operand is None else self.analysis.low(operand)
