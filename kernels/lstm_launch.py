@@ -276,9 +276,10 @@ def tile_entries(kernel: Any, parts: int) -> list[Entry]:
             (True, True, AMD_STEP_SIZES),
         ),
     ):
-        options = ASSERTING if waits else {}
+        # Looks at the arrivals are loads: many of them would be in each other's way as atomic additions.
+        more = {"options": ASSERTING, "requires": {} if amd else dict.fromkeys(NVIDIA, "ld.global.gpu.acquire")}
         for dtype, M, U, K, num_warps in sizes:
             tile = {"M": M, "U": U, "K": parts * K, "TAPS": taps, "ROW_SCAN": taps == 3, "REVERSE": False}
             tile |= {} if waits else {"arrivals_ptr": None}
-            found.append(entry(kernel, dtype, tile, amd=amd, num_warps=num_warps, options=options))
+            found.append(entry(kernel, dtype, tile, amd=amd, num_warps=num_warps, **(more if waits else {})))
     return found

@@ -78,7 +78,7 @@ def finish_step(arrivals_ptr, expected, patience):
         arrived = tl.atomic_add(arrivals_ptr, 1) + 1
         looks = 0
         while (arrived < expected) & (looks < patience):
-            arrived = tl.atomic_add(arrivals_ptr, 0)
+            arrived = tl.atomic_add(arrivals_ptr, 0, sem="acquire")
             looks += 1
         tl.device_assert(arrived >= expected, "a program of the scan was lost")
         tl.debug_barrier()
