@@ -41,7 +41,7 @@ def _smi(device: torch.device, *fields: str) -> list[str]:
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     query = ("nvidia-smi", "--format=csv,noheader", "-i", uuid)
     values = [value.strip() for value in _output(*query, f"--query-gpu={','.join(fields)}").split(",")]
-    if len(values) == len(fields):
+    if len(values) == len(fields) and all(values):
         return values
     # One field that this driver does not know makes the whole query fail.
     return [_output(*query, f"--query-gpu={field}") or "unknown" for field in fields]

@@ -1,4 +1,5 @@
-"""Plots of saved rows: speed-up bars, a roofline, and time over batch size. Nothing is drawn from memory."""
+"""Plots of saved rows: speed-up bars, a roofline, time over batch size, bandwidth over size. Nothing is drawn from
+memory."""
 
 import re
 from pathlib import Path
@@ -30,6 +31,8 @@ def draw(saved: list[Row], folder: Path) -> list[Path]:
             files.append(_bars(op, name, own, target / f"{op}.png"))
             if len({row["batch"] for row in own if row["batch"]}) > 1:
                 files.append(_over_batch(op, name, own, target / f"{op}-batch.png"))
+            if len({row["bytes"] for row in own if row.get("bytes")}) > 1:
+                files.append(_over_size(op, name, own, target / f"{op}-size.png"))
         roofline = [row for row in machine_rows if row.get("bytes") and row.get("flops") and row.get("copy_gb_s")]
         if roofline:
             files.append(_roofline(name, roofline, target / "roofline.png"))
@@ -64,7 +67,8 @@ def _bars(op: str, machine: str, rows: list[Row], file: Path) -> Path:
     figure, axes = _figure(3 + 0.9 * len(labels), 4.5, f"{op} on {machine}")
     width = 0.8 / max(len(providers), 1)
     for i, provider in enumerate(providers):
-        found = {_label(row): 1 / row["times_baseline"] for row in rows if row["provider"] == provider}
+        own = [row for row in rows if row["provider"] == provider and row["times_baseline"]]
+        found = {_label(row): 1 / row["times_baseline"] for row in own}
         places = [k + width * (i - (len(providers) - 1) / 2) for k in range(len(labels))]
         axes.bar(places, [found.get(label, 0) for label in labels], width, label=provider)
     axes.axhline(1, color="black", linewidth=0.8)
@@ -91,6 +95,27 @@ def _over_batch(op: str, machine: str, rows: list[Row], file: Path) -> Path:
     axes.set_yscale("log")
     axes.set_xlabel("images a call")
     axes.set_ylabel("ms")
+    axes.legend(fontsize=6)
+    return _save(figure, file)
+
+
+def _over_size(op: str, machine: str, rows: list[Row], file: Path) -> Path:
+    """Bytes a second over the bytes that must be moved, one line a provider; a dashed line is the measured copy."""
+    figure, axes = _figure(7, 4.5, f"{op} on {machine}")
+    lines: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row.get("bytes"):
+            lines.setdefault((row["provider"], row["dtype"], row["mode"], row["threads"]), []).append(row)
+    for (provider, dtype, mode, threads), own in lines.items():
+        points = sorted((row["bytes"], row["bytes"] / row["ms_p50"] / 1e6) for row in own)
+        label = f"{provider}, {dtype} {mode}" + ("" if threads is None else f", {threads} thr.")
+        axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    for rate in {row["copy_gb_s"] for row in rows if row.get("copy_gb_s")}:
+        axes.axhline(rate, color="grey", linewidth=0.8, linestyle="--")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("bytes that must be moved")
+    axes.set_ylabel("GB/s")
     axes.legend(fontsize=6)
     return _save(figure, file)
 

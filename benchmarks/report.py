@@ -4,6 +4,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from statistics import geometric_mean
 
 import torch
 
@@ -15,6 +16,7 @@ from benchmarks.runner import Session
 
 README = machine.ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks: begin (make readme-tables) -->", "<!-- benchmarks: end -->"
+TABLE = "table.md"  # of a GPU, beside its rows
 NOT_MEASURED = "Not yet measured on a GPU."
 
 
@@ -73,6 +75,8 @@ def footer(session: Session, measured: list[Row], kept: list[Row], late: list[It
     if late:
         names = ", ".join(f"{count} of {name}" for name, count in Counter(item.name for item in late).items())
         print(f"no time was left for {len(late)} cases ({names}): the same command with --resume goes on")
+    if session.device.type == "cpu" and session.timing:
+        print("counts of operations and bytes need no GPU: python -m benchmarks.masked_conv2d")
     print("ms: median of single calls; times: over the first provider, in the same run; error: against float64")
 
 
@@ -121,10 +125,15 @@ def status(folder: Path) -> int:
     return 0
 
 
-def _best_rival(row: Row, group: list[Row]) -> Row | None:
-    """The fastest other provider that computes the same thing."""
-    timed = [r for r in group if r["ms_p50"] and r["error"] is not None and r["provider"] != row["provider"]]
-    return min(timed, key=lambda r: r["ms_p50"], default=None)
+def _best_rival(group: list[Row], figure: str = "ms_p50") -> Row | None:
+    """The fastest of the others that computes the same thing."""
+    rivals = [row for row in group if not row["provider"].startswith("fastgen")]
+    timed = [r for r in rivals if r.get(figure) and not r.get("landmark", r["error"] is None)]
+    return min(timed, key=lambda r: r[figure], default=None)
+
+
+def _folder(gpu: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", gpu).strip("-")
 
 
 def _groups(selected: list[Row]) -> dict[tuple, list[Row]]:
@@ -134,21 +143,67 @@ def _groups(selected: list[Row]) -> dict[tuple, list[Row]]:
     return groups
 
 
-def _gpu_table(gpu: str, selected: list[Row]) -> list[str]:
+def _speed_up(row: Row, group: list[Row], figure: str = "ms_p50") -> float | None:
+    rival = _best_rival(group, figure)
+    return rival[figure] / row[figure] if rival and row.get(figure) else None
+
+
+def _gpu_summary(gpu: str, selected: list[Row]) -> list[str]:
+    """A line for each operation and mode: how much faster than the best rival of each size, none left out."""
     versions = sorted({f"torch {row['torch']}, Triton {row['triton']}, driver {row['driver']}" for row in selected})
-    lines = [f"### {gpu}", "", f"{'; '.join(versions)}. Medians of single calls, L2 cache cleared, in ms.", ""]
-    lines += ["| operation | size | dtype | mode | fastgen | best rival | speed-up | of copy bandwidth |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
-    for (op, shape, dtype, mode, _), group in sorted(_groups(selected).items(), key=str):
+    lines = [
+        f"### {gpu}",
+        "",
+        f"{'; '.join(versions)}; TF32 allowed to all float32 products. Speed-up over the fastest",
+    ]
+    lines += [
+        "rival in plain PyTorch at each size, eager or compiled: single calls, L2 cache cleared, and replays of a"
+    ]
+    lines += [
+        f"CUDA graph, which launch nothing. Every size: [{_folder(gpu)}](benchmarks/results/{_folder(gpu)}/{TABLE}).",
+        "",
+    ]
+    lines += [
+        "| operation | mode | sizes | geometric mean | least | greatest | in CUDA graphs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    measured: dict[tuple[str, str], list[tuple[float, float | None]]] = {}
+    for (op, _, _, mode, _), group in sorted(_groups(selected).items(), key=str):
         for row in group:
-            rival = _best_rival(row, [r for r in group if not r["provider"].startswith("fastgen")])
+            if row["provider"] == "fastgen" and (faster := _speed_up(row, group)):
+                measured.setdefault((op, mode), []).append((faster, _speed_up(row, group, "graph_ms_p50")))
+    for (op, mode), found in measured.items():
+        direct, graphs = [one for one, _ in found], [graph for _, graph in found if graph]
+        cells = [op, mode, str(len(found)), f"{geometric_mean(direct):.2f}", f"{min(direct):.2f}", f"{max(direct):.2f}"]
+        lines.append("| " + " | ".join([*cells, f"{geometric_mean(graphs):.2f}" if graphs else "-"]) + " |")
+    return [*lines, ""]
+
+
+def gpu_table(gpu: str, saved: list[Row]) -> str:
+    """Every size of every operation that was measured on a GPU, slower ones and failures among them."""
+    lines = [
+        f"# {gpu}",
+        "",
+        "Medians of single calls in ms, L2 cache cleared; (in brackets) of a replay as a CUDA graph.",
+        "",
+    ]
+    lines += [
+        "| operation | size | dtype | mode | provider | ms | best rival | speed-up | of copy | of matmul | MB | error |"
+    ]
+    lines += ["|" + "---|" * 12]
+    selected = [row for row in saved if row["gpu"] == gpu and row["op"] != rows.TESTS]
+    for (op, shape, dtype, mode, _), group in sorted(_groups(selected).items(), key=str):
+        rival = _best_rival(group)
+        for row in group:
             if not row["provider"].startswith("fastgen"):
                 continue
-            cells = [op, shape, dtype, mode, row["problem"] or _number(row["ms_p50"])]
+            graph = f" ({row['graph_ms_p50']:.4g})" if row.get("graph_ms_p50") else ""
+            cells = [op, shape, dtype, mode, row["provider"], row["problem"] or _number(row["ms_p50"]) + graph]
             cells += [f"{rival['provider']}: {rival['ms_p50']:.4g}" if rival else "-"]
-            cells += [f"{rival['ms_p50'] / row['ms_p50']:.2f}" if rival and row["ms_p50"] else "-"]
-            lines.append("| " + " | ".join([*cells, _percent(row.get("copy_fraction"))]) + " |")
-    return [*lines, ""]
+            cells += [_number(_speed_up(row, group), ".2f"), _percent(row.get("copy_fraction"))]
+            cells += [_percent(row.get("matmul_fraction")), _number(row["peak_mb"]), _number(row["error"], ".1e")]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
 
 
 def _sampling_table(cpu: str, selected: list[Row]) -> list[str]:
@@ -166,20 +221,20 @@ def _sampling_table(cpu: str, selected: list[Row]) -> list[str]:
 
 def performance_section(saved: list[Row]) -> str:
     """The README's performance section, markers included."""
-    on_gpu = [row for row in saved if row["gpu"]]
+    on_gpu = [row for row in saved if row["gpu"] and row["op"] != rows.TESTS]
     sampling = [row for row in saved if not row["gpu"] and row["op"] == "sampling" and row["times_baseline"]]
     lines = [BEGIN, ""]
     if not on_gpu:
         lines += [f"{NOT_MEASURED} `make bench` on a machine with an NVIDIA GPU measures and saves the rows.", ""]
     for gpu in sorted({row["gpu"] for row in on_gpu}):
-        lines += _gpu_table(gpu, [row for row in on_gpu if row["gpu"] == gpu])
+        lines += _gpu_summary(gpu, [row for row in on_gpu if row["gpu"] == gpu])
     for cpu in sorted({row["cpu"] for row in sampling}):
         lines += _sampling_table(cpu, [row for row in sampling if row["cpu"] == cpu])
     return "\n".join([*lines, END])
 
 
 def readme_tables(folder: Path, *, check: bool, readme: Path = README) -> int:
-    """Writes the section between the markers of the README, or only checks it.
+    """Writes the section between the markers of the README and the table of every GPU, or only checks them.
 
     Raises:
         ValueError: the README has no markers, or not one pair of them.
@@ -188,15 +243,18 @@ def readme_tables(folder: Path, *, check: bool, readme: Path = README) -> int:
     pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
     if len(pattern.findall(text)) != 1:
         raise ValueError(f"{readme}: expected one pair of the lines {BEGIN} and {END}")
-    section = performance_section(rows.load(folder) if folder.exists() else [])
-    new = pattern.sub(lambda _: section, text)
-    if new == text:
-        return 0
-    if check:
-        print(f"{readme}: the performance section is not what the saved rows say: make readme-tables", file=sys.stderr)
-        return 1
-    readme.write_text(new)
-    return 0
+    saved = rows.load(folder) if folder.exists() else []
+    section = performance_section(saved)
+    wanted = {readme: pattern.sub(lambda _: section, text)}
+    for gpu in {row["gpu"] for row in saved if row["gpu"]}:
+        wanted[folder / _folder(gpu) / TABLE] = gpu_table(gpu, saved)
+    stale = [file for file, new in wanted.items() if not file.exists() or file.read_text() != new]
+    for file in stale:
+        if check:
+            print(f"{file}: is not what the saved rows say: make readme-tables", file=sys.stderr)
+        else:
+            file.write_text(wanted[file])
+    return 1 if check and stale else 0
 
 
 def plots(folder: Path) -> int:

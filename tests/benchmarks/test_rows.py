@@ -93,11 +93,34 @@ def test_rows_of_two_cpus_are_not_compared():
 
 
 def test_the_table_names_the_best_rival_and_claims_nothing_else():
-    saved = [row(), row(provider="eager", ms_p50=4.0), row(provider="compiled", ms_p50=3.0, ms_p20=2.9)]
-    saved += [row(provider="other recurrence", ms_p50=0.1, error=None)]
+    saved = [row(graph_ms_p50=0.5), row(provider="eager", ms_p50=4.0), row(provider="fastgen, other", ms_p50=0.2)]
+    saved += [
+        row(provider="compiled", ms_p50=3.0, graph_ms_p50=2.0),
+        row(provider="recurrence", ms_p50=0.1, error=None),
+    ]
+    saved += [row(provider="unchecked rival", error=None, ms_p50=3.5, landmark=False)]
+    slower = {"shape": "8x8"}
+    saved += [row(**slower), row(**slower, provider="eager", ms_p50=0.25), row(op=rows.TESTS, ms_p50=None)]
     section = report.performance_section(saved)
-    assert "| reparameterize_kl | 1024x4096 | float32 | full | 1 | compiled: 3 | 3.00 | 80% |" in section
+    # 3 and 1/4: a loss counts as every other size does.
+    assert "| reparameterize_kl | full | 2 | 0.87 | 0.25 | 3.00 | 4.00 |" in section
     assert report.NOT_MEASURED not in section
+    table = report.gpu_table("Imaginary 1", saved)
+    assert "| 1024x4096 | float32 | full | fastgen | 1 (0.5) | compiled: 3 | 3.00 | 80% | - | 50 | 1.0e-07 |" in table
+    assert "| 8x8 | float32 | full | fastgen | 1 | eager: 0.25 | 0.25 |" in table and rows.TESTS not in table
+
+
+def test_a_gpu_has_its_table_beside_its_rows(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    rows.save([row(), row(provider="eager")], tmp_path / "results" / "Imaginary-1")
+    table = tmp_path / "results" / "Imaginary-1" / report.TABLE
+    assert report.readme_tables(tmp_path / "results", check=True, readme=readme) == 1 and not table.exists()
+    assert report.readme_tables(tmp_path / "results", check=False, readme=readme) == 0
+    assert "Imaginary 1" in table.read_text() and "(benchmarks/results/Imaginary-1/table.md)" in readme.read_text()
+    assert report.readme_tables(tmp_path / "results", check=True, readme=readme) == 0
+    table.write_text("old")
+    assert report.readme_tables(tmp_path / "results", check=True, readme=readme) == 1
 
 
 def test_without_gpu_rows_nothing_is_claimed_of_a_gpu():
@@ -126,9 +149,18 @@ def test_a_stale_readme_is_noticed_and_written(tmp_path, capsys):
 
 def test_plots_are_drawn_from_rows(tmp_path):
     pytest.importorskip("matplotlib")
-    saved = [row(), row(shape="64x4096", batch=64, ms_p50=0.3), row(gpu=None, threads=2, ms_p50=None, problem="oom")]
+    saved = [
+        row(),
+        row(shape="64x4096", batch=64, ms_p50=0.3, bytes=50, times_baseline=None),
+        row(gpu=None, threads=2, ms_p50=None, problem="oom"),
+    ]
     files = plots.draw(saved, tmp_path)
-    assert sorted(file.name for file in files) == [f"{KERNEL}-batch.png", f"{KERNEL}.png", "roofline.png"]
+    assert sorted(file.name for file in files) == [
+        f"{KERNEL}-batch.png",
+        f"{KERNEL}-size.png",
+        f"{KERNEL}.png",
+        "roofline.png",
+    ]
     assert all(file.parent.name == "Imaginary-1" and file.stat().st_size > 1000 for file in files)
     with pytest.raises(ValueError, match="no saved row has a time"):
         plots.draw([row(ms_p50=None)], tmp_path)
