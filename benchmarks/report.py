@@ -225,7 +225,13 @@ def performance_section(saved: list[Row]) -> str:
     sampling = [row for row in saved if not row["gpu"] and row["op"] == "sampling" and row["times_baseline"]]
     lines = [BEGIN, ""]
     if not on_gpu:
-        lines += [f"{NOT_MEASURED} `make bench` on a machine with an NVIDIA GPU measures and saves the rows.", ""]
+        lines += [
+            f"{NOT_MEASURED} On a machine with one, `make bench` measures for less than ten minutes and saves the"
+        ]
+        lines += [
+            "rows, `python -m benchmarks --full --resume` goes on, and `pytest -m gpu` tests every kernel there.",
+            "",
+        ]
     for gpu in sorted({row["gpu"] for row in on_gpu}):
         lines += _gpu_summary(gpu, [row for row in on_gpu if row["gpu"] == gpu])
     for cpu in sorted({row["cpu"] for row in sampling}):

@@ -53,3 +53,37 @@ def test_every_benchmark_runs_and_saves_its_rows(name, monkeypatch, tmp_path, ca
         assert len(written) == len(saved)
         assert main(["--device", "cuda", "--full", "--results", str(tmp_path), "--resume", name]) == 0
         assert f"{len(saved)} rows of an earlier run are still true" in capsys.readouterr().out
+
+
+def test_where_no_time_is_left_the_rest_is_named_and_resumed(monkeypatch, tmp_path, capsys):
+    with pretend(monkeypatch, ["elbo"]):
+        run = ["--device", "cuda", "--results", str(tmp_path), "elbo"]
+        assert main([*run, "--budget", "0"]) == 0
+        assert "no time was left for 2 cases (2 of elbo)" in capsys.readouterr().out and not list(tmp_path.iterdir())
+        monkeypatch.setattr(machine, "lost", lambda device: True)
+        monkeypatch.setattr("os.execv", lambda program, command: commands.append(command) or 0)
+        commands = []
+        main([*run, "--budget", "500"])
+        ((_, _, module, name, *options),) = commands
+        assert (module, name) == ("benchmarks", "elbo") and options[:3] == ["--resume", "--device", "cuda"]
+        assert options[3:5] == ["--results", str(tmp_path)] and 0 < float(options[-1]) <= 500
+        saved = rows.load(tmp_path)
+        monkeypatch.setattr(machine, "lost", lambda device: False)
+        capsys.readouterr()
+        assert main([*run, "--resume"]) == 0
+        assert f"{len(saved)} rows of an earlier run" in capsys.readouterr().out
+        assert len(rows.load(tmp_path)) == 2 * len(saved)
+
+
+def test_rows_of_another_kernel_or_version_are_measured_again(monkeypatch, tmp_path):
+    device = torch.device("cuda")
+    with pretend(monkeypatch, ["elbo"]):
+        main(["--device", "cuda", "--results", str(tmp_path), "elbo"])
+        item = next(agenda.agenda(["elbo"], "gpu", device))
+        saved = {rows.key(row): row for row in rows.load(tmp_path)}
+        assert agenda.already_measured(item, device, saved)
+        for change in ({"torch": "1.0"}, {"driver": "1.0"}):
+            assert agenda.already_measured(item, device, {k: row | change for k, row in saved.items()}) is None
+        stale = {k: row | ({"kernel_sha256": "old"} if row["kernels"] else {}) for k, row in saved.items()}
+        assert agenda.already_measured(item, device, stale) is None
+        assert agenda.already_measured(item, device, dict(list(saved.items())[1:])) is None
