@@ -12,6 +12,7 @@ from fastgen.sampling.trace import trace
 from fastgen.sampling.unchanged import unchanged
 
 MOST_ELEMENTS = 4 * 10**8  # of one image; beyond, the analysis would not fit into memory
+HALF = (torch.float16, torch.bfloat16)
 
 
 class Network:
@@ -110,12 +111,11 @@ def _check_same(graphs: Sequence[Graph], whole: Tensor) -> None:
         same = same and (a.kind != "constant" or torch.equal(a.data.nan_to_num(), b.data.nan_to_num()))
     if not same:
         raise Unsupported("the model computes in another way for other values of its input")
+    precise = not any(value.data.dtype in HALF for value in first.values)
     for k, graph in enumerate(graphs):
         alone, together = graph.data_of(graph.output), whole[k].cpu()
         scale = together[together.isfinite()].abs().max() if together.isfinite().any() else 0
-        tolerance = (
-            1e-3 * float(scale) + 1e-5 if together.dtype in (torch.float32, torch.float64) else 0.1 * float(scale)
-        )
+        tolerance = 1e-3 * float(scale) + 1e-5 if precise else 0.1 * float(scale)
         if alone.numel() != together.numel() or not torch.allclose(
             alone.reshape(together.shape), together, atol=tolerance, rtol=0, equal_nan=True
         ):

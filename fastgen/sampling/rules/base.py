@@ -26,24 +26,26 @@ class Analysis:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self._ready = graph.new_store(CONSTANT)
-        self._zero = graph.new_store(0, torch.bool)
-        self._low = graph.new_store(0, torch.bool)
-        self._zero[0] = True
+        self._zero: dict[Value, Tensor] = {}  # of the values that have any
+        self._low: dict[Value, Tensor] = {}
 
     def grow(self) -> None:
         """Makes room for values that have been numbered since."""
         more = self.graph.numel - len(self._ready)
         self._ready = torch.cat((self._ready, self._ready.new_full((more,), CONSTANT)))
-        self._zero, self._low = (torch.cat((one, one.new_zeros(more))) for one in (self._zero, self._low))
 
     def set(self, value: Value, ready: Tensor, low: Tensor | None = None) -> None:
         self.graph.of(self._ready, value).copy_(ready)
-        if low is None and ready.numel() and int(ready.min()) > CONSTANT:
-            return
+        for known in (self._zero, self._low):
+            known.pop(value, None)
         constant = ready == CONSTANT
-        self.graph.of(self._zero, value).copy_(constant & (value.data == 0))
-        is_low = constant & (value.data <= LOW) if value.data.is_floating_point() else torch.zeros_like(constant)
-        self.graph.of(self._low, value).copy_(is_low if low is None else is_low | low)
+        if constant.any():
+            self._zero[value] = constant & (value.data == 0)
+            if value.data.is_floating_point():
+                very_low = constant & (value.data <= LOW)
+                low = very_low if low is None else low | very_low
+        if low is not None and low.any():
+            self._low[value] = low.expand(value.shape)
 
     def coarsen(self, draws: int) -> None:
         """Ready times in an order in which so many draws that follow each other are one."""
@@ -59,14 +61,30 @@ class Analysis:
     def zero(self, operand: Operand) -> Tensor:
         if operand.map is not None and operand.map.value.base == 0:
             return operand.map.read((operand.map.value.data == 0).to(torch.uint8), 1).bool()
-        return operand.read(self._zero.view(torch.uint8), 1).bool()
+        return self._flags(operand, self._zero, 1)
 
     def low(self, operand: Operand) -> Tensor:
         if operand.map is not None and operand.map.value.base == 0:
             data = operand.map.value.data
             low = (data <= LOW) if data.is_floating_point() else torch.zeros_like(data, dtype=torch.bool)
             return operand.map.read(low.to(torch.uint8), 0).bool()
-        return operand.read(self._low.view(torch.uint8), 0).bool()
+        return self._flags(operand, self._low, 0)
+
+    def _flags(self, operand: Operand, known: dict[Value, Tensor], outside: int) -> Tensor:
+        """The operand's view of what is known of some values and false of all others; `outside` for zeros around."""
+        if operand.map is not None:
+            value = operand.map.value
+            if value not in known and not (outside and operand.map.padded):
+                return torch.zeros((), dtype=torch.bool).expand(operand.shape)
+            flags = known.get(value, torch.zeros((), dtype=torch.bool)).expand(value.shape)
+            return operand.map.read(flags.to(torch.uint8), outside).bool()
+        assert operand.ids is not None
+        found = (operand.ids == 0) & bool(outside)
+        for value in operand.values if known else []:
+            if value in known:
+                places = (operand.ids >= value.base) & (operand.ids < value.base + value.numel)
+                found[places] = known[value].reshape(-1)[operand.ids[places] - value.base]
+        return found
 
     def constant(self, data: Tensor) -> Operand:
         """A constant of the rule's own, to be read like the network's."""
