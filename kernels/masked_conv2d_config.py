@@ -132,7 +132,8 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
       wgmma likes. Less where there are fewer channels. Gathered: 32 columns, or 16 where that pads less, and in float32
       64 channels at most, as addresses take registers.
     - 64 pixels in 4 warps where 128 would leave most of a hundred multiprocessors without a tile.
-    - without tensor cores (float32 where TF32 is off): 64 x 64 in steps of 16, within the registers of 4 warps.
+    - without tensor cores (float32 where TF32 is off): 64 x 64 in steps of 16, within the registers of 4 warps, or of
+      8 through a ReLU on loading.
     - five stages: the pipeline gives two to the entries of the list, which it fetches ahead of the blocks that they
       name, and three to these: 96 KiB of shared memory, two programs on a Hopper multiprocessor. Two on AMD (64 KiB).
     - through an activation on loading: half as deep, as up to three maps and two blocks of weights are buffered.
@@ -145,7 +146,7 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
     sums = layer.parts if layer.direction == "out" else 1
     wide = power_of_two(layer.rows, 16, 128 // sums)
     if precision == "ieee" and layer.dtype == torch.float32:
-        return Tile(64, min(wide, 64 // sums), 16, 4, 2)
+        return Tile(64, min(wide, 64 // sums), 16, 8 if layer.saved in ("relu", "sign") else 4, 2)
     line = (128 if layer.saved == "none" else 64) // layer.dtype.itemsize
     deep = power_of_two(layer.channels, 16, line)
     if gathers(layer.channels, layer.direction == "in", layer.step):

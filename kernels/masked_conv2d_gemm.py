@@ -353,6 +353,7 @@ CATALOGUE = [
     _input_entry("fp32", "valve", Tile(128, 128, 16, 8, 5), "tf32", skips=AMD),
     _input_entry("fp32", "relu", Tile(128, 128, 16, 8, 5), "tf32", skips=AMD),
     _input_entry("fp32", "valve", Tile(64, 64, 16, 4, 2)),
+    _input_entry("fp32", "relu", Tile(64, 64, 16, 8, 2)),
     _input_entry("bf16", "valve", Tile(128, 128, 32, 8, 2), skips=ONLY_AMD),
     catalogue_entry(masked_conv2d_pack_kernel, "bf16", "bf16", {"ROWS": 16, "COLUMNS": 64}, Tile(0, 0, 0, 4, 3)),
 ]

@@ -7,7 +7,7 @@ import torch
 
 from fastgen.kernels import masked_conv2d as kernels
 from fastgen.kernels import masked_conv2d_check as check
-from fastgen.kernels.masked_conv2d_config import candidates, chip_of
+from fastgen.kernels.masked_conv2d_config import candidates, chip_of, default_tile
 from fastgen.models import GatedPixelCNN, PixelCNN
 from fastgen.nn import GatedMaskedBlock, MaskedConv2d
 from fastgen.ops import causal_mask, masked_conv2d
@@ -53,6 +53,51 @@ def test_defaults_and_all_their_neighbours_give_the_right_numbers(gated, dtype, 
                     wrong.append((name, tile, error))
         assert not [one for one in wrong if one[1] == tiles[0]], wrong
         assert not wrong, wrong
+
+
+@pytest.mark.parametrize("saved", ["relu", "sign", "valve"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("channels", "results"), [(128, 128), (120, 80), (3, 64), (48, 32)])
+@pytest.mark.parametrize("tf32", [False, True])
+def test_defaults_through_an_activation_on_loading_give_the_right_numbers(saved, dtype, channels, results, tf32, cuda):
+    if tf32 and dtype != torch.float32:
+        pytest.skip("TF32 is for float32")
+    gated = saved == "valve"
+    problem = check.Problem(17, channels, 2 * results if gated else results, 3, 27, dtype, gated, saved=saved)
+    with torch.backends.cudnn.flags(allow_tf32=tf32):
+        precision = kernels.precision_of(torch.empty(0, dtype=dtype, device=cuda))
+        allowed = check.tolerance(dtype, tf32)
+        for name in ("in", "weight"):
+            product = check.products(problem, cuda)[name]
+            choice = ("triton", default_tile(chip_of(cuda), product.layer, precision))
+            assert check.error_of(product.run(choice), product.truth) <= allowed, name
+            if product.adding_up is not None:
+                add_up, sums = product.adding_up
+                assert check.error_of(add_up(choice), sums) <= allowed
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gated"])
+def test_both_ways_back_on_the_device(activation, residual, kernel, cuda):
+    """A 1x1 kernel leads back on loading, but for a gate with a residual; a 3x3 one after a pass."""
+    x, weight, mask, bias = layer_inputs(cuda)
+    if kernel == 1:
+        weight, mask = weight.detach()[..., :1, :1].contiguous().requires_grad_(), None
+    options = {"padding": kernel // 2, "activation": activation}
+    added = torch.randn_like(masked_conv2d_reference(x, weight, mask, bias, **options))
+    options["residual"] = added if residual else None
+
+    def run(call, *tensors):
+        out = call(*tensors[:2], mask, tensors[2], **options)
+        grad = torch.ones_like(out).contiguous(memory_format=torch.channels_last)
+        return [out, *torch.autograd.grad(out, tensors, grad)]
+
+    found = run(masked_conv2d, x, weight, bias)
+    options["residual"] = added.double() if residual else None
+    expected = run(masked_conv2d_reference, *(one.detach().double().requires_grad_() for one in (x, weight, bias)))
+    for one, other in zip(found, expected, strict=True):
+        assert check.error_of(one, other) <= 4 * torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "gated"])
