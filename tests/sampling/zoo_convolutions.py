@@ -355,3 +355,11 @@ def half_precision():
     return nn.Sequential(
         DataMask(1, 6, 3, True), nn.ReLU(), DataMask(6, 6, 3), nn.ReLU(), nn.Conv2d(6, 3, 1)
     ).bfloat16()
+
+
+@case(GREY, Categorical(3, "B(KC)HW"), convolutional=True)
+def wide_half_precision():
+    """Sums over so many channels that they may not be rounded halfway."""
+    return nn.Sequential(
+        DataMask(1, 32, 3, True), nn.ReLU(), DataMask(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 3, 1)
+    ).bfloat16()
