@@ -1,22 +1,38 @@
 """The steps of a run in machine code, as far as the step machine knows their instructions."""
 
 import ctypes
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastgen.sampling.job import Job
 from fastgen.sampling.native.build import machine
 from fastgen.sampling.native.encode import Part, Unknown, translate
 from fastgen.sampling.native.link import Linker
+from fastgen.sampling.plan import Plan
 from fastgen.sampling.program import Instruction, Program, Temporary
 from fastgen.sampling.run import Run
 
 Step = Callable[[Any], None]
 WORTH_A_THREAD = 2**17  # multiply-adds between two waits from which another thread pays
+CACHE = 12 * 2**20  # bytes of the last level of cache that weights and activations of a step may count on
+FULL_TILES = 16  # images from which on products run at full speed
+
+
+def images_at_once(plan: Plan) -> int:
+    """The images beyond which the weights would have to be fetched from memory again at every step."""
+    (number, _), *_ = Counter(number for number, _ in plan.steps).most_common(1)
+    program = plan.programs[number]
+    weights = {id(one): one for step in program.instructions for one in step.args if isinstance(one, Tensor)}
+    views = {view for step in program.instructions for view in step.views()}
+    left = CACHE - sum(one.numel() * one.element_size() for one in weights.values())
+    of_image = sum(view.numel * view.memory.dtype.itemsize for view in views if view.memory.kind != "constant")
+    return max(FULL_TILES, left // max(1, of_image))
 
 
 @dataclass

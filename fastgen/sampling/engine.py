@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastgen.distributions import Distribution
 from fastgen.sampling.arguments import levels_of
-from fastgen.sampling.compiled_run import CompiledRun
+from fastgen.sampling.compiled_run import CompiledRun, images_at_once
 from fastgen.sampling.draw import draw_image, image_log_prob, uncertain_image
 from fastgen.sampling.fixed_point import FixedPoint
 from fastgen.sampling.graph import Unsupported
@@ -94,6 +94,7 @@ class Engine:
         self.plan = plan
         self.backend = backend
         self.error: float | None = None
+        self.most = images_at_once(plan) if backend == "compiled" else None
         self._runs: dict[int, Run] = {}
 
     @property
@@ -115,7 +116,9 @@ class Engine:
     def run(self, job: Job) -> Drawn:
         run = self._runs.get(job.n)
         if run is None:
-            self._runs.clear()  # memory of another batch size
+            # Where large batches run in parts, the last of them is smaller.
+            while len(self._runs) > (0 if self.most is None else 1):
+                self._runs.pop(next(iter(self._runs)))
             run = self._runs[job.n] = RUNS[self.backend](self.plan, job.n, job.noise.device)
         run.begin(job)
         filled = run.fill_known()

@@ -27,6 +27,8 @@ class FixedPoint:
         encode: levels (n, C, H, W) int64 -> the model's input.
     """
 
+    most: int | None = None
+
     def __init__(self, model: nn.Module, shape: tuple[int, int, int], encode: Callable[[Tensor], Tensor]) -> None:
         self.model = model
         self.encode = encode

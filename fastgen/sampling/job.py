@@ -56,7 +56,13 @@ class Drawn:
 
 
 class Backend(Protocol):
-    """A way to run jobs. All give the same images for the same noise."""
+    """A way to run jobs. All give the same images for the same noise.
+
+    Attributes:
+        most: images at once beyond which it gets no quicker, None where it is not known.
+    """
+
+    most: int | None
 
     @property
     def work_ratio(self) -> float:

@@ -22,6 +22,8 @@ class Naive:
             order, all channels of a pixel before the next.
     """
 
+    most: int | None = None
+
     def __init__(
         self,
         model: nn.Module,

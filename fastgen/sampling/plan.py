@@ -20,7 +20,9 @@ from fastgen.sampling.order import Ordered, ordered
 from fastgen.sampling.program import Program
 from fastgen.sampling.ready import Timed
 from fastgen.sampling.rules.convolution import Convolution
-from fastgen.sampling.schedule import Schedule, schedule
+from fastgen.sampling.schedule import Schedule, running_times, schedule
+from fastgen.sampling.scratch import Scratch, share_scratch
+from fastgen.sampling.split import split_rows
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Plan:
     Attributes:
         order: (channel, row, column) of the draws; all channels of a pixel at once where `whole_pixels`.
         programs: the distinct ones; those of a step are in `steps`.
+        scratch: the blocks that programs compute in.
         steps: for steps -1, 0, ...: (number of the program, offsets).
         rows: the output's map of a pixel, see `Engine`.
     """
@@ -43,6 +46,7 @@ class Plan:
     leaves: list[Value]
     programs: list[Program] = field(default_factory=list)
     steps: list[tuple[int, list[Any]]] = field(default_factory=list)
+    scratch: Scratch = field(default_factory=Scratch)
     remarks: list[str] = field(default_factory=list)
 
     @property
@@ -87,13 +91,18 @@ def make_plan(
     """Raises NotCausalError, or Unsupported where the engine cannot take the model."""
     found: Ordered = ordered(Network(model, shape, encode, condition, levels), distribution)
     output = found.graph.output
-    when = schedule(found.timed, found.order, [(output, (found.needed - 1).expand(output.shape))])
+    deadlines = [(output, (found.needed - 1).expand(output.shape))]
+    times = running_times(found.timed, found.order, deadlines)
+    if split_rows(found.timed, found.order, times):
+        times = running_times(found.timed, found.order, deadlines)
+    when = schedule(found.timed, len(found.order), times, deadlines)
     storage = _storage(found.timed, when, found.order, shape)
     whole_pixels = len(found.order) == shape[1] * shape[2]
     plan = Plan(found.timed, when, storage, found.order, whole_pixels, output, found.conditions, remarks=found.remarks)
     built: Built = {}
     while not _write_programs(plan, built):
         pass  # again, with what was found to need storage
+    plan.scratch = share_scratch(plan.programs)
     return plan
 
 

@@ -132,6 +132,9 @@ class Instruction:
     kwargs: dict[str, Any]
     result: Temporary | None
 
+    def views(self) -> list[View]:
+        return [one for one in _leaves((self.args, self.kwargs)) if isinstance(one, View)]
+
 
 @dataclass
 class Check:
@@ -156,9 +159,9 @@ class Program:
         """Those that move, each once, in the order of their first use."""
         found: dict[View, None] = {}
         for instruction in self.instructions:
-            for argument in _leaves((instruction.args, instruction.kwargs)):
-                if isinstance(argument, View) and argument.moves:
-                    found.setdefault(argument)
+            for view in instruction.views():
+                if view.moves:
+                    found.setdefault(view)
         return list(found)
 
     def offsets(self, starts: list[np.ndarray], payloads: list[list[Any]]) -> list[list[Any]]:
@@ -210,11 +213,11 @@ class Program:
             return name
 
         for instruction in self.instructions if instructions is None else instructions:
-            for argument in _leaves((instruction.args, instruction.kwargs)):
-                if isinstance(argument, View) and argument.moves and argument not in made:
-                    made.add(argument)
-                    k = moving[argument]
-                    names[f"m{k}"] = argument
+            for view in instruction.views():
+                if view.moves and view not in made:
+                    made.add(view)
+                    k = moving[view]
+                    names[f"m{k}"] = view
                     lines.append(f"    v{k} = strided(m{k}, z{k}, y{k}, o[{k}])")
             name = functions.setdefault(instruction.function, f"f{len(functions)}")
             names[name] = instruction.function

@@ -25,6 +25,10 @@ class Run:
         self.device = device
         self.blocks: dict[int, Tensor] = {}
         self._keep: list[Memory] = []
+        self._scratch = [
+            torch.empty(n * size, dtype=dtype, device=device)
+            for size, dtype in zip(plan.scratch.sizes, plan.scratch.dtypes, strict=True)
+        ]
         programs = self.bound()
         self.steps = [(programs[number], self.offsets(offsets)) for number, offsets in plan.steps]
         for value in plan.timed.graph.values:
@@ -56,9 +60,12 @@ class Run:
         if id(memory) not in self.blocks:
             self._keep.append(memory)
             if memory.data is not None:
-                self.blocks[id(memory)] = memory.data.to(self.device).view(1, -1)
+                found = memory.data.to(self.device).view(1, -1)
+            elif memory.kind == "scratch":
+                found = self._scratch[self.plan.scratch.block_of[id(memory)]][: self.n * memory.numel].view(self.n, -1)
             else:
-                self.blocks[id(memory)] = torch.zeros((self.n, memory.numel), dtype=memory.dtype, device=self.device)
+                found = torch.zeros((self.n, memory.numel), dtype=memory.dtype, device=self.device)
+            self.blocks[id(memory)] = found
         return self.blocks[id(memory)]
 
     def on_device(self, one: Any) -> Any:

@@ -167,7 +167,7 @@ class Sampler:
                 all; an int is one class for all. None: the condition given to `accelerate`.
             progress: whether to show a bar.
             return_log_prob: whether to return the log-likelihoods, too.
-            batch_size: most images at once. None: all, or half as many where memory
+            batch_size: most images at once. None: as many as run well together, or half as many where memory
                 runs out, and so on.
 
         Returns:
@@ -217,7 +217,8 @@ class Sampler:
 
         draws = self.shape[0] * self.shape[1] * self.shape[2]
         parts: list[Drawn] = []
-        start, most = 0, min(size for size in (whole.n, batch_size, self._most) if size is not None)
+        start, most = 0, min(size for size in (whole.n, batch_size, self._most, engine.most) if size is not None)
+        most = -(-whole.n // -(-whole.n // most))  # parts of about one size
         with tqdm(total=whole.n * draws, unit="draw", disable=not progress) as bar:
 
             def advance(images: int, done: int) -> None:

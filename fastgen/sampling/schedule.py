@@ -20,7 +20,7 @@ from fastgen.sampling.ready import Timed
 class Schedule:
     """Attributes:
     steps: step -> (value, box) in the order of computation; the first is step -1.
-    times: when each element is computed, CONSTANT where it needs no computation, NEVER where nobody needs it.
+    times: when each element is computed, see `running_times`.
     stored: indices of the values that are read at another step than they are computed at.
     """
 
@@ -39,10 +39,13 @@ def row_ends(order: Sequence[tuple[int, int, int]]) -> Tensor:
     return torch.tensor([-1, *ends, len(order) - 1], dtype=torch.int32)
 
 
-def schedule(
+def running_times(
     timed: Timed, order: Sequence[tuple[int, int, int]], deadlines: Sequence[tuple[Operand, Tensor]]
-) -> Schedule:
-    """The steps for the elements that the deadlines ask for, and all that those need."""
+) -> Tensor:
+    """When each element is computed, for those that the deadlines ask for and all that those need.
+
+    CONSTANT where it needs no computation, NEVER where nobody needs it.
+    """
     graph, analysis = timed.graph, timed.analysis
     ends = row_ends(order)
     wanted = graph.new_store(NEVER)
@@ -51,17 +54,28 @@ def schedule(
     times = graph.new_store(CONSTANT)
     for value in reversed(timed.computed):
         ready, latest = analysis.ready_of(value), timed.rules[value.index].refine(graph.of(wanted, value))
-        last_end = ends[(torch.searchsorted(ends, latest.contiguous(), right=True) - 1).clamp(min=0)]
-        when = torch.where(last_end >= ready, last_end, ready)
-        when = torch.where(ready == READY, READY, when)
-        when = torch.where(latest == NEVER, NEVER, when)
-        when = torch.where(ready == CONSTANT, CONSTANT, when)
+        when = at_row_end(ends, ready, latest)
         graph.of(times, value).copy_(when)
         running = torch.where(when == CONSTANT, NEVER, when)
         for operand, needed in timed.rules[value.index].needs(running):
             operand.lower(wanted, needed)
+    return times
+
+
+def at_row_end(ends: Tensor, ready: Tensor, latest: Tensor) -> Tensor:
+    """When elements are computed that are ready and needed at these times: at the last end of a row in between."""
+    last_end = ends[(torch.searchsorted(ends, latest.contiguous(), right=True) - 1).clamp(min=0)]
+    when = torch.where(last_end >= ready, last_end, ready)
+    when = torch.where(ready == READY, READY, when)
+    when = torch.where(latest == NEVER, NEVER, when)
+    return torch.where(ready == CONSTANT, CONSTANT, when)
+
+
+def schedule(timed: Timed, draws: int, times: Tensor, deadlines: Sequence[tuple[Operand, Tensor]]) -> Schedule:
+    """The steps of an image of so many draws, from its `running_times`."""
+    graph = timed.graph
     stored = _read_later(timed, times, deadlines)
-    steps: list[list[tuple[Value, Box]]] = [[] for _ in range(len(order) + 1)]
+    steps: list[list[tuple[Value, Box]]] = [[] for _ in range(draws + 1)]
     known: dict[bytes, dict[int, list[Box]]] = {}
     for value in timed.computed:
         for step, boxes in _boxes(graph.of(times, value), known).items():

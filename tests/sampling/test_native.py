@@ -12,7 +12,7 @@ from fastgen.sampling.native.build import NoMachine, machine
 from fastgen.sampling.native.encode import Part, Side, Unknown, constant_view, translate
 from fastgen.sampling.native.link import Linker, waits
 from fastgen.sampling.program import Instruction, Linear, Memory, View, scratch
-from fastgen.sampling.rules.convolution import Slab
+from fastgen.sampling.rules.kernels import Slab
 
 N = 3
 F32 = torch.float32
@@ -162,16 +162,24 @@ def test_what_the_machine_does_not_know_is_left_to_torch():
 
 
 def test_threads_wait_where_they_read_what_others_wrote():
-    a, b, c = (Side.of(scratch((64,), F32)) for _ in range(3))
-    weight = torch.zeros(64, 64)
-    product = Part("linear", b, (replace(a, strides=(0,)), None), weight)
+    blocks = {}
+
+    def block(memory):
+        return blocks.setdefault(id(memory), torch.empty(N, memory.numel))
+
+    views = [scratch((64,), F32) for _ in range(3)]
+    a, b, c = map(Side.of, views)
+    product = Part("linear", b, (replace(a, strides=(0,)), None), torch.zeros(64, 64))
     copy = Part("copy_", c, (b,))
-    assert waits([Part("relu", a, (a,)), product, copy]) == [False, True, False]
+    assert waits([Part("relu", a, (a,)), product, copy], block) == [False, True, False]
+    small = scratch((32,), F32)
     half = Side(b.view, (32,), (1,), 32)
-    narrow = Part("copy_", Side.of(scratch((32,), F32)), (half,))
-    assert waits([product, narrow]) == [False, True]  # columns 32.. of 64 are shared otherwise than 32 of their own
-    assert waits([narrow, product]) == [False, True]  # and are not overwritten while others read them
-    assert waits([product, Part("copy_", a, (c,))]) == [False, True]
+    narrow = Part("copy_", Side.of(small), (half,))
+    assert waits([product, narrow], block) == [False, True]  # of 64 columns and of 32 threads have other shares
+    assert waits([narrow, product], block) == [False, True]  # what others read is not overwritten
+    assert waits([product, Part("copy_", a, (c,))], block) == [False, True]
+    blocks[id(c.view.memory)] = blocks[id(a.view.memory)]  # two memories in one block
+    assert waits([product, copy], block) == [False, True]
 
 
 def test_threads_do_not_change_a_number():

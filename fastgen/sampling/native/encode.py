@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgen.sampling.program import Instruction, Linear, Memory, View
-from fastgen.sampling.rules.convolution import Slab
+from fastgen.sampling.rules.kernels import Slab
 from fastgen.sampling.rules.matmul import linear
 from fastgen.sampling.rules.out_variants import relu
 
@@ -131,7 +131,7 @@ def _vector(bias: Tensor, sizes: Sequence[int]) -> Side:
     return Side.of(constant_view(bias), sizes)
 
 
-def _slab(call: Slab, out: View, x: View, weight: Tensor, bias: Tensor | None) -> list[Part]:
+def _slab(call: Slab, out: View, x: View, weight: Tensor, added: Any) -> list[Part]:
     """A convolution as products: one for every tap, or for taps that lie side by side with all of their channels."""
     if call.groups != 1 or weight.dtype != torch.float32:
         raise Unknown
@@ -139,6 +139,8 @@ def _slab(call: Slab, out: View, x: View, weight: Tensor, bias: Tensor | None) -
     order = [0, *range(2, 2 + rank), 1]
     target, seen = Side.of(out.order(order)), x.order(order)
     target = replace(target, view=out)
+    if isinstance(added, View):
+        added = replace(Side.of(added.order(order)), view=added)
     channels, kernel = weight.shape[1], weight.shape[2:]
     together = channels > 1 or kernel[-1] > 1
     together = together and seen.strides[-1] in (0, 1) and seen.strides[-2] * call.dilation[-1] == channels
@@ -153,7 +155,6 @@ def _slab(call: Slab, out: View, x: View, weight: Tensor, bias: Tensor | None) -
         matrix = of_tap.flatten(1).mT if not together else of_tap.permute(2, 1, 0).flatten(0, 1)
         steps = (seen.strides[0], *(s * step for s, step in zip(seen.strides[1:], call.stride, strict=False)), 1)
         rows = Side(x, (*target.sizes[:-1], len(matrix)), steps, extra)
-        added: Any = bias
         part = _product(target, rows, matrix.contiguous(), added)
         parts.append(replace(part, inputs=(part.inputs[0], target)) if parts else part)
     return parts

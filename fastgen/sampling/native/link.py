@@ -49,7 +49,7 @@ class Linker:
             slots: number of every moving view among the offsets of a step.
         """
         codes = (Code * len(parts))()
-        waiting = waits(parts)
+        waiting = waits(parts, self.block)
         for code, part, wait in zip(codes, parts, waiting, strict=True):
             sizes, strides = collapsed(part)
             code.op, code.waits = self.machine.ops[part.op], wait
@@ -95,7 +95,7 @@ class Linker:
         return self._packed[id(weight)][1]
 
 
-def waits(parts: Sequence[Part]) -> list[bool]:
+def waits(parts: Sequence[Part], block: Callable[[Memory], Tensor]) -> list[bool]:
     """Before which parts the threads wait for each other.
 
     Threads share the columns (or rows) of a result by its sizes alone. So what a thread reads of a place that has been
@@ -106,25 +106,23 @@ def waits(parts: Sequence[Part]) -> list[bool]:
     written: dict[int, set[Key]] = {}
     seen: dict[int, set[Key]] = {}
     for part in parts:
-        reads = [_key(part, side) for side in part.inputs if isinstance(side, Side)]
+        reads = [_key(part, side, block) for side in part.inputs if isinstance(side, Side)]
         if part.weight is not None:
             reads[0] = (*reads[0], "all columns")
-        write = _key(part, part.out)
-        block = id(part.out.view.memory)
+        write = _key(part, part.out, block)
         wait = any(written.get(key[0], {key}) != {key} for key in reads)
-        wait |= written.get(block, {write}) != {write} or seen.get(block, {write}) != {write}
+        wait |= any(touched.get(write[0], {write}) != {write} for touched in (written, seen))
         if wait:
             written, seen = {}, {}
         for key in reads:
             seen.setdefault(key[0], set()).add(key)
-        written.setdefault(block, set()).add(write)
+        written.setdefault(write[0], set()).add(write)
         found.append(wait)
     return found
 
 
-def _key(part: Part, side: Side) -> Key:
-    """Equal for sides of which each thread touches the same elements."""
-    sizes, strides = part.out.sizes, side.strides
-    kept = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size > 1]
-    view = side.view
-    return (id(view.memory), view.offset, view.task, view.listed, side.extra, tuple(kept))
+def _key(part: Part, side: Side, block: Callable[[Memory], Tensor]) -> Key:
+    """Where a block lies, which memories may share; then what is equal where each thread touches the same elements."""
+    kept = [(size, stride) for size, stride in zip(part.out.sizes, side.strides, strict=True) if size > 1]
+    view, memory = side.view, block(side.view.memory)
+    return (memory.data_ptr(), memory.stride(0), view.offset, view.task, view.listed, side.extra, tuple(kept))

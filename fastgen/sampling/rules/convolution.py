@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 from typing import Any
@@ -17,7 +17,10 @@ from fastgen.sampling.graph import CONSTANT, NEVER, Operand, Unsupported, Value
 from fastgen.sampling.layout import Box, dense_strides
 from fastgen.sampling.program import Linear, View
 from fastgen.sampling.rules.base import Analysis, Rule, groups_of
+from fastgen.sampling.rules.kernels import Packed, Slab, convolve_transposed, extent, fill, project, select
 from fastgen.sampling.rules.matmul import emit_linear
+
+WIDE = 32  # numbers in a row from which a product of its own costs less than a copy
 
 
 class Convolution(Rule):
@@ -29,6 +32,9 @@ class Convolution(Rule):
         if weight.map is None or weight.map.value.kind != "constant":
             raise Unsupported(f"{value.name}: a convolution whose weights depend on the input")
         self.weight = analysis.data(weight)
+        self.onto: Operand | None = None  # a map that the convolution is added to, see `split_rows`
+        if self.bias is not None and len(self.bias.shape) > 1:
+            self.onto, self.bias = self.bias, None
         self.rank = len(self.x.shape) - 2
         self.stride, self.padding, self.dilation = (
             list(one) * (self.rank if len(one) == 1 else 1) for one in (stride, padding, dilation)
@@ -43,8 +49,10 @@ class Convolution(Rule):
 
     @property
     def multiply_adds(self) -> float:
+        """With dense kernels, but for rows of the kernel that are zero throughout."""
         places = self.x.shape[2:] if self.transposed else self.value.shape[2:]
-        return self.value.shape[0] * self.weight.numel() * math.prod(places) / max(1, self.value.numel)
+        live = float(self.live.movedim(2, 0).flatten(1).any(1).float().mean())
+        return self.value.shape[0] * self.weight.numel() * live * math.prod(places) / max(1, self.value.numel)
 
     def _blocks(self) -> Iterator[tuple[slice, slice]]:
         """Output and input channels of each group."""
@@ -110,6 +118,8 @@ class Convolution(Rule):
                 out[:, outs.start + numbers] = best.unsqueeze(1)
         if self.bias is not None:
             torch.maximum(out, self.analysis.ready(self.bias).view(1, -1, *[1] * self.rank), out=out)
+        if self.onto is not None:
+            torch.maximum(out, self.analysis.ready(self.onto), out=out)
         return out, None
 
     def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
@@ -141,6 +151,8 @@ class Convolution(Rule):
         yield self.x, wanted
         if self.bias is not None:
             yield self.bias, torch.full(self.bias.shape, NEVER, dtype=torch.int32)
+        if self.onto is not None:
+            yield self.onto, times
 
     # --- computing a part
 
@@ -156,9 +168,11 @@ class Convolution(Rule):
     def emit(self, builder: Builder, box: Box) -> None:
         packed = self._packed(self._channels(box))
         out = builder.out(self.value, box)
-        if packed is None:
+        if packed is None and self.onto is not None:
+            builder.emit(Tensor.copy_, out, builder.read(self.onto, builder.region(box)))
+        elif packed is None:
             bias = 0 if self.bias is None else self._bias(self._channels(box)).view(-1, *[1] * self.rank)
-            builder.emit(_fill, out, bias)
+            builder.emit(fill, out, bias)
         elif self.transposed:
             self._emit_transposed(builder, box, out)
         elif self.groups == 1 and math.prod(box.sizes[2:]) * box.sizes[0] == 1:
@@ -166,20 +180,20 @@ class Convolution(Rule):
         else:
             self._emit_slab(builder, box, packed, out)
 
-    def _packed(self, channels: tuple[int, int, int]) -> "_Packed | None":
+    def _packed(self, channels: tuple[int, int, int]) -> "Packed | None":
         """The weights of some output channels, cropped to the box that holds all that are not zero; None: all are."""
         if channels not in self._cache:
             first, count, step = channels
             rows = slice(first, first + (count - 1) * step + 1, step)
             if self.transposed:
                 weight = self.weight if self.groups > 1 else self.weight[:, rows]
-                self._cache[channels] = _Packed.of(weight, (), self.live[rows].any())
+                self._cache[channels] = Packed.of(weight, (), self.live[rows].any())
             else:
                 live = self.live[rows]
-                crop = [(0, live.shape[1])] if self.groups > 1 else [_range(live.transpose(0, 1).flatten(1).any(1))]
-                crop += [_range(live.movedim(2 + d, 0).flatten(1).any(1)) for d in range(self.rank)]
+                crop = [(0, live.shape[1])] if self.groups > 1 else [extent(live.transpose(0, 1).flatten(1).any(1))]
+                crop += [extent(live.movedim(2 + d, 0).flatten(1).any(1)) for d in range(self.rank)]
                 cut = tuple(slice(a, b) for a, b in crop)
-                self._cache[channels] = _Packed.of(self.weight[(rows, *cut)], tuple(a for a, _ in crop), live.any())
+                self._cache[channels] = Packed.of(self.weight[(rows, *cut)], tuple(a for a, _ in crop), live.any())
         return self._cache[channels]
 
     def _bias(self, channels: tuple[int, int, int]) -> Tensor:
@@ -199,9 +213,15 @@ class Convolution(Rule):
         return Operand(self.analysis.graph, padded.shape, map=padded)
 
     def reads(self) -> list[Operand]:
-        return [self._padded()]
+        return [self._padded(), *([] if self.onto is None else [self.onto])]
 
-    def _emit_place(self, builder: Builder, box: Box, packed: "_Packed", out: View) -> None:
+    def _added(self, builder: Builder, box: Box, order: list[int]) -> View | Tensor | None:
+        """What the sums begin with, dimensions in the given order."""
+        if self.onto is not None:
+            return builder.read(self.onto, builder.region(box)).order(order)
+        return None if self.bias is None else self._bias(self._channels(box))
+
+    def _emit_place(self, builder: Builder, box: Box, packed: "Packed", out: View) -> None:
         """One place: a row vector of all that the taps see, times a matrix."""
         starts = builder.starts(box)
         region = [(starts[0], 1, 1), (Linear(packed.first[0]), packed.weight.shape[1], 1)]
@@ -209,13 +229,16 @@ class Convolution(Rule):
             corner = starts[2 + d] * self.stride[d] + packed.first[1 + d] * self.dilation[d]
             region.append((corner, packed.weight.shape[2 + d], self.dilation[d]))
         seen = builder.read(self._padded(), region).order([*range(2, 2 + self.rank), 1]).collapse()
-        bias = None if self.bias is None else self._bias(self._channels(box))
+        bias = self._added(builder, box, [1])
         matrix = packed.matrix
         target = out.collapse()
         target = target if target.sizes else target.unsqueeze(0)
         if len(seen.sizes) == 0:
             seen = seen.unsqueeze(0)
-        precise = packed.weight.dtype in (torch.float32, torch.float64)  # parts of a half precision sum would be rounded
+        precise = packed.weight.dtype in (
+            torch.float32,
+            torch.float64,
+        )  # parts of a half precision sum would be rounded
         if precise and len(seen.sizes) == 2 and seen.strides[1] == 1 and seen.sizes[1] >= WIDE and seen.sizes[0] <= 4:
             rows = matrix.view(seen.sizes[0], seen.sizes[1], -1)
             for k in range(seen.sizes[0]):
@@ -236,7 +259,7 @@ class Convolution(Rule):
         else:
             builder.emit(torch.addmm, bias, seen, matrix, out=target)
 
-    def _emit_slab(self, builder: Builder, box: Box, packed: "_Packed", out: View) -> None:
+    def _emit_slab(self, builder: Builder, box: Box, packed: "Packed", out: View) -> None:
         """Many places at once: the convolution of all that they see."""
         starts = builder.starts(box)
         channels = self.x.shape[1] if self.groups > 1 else packed.weight.shape[1]
@@ -249,17 +272,17 @@ class Convolution(Rule):
             region.append((corner, reach, 1))
             strides.append(stride)
         seen = builder.read(self._padded(), region)
-        bias = None if self.bias is None else self._bias(self._channels(box))
         if self.groups == 1 and all(size == 1 for size in packed.weight.shape[2:]) and all(s == 1 for s in strides):
             order = [0, *range(2, 2 + self.rank), 1]
-            emit_linear(builder, seen.order(order), packed.matrix, bias, out.order(order))
+            emit_linear(builder, seen.order(order), packed.matrix, self._added(builder, box, order), out.order(order))
             return
+        bias = self._added(builder, box, [*range(2 + self.rank)])
         call = Slab(tuple(strides), tuple(self.dilation), self.groups)
         if self.groups == 1:
             builder.emit(call, seen, packed.weight, bias, out=out)
         else:
             found = builder.make(call, seen, packed.weight, bias)
-            found = builder.make(_select, found, box.start[1], box.sizes[1], box.steps[1])
+            found = builder.make(select, found, box.start[1], box.sizes[1], box.steps[1])
             builder.emit(Tensor.copy_, out, found)
 
     def _emit_transposed(self, builder: Builder, box: Box, out: View) -> None:
@@ -296,7 +319,7 @@ class Convolution(Rule):
             weight = packed.slice(taps, tuple(weight_at))
             if many:
                 call = functools.partial(
-                    _convolve_transposed,
+                    convolve_transposed,
                     stride=[self.stride[d] for d in many],
                     dilation=[self.dilation[d] for d in many],
                     groups=self.groups,
@@ -304,96 +327,13 @@ class Convolution(Rule):
                 )
                 part = builder.make(call, seen, weight)
             else:
-                part = builder.make(functools.partial(_project, groups=self.groups), seen, weight)
+                part = builder.make(functools.partial(project, groups=self.groups), seen, weight)
             total = part if total is None else builder.make(torch.add, total, part)
         if self.groups > 1 and total is not None:
-            total = builder.make(_select, total, box.start[1], box.sizes[1], box.steps[1])
+            total = builder.make(select, total, box.start[1], box.sizes[1], box.steps[1])
         if self.bias is not None:
             first, count, step = box.start[1], box.sizes[1], box.steps[1]
             bias = self._bias((first, count, step)).view(-1, *[1] * len(many))
             total = bias if total is None else builder.make(torch.add, total, bias)
         target = out.order([0, 1, *(2 + d for d in many)])
-        builder.emit(_fill, target, 0 if total is None else total)
-
-
-WIDE = 32  # numbers in a row from which a product of its own costs less than a copy
-
-
-@dataclass(frozen=True, eq=False)
-class _Packed:
-    """Weights (O, I, *kernel) of a part, and where it begins in the input channels and in the kernel."""
-
-    weight: Tensor
-    first: tuple[int, ...]
-    matrix: Tensor
-    parts: dict[Any, Tensor]
-
-    @staticmethod
-    def of(weight: Tensor, first: tuple[int, ...], any_live: Tensor) -> "_Packed | None":
-        if not bool(any_live):
-            return None
-        weight = weight.contiguous()
-        matrix = weight.flatten(2).permute(2, 1, 0).flatten(0, 1).contiguous()
-        return _Packed(weight, first, matrix, {})
-
-    def part(self, k: int, rows: Tensor) -> Tensor:
-        return self.parts.setdefault(k, rows[k])
-
-    def slice(self, taps: tuple[int, ...], index: tuple[Any, ...]) -> Tensor:
-        if taps not in self.parts:
-            self.parts[taps] = self.weight[index].contiguous()
-        return self.parts[taps]
-
-
-def _range(live: Tensor) -> tuple[int, int]:
-    places = torch.nonzero(live).flatten()
-    return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 1)
-
-
-def _fill(out: Tensor, value: Tensor | float) -> Tensor:
-    return out.copy_(value) if isinstance(value, Tensor) else out.fill_(value)
-
-
-def _select(found: Tensor, start: int, size: int, step: int) -> Tensor:
-    return found[:, :, start : start + (size - 1) * step + 1 : step]
-
-
-@dataclass(frozen=True)
-class Slab:
-    """A convolution without padding of x (n, N, I, ...): (n, N, O, ...)."""
-
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-        images, batch = x.shape[:2]
-        no = [0] * len(self.stride)
-        found = torch.convolution(
-            x.flatten(0, 1), weight, bias, self.stride, no, self.dilation, False, no, self.groups
-        ).unflatten(0, (images, batch))
-        return found if out is None else out.copy_(found)
-
-
-def _convolve_transposed(
-    x: Tensor, weight: Tensor, *, stride: list[int], dilation: list[int], groups: int, cuts: list[tuple[int, int, int]]
-) -> Tensor:
-    images, batch = x.shape[:2]
-    rank = len(stride)
-    extra = []
-    for d, (first, size, step) in enumerate(cuts):
-        room = (x.shape[3 + d] - 1) * stride[d] + dilation[d] * (weight.shape[2 + d] - 1) + 1
-        extra.append(max(0, first + (size - 1) * step + 1 - room))
-    found = torch.convolution(x.flatten(0, 1), weight, None, stride, [0] * rank, dilation, True, [0] * rank, groups)
-    if any(extra):
-        found = F.pad(found, [pad for one in reversed(extra) for pad in (0, one)])
-    cut = tuple(slice(first, first + (size - 1) * step + 1, step) for first, size, step in cuts)
-    return found[(slice(None), slice(None), *cut)].unflatten(0, (images, batch))
-
-
-def _project(x: Tensor, weight: Tensor, *, groups: int) -> Tensor:
-    """x (n, N, I), weight (I, O / groups) -> (n, N, O)"""
-    if groups == 1:
-        return x @ weight
-    parts = x.unflatten(-1, (groups, -1)).unsqueeze(-2) @ weight.unflatten(0, (groups, -1))
-    return parts.squeeze(-2).flatten(-2)
+        builder.emit(fill, target, 0 if total is None else total)

@@ -131,22 +131,23 @@ def latest(times: Tensor, zero: Tensor, least: int = CONSTANT) -> Tensor:
     return torch.cat(parts, -1)
 
 
-def emit_linear(builder: Builder, x: View, weight: Tensor, bias: Tensor | None, out: View) -> None:
-    """out (..., N) = x (..., K) @ weight (K, N) + bias (N,), one row where all other dimensions have size 1."""
+def emit_linear(builder: Builder, x: View, weight: Tensor, added: View | Tensor | None, out: View) -> None:
+    """out (..., N) = x (..., K) @ weight (K, N) + added, bias or map; one row where all but the last have size 1."""
     k, columns = weight.shape
     rows, target = x.collapse(), out.collapse()
     if rows.sizes in ((k,), ()) and target.sizes in ((columns,), ()):
         rows, target = (one if one.sizes else one.unsqueeze(0) for one in (rows, target))
-        if bias is None:
+        if isinstance(added, View):
+            added = added.order([len(added.sizes) - 1])
+        if added is None:
             builder.emit(torch.mm, rows, weight, out=target)
         else:
-            builder.emit(torch.addmm, bias, rows, weight, out=target)
+            builder.emit(torch.addmm, added, rows, weight, out=target)
         return
-    builder.emit(linear, x, weight, bias, out=out)
+    builder.emit(linear, x, weight, added, out=out)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """x (..., K) @ weight (K, N) + bias (N,)"""
-    rows = x.reshape(-1, len(weight))
-    found = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
-    return out.copy_(found.view(out.shape))
+def linear(x: Tensor, weight: Tensor, added: Tensor | None, out: Tensor) -> Tensor:
+    """x (..., K) @ weight (K, N) + added, (N,) or (..., N)"""
+    found = torch.mm(x.reshape(-1, len(weight)), weight).view(out.shape)
+    return out.copy_(found) if added is None else torch.add(found, added, out=out)
