@@ -6,10 +6,8 @@ and loops that fill a tensor piece by piece all end up in the operands of the co
 """
 
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,19 +18,22 @@ from torch.utils._pytree import tree_leaves
 
 from fastgen.sampling.decompositions import WRITTEN_OUT, convolution_by_patches
 from fastgen.sampling.graph import Graph, Map, Operand, Unsupported, Value
-from fastgen.sampling.trace_ops import DECOMPOSED, METADATA_ONLY, MOVEMENT, SCANS, SHAPE_ONLY, SOURCES, WHOLE, Rewrites
+from fastgen.sampling.storages import Storage, place_in
+from fastgen.sampling.trace_ops import (
+    DECOMPOSED,
+    METADATA_ONLY,
+    MOVEMENT,
+    SCANS,
+    SHAPE_ONLY,
+    SOURCES,
+    WHOLE,
+    Rewrites,
+    is_seeded,
+    is_written,
+    single_mask,
+)
 
 aten = torch.ops.aten
-
-
-@dataclass
-class _Storage:
-    """What a storage holds: the map of a tensor that lies in it as (shape, strides, offset), or numbers of elements."""
-
-    operand: Operand
-    shape: tuple[int, ...] = ()
-    strides: tuple[int, ...] = ()
-    offset: int = 0
 
 
 def trace(
@@ -80,7 +81,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.graph = Graph()
-        self.storages: dict[int, _Storage] = {}
+        self.storages: dict[int, Storage] = {}
         self.alive: list[Tensor] = []  # storages are known by address, which must not be used again
         self.modules: list[str] = []
         self.constants: dict[Any, Value] = {}
@@ -98,7 +99,7 @@ class _Recorder(TorchDispatchMode):
         """From now on the tensor's storage holds the operand's elements, and nothing else."""
         self.alive.append(tensor)
         offset = int(tensor.storage_offset())
-        self.storages[_key(tensor)] = _Storage(operand, tuple(tensor.shape), tensor.stride(), offset)
+        self.storages[_key(tensor)] = Storage(operand, tuple(tensor.shape), tensor.stride(), offset)
 
     def tracked(self, tensor: Any) -> bool:
         return isinstance(tensor, Tensor) and _key(tensor) in self.storages
@@ -119,11 +120,11 @@ class _Recorder(TorchDispatchMode):
         if not self.tracked(tensor):
             return self.whole(self.constant(tensor))
         storage = self.storages[_key(tensor)]
-        place = _Storage(storage.operand, shape, tensor.stride(), int(tensor.storage_offset()))
+        place = Storage(storage.operand, shape, tensor.stride(), int(tensor.storage_offset()))
         if storage.operand.map is not None and storage == place:
             return storage.operand
         if storage.operand.map is not None:
-            decoded = _decode(tensor, storage)
+            decoded = place_in(tensor, storage)
             if decoded is not None:
                 start, steps = decoded
                 inner = storage.operand.map
@@ -169,7 +170,7 @@ class _Recorder(TorchDispatchMode):
         region = flat.as_strided(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
         region.copy_(operand.element_ids().expand(tensor.shape))
         self.alive.append(tensor)
-        self.storages[_key(tensor)] = _Storage(Operand(self.graph, (room,), ids=flat), (room,), (1,), 0)
+        self.storages[_key(tensor)] = Storage(Operand(self.graph, (room,), ids=flat), (room,), (1,), 0)
 
     def copied(self, operand: Operand) -> Operand:
         """The same elements as a value of its own, where an operation needs its operand in one piece."""
@@ -215,7 +216,7 @@ class _Recorder(TorchDispatchMode):
         if variable and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:  # comes here whole under inference_mode, and out of what is written out
                 return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
-        if torch.Tag.nondeterministic_seeded in func.tags and (variable or not _is_seeded(func, args, kwargs)):
+        if torch.Tag.nondeterministic_seeded in func.tags and (variable or not is_seeded(func, args, kwargs)):
             raise Unsupported(f"{name} draws random numbers in the model's forward pass: call model.eval()")
         if variable and func in DECOMPOSED and not func._schema.is_mutable:
             with self:
@@ -234,9 +235,9 @@ class _Recorder(TorchDispatchMode):
             with self:
                 return DECOMPOSED[aten.native_batch_norm.default](*args, **kwargs)
         written = [
-            args[i] for i, argument in enumerate(func._schema.arguments) if i < len(args) and _is_written(argument)
+            args[i] for i, argument in enumerate(func._schema.arguments) if i < len(args) and is_written(argument)
         ]
-        written += [kwargs[a.name] for a in func._schema.arguments if a.name in kwargs and _is_written(a)]
+        written += [kwargs[a.name] for a in func._schema.arguments if a.name in kwargs and is_written(a)]
         if not variable or name in SHAPE_ONLY:
             out = func(*args, **kwargs)
             if "empty" in name and isinstance(out, Tensor) and out.numel():
@@ -308,7 +309,7 @@ class _Recorder(TorchDispatchMode):
         target = args[0]
         if (
             name in ("index_put_", "_index_put_impl_")
-            and (mask := _single_mask(*args)) is not None
+            and (mask := single_mask(*args)) is not None
             and self.tracked(mask)
         ):
             with self:  # x[mask] = number
@@ -419,25 +420,6 @@ def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _single_mask(x: Tensor, indices: Sequence[Any], values: Tensor, *_: Any) -> Tensor | None:
-    """Where a write by indices puts one number, as a mask to be broadcast to x; None where it does anything else."""
-    given = [(d, one) for d, one in enumerate(indices) if one is not None]
-    if len(given) != 1 or given[0][1].dtype != torch.bool or values.numel() != 1:
-        return None
-    first, mask = given[0]
-    return mask.view(*mask.shape, *[1] * (x.dim() - first - mask.dim()))
-
-
-def _is_written(argument: Any) -> bool:
-    return argument.alias_info is not None and argument.alias_info.is_write
-
-
-def _is_seeded(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether random numbers come from a generator of the model's own, so that they may be the same every time."""
-    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-    return isinstance(given.get("generator"), torch.Generator)
-
-
 def _map_tensors(arguments: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(arguments, Tensor):
         return change(arguments)
@@ -446,38 +428,3 @@ def _map_tensors(arguments: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(arguments, dict):
         return {key: _map_tensors(one, change) for key, one in arguments.items()}
     return arguments
-
-
-def _decode(tensor: Tensor, storage: _Storage) -> tuple[list[int], list[list[int]]] | None:
-    """Where the elements of a view lie in the tensor that the storage holds: first coordinates, steps a dimension.
-
-    None where they do not advance by a fixed number of coordinates (two dimensions taken as one, for example).
-    """
-    if math.prod(tensor.shape) == 0:
-        return None
-    dims = sorted(
-        (d for d, size in enumerate(storage.shape) if size > 1), key=lambda d: storage.strides[d], reverse=True
-    )
-
-    def split(distance: Any) -> list[int] | None:
-        found = [0] * len(storage.shape)
-        for d in dims:
-            if storage.strides[d] > 0:
-                found[d], distance = divmod(distance, storage.strides[d])
-        return None if distance else found
-
-    first = int(tensor.storage_offset()) - storage.offset
-    start = split(first) if first >= 0 else None
-    if start is None:
-        return None
-    steps = []
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        step = split(stride) if size > 1 else [0] * len(storage.shape)
-        if step is None:
-            return None
-        steps.append(step)
-    for d, size in enumerate(storage.shape):
-        last = start[d] + sum(step[d] * (n - 1) for step, n in zip(steps, tensor.shape, strict=True))
-        if last >= max(size, 1):
-            return None
-    return start, steps

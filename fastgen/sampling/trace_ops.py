@@ -1,6 +1,10 @@
 """What the recorder knows of single operators: which only move elements, which are written out as simpler ones."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch._decomp import get_decompositions
 from torch.overrides import TorchFunctionMode
 
@@ -76,3 +80,22 @@ class Rewrites(TorchFunctionMode):
             if classes > 0:
                 return (args[0].unsqueeze(-1) == torch.arange(classes, device=args[0].device)).long()
         return func(*args, **kwargs)
+
+
+def single_mask(x: Tensor, indices: Sequence[Any], values: Tensor, *_: Any) -> Tensor | None:
+    """Where a write by indices puts one number, as a mask to be broadcast to x; None where it does anything else."""
+    given = [(d, one) for d, one in enumerate(indices) if one is not None]
+    if len(given) != 1 or given[0][1].dtype != torch.bool or values.numel() != 1:
+        return None
+    first, mask = given[0]
+    return mask.view(*mask.shape, *[1] * (x.dim() - first - mask.dim()))
+
+
+def is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def is_seeded(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether random numbers come from a generator of the model's own, so that they may be the same every time."""
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    return isinstance(given.get("generator"), torch.Generator)

@@ -78,7 +78,19 @@ FAITHFUL = {
     "spectral normalization": lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(6, 6, 1)),
     "a traced part": lambda: torch.jit.trace(nn.Conv2d(6, 6, 1), torch.rand(1, 6, 4, 4)),
     "a count of its calls": CountsCalls,
+    "a permutation by a seed": lambda: Function(_permuted),
+    "inference mode": lambda: Function(_normalized),
+    "never a batch of one": lambda: Function(lambda x: x * (1 if x.shape[0] > 1 else None)),
 }
+
+
+def _permuted(x):
+    return x[:, torch.randperm(6, generator=torch.Generator().manual_seed(1))]
+
+
+@torch.inference_mode()
+def _normalized(x):
+    return (F.layer_norm(x.movedim(1, -1), (6,)) @ torch.eye(6)).movedim(-1, 1)
 
 
 def _autocast(x):
@@ -103,6 +115,7 @@ SLOWER = {
     "the mean of the batch": lambda x: x - x.mean(0, keepdim=True),
     "the first of the batch": lambda x: x - x[:1],
     "the size of the batch": lambda x: x * x.shape[0],
+    "the size of a batch that is never one": lambda x: x * (x.shape[0] if x.shape[0] > 1 else None),
 }
 
 
