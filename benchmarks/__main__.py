@@ -73,7 +73,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
-    if arguments.dry_run and arguments.device != "cuda":
+    if arguments.dry_run and not _on_a_gpu(arguments):
         os.environ.setdefault("TRITON_INTERPRET", "1")  # must be chosen before kernels are defined
     from benchmarks import report, rows
 
@@ -96,6 +96,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+def _on_a_gpu(arguments: argparse.Namespace) -> bool:
+    import torch
+
+    return torch.cuda.is_available() if arguments.device is None else arguments.device == "cuda"
+
+
 def _run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
     import torch
 
@@ -104,7 +110,7 @@ def _run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA GPU")
-    cuda = torch.cuda.is_available() if arguments.device is None else arguments.device == "cuda"
+    cuda = _on_a_gpu(arguments)
     device = torch.device("cuda" if cuda else "cpu")
     folder = folder / machine.folder_name(device)
     old = rows.load(arguments.compare) if arguments.compare else []

@@ -38,8 +38,8 @@ def _output(*command: str) -> str:
 
 def _smi(device: torch.device, *fields: str) -> list[str]:
     # By UUID: nvidia-smi counts all GPUs, torch those that CUDA_VISIBLE_DEVICES leaves.
-    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    query = ("nvidia-smi", "--format=csv,noheader", "-i", uuid)
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)  # older versions of torch do not say it
+    query = ("nvidia-smi", "--format=csv,noheader", "-i", "0" if uuid is None else f"GPU-{uuid}")
     values = [value.strip() for value in _output(*query, f"--query-gpu={','.join(fields)}").split(",")]
     if len(values) == len(fields) and all(values):
         return values

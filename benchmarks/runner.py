@@ -19,6 +19,9 @@ from benchmarks.case import INTERPRETED, Case, as_tuple, cotangents, gradients, 
 from benchmarks.rows import Row, now
 from benchmarks.timing import CpuTimer, CudaTimer, Samples, copy_rate, matmul_rate, timer
 
+# Otherwise torch.compile frees what the backward alone, run many times over one forward, reads again.
+functorch_config.donated_buffer = False
+
 TURNS = 5  # a provider's samples are spread over as many turns, so that a disturbance meets all of them
 OUT_OF_MEMORY = "out of memory"
 NO_TIME = "no time was left"  # such rows are not saved
@@ -182,8 +185,6 @@ def compare(case: Case, inputs: dict[str, Any], session: Session) -> dict[str, C
 
 def prepare(case: Case, call: Callable, mode: str, inputs: dict[str, Any]) -> Callable[[], Any]:
     """The call that is timed. For "bwd" it runs the forward now and keeps its graph."""
-    # Without this torch.compile frees what the backward alone, run many times over one forward, reads again.
-    functorch_config.donated_buffer = False
     if mode == "fwd":
 
         def evaluation() -> Any:

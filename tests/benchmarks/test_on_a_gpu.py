@@ -32,7 +32,17 @@ def test_compute_sanitizer_finds_nothing(tool):
     assert done.returncode == 0, done.stdout[-5000:]
 
 
+@pytest.fixture
+def tf32():
+    """A session allows TF32; the tests that follow do not."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize(("name", "index"), CASES)
 def test_kernels_at_real_sizes(name, index):
     case = load_cases(name, "gpu", torch.device("cuda"))[index].without("compiled", "distributions", "F.")
