@@ -12,6 +12,7 @@ from benchmarks import machine, report, rows, verify
 from benchmarks.__main__ import NAMES, main
 from benchmarks.agenda import ON_A_CPU, ON_A_GPU, load_cases
 from benchmarks.case import SIZES
+from benchmarks.runner import Session, measure
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -69,3 +70,16 @@ def test_pytest_benchmark_runs_the_same_cases():
     done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=machine.ROOT, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Name (time in" in done.stdout
+
+
+def test_the_likelihoods_kernels_are_all_launched_at_toy_size():
+    """Those of the scans and of the masked convolution depend on the chip and the size."""
+    pytest.importorskip("triton")
+    session = Session(torch.device("cpu"), "", budget=0.0, timing=False)
+    launched = set()
+    for name in ("reparameterize_kl", "reconstruction_nll"):
+        for case in load_cases(name, "toy", torch.device("cpu")):
+            launched |= {kernel for row in measure(case, session) for kernel in row["launched"]}
+    kernels = report.catalogue_kernels()
+    modules = ("reparameterize_kl", "reconstruction_nll", "logistic_mixture_nll")
+    assert launched == {kernel for module in modules for kernel in kernels[module]}
