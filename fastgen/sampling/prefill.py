@@ -1,6 +1,8 @@
 """Fills in what leading known pixels decide: all activations of whole images at once, as in a pass of the model."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +57,18 @@ def _compute(value: Value, whole: Callable[[Value], Tensor], empty: Tensor) -> T
         _read(one, whole, empty)[0] if same else _read(one, whole, empty)
         for one, same in zip(operands, fixed, strict=True)
     ]
-    return torch.vmap(value.compute, in_dims=tuple(None if same else 0 for same in fixed))(*tensors)
+    with _unwarned():  # of operators that vmap can only loop over
+        return torch.vmap(value.compute, in_dims=tuple(None if same else 0 for same in fixed))(*tensors)
+
+
+@contextlib.contextmanager
+def _unwarned() -> Iterator[None]:
+    functorch: Any = torch._C._functorch  # which its stubs do not know in full
+    functorch._set_vmap_fallback_warning_enabled(False)
+    try:
+        yield
+    finally:
+        functorch._set_vmap_fallback_warning_enabled(True)
 
 
 def _read(operand: Operand, whole: Callable[[Value], Tensor], empty: Tensor) -> Tensor:
@@ -77,6 +90,6 @@ def _read(operand: Operand, whole: Callable[[Value], Tensor], empty: Tensor) -> 
     for value in values:
         places = torch.nonzero((flat >= value.base) & (flat < value.base + value.numel)).flatten()
         out[:, places.to(data.device)] = (
-            whole(value).flatten(1)[:, (flat[places] - value.base).to(data.device)].to(data.dtype)
+            whole(value).reshape(len(data), -1)[:, (flat[places] - value.base).to(data.device)].to(data.dtype)
         )
     return out.view(len(data), *operand.ids.shape)

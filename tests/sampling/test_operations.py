@@ -149,6 +149,8 @@ def test_the_engine_takes_it(name):
         for seed in range(2):
             noise = torch.rand(sampler.noise_shape(N), generator=torch.Generator().manual_seed(seed))
             assert torch.equal(sampler.sample(N, noise=noise), plain.sample(N, noise=noise))
+        known = {"known": torch.randint(4, SHAPE), "known_mask": torch.arange(4).view(4, 1).expand(4, 4) < 2}
+        assert torch.equal(sampler.sample(N, noise=noise, **known), plain.sample(N, noise=noise, **known))
     assert sampler._engine.error < 2e-5  # the pass that makes sure of the images hides nothing
     assert sampler.work_ratio <= 1.05
 
