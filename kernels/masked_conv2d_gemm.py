@@ -8,7 +8,7 @@ masked_conv2d_activation.py. The weights are packed once a call into rows of liv
 padded, so that the loop needs no mask for them.
 
 The packing reads and writes every live weight, and its mask: 2 e + 1 bytes a weight (e bytes an element), for 3x3 B to
-2 x 128 from 128 channels 0.8 MB, where the forward moves 8.7 MB for 16 images of 32x32 and 67 MB for 128. Training
+2 x 128 from 128 channels 0.8 MB, where evaluation moves 8.7 MB for 16 images of 32x32 and 67 MB for 128. Training
 needs it anew each step. Packed weights are not kept from call to call, as a change is not always seen: averaged weights
 are often copied in through `.data`, which does not count as a version, and a CUDA graph would replay the old ones.
 """

@@ -281,8 +281,11 @@ def masked_conv2d(
 
     The kernel runs with float32 sums; float32 inputs are multiplied in TF32 where PyTorch's setting for convolutions
     says so. Results repeat to the last bit; FASTGEN_ATOMICS=1 lets the gradient of the weight be added up in any order
-    instead. On the first call a mask is read and the configuration is checked on the GPU, which waits for it; later
-    calls do not. Where cuDNN was measured faster on the GPU (`python -m fastgen.kernels.tune_masked_conv2d`), or no
+    instead. Beside x, weight and result it keeps for the backward half of what eager PyTorch keeps with a gate (as much
+    with a residual), a byte an element with ReLU and a residual, and nothing otherwise.
+
+    On the first call a mask is read and the configuration is checked on the GPU, which waits for it; later calls do
+    not. Where cuDNN was measured faster on the GPU (`python -m fastgen.kernels.tune_masked_conv2d`), or no
     configuration passes the check, cuDNN computes the sums.
 
     Args:
