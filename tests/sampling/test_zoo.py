@@ -190,6 +190,11 @@ class FullyMaskedRow(nn.Module):
         return self.out(torch.cat((features, (v @ weights.mT).view_as(features)), 1))
 
 
+class Centred(nn.Module):
+    def forward(self, x):
+        return x - x.median()
+
+
 class GatedHalves(nn.Module):
     """Colours interleaved over the channels, and a gate that pairs channel c with c + 4: not of the same colour."""
 
@@ -225,6 +230,7 @@ LEAKS = {
     "statistics of the batch": (lambda: plain(nn.BatchNorm2d(6)).train(), (1, 4, 4), "1"),
     "statistics of the image": (lambda: plain(nn.GroupNorm(2, 6)), (1, 4, 4), "1"),
     "an average over the image": (lambda: plain(nn.AdaptiveAvgPool2d(1), nn.Upsample((4, 4))), (1, 4, 4), "1"),
+    "a median of the image": (lambda: plain(Centred()), (1, 4, 4), "1"),
     "a row that is fully masked": (FullyMaskedRow, (1, 4, 4), ""),
     "around the edge": (Rolled, (1, 3, 4), None),
     "normalized over the colours": (

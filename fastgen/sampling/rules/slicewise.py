@@ -36,12 +36,14 @@ class Slicewise(Rule):
     @staticmethod
     def takes(value: Value) -> bool:
         name = value.op._schema.name.split("::")[1]
-        if name not in ALONG and name != "view_as_real_copy":
-            return False
+        if name != "view_as_real_copy" and (name not in ALONG or argument(value, "dim") is None):
+            return False  # a median of everything, for example
         rank = len(value.operands[0].shape)
+        if rank == 0:
+            return False
         apart = [d for d in range(rank) if d not in along(value)]
         sizes = [value.shape[k if len(value.shape) < rank else d] for k, d in enumerate(apart)]
-        return rank > 0 and all(
+        return all(
             all(one.shape[d] >= size for d, size in zip(apart, sizes, strict=True))
             if len(one.shape) == rank
             else constant_operand(one)
