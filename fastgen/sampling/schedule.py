@@ -121,12 +121,36 @@ def _boxes(times: Tensor, known: dict[bytes, dict[int, list[Box]]]) -> dict[int,
             order = active[flat[active].argsort(stable=True)]
             steps, counts = flat[order].unique_consecutive(return_counts=True)
             free = (core == CONSTANT) | (core == NEVER)
-            for step, part in zip(steps.tolist(), order.split(counts.tolist()), strict=True):
-                places = torch.stack(torch.unravel_index(part, core.shape), 1)
-                boxes = _cover(places, core, free)
+            coordinates = (
+                torch.stack(torch.unravel_index(order, core.shape), 1) if core.dim() else order.new_zeros(1, 0)
+            )
+            for step, places, dense in zip(
+                steps.tolist(), coordinates.split(counts.tolist()), _dense_boxes(coordinates, counts), strict=True
+            ):
+                boxes = _cover(places, core, free) if dense is None else [_grown(dense, core, free)]
                 found[step] = [_widen(box, times.shape, full) for box in boxes]
         known[key] = found
     return known[key]
+
+
+def _dense_boxes(coordinates: Tensor, counts: Tensor) -> list[Box | None]:
+    """For every group of places the box that they fill without gaps, None where they fill none.
+
+    Args:
+        coordinates: (places, dimensions), the groups one after the other.
+        counts: (groups,), places of each.
+    """
+    dimensions = coordinates.shape[1]
+    group = torch.arange(len(counts)).repeat_interleave(counts)[:, None].expand(-1, dimensions)
+    blank = coordinates.new_zeros(len(counts), dimensions)
+    first = blank.scatter_reduce(0, group, coordinates, "amin", include_self=False)
+    sizes = blank.scatter_reduce(0, group, coordinates, "amax", include_self=False) - first + 1
+    filled = (sizes.prod(1) == counts).tolist()
+    ones = (1,) * dimensions
+    return [
+        Box(tuple(start), tuple(size), ones) if full else None
+        for start, size, full in zip(first.tolist(), sizes.tolist(), filled, strict=True)
+    ]
 
 
 def _widen(box: Box, shape: Sequence[int], full: Sequence[int]) -> Box:
@@ -183,6 +207,8 @@ def _continues(run: list[Tensor], here: int, d: int) -> bool:
 
 def _grown(box: Box, core: Tensor, free: Tensor) -> Box:
     """The box over a whole dimension where only elements are added that are constant or that nobody needs."""
+    if not free.any():
+        return box
     for d, size in enumerate(core.shape):
         if box.steps[d] != 1 or box.sizes[d] in (1, size):
             continue

@@ -32,55 +32,62 @@ def split_rows(timed: Timed, order: Order, times: Tensor) -> bool:
     Args:
         times: when each element is computed as things are.
     """
-    graph, ends = timed.graph, row_ends(order)
-    values: list[Value] = []
-    rules: dict[int, Rule] = {}
+    graph, analysis, ends = timed.graph, timed.analysis, row_ends(order)
     known = list(graph.values)
+    earlier: dict[int, tuple[Convolution, Tensor]] = {}
     for value in known:
-        rule: Rule | None = timed.rules.get(value.index)
-        values.append(value)
+        rule = timed.rules.get(value.index)
         if isinstance(rule, Convolution):
-            parts = _split(timed, rule, ends, graph.of(times, value))
-            if parts is not None:
-                values.insert(-1, parts[0].value)
-                rules[id(parts[0].value)], rule = parts
-        if rule is not None:
-            rules[id(value)] = rule
-    if len(values) > len(known):
-        graph.values = [*values, *graph.values[len(known) :]]  # the last are constants of the parts
-        for index, value in enumerate(graph.values):
-            value.index = index
-        timed.rules = {value.index: rules[id(value)] for value in graph.values if id(value) in rules}
-    return len(values) > len(known)
+            found = _earlier_rows(timed, rule, ends, graph.of(times, value))
+            if found is not None:
+                graph.number(found[0].value)
+                earlier[value.index] = found
+    if not earlier:
+        return False
+    analysis.grow()
+    values: list[Value] = []
+    rules: list[Rule] = []
+    for value in known:
+        rule = timed.rules.get(value.index)
+        if value.index in earlier:
+            first, last_row = earlier[value.index]
+            analysis.set(first.value, *first.ready())
+            onto = Operand(graph, value.shape, map=Map.identity(first.value))
+            value.op, value.args = Onto(), (value.args[0], analysis.constant(last_row), onto, *value.args[3:])
+            values.append(first.value)
+            rules.append(first)
+            rule = Convolution(value, analysis)
+        values.append(value)
+        rules += [] if rule is None else [rule]
+    graph.values = [*values, *graph.values[len(known) :]]  # the last are constants of the parts
+    for index, value in enumerate(graph.values):
+        value.index = index
+    timed.rules = {rule.value.index: rule for rule in rules}
+    return True
 
 
-def _split(timed: Timed, rule: Convolution, ends: Tensor, times: Tensor) -> tuple[Convolution, Convolution] | None:
-    """The rules of the two parts; None where they would not run at fewer steps, or there are no two."""
+def _earlier_rows(timed: Timed, rule: Convolution, ends: Tensor, times: Tensor) -> tuple[Convolution, Tensor] | None:
+    """The convolution by all rows of the kernel but its last live one, and the weights of that one; None where it would
+    not run at fewer steps, or there is one row alone."""
     value, graph, analysis = rule.value, timed.graph, timed.analysis
     if rule.transposed or rule.groups > 1 or rule.rank < 2 or _steps(times) <= 2 * len(ends):
         return None
     live = torch.nonzero(rule.live.movedim(2, 0).flatten(1).any(1)).flatten().tolist()
     if len(live) < 2:
         return None
-    x, _, bias, *rest = value.args
     weights = [rule.weight.clone(), rule.weight.clone()]
     weights[0][:, :, live[-1] :] = 0
     weights[1][:, :, : live[-1]] = 0
+    x, _, bias, *rest = value.args
     first = Value("computed", value.shape, value.data, value.op, (x, analysis.constant(weights[0]), bias, *rest))
     first.module = value.module
     first.data = first.compute(*(graph.data_of(one) for one in first.operands)).contiguous()
-    earlier = Convolution(first, analysis)
-    ready, low = earlier.ready()
-    if 2 * _steps(at_row_end(ends, ready, times)) > _steps(times):
-        return None
-    graph.number(first)
-    analysis.grow()
-    analysis.set(first, ready, low)
-    onto = Operand(graph, first.shape, map=Map.identity(first))
-    value.op, value.args = Onto(), (x, analysis.constant(weights[1]), onto, *rest)
-    return earlier, Convolution(value, analysis)
+    found = Convolution(first, analysis)
+    fewer = 2 * _steps(at_row_end(ends, found.ready()[0], times)) <= _steps(times)
+    return (found, weights[1]) if fewer else None
 
 
 def _steps(times: Tensor) -> int:
     """At how many of them something is computed."""
-    return int(((times != CONSTANT) & (times != NEVER)).any() and len(times.unique()))
+    found = times.unique()
+    return int(((found != CONSTANT) & (found != NEVER)).sum())
