@@ -8,6 +8,9 @@ from itertools import pairwise
 import pytest
 import torch
 
+from fastgen import accelerate
+from fastgen.models import GatedPixelCNN, PixelCNN
+from fastgen.sampling import compiled_run
 from fastgen.sampling.native.build import NoMachine, machine
 from fastgen.sampling.native.encode import Part, Side, Unknown, constant_view, translate
 from fastgen.sampling.native.link import Linker, waits
@@ -200,6 +203,20 @@ def test_threads_do_not_change_a_number():
     for _ in range(50):
         run(parts, blocks, threads=2)
         assert torch.equal(blocks[id(x.memory)], alone)
+
+
+@pytest.mark.parametrize("build", [GatedPixelCNN, PixelCNN])
+def test_threads_do_not_change_a_model(build, monkeypatch):
+    """Rows at once, in which maps have other sizes than at a pixel."""
+    monkeypatch.setattr(compiled_run, "WORTH_A_THREAD", 1)
+    torch.manual_seed(0)
+    model = build((1, 5, 6), 4, channels=64, layers=3).eval()
+    sampler = accelerate(model, model.shape, distribution=model.distribution, backend="compiled")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for seed in range(5):
+        sampler._engine.error = None
+        sampler.sample(8, seed=seed)
+        assert sampler._engine.error < 2e-6
 
 
 def test_a_compiler_that_fails_is_named(monkeypatch):

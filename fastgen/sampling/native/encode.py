@@ -190,8 +190,8 @@ def collapsed(part: Part) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
         if size == 1 and d != last:
             continue
         here = [side.strides[d] if size > 1 else 0 for side in sides]
-        # A product's columns are a dimension of their own.
-        mergeable = sizes and not (part.op == "linear" and d == last)
+        # Columns stay by themselves, so that all parts that compute a map share it among threads in one way.
+        mergeable = sizes and d != last
         if mergeable and all(old[-1] == size * new for old, new in zip(strides, here, strict=True)):
             sizes[-1] *= size
             for old, new in zip(strides, here, strict=True):

@@ -125,4 +125,5 @@ def _key(part: Part, side: Side, block: Callable[[Memory], Tensor]) -> Key:
     """Where a block lies, which memories may share; then what is equal where each thread touches the same elements."""
     kept = [(size, stride) for size, stride in zip(part.out.sizes, side.strides, strict=True) if size > 1]
     view, memory = side.view, block(side.view.memory)
-    return (memory.data_ptr(), memory.stride(0), view.offset, view.task, view.listed, side.extra, tuple(kept))
+    shared = collapsed(part)[0]
+    return (memory.data_ptr(), memory.stride(0), view.offset, view.task, view.listed, side.extra, shared, tuple(kept))
