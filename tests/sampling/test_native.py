@@ -12,10 +12,11 @@ from fastgen import accelerate
 from fastgen.models import GatedPixelCNN, PixelCNN
 from fastgen.sampling import compiled_run
 from fastgen.sampling.native.build import NoMachine, machine
-from fastgen.sampling.native.encode import Part, Side, Unknown, constant_view, translate
+from fastgen.sampling.native.encode import Part, Side, Unknown, collapsed, constant_view, translate
 from fastgen.sampling.native.link import Linker, waits
 from fastgen.sampling.program import Instruction, Linear, Memory, View, scratch
 from fastgen.sampling.rules.kernels import Slab
+from fastgen.sampling.run import Run
 
 N = 3
 F32 = torch.float32
@@ -205,18 +206,60 @@ def test_threads_do_not_change_a_number():
         assert torch.equal(blocks[id(x.memory)], alone)
 
 
+def share_of(sizes, thread, threads):
+    """Rows and columns of a thread, as `share_of` in machine.cpp has them."""
+    rows, columns, panel = math.prod(sizes[:-1]), sizes[-1], machine().panel
+    panels = -(-columns // panel)
+    if panels < threads:
+        return slice(rows * thread // threads, rows * (thread + 1) // threads), slice(0, columns)
+    return slice(None), slice(
+        panels * thread // threads * panel, min(columns, panels * (thread + 1) // threads * panel)
+    )
+
+
+def touched(side, sizes, strides, share, depth, block):
+    """Places (block, number) that a thread touches of a side; of a product's rows all that it sums over."""
+    memory = block(side.view.memory)
+    places = torch.full((N, *sizes), side.extra + side.view.offset.at((0,) * len(side.view.offset.coefficients)))
+    for d, (size, stride) in enumerate(zip((N, *sizes), (memory.stride(0), *strides), strict=True)):
+        places += (torch.arange(size) * stride).view([-1 if k == d else 1 for k in range(places.dim())])
+    places = places.reshape(-1, sizes[-1])[share]
+    reach = places.reshape(-1, 1) + torch.arange(depth)
+    return {(memory.data_ptr(), place) for place in reach.flatten().tolist()}
+
+
+@pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("build", [GatedPixelCNN, PixelCNN])
-def test_threads_do_not_change_a_model(build, monkeypatch):
-    """Rows at once, in which maps have other sizes than at a pixel."""
-    monkeypatch.setattr(compiled_run, "WORTH_A_THREAD", 1)
-    torch.manual_seed(0)
-    model = build((1, 5, 6), 4, channels=64, layers=3).eval()
-    sampler = accelerate(model, model.shape, distribution=model.distribution, backend="compiled")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    for seed in range(5):
-        sampler._engine.error = None
-        sampler.sample(8, seed=seed)
-        assert sampler._engine.error < 2e-6
+def test_no_thread_touches_what_another_one_writes(build, threads):
+    """Every pair of parts between two waits, place by place."""
+    model = build((1, 4, 5), 4, channels=64, layers=2).eval()
+    plan = accelerate(model, model.shape, distribution=model.distribution, backend="compiled")._engine.plan
+    block = Run(plan, N, torch.device("cpu")).block
+    pairs = 0
+    for program in plan.programs:
+        for section in compiled_run.sections(program):
+            read, written = {}, {}  # by thread
+            for part, wait in zip(section.parts, waits(section.parts, block), strict=True):
+                if wait:
+                    read, written = {}, {}
+                sizes, strides = collapsed(part)
+                sides = [side for side in (part.out, *part.inputs) if isinstance(side, Side)]
+                for thread in range(threads):
+                    share = share_of((N, *sizes), thread, threads)
+                    reads = set()
+                    for k, (side, along) in enumerate(zip(sides, strides, strict=True)):
+                        if k and side.view.memory.kind != "constant":
+                            deep = len(part.weight) if part.weight is not None and k == 1 else 1
+                            reads |= touched(side, sizes, along, share, deep, block)
+                    writes = touched(part.out, sizes, strides[0], share, 1, block)
+                    for other in range(threads):
+                        if other != thread:
+                            pairs += 1
+                            assert not reads & written.get(other, set())
+                            assert not writes & (written.get(other, set()) | read.get(other, set()))
+                    read[thread] = read.get(thread, set()) | reads
+                    written[thread] = written.get(thread, set()) | writes
+    assert pairs > 100
 
 
 def test_a_compiler_that_fails_is_named(monkeypatch):
