@@ -120,6 +120,7 @@ def _boxes(times: Tensor, known: dict[bytes, dict[int, list[Box]]]) -> dict[int,
         if len(active):
             order = active[flat[active].argsort(stable=True)]
             steps, counts = flat[order].unique_consecutive(return_counts=True)
+            covers: dict[bytes, list[Box]] = {}
             free = (core == CONSTANT) | (core == NEVER)
             coordinates = (
                 torch.stack(torch.unravel_index(order, core.shape), 1) if core.dim() else order.new_zeros(1, 0)
@@ -127,8 +128,8 @@ def _boxes(times: Tensor, known: dict[bytes, dict[int, list[Box]]]) -> dict[int,
             for step, places, dense in zip(
                 steps.tolist(), coordinates.split(counts.tolist()), _dense_boxes(coordinates, counts), strict=True
             ):
-                boxes = _cover(places, core, free) if dense is None else [_grown(dense, core, free)]
-                found[step] = [_widen(box, times.shape, full) for box in boxes]
+                boxes = _cover_anywhere(places, covers) if dense is None else [dense]
+                found[step] = [_widen(_grown(box, core, free), times.shape, full) for box in boxes]
         known[key] = found
     return known[key]
 
@@ -158,13 +159,23 @@ def _widen(box: Box, shape: Sequence[int], full: Sequence[int]) -> Box:
     return Box(box.start, sizes, box.steps)
 
 
-def _cover(places: Tensor, core: Tensor, free: Tensor) -> list[Box]:
+def _cover_anywhere(places: Tensor, known: dict[bytes, list[Box]]) -> list[Box]:
+    """As `_cover`; the same pattern at another place has the same boxes there."""
+    corner = places.amin(0)
+    pattern = (places - corner).contiguous().numpy().tobytes()
+    if pattern not in known:
+        known[pattern] = _cover(places - corner)
+    moved = corner.tolist()
+    return [
+        Box(tuple(a + b for a, b in zip(box.start, moved, strict=True)), box.sizes, box.steps) for box in known[pattern]
+    ]
+
+
+def _cover(places: Tensor) -> list[Box]:
     """Boxes that hold all the places, given as rows of coordinates in order."""
-    if core.dim() == 0:
-        return [Box((), (), ())]
     start, sizes, steps = [], [], []
     regular = True
-    for d in range(core.dim()):
+    for d in range(places.shape[1]):
         along = places[:, d].unique()
         gaps = along.diff().unique()
         regular &= len(gaps) <= 1
@@ -175,9 +186,9 @@ def _cover(places: Tensor, core: Tensor, free: Tensor) -> list[Box]:
     for size in sizes:
         count *= size
     if regular and count == len(places):
-        return [_grown(Box(tuple(start), tuple(sizes), tuple(steps)), core, free)]
+        return [Box(tuple(start), tuple(sizes), tuple(steps))]
     # Not a box: cut along the first dimension at which the pattern changes.
-    d = next(k for k in range(core.dim()) if sizes[k] > 1)
+    d = next(k for k in range(places.shape[1]) if sizes[k] > 1)
     parts: dict[bytes, list[Tensor]] = {}
     for coordinate in places[:, d].unique():
         rows = places[places[:, d] == coordinate]
@@ -194,9 +205,9 @@ def _cover(places: Tensor, core: Tensor, free: Tensor) -> list[Box]:
                 runs.append([rows])
         for run in runs:
             if len(parts) == 1 and len(runs) == 1:  # equal in this dimension: the irregularity is further in
-                boxes += [box for rows in run for box in _cover(rows, core, free)]
+                boxes += [box for rows in run for box in _cover(rows)]
             else:
-                boxes += _cover(torch.cat(run), core, free)
+                boxes += _cover(torch.cat(run))
     return boxes
 
 
