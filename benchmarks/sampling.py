@@ -81,7 +81,8 @@ def cases(size: str, device: torch.device) -> list[Case]:
     cuda = device.type == "cuda"
     for job in JOBS[size]:
         build, shape, levels, of_model, batch = job
-        backends = ("fixed_point", "eager", *(("cuda_graph",) if cuda else ()))
+        best = "cuda_graph" if cuda else "compiled"
+        backends = ("fixed_point", "eager", best)
         providers: Rivals = {"one forward pass": one_pass}
         modes: tuple[str, ...] = ()
         if batch * shape[0] * shape[1] * shape[2] <= NAIVE_DRAWS[device.type]:
@@ -90,8 +91,7 @@ def cases(size: str, device: torch.device) -> list[Case]:
         inexact = {f"naive, compiled {mode}".removesuffix(" default"): mode for mode in modes}
         providers |= {name: functools.partial(_naive, mode=mode) for name, mode in inexact.items()}
         for backend in backends:
-            name = "fastgen" if backend == ("cuda_graph" if cuda else "eager") else backend
-            providers[name] = functools.partial(_sample, backend=backend)
+            providers["fastgen" if backend == best else backend] = functools.partial(_sample, backend=backend)
         sizes = "".join(f" {key}={value}" for key, value in of_model.items())
         image = "x".join(map(str, shape))
         found.append(
