@@ -10,11 +10,13 @@ where, at one pixel, params (n, ...) is the model's output, noise (n, U) float32
 the channel to draw and previous (n, channel) the levels already drawn there. `log_prob` of the
 three below accepts any further trailing dimensions (a whole image) as well, so that an image is scored in one call.
 
-Three further methods are used where they are present:
+Four further methods are used where they are present:
 
     tempered(temperature, top_k, top_p) -> the distribution with these sampling options
     uncertain(params, noise, channel, previous, error) -> (n,) bool, True where an absolute error of at most `error`
         in every entry of params could change the level that `draw` gives for this noise; conservative
+    steps(params, channel) -> (n, S) values of noise[:, channel] at which the level that `draw` gives changes, and
+        nothing else in params matters; or None
     check_params(params, channels), which raises ValueError where the model's output at a pixel does not fit
 """
 
@@ -174,6 +176,12 @@ class Categorical:
     def draw(self, params: Tensor, noise: Tensor, channel: int, previous: Tensor) -> Tensor:
         logits = self.logits(params).select(2, channel)
         return _first_exceeding(self.probabilities(logits), noise[:, channel])
+
+    def steps(self, params: Tensor, channel: int) -> Tensor | None:
+        if self.temperature == 0 or self.top_k is not None or self.top_p is not None:
+            return None  # the set of levels may change
+        cumulative = self.probabilities(self.logits(params).select(2, channel)).cumsum(1)
+        return cumulative[:, :-1] / cumulative[:, -1:]
 
     def uncertain(self, params: Tensor, noise: Tensor, channel: int, previous: Tensor, error: float) -> Tensor:
         logits = _precise(self.logits(params).select(2, channel))

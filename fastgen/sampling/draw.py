@@ -70,18 +70,44 @@ def _pixels(row: Tensor) -> Tensor:
     return row.movedim(-1, 1).flatten(0, 1)
 
 
-def uncertain_image(job: Job, params: Tensor, levels: Tensor, error: float) -> bool:
-    """Whether an error of at most `error` in the parameters could have changed any draw of levels (n, C, H, W)."""
-    check = getattr(job.distribution, "uncertain", None)
+def uncertain_image(job: Job, params: Tensor, levels: Tensor, error: float, shift: float | None) -> bool:
+    """Whether any draw of levels (n, C, H, W) could have come out otherwise.
+
+    Args:
+        params: (n, ..., H, W), of which the levels were drawn.
+        error: the greatest of an entry of `params`.
+        shift: the greatest of the distribution's `steps`, where it is known; it bounds more tightly, since errors of
+            many parameters cancel.
+    """
+    check, steps = (getattr(job.distribution, name, None) for name in ("uncertain", "steps"))
     if check is None:
         return True
     for row in range(job.shape[1]):
         at, noise, drawn = (_pixels(one[..., row, :]) for one in (params, job.noise, levels))
         at = at.contiguous()
         for channel in range(job.shape[0]):
-            unsure = check(at, noise, channel, drawn[:, :channel], error)
+            if shift is None or steps is None:
+                unsure = check(at, noise, channel, drawn[:, :channel], error)
+            else:
+                unsure = ((steps(at, channel) - noise[:, channel, None]).abs() <= shift).any(1)
             if job.known_mask is not None:
                 unsure = unsure & ~_pixels(job.known_mask[..., row, :])[:, channel]
             if bool(unsure.any()):
                 return True
     return False
+
+
+def greatest_shift(job: Job, params: Tensor, other: Tensor) -> float | None:
+    """The greatest difference between the distribution's `steps` for two outputs; None where it has none."""
+    steps = getattr(job.distribution, "steps", None)
+    greatest = 0.0
+    for row in range(job.shape[1]):
+        for channel in range(job.shape[0]):
+            ours, theirs = (
+                None if steps is None else steps(_pixels(one[..., row, :]).contiguous(), channel)
+                for one in (params, other)
+            )
+            if ours is None or theirs is None:
+                return None
+            greatest = max(greatest, float((ours - theirs).abs().nan_to_num(0).max()))
+    return greatest

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastgen.distributions import Distribution
 from fastgen.sampling.arguments import levels_of
 from fastgen.sampling.compiled_run import CompiledRun, images_at_once
-from fastgen.sampling.draw import draw_image, image_log_prob, uncertain_image
+from fastgen.sampling.draw import draw_image, greatest_shift, image_log_prob, uncertain_image
 from fastgen.sampling.fixed_point import FixedPoint
 from fastgen.sampling.graph import Unsupported
 from fastgen.sampling.graph_run import GraphRun
@@ -26,6 +26,7 @@ RUNS = {"eager": Run, "compiled": CompiledRun, "cuda_graph": GraphRun}
 # Times the largest difference between the engine's output and the model's own that was seen. `uncertain` takes that
 # difference for every parameter at once, with the worst signs, so that little more is needed.
 MARGIN = 1.5
+SHIFT_MARGIN = 3.0  # times the greatest shift of a step between levels that was seen: these have both signs
 MOST_CORRECTIONS = 20
 
 
@@ -94,6 +95,7 @@ class Engine:
         self.plan = plan
         self.backend = backend
         self.error: float | None = None
+        self._shifts: dict[str, float] = {}  # by distribution, options included
         self.most = images_at_once(plan) if backend == "compiled" else None
         self._runs: dict[int, Run] = {}
 
@@ -104,11 +106,14 @@ class Engine:
     def explain(self) -> str:
         plan = self.plan
         margin = "not measured yet" if self.error is None else f"{MARGIN * self.error:.1e}"
+        shift = max(self._shifts.values(), default=None)
+        steps = "" if shift is None else f", or of {SHIFT_MARGIN * shift:.1e} in a cumulative probability,"
         lines = [
             f"{self.backend}: {len(plan.timed.computed)} operations, {len(plan.order)} draws, {len(plan.programs)} "
             f"programs for {len(plan.steps)} steps, work ratio {plan.work_ratio:.3f}",
             "weights that are exactly zero are taken as masked; another pattern of zeros makes another schedule",
-            f"draws that an error of {margin} in a parameter could change are decided by a whole pass of the model",
+            f"draws that an error of {margin} in a parameter{steps} could change are decided by a whole pass of the "
+            "model",
         ]
         return "\n".join([*lines, *plan.remarks])
 
@@ -142,6 +147,10 @@ class Engine:
                         "report this model; the images are right, but took more passes than they should",
                         stacklevel=2,
                     )
+            shift = greatest_shift(job, params, truth)
+            if shift is not None:
+                key = repr(job.distribution)
+                self._shifts[key] = max(self._shifts.get(key, 1e-12), shift)
             first = run.correct(job, draw_image(job, truth)[0])
             if first is None:
                 break
@@ -158,4 +167,5 @@ class Engine:
 
     def _unsure(self, job: Job, params: Tensor, levels: Tensor) -> bool:
         assert self.error is not None
-        return uncertain_image(job, params, levels, MARGIN * self.error)
+        shift = self._shifts.get(repr(job.distribution))
+        return uncertain_image(job, params, levels, MARGIN * self.error, shift and SHIFT_MARGIN * shift)

@@ -315,6 +315,25 @@ def test_few_draws_are_uncertain_and_about_as_many_as_can_change(distribution):
     assert not distribution.uncertain(params, noise, 0, NONE, 1e-9).any()
 
 
+@pytest.mark.parametrize(
+    "distribution", [Categorical(5), Categorical(5, temperature=0.3), Categorical(5, layout="B(CK)HW")], ids=str
+)
+def test_levels_change_at_the_steps_and_nowhere_else(distribution):
+    params = torch.randn(50, 10) if distribution.layout == "B(CK)HW" else torch.randn(50, 5, 2)
+    for channel in range(2):
+        steps = distribution.steps(params, channel)
+        assert steps.shape == (50, 4)
+        for k in range(4):
+            for side, level in ((-1e-6, k), (1e-6, k + 1)):
+                noise = torch.rand(50, 2)
+                noise[:, channel] = steps[:, k] + side
+                drawn = distribution.draw(params, noise, channel, torch.zeros(50, channel, dtype=torch.long))
+                wide = (steps.diff(dim=1, prepend=torch.zeros(50, 1), append=torch.ones(50, 1)) > 1e-5).all(1)
+                assert (drawn == level)[wide].all() and wide.any()
+    for options in ((1.0, 2, None), (1.0, None, 0.5), (0.0, None, None)):
+        assert distribution.tempered(*options).steps(params, 0) is None
+
+
 def test_few_draws_of_a_mixture_are_uncertain():
     """A level is 2/255 wide: an error of the parameters moves x by about as much, a few times with the scale."""
     params, noise = torch.randn(20000, 20), torch.rand(20000, 4)
