@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -111,6 +112,7 @@ class Engine:
         lines = [
             f"{self.backend}: {len(plan.timed.computed)} operations, {len(plan.order)} draws, {len(plan.programs)} "
             f"programs for {len(plan.steps)} steps, work ratio {plan.work_ratio:.3f}",
+            f"memory: {plan.bytes_of_image / 2**20:.2f} MiB an image",
             "weights that are exactly zero are taken as masked; another pattern of zeros makes another schedule",
             f"draws that an error of {margin} in a parameter{steps} could change are decided by a whole pass of the "
             "model",
@@ -158,7 +160,7 @@ class Engine:
                 found = FixedPoint(self.model, self.shape, self.encode).run(job)
                 found.passes += passes
                 return found
-            bad = bad | run.draw_from(job, first)
+            bad = bad | run.draw_from(replace(job, progress=None), first)
         levels = run.levels.clone()
         log_prob = image_log_prob(job.distribution, run.params(), levels) if job.return_log_prob else None
         if bool(bad):

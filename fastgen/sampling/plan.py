@@ -1,7 +1,7 @@
 """From a model to the programs of all steps: order, schedule, layout, programs."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from fastgen.distributions import Distribution
 from fastgen.sampling.builder import Builder, NeedsStorage, Storage
 from fastgen.sampling.causality import Order, places_of
-from fastgen.sampling.graph import Map, Operand, Value
-from fastgen.sampling.layout import Box, layout
+from fastgen.sampling.graph import CONSTANT, Map, Operand, Value
+from fastgen.sampling.layout import Box, Layout, layout
 from fastgen.sampling.network import Network
 from fastgen.sampling.order import Ordered, ordered
-from fastgen.sampling.program import Program
+from fastgen.sampling.program import Memory, Program
 from fastgen.sampling.ready import Timed
+from fastgen.sampling.rings import Ring, make_rings
 from fastgen.sampling.rules.convolution import Convolution
 from fastgen.sampling.schedule import Schedule, running_times, schedule
 from fastgen.sampling.scratch import Scratch, share_scratch
@@ -32,6 +33,7 @@ class Plan:
     Attributes:
         order: (channel, row, column) of the draws; all channels of a pixel at once where `whole_pixels`.
         programs: the distinct ones; those of a step are in `steps`.
+        rings: id of a memory -> what of its value it holds, where that is not all.
         scratch: the blocks that programs compute in.
         steps: for steps -1, 0, ...: (number of the program, offsets).
         rows: the output's map of a pixel, see `Engine`.
@@ -47,11 +49,23 @@ class Plan:
     programs: list[Program] = field(default_factory=list)
     steps: list[tuple[int, list[Any]]] = field(default_factory=list)
     scratch: Scratch = field(default_factory=Scratch)
+    rings: dict[int, Ring] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
     @property
     def levels(self) -> Value:
         return self.timed.graph.values[0]
+
+    @property
+    def bytes_of_image(self) -> int:
+        """Of stored values and scratch memory, for one image."""
+        scratch = zip(self.scratch.sizes, self.scratch.dtypes, strict=True)
+        total = sum(size * dtype.itemsize for size, dtype in scratch)
+        for memory in self.storage.memories.values():
+            if memory.kind == "stored":
+                kept = self.rings.get(id(memory), memory)
+                total += kept.numel * memory.dtype.itemsize
+        return total
 
     @property
     def output_dtype(self) -> torch.dtype:
@@ -103,7 +117,25 @@ def make_plan(
     while not _write_programs(plan, built):
         pass  # again, with what was found to need storage
     plan.scratch = share_scratch(plan.programs)
+    plan.rings = make_rings(_windows(plan), plan.programs, plan.steps)
     return plan
+
+
+def _windows(plan: Plan) -> Iterator[tuple[Memory, Layout, bool]]:
+    """Values of which a ring may hold a part: computed, of no use to anything but steps, constant in no later row.
+
+    With whether they are in the first.
+    """
+    output = {value.index for value in plan.output.values}
+    for index, memory in plan.storage.memories.items():
+        value = plan.timed.graph.values[index]
+        if value.kind != "computed" or index in output or plan.timed.rules[index].keeps_state:
+            continue
+        found = plan.storage.layouts[index]
+        if found.order:
+            constant = plan.timed.graph.of(plan.schedule.times, value).movedim(found.order[0], 0) == CONSTANT
+            if not constant[1:].any():
+                yield memory, found, bool(constant[0].any())
 
 
 def _storage(timed: Timed, when: Schedule, order: Order, shape: Sequence[int]) -> Storage:

@@ -14,6 +14,7 @@ from fastgen.sampling.job import Job
 from fastgen.sampling.plan import Plan
 from fastgen.sampling.prefill import prefill
 from fastgen.sampling.program import Memory
+from fastgen.sampling.rings import Ring
 
 
 class Run:
@@ -31,11 +32,14 @@ class Run:
         ]
         programs = self.bound()
         self.steps = [(programs[number], self.offsets(offsets)) for number, offsets in plan.steps]
-        for value in plan.timed.graph.values:
-            if value.kind == "computed" and value.index in plan.storage.stored:
-                times = plan.timed.graph.of(plan.schedule.times, value)
-                if (times == CONSTANT).any():
-                    self._inner(value).copy_(torch.where(times == CONSTANT, value.data, 0).to(device))
+        self._initial: list[tuple[Tensor, Tensor]] = []  # rings, and what they begin with
+        self._moves: dict[int, list[tuple[Tensor, Tensor]]] = {}  # step -> where rows go, and which
+        for index in sorted(plan.storage.stored):
+            value = plan.timed.graph.values[index]
+            if value.kind == "computed":
+                constant = plan.timed.graph.of(plan.schedule.times, value) == CONSTANT
+                if constant.any() or id(plan.storage.memories.get(index)) in plan.rings:
+                    self._start_with(value, torch.where(constant, value.data, 0).to(device))
         self._levels = self._inner(plan.levels)
         self.levels = self._levels[:, 0]
         view = plan.output.map
@@ -52,6 +56,26 @@ class Run:
         """The plan's programs, ready to run on this batch."""
         return [program.bind(self.n, self.block, self.on_device) for program in self.plan.programs]
 
+    def _start_with(self, value: Value, constants: Tensor) -> None:
+        """Puts the constants of a stored value, 0 elsewhere, where they belong."""
+        memory = self.plan.storage.memory(value)
+        block, ring = self.block(memory), self.plan.rings.get(id(memory))
+        if ring is None:
+            self._inner(value).copy_(constants)
+            return
+        self._initial.append((block, self._part(ring, constants[None], 0)))
+        for move in ring.moves:
+            source = block[:, move.first * ring.pitch : move.stop * ring.pitch]
+            self._moves.setdefault(move.step, []).append((block[:, : source.shape[1]], source))
+
+    @staticmethod
+    def _part(ring: Ring, values: Tensor, step: int) -> Tensor:
+        """What a ring holds of values (n, *shape) when a step runs, padding included."""
+        first = ring.first_row(step) * ring.pitch
+        whole = values.new_zeros((len(values), max(ring.layout.numel, first + ring.numel)))
+        ring.layout.inner(whole).copy_(values)
+        return whole[:, first : first + ring.numel]
+
     def offsets(self, offsets: list[Any]) -> Any:
         """What a program is called with in a step."""
         return [self.on_device(one) for one in offsets]
@@ -64,7 +88,9 @@ class Run:
             elif memory.kind == "scratch":
                 found = self._scratch[self.plan.scratch.block_of[id(memory)]][: self.n * memory.numel].view(self.n, -1)
             else:
-                found = torch.zeros((self.n, memory.numel), dtype=memory.dtype, device=self.device)
+                ring = self.plan.rings.get(id(memory))
+                size = memory.numel if ring is None else ring.numel
+                found = torch.zeros((self.n, size), dtype=memory.dtype, device=self.device)
             self.blocks[id(memory)] = found
         return self.blocks[id(memory)]
 
@@ -83,6 +109,12 @@ class Run:
         leaves = [leaf for leaf in tree_leaves(job.condition) if isinstance(leaf, Tensor) and leaf.dim()]
         for value, leaf in zip(self.plan.leaves, leaves, strict=True):
             self._inner(value).copy_(leaf.view(self.n, *value.shape))
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Computes what depends on no pixel, with the rings as they begin."""
+        for block, initial in self._initial:
+            block.copy_(initial)
         program, offsets = self.steps[0]
         program(offsets)
 
@@ -104,6 +136,8 @@ class Run:
 
     def step(self, place: int) -> None:
         """Computes what the level drawn at this place decides."""
+        for target, source in self._moves.get(place + 1, ()):
+            target.copy_(source.clone())
         program, offsets = self.steps[place + 1]
         program(offsets)
 
@@ -130,7 +164,12 @@ class Run:
             given[value.index] = self._inner(value).contiguous()
 
         def keep(value: Value, found: Tensor) -> None:
-            self._inner(value).copy_(found)
+            memory = self.plan.storage.memory(value)
+            ring = self.plan.rings.get(id(memory))
+            if ring is None:
+                self._inner(value).copy_(found)
+            else:
+                self.block(memory).copy_(self._part(ring, found, count))
 
         prefill(self.plan, given, keep)
         return count
@@ -144,7 +183,10 @@ class Run:
         return self.plan.levels.shape[1]
 
     def correct(self, job: Job, truth: Tensor) -> int | None:
-        """Puts the first wrong level of each image right; the place to go on from, None where all are right."""
+        """Puts the first wrong level of each image right; the place to go on from, None where all are right.
+
+        Rings have forgotten what came before: with them all is drawn again, to the same levels.
+        """
         index = torch.tensor(self.plan.order, device=self.device)
         wrong = self.levels != truth
         if not bool(wrong.any()):
@@ -163,6 +205,9 @@ class Run:
             self.given[b, at, i, j] = truth[b, at, i, j]
             self.forced[b, at, i, j] = True
             firsts.append(place)
+        if self._initial:
+            self.rewind()
+            return 0
         return min(firsts)
 
 
