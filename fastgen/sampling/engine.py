@@ -143,7 +143,7 @@ class Engine:
             if self.error is None or error > self.error:
                 self.error = max(error, 1e-12)
                 scale = float(truth.double().abs().nan_to_num(0, posinf=0).max())
-                if self.error > 1e-3 * scale + 1e-9 and truth.dtype in (torch.float32, torch.float64):
+                if self.error > 1e-3 * scale + 1e-9 and not self.plan.computes_in_half:
                     warnings.warn(
                         f"the engine's output differs from the model's by {self.error:.1e}, more than rounding: please "
                         "report this model; the images are right, but took more passes than they should",

@@ -68,6 +68,11 @@ class Plan:
         return total
 
     @property
+    def computes_in_half(self) -> bool:
+        """Whether some of it is in half precision, which rounds coarsely."""
+        return any(value.data.dtype in (torch.bfloat16, torch.float16) for value in self.timed.computed)
+
+    @property
     def output_dtype(self) -> torch.dtype:
         return self.timed.graph.data_of(self.output).dtype
 
