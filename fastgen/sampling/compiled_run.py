@@ -46,7 +46,7 @@ class Section:
 class Offsets(list[Any]):
     """Of a step: as a program in Python takes them, and where the machine finds those of moving views."""
 
-    def __init__(self, offsets: list[Any], device: torch.device) -> None:
+    def __init__(self, offsets: list[Any]) -> None:
         super().__init__(offsets)
         numbers = [one for one in offsets if isinstance(one, int)]
         self._numbers = (ctypes.c_int64 * len(numbers))(*numbers)
@@ -60,7 +60,7 @@ class CompiledRun(Run):
         return [self._step(program, self._linker) for program in self.plan.programs]
 
     def offsets(self, offsets: list[Any]) -> Offsets:
-        return Offsets(offsets, self.device)
+        return Offsets(offsets)
 
     def begin(self, job: Job) -> None:
         self.threads = torch.get_num_threads()
