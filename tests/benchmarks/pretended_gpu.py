@@ -17,7 +17,9 @@ NAME = "Pretended GPU"
 
 
 class Stub:
-    """Stands in for an event (its time is that of the recording), a stream, a graph, and their contexts."""
+    """Stands in for an event (its time is that of the recording), a stream, a graph, their contexts, a device."""
+
+    L2_cache_size = 2**10
 
     def __init__(self, *args, **options):
         pass

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pretended_gpu import Stub
 
 from benchmarks import machine, runner
 from benchmarks.case import Case, leaves
@@ -157,33 +158,6 @@ def test_interrupted_calls_of_one_thread_are_left_out():
         torch.set_num_threads(threads)
     assert samples.ms and max(samples.ms) < 50
     assert samples.figures()["disturbed_p50"] >= 0.5
-
-
-class Stub:
-    """Stands in for everything of torch.cuda that the timer touches; a recorded event is the time of day."""
-
-    L2_cache_size = 2**10
-
-    def __init__(self, *args, **options):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return False
-
-    def record(self):
-        self.at = time.perf_counter()
-
-    def elapsed_time(self, end):
-        return 1e3 * (end.at - self.at)
-
-    def wait_stream(self, stream):
-        pass
-
-    def replay(self):
-        time.sleep(1e-4)
 
 
 @pytest.fixture
