@@ -117,3 +117,12 @@ def _memory_goes_back():
 @pytest.fixture
 def device():
     return "cuda" if CUDA else "cpu"
+
+
+@pytest.fixture
+def full_memory():
+    """Memory that a kernel should write starts as NaN; float32 is float32."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield
+    torch.use_deterministic_algorithms(False)

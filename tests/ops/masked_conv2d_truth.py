@@ -2,7 +2,6 @@
 
 import mmap
 
-import pytest
 import torch
 from torch.nn import functional as F
 
@@ -16,15 +15,6 @@ GEOMETRIES = [
     {"padding": 2, "dilation": 2},
     {"padding": (1, 3), "stride": (1, 3), "dilation": (1, 2)},
 ]
-
-
-@pytest.fixture(autouse=True)
-def full_memory():
-    """For who imports it: memory that a kernel should write starts as NaN; float32 is float32."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        yield
-    torch.use_deterministic_algorithms(False)
 
 
 def make_mask(kind, out_channels, in_channels, size):

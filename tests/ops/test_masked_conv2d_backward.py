@@ -1,5 +1,7 @@
 """The two ways back through the activation, by a pass and on loading: each is right, and the cheaper one is taken."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,7 +11,9 @@ from fastgen.kernels.masked_conv2d_config import Layer, Tile, meets, on_load
 from fastgen.kernels.masked_conv2d_grad import shares_of
 from fastgen.ops import masked_conv2d
 from fastgen.ops.masked_conv2d import fused
-from tests.ops.masked_conv2d_truth import full_memory, gradients, problem, truth  # noqa: F401
+from tests.ops.masked_conv2d_truth import gradients, problem, truth
+
+pytestmark = pytest.mark.usefixtures("full_memory")
 
 EPSILON = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
 # What leads back through the activation: (activation, whether a residual is added).
@@ -140,8 +144,8 @@ def test_the_cheaper_way_is_taken(passes, device):
         passes.clear()
         condition = torch.randn(2, 32, device=device, requires_grad=True)
         x, weight, mask, _ = problem("B", 2, 16, 32, 4, 5, (1, 1), torch.float32, device)
-        call = lambda x, w, c: masked_conv2d(x, w, mask, activation=activation, condition=c, impl="triton")  # noqa: B023, E731
-        gradients(call, (x, weight, condition), channels_last=True)
+        layer = partial(masked_conv2d, mask=mask, activation=activation, impl="triton")
+        gradients(lambda x, w, c, layer=layer: layer(x, w, condition=c), (x, weight, condition), channels_last=True)
         assert passes == [(activation == "gated", "image")]
 
 

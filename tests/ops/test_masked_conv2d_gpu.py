@@ -14,6 +14,9 @@ from fastgen.ops import causal_mask, masked_conv2d
 from fastgen.ops.masked_conv2d import masked_conv2d_reference
 
 pytestmark = pytest.mark.gpu
+ARITHMETIC = pytest.mark.parametrize(
+    ("dtype", "tf32"), [(torch.bfloat16, False), (torch.float16, False), (torch.float32, False), (torch.float32, True)]
+)
 
 
 @pytest.fixture
@@ -29,13 +32,10 @@ def layer_inputs(device, dtype=torch.bfloat16, batch=8, channels=128, outputs=25
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@ARITHMETIC
 @pytest.mark.parametrize(("channels", "outputs"), [(128, 256), (120, 72), (3, 128), (48, 32)])
-@pytest.mark.parametrize("tf32", [False, True])
 def test_defaults_and_all_their_neighbours_give_the_right_numbers(gated, dtype, channels, outputs, tf32, cuda):
     """Every candidate of the search, at a size that fills the full tiles and divides none."""
-    if tf32 and dtype != torch.float32:
-        pytest.skip("TF32 is for float32")
     problem = check.Problem(17, channels, outputs, 3, 27, dtype, gated)
     with torch.backends.cudnn.flags(allow_tf32=tf32):
         precision = kernels.precision_of(torch.empty(0, dtype=dtype, device=cuda))
@@ -56,12 +56,9 @@ def test_defaults_and_all_their_neighbours_give_the_right_numbers(gated, dtype, 
 
 
 @pytest.mark.parametrize("saved", ["relu", "sign", "valve"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@ARITHMETIC
 @pytest.mark.parametrize(("channels", "results"), [(128, 128), (120, 80), (3, 64), (48, 32)])
-@pytest.mark.parametrize("tf32", [False, True])
 def test_defaults_through_an_activation_on_loading_give_the_right_numbers(saved, dtype, channels, results, tf32, cuda):
-    if tf32 and dtype != torch.float32:
-        pytest.skip("TF32 is for float32")
     gated = saved == "valve"
     problem = check.Problem(17, channels, 2 * results if gated else results, 3, 27, dtype, gated, saved=saved)
     with torch.backends.cudnn.flags(allow_tf32=tf32):

@@ -14,12 +14,13 @@ from tests.ops.masked_conv2d_truth import (
     ACTIVATIONS,
     GEOMETRIES,
     far_apart,
-    full_memory,  # noqa: F401
     gradients,
     problem,
     strided,
     truth,
 )
+
+pytestmark = pytest.mark.usefixtures("full_memory")
 
 EPSILON = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
@@ -180,8 +181,7 @@ def test_offsets_beyond_32_bits(dim, inputs, monkeypatch):
     x, weight, mask, bias = problem("B", 3, inputs, inputs, 3, 3, dtype=torch.float16)
     residual, grad = torch.randn(2, 3, inputs, 3, 3).half()
     inputs = (far_apart(x.detach(), dim).requires_grad_(), weight, bias, far_apart(residual, dim).requires_grad_())
-    call = lambda x, w, b, r: masked_conv2d(x, w, mask, b, padding=1, residual=r, impl="triton")  # noqa: E731
-    out = call(*inputs)
+    out = masked_conv2d(*inputs[:2], mask, bias, padding=1, residual=inputs[3], impl="triton")
     found = torch.autograd.grad(out, inputs, far_apart(grad, dim))
     wanted = truth(*inputs[:2], mask, bias, residual=inputs[3], padding=1)
     check([out, *found], [wanted, *torch.autograd.grad(wanted, inputs, grad.double())], torch.float16)
