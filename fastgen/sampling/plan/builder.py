@@ -1,18 +1,33 @@
 """Writes the program of one step: rules ask it for views of their operands and for a place for their result."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastgen.sampling.plan.layout import Box, Layout, dense_strides
-from fastgen.sampling.plan.program import Check, Instruction, Linear, Listed, Memory, Program, Temporary, View, scratch
+from fastgen.sampling.machine.language import (
+    AffineOffset,
+    Call,
+    Fixed,
+    Listed,
+    Lookup,
+    Memory,
+    Pointwise,
+    Product,
+    Program,
+    Rowwise,
+    Temporary,
+    View,
+    constant,
+    dense_strides,
+)
+from fastgen.sampling.plan.layout import Box, Layout
 from fastgen.sampling.trace.graph import Map, Operand, Value
 
-Region = Sequence[tuple[Linear, int, int]]  # first element, number of elements and step along each dimension
+Region = Sequence[tuple[AffineOffset, int, int]]  # first element, number of elements and step along each dimension
 
 
 class NeedsStorage(Exception):
@@ -35,18 +50,29 @@ class Storage:
         """The block of a value that is stored, or of a constant."""
         if value.index not in self.memories:
             if value.kind == "constant":
-                self.memories[value.index] = Memory("constant", value.numel, value.data.dtype, value.data.reshape(-1))
+                self.memories[value.index] = constant(value.data).memory
             else:
                 size = self.layouts[value.index].numel
-                self.memories[value.index] = Memory("stored", size, value.data.dtype)
+                self.memories[value.index] = Memory("stored", value.index, size, value.data.dtype)
         return self.memories[value.index]
 
     def strides(self, value: Value) -> tuple[tuple[int, ...], int]:
         """Strides of a value in its block, and the place of its first element."""
         if value.kind == "constant":
-            return dense_strides(value.shape, range(len(value.shape))), 0
+            return dense_strides(value.shape), 0
         found = self.layouts[value.index]
         return found.strides, found.origin
+
+
+@dataclass(frozen=True)
+class Check:
+    """Where a box must lie relative to another of the same step: offset(of task) == start[dim] of other + distance."""
+
+    offset: AffineOffset
+    task: int
+    other: int
+    dim: int
+    distance: int
 
 
 class Builder:
@@ -56,15 +82,18 @@ class Builder:
         self.program = Program()
         self.payload: list[Any] = []
         self.task = 0
+        self.checks: list[Check] = []
+        self.temporaries = 0
+        self.scratches = 0
         self.local: dict[int, tuple[int, Box, View]] = {}  # value -> its task, box and scratch in this step
 
     # --- what rules use
 
-    def starts(self, box: Box) -> list[Linear]:
+    def starts(self, box: Box) -> list[AffineOffset]:
         """The start of the task's box along each dimension, as it changes from step to step."""
-        return [Linear(0, tuple(int(k == d) for k in range(d + 1))) for d in range(len(box.start))]
+        return [AffineOffset(0, tuple(int(k == d) for k in range(d + 1))) for d in range(len(box.start))]
 
-    def region(self, box: Box) -> list[tuple[Linear, int, int]]:
+    def region(self, box: Box) -> list[tuple[AffineOffset, int, int]]:
         return list(zip(self.starts(box), box.sizes, box.steps, strict=True))
 
     def out(self, value: Value, box: Box) -> View:
@@ -73,8 +102,7 @@ class Builder:
             return self._view(Map.identity(value), self.region(box))
         if value.index in self.local:
             raise NeedsStorage(value)
-        view = scratch(box.sizes, value.data.dtype, self.storage.layouts[value.index].order)
-        view = replace(view, task=self.task)
+        view = self.scratch(box.sizes, value.data.dtype, self.storage.layouts[value.index].order)
         self.local[value.index] = (self.task, box, view)
         return view
 
@@ -84,18 +112,42 @@ class Builder:
             return self._read_ids(operand, region)
         return self._view(operand.map, region)
 
-    def emit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        self.program.instructions.append(Instruction(function, args, kwargs, None))
+    def scratch(self, sizes: Sequence[int], dtype: torch.dtype, order: Sequence[int] | None = None) -> View:
+        """A new block of these sizes, contiguous with its dimensions in the given order."""
+        self.scratches += 1
+        memory = Memory("scratch", self.scratches, torch.Size(sizes).numel(), dtype)
+        return View(memory, tuple(sizes), dense_strides(sizes, order), AffineOffset(0), self.task)
+
+    def product(self, out: View, rows: View, weight: View, added: View | None = None) -> None:
+        if len(weight.sizes) == 2:  # without the dimensions of size 1
+            kept = [*(d for d, size in enumerate(out.sizes[:-1]) if size > 1), len(out.sizes) - 1]
+            if added is not None and len(added.sizes) == len(out.sizes):
+                added = added.order(kept)
+            out, rows = out.order(kept), rows.order(kept)
+        self.program.instructions.append(Product(out, rows, weight, added))
+
+    def pointwise(self, op: str, out: View, *operands: View | float) -> None:
+        self.program.instructions.append(Pointwise(op, out, operands))
+
+    def rowwise(self, op: str, out: View, source: View, *numbers: float) -> None:
+        self.program.instructions.append(Rowwise(op, out, source, numbers))
+
+    def lookup(self, out: View, table: View, index: View) -> None:
+        self.program.instructions.append(Lookup(out, table, index))
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        self.program.instructions.append(Call(function, *_frozen(args, kwargs)))
 
     def make(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Temporary:
-        """An instruction whose result is a new tensor."""
-        self.program.temporaries += 1
-        result = Temporary(self.program.temporaries)
-        self.program.instructions.append(Instruction(function, args, kwargs, result))
+        """A call whose result is a new tensor."""
+        self.temporaries += 1
+        result = Temporary(self.temporaries)
+        self.program.instructions.append(Call(function, *_frozen(args, kwargs), result))
         return result
 
-    def scratch(self, sizes: Sequence[int], dtype: torch.dtype) -> View:
-        return scratch(sizes, dtype)
+    def fill(self, out: View, source: Temporary | Tensor | float) -> None:
+        """Puts the result of a call, or a number, where `out` is."""
+        self.call(_fill, out, source)
 
     # --- where things are
 
@@ -105,7 +157,7 @@ class Builder:
         if value.kind != "computed" or value.index in self.storage.stored:
             strides, origin = self.storage.strides(value)
             units = [sum(s * t for s, t in zip(step, strides, strict=True)) for step in where.steps]
-            offset = Linear(origin + sum(s * t for s, t in zip(where.start, strides, strict=True)))
+            offset = AffineOffset(origin + sum(s * t for s, t in zip(where.start, strides, strict=True)))
             for (start, _, _), unit in zip(region, units, strict=True):
                 if unit and (start.const or start.coefficients):
                     offset = offset + start * unit
@@ -113,7 +165,7 @@ class Builder:
             return View(self.storage.memory(value), sizes, along, offset, self.task)
         if value.index not in self.local:
             raise NeedsStorage(value)
-        first = [Linear(k) for k in where.start]
+        first = [AffineOffset(k) for k in where.start]
         steps = []
         for (start, _, step), along_value in zip(region, where.steps, strict=True):
             for k, s in enumerate(along_value):
@@ -122,7 +174,7 @@ class Builder:
             steps.append([s * step for s in along_value])
         return self._local_view(value, first, steps, sizes)
 
-    def _local_view(self, value: Value, first: list[Linear], steps: list[list[int]], sizes: tuple[int, ...]) -> View:
+    def _local_view(self, value: Value, first: list[AffineOffset], steps: list[list[int]], sizes: tuple[int, ...]) -> View:
         task, box, view = self.local[value.index]
         here = self.tasks[self.task][1].start
         offset = 0
@@ -135,11 +187,11 @@ class Builder:
                 raise NeedsStorage(value)
             if any(step[k] % unit for step, size in zip(steps, sizes, strict=True) if size > 1):
                 raise NeedsStorage(value)
-            self.program.checks.append(Check(first[k], self.task, task, k, distance))
+            self.checks.append(Check(first[k], self.task, task, k, distance))
             offset += distance // unit * view.strides[k]
             for d, step in enumerate(steps):
                 along[d] += step[k] // unit * view.strides[k] if sizes[d] > 1 else 0
-        return View(view.memory, sizes, tuple(along), Linear(offset), task)
+        return View(view.memory, sizes, tuple(along), AffineOffset(offset), task)
 
     def _read_ids(self, operand: Operand, region: Region) -> View:
         assert operand.ids is not None
@@ -152,22 +204,22 @@ class Builder:
         number = len(self.payload) - 1
         if found[0] == "view":
             value, strides = found[1]
-            return View(self.storage.memory(value), tuple(ids.shape), strides, Linear(0), self.task, listed=number)
+            return View(self.storage.memory(value), tuple(ids.shape), strides, AffineOffset(0), self.task, listed=number)
         # Elements of several values, or in no regular order: gathered one by one.
         values, counts, dtype = found[1]
-        target = scratch((ids.numel(),), dtype)
+        target = self.scratch((ids.numel(),), dtype)
         done = 0
         for k, (value, count) in enumerate(zip(values, counts, strict=True)):
             memory = self.storage.memory(value)
-            whole = View(memory, (memory.numel,), (1,), Linear(0), self.task)
+            whole = View(memory, (memory.numel,), (1,), AffineOffset(0), self.task)
             rows = self.make(torch.index_select, whole, 1, Listed(number + 1 + 2 * k))
             self.payload += list(found[3][k])
-            self.emit(torch.Tensor.index_copy_, target, 1, Listed(number + 2 + 2 * k), rows)
+            self.call(torch.Tensor.index_copy_, target, 1, Listed(number + 2 + 2 * k), rows)
             done += count
         if done < ids.numel():
             raise ValueError("an element of an operand belongs to no value")
-        strides = dense_strides(tuple(ids.shape), range(ids.dim()))
-        return View(target.memory, tuple(ids.shape), strides, Linear(0), self.task)
+        strides = dense_strides(ids.shape)
+        return View(target.memory, tuple(ids.shape), strides, AffineOffset(0), self.task)
 
     def resolve(self, operand: Operand, ids: Tensor) -> tuple[Any, ...]:
         """Where elements given by number lie.
@@ -202,6 +254,21 @@ class Builder:
                 return "view", (values[0], along), int(places_in_block.flat[0])
         dtype = values[-1].data.dtype
         return "gather", (values, [len(p) for _, p in parts], dtype), 0, parts
+
+
+def _frozen(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
+    """Arguments that can be compared: tuples for lists, tensors by their identity."""
+
+    def freeze(one: Any) -> Any:
+        if isinstance(one, (list, tuple)):
+            return tuple(freeze(inner) for inner in one)
+        return Fixed(one) if isinstance(one, Tensor) else one
+
+    return freeze(args), tuple((name, freeze(one)) for name, one in kwargs.items())
+
+
+def _fill(out: Tensor, source: Tensor | float) -> Tensor:
+    return out.copy_(source) if isinstance(source, Tensor) else out.fill_(source)
 
 
 def _strides_of(offsets: np.ndarray) -> tuple[int, ...] | None:
