@@ -62,9 +62,9 @@ class CompiledRun(Run):
     def offsets(self, offsets: list[Any]) -> Offsets:
         return Offsets(offsets)
 
-    def begin(self, job: SampleRequest) -> None:
+    def begin(self, request: SampleRequest) -> None:
         self.threads = torch.get_num_threads()
-        super().begin(job)
+        super().begin(request)
 
     def _step(self, program: Program, linker: Linker) -> Step:
         slots = {view: k for k, view in enumerate(program.views())}

@@ -1,4 +1,4 @@
-"""Memory of a batch, the programs bound to it, and the draws in between."""
+"""Memory of a batch, and the programs bound to it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastgen.distributions import Distribution
-from fastgen.sampling.draws import draw_channel
 from fastgen.sampling.plan.plan import Plan
 from fastgen.sampling.plan.program import Memory
 from fastgen.sampling.plan.sliding_rows import Ring
@@ -101,38 +99,16 @@ class Run:
         """The model's output for what has been drawn, (n, ..., H, W), a view."""
         return self._params
 
-    def begin(self, job: SampleRequest) -> None:
-        """Takes the condition, forgets the levels, computes what depends on no pixel."""
-        self.forced = job.known_mask.clone() if job.known_mask is not None else None
-        self.given = job.known.clone() if job.known is not None else None
+    def begin(self, request: SampleRequest) -> None:
+        """Takes the condition, sets all levels to zero, computes what depends on no pixel."""
         self._levels.zero_()
-        leaves = [leaf for leaf in tree_leaves(job.condition) if isinstance(leaf, Tensor) and leaf.dim()]
+        leaves = [leaf for leaf in tree_leaves(request.condition) if isinstance(leaf, Tensor) and leaf.dim()]
         for value, leaf in zip(self.plan.leaves, leaves, strict=True):
             self._inner(value).copy_(leaf.view(self.n, *value.shape))
-        self.rewind()
-
-    def rewind(self) -> None:
-        """Computes what depends on no pixel, with the rings as they begin."""
         for block, initial in self._initial:
             block.copy_(initial)
         program, offsets = self.steps[0]
         program(offsets)
-
-    def draw_from(self, job: SampleRequest, first: int) -> Tensor:
-        """Draws from one place on; returns whether parameters were NaN."""
-        bad = torch.zeros((), dtype=torch.bool, device=self.device)
-        known = [None] * len(self.plan.order) if self.forced is None else self._all_known(self.forced)
-        for place in range(first, len(self.plan.order)):
-            if known[place] and self.given is not None:
-                c, i, j = self.plan.order[place]
-                at = slice(None) if self.plan.whole_pixels else slice(c, c + 1)
-                self.levels[:, at, i, j] = self.given[:, at, i, j]
-                self.step(place)
-            else:
-                draw_place(self, job.distribution, job.noise, self.given, self.forced, place, bad)
-            if job.progress is not None and first == 0:
-                job.progress(self.channels if self.plan.whole_pixels else 1)
-        return bad
 
     def step(self, place: int) -> None:
         """Computes what the level drawn at this place decides."""
@@ -141,24 +117,9 @@ class Run:
         program, offsets = self.steps[place + 1]
         program(offsets)
 
-    def _all_known(self, mask: Tensor) -> list[bool]:
-        """For every place whether no image draws there."""
-        everywhere = mask.all(0).cpu()
-        index = torch.tensor(self.plan.order)
-        of_places = everywhere[:, index[:, 1], index[:, 2]]
-        if self.plan.whole_pixels:
-            return of_places.all(0).tolist()
-        return of_places[index[:, 0], torch.arange(len(index))].tolist()
-
-    def fill_known(self) -> int:
-        """Takes over leading known pixels in one pass; returns how many places, 0 where they are less than a row."""
-        if self.forced is None or self.given is None:
-            return 0
-        known = [*self._all_known(self.forced), False]
-        count = known.index(False)
-        if count < self.levels.shape[-1]:
-            return 0
-        self.levels.copy_(torch.where(self.forced, self.given, 0))
+    def fill_known(self, levels: Tensor, count: int) -> None:
+        """Computes all that the first `count` places of levels (n, C, H, W) decide, in one pass."""
+        self.levels.copy_(levels)
         given = {self.plan.levels.index: self._levels.contiguous()}
         for value in self.plan.leaves:
             given[value.index] = self._inner(value).contiguous()
@@ -172,66 +133,7 @@ class Run:
                 self.block(memory).copy_(self._part(ring, found, count))
 
         prefill(self.plan, given, keep)
-        return count
 
     def _inner(self, value: Value) -> Tensor:
         """A stored value, (n, *shape)."""
         return self.plan.storage.layouts[value.index].inner(self.block(self.plan.storage.memory(value)))
-
-    @property
-    def channels(self) -> int:
-        return self.plan.levels.shape[1]
-
-    def correct(self, job: SampleRequest, truth: Tensor) -> int | None:
-        """Puts the first wrong level of each image right; the place to go on from, None where all are right.
-
-        Rings have forgotten what came before: with them all is drawn again, to the same levels.
-        """
-        index = torch.tensor(self.plan.order, device=self.device)
-        wrong = self.levels != truth
-        if not bool(wrong.any()):
-            return None
-        if self.plan.whole_pixels:
-            by_place = wrong.any(1)[:, index[:, 1], index[:, 2]]
-        else:
-            by_place = wrong[:, index[:, 0], index[:, 1], index[:, 2]]
-        if self.forced is None or self.given is None:
-            self.forced, self.given = torch.zeros_like(wrong), torch.zeros_like(self.levels)
-        firsts = []
-        for b in torch.nonzero(by_place.any(1)).flatten().tolist():
-            place = int(torch.nonzero(by_place[b])[0])
-            c, i, j = self.plan.order[place]
-            at = slice(None) if self.plan.whole_pixels else slice(c, c + 1)
-            self.given[b, at, i, j] = truth[b, at, i, j]
-            self.forced[b, at, i, j] = True
-            firsts.append(place)
-        if self._initial:
-            self.rewind()
-            return 0
-        return min(firsts)
-
-
-def draw_place(
-    run: Run,
-    distribution: Distribution,
-    noise: Tensor,
-    given: Tensor | None,
-    forced: Tensor | None,
-    place: int,
-    bad: Tensor,
-) -> None:
-    """Draws one place of the order and computes what it decides; `bad` notes parameters that are NaN."""
-    c, i, j = run.plan.order[place]
-    for channel in range(run.channels) if run.plan.whole_pixels else (c,):
-        drawn, nan = draw_channel(
-            distribution,
-            run.params()[..., i, j],
-            noise[..., i, j],
-            channel,
-            run.levels[:, :channel, i, j],
-            None if given is None else given[:, channel, i, j],
-            None if forced is None else forced[:, channel, i, j],
-        )
-        run.levels[:, channel, i, j] = drawn
-        bad |= nan
-    run.step(place)
