@@ -39,20 +39,20 @@ def draw_channel(
     return levels, nan.any()
 
 
-def draw_image(job: SampleRequest, params: Tensor) -> tuple[Tensor, Tensor]:
+def draw_image(request: SampleRequest, params: Tensor) -> tuple[Tensor, Tensor]:
     """Every pixel of every image at once, from the model's output (n, ..., H, W): levels (n, C, H, W) and bad."""
-    levels = torch.empty((job.n, *job.shape), dtype=torch.long, device=params.device)
+    levels = torch.empty((request.n, *request.shape), dtype=torch.long, device=params.device)
     bad = torch.zeros((), dtype=torch.bool, device=params.device)
-    for row in range(job.shape[1]):  # a row at a time: float64 probabilities of whole images would be large
-        at, noise = _pixels(params[..., row, :]), _pixels(job.noise[..., row, :])
-        known = None if job.known is None else _pixels(job.known[..., row, :])
-        mask = None if job.known_mask is None else _pixels(job.known_mask[..., row, :])
-        drawn = torch.empty((len(noise), job.shape[0]), dtype=torch.long, device=params.device)
-        for channel in range(job.shape[0]):
+    for row in range(request.shape[1]):  # a row at a time: float64 probabilities of whole images would be large
+        at, noise = _pixels(params[..., row, :]), _pixels(request.noise[..., row, :])
+        known = None if request.known is None else _pixels(request.known[..., row, :])
+        mask = None if request.known_mask is None else _pixels(request.known_mask[..., row, :])
+        drawn = torch.empty((len(noise), request.shape[0]), dtype=torch.long, device=params.device)
+        for channel in range(request.shape[0]):
             keep = (None, None) if known is None or mask is None else (known[:, channel], mask[:, channel])
-            drawn[:, channel], nan = draw_channel(job.distribution, at, noise, channel, drawn[:, :channel], *keep)
+            drawn[:, channel], nan = draw_channel(request.distribution, at, noise, channel, drawn[:, :channel], *keep)
             bad = bad | nan
-        levels[..., row, :] = drawn.unflatten(0, (job.n, -1)).movedim(1, -1)
+        levels[..., row, :] = drawn.unflatten(0, (request.n, -1)).movedim(1, -1)
     return levels, bad
 
 
@@ -70,7 +70,7 @@ def _pixels(row: Tensor) -> Tensor:
     return row.movedim(-1, 1).flatten(0, 1)
 
 
-def uncertain_image(job: SampleRequest, params: Tensor, levels: Tensor, error: float, shift: float | None) -> bool:
+def uncertain_image(request: SampleRequest, params: Tensor, levels: Tensor, error: float, shift: float | None) -> bool:
     """Whether any draw of levels (n, C, H, W) could have come out otherwise.
 
     Args:
@@ -79,30 +79,30 @@ def uncertain_image(job: SampleRequest, params: Tensor, levels: Tensor, error: f
         shift: the greatest of the distribution's `steps`, where it is known; it bounds more tightly, since errors of
             many parameters cancel.
     """
-    check, steps = (getattr(job.distribution, name, None) for name in ("uncertain", "steps"))
+    check, steps = (getattr(request.distribution, name, None) for name in ("uncertain", "steps"))
     if check is None:
         return True
-    for row in range(job.shape[1]):
-        at, noise, drawn = (_pixels(one[..., row, :]) for one in (params, job.noise, levels))
+    for row in range(request.shape[1]):
+        at, noise, drawn = (_pixels(one[..., row, :]) for one in (params, request.noise, levels))
         at = at.contiguous()
-        for channel in range(job.shape[0]):
+        for channel in range(request.shape[0]):
             if shift is None or steps is None:
                 unsure = check(at, noise, channel, drawn[:, :channel], error)
             else:
                 unsure = ((steps(at, channel) - noise[:, channel, None]).abs() <= shift).any(1)
-            if job.known_mask is not None:
-                unsure = unsure & ~_pixels(job.known_mask[..., row, :])[:, channel]
+            if request.known_mask is not None:
+                unsure = unsure & ~_pixels(request.known_mask[..., row, :])[:, channel]
             if bool(unsure.any()):
                 return True
     return False
 
 
-def greatest_shift(job: SampleRequest, params: Tensor, other: Tensor) -> float | None:
+def greatest_shift(request: SampleRequest, params: Tensor, other: Tensor) -> float | None:
     """The greatest difference between the distribution's `steps` for two outputs; None where it has none."""
-    steps = getattr(job.distribution, "steps", None)
+    steps = getattr(request.distribution, "steps", None)
     greatest = 0.0
-    for row in range(job.shape[1]):
-        for channel in range(job.shape[0]):
+    for row in range(request.shape[1]):
+        for channel in range(request.shape[0]):
             ours, theirs = (
                 None if steps is None else steps(_pixels(one[..., row, :]).contiguous(), channel)
                 for one in (params, other)

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +39,15 @@ class SampleRequest:
     return_log_prob: bool = False
     progress: Callable[[int], Any] | None = None
 
+    def of(self, rows: slice | Tensor) -> "SampleRequest":
+        """The request for some of the images: a slice of them, or their numbers (m,)."""
+        noise = self.noise[rows]
+        known, mask = (None if one is None else one[rows] for one in (self.known, self.known_mask))
+        condition = tree_map(
+            lambda leaf: leaf[rows] if isinstance(leaf, Tensor) and leaf.dim() else leaf, self.condition
+        )
+        return replace(self, n=len(noise), noise=noise, known=known, known_mask=mask, condition=condition)
+
 
 @dataclass
 class SampleResult:
@@ -51,16 +60,22 @@ class SampleResult:
             where not asked for.
         bad: bool scalar on the device: the parameters of some draw were NaN.
         passes: whole forward passes of the model.
+        redrawn: images that were drawn on from a wrong place.
+        error: the largest difference seen between the engine's output and the model's; None where no pass was made.
+        launches: of kernels on a GPU, as far as they were counted; None elsewhere.
     """
 
     levels: Tensor
     log_prob: Tensor | None
     bad: Tensor
-    passes: int
+    passes: int = 0
+    redrawn: int = 0
+    error: float | None = None
+    launches: int | None = None
 
 
 class Backend(Protocol):
-    """A way to run jobs. All give the same images for the same noise.
+    """A way to draw. All give the same images for the same noise.
 
     Attributes:
         most: images at once beyond which it gets no quicker, None where it is not known.
@@ -73,7 +88,7 @@ class Backend(Protocol):
         """Multiply-adds spent on one image over those of one forward pass."""
         ...
 
-    def run(self, job: SampleRequest) -> SampleResult: ...
+    def run(self, request: SampleRequest) -> SampleResult: ...
 
     def explain(self) -> str: ...
 
@@ -226,11 +241,6 @@ def rows_for(condition: Any, n: int, device: torch.device | None = None) -> Any:
         return leaf.expand(n, *leaf.shape[1:]) if leaf.dim() else leaf
 
     return tree_map(rows, condition)
-
-
-def rows_between(condition: Any, start: int, stop: int) -> Any:
-    """The condition of images start..stop-1, from `rows_for` all images."""
-    return tree_map(lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) and leaf.dim() else leaf, condition)
 
 
 def kind(condition: Any) -> Any:

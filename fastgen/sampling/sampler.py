@@ -4,6 +4,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,6 @@ from fastgen.sampling.request import (
     example,
     kind,
     levels_of,
-    rows_between,
     rows_for,
     tempered_distribution,
     uniforms,
@@ -234,7 +234,7 @@ class Sampler:
                 stop = min(start + most, whole.n)
                 size = stop - start
                 try:
-                    part = engine.run(_part(whole, start, stop, partial(advance, size)))
+                    part = engine.run(replace(whole.of(slice(start, stop)), progress=partial(advance, size)))
                 except RuntimeError as error:
                     if size == 1 or not _is_out_of_memory(error):
                         raise
@@ -304,21 +304,6 @@ class Sampler:
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.get_default_dtype())
         levels = None if isinstance(self.distribution, Bernoulli) else levels_of(self.distribution)
         return partial(_encode_levels, levels=levels, dtype=dtype)
-
-
-def _part(whole: SampleRequest, start: int, stop: int, progress: Callable[[int], Any]) -> SampleRequest:
-    """Images start..stop-1 of a job."""
-    return SampleRequest(
-        stop - start,
-        whole.shape,
-        whole.noise[start:stop],
-        whole.distribution,
-        None if whole.known is None else whole.known[start:stop],
-        None if whole.known_mask is None else whole.known_mask[start:stop],
-        rows_between(whole.condition, start, stop),
-        whole.return_log_prob,
-        progress,
-    )
 
 
 def _encode_levels(x: Tensor, levels: int | None, dtype: torch.dtype) -> Tensor:

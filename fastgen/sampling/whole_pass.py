@@ -44,46 +44,50 @@ class Naive:
         return f"one whole forward pass for each of the {len(self.order)} draws of an image"
 
     @torch.no_grad()
-    def run(self, job: SampleRequest) -> SampleResult:
-        levels = first_levels(job)
+    def run(self, request: SampleRequest) -> SampleResult:
+        levels = first_levels(request)
         bad = torch.zeros((), dtype=torch.bool, device=levels.device)
-        to_draw = torch.ones(job.shape, dtype=torch.bool) if job.known_mask is None else (~job.known_mask.cpu()).any(0)
+        to_draw = (
+            torch.ones(request.shape, dtype=torch.bool)
+            if request.known_mask is None
+            else (~request.known_mask.cpu()).any(0)
+        )
         passes = 0
         params = None
         for channel, i, j in self.order:
             if to_draw[channel, i, j]:
-                params = whole_pass(self.model, self.encode, levels, job.condition)
+                params = whole_pass(self.model, self.encode, levels, request.condition)
                 passes += 1
-                known = None if job.known is None else job.known[:, channel, i, j]
-                mask = None if job.known_mask is None else job.known_mask[:, channel, i, j]
+                known = None if request.known is None else request.known[:, channel, i, j]
+                mask = None if request.known_mask is None else request.known_mask[:, channel, i, j]
                 levels[:, channel, i, j], nan = draw_channel(
-                    job.distribution,
+                    request.distribution,
                     params[..., i, j],
-                    job.noise[..., i, j],
+                    request.noise[..., i, j],
                     channel,
                     levels[:, :channel, i, j],
                     known,
                     mask,
                 )
                 bad |= nan
-            if job.progress is not None:
-                job.progress(1)
+            if request.progress is not None:
+                request.progress(1)
         log_prob = None
-        if job.return_log_prob:
+        if request.return_log_prob:
             # A pass for the very last draw has seen all other levels, and no parameters depend on this one.
             if params is None or not to_draw[self.order[-1]]:
-                params = whole_pass(self.model, self.encode, levels, job.condition)
+                params = whole_pass(self.model, self.encode, levels, request.condition)
                 passes += 1
-            log_prob = image_log_prob(job.distribution, params, levels)
+            log_prob = image_log_prob(request.distribution, params, levels)
         return SampleResult(levels, log_prob, bad, passes)
 
 
-def first_levels(job: SampleRequest) -> Tensor:
+def first_levels(request: SampleRequest) -> Tensor:
     """Images (n, C, H, W) before the first draw: the known levels, and level 0 elsewhere."""
-    levels = torch.zeros((job.n, *job.shape), dtype=torch.long, device=job.noise.device)
-    if job.known is not None and job.known_mask is not None:
+    levels = torch.zeros((request.n, *request.shape), dtype=torch.long, device=request.noise.device)
+    if request.known is not None and request.known_mask is not None:
         # Copied, so that the strides of `known` do not choose another convolution, which would round otherwise.
-        levels.copy_(job.known.masked_fill(~job.known_mask, 0))
+        levels.copy_(request.known.masked_fill(~request.known_mask, 0))
     return levels
 
 
@@ -144,22 +148,22 @@ class FixedPoint:
         return f"whole forward passes until the image no longer changes, {self.draws + 1} at most{last}"
 
     @torch.no_grad()
-    def run(self, job: SampleRequest) -> SampleResult:
+    def run(self, request: SampleRequest) -> SampleResult:
         """Raises RuntimeError where the images do not settle, so that the model cannot be causal."""
-        levels = first_levels(job)
+        levels = first_levels(request)
         reported = 0
         for passes in range(1, self.draws + 2):
-            params = whole_pass(self.model, self.encode, levels, job.condition)
+            params = whole_pass(self.model, self.encode, levels, request.condition)
             before = levels
-            levels, bad = draw_image(job, params)
+            levels, bad = draw_image(request, params)
             changed = (levels != before).any(0).movedim(0, -1).flatten().nonzero()
             settled = self.draws if len(changed) == 0 else int(changed[0])
-            if job.progress is not None and settled > reported:
-                job.progress(settled - reported)
+            if request.progress is not None and settled > reported:
+                request.progress(settled - reported)
                 reported = settled
             if settled == self.draws:
                 self.passes = passes
-                log_prob = image_log_prob(job.distribution, params, levels) if job.return_log_prob else None
+                log_prob = image_log_prob(request.distribution, params, levels) if request.return_log_prob else None
                 return SampleResult(levels, log_prob, bad, passes)
         raise RuntimeError(
             f"the images still change after {self.draws + 1} passes, more than a causal model can take: it depends on "

@@ -100,7 +100,7 @@ def test_large_batches_run_in_parts_that_fit_a_cache(monkeypatch):
     monkeypatch.setattr(sampler._engine, "run", lambda job: (sizes.append(job.n), run(job))[1])
     assert torch.equal(sampler.sample(23, seed=0), whole)
     assert sizes == [8, 8, 7]
-    assert set(sampler._engine._runs) == {8, 7}
+    assert set(sampler._engine._players) == {23, 8, 7}
     wide, _ = made(PixelCNN((1, 4, 4), 4, channels=256, layers=15), (1, 4, 4), backend="compiled")
     assert wide._engine.most == 16
 

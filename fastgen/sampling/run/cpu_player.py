@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -82,9 +82,15 @@ class CPUPlayer(TorchPlayer):
         self._linker = Linker(self.machine, self.n, self.memory)
         self._codes = (ProgramCode * len(self.plan.programs))()
         self._held: list[object] = []
+        self._threads: list[tuple[ProgramCode, int]] = []  # programs, and the most threads that pay for each
         found = [self._bound(number, program) for number, program in enumerate(self.plan.programs)]
         self._tables()
         return found
+
+    def begin(self, request: SampleRequest) -> None:
+        for program, most in self._threads:
+            program.threads = min(torch.get_num_threads(), most)
+        super().begin(request)
 
     def play(self, request: SampleRequest, first: int) -> Tensor | None:
         """Draws all places from number `first` on; whether a parameter was NaN. None: the machine cannot draw these."""
@@ -109,14 +115,14 @@ class CPUPlayer(TorchPlayer):
     def _bound(self, number: int, program: Program) -> Callable[[Step], None]:
         slots = {view: k for k, view in enumerate(program.moving())}
         parts = sections(program)
+        if len(parts) == 1 and parts[0].parts:
+            return self._machine_section(parts[0].parts, number, slots, self._codes[number])
         steps = [
-            self._machine_section(section.parts, number, slots)
+            self._machine_section(section.parts, number, slots, ProgramCode())
             if section.parts
             else TorchProgram(self.plan, number, self.memory, section.instructions)
             for section in parts
         ]
-        if len(parts) == 1 and parts[0].parts:
-            self._codes[number] = self._held[-1]  # type: ignore[call-overload]
 
         def run(step: Step) -> None:
             for one in steps:
@@ -124,14 +130,17 @@ class CPUPlayer(TorchPlayer):
 
         return run
 
-    def _machine_section(self, parts: list[Part], number: int, slots: dict) -> Callable[[Step], None]:
+    def _machine_section(
+        self, parts: list[Part], number: int, slots: dict[Any, int], program: ProgramCode
+    ) -> Callable[[Step], None]:
         codes = self._linker.link(parts, number, slots)
         work = sum(part.depth * torch.Size(part.sizes).numel() * self.n for part in parts if part.depth)
         most = max(1, work // (1 + sum(code.waits for code in codes)) // WORTH_A_THREAD)
-        program = ProgramCode(ctypes.addressof(codes), len(codes), min(torch.get_num_threads(), most))
-        self._held += [codes, program]
-        address, run, threads = ctypes.addressof(program), self.machine.run, program.threads
-        return lambda step: run(address, step.offsets.ctypes.data, threads)
+        program.code, program.count, program.threads = ctypes.addressof(codes), len(codes), 1
+        self._held.append(codes)
+        self._threads.append((program, most))
+        address, run = ctypes.addressof(program), self.machine.run
+        return lambda step: run(address, step.offsets.ctypes.data, program.threads)
 
     def _tables(self) -> None:
         """The steps, and the rows of rings that move before them."""

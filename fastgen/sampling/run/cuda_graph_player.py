@@ -1,16 +1,18 @@
 """The steps of a run as CUDA graphs: a row of draws a graph, nothing that the host has to wait for in between."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgen.sampling.request import SampleRequest
-from fastgen.sampling.run.torch_player import Run, draw_place
+from fastgen.sampling.run.draw_loop import draw_place
+from fastgen.sampling.run.torch_player import TorchPlayer
 
 
-class GraphRun(Run):
+class CudaGraphPlayer(TorchPlayer):
     """A `Run` whose draws and steps are captured the second time that they are asked for, and replayed then.
 
     What differs from batch to batch is copied to fixed places: noise, known levels. The first batch runs eagerly,
@@ -20,24 +22,15 @@ class GraphRun(Run):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._captured: dict[Any, dict[int, torch.cuda.CUDAGraph]] = {}
-        self._noise: Tensor | None = None
-        self._known: tuple[Tensor, Tensor] | None = None
+        self._request: SampleRequest | None = None
         self._bad = torch.zeros((), dtype=torch.bool, device=self.device)
 
-    def draw_from(self, job: SampleRequest, first: int) -> Tensor:
-        key = (repr(job.distribution), self.forced is None)
+    def play(self, request: SampleRequest, first: int) -> Tensor | None:
+        key = (repr(request.distribution), request.known is None)
         if key not in self._captured:
             self._captured[key] = {}
-            return super().draw_from(job, first)
-        if self._noise is None or self._noise.shape != job.noise.shape:
-            self._noise = torch.empty_like(job.noise)
-        self._noise.copy_(job.noise)
-        if self.forced is not None and self.given is not None:
-            if self._known is None:
-                self._known = torch.empty_like(self.given), torch.empty_like(self.forced)
-            self._known[0].copy_(self.given)
-            self._known[1].copy_(self.forced)
-        known, mask = self._known if self.forced is not None and self._known is not None else (None, None)
+            return None
+        fixed = self._held(request)
         self._bad.zero_()
         graphs = self._captured[key]
         for start, stop in self._rows(first):
@@ -45,19 +38,35 @@ class GraphRun(Run):
                 graphs[start] = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graphs[start]):
                     for place in range(start, stop):
-                        draw_place(self, job.distribution, self._noise, known, mask, place, self._bad)
+                        draw_place(self, fixed, place, self._bad)
             if start >= first:
                 graphs[start].replay()
-            else:  # a correction may begin in the middle of a row
+            else:  # known levels may end in the middle of a row
                 for place in range(first, stop):
-                    draw_place(self, job.distribution, self._noise, known, mask, place, self._bad)
-            if job.progress is not None and first == 0:
-                job.progress((stop - start) * (self.channels if self.plan.whole_pixels else 1))
+                    draw_place(self, fixed, place, self._bad)
+            if request.progress is not None:
+                request.progress((stop - max(start, first)) * (request.shape[0] if self.plan.whole_pixels else 1))
         return self._bad.clone()
+
+    def _held(self, request: SampleRequest) -> SampleRequest:
+        """The request with its noise and known levels copied to where the graphs read them."""
+        if self._request is None:
+            zeros = torch.zeros((self.n, *request.shape), dtype=torch.long, device=self.device)
+            self._request = replace(
+                request, noise=torch.empty_like(request.noise), known=zeros, known_mask=zeros.bool(), progress=None
+            )
+        held = self._request
+        held.noise.copy_(request.noise)
+        if request.known is None or held.known is None or held.known_mask is None:
+            return replace(held, distribution=request.distribution, known=None, known_mask=None)
+        held.known.copy_(request.known)
+        assert request.known_mask is not None
+        held.known_mask.copy_(request.known_mask)
+        return replace(held, distribution=request.distribution)
 
     def _rows(self, first: int) -> Iterator[tuple[int, int]]:
         """Pieces of the drawing order, those before `first` left out."""
-        length = self.plan.levels.shape[-1] * (1 if self.plan.whole_pixels else self.channels)
+        length = self.plan.levels.shape[-1] * (1 if self.plan.whole_pixels else self.plan.levels.shape[1])
         for start in range(0, len(self.plan.order), length):
             stop = min(start + length, len(self.plan.order))
             if stop > first:
