@@ -150,7 +150,7 @@ _numbers = itertools.count()
 
 def constant(data: Tensor) -> View:
     """All of a tensor that is the same for all images and steps."""
-    data = data.contiguous()
+    data = data.clone(memory_format=torch.contiguous_format)  # at the beginning of a storage of its own
     memory = Memory("constant", next(_numbers), data.numel(), data.dtype, data.reshape(-1))
     return View(memory, tuple(data.shape), dense_strides(data.shape), AffineOffset(0), 0)
 

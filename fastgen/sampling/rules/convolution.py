@@ -362,7 +362,7 @@ class Convolution(Rule):
             region.append((starts[2 + d] * self.stride[d], reach, 1))
         seen = builder.read(self._padded(), region)
         bias = None if self.bias is None or self.onto is not None else self.analysis.data(self.bias)
-        kept = slice(box.start[1], box.start[1] + (box.sizes[1] - 1) * box.steps[1] + 1, box.steps[1])
+        kept = (box.start[1], box.start[1] + (box.sizes[1] - 1) * box.steps[1] + 1, box.steps[1])
         convolve = BatchedConv(tuple(strides), tuple(self.dilation), self.groups, kept)
         found = builder.make(convolve, seen, self.weight, bias)
         if self.onto is not None:
@@ -383,11 +383,11 @@ class BatchedConv:
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
-    kept: slice
+    kept: tuple[int, int, int]  # as of a slice
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         no = [0] * len(self.stride)
         found = torch.convolution(
             x.flatten(0, 1), weight, bias, self.stride, no, self.dilation, False, no, self.groups
         )
-        return found[:, self.kept].unflatten(0, x.shape[:2])
+        return found[:, slice(*self.kept)].unflatten(0, x.shape[:2])
