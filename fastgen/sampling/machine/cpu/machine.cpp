@@ -65,7 +65,8 @@ Number* start_of(const Side& side, const int64_t* offsets) {
 
 enum : int64_t {
     POINTWISE_OPS = sizeof(APPLY) / sizeof(Apply),
-    COPY_INT64 = POINTWISE_OPS,
+    COPY_INT64 = POINTWISE_OPS,  // to float
+    MOVE_INT64,
     PRODUCT,
     CONTRACT,  // this and what follows does whole rows at once
     LOOKUP,
@@ -76,7 +77,7 @@ enum : int64_t {
     MEAN,
     AMAX
 };
-const char* const OPS = POINTWISE(NAME) "copy_int64 product contract lookup softmax log_softmax normalized sum mean amax";
+const char* const OPS = POINTWISE(NAME) "copy_int64 move_int64 product contract lookup softmax log_softmax normalized sum mean amax";
 constexpr int BLOCK = 256;
 
 const float* gather(const float* from, int64_t stride, int64_t n, float* buffer) {
@@ -110,15 +111,16 @@ void pointwise(const Instruction& one, const int64_t* offsets, Share share, Appl
     }
 }
 
+template <class Number>
 void copy_int64(const Instruction& one, const int64_t* offsets, Share share) {
-    float* out = start_of<float>(one.out, offsets);
+    Number* out = start_of<Number>(one.out, offsets);
     const int64_t* in = start_of<const int64_t>(one.in[0], offsets);
     int64_t out_stride = one.out.strides[DIMS - 1], in_stride = one.in[0].strides[DIMS - 1];
     for (int64_t row = share.rows_from; row < share.rows_to; row++) {
-        float* to = out + offset_of_row(one.out, one.sizes, row);
+        Number* to = out + offset_of_row(one.out, one.sizes, row);
         const int64_t* from = in + offset_of_row(one.in[0], one.sizes, row);
         for (int64_t j = share.columns_from; j < share.columns_to; j++)
-            to[j * out_stride] = static_cast<float>(from[j * in_stride]);
+            to[j * out_stride] = static_cast<Number>(from[j * in_stride]);
     }
 }
 
@@ -286,7 +288,9 @@ void execute(const Instruction& one, const int64_t* offsets, int thread, int thr
     else if (one.op == PRODUCT)
         linear(one, offsets, share);
     else if (one.op == COPY_INT64)
-        copy_int64(one, offsets, share);
+        copy_int64<float>(one, offsets, share);
+    else if (one.op == MOVE_INT64)
+        copy_int64<int64_t>(one, offsets, share);
     else if (one.op == CONTRACT)
         contract(one, offsets, share);
     else if (one.op == LOOKUP)

@@ -130,8 +130,10 @@ def _broadcast(view: View, sizes: Sequence[int]) -> Side:
 def _pointwise(one: Pointwise) -> Part:
     out, sizes = one.out, one.out.sizes
     inputs = tuple(_broadcast(x, sizes) if isinstance(x, View) else float(x) for x in one.operands)
-    casts = one.op == "copy" and isinstance(one.operands[0], View) and one.operands[0].memory.dtype == torch.int64
-    return Part("copy_int64" if casts else one.op, Side(out, out.strides), sizes, inputs)
+    op = one.op
+    if op == "copy" and isinstance(one.operands[0], View) and one.operands[0].memory.dtype == torch.int64:
+        op = "move_int64" if out.memory.dtype == torch.int64 else "copy_int64"
+    return Part(op, Side(out, out.strides), sizes, inputs)
 
 
 def _product(one: Product) -> Part:
@@ -160,7 +162,7 @@ def _contraction(one: Product) -> Part:
 def _check(part: Part) -> None:
     """Raises Unknown for other numbers than float32, and for more dimensions than the machine has."""
     for k, side in enumerate(part.sides):
-        integers = (part.op == "copy_int64" and k == 1) or (part.op == "lookup" and k == 2)
+        integers = part.op == "move_int64" or (part.op, k) in (("copy_int64", 1), ("lookup", 2))
         if side.view.memory.dtype != (torch.int64 if integers else torch.float32):
             raise Unknown
     if part.weight is not None and part.weight.memory.dtype != torch.float32:
