@@ -79,9 +79,12 @@ def product(rows: Tensor, weight: Tensor, added: Tensor | None, out: Tensor) -> 
     return out.copy_(found) if added is None else torch.add(found, added, out=out)
 
 
-def lookup(table: Tensor, index: Tensor, out: Tensor) -> Tensor:
-    """table (R, D), index (n, ...)"""
-    return out.copy_(table[index])
+def lookup(table: Tensor, index: Tensor, out: Tensor, of_images: bool) -> Tensor:
+    """table (R, D), or (n, R, D) of each image; index (n, ...)"""
+    if not of_images:
+        return out.copy_(table[index])
+    rows = index.flatten(1).unsqueeze(-1).expand(-1, -1, table.shape[-1])
+    return out.copy_(table.gather(1, rows).view(out.shape))
 
 
 def rowwise(op: str, source: Tensor, numbers: tuple[Any, ...], out: Tensor) -> Tensor:

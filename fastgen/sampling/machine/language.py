@@ -5,7 +5,7 @@ A step computes what the level drawn last decides. It runs a *program*, a list o
     Product    out (..., N) = rows (..., K) @ weight (K, N) + added
     Pointwise  out = op(inputs), element by element; "copy" is one of the ops
     Rowwise    out = op(source) along the last dimension, a softmax for example
-    Lookup     out (..., D) = table[index (...)]
+    Lookup     out (..., D) = table (R, D)[index (...)]
     Call       a function of torch, for what has no instruction
 
 What an instruction reads and writes is a `View` of a `Memory`. A program serves all steps that compute boxes of the
@@ -80,7 +80,7 @@ class View:
 
     Attributes:
         offset: of its first element, in the start of the box of `task`.
-        listed: takes the place of the offset where no formula gives it: its position in the payload of a step.
+        listed: takes the place of the offset where no formula gives it: its number among the listed ones of a step.
     """
 
     memory: Memory
@@ -219,7 +219,7 @@ class Rowwise:
 
 @dataclass(frozen=True)
 class Lookup:
-    """out (..., D) = table[index]; table (R, D), index (...) int64."""
+    """out (..., D) = table[index]; table (R, D), of each image or the same for all; index (...) int64."""
 
     out: View
     table: View
@@ -233,13 +233,6 @@ class Lookup:
 @dataclass(frozen=True)
 class Temporary:
     """The result of a call that makes a tensor of its own."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class Listed:
-    """An argument taken from the payload of the step."""
 
     number: int
 
@@ -259,7 +252,7 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Call:
-    """function(*args, **kwargs), with views, temporaries, payloads and `Fixed` in the place of tensors."""
+    """function(*args, **kwargs), with views, temporaries and `Fixed` in the place of tensors."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -309,18 +302,15 @@ class Program:
                     found.setdefault(view)
         return list(found)
 
-    def offsets(self, starts: Sequence[np.ndarray], payloads: Sequence[Sequence[Any]]) -> np.ndarray:
+    def offsets(self, starts: Sequence[np.ndarray], listed: np.ndarray) -> np.ndarray:
         """Where the moving views begin, (steps, views) int64.
 
         Args:
             starts: task -> (steps, dimensions), the starts of its boxes.
-            payloads: step -> what `listed` points into.
+            listed: (steps, listed offsets).
         """
         moving = self.moving()
-        found = np.zeros((len(payloads), len(moving)), dtype=np.int64)
+        found = np.zeros((len(listed), len(moving)), dtype=np.int64)
         for k, view in enumerate(moving):
-            if view.listed is not None:
-                found[:, k] = [int(payload[view.listed]) + view.offset.at(()) for payload in payloads]
-            else:
-                found[:, k] = view.offset.over(starts[view.task])
+            found[:, k] = view.offset.over(starts[view.task]) if view.listed is None else listed[:, view.listed]
         return found

@@ -1,6 +1,6 @@
 """Where the elements of a value lie in memory: dimensions that are computed whole innermost, zeros around it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch

@@ -14,9 +14,9 @@ from fastgen.distributions import Distribution
 from fastgen.sampling.causality.drawing_order import Ordered, ordered
 from fastgen.sampling.causality.ready_times import Timed
 from fastgen.sampling.causality.report import Order, places_of
+from fastgen.sampling.machine.language import Memory, Program
 from fastgen.sampling.plan.builder import Builder, NeedsStorage, Storage
 from fastgen.sampling.plan.layout import Box, Layout, layout
-from fastgen.sampling.machine.language import Memory, Program
 from fastgen.sampling.plan.schedule import Schedule, running_times, schedule
 from fastgen.sampling.plan.sliding_rows import Ring, make_rings
 from fastgen.sampling.plan.split_convolution import split_rows
@@ -31,12 +31,10 @@ class Step:
     """Attributes:
     program: its number.
     offsets: (moving views,) int64, where the program's views begin.
-    payload: what `Listed` arguments stand for.
     """
 
     program: int
     offsets: np.ndarray
-    payload: list[Any]
 
 
 @dataclass
@@ -204,18 +202,12 @@ def _write_programs(plan: Plan, built: Built) -> bool:
     steps: dict[int, Step] = {}
     numbers: dict[Any, int] = {}
 
-    def add(program: Program, group: list[int], starts: list[np.ndarray], payload: list[Any]) -> None:
-        number = numbers.setdefault(program.key, len(plan.programs))
-        if number == len(plan.programs):
-            plan.programs.append(program)
-        for step, offsets in zip(group, program.offsets(starts, [payload] * len(group)), strict=True):
-            steps[step] = Step(number, offsets, payload)
-
     groups: dict[Any, list[int]] = {}
     for step, tasks in enumerate(tasks_of):
-        alone = any(one.map is None for value, _ in tasks for one in value.operands)
-        key = tuple((value.index, box.sizes, box.steps, plan.timed.rules[value.index].fixed(box)) for value, box in tasks)
-        groups.setdefault((key, step if alone else None), []).append(step)
+        key = tuple(
+            (value.index, box.sizes, box.steps, plan.timed.rules[value.index].fixed(box)) for value, box in tasks
+        )
+        groups.setdefault(key, []).append(step)
     pending = list(groups.values())
     while pending:
         group = pending.pop(0)
@@ -227,10 +219,19 @@ def _write_programs(plan: Plan, built: Built) -> bool:
         fits = np.ones(len(group), dtype=bool)
         for check in builder.checks:
             fits &= check.offset.over(starts[check.task]) == starts[check.other][:, check.dim] + check.distance
+        listed = np.zeros((len(group), builder.listed), dtype=np.int64)
+        for read in builder.indexed_reads:
+            alike, listed[:, read.listed] = read.over(starts[read.task])
+            fits &= alike
         if not fits.all():
             pending.append([step for step, fit in zip(group, fits, strict=True) if not fit])
-        group = [step for step, fit in zip(group, fits, strict=True) if fit]
-        add(builder.program, group, [one[fits] for one in starts], builder.payload)
+        program = builder.program
+        number = numbers.setdefault(program.key, len(plan.programs))
+        if number == len(plan.programs):
+            plan.programs.append(program)
+        offsets = program.offsets([one[fits] for one in starts], listed[fits])
+        for step, row in zip(np.flatnonzero(fits).tolist(), offsets, strict=True):
+            steps[group[step]] = Step(number, row)
     plan.steps = [steps[step] for step in range(len(tasks_of))]
     return len(plan.storage.stored) == before
 

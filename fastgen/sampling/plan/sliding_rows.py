@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from fastgen.sampling.machine.language import Memory, Program, views_of
 from fastgen.sampling.plan.layout import Layout
-from fastgen.sampling.machine.language import Memory, Program, View, views_of
 
 ROOM = 2  # windows that a ring holds: rows move once in as many steps of a row as a window has
 Steps = Sequence[Any]  # of a plan

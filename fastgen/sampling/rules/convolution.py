@@ -299,7 +299,9 @@ class Convolution(Rule):
                 builder.product(out, rows, weight, added if k == 0 else out)
             return
         rows = builder.scratch((*places.sizes, depth), part.matrix.dtype)
-        inner = replace(rows, sizes=(*places.sizes, *taps.sizes), strides=(*rows.strides[:-1], *dense_strides(taps.sizes)))
+        inner = replace(
+            rows, sizes=(*places.sizes, *taps.sizes), strides=(*rows.strides[:-1], *dense_strides(taps.sizes))
+        )
         both = replace(places, sizes=inner.sizes, strides=(*places.strides, *taps.strides))
         builder.pointwise("copy", inner, both)
         builder.product(out, rows, self._weights((*name, 0, depth), part.matrix), added)
@@ -387,7 +389,5 @@ class BatchedConv:
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         no = [0] * len(self.stride)
-        found = torch.convolution(
-            x.flatten(0, 1), weight, bias, self.stride, no, self.dilation, False, no, self.groups
-        )
+        found = torch.convolution(x.flatten(0, 1), weight, bias, self.stride, no, self.dilation, False, no, self.groups)
         return found[:, slice(*self.kept)].unflatten(0, x.shape[:2])

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.sampling.machine.language import AffineOffset, View, constant
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
-from fastgen.sampling.machine.language import AffineOffset, View, constant
 from fastgen.sampling.rules.base import Analysis, Rule, constant_operand, groups_of, reduce_to
 from fastgen.sampling.rules.pointwise import ONE
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Value

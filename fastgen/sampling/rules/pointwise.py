@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.sampling.machine.language import AffineOffset, View
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
-from fastgen.sampling.machine.language import AffineOffset, View
 from fastgen.sampling.rules.base import LOW, Rule, constant_operand, reduce_to, result_of
 from fastgen.sampling.rules.out_variants import out_variant
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, map_arguments

@@ -7,11 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.sampling.machine.language import AffineOffset, View, constant
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
-from fastgen.sampling.machine.language import AffineOffset, View, constant
-from fastgen.sampling.rules.base import LOW, Analysis, Rule, argument, batched_arguments, constant_operand, reduce_to, result_of
+from fastgen.sampling.rules.base import (
+    LOW,
+    Analysis,
+    Rule,
+    argument,
+    batched_arguments,
+    constant_operand,
+    reduce_to,
+    result_of,
+)
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported, Value
+
 
 def whole(shape: Sequence[int]) -> list[tuple[AffineOffset, int, int]]:
     return [(AffineOffset(0), size, 1) for size in shape]
@@ -248,7 +258,10 @@ class Lookup(Rule):
         if str(kept) not in self._tables:
             self._tables[str(kept)] = constant(self.analysis.data(self.value.args[0])[(slice(None), *kept)])
         seen = builder.read(self.indices, builder.region(box)[:rank])
-        builder.lookup(out, self._tables[str(kept)], seen)
+        table = self._tables[str(kept)]
+        if len(table.sizes) == 1:
+            table, out = table.unsqueeze(1), out.unsqueeze(len(out.sizes))
+        builder.lookup(out, table, seen)
 
 
 class Concatenation(Rule):

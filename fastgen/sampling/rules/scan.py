@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgen.sampling.machine.language import AffineOffset
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
-from fastgen.sampling.machine.language import AffineOffset
 from fastgen.sampling.rules.base import Analysis, Rule
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, Map, Operand, Unsupported, Value
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.sampling.machine.language import AffineOffset, View
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
-from fastgen.sampling.machine.language import AffineOffset, View
 from fastgen.sampling.rules.base import Analysis, Rule, argument, batched_arguments, constant_operand, never, result_of
 from fastgen.sampling.rules.reduction import cut
 from fastgen.sampling.trace.graph import CONSTANT, Operand, Value, map_arguments

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastgen.sampling.machine.cpu.build import machine
 from fastgen.sampling.machine.cpu.draws import Draws, DrawsCode, knows
-from fastgen.sampling.machine.cpu.tables import Code, Linker, Part, Unknown, part_of
-from fastgen.sampling.machine.language import Call, Instruction, Product, Program, Temporary, views_of
+from fastgen.sampling.machine.cpu.tables import Linker, Part, Unknown, part_of
+from fastgen.sampling.machine.language import Call, Instruction, Program, Temporary, views_of
 from fastgen.sampling.plan.plan import Plan, Step
 from fastgen.sampling.request import SampleRequest
 from fastgen.sampling.run.torch_player import TorchPlayer
@@ -151,9 +151,7 @@ class CPUPlayer(TorchPlayer):
             for target, source in self.memory.moves.get(k, ()):
                 size = target.element_size()
                 bytes_of_image = target.shape[1] * size
-                moves.append(
-                    MoveCode(target.data_ptr(), source.data_ptr(), target.stride(0) * size, bytes_of_image)
-                )
+                moves.append(MoveCode(target.data_ptr(), source.data_ptr(), target.stride(0) * size, bytes_of_image))
             self._steps[k] = StepCode(step.program, step.offsets.ctypes.data, first, len(moves))
         self._moves = (MoveCode * max(1, len(moves)))(*moves)
 

@@ -10,7 +10,6 @@ from fastgen.sampling.machine.language import (
     Call,
     Fixed,
     Instruction,
-    Listed,
     Lookup,
     Pointwise,
     Product,
@@ -24,11 +23,10 @@ from fastgen.sampling.run.memory import PlanMemory
 
 
 class _State:
-    """What one run of a program reads besides memory: its moving views, the step's payload, results of calls."""
+    """What one run of a program reads besides memory: its moving views, results of calls."""
 
-    def __init__(self, views: dict[View, Tensor], payload: Sequence[Any]) -> None:
+    def __init__(self, views: dict[View, Tensor]) -> None:
         self.views = views
-        self.payload = payload
         self.results: dict[Temporary, Any] = {}
 
 
@@ -55,7 +53,7 @@ class TorchProgram:
             view: block.as_strided(sizes, strides, int(step.offsets[k]))
             for k, view, block, sizes, strides in self._moving
         }
-        state = _State(views, step.payload)
+        state = _State(views)
         for play in self._plays:
             play(state)
 
@@ -76,8 +74,9 @@ class TorchProgram:
             source, op, numbers = self._get(one.source), one.op, one.numbers
             return lambda state: definitions.rowwise(op, source(state), numbers, out(state))
         assert isinstance(one, Lookup)
-        table, index = self._get(one.table, shared=True), self._get(one.index)
-        return lambda state: definitions.lookup(table(state), index(state), out(state))
+        of_images = one.table.memory.kind != "constant"
+        table, index = self._get(one.table, shared=not of_images), self._get(one.index)
+        return lambda state: definitions.lookup(table(state), index(state), out(state), of_images)
 
     def _bound_call(self, call: Call) -> Play:
         args = [self._get(one) for one in call.args]
@@ -104,9 +103,7 @@ class TorchProgram:
             return lambda _: tensor
         if isinstance(argument, Temporary):
             return lambda state: state.results[argument]
-        if isinstance(argument, Listed):
-            return lambda state: self._on_device(state.payload[argument.number])
-        if isinstance(argument, tuple) and any(isinstance(one, (View, Temporary, Listed, Fixed)) for one in argument):
+        if isinstance(argument, tuple) and any(isinstance(one, (View, Temporary, Fixed)) for one in argument):
             inner = [self._get(one) for one in argument]
             return lambda state: [get(state) for get in inner]
         fixed = self._on_device(argument.tensor if isinstance(argument, Fixed) else argument)
@@ -114,5 +111,3 @@ class TorchProgram:
 
     def _on_device(self, one: Any) -> Any:
         return one.to(self.memory.device) if isinstance(one, Tensor) else one
-
-

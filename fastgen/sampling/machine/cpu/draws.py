@@ -94,4 +94,6 @@ class Draws:
 
 def knows(request: SampleRequest, params: Tensor) -> bool:
     """Whether the machine can draw for a request."""
-    return type(request.distribution) in KINDS and params.dtype == torch.float32 and request.noise.dtype == torch.float32
+    return (
+        type(request.distribution) in KINDS and params.dtype == torch.float32 and request.noise.dtype == torch.float32
+    )

@@ -275,7 +275,7 @@ void lookup(const Instruction& one, const int64_t* offsets, Share share) {
     float* out = start_of<float>(one.out, offsets);
     int64_t n = one.sizes[DIMS - 1], to = one.out.strides[DIMS - 1];
     for (int64_t row = share.rows_from; row < share.rows_to; row++) {
-        const float* from = table + index[offset_of_row(one.in[1], one.sizes, row)] * one.depth_strides[0];
+        const float* from = table + offset_of_row(one.in[0], one.sizes, row) + index[offset_of_row(one.in[1], one.sizes, row)] * one.depth_strides[0];
         float* place = out + offset_of_row(one.out, one.sizes, row);
         for (int64_t i = 0; i < n; i++) place[i * to] = from[i * one.depth_strides[1]];
     }

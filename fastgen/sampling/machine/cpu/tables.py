@@ -139,7 +139,11 @@ def _pointwise(one: Pointwise) -> Part:
 def _product(one: Product) -> Part:
     out, rows, weight = one.out, one.rows, one.weight
     depth = weight.sizes[0]
-    if weight.memory.kind != "constant" or (rows.strides[-1] != 1 and depth > 1) or out.strides[-1] != 1 < out.sizes[-1]:
+    if (
+        weight.memory.kind != "constant"
+        or (rows.strides[-1] != 1 and depth > 1)
+        or out.strides[-1] != 1 < out.sizes[-1]
+    ):
         raise Unknown
     added = None if one.added is None else _broadcast(one.added, out.sizes)
     if added is not None and added.strides[-1] != 1 < out.sizes[-1]:
