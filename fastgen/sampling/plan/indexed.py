@@ -74,7 +74,7 @@ class IndexedRead:
             along = first.over(starts)[:, None] + step * np.arange(size)
             index.append(along.reshape(shape))
         if not index:
-            return tuple(np.repeat(one[None], len(starts), 0) for one in (self.indexed.which, self.indexed.places))
+            return np.repeat(self.indexed.which[None], len(starts)), np.repeat(self.indexed.places[None], len(starts))
         return self.indexed.which[tuple(index)], self.indexed.places[tuple(index)]
 
     def over(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

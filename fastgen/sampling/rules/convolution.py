@@ -321,7 +321,7 @@ class Convolution(Rule):
             here, start = here.order(order), start if start is None else start.order(order)
             summed = False
             for taps in product(*(one[3] for one in alike)):
-                weight = self.weight[(slice(group * size, (group + 1) * size), self._own(channels, group), *taps)]
+                weight = self.weight[group * size : (group + 1) * size, self._own(channels, group)][(..., *taps)]
                 if not bool((weight != 0).any()):
                     continue
                 region = [(starts[0], box.sizes[0], box.steps[0]), (AffineOffset(group * size), size, 1)]

@@ -140,8 +140,8 @@ class Pointwise(Rule):
 
 # Operators that are an op of the step language by another name, or by the same one.
 SAME_NAME = {
-    "add", "sub", "mul", "div", "neg", "relu", "tanh", "sigmoid", "exp", "expm1", "log", "silu", "square", "abs", "sqrt",
-    "rsqrt", "reciprocal", "maximum", "minimum",
+    "add", "sub", "mul", "div", "neg", "relu", "tanh", "sigmoid", "exp", "expm1", "log", "silu", "square", "abs",
+    "sqrt", "rsqrt", "reciprocal", "maximum", "minimum",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Plays a plan with the step machine of the CPU: rows of draws and steps in one call, torch for what it does not know."""
+"""Plays a plan with the step machine of the CPU: a row of draws and steps a call, torch for what it does not know."""
 
 import ctypes
 from collections import Counter

@@ -30,7 +30,7 @@ class _State:
         self.results: dict[Temporary, Any] = {}
 
 
-Play = Callable[[_State], None]
+Play = Callable[[_State], Any]
 
 
 class TorchProgram:
@@ -64,7 +64,7 @@ class TorchProgram:
         if isinstance(one, Pointwise):
             function = definitions.POINTWISE[one.op]
             operands = [self._get(operand) for operand in one.operands]
-            return lambda state: function(*[get(state) for get in operands], out=out(state))  # type: ignore[func-returns-value]
+            return lambda state: function(*[get(state) for get in operands], out=out(state))
         if isinstance(one, Product):
             rows, weight = self._get(one.rows), self._get(one.weight, shared=len(one.weight.sizes) == 2)
             bias = one.added is not None and one.added.memory.kind == "constant" and len(one.added.sizes) == 1

@@ -1,4 +1,4 @@
-"""The machine's tables of a program: instructions with addresses, strides and packed weights, and where threads wait."""
+"""A program as the machine reads it: addresses, strides, packed weights, and where threads wait."""
 
 import ctypes
 from collections.abc import Sequence
