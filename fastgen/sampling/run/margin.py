@@ -11,22 +11,27 @@ from fastgen.sampling.request import SampleRequest, tell
 # worst signs, so that little more is needed.
 MARGIN = 1.5
 SHIFT_MARGIN = 3.0  # times the greatest shift of a step between levels that was seen: these have both signs
-MOST_HELD = 8
+MOST_SHIFTS = 8  # distributions, options included, whose shift is remembered
 
 T = TypeVar("T")
 
 
 class Held(Generic[T]):
-    """A few values, each for an object: for itself, which is held, not for what it looks like or where it lies."""
+    """A few values, each for an object: for itself, which is held, not for what it looks like or where it lies.
 
-    def __init__(self) -> None:
+    Args:
+        most: how many; the one that was put longest ago goes.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
         self._pairs: list[tuple[object, T]] = []
 
     def get(self, key: object) -> T | None:
         return next((value for one, value in self._pairs if one is key), None)
 
     def put(self, key: object, value: T) -> None:
-        self._pairs = [pair for pair in self._pairs if pair[0] is not key][1 - MOST_HELD :] + [(key, value)]
+        self._pairs = [pair for pair in self._pairs if pair[0] is not key][1 - self.most :] + [(key, value)]
 
     def values(self) -> list[T]:
         return [value for _, value in self._pairs]
@@ -43,7 +48,7 @@ class Margin:
     def __init__(self) -> None:
         self.error: float | None = None
         self.scale = 0.0
-        self._shifts = Held[float]()  # of cumulative probabilities, by distribution
+        self._shifts = Held[float](MOST_SHIFTS)  # of cumulative probabilities, by distribution
 
     def measure(self, request: SampleRequest, params: Tensor, truth: Tensor, half: bool) -> float:
         """Notes the difference between the engine's output and the model's (n, ..., H, W), and returns the largest."""
