@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastgen import ops
 from fastgen.distributions import Categorical, Distribution
+from fastgen.models.networks import check_condition
 from fastgen.models.rebuildable import Rebuildable
 
 
@@ -37,7 +38,7 @@ class AutoregressiveModel(Rebuildable):
         self.levels = levels
         self.distribution = distribution
         self.n_classes = n_classes
-        self._sampler: Any = None
+        self._samplers: list[Any] = []  # at most one; a list, so that its coming is no change of the model's values
 
     def encode(self, x: Tensor) -> Tensor:
         """Integer levels (B, C, H, W) as floats in [-1, 1]; a float tensor is taken as encoded already.
@@ -53,13 +54,8 @@ class AutoregressiveModel(Rebuildable):
         return x.to(dtype) / (self.levels - 1) * 2 - 1
 
     def check_condition(self, condition: Tensor | None) -> None:
-        """Raises ValueError where a class is missing, or given to an unconditional model."""
-        if condition is None and self.n_classes is not None:
-            raise ValueError(
-                f"condition is missing: this model needs a class in 0..{self.n_classes - 1} for each image"
-            )
-        if condition is not None and self.n_classes is None:
-            raise ValueError("condition was given, but this model is unconditional (n_classes=None)")
+        """Raises ValueError or TypeError where a class is missing, wrong, or given to an unconditional model."""
+        check_condition(condition, self.n_classes)
 
     def log_prob(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Log-likelihood of integer levels x (B, C, H, W): (B,) nats."""
@@ -82,7 +78,9 @@ class AutoregressiveModel(Rebuildable):
         if self.training:
             raise ValueError("model is in training mode (dropout is on): call model.eval() before sampling")
         condition = options.get("condition")
+        if isinstance(condition, int):
+            condition = torch.tensor([condition])
         self.check_condition(condition)
-        if self._sampler is None:
-            self._sampler = accelerate(self, self.shape, distribution=self.distribution, condition=condition)
-        return self._sampler.sample(n, **options)
+        if not self._samplers:
+            self._samplers.append(accelerate(self, self.shape, distribution=self.distribution, condition=condition))
+        return self._samplers[0].sample(n, **options)

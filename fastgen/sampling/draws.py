@@ -29,9 +29,18 @@ def draw_channel(
 
     Returns:
         levels (n,) int64, and a bool scalar: the parameters of some row that was drawn, not kept, hold a NaN.
+
+    Raises:
+        TypeError: the distribution draws real numbers.
     """
     params = params.contiguous()  # sums are then taken in one order, whatever the layout of the model's output
-    levels = distribution.draw(params, noise, channel, previous).long()
+    levels = distribution.draw(params, noise, channel, previous)
+    if levels.is_floating_point() or levels.is_complex():
+        raise TypeError(
+            f"distribution.draw must return integer levels, got {levels.dtype} from {type(distribution).__name__}: "
+            "real values would be cut to integers (levels that are whole numbers: return them as int64)"
+        )
+    levels = levels.long()
     nan = params.isnan()
     if known is not None and known_mask is not None:
         levels = torch.where(known_mask, known, levels)

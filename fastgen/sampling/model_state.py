@@ -1,104 +1,186 @@
-"""A model is left as it was found (`unchanged`), and its changes since an analysis are noticed (`Snapshot`)."""
+"""A model is left as it was found (`unchanged`), and what has changed since an analysis is noticed (`ModelState`)."""
 
-from collections.abc import Collection, Iterator
-from typing import Any
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+Change = Literal["nothing", "values", "structure"]
+PLAIN = (bool, int, float, complex, str, type(None))
+CONTAINERS = (dict, list, set)
+_KEPT_BY_TORCH = frozenset(nn.Module().__dict__)
+_REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
 class unchanged:
-    """Restores what a forward pass writes into a model: running statistics, tensors and numbers kept as attributes.
+    """Puts back what forward passes write into a model: parameters (many public models mask their own weights),
+    buffers, tensors, numbers and containers kept as attributes. For instance a map as large as the first batch.
+
+    Args:
+        model: which model.
+        copies: of its tensors as they are now, by name, where there are some already.
 
     Attributes:
-        touched: names of the attributes that were written, "module.attribute", once it has been left.
+        attributes: names "module.attribute" of those that were written, once it has been left.
+        tensors: name -> what was left in a tensor that was written.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, copies: Mapping[str, Tensor] | None = None) -> None:
         self.model = model
-        self.touched: set[str] = set()
+        self.copies = copies or {}
+        self.attributes: set[str] = set()
+        self.tensors: dict[str, Tensor] = {}
 
     def __enter__(self) -> "unchanged":
-        self.buffers = [(buffer, buffer.detach().clone()) for buffer in self.model.buffers()]
-        self.attributes = [(name, module, _own(module)) for name, module in self.model.named_modules()]
+        self._before = [(path, module, _own(module)) for path, module in self.model.named_modules()]
+        self._held: list[tuple[Any, Any]] = []
+        for _, module, attributes in self._before:
+            registered = [module.__dict__.get(name) for name in _REGISTERED]
+            for one in (*registered, *attributes.values()):
+                if type(one) in CONTAINERS:
+                    self._held.append((one, one.copy()))
+        tensors = dict(_tensors(self.model))
+        self._tensors = {
+            name: (tensor, self.copies[name] if name in self.copies else tensor.detach().clone())
+            for name, tensor in tensors.items()
+        }
         return self
 
     def __exit__(self, *_: Any) -> None:
-        with torch.no_grad():
-            for buffer, before in self.buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
-        for path, module, attributes in self.attributes:
+        for path, module, attributes in self._before:
             for name in _own(module).keys() - attributes.keys():
                 del module.__dict__[name]
-                self.touched.add(f"{path}.{name}")
+                self.attributes.add(f"{path}.{name}")
             for name, value in attributes.items():
                 if module.__dict__.get(name) is not value:
                     module.__dict__[name] = value
-                    self.touched.add(f"{path}.{name}")
+                    self.attributes.add(f"{path}.{name}")
+        for container, before in self._held:
+            _refill(container, before)
+        names = [name for name, (tensor, before) in self._tensors.items() if tensor.shape == before.shape]
+        changed = _unequal([self._tensors[name] for name in names])
+        for name, differs in zip(names, changed, strict=True):
+            if differs:
+                tensor, before = self._tensors[name]
+                self.tensors[name] = tensor.detach().clone()
+                tensor.data.copy_(before)  # through `.data`: a graph that waits for its backward pass stays valid
+
+
+class ModelState:
+    """A copy of a model's parameters, buffers, modes, and of the tensors and numbers that its modules keep as plain
+    attributes. Values are compared, because a change through `.data` leaves neither version counter nor address behind.
+
+    What forward passes write themselves is no change: neither the attributes that they write, nor a tensor that holds
+    what they leave in it.
+
+    Args:
+        model: as it is found.
+        written: names of attributes that its forward passes are known to write.
+    """
+
+    def __init__(self, model: nn.Module, written: Collection[str] = ()) -> None:
+        self.model = model
+        self.written = set(written)
+        self._modules = _modules(model)
+        self._plain = _plain(model)
+        self._tensors = {name: tensor.detach().clone() for name, tensor in _tensors(model)}
+        self._left: dict[str, Tensor] = {}
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """The model's passes run inside, and it is left as `unchanged` leaves it. Entered while nothing has changed."""
+        passes = unchanged(self.model, self._tensors)
+        try:
+            with passes:
+                yield
+        finally:
+            self.written |= passes.attributes
+            self._left |= passes.tensors
+
+    def change(self) -> Change:
+        """ "values": nothing has changed but floating-point numbers, of which none became zero or ceased to be."""
+        before, now = (
+            {k: v for k, v in one.items() if k not in self.written} for one in (self._plain, _plain(self.model))
+        )
+        if before != now or self._modules != _modules(self.model):
+            return "structure"
+        old, new = (
+            {k: v for k, v in one.items() if k not in self.written}
+            for one in (self._tensors, dict(_tensors(self.model)))
+        )
+        if old.keys() != new.keys():
+            return "structure"
+        pairs = [(old[name], new[name]) for name in new]
+        if any((a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device) for a, b in pairs):
+            return "structure"
+        changed = [name for name, unequal in zip(new, _unequal(pairs), strict=True) if unequal]
+        left = self._left
+        changed = [
+            name
+            for name in changed
+            if name not in left or bool((_differs(old[name], new[name]) & _differs(left[name], new[name])).any())
+        ]
+        if not changed:
+            return "nothing"
+        same = all(new[name].is_floating_point() and torch.equal(old[name] == 0, new[name] == 0) for name in changed)
+        return "values" if same else "structure"
 
 
 def _own(module: nn.Module) -> dict[str, Any]:
     """Attributes of its own, without what `nn.Module` keeps its parameters, buffers, submodules and hooks in."""
-    return {name: value for name, value in module.__dict__.items() if name not in _KEPT}
+    return {name: value for name, value in module.__dict__.items() if name not in _KEPT_BY_TORCH}
 
 
-_KEPT = frozenset(nn.Module().__dict__)
+def _modules(model: nn.Module) -> list[tuple[str, type, bool]]:
+    return [(path, type(module), module.training) for path, module in model.named_modules()]
 
 
-PLAIN = (bool, int, float, complex, str, type(None))
-
-
-class Snapshot:
-    """A copy of a model's parameters, buffers, modes, and of the tensors and numbers that its modules keep as plain
-    attributes. Values are compared, because a change through `.data` leaves neither version counter nor address
-    behind.
-
-    Args:
-        ignored: "module.attribute" names that do not count, as the forward pass itself writes them.
-    """
-
-    def __init__(self, model: nn.Module, ignored: Collection[str] = ()) -> None:
-        self.ignored = frozenset(ignored)
-        self.modules = _modules(model, self.ignored)
-        self.tensors = {name: tensor.detach().clone() for name, tensor in _tensors(model, self.ignored)}
-
-    @torch.no_grad()
-    def differs(self, model: nn.Module) -> bool:
-        """Whether anything is not as it was: values, dtypes, devices, modules, training modes."""
-        tensors = dict(_tensors(model, self.ignored))
-        if self.modules != _modules(model, self.ignored) or self.tensors.keys() != tensors.keys():
-            return True
-        pairs = [(old, tensors[name]) for name, old in self.tensors.items()]
-        if any((old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device) for old, new in pairs):
-            return True
-        if not pairs:
-            return False
-        # One read for all tensors: on a GPU each would wait for the device.
-        same = torch.stack([(old == new).all().to(pairs[0][0].device) for old, new in pairs]).tolist()
-        unlike = [pair for pair, equal in zip(pairs, same, strict=True) if not equal]
-        return any(bool(((old != new) & ((old == old) | (new == new))).any()) for old, new in unlike)  # not NaN for NaN
-
-
-def _modules(model: nn.Module, ignored: Collection[str]) -> list[tuple[str, type, dict[str, Any]]]:
-    return [
-        (
-            path,
-            type(module),
-            {key: value for key, value in _attributes(path, module, ignored) if isinstance(value, PLAIN)},
-        )
+def _plain(model: nn.Module) -> dict[str, Any]:
+    return {
+        f"{path}.{name}": value
         for path, module in model.named_modules()
-    ]
+        for name, value in _own(module).items()
+        if isinstance(value, PLAIN)
+    }
 
 
-def _tensors(model: nn.Module, ignored: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-    for path, module in model.named_modules():
-        for key, value in _attributes(path, module, ignored):
-            if isinstance(value, Tensor):
-                yield f"{path}.{key} (attribute)", value
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, buffers, and tensors kept as attributes. Those that wait for their shape are none yet."""
+    named = itertools.chain(
+        model.named_parameters(remove_duplicate=False),
+        model.named_buffers(remove_duplicate=False),
+        ((f"{path}.{name}", value) for path, module in model.named_modules() for name, value in _own(module).items()),
+    )
+    return ((name, value) for name, value in named if isinstance(value, Tensor) and not is_lazy(value))
 
 
-def _attributes(path: str, module: nn.Module, ignored: Collection[str]) -> Iterator[tuple[str, Any]]:
-    return ((key, value) for key, value in module.__dict__.items() if f"{path}.{key}" not in ignored)
+def _differs(a: Tensor, b: Tensor) -> Tensor:
+    """Where; NaN does not differ from NaN."""
+    return (a != b) & ((a == a) | (b == b))
+
+
+def _unequal(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:
+    """Which pairs of tensors of one shape differ anywhere."""
+    if not pairs:
+        return []
+    # One read for all tensors: on a GPU each would wait for the device.
+    device = pairs[0][0].device
+    equal = torch.stack([(a == b).all().to(device) for a, b in pairs]).tolist()
+    return [not same and bool(_differs(*pair).any()) for same, pair in zip(equal, pairs, strict=True)]
+
+
+def _refill(container: Any, before: Any) -> None:
+    """Gives a dict, list or set what it held before."""
+    if isinstance(container, dict):
+        same = len(container) == len(before) and all(
+            name in container and container[name] is value for name, value in before.items()
+        )
+    else:
+        same = len(container) == len(before) and all(a is b for a, b in zip(container, before, strict=True))
+    if not same:
+        container.clear()
+        (container.extend if isinstance(container, list) else container.update)(before)

@@ -1,6 +1,8 @@
 """What `sample` asks for and what it gives: `SampleRequest`, `SampleResult`, checks, noise, conditions."""
 
 import operator
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -22,7 +24,8 @@ class SampleRequest:
         shape: (C, H, W).
         noise: (n, U, H, W) float32 uniforms in [0, 1).
         distribution: of a pixel, sampling options (temperature and so on) included.
-        known: (n, C, H, W) int64, 0 where not known, or None.
+        dtype: of the levels, int64, or a floating-point type where the model takes real values as they are.
+        known: (n, C, H, W) of that dtype, 0 where not known, or None.
         known_mask: (n, C, H, W) bool, True where the level is `known`; None with `known`.
         condition: the model's second argument, one row an image, or None.
         return_log_prob: whether the log-likelihoods are wanted.
@@ -38,6 +41,7 @@ class SampleRequest:
     condition: Any = None
     return_log_prob: bool = False
     progress: Callable[[int], Any] | None = None
+    dtype: torch.dtype = torch.long
 
     def of(self, rows: slice | Tensor) -> "SampleRequest":
         """The request for some of the images: a slice of them, or their numbers (m,)."""
@@ -74,13 +78,47 @@ class SampleResult:
     launches: int | None = None
 
 
+@dataclass
+class SampleStats:
+    """How the images of one `sample` were drawn.
+
+    Attributes:
+        backend: what drew them, after all fallbacks.
+        passes: whole passes of the model, of all batches together.
+        redrawn: images that such a pass found wrong, and that were drawn on from their first wrong place.
+        error: the largest difference seen between the engine's output and the model's; None where no pass was made.
+        launches: of kernels on a GPU, as far as they were counted; None elsewhere.
+        seconds: from call to return, an analysis of the model included.
+    """
+
+    backend: str
+    passes: int = 0
+    redrawn: int = 0
+    error: float | None = None
+    launches: int | None = None
+    seconds: float = 0.0
+
+    def add(self, part: SampleResult) -> None:
+        self.passes += part.passes
+        self.redrawn += part.redrawn
+        if part.error is not None:
+            self.error = max(part.error, self.error or 0.0)
+        if part.launches is not None:
+            self.launches = part.launches + (self.launches or 0)
+
+
+Draw = Callable[[Tensor, tuple[int | None, int, int]], Tensor]  # (params, place) -> levels, see `Sampler.decode`
+
+
 class Backend(Protocol):
     """A way to draw. All give the same images for the same noise.
 
     Attributes:
+        name: as `accelerate` takes it.
         most: images at once beyond which it gets no quicker, None where it is not known.
     """
 
+    name: str
     most: int | None
 
     @property
@@ -89,6 +127,14 @@ class Backend(Protocol):
         ...
 
     def run(self, request: SampleRequest) -> SampleResult: ...
+
+    def decode(self, draw: Draw, request: SampleRequest) -> tuple[Tensor, Tensor]:
+        """Levels from outside: what `Sampler.decode` and `Sampler.params` return. The request has no noise."""
+        ...
+
+    def takes_weights(self) -> bool:
+        """Takes over other numbers in the model, none of which became zero or ceased to be; False: it cannot."""
+        ...
 
     def explain(self) -> str: ...
 
@@ -125,6 +171,33 @@ def checked_distribution(distribution: Any, shape: tuple[int, int, int]) -> Dist
             f"distribution.noise_shape(2, {shape}) must be (2, U, {shape[1]}, {shape[2]}), got {noise_shape}"
         )
     return distribution
+
+
+def decoded_levels(drawn: Any, params: Tensor, channels: int | None, dtype: torch.dtype) -> Tensor:
+    """What the draw of `Sampler.decode` returned, as (n,), or (n, channels) where these come at once.
+
+    Raises:
+        TypeError: real numbers where integer levels are drawn.
+        ValueError: another shape.
+    """
+    levels = torch.as_tensor(drawn, device=params.device)
+    n = len(params)
+    expected: list[tuple[int, ...]] = [(n,)] if channels is None else [(n, channels)]
+    if channels == 1:
+        expected.append((n,))
+    if tuple(levels.shape) not in expected:
+        raise ValueError(f"draw must return levels of shape {expected[0]}, got {tuple(levels.shape)}")
+    if levels.is_floating_point() and not dtype.is_floating_point:
+        raise TypeError(f"draw must return integer levels, got {levels.dtype}: real values need dtype=torch.float32")
+    return levels.to(dtype).view(expected[0])
+
+
+def tell(message: str) -> None:
+    """Warns the first caller outside of this package."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fastgen."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def _broadcast(name: str, tensor: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -182,6 +255,19 @@ def checked_known(
             f"got {int(known.min())}..{int(known.max())}"
         )
     return known, known_mask
+
+
+def checked_levels(levels: Any, shape: tuple[int, int, int], count: int | None) -> Tensor:
+    """Images (n, *shape): integer levels 0..count-1, or real values."""
+    if not isinstance(levels, Tensor) or levels.is_complex() or levels.dtype == torch.bool:
+        got = levels.dtype if isinstance(levels, Tensor) else type(levels).__name__
+        raise TypeError(f"levels must be a tensor of integers or real numbers, got {got}")
+    if tuple(levels.shape[1:]) != shape:
+        raise ValueError(f"levels must have the shape (n, {', '.join(map(str, shape))}), got {tuple(levels.shape)}")
+    integers = not levels.is_floating_point()
+    if integers and count is not None and may_read_values(levels) and bool(((levels < 0) | (levels >= count)).any()):
+        raise ValueError(f"levels must be in 0..{count - 1}, got {int(levels.min())}..{int(levels.max())}")
+    return levels
 
 
 def uniforms(shape: tuple[int, ...], seed: int | torch.Generator | None, device: torch.device) -> Tensor:

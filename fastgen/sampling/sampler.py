@@ -1,9 +1,10 @@
-"""`accelerate` and the `Sampler` it returns: arguments, chunks, changed parameters; the drawing is the backends'."""
+"""`accelerate` and the `Sampler` it returns: arguments, batches, changed parameters; the drawing is the backends'."""
 
 import inspect
 import re
-import warnings
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,33 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen.distributions import Bernoulli, Distribution
-from fastgen.sampling.causality.drawing_order import drawing_order
-from fastgen.sampling.causality.report import Order
-from fastgen.sampling.draws import draw_image
-from fastgen.sampling.model_state import Snapshot, unchanged
+from fastgen.distributions import Distribution
+from fastgen.sampling.backends import Backends
+from fastgen.sampling.precision import ieee_float32
 from fastgen.sampling.request import (
     Backend,
+    Draw,
     SampleRequest,
     SampleResult,
+    SampleStats,
     check_noise,
     checked_count,
     checked_distribution,
     checked_known,
+    checked_levels,
     checked_shape,
-    example,
-    kind,
     levels_of,
     rows_for,
     tempered_distribution,
     uniforms,
 )
-from fastgen.sampling.run.engine import build_engine
-from fastgen.sampling.trace.graph import Unsupported
-from fastgen.sampling.whole_pass import FixedPoint, Naive, whole_pass
 
 BACKENDS = ("auto", "naive", "eager", "compiled", "cuda_graph", "persistent", "fixed_point")
-WHOLE_PASSES = ("naive", "fixed_point")
+VERIFY = ("auto", "always", "never")
+MOST_OPTIONS = 16  # combinations of temperature and so on, kept so that a backend meets the same objects again
 
 
 def accelerate(
@@ -48,6 +46,7 @@ def accelerate(
     encode: Callable[[Tensor], Tensor] | None = None,
     condition: Any = None,
     backend: str = "auto",
+    verify: str = "auto",
 ) -> "Sampler":
     """An exact sampler of any causal model that computes every activation of the network once an image.
 
@@ -64,16 +63,30 @@ def accelerate(
         backend: "auto", or how to run: "naive" (a whole forward pass a draw), "fixed_point" (whole passes until
             nothing changes), or the schedule that computes each activation once, "eager", "compiled", "cuda_graph" or
             "persistent". All give the same images for the same noise.
+        verify: when a whole pass of the model over the finished batch makes sure of the images of such a schedule,
+            which sums in another order than the model. "always": once a batch at least, and again until no draw
+            differs: the images of "naive", guaranteed. "auto": where an error of 1.5 times the largest that was seen
+            so far could have changed a draw (the first batch always); a measured margin, which `explain` states. A
+            model that computes in half precision has no such truth (two of its own passes may differ), and is
+            drawn of the schedule's output without a pass. "never": no whole pass.
 
     Raises:
         fastgen.NotCausalError: a parameter depends on a pixel that is drawn later.
         TypeError, ValueError: an argument is wrong, or the model's output does not fit the distribution.
     """
-    return Sampler(model, shape, distribution, encode, condition, backend)
+    return Sampler(model, shape, distribution, encode, condition, backend, verify)
 
 
 class Sampler:
-    """Draws images of one model; made by `fastgen.accelerate`, where the arguments are explained."""
+    """Draws images of one model; made by `fastgen.accelerate`, where the arguments are explained.
+
+    Several threads may use it, and several samplers one model: calls take turns. The model is left as it was found,
+    also what its forward pass keeps of its first batch. Copies and pickles leave out what the next call makes again.
+
+    Attributes:
+        stats: of the latest `sample`, a `SampleStats` (backend, passes, redrawn, error, launches, seconds) of its own
+            for each call; None before the first.
+    """
 
     def __init__(
         self,
@@ -83,11 +96,13 @@ class Sampler:
         encode: Callable[[Tensor], Tensor] | None,
         condition: Any,
         backend: str,
+        verify: str,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+        for name, value, known in (("backend", backend, BACKENDS), ("verify", verify, VERIFY)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {known}, got {value!r}")
         self.model = model
         self.shape = checked_shape(shape)
         self.distribution = checked_distribution(distribution, self.shape)
@@ -97,25 +112,22 @@ class Sampler:
             )
         if encode is not None and not callable(encode):
             raise TypeError(f"encode must be callable, got {type(encode).__name__}")
-        self.custom_encode = encode
         self.condition = condition
-        self.backend = backend
-        self._engine: Backend | None = None
-        self._snapshot: Snapshot | None = None
-        self._remark: str | None = None
-        self._built_for: Any = None
-        self._waits = ""
+        self.stats: SampleStats | None = None
+        self._options: dict[Any, Distribution] = {}
+        self._backends = Backends(model, self.shape, distribution, encode, backend, verify)
+        self._waits = "not analysed since it was copied"
         self._most: int | None = None
-        self._volatile: set[str] = set()  # attributes that the forward pass writes
-        try:
-            params = self._blank_pass(condition)
-        except Exception as error:
-            # A model that wants a condition fails without one, and is analysed when there is one.
-            if condition is not None or not _wants_condition(model, error):
-                raise
-            self._waits = f"not analysed yet, the model fails without a condition: {error}"
-        else:
-            self._engine = self._build(params, condition)
+        with _turn():
+            try:
+                blank = self._backends.blank_pass(condition)
+            except Exception as error:
+                # A model that wants a condition fails without one, and is analysed when there is one.
+                if condition is not None or not _wants_condition(model, error):
+                    raise
+                self._waits = f"not analysed yet, the model fails without a condition: {error}"
+            else:
+                self._backends.get(condition, blank=blank)
 
     def noise_shape(self, n: int) -> tuple[int, ...]:
         """The shape of `noise` for n images, (n, U, H, W)."""
@@ -127,18 +139,17 @@ class Sampler:
 
         Raises RuntimeError where the model needs a condition and has not been given one yet.
         """
-        if self._engine is None:
+        if not self._backends.made:
             raise RuntimeError(self._waits)
-        return self._engine.work_ratio
+        return self._backends.made[-1].backend.work_ratio
 
     def explain(self) -> str:
-        """What runs and why, as text for people."""
-        lines = [f"{type(self.model).__name__}, images {self.shape}, {self.distribution}", f"backend: {self.backend}"]
-        if self._remark is not None:
-            lines.append(self._remark)
-        return "\n".join([*lines, self._waits if self._engine is None else self._engine.explain()])
+        """What runs and why, and what is guaranteed or measured of the images, as text for people."""
+        lines = [f"{type(self.model).__name__}, images {self.shape}, {self.distribution}"]
+        lines.append(f"backend: {self._backends.choice}")
+        with _turn():
+            return "\n".join([*lines, self._backends.explain() or self._waits])
 
-    @torch.no_grad()
     def sample(
         self,
         n: int,
@@ -182,11 +193,11 @@ class Sampler:
             TypeError, ValueError: an argument is wrong.
             FloatingPointError: the model's output at a draw was NaN.
         """
+        start = time.perf_counter()
         n = checked_count("n", n, 0)
         if batch_size is not None:
             batch_size = checked_count("batch_size", batch_size, 1)
-        device = self._device()
-        distribution = tempered_distribution(self.distribution, temperature, top_k, top_p)
+        device = self._backends.device
         if noise is None:
             noise = uniforms(self.noise_shape(n), seed, device)
         elif seed is not None:
@@ -194,36 +205,106 @@ class Sampler:
         else:
             check_noise(noise, self.noise_shape(n))
         known, known_mask = checked_known(known, known_mask, (n, *self.shape), levels_of(self.distribution), device)
-        if condition is None:
-            condition = self.condition
-        if n == 0:
-            nothing = torch.empty((0, *self.shape), dtype=torch.long, device=device)
-            return (nothing, torch.empty(0, dtype=torch.float64, device=device)) if return_log_prob else nothing
-        condition = rows_for(condition, n, device)
-        engine = self._engine
-        if engine is None or self._is_stale(condition):
-            self._engine = None  # its memory is free before the next is made
-            self._engine = engine = self._build(self._blank_pass(condition), condition)
-        whole = SampleRequest(
-            n, self.shape, noise.to(device), distribution, known, known_mask, condition, return_log_prob
-        )
-        parts = self._run(engine, whole, batch_size, progress)
-        levels = torch.cat([part.levels for part in parts])
+        condition = self._condition(condition, n)
+        with _turn():
+            distribution = self._tempered(temperature, top_k, top_p)
+            if n == 0:
+                self.stats = SampleStats(self._backends.made[-1].backend.name if self._backends.made else "none")
+                nothing = torch.empty((0, *self.shape), dtype=torch.long, device=device)
+                return (nothing, torch.empty(0, dtype=torch.float64, device=device)) if return_log_prob else nothing
+            backend = self._backends.get(condition)
+            whole = SampleRequest(
+                n, self.shape, noise.to(device), distribution, known, known_mask, condition, return_log_prob
+            )
+            self.stats = stats = SampleStats(backend.name)
+            parts = self._run(backend, whole, batch_size, progress)
+            for part in parts:
+                stats.add(part)
+            levels = torch.cat([part.levels for part in parts])
+            stats.seconds = time.perf_counter() - start
         if not return_log_prob:
             return levels
         return levels, torch.cat([part.log_prob for part in parts if part.log_prob is not None])
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave out what is made again at the next `sample`."""
-        made = {"_engine": None, "_snapshot": None, "_built_for": None, "_waits": "not analysed since it was copied"}
-        return self.__dict__ | made
+    def decode(self, draw: Draw, n: int, *, condition: Any = None, dtype: torch.dtype = torch.long) -> Tensor:
+        """Fills n images with levels that come from outside, for instance from an entropy decoder.
 
-    def _run(self, engine: Backend, whole: SampleRequest, batch_size: int | None, progress: bool) -> list[SampleResult]:
+        Each place is asked for once, in the drawing order, and sees what was given for all before it. A schedule
+        (every backend but "naive" and "fixed_point") makes no whole pass of the model.
+
+        Args:
+            draw: draw(params, place) -> the levels there, (n,), or (n, C) where all channels of a pixel come at once
+                (for C = 1 either). params (n, ...) is the model's output at the pixel; place is (channel, row,
+                column), and the channel None where all come at once.
+            n: number of images.
+            condition: as in `sample`.
+            dtype: of the levels. A floating-point type gives the model real values as they are, without `encode`.
+
+        Returns:
+            What was drawn, (n, C, H, W) of that dtype.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong, or what `draw` returned.
+        """
+        n = checked_count("n", n, 0)
+        if not callable(draw):
+            raise TypeError(f"draw must be callable, got {type(draw).__name__}")
+        if not isinstance(dtype, torch.dtype) or dtype.is_complex or dtype == torch.bool:
+            raise TypeError(f"dtype must be an integer or a floating-point type, got {dtype!r}")
+        return self._decode(draw, n, condition, dtype)[0]
+
+    def params(self, levels: Tensor, *, condition: Any = None) -> Tensor:
+        """The model's output for given images as `decode` sees it: bit for bit, on the same machine, by the same
+        backend, for the same number of images.
+
+        Args:
+            levels: (n, C, H, W), integer levels, or real values as they are.
+            condition: as in `sample`.
+
+        Returns:
+            (n, ..., H, W)
+        """
+        levels = checked_levels(levels, self.shape, levels_of(self.distribution))
+
+        def draw(params: Tensor, place: tuple[int | None, int, int]) -> Tensor:
+            channel, i, j = place
+            return levels[:, slice(None) if channel is None else channel, i, j]
+
+        return self._decode(draw, len(levels), condition, levels.dtype)[1]
+
+    def _decode(self, draw: Draw, n: int, condition: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        condition = self._condition(condition, max(n, 1))
+        held = dtype if dtype.is_floating_point else torch.long
+        with _turn():
+            backend = self._backends.get(condition, held)
+            blank = torch.empty((max(n, 1), 0, *self.shape[1:]), device=self._backends.device)
+            request = SampleRequest(len(blank), self.shape, blank, self.distribution, condition=condition, dtype=held)
+            zeros = torch.zeros(1, self.shape[0], dtype=held)  # one image tells the shapes of none
+            asked = draw if n else lambda _, place: zeros if place[0] is None else zeros[:, 0]
+            with self._backends.kept():
+                levels, params = backend.decode(asked, request)
+        return levels[:n].to(dtype), params[:n]
+
+    def _condition(self, condition: Any, n: int) -> Any:
+        return rows_for(self.condition if condition is None else condition, n, self._backends.device)
+
+    def _tempered(self, temperature: float, top_k: int | None, top_p: float | None) -> Distribution:
+        key = (temperature, top_k, top_p)
+        if key not in self._options:
+            found = tempered_distribution(self.distribution, *key)
+            if len(self._options) >= MOST_OPTIONS:
+                self._options.pop(next(iter(self._options)))
+            self._options[key] = found
+        return self._options[key]
+
+    def _run(
+        self, backend: Backend, whole: SampleRequest, batch_size: int | None, progress: bool
+    ) -> list[SampleResult]:
         from tqdm.auto import tqdm
 
         draws = self.shape[0] * self.shape[1] * self.shape[2]
         parts: list[SampleResult] = []
-        start, most = 0, min(size for size in (whole.n, batch_size, self._most, engine.most) if size is not None)
+        start, most = 0, min(size for size in (whole.n, batch_size, self._most, backend.most) if size is not None)
         most = -(-whole.n // -(-whole.n // most))  # parts of about one size
         with tqdm(total=whole.n * draws, unit="draw", disable=not progress) as bar:
 
@@ -234,7 +315,8 @@ class Sampler:
                 stop = min(start + most, whole.n)
                 size = stop - start
                 try:
-                    part = engine.run(replace(whole.of(slice(start, stop)), progress=partial(advance, size)))
+                    with self._backends.kept():
+                        part = backend.run(replace(whole.of(slice(start, stop)), progress=partial(advance, size)))
                 except RuntimeError as error:
                     if size == 1 or not _is_out_of_memory(error):
                         raise
@@ -250,66 +332,12 @@ class Sampler:
                 torch.cuda.empty_cache()
         return parts
 
-    def _blank_pass(self, condition: Any) -> Tensor:
-        """The model's output for two blank images. Whatever does not fit together fails here, with a plain error."""
-        device = self._device()
-        levels = torch.zeros((2, *self.shape), dtype=torch.long, device=device)
-        with torch.no_grad(), unchanged(self.model) as state:
-            params = whole_pass(self.model, self._encode(), levels, example(condition, device))
-        self._volatile |= state.touched
-        return params
 
-    def _is_stale(self, condition: Any) -> bool:
-        """Whether the engine was made for another state of the model, or another kind of condition."""
-        return self._snapshot is None or self._built_for != kind(condition) or self._snapshot.differs(self.model)
-
-    def _build(self, params: Tensor, condition: Any) -> Backend:
-        """Makes the engine, and remembers what it is made for. `params` is the output of `_blank_pass`."""
-        check_params = getattr(self.distribution, "check_params", None)
-        if check_params is not None:
-            check_params(params[..., 0, 0], self.shape[0])
-        blank = torch.zeros(self.noise_shape(2), device=params.device)
-        draw_image(SampleRequest(2, self.shape, blank, self.distribution), params)
-        encode, condition = self._encode(), example(condition, self._device())
-        engine = self._make(encode, condition)
-        self._snapshot, self._built_for = Snapshot(self.model, self._volatile), kind(condition)
-        return engine
-
-    def _make(self, encode: Callable[[Tensor], Tensor], condition: Any) -> Backend:
-        given = (self.model, self.shape, self.distribution, encode, condition)
-        order: Order | None = None
-        self._remark = None
-        try:
-            if self.backend not in WHOLE_PASSES:
-                return build_engine(*given, self.backend)
-            order = drawing_order(*given, levels_of(self.distribution) or 2)
-        except Unsupported as reason:
-            if self.backend in WHOLE_PASSES:
-                self._remark = f"taken as causal, which could not be checked: {reason}"
-            else:
-                self._remark = f"fallback: fixed_point, because {reason}"
-                warnings.warn(f"sampling falls back to the fixed_point backend: {reason}", stacklevel=5)
-        if self.backend == "naive":
-            return Naive(self.model, self.shape, encode, order)
-        return FixedPoint(self.model, self.shape, encode)
-
-    def _device(self) -> torch.device:
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
-            return tensor.device
-        return torch.device("cpu")
-
-    def _encode(self) -> Callable[[Tensor], Tensor]:
-        if self.custom_encode is not None:
-            return self.custom_encode
-        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-        levels = None if isinstance(self.distribution, Bernoulli) else levels_of(self.distribution)
-        return partial(_encode_levels, levels=levels, dtype=dtype)
-
-
-def _encode_levels(x: Tensor, levels: int | None, dtype: torch.dtype) -> Tensor:
-    """Levels as floats: in [-1, 1], or as they are where `levels` is None."""
-    x = x.to(dtype)
-    return x if levels is None else x / (levels - 1) * 2 - 1
+@contextmanager
+def _turn() -> Iterator[None]:
+    """One thread at a time, float32 as it is, and no trace of autograd: memory outlives a caller's inference mode."""
+    with ieee_float32(), torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.sampling.draws import draw_channel, draw_image, image_log_prob
-from fastgen.sampling.request import SampleRequest, SampleResult, rows_for
+from fastgen.sampling.request import Draw, SampleRequest, SampleResult, decoded_levels, rows_for
 
 
 class Naive:
@@ -21,6 +21,7 @@ class Naive:
             order, all channels of a pixel before the next.
     """
 
+    name = "naive"
     most: int | None = None
 
     def __init__(
@@ -41,9 +42,23 @@ class Naive:
         return float(len(self.order))
 
     def explain(self) -> str:
-        return f"one whole forward pass for each of the {len(self.order)} draws of an image"
+        return f"one whole forward pass for each of the {len(self.order)} draws of an image: the definition"
 
-    @torch.no_grad()
+    def takes_weights(self) -> bool:
+        return False  # the order of the draws may have come from changes of the input
+
+    def decode(self, draw: Draw, request: SampleRequest) -> tuple[Tensor, Tensor]:
+        levels = first_levels(request)
+        found: Tensor | None = None
+        for channel, i, j in self.order:
+            params = whole_pass(self.model, self.encode, levels, request.condition)
+            found = torch.empty_like(params) if found is None else found
+            found[..., i, j] = params[..., i, j]
+            drawn = draw(params[..., i, j].clone(), (channel, i, j))
+            levels[:, channel, i, j] = decoded_levels(drawn, params, 1, request.dtype)[:, 0]
+        assert found is not None
+        return levels, found
+
     def run(self, request: SampleRequest) -> SampleResult:
         levels = first_levels(request)
         bad = torch.zeros((), dtype=torch.bool, device=levels.device)
@@ -84,7 +99,7 @@ class Naive:
 
 def first_levels(request: SampleRequest) -> Tensor:
     """Images (n, C, H, W) before the first draw: the known levels, and level 0 elsewhere."""
-    levels = torch.zeros((request.n, *request.shape), dtype=torch.long, device=request.noise.device)
+    levels = torch.zeros((request.n, *request.shape), dtype=request.dtype, device=request.noise.device)
     if request.known is not None and request.known_mask is not None:
         # Copied, so that the strides of `known` do not choose another convolution, which would round otherwise.
         levels.copy_(request.known.masked_fill(~request.known_mask, 0))
@@ -128,13 +143,22 @@ class FixedPoint:
         model: called as model(encode(levels)[, condition]), as it is.
         shape: (C, H, W).
         encode: levels (n, C, H, W) int64 -> the model's input.
+        order: in which `decode` asks, as in `Naive`.
     """
 
+    name = "fixed_point"
     most: int | None = None
 
-    def __init__(self, model: nn.Module, shape: tuple[int, int, int], encode: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: tuple[int, int, int],
+        encode: Callable[[Tensor], Tensor],
+        order: Sequence[tuple[int, int, int]] | None = None,
+    ) -> None:
         self.model = model
         self.encode = encode
+        self.naive = Naive(model, shape, encode, order)
         self.draws = shape[0] * shape[1] * shape[2]
         self.passes: int | None = None
 
@@ -147,7 +171,12 @@ class FixedPoint:
         last = "" if self.passes is None else f"; {self.passes} for the last batch"
         return f"whole forward passes until the image no longer changes, {self.draws + 1} at most{last}"
 
-    @torch.no_grad()
+    def takes_weights(self) -> bool:
+        return False
+
+    def decode(self, draw: Draw, request: SampleRequest) -> tuple[Tensor, Tensor]:
+        return self.naive.decode(draw, request)
+
     def run(self, request: SampleRequest) -> SampleResult:
         """Raises RuntimeError where the images do not settle, so that the model cannot be causal."""
         levels = first_levels(request)

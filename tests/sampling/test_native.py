@@ -8,11 +8,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fastgen import accelerate
 from fastgen.models import GatedPixelCNN, PixelCNN
 from fastgen.sampling.machine.cpu.build import NoMachine, machine
 from fastgen.sampling.machine.cpu.encode import Part, Side, Unknown, collapsed, constant_view, translate
 from fastgen.sampling.machine.cpu.link import Linker, waits
+from fastgen.sampling.plan.plan import make_plan
 from fastgen.sampling.plan.program import Instruction, Linear, Memory, View, scratch
 from fastgen.sampling.rules.kernels import Slab
 from fastgen.sampling.run import cpu_player
@@ -233,7 +233,7 @@ def touched(side, sizes, strides, share, depth, block):
 def test_no_thread_touches_what_another_one_writes(build, threads):
     """Every pair of parts between two waits, place by place."""
     model = build((1, 4, 5), 4, channels=64, layers=2).eval()
-    plan = accelerate(model, model.shape, distribution=model.distribution, backend="compiled")._engine.plan
+    plan = make_plan(model, model.shape, model.distribution, model.encode, None, model.levels)
     block = Run(plan, N, torch.device("cpu")).block
     pairs = 0
     for program in plan.programs:

@@ -1,17 +1,17 @@
 """Single operations between masked layers: the engine takes them, and ready times say when their results are known."""
 
 import math
-import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastgen import Categorical, accelerate
+from fastgen import Categorical
 from fastgen.sampling.causality.ready_times import ready_times
 from fastgen.sampling.causality.report import places_of, raster
 from fastgen.sampling.trace.recorder import trace
+from tests.sampling.exactness import assert_exact, pair
 from tests.sampling.zoo_case import DataMask
 
 SHAPE, DISTRIBUTION, N = (1, 4, 4), Categorical(4, "B(KC)HW"), 3
@@ -141,18 +141,12 @@ class Between(nn.Module):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_engine_takes_it(name):
-    model = Between(OPERATIONS[name]).eval()
-    plain = accelerate(model, SHAPE, distribution=DISTRIBUTION, backend="naive")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # no fallback
-        sampler = accelerate(model, SHAPE, distribution=DISTRIBUTION, backend="eager")
-        for seed in range(2):
-            noise = torch.rand(sampler.noise_shape(N), generator=torch.Generator().manual_seed(seed))
-            assert torch.equal(sampler.sample(N, noise=noise), plain.sample(N, noise=noise))
-        known = {"known": torch.randint(4, SHAPE), "known_mask": torch.arange(4).view(4, 1).expand(4, 4) < 2}
-        assert torch.equal(sampler.sample(N, noise=noise, **known), plain.sample(N, noise=noise, **known))
-    assert sampler._engine.error < 2e-5  # the pass that makes sure of the images hides nothing
-    assert sampler.work_ratio <= 1.05
+    fast, naive = pair(Between(OPERATIONS[name]).eval(), SHAPE, distribution=DISTRIBUTION)
+    for seed in range(2):
+        assert_exact(fast, naive, N, seed=seed)
+    known = {"known": torch.randint(4, SHAPE), "known_mask": torch.arange(4).view(4, 1).expand(4, 4) < 2}
+    assert_exact(fast, naive, N, seed=1, **known)
+    assert fast.work_ratio <= 1.05
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -1,13 +1,11 @@
 """Memory for rows that are still to be read: no larger for a higher image, and never missed."""
 
-import warnings
-from dataclasses import replace
-
 import pytest
 import torch
 
-from fastgen import accelerate
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelCNNPP
+from fastgen.sampling.plan.plan import make_plan
+from tests.sampling.exactness import assert_exact, pair
 
 BUILDS = {
     "plain": lambda height: PixelCNN((1, height, 5), 3, channels=6, layers=2),
@@ -17,19 +15,29 @@ BUILDS = {
 }
 
 
-def samplers(name, height, *backends):
+def lively(name, height):
     torch.manual_seed(0)
     model = BUILDS[name](height).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(2)
-    return [accelerate(model, model.shape, distribution=model.distribution, backend=one) for one in backends]
+    return model
+
+
+def both(name, height, backend):
+    model = lively(name, height)
+    return pair(model, model.shape, backend, distribution=model.distribution)
+
+
+def plan_of(name, height):
+    model = lively(name, height)
+    return make_plan(model, model.shape, model.distribution, model.encode, None, model.levels)
 
 
 @pytest.mark.parametrize("name", BUILDS)
 def test_a_higher_image_takes_more_memory_for_its_levels_and_output_alone(name):
-    low, high = (samplers(name, height, "eager")[0]._engine.plan for height in (16, 24))
+    low, high = (plan_of(name, height) for height in (16, 24))
     assert len(low.rings) == len(high.rings) > 3
     assert sorted(ring.numel for ring in low.rings.values()) == sorted(ring.numel for ring in high.rings.values())
     whole = [
@@ -45,41 +53,17 @@ def test_a_higher_image_takes_more_memory_for_its_levels_and_output_alone(name):
 @pytest.mark.parametrize("name", BUILDS)
 @pytest.mark.parametrize("backend", ["eager", "compiled"])
 def test_rows_move_and_nothing_is_missed(name, backend):
-    fast, naive = samplers(name, 12, backend, "naive")
-    assert torch.equal(fast.sample(2, seed=1), naive.sample(2, seed=1))
-    assert fast._engine.error < 1e-5
-    assert torch.equal(fast.sample(2, seed=2), naive.sample(2, seed=2))  # a second image begins anew
+    fast, naive = both(name, 12, backend)
+    for seed in range(2):  # a second image begins anew
+        assert_exact(fast, naive, 2, error=1e-5, seed=seed)
 
 
 @pytest.mark.parametrize("name", ["plain, colours", "gated"])
 @pytest.mark.parametrize("rows", [1, 7])
 def test_known_rows_fill_what_is_left_of_them(name, rows):
-    fast, naive = samplers(name, 12, "eager", "naive")
-    fast.sample(2, seed=1)
+    fast, naive = both(name, 12, "eager")
     mask = torch.zeros(fast.shape, dtype=torch.bool)
     mask[:, :rows] = True
     mask[:, rows, 1] = True
     arguments = {"seed": 3, "known": torch.randint(3, (2, *fast.shape)), "known_mask": mask}
-    assert torch.equal(fast.sample(2, **arguments), naive.sample(2, **arguments))
-    assert fast._engine.error < 1e-5
-
-
-def test_what_a_wrong_draw_changed_is_drawn_again():
-    """An engine that is off by a hundredth is put right by the model's own passes."""
-    fast, naive = samplers("plain", 12, "eager", "naive")
-    engine = fast._engine
-    assert engine.plan.rings
-    for program in engine.plan.programs:
-        for instruction in program.instructions:
-            for one in instruction.args:
-                if isinstance(one, torch.Tensor) and one.dim() == 2:
-                    one += 1e-2 * torch.randn_like(one)
-    passes, done = [], []
-    run = engine.run
-    engine.run = lambda job: passes.append((drawn := run(replace(job, progress=done.append))).passes) or drawn
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for seed in range(4):
-            assert torch.equal(fast.sample(3, seed=seed), naive.sample(3, seed=seed))
-    assert max(passes) > 1 and "more than rounding" in str(caught[0].message)
-    assert sum(done) == 4 * 12 * 5  # of what is drawn again nothing is counted twice
+    assert_exact(fast, naive, 2, error=1e-5, **arguments)

@@ -22,13 +22,13 @@ def engines(monkeypatch):
     """A stand-in for the engine, which counts what is built and refuses for the reason `refused`."""
     state = types.SimpleNamespace(built=[], refused=None)
 
-    def build_engine(model, shape, distribution, encode, condition_example, backend):
+    def build_engine(model, shape, distribution, encode, condition_example, dtype, backend, verify):
         if state.refused is not None:
             raise Unsupported(state.refused)
         state.built.append(condition_example)
         return FixedPoint(model, shape, encode)
 
-    monkeypatch.setattr("fastgen.sampling.sampler.build_engine", build_engine)
+    monkeypatch.setattr("fastgen.sampling.backends.build_engine", build_engine)
     return state
 
 
@@ -97,7 +97,12 @@ def test_another_kind_of_condition_is_analysed_again(engines):
     sampler.sample(2, condition=torch.zeros(2, 4))
     assert len(engines.built) == 3
     sampler.sample(2)
-    assert len(engines.built) == 4
+    sampler.sample(2, condition=torch.ones(1, 1))
+    assert len(engines.built) == 3  # those made before still serve
+    for width in range(5, 9):
+        sampler.sample(2, condition=torch.zeros(2, width))
+    sampler.sample(2)
+    assert len(engines.built) == 3 + 4 + 1  # a few of them, the oldest gone
 
 
 def test_what_the_engine_cannot_take_falls_back_with_a_warning(engines):

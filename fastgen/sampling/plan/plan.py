@@ -116,7 +116,7 @@ def make_plan(
     distribution: Distribution,
     encode: Callable[[Tensor], Tensor],
     condition: Any,
-    levels: int,
+    levels: int | torch.dtype,
 ) -> Plan:
     """Raises NotCausalError, or Unsupported where the engine cannot take the model."""
     found: Ordered = ordered(Network(model, shape, encode, condition, levels), distribution)

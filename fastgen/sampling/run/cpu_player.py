@@ -94,7 +94,7 @@ class CPUPlayer(TorchPlayer):
 
     def play(self, request: SampleRequest, first: int) -> Tensor | None:
         """Draws all places from number `first` on; whether a parameter was NaN. None: the machine cannot draw these."""
-        if not knows(request, self.params()):
+        if not knows(request, self.params(), self.levels):
             return None
         plan, count = self.plan, len(self.plan.order)
         draws = Draws(request, self.params(), self.levels, plan.order, plan.whole_pixels)

@@ -9,60 +9,73 @@ from torch import Tensor
 
 from fastgen.sampling.request import SampleRequest
 from fastgen.sampling.run.draw_loop import draw_place
+from fastgen.sampling.run.margin import Held
 from fastgen.sampling.run.torch_player import TorchPlayer
+
+MOST_CAPTURED = 3  # distributions, options included, whose graphs are kept: hundreds of megabytes each
+Graphs = dict[int, torch.cuda.CUDAGraph]  # by the number of the first place
 
 
 class CudaGraphPlayer(TorchPlayer):
-    """A `Run` whose draws and steps are captured the second time that they are asked for, and replayed then.
+    """A player whose draws and steps are captured the second time that they are asked for, and replayed then.
 
     What differs from batch to batch is copied to fixed places: noise, known levels. The first batch runs eagerly,
-    which also warms up what may not be initialized during a capture.
+    which also warms up what may not be initialized during a capture. All graphs share one pool of memory, which is
+    safe as they run one after another and leave nothing in it.
     """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._captured: dict[Any, dict[int, torch.cuda.CUDAGraph]] = {}
-        self._request: SampleRequest | None = None
+        self._captured = Held[dict[bool, Graphs]](MOST_CAPTURED)  # by distribution; then whether levels are known
+        self._fixed: SampleRequest | None = None
         self._bad = torch.zeros((), dtype=torch.bool, device=self.device)
+        with torch.cuda.device(self.device):  # the default stream of captures is that of whichever device came first
+            self._stream, self._pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
 
     def play(self, request: SampleRequest, first: int) -> Tensor | None:
-        key = (repr(request.distribution), request.known is None)
-        if key not in self._captured:
-            self._captured[key] = {}
+        by_known = self._captured.get(request.distribution) or {}
+        self._captured.put(request.distribution, by_known)
+        known = request.known is not None
+        if known not in by_known:
+            by_known[known] = {}
             return None
-        fixed = self._held(request)
-        self._bad.zero_()
-        graphs = self._captured[key]
-        for start, stop in self._rows(first):
-            if start not in graphs and start >= first:
-                graphs[start] = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graphs[start]):
-                    for place in range(start, stop):
+        draws = request.shape[0] if self.plan.whole_pixels else 1
+        with torch.cuda.device(self.device):
+            fixed = self._held(request)
+            self._bad.zero_()
+            for start, stop in self._rows(first):
+                if start >= first:
+                    graph = by_known[known].get(start) or self._capture(by_known[known], fixed, start, stop)
+                    graph.replay()
+                else:  # known levels end in the middle of a row
+                    for place in range(first, stop):
                         draw_place(self, fixed, place, self._bad)
-            if start >= first:
-                graphs[start].replay()
-            else:  # known levels may end in the middle of a row
-                for place in range(first, stop):
-                    draw_place(self, fixed, place, self._bad)
-            if request.progress is not None:
-                request.progress((stop - max(start, first)) * (request.shape[0] if self.plan.whole_pixels else 1))
-        return self._bad.clone()
+                if request.progress is not None:
+                    request.progress((stop - max(start, first)) * draws)
+            return self._bad.clone()
+
+    def _capture(self, graphs: Graphs, fixed: SampleRequest, start: int, stop: int) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            for place in range(start, stop):
+                draw_place(self, fixed, place, self._bad)
+        graphs[start] = graph
+        return graph
 
     def _held(self, request: SampleRequest) -> SampleRequest:
         """The request with its noise and known levels copied to where the graphs read them."""
-        if self._request is None:
-            zeros = torch.zeros((self.n, *request.shape), dtype=torch.long, device=self.device)
-            self._request = replace(
-                request, noise=torch.empty_like(request.noise), known=zeros, known_mask=zeros.bool(), progress=None
-            )
-        held = self._request
-        held.noise.copy_(request.noise)
-        if request.known is None or held.known is None or held.known_mask is None:
-            return replace(held, distribution=request.distribution, known=None, known_mask=None)
-        held.known.copy_(request.known)
-        assert request.known_mask is not None
-        held.known_mask.copy_(request.known_mask)
-        return replace(held, distribution=request.distribution)
+        if self._fixed is None:
+            known = torch.zeros((self.n, *request.shape), dtype=request.dtype, device=self.device)
+            noise = torch.empty_like(request.noise, memory_format=torch.contiguous_format)
+            self._fixed = replace(request, noise=noise, known=known, known_mask=known.bool(), progress=None)
+        fixed = replace(self._fixed, distribution=request.distribution)
+        fixed.noise.copy_(request.noise)
+        if request.known is None or request.known_mask is None:
+            return replace(fixed, known=None, known_mask=None)
+        assert fixed.known is not None and fixed.known_mask is not None
+        fixed.known.copy_(request.known)
+        fixed.known_mask.copy_(request.known_mask)
+        return fixed
 
     def _rows(self, first: int) -> Iterator[tuple[int, int]]:
         """Pieces of the drawing order, those before `first` left out."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastgen.sampling.draws import draw_channel
 from fastgen.sampling.plan.plan import Plan
-from fastgen.sampling.request import SampleRequest
+from fastgen.sampling.request import Draw, SampleRequest, decoded_levels
 
 
 class Player(Protocol):
@@ -107,6 +107,21 @@ def draw_place(player: Player, request: SampleRequest, place: int, bad: Tensor) 
         player.levels[:, channel, i, j] = drawn
         bad |= nan
     player.step(place)
+
+
+def decode_batch(player: Player, draw: Draw, request: SampleRequest) -> None:
+    """Fills all images with levels that `draw` gives, as `Sampler.decode` says; they stay in `player.levels`."""
+    player.begin(request)
+    channels = request.shape[0]
+    together = channels if player.plan.whole_pixels else None
+    for place, (c, i, j) in enumerate(player.plan.order):
+        params = player.params()[..., i, j].clone()  # the caller may keep them
+        drawn = draw(params, (None if together and channels > 1 else c, i, j))
+        if together:
+            player.levels[:, :, i, j] = decoded_levels(drawn, params, together, request.dtype)
+        else:
+            player.levels[:, c, i, j] = decoded_levels(drawn, params, None, request.dtype)
+        player.step(place)
 
 
 def known_everywhere(plan: Plan, request: SampleRequest) -> list[bool]:

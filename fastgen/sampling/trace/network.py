@@ -24,18 +24,22 @@ class Network:
         shape: Sequence[int],
         encode: Callable[[Tensor], Tensor],
         condition: Any,
-        levels: int,
+        levels: int | torch.dtype,
     ) -> None:
         self.model = model
         self.shape = tuple(shape)
         self.encode = encode
-        self.levels = levels
+        self.levels = levels if isinstance(levels, int) else 2
         self._conditional = condition is not None
         self._leaves, self._structure = tree_flatten(condition)
         self._rows = [k for k, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor) and leaf.dim()]
         device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         generator = torch.Generator().manual_seed(0)
-        self.samples = torch.randint(levels, (5, *shape), generator=generator).to(device)
+        if isinstance(levels, int):
+            samples = torch.randint(levels, (5, *shape), generator=generator)
+        else:  # real values of that dtype
+            samples = torch.randn((5, *shape), generator=generator).to(levels)
+        self.samples = samples.to(device)
         self.output_shape = tuple(self.run(self.samples[:2]).shape)
 
     def _call(self, levels: Tensor, *given: Tensor) -> Tensor:

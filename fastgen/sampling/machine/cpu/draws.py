@@ -10,6 +10,7 @@ from torch import Tensor
 from fastgen.distributions import Bernoulli, Categorical, LogisticMixture
 from fastgen.sampling.request import SampleRequest
 
+TYPES = torch.float32, torch.float32, torch.int64  # of params, noise and levels
 KINDS = {Categorical: 0, Bernoulli: 1, LogisticMixture: 2}
 
 
@@ -92,7 +93,7 @@ class Draws:
         return Placed(tensor.data_ptr(), at.data_ptr(), tensor.stride(0), tensor.stride(1), level)
 
 
-def knows(request: SampleRequest, params: Tensor) -> bool:
+def knows(request: SampleRequest, params: Tensor, levels: Tensor) -> bool:
     """Whether the machine can draw for a request."""
     return (
         type(request.distribution) in KINDS and params.dtype == torch.float32 and request.noise.dtype == torch.float32

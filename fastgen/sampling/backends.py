@@ -1,0 +1,162 @@
+"""Which backend draws for which condition: made when it is first asked for, made again when the model has changed."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.distributions import Bernoulli, Distribution
+from fastgen.sampling.causality.drawing_order import NotByReadyTimes, drawing_order
+from fastgen.sampling.causality.report import Order
+from fastgen.sampling.draws import draw_image
+from fastgen.sampling.model_state import ModelState
+from fastgen.sampling.request import Backend, SampleRequest, example, kind, levels_of, tell
+from fastgen.sampling.run.engine import Engine, build_engine
+from fastgen.sampling.trace.graph import Unsupported
+from fastgen.sampling.whole_pass import FixedPoint, Naive, whole_pass
+
+WHOLE_PASSES = ("naive", "fixed_point")
+MOST_KINDS = 4  # of conditions that have a backend each
+
+
+@dataclass
+class Made:
+    """A backend, what it was made for, and what to tell people about it."""
+
+    key: Any
+    backend: Backend
+    remark: str | None
+
+
+class Backends:
+    """The backends of one model, the latest last: one for each kind of condition and each dtype of the levels.
+
+    Args:
+        model, shape, distribution, encode: as in `accelerate`.
+        choice: the `backend` of `accelerate`.
+        verify: as in `accelerate`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: tuple[int, int, int],
+        distribution: Distribution,
+        encode: Callable[[Tensor], Tensor] | None,
+        choice: str,
+        verify: str,
+    ) -> None:
+        self.model = model
+        self.shape = shape
+        self.distribution = distribution
+        self.custom_encode = encode
+        self.choice = choice
+        self.verify = verify
+        self.made: list[Made] = []
+        self._state: ModelState | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"made": [], "_state": None}
+
+    @property
+    def device(self) -> torch.device:
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            return tensor.device
+        return torch.device("cpu")
+
+    def kept(self) -> AbstractContextManager[None]:
+        """The model may be called inside, and is afterwards as it was. After `get` or `blank_pass`."""
+        assert self._state is not None
+        return self._state.kept()
+
+    def get(self, condition: Any, dtype: torch.dtype = torch.long, blank: Tensor | None = None) -> Backend:
+        """The backend for this kind of condition, and the model as it now is. `blank`: of `blank_pass`."""
+        self._notice_changes()
+        # Under autocast the model is another function: its own passes must meet what the engine was made from.
+        device = self.device
+        condition = example(condition, device)
+        cast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+        key = (kind(condition), dtype, cast)
+        made = next((made for made in self.made if made.key == key), None)
+        if made is None:
+            with self.kept():
+                made = self._make(key, condition, dtype, blank)
+        self.made = [one for one in self.made if one is not made][1 - MOST_KINDS :] + [made]
+        return made.backend
+
+    def blank_pass(self, condition: Any) -> Tensor:
+        """The model's output for two blank images. Whatever does not fit together fails here, with a plain error."""
+        self._notice_changes()
+        levels = torch.zeros((2, *self.shape), dtype=torch.long, device=self.device)
+        with self.kept():
+            return whole_pass(self.model, self._encode(torch.long), levels, example(condition, self.device))
+
+    def explain(self) -> str:
+        """About the latest backend; nothing where there is none."""
+        if not self.made:
+            return ""
+        made = self.made[-1]
+        backend: Any = made.backend
+        unmeasured = isinstance(backend, Engine) and backend.half and backend.margin.error is None
+        if unmeasured and self._state is not None and self._state.change() == "nothing":
+            with self.kept():
+                backend.measure()
+        return "\n".join([*([made.remark] if made.remark else []), backend.explain()])
+
+    def _notice_changes(self) -> None:
+        if self._state is None:
+            self._state = ModelState(self.model)
+            return
+        change = self._state.change()
+        if change != "nothing":
+            if change == "structure" or not all(made.backend.takes_weights() for made in self.made):
+                self.made.clear()
+            self._state = ModelState(self.model, self._state.written)
+
+    def _make(self, key: Any, condition: Any, dtype: torch.dtype, blank: Tensor | None) -> Made:
+        encode = self._encode(dtype)
+        if not dtype.is_floating_point:
+            if blank is None:
+                blank = whole_pass(
+                    self.model, encode, torch.zeros((2, *self.shape), dtype=dtype, device=self.device), condition
+                )
+            check_params = getattr(self.distribution, "check_params", None)
+            if check_params is not None:
+                check_params(blank[..., 0, 0], self.shape[0])
+            noise = torch.zeros(self.distribution.noise_shape(2, self.shape), device=blank.device)
+            draw_image(SampleRequest(2, self.shape, noise, self.distribution), blank)
+        given = (self.model, self.shape, self.distribution, encode, condition)
+        order: Order | None = None
+        remark = None
+        try:
+            if self.choice not in WHOLE_PASSES:
+                return Made(key, build_engine(*given, dtype, self.choice, self.verify), None)
+            order = drawing_order(*given, levels_of(self.distribution) or 2)
+        except Unsupported as reason:
+            if self.choice in WHOLE_PASSES:
+                remark = f"taken as causal, which could not be checked: {reason}"
+            else:
+                order = reason.order if isinstance(reason, NotByReadyTimes) else None
+                remark = f"fallback: fixed_point, because {reason}"
+                tell(f"sampling falls back to the fixed_point backend: {reason}")
+        kind_of = Naive if self.choice == "naive" else FixedPoint
+        return Made(key, kind_of(self.model, self.shape, encode, order), remark)
+
+    def _encode(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        own = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        if dtype.is_floating_point:
+            return partial(_encode_levels, levels=None, dtype=own)
+        if self.custom_encode is not None:
+            return self.custom_encode
+        levels = None if isinstance(self.distribution, Bernoulli) else levels_of(self.distribution)
+        return partial(_encode_levels, levels=levels, dtype=own)
+
+
+def _encode_levels(x: Tensor, levels: int | None, dtype: torch.dtype) -> Tensor:
+    """Levels as floats: in [-1, 1], or as they are where `levels` is None."""
+    x = x.to(dtype)
+    return x if levels is None else x / (levels - 1) * 2 - 1

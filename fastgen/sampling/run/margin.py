@@ -1,0 +1,84 @@
+"""How far the engine's output has been from the model's own: a measured margin, and the draws that it could change."""
+
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+from fastgen.sampling.draws import greatest_shift, uncertain_image
+from fastgen.sampling.request import SampleRequest, tell
+
+# Times the largest difference that was seen. `uncertain` takes that difference for every parameter at once, with the
+# worst signs, so that little more is needed.
+MARGIN = 1.5
+SHIFT_MARGIN = 3.0  # times the greatest shift of a step between levels that was seen: these have both signs
+MOST_SHIFTS = 8  # distributions, options included, whose shift is remembered
+
+T = TypeVar("T")
+
+
+class Held(Generic[T]):
+    """A few values, each for an object: for itself, which is held, not for what it looks like or where it lies.
+
+    Args:
+        most: how many; the one that was put longest ago goes.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._pairs: list[tuple[object, T]] = []
+
+    def get(self, key: object) -> T | None:
+        return next((value for one, value in self._pairs if one is key), None)
+
+    def put(self, key: object, value: T) -> None:
+        self._pairs = [pair for pair in self._pairs if pair[0] is not key][1 - self.most :] + [(key, value)]
+
+    def values(self) -> list[T]:
+        return [value for _, value in self._pairs]
+
+
+class Margin:
+    """The errors that whole passes have shown, of all batches of one engine.
+
+    Attributes:
+        error: the largest difference of a parameter; None before the first pass.
+        scale: the largest parameter of the pass that showed it.
+    """
+
+    def __init__(self) -> None:
+        self.error: float | None = None
+        self.scale = 0.0
+        self._shifts = Held[float](MOST_SHIFTS)  # of cumulative probabilities, by distribution
+
+    def measure(self, request: SampleRequest, params: Tensor, truth: Tensor, half: bool) -> float:
+        """Notes the difference between the engine's output and the model's (n, ..., H, W), and returns the largest."""
+        error = float((truth.double() - params.double()).abs().nan_to_num(0, posinf=0).max())
+        if self.error is None or error > self.error:
+            self.error = max(error, 1e-12)
+            self.scale = float(truth.double().abs().nan_to_num(0, posinf=0).max())
+            if self.error > 1e-3 * self.scale + 1e-9 and not half:
+                tell(
+                    f"the engine's output differs from the model's by {self.error:.1e}, more than rounding: please "
+                    "report this model; the images are right, but took more passes than they should"
+                )
+        shift = greatest_shift(request, params, truth)
+        if shift is not None:
+            self._shifts.put(request.distribution, max(self._shifts.get(request.distribution) or 1e-12, shift))
+        return error
+
+    def could_change(self, request: SampleRequest, params: Tensor, levels: Tensor) -> bool:
+        """Whether an error of that size could have changed a draw of levels (n, C, H, W), made of params."""
+        if self.error is None:
+            return True
+        shift = self._shifts.get(request.distribution)
+        return uncertain_image(request, params, levels, MARGIN * self.error, shift and SHIFT_MARGIN * shift)
+
+    def __str__(self) -> str:
+        if self.error is None:
+            return "not measured yet"
+        shift = max(self._shifts.values(), default=None)
+        steps = "" if shift is None else f", {SHIFT_MARGIN * shift:.1e} in a cumulative probability"
+        return (
+            f"{MARGIN * self.error:.1e} in a parameter{steps} (the model's and this output differed by "
+            f"{self.error:.1e} at most, of parameters up to {self.scale:.1e})"
+        )
