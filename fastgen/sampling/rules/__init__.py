@@ -15,7 +15,7 @@ from fastgen.sampling.trace.graph import Value
 __all__ = ["Analysis", "Rule", "rule_for"]
 
 POINTWISE = {
-    "clone", "_to_copy", "masked_fill", "where", "complex", "polar", "fake_quantize_per_tensor_affine_cachemask",
+    "clone", "_to_copy", "view", "masked_fill", "where", "complex", "polar", "fake_quantize_per_tensor_affine_cachemask",
     "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
 }  # fmt: skip
 CUMULATIVE = {"cumsum", "cumprod", "logcumsumexp", "cummax", "cummin"}

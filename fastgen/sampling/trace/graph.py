@@ -21,6 +21,10 @@ class Unsupported(Exception):
     """This model cannot be taken by the engine; the text says why."""
 
 
+class RandomNumbers(Unsupported):
+    """The model draws random numbers in its forward pass."""
+
+
 @dataclass(eq=False)
 class Value:
     """One tensor of the network that is computed, given or constant.
@@ -89,6 +93,16 @@ class Map:
         rank = len(value.shape)
         steps = tuple(tuple(int(k == d) for k in range(rank)) for d in range(rank))
         return Map(value, value.shape, (0,) * rank, steps)
+
+    def within(self, shape: tuple[int, ...], start: Sequence[int], steps: Sequence[Sequence[int]]) -> "Map":
+        """The map of a view: its element i is the element start + sum_d i_d * steps[d] of this operand."""
+
+        def along(coordinates: Sequence[int]) -> tuple[int, ...]:
+            return tuple(sum(c * step[k] for c, step in zip(coordinates, self.steps, strict=True)) for k in ranks)
+
+        ranks = range(len(self.start))
+        first = tuple(a + b for a, b in zip(self.start, along(start), strict=True))
+        return Map(self.value, shape, first, tuple(along(step) for step in steps))
 
     def bounds(self) -> list[tuple[int, int]]:
         """The least and the greatest coordinate along each dimension of the value."""
@@ -215,6 +229,10 @@ class Operand:
             store.scatter_reduce_(0, self.ids.reshape(-1), wanted.reshape(-1), "amin")
 
     @property
+    def dtype(self) -> torch.dtype:
+        return (self.map.value if self.map is not None else self.values[-1]).data.dtype
+
+    @property
     def values(self) -> list[Value]:
         if self.map is not None:
             return [self.map.value]
@@ -229,6 +247,7 @@ class Graph:
     values: list[Value] = field(default_factory=list)
     numbered: list[Value] = field(default_factory=list)
     output: Operand = field(init=False)
+    result: Tensor = field(init=False)  # the output of the traced run
     numel: int = 1  # element 0 is the zero outside of images
     remarks: list[str] = field(default_factory=list)
 
@@ -246,6 +265,9 @@ class Graph:
             self.numel += value.numel
             self.numbered.append(value)
         return value.base
+
+    def whole(self, value: Value) -> Operand:
+        return Operand(self, value.shape, map=Map.identity(value))
 
     def of(self, store: Tensor, value: Value) -> Tensor:
         """The part of a quantity of all elements that belongs to one value, in its shape."""

@@ -34,9 +34,17 @@ class Network:
         self._leaves, self._structure = tree_flatten(condition)
         self._rows = [k for k, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor) and leaf.dim()]
         device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-        generator = torch.Generator().manual_seed(0)
-        self.samples = torch.randint(levels, (5, *shape), generator=generator).to(device)
-        self.output_shape = tuple(self.run(self.samples[:2]).shape)
+        while True:
+            generator = torch.Generator().manual_seed(0)
+            self.samples = torch.randint(self.levels, (5, *shape), generator=generator).to(device)
+            try:
+                self._of_two = self._together([0, 1])
+                break
+            except Exception:  # some places may have fewer levels than others, as columns of a table have
+                if self.levels <= 2:
+                    raise
+                self.levels = (self.levels + 1) // 2
+        self.output_shape = tuple(self._of_two.shape)
 
     def _call(self, levels: Tensor, *given: Tensor) -> Tensor:
         leaves = list(self._leaves)
@@ -91,15 +99,20 @@ class Network:
             rows = [self._leaves[k][b : b + 1] for k in self._rows]
             try:
                 with unchanged(self.model):
-                    graphs.append(trace(call, self.model, self.samples[b : b + 1], rows))
+                    graphs.append(trace(call, self.model, self.samples[b : b + 1], rows, keep_data=b == 0))
             except Unsupported:
                 raise
             except Exception as error:  # the model runs on two images, but not on one, or not under the recorder
                 raise Unsupported(f"tracing one image fails: {type(error).__name__}: {error}") from error
-        rows = [self._leaves[k][[b % 2 for b in images]] for k in self._rows]
-        with torch.no_grad(), unchanged(self.model):
-            _check_same(graphs, self._call(self.samples[images], *rows))
+        _check_same(graphs, self._of_two if images == [0, 1] else self._together(images))
         return graphs[0]
+
+    @torch.no_grad()
+    def _together(self, images: list[int]) -> Tensor:
+        """The output for some of the sample images, each with a row of the condition."""
+        rows = [self._leaves[k][[b % 2 for b in images]] for k in self._rows]
+        with unchanged(self.model):
+            return self._call(self.samples[images], *rows)
 
 
 def _check_same(graphs: Sequence[Graph], whole: Tensor) -> None:
@@ -113,7 +126,7 @@ def _check_same(graphs: Sequence[Graph], whole: Tensor) -> None:
         raise Unsupported("the model computes in another way for other values of its input")
     precise = not any(value.data.dtype in HALF for value in first.values)
     for k, graph in enumerate(graphs):
-        alone, together = graph.data_of(graph.output), whole[k].cpu()
+        alone, together = graph.result, whole[k].cpu()
         scale = together[together.isfinite()].abs().max() if together.isfinite().any() else 0
         tolerance = 1e-3 * float(scale) + 1e-5 if precise else 0.1 * float(scale)
         if alone.numel() != together.numel() or not torch.allclose(

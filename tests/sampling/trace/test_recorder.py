@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastgen.sampling.trace.graph import Map, Unsupported, Value
+from fastgen.sampling.trace.graph import Map, RandomNumbers, Value
 from fastgen.sampling.trace.recorder import trace
 
 MOVES = {
@@ -66,5 +66,5 @@ def test_least_times_reach_the_elements_that_were_read():
 
 
 def test_random_numbers_are_not_recorded():
-    with pytest.raises(Unsupported, match="eval"):
+    with pytest.raises(RandomNumbers, match="bernoulli_ draws random numbers"):
         trace(lambda x: F.dropout(x, 0.5), None, torch.ones(1, 1, 2, 2))
