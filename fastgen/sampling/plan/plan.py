@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fastgen.distributions import Distribution
 from fastgen.sampling.causality.drawing_order import Ordered, ordered
+from fastgen.sampling.causality.draws import Order, places_of
 from fastgen.sampling.causality.ready_times import Timed
-from fastgen.sampling.causality.report import Order, places_of
 from fastgen.sampling.plan.builder import Builder, NeedsStorage, Storage
 from fastgen.sampling.plan.layout import Box, Layout, layout
 from fastgen.sampling.plan.program import Memory, Program

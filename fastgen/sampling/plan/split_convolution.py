@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.sampling.causality.draws import Order
 from fastgen.sampling.causality.ready_times import Timed
-from fastgen.sampling.causality.report import Order
 from fastgen.sampling.plan.schedule import at_row_end, row_ends
 from fastgen.sampling.rules import Rule
 from fastgen.sampling.rules.convolution import Convolution

@@ -20,11 +20,16 @@ LOW = -1e4  # what is below by this much vanishes in a softmax
 class Analysis:
     """Ready times of all elements, and which of them are constants that are zero, or so low that a softmax gives zero.
 
-    The ready time of an element is the place in the drawing order of the last pixel (or channel) that it depends on.
+    The ready time of an element is the draw index of the last level that it depends on.
+
+    Args:
+        certain: whether the times are those of certain dependences. What depends on no level for certain is then taken
+            for the constant that it was in the traced run.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, certain: bool = False) -> None:
         self.graph = graph
+        self.certain = certain
         self._ready = graph.new_store(CONSTANT)
         self._zero: dict[Value, Tensor] = {}  # of the values that have any
         self._low: dict[Value, Tensor] = {}
@@ -38,7 +43,7 @@ class Analysis:
         self.graph.of(self._ready, value).copy_(ready)
         for known in (self._zero, self._low):
             known.pop(value, None)
-        constant = ready == CONSTANT
+        constant = ready < 0 if self.certain else ready == CONSTANT
         if constant.any():
             self._zero[value] = constant & (value.data == 0)
             if value.data.is_floating_point():

@@ -18,7 +18,15 @@ NEVER = 2**30  # time of what nobody needs
 
 
 class Unsupported(Exception):
-    """This model cannot be taken by the engine; the text says why."""
+    """This model cannot be taken by the engine; the text says why.
+
+    Attributes:
+        graph: of one image by itself, where an image depends on others of its batch.
+    """
+
+    def __init__(self, message: str, graph: "Graph | None" = None) -> None:
+        super().__init__(message)
+        self.graph = graph
 
 
 class RandomNumbers(Unsupported):

@@ -16,41 +16,57 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Network:
-    """model(encode(levels)[, condition]) on sample images; the condition has two rows wherever it has rows."""
+    """model(encode(levels)[, condition]) on sample images; the condition has two rows wherever it has rows.
+
+    Attributes:
+        samples: images (5, C, H, W).
+        extremes: the least and the greatest that a level of an image can be.
+        output_shape: of the output for two images.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         shape: Sequence[int],
-        encode: Callable[[Tensor], Tensor],
+        encode: Callable[[Tensor], Tensor] | None,
         condition: Any,
         levels: int,
     ) -> None:
+        """Without `encode` the images are floats in [-1, 1], which the model is given as they are."""
         self.model = model
         self.shape = tuple(shape)
         self.encode = encode
-        self.levels = levels
         self._conditional = condition is not None
         self._leaves, self._structure = tree_flatten(condition)
         self._rows = [k for k, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor) and leaf.dim()]
-        device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         while True:
-            generator = torch.Generator().manual_seed(0)
-            self.samples = torch.randint(self.levels, (5, *shape), generator=generator).to(device)
+            self.extremes = (-1, 1) if encode is None else (0, levels - 1)
+            self.samples = self._images(levels)
             try:
                 self._of_two = self._together([0, 1])
                 break
             except Exception:  # some places may have fewer levels than others, as columns of a table have
-                if self.levels <= 2:
+                if encode is None or levels <= 2:
                     raise
-                self.levels = (self.levels + 1) // 2
+                levels = (levels + 1) // 2
         self.output_shape = tuple(self._of_two.shape)
+
+    def _images(self, levels: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+        size = (5, *self.shape)
+        if self.encode is not None:
+            return torch.randint(levels, size, generator=generator).to(device)
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        return (torch.rand(size, generator=generator) * 2 - 1).to(dtype).to(device)
 
     def _call(self, levels: Tensor, *given: Tensor) -> Tensor:
         leaves = list(self._leaves)
         for k, leaf in zip(self._rows, given, strict=True):
             leaves[k] = leaf
-        x = self.encode(levels.clone())  # encode, or the model, may write into its argument
+        x = levels.clone()  # encode, or the model, may write into its argument
+        x = x if self.encode is None else self.encode(x)
         return self.model(x, tree_unflatten(leaves, self._structure)) if self._conditional else self.model(x)
 
     def _beside(self, levels: Tensor, *given: Tensor) -> Tensor:
@@ -132,4 +148,4 @@ def _check_same(graphs: Sequence[Graph], whole: Tensor) -> None:
         if alone.numel() != together.numel() or not torch.allclose(
             alone.reshape(together.shape), together, atol=tolerance, rtol=0, equal_nan=True
         ):
-            raise Unsupported("an image's output depends on what else is in its batch")
+            raise Unsupported("an image's output depends on what else is in its batch", first)
