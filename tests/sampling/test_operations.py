@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastgen import Categorical, accelerate
-from fastgen.sampling.causality.ready_times import ready_times
 from fastgen.sampling.causality.draws import places_of, raster
+from fastgen.sampling.causality.ready_times import ready_times
 from fastgen.sampling.trace.recorder import trace
 from tests.sampling.zoo_case import DataMask
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastgen.sampling.causality.doubt import erased
 from fastgen.sampling.rules import Analysis, Rule, rule_for
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, READY, Graph, Operand, Value
+from fastgen.sampling.trace.graph import NEVER, READY, Graph, Operand, Value
 
 
 @dataclass(eq=False)
@@ -54,10 +54,9 @@ def ready_times(graph: Graph, draw_index: Tensor, bound: Timed | None = None) ->
         if value.kind == "levels":
             analysis.set(value, draw_index)
         elif value.kind == "condition":
-            analysis.set(value, torch.full(value.shape, READY, dtype=torch.int32))
+            analysis.set(value, torch.full((), READY, dtype=torch.int32).expand(value.shape))
         elif value.kind == "constant":
-            if value.base:
-                analysis.set(value, torch.full(value.shape, CONSTANT, dtype=torch.int32))
+            continue
         else:
             rule = rules[value.index] = rule_for(value, analysis)
             ready, low = rule.ready()

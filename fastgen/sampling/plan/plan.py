@@ -138,7 +138,7 @@ def _windows(plan: Plan) -> Iterator[tuple[Memory, Layout, bool]]:
             continue
         found = plan.storage.layouts[index]
         if found.order:
-            constant = plan.timed.graph.of(plan.schedule.times, value).movedim(found.order[0], 0) == CONSTANT
+            constant = plan.schedule.times.of(value).movedim(found.order[0], 0) == CONSTANT
             if not constant[1:].any():
                 yield memory, found, bool(constant[0].any())
 
@@ -161,7 +161,7 @@ def _storage(timed: Timed, when: Schedule, order: Order, shape: Sequence[int]) -
     feature_maps = _feature_maps(timed)
     for value in graph.values:
         if value.kind != "constant":
-            times = places_of(order, shape) if value.kind == "levels" else graph.of(when.times, value)
+            times = places_of(order, shape) if value.kind == "levels" else when.times.of(value)
             layouts[value.index] = layout(
                 value, times, maps.get(value.index, []), 1 if value.index in feature_maps else None
             )

@@ -37,7 +37,7 @@ class Run:
         for index in sorted(plan.storage.stored):
             value = plan.timed.graph.values[index]
             if value.kind == "computed":
-                constant = plan.timed.graph.of(plan.schedule.times, value) == CONSTANT
+                constant = plan.schedule.times.of(value) == CONSTANT
                 if constant.any() or id(plan.storage.memories.get(index)) in plan.rings:
                     self._start_with(value, torch.where(constant, value.data, 0).to(device))
         self._levels = self._inner(plan.levels)
