@@ -117,6 +117,7 @@ def _boxes(times: Tensor, known: dict[bytes, dict[int, list[Box]]]) -> dict[int,
             steps, counts = flat[order].unique_consecutive(return_counts=True)
             covers: dict[bytes, list[Box]] = {}
             free = (core == CONSTANT) | (core == NEVER)
+            growing = bool(free.any())
             coordinates = (
                 torch.stack(torch.unravel_index(order, core.shape), 1) if core.dim() else order.new_zeros(1, 0)
             )
@@ -124,7 +125,8 @@ def _boxes(times: Tensor, known: dict[bytes, dict[int, list[Box]]]) -> dict[int,
                 steps.tolist(), coordinates.split(counts.tolist()), _dense_boxes(coordinates, counts), strict=True
             ):
                 boxes = _cover_anywhere(places, covers) if dense is None else [dense]
-                found[step] = [_widen(_grown(box, core, free), times.shape, full) for box in boxes]
+                grown = [_grown(box, free) for box in boxes] if growing else boxes
+                found[step] = [_widen(box, times.shape, full) for box in grown]
         known[key] = found
     return known[key]
 
@@ -211,15 +213,13 @@ def _continues(run: list[Tensor], here: int, d: int) -> bool:
     return len(run) == 1 or here - last == last - int(run[-2][0, d])
 
 
-def _grown(box: Box, core: Tensor, free: Tensor) -> Box:
-    """The box over a whole dimension where only elements are added that are constant or that nobody needs."""
-    if not free.any():
-        return box
-    for d, size in enumerate(core.shape):
+def _grown(box: Box, free: Tensor) -> Box:
+    """The box over a whole dimension where all elements that are added are free: constant, or nobody needs them."""
+    for d, size in enumerate(free.shape):
         if box.steps[d] != 1 or box.sizes[d] in (1, size):
             continue
         outside = free
-        for e in range(core.dim()):
+        for e in range(free.dim()):
             if e != d:
                 outside = outside.narrow(e, box.start[e], (box.sizes[e] - 1) * box.steps[e] + 1)[
                     (slice(None),) * e + (slice(None, None, box.steps[e]),)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, ElementTimes, Graph, Map, Operand, Value, compact
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, ElementTimes, Graph, Map, Operand, Value, compact, shrunk
 
 if TYPE_CHECKING:
     from fastgen.sampling.plan.builder import Builder
@@ -41,12 +41,12 @@ class Analysis:
             known.pop(value, None)
         constant = compact(ready) < 0 if self.certain else compact(ready) == CONSTANT
         if constant.any():
-            self._zero[value] = constant & (value.data == 0)
+            self._zero[value] = shrunk(constant & (value.data == 0))
             if value.data.is_floating_point():
                 very_low = constant & (value.data <= SOFTMAX_ZERO)
                 softmax_zero = very_low if softmax_zero is None else softmax_zero | very_low
         if softmax_zero is not None and softmax_zero.any():
-            self._softmax_zero[value] = softmax_zero.expand(value.shape)
+            self._softmax_zero[value] = shrunk(softmax_zero.expand(value.shape))
 
     def coarsen(self, draws: int) -> None:
         """Ready times in an order in which so many draws that follow each other are one."""

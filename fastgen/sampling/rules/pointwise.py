@@ -13,7 +13,7 @@ from fastgen.sampling.plan.layout import Box
 from fastgen.sampling.plan.program import Linear, View
 from fastgen.sampling.rules.base import NOWHERE, SOFTMAX_ZERO, Rule, constant_operand, reduce_to, result_of
 from fastgen.sampling.rules.out_variants import out_variant, relu
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, compact, map_arguments
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, compact, map_arguments, shrunk
 
 SWALLOWS = 1e6  # what rounding of a sum has to take away, for its smaller part to count as nothing
 CONSTANT_TIME = torch.tensor(CONSTANT, dtype=torch.int32)
@@ -44,7 +44,7 @@ class Pointwise(Rule):
                 low = low | self._aligned(self.analysis.softmax_zero(one))
             hidden = self._swallowed(summands, times)
             hidden = hidden | (low & (self.value.data == -math.inf)) if low.any() else hidden
-            ready = torch.where(hidden, CONSTANT, ready) if hidden.any() else ready
+            ready = torch.where(compact(shrunk(hidden)), CONSTANT, ready) if hidden.any() else ready
         if name in ("exp", "exp2", "sigmoid"):
             vanishes = self._aligned(self.analysis.softmax_zero(operands[0]))
             if vanishes.any():

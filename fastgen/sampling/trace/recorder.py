@@ -6,6 +6,7 @@ and loops that fill a tensor piece by piece all end up in the operands of the co
 """
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -87,7 +88,8 @@ def _plain_torch() -> Iterator[None]:
         with (
             sdpa_kernel([SDPBackend.MATH]),
             torch.backends.mkldnn.flags(enabled=False),
-            torch.compiler.set_stance("force_eager"),
+            # Without torch._dynamo, which takes a second to import, nothing has been compiled yet.
+            torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext(),
         ):
             yield
     finally:
