@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fastgen.distributions import Distribution
 from fastgen.sampling.causality.drawing_order import Ordered, ordered
+from fastgen.sampling.causality.draws import Order, places_of
 from fastgen.sampling.causality.ready_times import Timed
-from fastgen.sampling.causality.report import Order, places_of
 from fastgen.sampling.machine.language import Memory, Program
 from fastgen.sampling.plan.builder import Builder, NeedsStorage, Storage
 from fastgen.sampling.plan.layout import Box, Layout, layout
@@ -149,7 +149,7 @@ def _windows(plan: Plan) -> Iterator[tuple[Memory, Layout, bool]]:
             continue
         found = plan.storage.layouts[index]
         if found.order:
-            constant = plan.timed.graph.of(plan.schedule.times, value).movedim(found.order[0], 0) == CONSTANT
+            constant = plan.schedule.times.of(value).movedim(found.order[0], 0) == CONSTANT
             if not constant[1:].any():
                 yield memory, found, bool(constant[0].any())
 
@@ -172,7 +172,7 @@ def _storage(timed: Timed, when: Schedule, order: Order, shape: Sequence[int]) -
     feature_maps = _feature_maps(timed)
     for value in graph.values:
         if value.kind != "constant":
-            times = places_of(order, shape) if value.kind == "levels" else graph.of(when.times, value)
+            times = places_of(order, shape) if value.kind == "levels" else when.times.of(value)
             layouts[value.index] = layout(
                 value, times, maps.get(value.index, []), 1 if value.index in feature_maps else None
             )
