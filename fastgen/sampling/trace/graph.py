@@ -197,7 +197,7 @@ class Map:
             begin = first + low * step
             region.append(slice(begin, begin + (high - low - 1) * step + 1, step))
         moved = [one for one in along if one is not None]
-        wanted = wanted.permute(*moved, *(k for k in range(len(shape)) if k not in moved))  # the rest have size 1
+        wanted = wanted.permute([*moved, *(k for k in range(len(shape)) if k not in moved)])  # the rest have size 1
         wanted = wanted[(slice(None),) * len(moved) + (0,) * (len(shape) - len(moved))]
         return _minimum(target, wanted[tuple(None if one is None else slice(None) for one in along)], region)
 

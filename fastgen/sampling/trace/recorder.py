@@ -104,6 +104,11 @@ class _Recorder(TorchDispatchMode):
         self.modules: list[str] = []
         self.keep_data = keep_data
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """The compiler runs eagerly meanwhile; telling it to skip this class would import it, which takes a second."""
+        return False
+
     # --- values
 
     def enter(self, kind: str, tensor: Tensor) -> None:
