@@ -276,16 +276,16 @@ class Lookup(Rule):
 
 
 class Concatenation(Rule):
-    @property
+    @cached_property
     def dim(self) -> int:
         dim = self.value.args[1] if len(self.value.args) > 1 else self.value.kwargs.get("dim", 0)
         return dim % len(self.value.shape)
 
-    @property
+    @cached_property
     def stacks(self) -> bool:
         return self.value.op._schema.name == "aten::stack"
 
-    @property
+    @cached_property
     def pieces(self) -> list[tuple[int, int, Operand]]:
         """Where each operand begins and ends along the dimension."""
         found, first = [], 0
@@ -324,7 +324,7 @@ class Concatenation(Rule):
         start, size, step = box.start[self.dim], box.sizes[self.dim], box.steps[self.dim]
         found = []
         for number, (first, last, _) in enumerate(self.pieces):
-            inside = [k for k in range(size) if first <= start + k * step < last]
+            inside = range(max(0, -(-(first - start) // step)), min(size, -(-(last - start) // step)))
             if inside:
                 found.append((number, inside[0], len(inside)))
         return found
