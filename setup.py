@@ -31,7 +31,7 @@ setup(
     python_requires=">=3.10",
     packages=packages + kernel_packages,
     package_dir={"fastgen": "fastgen", "fastgen.kernels": "kernels"},
-    package_data={"fastgen": ["py.typed", "**/*.cpp"], "fastgen.kernels": ["**/*.json"]},
+    package_data={"fastgen": ["py.typed", "**/*.cpp", "**/*.h"], "fastgen.kernels": ["**/*.json"]},
     # Triton is not required: CUDA builds of torch bring the one they match, and without it the
     # PyTorch definitions run.
     install_requires=["torch>=2.6", "numpy>=1.26", "safetensors>=0.4", "tqdm>=4.60", "pillow>=10"],

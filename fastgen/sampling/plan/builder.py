@@ -1,18 +1,32 @@
 """Writes the program of one step: rules ask it for views of their operands and for a place for their result."""
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastgen.sampling.plan.layout import Box, Layout, dense_strides
-from fastgen.sampling.plan.program import Check, Instruction, Linear, Listed, Memory, Program, Temporary, View, scratch
+from fastgen.sampling.machine.language import (
+    AffineOffset,
+    Call,
+    Fixed,
+    Lookup,
+    Memory,
+    Pointwise,
+    Product,
+    Program,
+    Rowwise,
+    Temporary,
+    View,
+    constant,
+    dense_strides,
+)
+from fastgen.sampling.plan.indexed import Indexed, IndexedRead, Region
+from fastgen.sampling.plan.layout import Box, Layout
 from fastgen.sampling.trace.graph import Map, Operand, Value
-
-Region = Sequence[tuple[Linear, int, int]]  # first element, number of elements and step along each dimension
 
 
 class NeedsStorage(Exception):
@@ -30,23 +44,40 @@ class Storage:
         self.layouts = layouts
         self.stored = stored
         self.memories: dict[int, Memory] = {}
+        self._indexed: dict[Operand, Indexed] = {}
 
     def memory(self, value: Value) -> Memory:
         """The block of a value that is stored, or of a constant."""
         if value.index not in self.memories:
             if value.kind == "constant":
-                self.memories[value.index] = Memory("constant", value.numel, value.data.dtype, value.data.reshape(-1))
+                self.memories[value.index] = constant(value.data).memory
             else:
                 size = self.layouts[value.index].numel
-                self.memories[value.index] = Memory("stored", size, value.data.dtype)
+                self.memories[value.index] = Memory("stored", value.index, size, value.data.dtype)
         return self.memories[value.index]
+
+    def indexed(self, operand: Operand) -> Indexed:
+        if operand not in self._indexed:
+            self._indexed[operand] = Indexed.of(operand, self.strides)
+        return self._indexed[operand]
 
     def strides(self, value: Value) -> tuple[tuple[int, ...], int]:
         """Strides of a value in its block, and the place of its first element."""
         if value.kind == "constant":
-            return dense_strides(value.shape, range(len(value.shape))), 0
+            return dense_strides(value.shape), 0
         found = self.layouts[value.index]
         return found.strides, found.origin
+
+
+@dataclass(frozen=True)
+class Check:
+    """Where a box must lie relative to another of the same step: offset(of task) == start[dim] of other + distance."""
+
+    offset: AffineOffset
+    task: int
+    other: int
+    dim: int
+    distance: int
 
 
 class Builder:
@@ -54,17 +85,21 @@ class Builder:
         self.storage = storage
         self.tasks = tasks
         self.program = Program()
-        self.payload: list[Any] = []
+        self.listed = 0
+        self.indexed_reads: list[IndexedRead] = []
         self.task = 0
+        self.checks: list[Check] = []
+        self.temporaries = 0
+        self.scratches = 0
         self.local: dict[int, tuple[int, Box, View]] = {}  # value -> its task, box and scratch in this step
 
     # --- what rules use
 
-    def starts(self, box: Box) -> list[Linear]:
+    def starts(self, box: Box) -> list[AffineOffset]:
         """The start of the task's box along each dimension, as it changes from step to step."""
-        return [Linear(0, tuple(int(k == d) for k in range(d + 1))) for d in range(len(box.start))]
+        return [AffineOffset(0, tuple(int(k == d) for k in range(d + 1))) for d in range(len(box.start))]
 
-    def region(self, box: Box) -> list[tuple[Linear, int, int]]:
+    def region(self, box: Box) -> list[tuple[AffineOffset, int, int]]:
         return list(zip(self.starts(box), box.sizes, box.steps, strict=True))
 
     def out(self, value: Value, box: Box) -> View:
@@ -73,29 +108,52 @@ class Builder:
             return self._view(Map.identity(value), self.region(box))
         if value.index in self.local:
             raise NeedsStorage(value)
-        view = scratch(box.sizes, value.data.dtype, self.storage.layouts[value.index].order)
-        view = replace(view, task=self.task)
+        view = self.scratch(box.sizes, value.data.dtype, self.storage.layouts[value.index].order)
         self.local[value.index] = (self.task, box, view)
         return view
 
     def read(self, operand: Operand, region: Region) -> View:
         """A region of an operand, dimensions in the operand's order."""
         if operand.map is None:
-            return self._read_ids(operand, region)
+            return self._read_indexed(operand, region)
         return self._view(operand.map, region)
 
-    def emit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        self.program.instructions.append(Instruction(function, args, kwargs, None))
+    def scratch(self, sizes: Sequence[int], dtype: torch.dtype, order: Sequence[int] | None = None) -> View:
+        """A new block of these sizes, contiguous with its dimensions in the given order."""
+        self.scratches += 1
+        memory = Memory("scratch", self.scratches, torch.Size(sizes).numel(), dtype)
+        return View(memory, tuple(sizes), dense_strides(sizes, order), AffineOffset(0), self.task)
+
+    def product(self, out: View, rows: View, weight: View, added: View | None = None) -> None:
+        if len(weight.sizes) == 2:  # without the dimensions of size 1
+            kept = [*(d for d, size in enumerate(out.sizes[:-1]) if size > 1), len(out.sizes) - 1]
+            if added is not None and len(added.sizes) == len(out.sizes):
+                added = added.order(kept)
+            out, rows = out.order(kept), rows.order(kept)
+        self.program.instructions.append(Product(out, rows, weight, added))
+
+    def pointwise(self, op: str, out: View, *operands: View | float) -> None:
+        self.program.instructions.append(Pointwise(op, out, operands))
+
+    def rowwise(self, op: str, out: View, source: View, *numbers: float) -> None:
+        self.program.instructions.append(Rowwise(op, out, source, numbers))
+
+    def lookup(self, out: View, table: View, index: View) -> None:
+        self.program.instructions.append(Lookup(out, table, index))
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        self.program.instructions.append(Call(function, *_frozen(args, kwargs)))
 
     def make(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Temporary:
-        """An instruction whose result is a new tensor."""
-        self.program.temporaries += 1
-        result = Temporary(self.program.temporaries)
-        self.program.instructions.append(Instruction(function, args, kwargs, result))
+        """A call whose result is a new tensor."""
+        self.temporaries += 1
+        result = Temporary(self.temporaries)
+        self.program.instructions.append(Call(function, *_frozen(args, kwargs), result))
         return result
 
-    def scratch(self, sizes: Sequence[int], dtype: torch.dtype) -> View:
-        return scratch(sizes, dtype)
+    def fill(self, out: View, source: Temporary | Tensor | float) -> None:
+        """Puts the result of a call, or a number, where `out` is."""
+        self.call(_fill, out, source)
 
     # --- where things are
 
@@ -105,7 +163,7 @@ class Builder:
         if value.kind != "computed" or value.index in self.storage.stored:
             strides, origin = self.storage.strides(value)
             units = [sum(s * t for s, t in zip(step, strides, strict=True)) for step in where.steps]
-            offset = Linear(origin + sum(s * t for s, t in zip(where.start, strides, strict=True)))
+            offset = AffineOffset(origin + sum(s * t for s, t in zip(where.start, strides, strict=True)))
             for (start, _, _), unit in zip(region, units, strict=True):
                 if unit and (start.const or start.coefficients):
                     offset = offset + start * unit
@@ -113,7 +171,7 @@ class Builder:
             return View(self.storage.memory(value), sizes, along, offset, self.task)
         if value.index not in self.local:
             raise NeedsStorage(value)
-        first = [Linear(k) for k in where.start]
+        first = [AffineOffset(k) for k in where.start]
         steps = []
         for (start, _, step), along_value in zip(region, where.steps, strict=True):
             for k, s in enumerate(along_value):
@@ -122,7 +180,9 @@ class Builder:
             steps.append([s * step for s in along_value])
         return self._local_view(value, first, steps, sizes)
 
-    def _local_view(self, value: Value, first: list[Linear], steps: list[list[int]], sizes: tuple[int, ...]) -> View:
+    def _local_view(
+        self, value: Value, first: list[AffineOffset], steps: list[list[int]], sizes: tuple[int, ...]
+    ) -> View:
         task, box, view = self.local[value.index]
         here = self.tasks[self.task][1].start
         offset = 0
@@ -135,73 +195,75 @@ class Builder:
                 raise NeedsStorage(value)
             if any(step[k] % unit for step, size in zip(steps, sizes, strict=True) if size > 1):
                 raise NeedsStorage(value)
-            self.program.checks.append(Check(first[k], self.task, task, k, distance))
+            self.checks.append(Check(first[k], self.task, task, k, distance))
             offset += distance // unit * view.strides[k]
             for d, step in enumerate(steps):
                 along[d] += step[k] // unit * view.strides[k] if sizes[d] > 1 else 0
-        return View(view.memory, sizes, tuple(along), Linear(offset), task)
+        return View(view.memory, sizes, tuple(along), AffineOffset(offset), task)
 
-    def _read_ids(self, operand: Operand, region: Region) -> View:
-        assert operand.ids is not None
-        here = self.tasks[self.task][1].start
-        ids = operand.ids[
-            tuple(slice(first.at(here), first.at(here) + (size - 1) * step + 1, step) for first, size, step in region)
-        ]
-        found = self.resolve(operand, ids)
-        self.payload.append(found[2])
-        number = len(self.payload) - 1
-        if found[0] == "view":
-            value, strides = found[1]
-            return View(self.storage.memory(value), tuple(ids.shape), strides, Linear(0), self.task, listed=number)
-        # Elements of several values, or in no regular order: gathered one by one.
-        values, counts, dtype = found[1]
-        target = scratch((ids.numel(),), dtype)
-        done = 0
-        for k, (value, count) in enumerate(zip(values, counts, strict=True)):
-            memory = self.storage.memory(value)
-            whole = View(memory, (memory.numel,), (1,), Linear(0), self.task)
-            rows = self.make(torch.index_select, whole, 1, Listed(number + 1 + 2 * k))
-            self.payload += list(found[3][k])
-            self.emit(torch.Tensor.index_copy_, target, 1, Listed(number + 2 + 2 * k), rows)
-            done += count
-        if done < ids.numel():
-            raise ValueError("an element of an operand belongs to no value")
-        strides = dense_strides(tuple(ids.shape), range(ids.dim()))
-        return View(target.memory, tuple(ids.shape), strides, Linear(0), self.task)
-
-    def resolve(self, operand: Operand, ids: Tensor) -> tuple[Any, ...]:
-        """Where elements given by number lie.
-
-        Returns:
-            ("view", (value, strides), offset), where one strided view holds them; else ("gather", (values, counts,
-            dtype), 0, [(places in the block, places in the region) for each value]).
-        """
-        graph = operand.graph
-        values = graph.values_of(ids)
-        flat = ids.reshape(-1)
-        if bool((flat == 0).any()):
-            values = [graph.zero(values[0].data.dtype if values else torch.float32), *values]
-        parts = []
+    def _read_indexed(self, operand: Operand, region: Region) -> View:
+        indexed = self.storage.indexed(operand)
+        read = IndexedRead(indexed, self.task, region, [], [])
+        here = np.array([self.tasks[self.task][1].start], dtype=np.int64).reshape(1, -1)
+        which, places = (one[0] for one in read.at(here))
+        sizes = which.shape
+        read.numbers = np.unique(which).tolist()
+        read.listed = [self.listed + k for k in range(len(read.numbers))]
+        self.listed += len(read.numbers)
+        self.indexed_reads.append(read)
+        values = [indexed.values[number] for number in read.numbers]
         for value in values:
-            low = 0 if value.kind == "constant" and value.base == 0 else value.base
-            inside = flat == 0 if low == 0 else (flat >= low) & (flat < low + value.numel)
-            places = torch.nonzero(inside).flatten()
             if value.kind == "computed" and value.index not in self.storage.stored:
                 raise NeedsStorage(value)
-            strides, origin = self.storage.strides(value)
-            numbers = torch.zeros_like(flat[places]) if low == 0 else flat[places] - low
-            coordinates = torch.unravel_index(numbers, value.shape) if value.shape else ()
-            offsets = torch.full_like(numbers, origin)
-            for coordinate, stride in zip(coordinates, strides, strict=True):
-                offsets += coordinate * stride
-            parts.append((offsets, places))
-        if len(values) == 1:
-            places_in_block = parts[0][0].view(ids.shape).numpy()
-            along = _strides_of(places_in_block)
-            if along is not None:
-                return "view", (values[0], along), int(places_in_block.flat[0])
+        strides = _strides_of(places) if len(values) == 1 else None
+        if strides is not None:
+            memory = self.storage.memory(values[0])
+            return View(memory, sizes, strides, AffineOffset(0), self.task, listed=read.listed[0])
+        # Elements of several values, or in no regular order.
         dtype = values[-1].data.dtype
-        return "gather", (values, [len(p) for _, p in parts], dtype), 0, parts
+        target = self.scratch((math.prod(sizes),), dtype)
+        for number, value, listed in zip(read.numbers, values, read.listed, strict=True):
+            inside = np.flatnonzero(which == number)
+            distances = places.reshape(-1)[inside] - places.reshape(-1)[inside].min()
+            reach = int(distances.max()) + 1
+            source = View(self.storage.memory(value), (reach, 1), (1, 1), AffineOffset(0), self.task, listed=listed)
+            if len(values) == 1 and dtype.is_floating_point:
+                self.lookup(target.unsqueeze(1), source, constant(torch.from_numpy(distances)))
+            else:
+                self.call(_Scatter(torch.from_numpy(inside), torch.from_numpy(distances)), target, source)
+        return replace(target, sizes=sizes, strides=dense_strides(sizes))
+
+
+@dataclass(frozen=True, eq=False)
+class _Scatter:
+    """target (n, numbers) at `to` = source (n, reach, 1) at `of`."""
+
+    to: Tensor
+    of: Tensor
+
+    def __call__(self, target: Tensor, source: Tensor) -> None:
+        target[:, self.to.to(target.device)] = source[:, self.of.to(source.device), 0].to(target.dtype)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Scatter) and torch.equal(self.to, other.to) and torch.equal(self.of, other.of)
+
+    def __hash__(self) -> int:
+        return len(self.to)
+
+
+def _frozen(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
+    """Arguments that can be compared: tuples for lists, tensors by their identity."""
+
+    def freeze(one: Any) -> Any:
+        if isinstance(one, (list, tuple)):
+            return tuple(freeze(inner) for inner in one)
+        return Fixed(one) if isinstance(one, Tensor) else one
+
+    return freeze(args), tuple((name, freeze(one)) for name, one in kwargs.items())
+
+
+def _fill(out: Tensor, source: Tensor | float) -> Tensor:
+    return out.copy_(source) if isinstance(source, Tensor) else out.fill_(source)
 
 
 def _strides_of(offsets: np.ndarray) -> tuple[int, ...] | None:

@@ -1,6 +1,6 @@
 """Where the elements of a value lie in memory: dimensions that are computed whole innermost, zeros around it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -89,12 +89,3 @@ def layout(value: Value, times: Tensor, maps: Iterable[Map], channels: int | Non
             before[k] = max(before[k], -low)
             after[k] = max(after[k], high - value.shape[k] + 1)
     return Layout(value.shape, dimension_order(times, channels), tuple(before), tuple(after))
-
-
-def dense_strides(sizes: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a contiguous tensor that has its dimensions in this order, by dimension."""
-    found, stride = [0] * len(sizes), 1
-    for d in reversed(order):
-        found[d] = stride
-        stride *= sizes[d]
-    return tuple(found)

@@ -14,9 +14,9 @@ from fastgen.distributions import Distribution
 from fastgen.sampling.causality.drawing_order import Ordered, ordered
 from fastgen.sampling.causality.ready_times import Timed
 from fastgen.sampling.causality.report import Order, places_of
+from fastgen.sampling.machine.language import Memory, Program
 from fastgen.sampling.plan.builder import Builder, NeedsStorage, Storage
 from fastgen.sampling.plan.layout import Box, Layout, layout
-from fastgen.sampling.plan.program import Memory, Program
 from fastgen.sampling.plan.schedule import Schedule, running_times, schedule
 from fastgen.sampling.plan.sliding_rows import Ring, make_rings
 from fastgen.sampling.plan.split_convolution import split_rows
@@ -27,15 +27,26 @@ from fastgen.sampling.trace.network import Network
 
 
 @dataclass
+class Step:
+    """Attributes:
+    program: its number.
+    offsets: (moving views,) int64, where the program's views begin.
+    """
+
+    program: int
+    offsets: np.ndarray
+
+
+@dataclass
 class Plan:
     """All that sampling needs besides memory: which program runs at which step, with which offsets.
 
     Attributes:
         order: (channel, row, column) of the draws; all channels of a pixel at once where `whole_pixels`.
         programs: the distinct ones; those of a step are in `steps`.
-        rings: id of a memory -> what of its value it holds, where that is not all.
+        rings: a memory -> what of its value it holds, where that is not all.
         scratch: the blocks that programs compute in.
-        steps: for steps -1, 0, ...: (number of the program, offsets).
+        steps: number -1, 0, ..., each after the draw of its number.
         rows: the output's map of a pixel, see `Engine`.
     """
 
@@ -47,9 +58,9 @@ class Plan:
     output: Operand
     leaves: list[Value]
     programs: list[Program] = field(default_factory=list)
-    steps: list[tuple[int, list[Any]]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
     scratch: Scratch = field(default_factory=Scratch)
-    rings: dict[int, Ring] = field(default_factory=dict)
+    rings: dict[Memory, Ring] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
     @property
@@ -63,7 +74,7 @@ class Plan:
         total = sum(size * dtype.itemsize for size, dtype in scratch)
         for memory in self.storage.memories.values():
             if memory.kind == "stored":
-                kept = self.rings.get(id(memory), memory)
+                kept = self.rings.get(memory, memory)
                 total += kept.numel * memory.dtype.itemsize
         return total
 
@@ -180,55 +191,54 @@ def _feature_maps(timed: Timed) -> set[int]:
     return found
 
 
-Built = dict[int, tuple[Program, list[Any], frozenset[int]]]  # step -> program, payload, values local to it
+Built = dict[int, tuple[Builder, frozenset[int]]]  # step -> what wrote its program, values local to it
 
 
 def _write_programs(plan: Plan, built: Built) -> bool:
     """Whether the programs are right: not where values were found on the way that need storage."""
     before = len(plan.storage.stored)
-    plan.programs, plan.steps = [], []
-    groups: dict[Any, list[int]] = {}
+    plan.programs = []
     tasks_of = plan.schedule.steps
-    by_number: dict[Any, int] = {}
-    steps: dict[int, tuple[int, list[Any]]] = {}
+    steps: dict[int, Step] = {}
+    numbers: dict[Any, int] = {}
+
+    groups: dict[Any, list[int]] = {}
     for step, tasks in enumerate(tasks_of):
-        if any(one.map is None for value, _ in tasks for one in value.operands):
-            program, payload = _build(plan, step, built)
-            number = by_number.setdefault(_signature(program), len(plan.programs))
-            if number == len(plan.programs):
-                plan.programs.append(program)
-            starts = [np.array([box.start], dtype=np.int64) for _, box in tasks]
-            steps[step] = number, program.offsets(starts, [payload])[0]
-        else:
-            key = tuple(
-                (value.index, box.sizes, box.steps, plan.timed.rules[value.index].fixed(box)) for value, box in tasks
-            )
-            groups.setdefault(key, []).append(step)
+        key = tuple(
+            (value.index, box.sizes, box.steps, plan.timed.rules[value.index].fixed(box)) for value, box in tasks
+        )
+        groups.setdefault(key, []).append(step)
     pending = list(groups.values())
     while pending:
         group = pending.pop(0)
-        program, payload = _build(plan, group[0], built)
+        builder = _build(plan, group[0], built)
         starts = [
             np.array([tasks_of[step][k][1].start for step in group], dtype=np.int64).reshape(len(group), -1)
             for k in range(len(tasks_of[group[0]]))
         ]
         fits = np.ones(len(group), dtype=bool)
-        for check in program.checks:
-            fits &= check.linear.over(starts[check.task]) == starts[check.other][:, check.dim] + check.distance
+        for check in builder.checks:
+            fits &= check.offset.over(starts[check.task]) == starts[check.other][:, check.dim] + check.distance
+        listed = np.zeros((len(group), builder.listed), dtype=np.int64)
+        for read in builder.indexed_reads:
+            alike, listed[:, read.listed] = read.over(starts[read.task])
+            fits &= alike
         if not fits.all():
             pending.append([step for step, fit in zip(group, fits, strict=True) if not fit])
-        starts = [one[fits] for one in starts]
-        group = [step for step, fit in zip(group, fits, strict=True) if fit]
-        for step, offsets in zip(group, program.offsets(starts, [payload] * len(group)), strict=True):
-            steps[step] = len(plan.programs), offsets
-        plan.programs.append(program)
+        program = builder.program
+        number = numbers.setdefault(program.key, len(plan.programs))
+        if number == len(plan.programs):
+            plan.programs.append(program)
+        offsets = program.offsets([one[fits] for one in starts], listed[fits])
+        for step, row in zip(np.flatnonzero(fits).tolist(), offsets, strict=True):
+            steps[group[step]] = Step(number, row)
     plan.steps = [steps[step] for step in range(len(tasks_of))]
     return len(plan.storage.stored) == before
 
 
-def _build(plan: Plan, step: int, built: Built) -> tuple[Program, list[Any]]:
-    if step in built and not built[step][2] & plan.storage.stored:
-        return built[step][:2]
+def _build(plan: Plan, step: int, built: Built) -> Builder:
+    if step in built and not built[step][1] & plan.storage.stored:
+        return built[step][0]
     tasks = plan.schedule.steps[step]
     while True:
         builder = Builder(plan.storage, tasks)
@@ -239,21 +249,5 @@ def _build(plan: Plan, step: int, built: Built) -> tuple[Program, list[Any]]:
         except NeedsStorage as missing:
             plan.storage.stored.add(missing.value.index)
         else:
-            built[step] = builder.program, builder.payload, frozenset(builder.local)
-            return builder.program, builder.payload
-
-
-def _signature(program: Program) -> Any:
-    """Equal for programs that differ in nothing but the offsets of a step."""
-    source, names = program.source()
-    blocks: dict[int, int] = {}
-    found: list[Any] = []
-    for name, what in names.items():
-        if hasattr(what, "memory"):
-            memory = what.memory
-            kept = id(memory) if memory.kind != "scratch" else blocks.setdefault(id(memory), len(blocks))
-            offset = 0 if what.listed is not None else what.offset
-            found.append((name, memory.kind, kept, what.sizes, what.strides, offset, what.listed))
-        else:
-            found.append((name, id(what)))
-    return source, tuple(found)
+            built[step] = builder, frozenset(builder.local)
+            return builder

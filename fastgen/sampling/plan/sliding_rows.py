@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from fastgen.sampling.machine.language import Memory, Program, views_of
 from fastgen.sampling.plan.layout import Layout
-from fastgen.sampling.plan.program import Memory, Program, View
 
 ROOM = 2  # windows that a ring holds: rows move once in as many steps of a row as a window has
-Steps = list[tuple[int, list[Any]]]  # number of a program, and the offsets that it runs with
+Steps = Sequence[Any]  # of a plan
 
 
 @dataclass(frozen=True)
@@ -67,23 +67,23 @@ class _Touched:
 
 def make_rings(
     candidates: Iterable[tuple[Memory, Layout, bool]], programs: Sequence[Program], steps: Steps
-) -> dict[int, Ring]:
-    """Rings by the id of their memory, for those candidates that fit one; moves the offsets of the steps into them.
+) -> dict[Memory, Ring]:
+    """Rings by their memory, for those candidates that fit one; moves the offsets of the steps into them.
 
     Args:
         candidates: memory and layout of a value, and whether its first row holds constants, there from the beginning.
     """
-    layouts: dict[int, Layout] = {}
-    touched: dict[int, _Touched] = {}
+    layouts: dict[Memory, Layout] = {}
+    touched: dict[Memory, _Touched] = {}
     for memory, layout, begun in candidates:
         one = _Touched(np.full(len(steps), 2**31), np.full(len(steps), -1), np.zeros(len(steps), dtype=bool))
         if begun:
             one.low[0] = one.high[0] = layout.before[layout.order[0]]
-        layouts[id(memory)], touched[id(memory)] = layout, one
-    served = [np.array([k for k, (number, _) in enumerate(steps) if number == p]) for p in range(len(programs))]
+        layouts[memory], touched[memory] = layout, one
+    served = [np.array([k for k, step in enumerate(steps) if step.program == p]) for p in range(len(programs))]
     _touch(touched, layouts, programs, served, steps)
     rings = {}
-    firsts: dict[int, np.ndarray] = {}
+    firsts: dict[Memory, np.ndarray] = {}
     for key, found in touched.items():
         ring = _ring(layouts[key], found)
         if ring is not None:
@@ -91,43 +91,37 @@ def make_rings(
             if not first[found.still].any():
                 rings[key], firsts[key] = ring, first * ring.pitch
     for program, of_program in zip(programs, served, strict=True):
-        for number, view in enumerate(program.views()):
-            if id(view.memory) in rings:
+        for number, view in enumerate(program.moving()):
+            if view.memory in rings:
                 for step in of_program.tolist():
-                    steps[step][1][number] -= int(firsts[id(view.memory)][step])
+                    steps[step].offsets[number] -= firsts[view.memory][step]
     return rings
 
 
 def _touch(
-    touched: dict[int, _Touched],
-    layouts: dict[int, Layout],
+    touched: dict[Memory, _Touched],
+    layouts: dict[Memory, Layout],
     programs: Sequence[Program],
     served: Sequence[np.ndarray],
     steps: Steps,
 ) -> None:
     """Adds what the steps touch."""
     for program, of_program in zip(programs, served, strict=True):
-        moving = {view: number for number, view in enumerate(program.views())}
-        views = {view for instruction in program.instructions for view in instruction.views()}
+        moving = {view: number for number, view in enumerate(program.moving())}
+        views = {view for instruction in program.instructions for view in views_of(instruction)}
         for view in views:
-            key = id(view.memory)
-            if key not in layouts:
+            if view.memory not in layouts:
                 continue
-            one = touched[key]
+            one = touched[view.memory]
             if view in moving:
-                first = np.array([steps[step][1][moving[view]] for step in of_program.tolist()])
+                first = np.array([steps[step].offsets[moving[view]] for step in of_program.tolist()])
             else:
                 first = np.full(len(of_program), view.offset.at(()))
                 one.still[of_program] = True
-            layout = layouts[key]
+            layout = layouts[view.memory]
             pitch = layout.strides[layout.order[0]]
             one.low[of_program] = np.minimum(one.low[of_program], first // pitch)
-            one.high[of_program] = np.maximum(one.high[of_program], (first + _span(view)) // pitch)
-
-
-def _span(view: View) -> int:
-    """From the first number of a view to the last."""
-    return sum(stride * (size - 1) for size, stride in zip(view.sizes, view.strides, strict=True))
+            one.high[of_program] = np.maximum(one.high[of_program], (first + view.span) // pitch)
 
 
 def _ring(layout: Layout, touched: _Touched) -> Ring | None:

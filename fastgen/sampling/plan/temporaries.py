@@ -5,18 +5,18 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastgen.sampling.plan.program import Memory, Program
+from fastgen.sampling.machine.language import Memory, Program, views_of
 
 
 @dataclass
 class Scratch:
     """Attributes:
-    block_of: id of a scratch memory -> number of its block.
+    block_of: for every program, a scratch memory -> number of its block.
     sizes: of the blocks, numbers an image.
     dtypes: of the blocks.
     """
 
-    block_of: dict[int, int] = field(default_factory=dict)
+    block_of: list[dict[Memory, int]] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     dtypes: list[torch.dtype] = field(default_factory=list)
 
@@ -25,23 +25,22 @@ def share_scratch(programs: Iterable[Program]) -> Scratch:
     """One set of blocks for all programs, of which one runs at a time."""
     found = Scratch()
     for program in programs:
-        first: dict[int, int] = {}
-        last: dict[int, int] = {}
-        memories: dict[int, Memory] = {}
+        first: dict[Memory, int] = {}
+        last: dict[Memory, int] = {}
+        blocks: dict[Memory, int] = {}
         for k, instruction in enumerate(program.instructions):
-            for view in instruction.views():
+            for view in views_of(instruction):
                 if view.memory.kind == "scratch":
-                    memories[id(view.memory)] = view.memory
-                    first.setdefault(id(view.memory), k)
-                    last[id(view.memory)] = k
+                    first.setdefault(view.memory, k)
+                    last[view.memory] = k
         free = set(range(len(found.sizes)))
         ending: dict[int, list[int]] = {}
-        for key, begin in sorted(first.items(), key=lambda item: item[1]):
+        for memory, begin in sorted(first.items(), key=lambda item: item[1]):
             for end in [end for end in ending if end < begin]:
                 free.update(ending.pop(end))
-            number = _take(found, free, memories[key])
-            found.block_of[key] = number
-            ending.setdefault(last[key], []).append(number)
+            number = blocks[memory] = _take(found, free, memory)
+            ending.setdefault(last[memory], []).append(number)
+        found.block_of.append(blocks)
     return found
 
 

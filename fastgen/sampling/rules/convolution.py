@@ -1,9 +1,13 @@
-"""Convolutions of any number of dimensions, with stride, padding, dilation and groups, and their transposes."""
+"""Convolutions of any number of dimensions, with stride, padding, dilation and groups, and their transposes.
 
-import functools
+A part of a convolution is a few products: the numbers that a run of taps sees lie side by side in memory, channels
+innermost, so that they are a row times the weights of these taps. Example: of a 3x3 kernel with mask A over 8 channels,
+the middle row of a pixel is one product with K = 8, and the row above it one with K = 24.
+"""
+
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import product
 from typing import Any
@@ -12,15 +16,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgen.sampling.machine.language import AffineOffset, View, constant, dense_strides
 from fastgen.sampling.plan.builder import Builder
-from fastgen.sampling.plan.layout import Box, dense_strides
-from fastgen.sampling.plan.program import Linear, View
+from fastgen.sampling.plan.layout import Box
 from fastgen.sampling.rules.base import Analysis, Rule, groups_of
-from fastgen.sampling.rules.kernels import Packed, Slab, convolve_transposed, extent, fill, project, select
-from fastgen.sampling.rules.matmul import emit_linear
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported, Value
 
 WIDE = 32  # numbers in a row from which a product of its own costs less than a copy
+FEW_RUNS = 4  # runs of taps up to which that holds at a single place
+FEW_GROUPS = 8  # groups up to which each is a product of its own
+PRECISE = (torch.float32, torch.float64)  # in which sums may be rounded on the way
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some output channels' weights, cropped to the box of taps that holds all that are not zero.
+
+    Attributes:
+        first: where the box begins along each dimension of the kernel.
+        taps: its sizes.
+        channels: (first, count) of the input channels that it sees.
+        matrix: (taps * count, output channels), the channels of a tap side by side.
+    """
+
+    first: tuple[int, ...]
+    taps: tuple[int, ...]
+    channels: tuple[int, int]
+    matrix: Tensor
 
 
 class Convolution(Rule):
@@ -45,7 +67,7 @@ class Convolution(Rule):
         if self.transposed:  # (I, O / groups, ...) -> (O, I / groups, ...)
             live = live.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
         self.live = live
-        self._cache: dict[Any, Any] = {}
+        self._parts: dict[Any, View | Part | None] = {}
 
     @property
     def multiply_adds(self) -> float:
@@ -156,53 +178,50 @@ class Convolution(Rule):
 
     # --- computing a part
 
-    def _channels(self, box: Box) -> tuple[int, int, int]:
-        return (box.start[1], box.sizes[1], box.steps[1]) if self.groups == 1 else (0, self.value.shape[1], 1)
-
     def fixed(self, box: Box) -> tuple[Any, ...]:
+        """A transpose does the same at places that lie alike between its strides."""
         if not self.transposed:
             return (box.start[1],)
-        places = zip(box.start[2:], box.sizes[2:], self.stride, strict=True)
-        return (box.start[1], *(start % stride if size == 1 else start for start, size, stride in places))
+        return (box.start[1], *(start % stride for start, stride in zip(box.start[2:], self.stride, strict=True)))
 
     def emit(self, builder: Builder, box: Box) -> None:
-        packed = self._packed(self._channels(box))
         out = builder.out(self.value, box)
-        if packed is None and self.onto is not None:
-            builder.emit(Tensor.copy_, out, builder.read(self.onto, builder.region(box)))
-        elif packed is None:
-            bias = 0 if self.bias is None else self._bias(self._channels(box)).view(-1, *[1] * self.rank)
-            builder.emit(fill, out, bias)
-        elif self.transposed:
-            self._emit_transposed(builder, box, out)
-        elif self.groups == 1 and math.prod(box.sizes[2:]) * box.sizes[0] == 1:
-            self._emit_place(builder, box, packed, out)
-        else:
-            self._emit_slab(builder, box, packed, out)
-
-    def _packed(self, channels: tuple[int, int, int]) -> "Packed | None":
-        """The weights of some output channels, cropped to the box that holds all that are not zero; None: all are."""
-        if channels not in self._cache:
-            first, count, step = channels
-            rows = slice(first, first + (count - 1) * step + 1, step)
+        if self.groups > FEW_GROUPS and not self.transposed:
+            self._emit_grouped(builder, box, out)
+            return
+        added = self._added(builder, box, out)
+        for first, count, channels, group in self._channels(box):
+            here = out.narrow(1, first, count)
+            start = added if added is None else added.narrow(1, first, count)
             if self.transposed:
-                weight = self.weight if self.groups > 1 else self.weight[:, rows]
-                self._cache[channels] = Packed.of(weight, (), self.live[rows].any())
+                self._emit_transposed(builder, box, here, start, channels, group)
             else:
-                live = self.live[rows]
-                crop = [(0, live.shape[1])] if self.groups > 1 else [extent(live.transpose(0, 1).flatten(1).any(1))]
-                crop += [extent(live.movedim(2 + d, 0).flatten(1).any(1)) for d in range(self.rank)]
-                cut = tuple(slice(a, b) for a, b in crop)
-                self._cache[channels] = Packed.of(self.weight[(rows, *cut)], tuple(a for a, _ in crop), live.any())
-        return self._cache[channels]
+                self._emit_direct(builder, box, here, start, channels, group)
 
-    def _bias(self, channels: tuple[int, int, int]) -> Tensor:
-        first, count, step = channels
-        key = ("bias", *channels)
-        if key not in self._cache:
-            data = self.analysis.data(self.bias)
-            self._cache[key] = data[first : first + (count - 1) * step + 1 : step].contiguous()
-        return self._cache[key]
+    def _channels(self, box: Box) -> Iterator[tuple[int, int, slice, int]]:
+        """The box's output channels by groups: first and count in the box, which these are, number of the group."""
+        size = len(self.live) // self.groups
+        first, count, step = box.start[1], box.sizes[1], box.steps[1]
+        for group in range(self.groups):
+            inside = [k for k in range(count) if group * size <= first + k * step < (group + 1) * size]
+            if inside:
+                start, last = first + inside[0] * step, first + inside[-1] * step
+                yield inside[0], len(inside), slice(start, last + 1, step), group
+
+    def _added(self, builder: Builder, box: Box, out: View) -> View | None:
+        """What the sums begin with, like the result."""
+        if self.onto is not None:
+            return builder.read(self.onto, builder.region(box))
+        if self.bias is None:
+            return None
+        first, count, step = box.start[1], box.sizes[1], box.steps[1]
+        key = ("bias", first, count, step)
+        if key not in self._parts:
+            self._parts[key] = constant(self.analysis.data(self.bias)[first : first + (count - 1) * step + 1 : step])
+        bias = self._parts[key]
+        assert isinstance(bias, View)
+        inner = [1] * self.rank
+        return replace(bias, sizes=(1, count, *inner), strides=(0, 1, *(0 for _ in inner))).expand(out.sizes)
 
     def _padded(self) -> Operand:
         """The input with the zeros around it that the kernel reaches."""
@@ -215,125 +234,160 @@ class Convolution(Rule):
     def reads(self) -> list[Operand]:
         return [self._padded(), *([] if self.onto is None else [self.onto])]
 
-    def _added(self, builder: Builder, box: Box, order: list[int]) -> View | Tensor | None:
-        """What the sums begin with, dimensions in the given order."""
-        if self.onto is not None:
-            return builder.read(self.onto, builder.region(box)).order(order)
-        return None if self.bias is None else self._bias(self._channels(box))
+    def _weights(self, key: Any, matrix: Tensor) -> View:
+        """A constant that is made once."""
+        if key not in self._parts:
+            self._parts[key] = constant(matrix)
+        found = self._parts[key]
+        assert isinstance(found, View)
+        return found
 
-    def _emit_place(self, builder: Builder, box: Box, packed: "Packed", out: View) -> None:
-        """One place: a row vector of all that the taps see, times a matrix."""
-        starts = builder.starts(box)
-        region = [(starts[0], 1, 1), (Linear(packed.first[0]), packed.weight.shape[1], 1)]
-        for d in range(self.rank):
-            corner = starts[2 + d] * self.stride[d] + packed.first[1 + d] * self.dilation[d]
-            region.append((corner, packed.weight.shape[2 + d], self.dilation[d]))
-        seen = builder.read(self._padded(), region).order([*range(2, 2 + self.rank), 1]).collapse()
-        bias = self._added(builder, box, [1])
-        matrix = packed.matrix
-        target = out.collapse()
-        target = target if target.sizes else target.unsqueeze(0)
-        if len(seen.sizes) == 0:
-            seen = seen.unsqueeze(0)
-        precise = packed.weight.dtype in (
-            torch.float32,
-            torch.float64,
-        )  # parts of a half precision sum would be rounded
-        if precise and len(seen.sizes) == 2 and seen.strides[1] == 1 and seen.sizes[1] >= WIDE and seen.sizes[0] <= 4:
-            rows = matrix.view(seen.sizes[0], seen.sizes[1], -1)
-            for k in range(seen.sizes[0]):
-                part = seen.narrow(0, k, 1).order([1])
-                start = bias if k == 0 else target
-                if start is None:
-                    builder.emit(torch.mm, part, packed.part(k, rows), out=target)
-                else:
-                    builder.emit(torch.addmm, start, part, packed.part(k, rows), out=target)
+    def _part(self, channels: slice, group: int) -> Part | None:
+        """The weights of some output channels; None where all are zero."""
+        key = ("part", channels.start, channels.stop, channels.step)
+        if key not in self._parts:
+            live = self.live[channels]
+            found = None
+            if live.any():
+                inputs, *taps = (extent(live.movedim(1 + d, 0).flatten(1).any(1)) for d in range(1 + self.rank))
+                cut = tuple(slice(a, b) for a, b in (inputs, *taps))
+                matrix = self.weight[(channels, *cut)].flatten(2).permute(2, 1, 0).flatten(0, 1).contiguous()
+                seen = (group * live.shape[1] + inputs[0], inputs[1] - inputs[0])
+                found = Part(tuple(a for a, _ in taps), tuple(b - a for a, b in taps), seen, matrix)
+            self._parts[key] = found
+        part = self._parts[key]
+        assert not isinstance(part, View)
+        return part
+
+    def _emit_direct(
+        self, builder: Builder, box: Box, out: View, added: View | None, channels: slice, group: int
+    ) -> None:
+        order = [0, *range(2, 2 + self.rank), 1]
+        out, added = out.order(order), added if added is None else added.order(order)
+        part = self._part(channels, group)
+        if part is None:
+            builder.pointwise("copy", out, 0.0 if added is None else added)
             return
-        if len(seen.sizes) > 1 or seen.strides[0] != 1:
-            flat = builder.scratch((seen.numel,), self.x.map.value.data.dtype)
-            strides = dense_strides(seen.sizes, range(len(seen.sizes)))
-            builder.emit(Tensor.copy_, replace(flat, sizes=seen.sizes, strides=strides), seen)
-            seen = flat
-        if bias is None:
-            builder.emit(torch.mm, seen, matrix, out=target)
-        else:
-            builder.emit(torch.addmm, bias, seen, matrix, out=target)
-
-    def _emit_slab(self, builder: Builder, box: Box, packed: "Packed", out: View) -> None:
-        """Many places at once: the convolution of all that they see."""
         starts = builder.starts(box)
-        channels = self.x.shape[1] if self.groups > 1 else packed.weight.shape[1]
-        region = [(starts[0], box.sizes[0], box.steps[0]), (Linear(packed.first[0]), channels, 1)]
+        steps = [stride * step for stride, step in zip(self.stride, box.steps[2:], strict=True)]
+        region = [(starts[0], box.sizes[0], box.steps[0]), (AffineOffset(part.channels[0]), part.channels[1], 1)]
+        for d in range(self.rank):
+            corner = starts[2 + d] * self.stride[d] + part.first[d] * self.dilation[d]
+            region.append((corner, (box.sizes[2 + d] - 1) * steps[d] + (part.taps[d] - 1) * self.dilation[d] + 1, 1))
+        seen = builder.read(self._padded(), region)
+        along = seen.strides[2:]
+        places = replace(
+            seen,
+            sizes=(box.sizes[0], *box.sizes[2:]),
+            strides=(seen.strides[0], *(s * step for s, step in zip(along, steps, strict=True))),
+        )
+        taps = replace(
+            seen,
+            sizes=(*part.taps, part.channels[1]),
+            strides=(*(s * dilation for s, dilation in zip(along, self.dilation, strict=True)), seen.strides[1]),
+        ).collapse()
+        name = (channels.start, channels.stop, channels.step)
+        depth = len(part.matrix)
+        run, stride = (taps.sizes[-1], taps.strides[-1]) if taps.sizes else (1, 1)
+        runs = depth // run
+        several = part.matrix.dtype in PRECISE and run >= WIDE and (runs <= FEW_RUNS or places.numel > 1)
+        if stride == 1 and (runs == 1 or several):
+            for k, index in enumerate(product(*(range(size) for size in taps.sizes[:-1]))):
+                offset = places.offset + sum(i * s for i, s in zip(index, taps.strides, strict=False))
+                rows = replace(places, sizes=(*places.sizes, run), strides=(*places.strides, 1), offset=offset)
+                weight = self._weights((*name, k, run), part.matrix[k * run : (k + 1) * run])
+                builder.product(out, rows, weight, added if k == 0 else out)
+            return
+        rows = builder.scratch((*places.sizes, depth), part.matrix.dtype)
+        inner = replace(
+            rows, sizes=(*places.sizes, *taps.sizes), strides=(*rows.strides[:-1], *dense_strides(taps.sizes))
+        )
+        both = replace(places, sizes=inner.sizes, strides=(*places.strides, *taps.strides))
+        builder.pointwise("copy", inner, both)
+        builder.product(out, rows, self._weights((*name, 0, depth), part.matrix), added)
+
+    def _emit_transposed(
+        self, builder: Builder, box: Box, out: View, added: View | None, channels: slice, group: int
+    ) -> None:
+        """Places that lie alike between the strides are reached by the same taps, each a product."""
+        size = len(self.weight) // self.groups
+        order = [0, *range(2, 2 + self.rank), 1]
+        starts = builder.starts(box)
+        for alike in product(*(self._alike(box, d) for d in range(self.rank))):
+            here, start = out, added
+            for d, (first, count, step, _) in enumerate(alike):
+                here = here.narrow(2 + d, first, count, step)
+                start = start if start is None else start.narrow(2 + d, first, count, step)
+            here, start = here.order(order), start if start is None else start.order(order)
+            summed = False
+            for taps in product(*(one[3] for one in alike)):
+                weight = self.weight[group * size : (group + 1) * size, self._own(channels, group)][(..., *taps)]
+                if not bool((weight != 0).any()):
+                    continue
+                region = [(starts[0], box.sizes[0], box.steps[0]), (AffineOffset(group * size), size, 1)]
+                for d, (tap, (first, count, step, _)) in enumerate(zip(taps, alike, strict=True)):
+                    moved = first * box.steps[2 + d] + self.padding[d] - tap * self.dilation[d]
+                    corner = (starts[2 + d] + moved) * Fraction(1, self.stride[d])
+                    reach = self.kernel[d] * self.dilation[d]
+                    region.append((corner + reach, count, step * box.steps[2 + d] // self.stride[d]))
+                rows = builder.read(self._padded(), region).order(order)
+                name = (channels.start, channels.stop, channels.step, *taps)
+                builder.product(here, rows, self._weights(name, weight), here if summed else start)
+                summed = True
+            if not summed:
+                builder.pointwise("copy", here, 0.0 if start is None else start)
+
+    def _own(self, channels: slice, group: int) -> slice:
+        """Output channels as numbered within their group."""
+        first = group * (len(self.live) // self.groups)
+        return slice(channels.start - first, channels.stop - first, channels.step)
+
+    def _alike(self, box: Box, d: int) -> list[tuple[int, int, int, list[int]]]:
+        """Places of the box along a dimension that the same taps reach: first, count, step, taps."""
+        start, count, step = box.start[2 + d] + self.padding[d], box.sizes[2 + d], box.steps[2 + d]
+        period = self.stride[d] // math.gcd(self.stride[d], step)
+        found = []
+        for first in range(min(period, count)):
+            place = start + first * step
+            taps = [k for k in range(self.kernel[d]) if (place - k * self.dilation[d]) % self.stride[d] == 0]
+            found.append((first, len(range(first, count, period)), period, taps))
+        return found
+
+    def _emit_grouped(self, builder: Builder, box: Box, out: View) -> None:
+        """Of many groups, as torch convolves them."""
+        starts = builder.starts(box)
+        region = [(starts[0], box.sizes[0], box.steps[0]), (AffineOffset(0), self.x.shape[1], 1)]
         strides = []
         for d in range(self.rank):
-            stride = self.stride[d] * box.steps[2 + d]
-            reach = (box.sizes[2 + d] - 1) * stride + (packed.weight.shape[2 + d] - 1) * self.dilation[d] + 1
-            corner = starts[2 + d] * self.stride[d] + packed.first[1 + d] * self.dilation[d]
-            region.append((corner, reach, 1))
-            strides.append(stride)
+            strides.append(self.stride[d] * box.steps[2 + d])
+            reach = (box.sizes[2 + d] - 1) * strides[-1] + (self.kernel[d] - 1) * self.dilation[d] + 1
+            region.append((starts[2 + d] * self.stride[d], reach, 1))
         seen = builder.read(self._padded(), region)
-        if self.groups == 1 and all(size == 1 for size in packed.weight.shape[2:]) and all(s == 1 for s in strides):
-            order = [0, *range(2, 2 + self.rank), 1]
-            emit_linear(builder, seen.order(order), packed.matrix, self._added(builder, box, order), out.order(order))
-            return
-        bias = self._added(builder, box, [*range(2 + self.rank)])
-        call = Slab(tuple(strides), tuple(self.dilation), self.groups)
-        if self.groups == 1:
-            builder.emit(call, seen, packed.weight, bias, out=out)
-        else:
-            found = builder.make(call, seen, packed.weight, bias)
-            found = builder.make(select, found, box.start[1], box.sizes[1], box.steps[1])
-            builder.emit(Tensor.copy_, out, found)
+        bias = None if self.bias is None or self.onto is not None else self.analysis.data(self.bias)
+        kept = (box.start[1], box.start[1] + (box.sizes[1] - 1) * box.steps[1] + 1, box.steps[1])
+        convolve = BatchedConv(tuple(strides), tuple(self.dilation), self.groups, kept)
+        found = builder.make(convolve, seen, self.weight, bias)
+        if self.onto is not None:
+            found = builder.make(torch.add, found, builder.read(self.onto, builder.region(box)))
+        builder.fill(out, found)
 
-    def _emit_transposed(self, builder: Builder, box: Box, out: View) -> None:
-        """Along a dimension with one place, the taps that reach it; along the others, the transpose of a slab."""
-        channels = self._channels(box)
-        packed = self._packed(channels)
-        assert packed is not None
-        starts = builder.starts(box)
-        reach = [size * dilation for size, dilation in zip(self.kernel, self.dilation, strict=True)]
-        source = self._padded()
-        single = [d for d in range(self.rank) if box.sizes[2 + d] == 1]
-        many = [d for d in range(self.rank) if d not in single]
-        choices = []
-        for d in single:
-            place = box.start[2 + d] + self.padding[d]
-            choices.append([k for k in range(self.kernel[d]) if (place - k * self.dilation[d]) % self.stride[d] == 0])
-        region: list[Any] = [(starts[0], box.sizes[0], box.steps[0]), (Linear(0), self.x.shape[1], 1)]
-        region += [None] * self.rank
-        cuts = []
-        for d in many:
-            first, last = box.start[2 + d], box.start[2 + d] + (box.sizes[2 + d] - 1) * box.steps[2 + d]
-            low = max(0, -(-(first + self.padding[d] - (self.kernel[d] - 1) * self.dilation[d]) // self.stride[d]))
-            high = min(self.x.shape[2 + d] - 1, (last + self.padding[d]) // self.stride[d])
-            region[2 + d] = (Linear(low + reach[d]), high - low + 1, 1)
-            cuts.append((first + self.padding[d] - low * self.stride[d], box.sizes[2 + d], box.steps[2 + d]))
-        total: Any = None
-        for taps in product(*choices):
-            weight_at: list[Any] = [slice(None), slice(None)] + [slice(None)] * self.rank
-            for d, tap in zip(single, taps, strict=True):
-                moved = starts[2 + d] + (self.padding[d] - tap * self.dilation[d])
-                region[2 + d] = (moved * Fraction(1, self.stride[d]) + reach[d], 1, 1)
-                weight_at[2 + d] = tap
-            seen = builder.read(source, region).order([0, 1, *(2 + d for d in many)])
-            weight = packed.slice(taps, tuple(weight_at))
-            if many:
-                call = functools.partial(
-                    convolve_transposed,
-                    stride=[self.stride[d] for d in many],
-                    dilation=[self.dilation[d] for d in many],
-                    groups=self.groups,
-                    cuts=cuts,
-                )
-                part = builder.make(call, seen, weight)
-            else:
-                part = builder.make(functools.partial(project, groups=self.groups), seen, weight)
-            total = part if total is None else builder.make(torch.add, total, part)
-        if self.groups > 1 and total is not None:
-            total = builder.make(select, total, box.start[1], box.sizes[1], box.steps[1])
-        if self.bias is not None:
-            first, count, step = box.start[1], box.sizes[1], box.steps[1]
-            bias = self._bias((first, count, step)).view(-1, *[1] * len(many))
-            total = bias if total is None else builder.make(torch.add, total, bias)
-        target = out.order([0, 1, *(2 + d for d in many)])
-        builder.emit(fill, target, 0 if total is None else total)
+
+def extent(live: Tensor) -> tuple[int, int]:
+    """The first live place, and the one after the last."""
+    places = torch.nonzero(live).flatten()
+    return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 1)
+
+
+@dataclass(frozen=True)
+class BatchedConv:
+    """A convolution without padding of x (n, N, I, ...), of which some output channels are kept: (n, N, O, ...)."""
+
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    kept: tuple[int, int, int]  # as of a slice
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        no = [0] * len(self.stride)
+        found = torch.convolution(x.flatten(0, 1), weight, bias, self.stride, no, self.dilation, False, no, self.groups)
+        return found[:, slice(*self.kept)].unflatten(0, x.shape[:2])

@@ -1,15 +1,15 @@
 """Products of matrices, with or without a batch of them, and sums with a third operand."""
 
-import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastgen.sampling.machine.language import AffineOffset, View, constant
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
-from fastgen.sampling.plan.program import Linear, View
 from fastgen.sampling.rules.base import Analysis, Rule, constant_operand, groups_of, reduce_to
 from fastgen.sampling.rules.pointwise import ONE
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Value
@@ -23,7 +23,7 @@ class MatMul(Rule):
 
     def __init__(self, value: Value, analysis: Analysis) -> None:
         super().__init__(value, analysis)
-        self._cuts: dict[tuple[int, ...], Tensor] = {}
+        self._cuts: dict[tuple[int, ...], View] = {}
 
     @property
     def factors(self) -> tuple[Operand, Operand]:
@@ -66,35 +66,45 @@ class MatMul(Rule):
 
     def emit(self, builder: Builder, box: Box) -> None:
         a, b = self.factors
-        out = builder.out(self.value, box)
+        out, summand = builder.out(self.value, box), self.summand
         region = builder.region(box)
-        inner = (Linear(0), a.shape[-1], 1)
+        inner = (AffineOffset(0), a.shape[-1], 1)
         batch = region[:-2]
         plain = all(self.value.kwargs.get(name, 1) == 1 for name in ("alpha", "beta"))
-        if constant_operand(b) and len(batch) == 0 and plain:
-            weight = self._cut(b, 1, box)
+        if constant_operand(b) and not batch and plain:
             left = builder.read(a, [region[-2], inner])
-            bias = self.summand
-            if bias is None:
-                emit_linear(builder, left, weight, None, out)
-                return
-            if constant_operand(bias) and bias.shape[:-1] in ((), (1,)):
-                emit_linear(builder, left, weight, self._cut(bias, len(bias.shape) - 1, box).reshape(-1), out)
+            if summand is None or (constant_operand(summand) and summand.shape[:-1] in ((), (1,))):
+                bias = None if summand is None else self._cut(summand, len(summand.shape) - 1, box)
+                added = None if bias is None else replace(bias, sizes=bias.sizes[-1:], strides=bias.strides[-1:])
+                builder.product(out, left, self._cut(b, 1, box), added)
                 return
         first = builder.read(a, [*batch[len(batch) - len(a.shape) + 2 :], region[-2], inner])
         second = builder.read(b, [*batch[len(batch) - len(b.shape) + 2 :], inner, region[-1]])
+        if plain and self._is_plain(first, second):
+            added = None if summand is None else self._summand(builder, region, box)
+            builder.product(out, first, second, added)
+            return
         found: Any = builder.make(torch.matmul, first, second)
-        if self.summand is not None:
+        if summand is not None:
             alpha, beta = (self.value.kwargs.get(name, 1) for name in ("alpha", "beta"))
-            aligned = region[len(region) - len(self.summand.shape) :]
-            cut = [one if size > 1 else ONE for one, size in zip(aligned, self.summand.shape, strict=True)]
-            summand: Any = builder.read(self.summand, cut).expand(box.sizes)
+            scaled: Any = self._summand(builder, region, box)
             if beta != 1:
-                summand = builder.make(torch.mul, summand, beta)
-            found = builder.make(functools.partial(torch.add, alpha=alpha), summand, found)
-        builder.emit(Tensor.copy_, out, found)
+                scaled = builder.make(torch.mul, scaled, beta)
+            found = builder.make(torch.add, scaled, found, alpha=alpha)
+        builder.fill(out, found)
 
-    def _cut(self, operand: Operand, dim: int, box: Box) -> Tensor:
+    def _is_plain(self, *factors: View) -> bool:
+        """Whether all has one type, which sums are not rounded to on the way."""
+        dtype = self.value.data.dtype
+        return dtype in (torch.float32, torch.float64) and all(one.memory.dtype == dtype for one in factors)
+
+    def _summand(self, builder: Builder, region: Sequence[Any], box: Box) -> View:
+        assert self.summand is not None
+        aligned = region[len(region) - len(self.summand.shape) :]
+        cut = [one if size > 1 else ONE for one, size in zip(aligned, self.summand.shape, strict=True)]
+        return builder.read(self.summand, cut).expand(box.sizes)
+
+    def _cut(self, operand: Operand, dim: int, box: Box) -> View:
         """The columns of a constant that a box needs."""
         start, size, step = box.start[-1], box.sizes[-1], box.steps[-1]
         key = (id(operand), dim, start, size, step)
@@ -103,7 +113,7 @@ class MatMul(Rule):
             if data.shape[dim] > 1:
                 data = data.narrow(dim, start, (size - 1) * step + 1)
                 data = data[(slice(None),) * dim + (slice(None, None, step),)]
-            self._cuts[key] = data.contiguous()
+            self._cuts[key] = constant(data)
         return self._cuts[key]
 
 
@@ -129,25 +139,3 @@ def latest(times: Tensor, zero: Tensor, least: int = CONSTANT) -> Tensor:
         dead = zero[..., first : first + step].mT.unsqueeze(-3)
         parts.append(torch.where(dead, least, times.unsqueeze(-2)).amax(-1))
     return torch.cat(parts, -1)
-
-
-def emit_linear(builder: Builder, x: View, weight: Tensor, added: View | Tensor | None, out: View) -> None:
-    """out (..., N) = x (..., K) @ weight (K, N) + added, bias or map; one row where all but the last have size 1."""
-    k, columns = weight.shape
-    rows, target = x.collapse(), out.collapse()
-    if rows.sizes in ((k,), ()) and target.sizes in ((columns,), ()):
-        rows, target = (one if one.sizes else one.unsqueeze(0) for one in (rows, target))
-        if isinstance(added, View):
-            added = added.order([len(added.sizes) - 1])
-        if added is None:
-            builder.emit(torch.mm, rows, weight, out=target)
-        else:
-            builder.emit(torch.addmm, added, rows, weight, out=target)
-        return
-    builder.emit(linear, x, weight, added, out=out)
-
-
-def linear(x: Tensor, weight: Tensor, added: Tensor | None, out: Tensor) -> Tensor:
-    """x (..., K) @ weight (K, N) + added, (N,) or (..., N)"""
-    found = torch.mm(x.reshape(-1, len(weight)), weight).view(out.shape)
-    return out.copy_(found) if added is None else torch.add(found, added, out=out)

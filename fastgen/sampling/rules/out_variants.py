@@ -40,7 +40,3 @@ def out_variant(op: Any) -> Callable[..., Any] | None:
         if len(outs) == 1 and outs[0].name == "out" and rest == wanted:
             return overload
     return None
-
-
-def relu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    return torch.clamp_min(x, 0, out=out)

@@ -1,21 +1,21 @@
 """Operations that compute every element from the same place of their operands."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastgen.sampling.machine.language import AffineOffset, View
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
-from fastgen.sampling.plan.program import Linear, View
 from fastgen.sampling.rules.base import LOW, Rule, constant_operand, reduce_to, result_of
-from fastgen.sampling.rules.out_variants import out_variant, relu
+from fastgen.sampling.rules.out_variants import out_variant
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, map_arguments
 
 SWALLOWS = 1e6  # what rounding of a sum has to take away, for its smaller part to count as nothing
-ONE = (Linear(0), 1, 1)  # all of a dimension of size 1
+ONE = (AffineOffset(0), 1, 1)  # all of a dimension of size 1
 
 
 class Pointwise(Rule):
@@ -53,7 +53,7 @@ class Pointwise(Rule):
             vanishes = self.analysis.low(operands[0]) & (self.value.data == 0)
             ready = torch.where(vanishes, CONSTANT, ready)
             if vanishes.any():
-                self.vanishes = self.analysis.constant(vanishes)
+                self.vanishes = self.analysis.constant(vanishes.float())
         real = self.value.data.is_floating_point()
         if real and name in ("mul", "div") and not any(isinstance(one, Operand) for one in self.value.args[1:]):
             low = self.analysis.low(operands[0]) & (self.value.data <= LOW)
@@ -119,17 +119,51 @@ class Pointwise(Rule):
 
         args, kwargs = map_arguments(self.value.args, view), map_arguments(self.value.kwargs, view)
         target = out.order(order)
+        known = None if self.name in ("clone", "_to_copy") else instruction_of(self.name, args, kwargs)
         if self.name in ("clone", "_to_copy"):
-            builder.emit(Tensor.copy_, target, args[0])
-        elif self.name == "relu":
-            builder.emit(relu, args[0], out=target)
+            builder.pointwise("copy", target, args[0])
+        elif known is not None and self._is_plain(args):
+            builder.pointwise(known[0], target, *known[1])
         elif (function := out_variant(self.value.op)) is not None:
-            builder.emit(function, *args, **kwargs, out=target)
+            builder.call(function, *args, **kwargs, out=target)
         else:
-            result = builder.make(result_of(self.value.op, self.value.output), *args, **kwargs)
-            builder.emit(Tensor.copy_, target, result)
+            builder.fill(target, builder.make(result_of(self.value.op, self.value.output), *args, **kwargs))
         if self.vanishes is not None:  # whatever lies where the operand is low
-            builder.emit(Tensor.masked_fill_, target, builder.read(self.vanishes, region).order(order), 0)
+            hidden = builder.read(self.vanishes, region).order(order)
+            builder.pointwise("erase", target, target, hidden)
+
+    def _is_plain(self, args: Sequence[Any]) -> bool:
+        """Whether result and operands are real numbers of one type."""
+        dtype = self.value.data.dtype
+        return dtype.is_floating_point and all(one.memory.dtype == dtype for one in args if isinstance(one, View))
+
+
+# Operators that are an op of the step language by another name, or by the same one.
+SAME_NAME = {
+    "add", "sub", "mul", "div", "neg", "relu", "tanh", "sigmoid", "exp", "expm1", "log", "silu", "square", "abs",
+    "sqrt", "rsqrt", "reciprocal", "maximum", "minimum",
+}  # fmt: skip
+
+
+def instruction_of(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[str, list[Any]] | None:
+    """The op of the step language that an operator is, and its operands; None where it is none."""
+    numbers = {key: value for key, value in kwargs.items() if value is not None}
+    if name == "gelu":
+        return ("gelu_tanh" if numbers.get("approximate", "none") == "tanh" else "gelu"), list(args[:1])
+    if numbers:
+        return None
+    if name == "clamp_min" and args[1:] == (0,):
+        return "relu", list(args[:1])
+    if name == "pow" and args[1:] == (2,):
+        return "square", list(args[:1])
+    if name == "elu" and set(args[2:]) <= {1}:
+        return "elu", [args[0], float(args[1]) if len(args) > 1 else 1.0]
+    if name == "leaky_relu":
+        return "leaky_relu", [args[0], float(args[1]) if len(args) > 1 else 0.01]
+    if name not in SAME_NAME or len(args) > 2:
+        return None
+    operands = [float(one) if isinstance(one, (int, float, Tensor)) else one for one in args]
+    return (name, operands) if all(isinstance(one, (View, float)) for one in operands) else None
 
 
 def _or_none(argument: Any) -> Operand | None:

@@ -49,7 +49,7 @@ class MaxPool2d(Rule):
             reach = (box.sizes[axis] - 1) * stride[d] + (self.kernel[d] - 1) * self.dilation[d] + 1
             region[axis] = (builder.starts(box)[axis] * self.stride[d], reach, 1)
         found = builder.make(_pool, builder.read(self.x, region), self.kernel, stride, self.dilation)
-        builder.emit(Tensor.copy_, builder.out(self.value, box), found)
+        builder.fill(builder.out(self.value, box), found)
 
 
 def _pool(x: Tensor, kernel: list[int], stride: list[int], dilation: list[int]) -> Tensor:

@@ -7,17 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.sampling.machine.language import AffineOffset, View, constant
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
-from fastgen.sampling.plan.program import Linear
-from fastgen.sampling.rules.base import LOW, Rule, argument, batched_arguments, constant_operand, reduce_to, result_of
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported
+from fastgen.sampling.rules.base import (
+    LOW,
+    Analysis,
+    Rule,
+    argument,
+    batched_arguments,
+    constant_operand,
+    reduce_to,
+    result_of,
+)
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported, Value
 
-LOWEST = -float("inf")
 
-
-def whole(shape: Sequence[int]) -> list[tuple[Linear, int, int]]:
-    return [(Linear(0), size, 1) for size in shape]
+def whole(shape: Sequence[int]) -> list[tuple[AffineOffset, int, int]]:
+    return [(AffineOffset(0), size, 1) for size in shape]
 
 
 def cut(found: Tensor, dim: int, start: int, size: int, step: int) -> Tensor:
@@ -53,7 +60,7 @@ class Softmax(Rule):
         times, unseen = self.analysis.ready(self.value.args[0]), self._unseen()
         ready = torch.where(unseen, CONSTANT, times).amax(self.dim, keepdim=True).expand(self.value.shape)
         if unseen.any():
-            self.unseen = self.analysis.constant(unseen)
+            self.unseen = self.analysis.constant(unseen.float())
         return (ready, unseen) if self._is_log else (torch.where(unseen, CONSTANT, ready), None)
 
     def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
@@ -66,14 +73,19 @@ class Softmax(Rule):
     def emit(self, builder: Builder, box: Box) -> None:
         dim, out = self.dim, builder.out(self.value, box)
         region = builder.region(box)
-        region[dim] = (Linear(0), self.value.shape[dim], 1)
-        x: Any = builder.read(self.value.args[0], region)
+        region[dim] = (AffineOffset(0), self.value.shape[dim], 1)
+        last = [*(d for d in range(len(region)) if d != dim), dim]
+        x = builder.read(self.value.args[0], region).order(last)
         if self.unseen is not None:  # what lies there may not have been computed
-            x = builder.make(torch.masked_fill, x, builder.read(self.unseen, region), LOWEST)
-        found = builder.make(torch.log_softmax if self._is_log else torch.softmax, x, dim + 1)
-        if box.sizes[dim] != self.value.shape[dim]:
-            found = builder.make(cut, found, dim, box.start[dim], box.sizes[dim], box.steps[dim])
-        builder.emit(Tensor.copy_, out, found)
+            hidden = builder.scratch(x.sizes, x.memory.dtype)
+            builder.pointwise("hide", hidden, x, builder.read(self.unseen, region).order(last))
+            x = hidden
+        whole_row = box.sizes[dim] == self.value.shape[dim]
+        found = out.order(last) if whole_row else builder.scratch(x.sizes, self.value.data.dtype)
+        builder.rowwise("log_softmax" if self._is_log else "softmax", found, x)
+        if not whole_row:
+            found = found.narrow(len(last) - 1, box.start[dim], box.sizes[dim], box.steps[dim])
+            builder.pointwise("copy", out.order(last), found)
 
 
 GREATEST = {"amax", "max", "logsumexp"}
@@ -92,6 +104,10 @@ class Reduction(Rule):
             return None
         low = self.analysis.low(self.value.args[0])
         return low & ~_all(low, self.dims) if low.any() else None
+
+    def _is_plain(self, seen: View) -> bool:
+        """Whether result and operand have one type, which sums may be rounded to."""
+        return self.value.data.dtype in (torch.float32, torch.float64) and seen.memory.dtype == self.value.data.dtype
 
     @property
     def dims(self) -> list[int]:
@@ -112,7 +128,7 @@ class Reduction(Rule):
         x, unseen = self.analysis.ready(self.value.args[0]), self._unseen()
         if unseen is not None and unseen.any():
             x = torch.where(unseen, CONSTANT, x)
-            self.unseen = self.analysis.constant(unseen)
+            self.unseen = self.analysis.constant(unseen.float())
         ready = x.amax(self.dims, keepdim=self.keeps) if self.dims else x
         return ready.expand(self.value.shape), None
 
@@ -124,7 +140,7 @@ class Reduction(Rule):
             for d in sorted(self.dims):
                 times = times.unsqueeze(d)
         wanted = times.expand(x.shape)
-        yield x, wanted if self.unseen is None else torch.where(self.analysis.data(self.unseen), NEVER, wanted)
+        yield x, wanted if self.unseen is None else torch.where(self.analysis.data(self.unseen) != 0, NEVER, wanted)
         for one in self.value.operands[1:]:
             if not constant_operand(one):
                 yield one, times.amin().expand(one.shape)
@@ -140,17 +156,22 @@ class Reduction(Rule):
                 region[d] = builder.region(box)[k]
         seen: Any = builder.read(x, region)
         if self.unseen is not None:  # what lies there may not have been computed
-            seen = builder.make(torch.masked_fill, seen, builder.read(self.unseen, region), LOWEST)
+            hidden = builder.scratch(seen.sizes, seen.memory.dtype)
+            builder.pointwise("hide", hidden, seen, builder.read(self.unseen, region))
+            seen = hidden
         if name == "native_layer_norm":
             normalized, weight, bias, eps = self.value.args[1:]
             weight, bias = (None if one is None else self.analysis.data(one) for one in (weight, bias))
+            if same and len(self.dims) == 1 and self._is_plain(seen) and box.sizes[-1] == x.shape[-1]:
+                self._normalize(builder, seen, out, eps)
+                return
             found = builder.make(torch.layer_norm, seen, normalized, weight, bias, eps)
             if same:
                 for d in self.dims:
                     found = builder.make(cut, found, d, box.start[d], box.sizes[d], box.steps[d])
         else:
             found = builder.make(self.run, seen)
-        builder.emit(Tensor.copy_, out, found)
+        builder.fill(out, found)
 
     @cached_property
     def run(self) -> Callable[[Tensor], Tensor]:
@@ -162,8 +183,19 @@ class Reduction(Rule):
         (_, *given), options = batched_arguments(self.value, self.dims)
         return lambda x: op(x, *given, **options)
 
+    def _normalize(self, builder: Builder, seen: View, out: View, eps: float) -> None:
+        """Layer normalization over the last dimension alone."""
+        builder.rowwise("normalized", out, seen, eps)
+        for op, operand in zip(("mul", "add"), self.value.args[2:4], strict=True):
+            if operand is not None:
+                every = builder.read(operand, whole(operand.shape))
+                builder.pointwise(op, out, out, every.expand(out.sizes))
+
     def fixed(self, box: Box) -> tuple[int, ...]:
-        return box.start if self.value.op._schema.name.endswith("native_layer_norm") else ()
+        """Where a normalization that gives only some of what it has averaged over begins."""
+        if not self.value.op._schema.name.endswith("native_layer_norm"):
+            return ()
+        return tuple(box.start[d] for d in self.dims) if self.value.shape == self.value.args[0].shape else ()
 
 
 class Cumulative(Rule):
@@ -185,16 +217,20 @@ class Cumulative(Rule):
     def emit(self, builder: Builder, box: Box) -> None:
         dim, out = self.dim, builder.out(self.value, box)
         region = builder.region(box)
-        region[dim] = (Linear(0), box.start[dim] + (box.sizes[dim] - 1) * box.steps[dim] + 1, 1)
+        region[dim] = (AffineOffset(0), box.start[dim] + (box.sizes[dim] - 1) * box.steps[dim] + 1, 1)
         (_, *args), kwargs = batched_arguments(self.value, [dim])
         run = result_of(self.value.op, self.value.output)
         found = builder.make(run, builder.read(self.value.args[0], region), *args, **kwargs)
         found = builder.make(cut, found, dim, box.start[dim], box.sizes[dim], box.steps[dim])
-        builder.emit(Tensor.copy_, out, found)
+        builder.fill(out, found)
 
 
 class Lookup(Rule):
     """Rows of a constant table by computed indices: embedding(table, indices), table[indices]."""
+
+    def __init__(self, value: Value, analysis: Analysis) -> None:
+        super().__init__(value, analysis)
+        self._tables: dict[str, View] = {}
 
     @property
     def indices(self) -> Operand:
@@ -214,17 +250,18 @@ class Lookup(Rule):
 
     def emit(self, builder: Builder, box: Box) -> None:
         rank = len(self.indices.shape)
-        table = self.analysis.data(self.value.args[0])
         out = builder.out(self.value, box)
-        for d in range(rank, len(box.sizes)):
-            table = table.narrow(1 + d - rank, box.start[d], (box.sizes[d] - 1) * box.steps[d] + 1)
-            table = table[(slice(None),) * (1 + d - rank) + (slice(None, None, box.steps[d]),)]
+        kept = tuple(
+            slice(start, start + (size - 1) * step + 1, step)
+            for start, size, step in zip(box.start[rank:], box.sizes[rank:], box.steps[rank:], strict=True)
+        )
+        if str(kept) not in self._tables:
+            self._tables[str(kept)] = constant(self.analysis.data(self.value.args[0])[(slice(None), *kept)])
         seen = builder.read(self.indices, builder.region(box)[:rank])
-        builder.emit(Tensor.copy_, out, builder.make(_rows, table, seen))
-
-
-def _rows(table: Tensor, indices: Tensor) -> Tensor:
-    return table[indices]
+        table = self._tables[str(kept)]
+        if len(table.sizes) == 1:
+            table, out = table.unsqueeze(1), out.unsqueeze(len(out.sizes))
+        builder.lookup(out, table, seen)
 
 
 class Concatenation(Rule):
@@ -259,24 +296,32 @@ class Concatenation(Rule):
             part = times.narrow(self.dim, first, last - first)
             yield one, part.squeeze(self.dim) if self.stacks else part
 
-    def fixed(self, box: Box) -> tuple[int, ...]:
-        return (box.start[self.dim],)
+    def _inside(self, box: Box) -> list[tuple[int, int, int]]:
+        """The pieces that the box has a part of: number of the piece, first in the box, how many."""
+        start, size, step = box.start[self.dim], box.sizes[self.dim], box.steps[self.dim]
+        found = []
+        for number, (first, last, _) in enumerate(self.pieces):
+            inside = [k for k in range(size) if first <= start + k * step < last]
+            if inside:
+                found.append((number, inside[0], len(inside)))
+        return found
+
+    def fixed(self, box: Box) -> tuple[Any, ...]:
+        return tuple(self._inside(box))
 
     def emit(self, builder: Builder, box: Box) -> None:
         dim, out = self.dim, builder.out(self.value, box)
-        start, size, step = box.start[dim], box.sizes[dim], box.steps[dim]
-        for first, last, one in self.pieces:
-            inside = [k for k in range(size) if first <= start + k * step < last]
-            if not inside:
-                continue
+        for number, inside, count in self._inside(box):
+            first, _, one = self.pieces[number]
             region = builder.region(box)
+            start, _, step = region[dim]
             if self.stacks:
                 del region[dim]
                 part = builder.read(one, region).unsqueeze(dim)
             else:
-                region[dim] = (Linear(start + inside[0] * step - first), len(inside), step)
+                region[dim] = (start + (inside * step - first), count, step)
                 part = builder.read(one, region)
-            builder.emit(Tensor.copy_, out.narrow(dim, inside[0], len(inside)), part)
+            builder.pointwise("copy", out.narrow(dim, inside, count), part)
 
 
 class Opaque(Rule):
@@ -300,4 +345,4 @@ class Opaque(Rule):
             raise Unsupported(f"{value.name} has no rule")
         out = builder.out(value, box)
         seen = [builder.read(one, whole(one.shape)) for one in value.operands]
-        builder.emit(Tensor.copy_, out, builder.make(torch.vmap(value.compute), *seen))
+        builder.fill(out, builder.make(torch.vmap(value.compute), *seen))

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgen.sampling.machine.language import AffineOffset
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
-from fastgen.sampling.plan.program import Linear
 from fastgen.sampling.rules.base import Analysis, Rule
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, Map, Operand, Unsupported, Value
 
@@ -90,8 +90,8 @@ class Scan(Rule):
             builder.read(
                 self.gates,
                 [
-                    (Linear(0), 1, 1),
-                    (Linear(gate * self.units + first), count, 1),
+                    (AffineOffset(0), 1, 1),
+                    (AffineOffset(gate * self.units + first), count, 1),
                     (starts[3], rows, 1),
                     (starts[4], columns, 1),
                 ],
@@ -101,9 +101,9 @@ class Scan(Rule):
         states = builder.read(
             self.around(),
             [
-                (Linear(0), 1, 1),
-                (Linear(0), 2, 1),
-                (Linear(0), self.units, 1),
+                (AffineOffset(0), 1, 1),
+                (AffineOffset(0), 2, 1),
+                (AffineOffset(0), self.units, 1),
                 (starts[3], rows + 1, 1),
                 (starts[4], columns + 2 * self.reach, 1),
             ],
@@ -112,7 +112,7 @@ class Scan(Rule):
             weight = self.weight.unflatten(0, (4, -1))[:, first : first + count].flatten(0, 1)
             self._cuts[first, count] = self.packed(weight)
         gates = [piece.order([1, 2, 3]) for piece in pieces]
-        builder.emit(self.run, gates, states.order([1, 2, 3, 4]), self._cuts[first, count], first)
+        builder.call(self.run, gates, states.order([1, 2, 3, 4]), self._cuts[first, count], first)
 
     def whole(self, gates: Tensor) -> Tensor:
         """The states (n, 1, 2, h, H, W) of whole images from their gates (n, 1, 4h, H, W)."""

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.sampling.machine.language import AffineOffset, View
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
-from fastgen.sampling.plan.program import Linear, View
 from fastgen.sampling.rules.base import Analysis, Rule, argument, batched_arguments, constant_operand, never, result_of
 from fastgen.sampling.rules.reduction import cut
 from fastgen.sampling.trace.graph import CONSTANT, Operand, Value, map_arguments
@@ -85,7 +85,7 @@ class Slicewise(Rule):
             if not any(operand is one for one in self.aligned):
                 return self.analysis.data(operand)
             inner = [
-                region[self.place[d]] if d in self.place else (Linear(0), size, 1)
+                region[self.place[d]] if d in self.place else (AffineOffset(0), size, 1)
                 for d, size in enumerate(operand.shape)
             ]
             return builder.read(operand, inner)
@@ -94,7 +94,7 @@ class Slicewise(Rule):
         found: Any = builder.make(result_of(self.value.op, self.value.output), *args, **kwargs)
         for d in self.mixed:
             found = builder.make(cut, found, d, box.start[d], box.sizes[d], box.steps[d])
-        builder.emit(Tensor.copy_, builder.out(self.value, box), found)
+        builder.fill(builder.out(self.value, box), found)
 
 
 def along(value: Value) -> list[int]:

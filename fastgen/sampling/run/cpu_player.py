@@ -1,119 +1,180 @@
-"""The steps of a run in machine code, as far as the step machine knows their instructions."""
+"""Plays a plan with the step machine of the CPU: a row of draws and steps a call, torch for what it does not know."""
 
 import ctypes
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastgen.sampling.machine.cpu.build import machine
-from fastgen.sampling.machine.cpu.encode import Part, Unknown, translate
-from fastgen.sampling.machine.cpu.link import Linker
-from fastgen.sampling.plan.plan import Plan
-from fastgen.sampling.plan.program import Instruction, Program, Temporary
+from fastgen.sampling.machine.cpu.draws import Draws, DrawsCode, knows
+from fastgen.sampling.machine.cpu.tables import Linker, Part, Unknown, part_of
+from fastgen.sampling.machine.language import Call, Instruction, Program, Temporary, views_of
+from fastgen.sampling.plan.plan import Plan, Step
 from fastgen.sampling.request import SampleRequest
-from fastgen.sampling.run.torch_player import Run
+from fastgen.sampling.run.torch_player import TorchPlayer
+from fastgen.sampling.run.torch_program import TorchProgram
 
-Step = Callable[[Any], None]
 WORTH_A_THREAD = 2**17  # multiply-adds between two waits from which another thread pays
 CACHE = 12 * 2**20  # bytes of the last level of cache that weights and activations of a step may count on
 FULL_TILES = 16  # images from which on products run at full speed
 
 
+class ProgramCode(ctypes.Structure):
+    _fields_: ClassVar = [("code", ctypes.c_void_p), ("count", ctypes.c_int64), ("threads", ctypes.c_int64)]
+
+
+class StepCode(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("program", ctypes.c_int64),
+        ("offsets", ctypes.c_void_p),
+        ("moves", ctypes.c_int64),
+        ("moves_end", ctypes.c_int64),
+    ]
+
+
+class MoveCode(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("target", ctypes.c_void_p),
+        ("source", ctypes.c_void_p),
+        ("image", ctypes.c_int64),
+        ("bytes", ctypes.c_int64),
+    ]
+
+
+class PlayCode(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("programs", ctypes.POINTER(ProgramCode)),
+        ("steps", ctypes.POINTER(StepCode)),
+        ("moves", ctypes.POINTER(MoveCode)),
+        ("draws", ctypes.POINTER(DrawsCode)),
+        ("images", ctypes.c_int64),
+    ]
+
+
 def images_at_once(plan: Plan) -> int:
     """The images beyond which the weights would have to be fetched from memory again at every step."""
-    (number, _), *_ = Counter(number for number, _ in plan.steps).most_common(1)
-    program = plan.programs[number]
-    weights = {id(one): one for step in program.instructions for one in step.args if isinstance(one, Tensor)}
-    views = {view for step in program.instructions for view in step.views()}
-    left = CACHE - sum(one.numel() * one.element_size() for one in weights.values())
-    of_image = sum(view.numel * view.memory.dtype.itemsize for view in views if view.memory.kind != "constant")
+    (number, _), *_ = Counter(step.program for step in plan.steps).most_common(1)
+    views = {view for one in plan.programs[number].instructions for view in views_of(one)}
+    weights = {view.memory for view in views if view.memory.kind == "constant"}
+    left = CACHE - sum(memory.numel * memory.dtype.itemsize for memory in weights)
+    of_image = sum(view.numel * view.memory.dtype.itemsize for view in views if view.memory not in weights)
     return max(FULL_TILES, left // max(1, of_image))
 
 
 @dataclass
 class Section:
-    """Instructions in a row that the machine knows, as `parts`, or else as they are."""
+    """Instructions in a row, as `parts` where the machine knows them, or else as they are."""
 
     parts: list[Part] = field(default_factory=list)
     instructions: list[Instruction] = field(default_factory=list)
 
 
-class Offsets(list[Any]):
-    """Of a step: as a program in Python takes them, and where the machine finds those of moving views."""
+class CPUPlayer(TorchPlayer):
+    """A `Player`. Programs that are all of the machine's are played in `play`, whole rows of draws in a call."""
 
-    def __init__(self, offsets: list[Any]) -> None:
-        super().__init__(offsets)
-        numbers = [one for one in offsets if isinstance(one, int)]
-        self._numbers = (ctypes.c_int64 * len(numbers))(*numbers)
-        self.address = ctypes.addressof(self._numbers)
-
-
-class CompiledRun(Run):
-    def bound(self) -> list[Step]:
-        self.threads = torch.get_num_threads()
-        self._linker = Linker(machine(), self.n, self.block)  # holds what the machine's code points to
-        return [self._step(program, self._linker) for program in self.plan.programs]
-
-    def offsets(self, offsets: list[Any]) -> Offsets:
-        return Offsets(offsets)
+    def bound(self) -> list[Callable[[Step], None]]:
+        self.machine = machine()
+        self._linker = Linker(self.machine, self.n, self.memory)
+        self._codes = (ProgramCode * len(self.plan.programs))()
+        self._held: list[object] = []
+        self._threads: list[tuple[ProgramCode, int]] = []  # programs, and the most threads that pay for each
+        found = [self._bound(number, program) for number, program in enumerate(self.plan.programs)]
+        self._tables()
+        return found
 
     def begin(self, request: SampleRequest) -> None:
-        self.threads = torch.get_num_threads()
+        for program, most in self._threads:
+            program.threads = min(torch.get_num_threads(), most)
         super().begin(request)
 
-    def _step(self, program: Program, linker: Linker) -> Step:
-        slots = {view: k for k, view in enumerate(program.views())}
-        steps: list[Step] = []
-        for section in sections(program):
-            if section.parts:
-                steps.append(self._machine_step(section.parts, linker, slots))
-            else:
-                steps.append(program.bind(self.n, self.block, self.on_device, section.instructions))
-        if len(steps) == 1:
-            return steps[0]
+    def play(self, request: SampleRequest, first: int) -> Tensor | None:
+        """Draws all places from number `first` on; whether a parameter was NaN. None: the machine cannot draw these."""
+        if not knows(request, self.params(), self.levels):
+            return None
+        plan, count = self.plan, len(self.plan.order)
+        draws = Draws(request, self.params(), self.levels, plan.order, plan.whole_pixels)
+        code = PlayCode(self._codes, self._steps, self._moves, ctypes.pointer(draws.code), self.n)
+        row = self.levels.shape[-1] * (1 if plan.whole_pixels else self.levels.shape[1])
+        place = first
+        while place < count:
+            last = min(count, (place // row + 1) * row)  # a row a call, so that progress shows and Ctrl-C works
+            stop = self.machine.play(ctypes.addressof(code), place, last)
+            if stop < last:  # the step after this draw is not all of the machine's
+                self.step(stop)
+                stop += 1
+            if request.progress is not None:
+                request.progress((stop - place) * (self.levels.shape[1] if plan.whole_pixels else 1))
+            place = stop
+        return draws.bad[0] != 0
 
-        def step(offsets: Any) -> None:
+    def _bound(self, number: int, program: Program) -> Callable[[Step], None]:
+        slots = {view: k for k, view in enumerate(program.moving())}
+        parts = sections(program)
+        if len(parts) == 1 and parts[0].parts:
+            return self._machine_section(parts[0].parts, number, slots, self._codes[number])
+        steps = [
+            self._machine_section(section.parts, number, slots, ProgramCode())
+            if section.parts
+            else TorchProgram(self.plan, number, self.memory, section.instructions)
+            for section in parts
+        ]
+
+        def run(step: Step) -> None:
             for one in steps:
-                one(offsets)
+                one(step)
 
-        return step
+        return run
 
-    def _machine_step(self, parts: list[Part], linker: Linker, slots: Any) -> Step:
-        codes = linker.link(parts, slots)
-        address, count, run = ctypes.addressof(codes), len(codes), linker.machine.run
-        work = sum(part.weight.numel() * self.n for part in parts if part.weight is not None)
-        waits = 1 + sum(code.waits for code in codes)
-        most = max(1, work // waits // WORTH_A_THREAD)
+    def _machine_section(
+        self, parts: list[Part], number: int, slots: dict[Any, int], program: ProgramCode
+    ) -> Callable[[Step], None]:
+        codes = self._linker.link(parts, number, slots)
+        work = sum(part.depth * torch.Size(part.sizes).numel() * self.n for part in parts if part.depth)
+        most = max(1, work // (1 + sum(code.waits for code in codes)) // WORTH_A_THREAD)
+        program.code, program.count, program.threads = ctypes.addressof(codes), len(codes), 1
+        self._held.append(codes)
+        self._threads.append((program, most))
+        address, run = ctypes.addressof(program), self.machine.run
+        return lambda step: run(address, step.offsets.ctypes.data, program.threads)
 
-        def step(offsets: Offsets, keep: Any = codes) -> None:
-            run(address, count, offsets.address, min(self.threads, most))
-
-        return step
+    def _tables(self) -> None:
+        """The steps, and the rows of rings that move before them."""
+        moves: list[MoveCode] = []
+        self._steps = (StepCode * len(self.plan.steps))()
+        for k, step in enumerate(self.plan.steps):
+            first = len(moves)
+            for target, source in self.memory.moves.get(k, ()):
+                size = target.element_size()
+                bytes_of_image = target.shape[1] * size
+                moves.append(MoveCode(target.data_ptr(), source.data_ptr(), target.stride(0) * size, bytes_of_image))
+            self._steps[k] = StepCode(step.program, step.offsets.ctypes.data, first, len(moves))
+        self._moves = (MoveCode * max(1, len(moves)))(*moves)
 
 
 def sections(program: Program) -> list[Section]:
+    """A program cut into sections; what a call makes anew lives within one."""
+    last_use: dict[Temporary, int] = {}
+    for k, one in enumerate(program.instructions):
+        for leaf in one.leaves if isinstance(one, Call) else ():
+            if isinstance(leaf, Temporary):
+                last_use[leaf] = k
     found: list[Section] = []
-    last_use = {}
-    for k, instruction in enumerate(program.instructions):
-        for one in (*instruction.args, *instruction.kwargs.values()):
-            if isinstance(one, Temporary):
-                last_use[one] = k
-    open_until = -1  # new tensors live within one section
-    for k, instruction in enumerate(program.instructions):
-        if instruction.result is not None:
-            open_until = max(open_until, last_use.get(instruction.result, k))
+    open_until = -1
+    for k, one in enumerate(program.instructions):
+        if isinstance(one, Call) and one.result is not None:
+            open_until = max(open_until, last_use.get(one.result, k))
         parts: list[Part] = []
         if k > open_until:
             with suppress(Unknown):
-                parts = translate(instruction)
+                parts = [part_of(one)]
         if not found or bool(parts) != bool(found[-1].parts):
             found.append(Section())
         found[-1].parts += parts
         if not parts:
-            found[-1].instructions.append(instruction)
+            found[-1].instructions.append(one)
     return found

@@ -10,14 +10,14 @@ from torch import Tensor
 from fastgen.sampling.request import SampleRequest
 from fastgen.sampling.run.draw_loop import draw_place
 from fastgen.sampling.run.margin import Held
-from fastgen.sampling.run.torch_player import Run
+from fastgen.sampling.run.torch_player import TorchPlayer
 
 MOST_CAPTURED = 3  # distributions, options included, whose graphs are kept: hundreds of megabytes each
 Graphs = dict[int, torch.cuda.CUDAGraph]  # by the number of the first place
 
 
-class GraphRun(Run):
-    """A `Run` whose draws and steps are captured the second time that they are asked for, and replayed then.
+class CudaGraphPlayer(TorchPlayer):
+    """A player whose draws and steps are captured the second time that they are asked for, and replayed then.
 
     What differs from batch to batch is copied to fixed places: noise, known levels. The first batch runs eagerly,
     which also warms up what may not be initialized during a capture. All graphs share one pool of memory, which is

@@ -13,14 +13,14 @@ from fastgen.sampling.draws import draw_image, image_log_prob
 from fastgen.sampling.machine.cpu.build import NoMachine, machine
 from fastgen.sampling.plan.plan import Plan, make_plan
 from fastgen.sampling.request import Draw, SampleRequest, SampleResult, levels_of, tell, uniforms
-from fastgen.sampling.run.cpu_player import CompiledRun, images_at_once
-from fastgen.sampling.run.cuda_graph_player import GraphRun
+from fastgen.sampling.run.cpu_player import CPUPlayer, images_at_once
+from fastgen.sampling.run.cuda_graph_player import CudaGraphPlayer
 from fastgen.sampling.run.draw_loop import Player, at_places, decode_batch, draw_batch, from_places
 from fastgen.sampling.run.margin import Margin
-from fastgen.sampling.run.torch_player import Run
+from fastgen.sampling.run.torch_player import TorchPlayer
 from fastgen.sampling.whole_pass import FixedPoint, whole_pass
 
-PLAYERS: dict[str, Callable[..., Player]] = {"eager": Run, "compiled": CompiledRun, "cuda_graph": GraphRun}
+PLAYERS: dict[str, Callable[..., Player]] = {"eager": TorchPlayer, "compiled": CPUPlayer, "cuda_graph": CudaGraphPlayer}
 MOST_CORRECTIONS = 20
 MOST_PLAYERS = 3  # of other numbers of images, kept for the next batch
 

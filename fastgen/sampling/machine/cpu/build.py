@@ -20,13 +20,15 @@ LIMIT_S = 120
 @dataclass(frozen=True)
 class Machine:
     """Attributes:
-    run: (instructions, count, offsets, threads), pointers as integers.
+    run: (program, offsets, threads), pointers as integers: one program.
+    play: (play, first place, last place) -> place: draws and steps, see machine.cpp.
     ops: number of every operation by its name.
     panel: columns that a packed panel of weights has.
     built: how it came to be, for people.
     """
 
     run: "ctypes._NamedFuncPointer"
+    play: "ctypes._NamedFuncPointer"
     ops: dict[str, int]
     panel: int
     built: str
@@ -40,7 +42,7 @@ class NoMachine(Exception):
 def machine() -> Machine:
     """The machine. Raises NoMachine."""
     compiler = os.environ.get("CXX", "c++")
-    source = SOURCE.read_bytes()
+    source = b"".join(path.read_bytes() for path in sorted(SOURCE.parent.glob("*.h"))) + SOURCE.read_bytes()
     # What the compiler defines tells its version and the processor.
     facts = _compiler([compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
     key = hashlib.sha256(b"\0".join([source, facts, " ".join(FLAGS).encode()])).hexdigest()[:16]
@@ -62,10 +64,12 @@ def machine() -> Machine:
         raise NoMachine(f"the compiled machine does not load: {error}") from error
     library.fastgen_ops.restype = ctypes.c_char_p
     library.fastgen_panel.restype = ctypes.c_int64
-    library.fastgen_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64]
+    library.fastgen_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     library.fastgen_run.restype = None
-    names = library.fastgen_ops().decode().split()
-    return Machine(library.fastgen_run, {one: k for k, one in enumerate(names)}, library.fastgen_panel(), built)
+    library.fastgen_play.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    library.fastgen_play.restype = ctypes.c_int64
+    ops = {one: k for k, one in enumerate(library.fastgen_ops().decode().split())}
+    return Machine(library.fastgen_run, library.fastgen_play, ops, library.fastgen_panel(), built)
 
 
 def _compiler(command: list[str]) -> bytes:

@@ -1,34 +1,25 @@
-// The step machine: plays the instructions of a step program on a CPU, with all of its threads, in one call.
+// The step machine: plays the programs of a plan on a CPU, with all of its threads: draws, steps, whole images in a call.
 //
 // Memory is float32 and allocated beforehand. A step differs from another one of the same program by the offsets of
 // its moving views alone. Threads share the columns of every result (the rows where there are few columns); they wait
-// for each other only where an instruction is marked so.
+// for each other only where an instruction is marked so. What every op means stands in `machine/definitions.py`.
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <sched.h>
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
+#include "draws.h"
+#include "elementwise.h"
+#include "machine.h"
+
 namespace {
-
-constexpr int DIMS = 5;  // images, three more, columns
-
-struct Side {
-    char* base;  // null: there is none
-    int64_t slot;  // number of its offset among those of the step, or -1
-    int64_t strides[DIMS];
-};
-
-struct Instruction {
-    int64_t op;  // number of its name in OPS
-    int64_t waits;  // for what other threads have written, or still read
-    int64_t depth;  // of a product: terms of each sum
-    int64_t sizes[DIMS];
-    Side out, in[3];  // of a product: rows, packed weights, what is added to
-};
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16, ROWS = 8;
@@ -47,10 +38,10 @@ struct Share {
     int64_t rows_from, rows_to, columns_from, columns_to;
 };
 
-Share share_of(const Instruction& one, int thread, int threads) {
+Share share_of(const Instruction& one, int thread, int threads, bool whole_rows) {
     int64_t rows = one.sizes[0] * one.sizes[1] * one.sizes[2] * one.sizes[3], columns = one.sizes[DIMS - 1];
     int64_t panels = (columns + PANEL - 1) / PANEL;
-    if (panels < threads) return {rows * thread / threads, rows * (thread + 1) / threads, 0, columns};
+    if (panels < threads || whole_rows) return {rows * thread / threads, rows * (thread + 1) / threads, 0, columns};
     int64_t to = panels * (thread + 1) / threads * PANEL;
     return {0, rows, panels * thread / threads * PANEL, to < columns ? to : columns};
 }
@@ -72,86 +63,21 @@ Number* start_of(const Side& side, const int64_t* offsets) {
     return reinterpret_cast<Number*>(side.base) + (side.slot < 0 ? 0 : offsets[side.slot]);
 }
 
-// --- elementwise functions; NaN stays NaN
-
-// exp(x) = scale * scale2 * (1 + rest): |x - k ln 2| <= ln 2 / 2, where the Taylor series needs seven terms. Of two
-// scales neither overflows.
-struct Exponential {
-    float scale, scale2, rest;
+enum : int64_t {
+    POINTWISE_OPS = sizeof(APPLY) / sizeof(Apply),
+    COPY_INT64 = POINTWISE_OPS,  // to float
+    MOVE_INT64,
+    PRODUCT,
+    CONTRACT,  // this and what follows does whole rows at once
+    LOOKUP,
+    SOFTMAX,
+    LOG_SOFTMAX,
+    NORMALIZED,
+    SUM,
+    MEAN,
+    AMAX
 };
-
-inline float power_of_two(int k) {
-    int bits = (k + 127) << 23;
-    float out;
-    std::memcpy(&out, &bits, 4);
-    return out;
-}
-
-inline Exponential exponential(float x) {
-    float low = x < -104.f ? -104.f : x, inside = low > 89.f ? 89.f : low;
-    float k = (inside * 1.44269504f + 12582912.f) - 12582912.f;  // rounded to an integer
-    float r = (inside - k * 0.693359375f) + k * 2.12194440e-4f;
-    float series = 1.f / 720 + r * (1.f / 5040);
-    series = 1.f / 120 + r * series;
-    series = 1.f / 24 + r * series;
-    series = 1.f / 6 + r * series;
-    series = 0.5f + r * series;
-    int whole = static_cast<int>(k == k ? k : 0.f), half = whole / 2;
-    return {power_of_two(half), power_of_two(whole - half), r + r * r * series};
-}
-
-inline float exp_(float x) {
-    Exponential e = exponential(x);
-    return (1.f + e.rest) * e.scale * e.scale2;
-}
-
-inline float expm1_(float x) {
-    Exponential e = exponential(x);
-    float scale = e.scale * e.scale2, near = scale * e.rest + (scale - 1.f), far = (1.f + e.rest) * e.scale * e.scale2;
-    return x > 40.f ? far : near;
-}
-
-inline float sigmoid_(float x) { return 1.f / (1.f + exp_(-x)); }
-
-inline float tanh_(float x) {
-    float e = expm1_(2.f * std::fabs(x)), found = e < 1e10f ? e / (e + 2.f) : 1.f;
-    return x != x ? x : std::copysign(found, x);
-}
-
-using Apply = void (*)(float*, const float*, const float*, int64_t);
-
-// name, of a[i] and b[i]; the names are those of torch, whose functions these are
-#define POINTWISE(F)                                       \
-    F(copy_, a[i])                                         \
-    F(add, a[i] + b[i])                                    \
-    F(sub, a[i] - b[i])                                    \
-    F(mul, a[i] * b[i])                                    \
-    F(div, a[i] / b[i])                                    \
-    F(neg, -a[i])                                          \
-    F(relu, a[i] < 0.f ? 0.f : a[i])                       \
-    F(tanh, tanh_(a[i]))                                   \
-    F(sigmoid, sigmoid_(a[i]))                             \
-    F(exp, exp_(a[i]))                                     \
-    F(expm1, expm1_(a[i]))                                 \
-    F(silu, a[i] * sigmoid_(a[i]))                         \
-    F(elu, a[i] > 0.f ? a[i] : b[i] * expm1_(a[i]))        \
-    F(leaky_relu, a[i] > 0.f ? a[i] : b[i] * a[i])         \
-    F(square, a[i] * a[i])                                 \
-    F(abs, std::fabs(a[i]))                                \
-    F(sqrt, std::sqrt(a[i]))                               \
-    F(reciprocal, 1.f / a[i])
-
-#define DEFINE(name, expression)                                                                 \
-    void apply_##name(float* out, const float* a, [[maybe_unused]] const float* b, int64_t n) { \
-        _Pragma("GCC ivdep") for (int64_t i = 0; i < n; i++) out[i] = expression;                \
-    }
-#define NAME(name, expression) #name " "
-#define ENTRY(name, expression) apply_##name,
-
-POINTWISE(DEFINE)
-constexpr Apply APPLY[] = {POINTWISE(ENTRY)};
-constexpr int64_t COPY_INT64 = sizeof(APPLY) / sizeof(Apply), LINEAR = COPY_INT64 + 1;
-const char* const OPS = POINTWISE(NAME) "copy_int64 linear";
+const char* const OPS = POINTWISE(NAME) "copy_int64 move_int64 product contract lookup softmax log_softmax normalized sum mean amax";
 constexpr int BLOCK = 256;
 
 const float* gather(const float* from, int64_t stride, int64_t n, float* buffer) {
@@ -185,15 +111,16 @@ void pointwise(const Instruction& one, const int64_t* offsets, Share share, Appl
     }
 }
 
+template <class Number>
 void copy_int64(const Instruction& one, const int64_t* offsets, Share share) {
-    float* out = start_of<float>(one.out, offsets);
+    Number* out = start_of<Number>(one.out, offsets);
     const int64_t* in = start_of<const int64_t>(one.in[0], offsets);
     int64_t out_stride = one.out.strides[DIMS - 1], in_stride = one.in[0].strides[DIMS - 1];
     for (int64_t row = share.rows_from; row < share.rows_to; row++) {
-        float* to = out + offset_of_row(one.out, one.sizes, row);
+        Number* to = out + offset_of_row(one.out, one.sizes, row);
         const int64_t* from = in + offset_of_row(one.in[0], one.sizes, row);
         for (int64_t j = share.columns_from; j < share.columns_to; j++)
-            to[j * out_stride] = static_cast<float>(from[j * in_stride]);
+            to[j * out_stride] = static_cast<Number>(from[j * in_stride]);
     }
 }
 
@@ -259,6 +186,152 @@ void linear(const Instruction& one, const int64_t* offsets, Share share) {
     }
 }
 
+// --- products of two computed factors: each row has a weight of its own
+
+void contract(const Instruction& one, const int64_t* offsets, Share share) {
+    const float* in = start_of<const float>(one.in[0], offsets);
+    const float* weights = start_of<const float>(one.in[1], offsets);
+    const float* added = start_of<const float>(one.in[2], offsets);
+    float* out = start_of<float>(one.out, offsets);
+    int64_t columns = one.sizes[DIMS - 1], depth = one.depth;
+    int64_t of_rows = one.depth_strides[0], of_weights = one.depth_strides[1];
+    int64_t across = one.in[1].strides[DIMS - 1], to = one.out.strides[DIMS - 1];
+    for (int64_t row = share.rows_from; row < share.rows_to; row++) {
+        const float* x = in + offset_of_row(one.in[0], one.sizes, row);
+        const float* w = weights + offset_of_row(one.in[1], one.sizes, row);
+        const float* from = added ? added + offset_of_row(one.in[2], one.sizes, row) : nullptr;
+        float* place = out + offset_of_row(one.out, one.sizes, row);
+        int64_t step = one.in[2].strides[DIMS - 1];
+        if (across == 1 && to == 1) {  // the weight's rows one after the other
+            for (int64_t j = 0; j < columns; j++) place[j] = from ? from[j * step] : 0.f;
+            for (int64_t k = 0; k < depth; k++) {
+                float scale = x[k * of_rows];
+                const float* along = w + k * of_weights;
+                for (int64_t j = 0; j < columns; j++) place[j] += scale * along[j];
+            }
+            continue;
+        }
+        for (int64_t j = 0; j < columns; j++) {
+            float sums[LANES] = {};
+            const float* along = w + j * across;
+            int64_t k = 0;
+            if (of_rows == 1 && of_weights == 1)
+                for (; k + LANES <= depth; k += LANES)
+                    for (int lane = 0; lane < LANES; lane++) sums[lane] += x[k + lane] * along[k + lane];
+            float sum = from ? from[j * step] : 0.f;
+            for (; k < depth; k++) sum += x[k * of_rows] * along[k * of_weights];
+            for (int lane = 0; lane < LANES; lane++) sum += sums[lane];
+            place[j * to] = sum;
+        }
+    }
+}
+
+// --- along the last dimension
+
+float greatest(const float* a, int64_t stride, int64_t n) {
+    float found = -INFINITY;
+    for (int64_t i = 0; i < n; i++) found = a[i * stride] > found || a[i * stride] != a[i * stride] ? a[i * stride] : found;
+    return found;
+}
+
+void rowwise(const Instruction& one, const int64_t* offsets, Share share, int64_t kind) {
+    const float* in = start_of<const float>(one.in[0], offsets);
+    float* out = start_of<float>(one.out, offsets);
+    int64_t n = one.depth, from = one.depth_strides[0], to = one.out.strides[DIMS - 1];
+    for (int64_t row = share.rows_from; row < share.rows_to; row++) {
+        const float* a = in + offset_of_row(one.in[0], one.sizes, row);
+        float* b = out + offset_of_row(one.out, one.sizes, row);
+        if (kind == AMAX) {
+            *b = greatest(a, from, n);
+            continue;
+        }
+        double sum = 0;
+        if (kind == SOFTMAX || kind == LOG_SOFTMAX) {
+            float most = greatest(a, from, n);
+            for (int64_t i = 0; i < n; i++) {
+                float e = exp_(a[i * from] - most);
+                sum += e;
+                b[i * to] = kind == SOFTMAX ? e : a[i * from] - most;
+            }
+            float scale = static_cast<float>(1 / sum), shift = static_cast<float>(std::log(sum));
+            for (int64_t i = 0; i < n; i++) b[i * to] = kind == SOFTMAX ? b[i * to] * scale : b[i * to] - shift;
+            continue;
+        }
+        for (int64_t i = 0; i < n; i++) sum += a[i * from];
+        if (kind == SUM || kind == MEAN) {
+            *b = static_cast<float>(kind == SUM ? sum : sum / n);
+            continue;
+        }
+        double mean = sum / n, squares = 0;
+        for (int64_t i = 0; i < n; i++) squares += (a[i * from] - mean) * (a[i * from] - mean);
+        double scale = 1 / std::sqrt(squares / n + one.number);
+        for (int64_t i = 0; i < n; i++) b[i * to] = static_cast<float>((a[i * from] - mean) * scale);
+    }
+}
+
+void lookup(const Instruction& one, const int64_t* offsets, Share share) {
+    const float* table = start_of<const float>(one.in[0], offsets);
+    const int64_t* index = start_of<const int64_t>(one.in[1], offsets);
+    float* out = start_of<float>(one.out, offsets);
+    int64_t n = one.sizes[DIMS - 1], to = one.out.strides[DIMS - 1];
+    for (int64_t row = share.rows_from; row < share.rows_to; row++) {
+        const float* from = table + offset_of_row(one.in[0], one.sizes, row) + index[offset_of_row(one.in[1], one.sizes, row)] * one.depth_strides[0];
+        float* place = out + offset_of_row(one.out, one.sizes, row);
+        for (int64_t i = 0; i < n; i++) place[i * to] = from[i * one.depth_strides[1]];
+    }
+}
+
+void execute(const Instruction& one, const int64_t* offsets, int thread, int threads) {
+    Share share = share_of(one, thread, threads, one.op >= CONTRACT);
+    if (one.op < POINTWISE_OPS)
+        pointwise(one, offsets, share, APPLY[one.op]);
+    else if (one.op == PRODUCT)
+        linear(one, offsets, share);
+    else if (one.op == COPY_INT64)
+        copy_int64<float>(one, offsets, share);
+    else if (one.op == MOVE_INT64)
+        copy_int64<int64_t>(one, offsets, share);
+    else if (one.op == CONTRACT)
+        contract(one, offsets, share);
+    else if (one.op == LOOKUP)
+        lookup(one, offsets, share);
+    else
+        rowwise(one, offsets, share, one.op);
+}
+
+// --- threads
+
+// Threads that wait for each other often, and seldom for long: they look before they give up their processor.
+struct Barrier {
+    std::atomic<int> arrived{0}, round{0};
+
+    void wait(int threads) {
+        int now = round.load(std::memory_order_relaxed);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+            arrived.store(0, std::memory_order_relaxed);
+            round.store(now + 1, std::memory_order_release);
+            return;
+        }
+        for (int looks = 0; round.load(std::memory_order_acquire) == now; looks++)
+            if (looks > 2000) sched_yield();
+    }
+};
+
+void run_program(const Program& program, const int64_t* offsets, int thread, int threads, Barrier& barrier) {
+    for (int64_t k = 0; k < program.count; k++) {
+        const Instruction& one = program.code[k];
+        if (threads > 1 && k > 0 && one.waits) barrier.wait(threads);
+        execute(one, offsets, thread, threads);
+    }
+}
+
+int64_t images_of(int64_t images, int thread, int threads) { return images * thread / threads; }
+
+void move_rows(const Move& move, int64_t images, int thread, int threads) {
+    for (int64_t b = images_of(images, thread, threads); b < images_of(images, thread + 1, threads); b++)
+        std::memmove(move.target + b * move.image, move.source + b * move.image, move.bytes);
+}
+
 }  // namespace
 
 extern "C" {
@@ -267,30 +340,45 @@ const char* fastgen_ops() { return OPS; }
 
 int64_t fastgen_panel() { return PANEL; }
 
-void fastgen_run(const Instruction* instructions, int64_t count, const int64_t* offsets, int64_t most_threads) {
-#ifdef _OPENMP
-#pragma omp parallel num_threads(most_threads)
-#endif
+void fastgen_run(const Program* program, const int64_t* offsets, int64_t threads) {
+    Barrier barrier;
+#pragma omp parallel num_threads(threads)
     {
-        int thread = 0, threads = 1;
+        int thread = 0, all = 1;
 #ifdef _OPENMP
-        thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        thread = omp_get_thread_num(), all = omp_get_num_threads();
 #endif
-        for (int64_t k = 0; k < count; k++) {
-            const Instruction& one = instructions[k];
+        run_program(*program, offsets, thread, all, barrier);
+    }
+}
+
+// Draws places from `first` to before `last`, each followed by its step. Stops at a step whose program is not all of
+// the machine's, with its level drawn, and returns the number of that place; else `last`.
+int64_t fastgen_play(const Play* play, int64_t first, int64_t last) {
+    int64_t stop = first, most = 1;
+    for (; stop < last && play->programs[play->steps[stop + 1].program].code; stop++)
+        most = std::max(most, play->programs[play->steps[stop + 1].program].threads);
+    int64_t end = stop < last ? stop + 1 : last;  // places to be drawn
+    Barrier barrier, inner;  // of all threads, and of those that share a program
+#pragma omp parallel num_threads(most)
+    {
+        int thread = 0, all = 1;
 #ifdef _OPENMP
-            if (one.waits) {
-#pragma omp barrier
-            }
+        thread = omp_get_thread_num(), all = omp_get_num_threads();
 #endif
-            Share share = share_of(one, thread, threads);
-            if (one.op == LINEAR)
-                linear(one, offsets, share);
-            else if (one.op == COPY_INT64)
-                copy_int64(one, offsets, share);
-            else
-                pointwise(one, offsets, share, APPLY[one.op]);
+        for (int64_t place = first; place < end; place++) {
+            if (all > 1) barrier.wait(all);
+            draw_place(*play->draws, place, images_of(play->images, thread, all),
+                         images_of(play->images, thread + 1, all));
+            if (place == stop) break;
+            const Step& step = play->steps[place + 1];
+            for (int64_t k = step.moves; k < step.moves_end; k++) move_rows(play->moves[k], play->images, thread, all);
+            if (all > 1) barrier.wait(all);
+            const Program& program = play->programs[step.program];
+            int threads = static_cast<int>(std::min<int64_t>(all, program.threads));
+            if (thread < threads) run_program(program, step.offsets, thread, threads, inner);
         }
     }
+    return stop;
 }
 }

@@ -1,0 +1,108 @@
+"""The memory of a plan for a batch of n images: one block for every value that lasts, blocks that programs share."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen.sampling.machine.language import Memory, View
+from fastgen.sampling.plan.plan import Plan
+from fastgen.sampling.plan.sliding_rows import Ring
+from fastgen.sampling.trace.graph import CONSTANT, Value
+
+
+class PlanMemory:
+    """Attributes:
+    levels: int64 (n, C, H, W), a view.
+    params: the model's output for what has been drawn, (n, ..., H, W), a view.
+    moves: step -> the rows of rings that move before it, as (target, source).
+    """
+
+    def __init__(self, plan: Plan, n: int, device: torch.device) -> None:
+        self.plan, self.n, self.device = plan, n, device
+        self._blocks: dict[Memory, Tensor] = {}
+        self._scratch = [
+            torch.empty(n * size, dtype=dtype, device=device)
+            for size, dtype in zip(plan.scratch.sizes, plan.scratch.dtypes, strict=True)
+        ]
+        self._initial: list[tuple[Tensor, Tensor]] = []  # rings, and what they begin with
+        self.moves: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for index in sorted(plan.storage.stored):
+            value = plan.timed.graph.values[index]
+            if value.kind == "computed":
+                constant = plan.timed.graph.of(plan.schedule.times, value) == CONSTANT
+                if constant.any() or plan.storage.memories.get(index) in plan.rings:
+                    self._start_with(value, torch.where(constant, value.data, 0).to(device))
+        self.levels = self.inner(plan.levels)[:, 0]
+        self.params = self._output()
+
+    def block(self, memory: Memory, program: int = 0) -> Tensor:
+        """(n, numel), or (1, numel) of a constant; of scratch memory, that of a program."""
+        if memory.kind == "scratch":
+            shared = self._scratch[self.plan.scratch.block_of[program][memory]]
+            return shared[: self.n * memory.numel].view(self.n, -1)
+        if memory not in self._blocks:
+            if memory.data is not None:
+                found = memory.data.to(self.device).view(1, -1)
+            else:
+                ring = self.plan.rings.get(memory)
+                size = memory.numel if ring is None else ring.numel
+                found = torch.zeros((self.n, size), dtype=memory.dtype, device=self.device)
+            self._blocks[memory] = found
+        return self._blocks[memory]
+
+    def strided(self, view: View, program: int) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+        """The block that a view is part of, and its sizes and strides, those of the images first."""
+        block = self.block(view.memory, program)
+        rows = 0 if view.memory.kind == "constant" else block.stride(0)
+        return block, (self.n, *view.sizes), (rows, *view.strides)
+
+    def inner(self, value: Value) -> Tensor:
+        """A stored value, (n, *shape)."""
+        return self.plan.storage.layouts[value.index].inner(self.block(self.plan.storage.memory(value)))
+
+    def rewind(self) -> None:
+        """Rings as they begin."""
+        for block, initial in self._initial:
+            block.copy_(initial)
+
+    def keep(self, value: Value, found: Tensor, place: int) -> None:
+        """Stores a value of whole images (n, *shape), as it is when a place is to be drawn."""
+        memory = self.plan.storage.memory(value)
+        ring = self.plan.rings.get(memory)
+        if ring is None:
+            self.inner(value).copy_(found)
+        else:
+            self.block(memory).copy_(_part(ring, found, place))
+
+    def _start_with(self, value: Value, constants: Tensor) -> None:
+        """Puts the constants of a stored value, 0 elsewhere, where they belong."""
+        memory = self.plan.storage.memory(value)
+        block, ring = self.block(memory), self.plan.rings.get(memory)
+        if ring is None:
+            self.inner(value).copy_(constants)
+            return
+        self._initial.append((block, _part(ring, constants[None], 0)))
+        for move in ring.moves:
+            source = block[:, move.first * ring.pitch : move.stop * ring.pitch]
+            self.moves.setdefault(move.step, []).append((block[:, : source.shape[1]], source))
+
+    def _output(self) -> Tensor:
+        view = self.plan.output.map
+        assert view is not None
+        strides, origin = self.plan.storage.strides(view.value)
+        block = self.block(self.plan.storage.memory(view.value))
+        if view.value.kind == "constant":
+            block = block.expand(self.n, -1)
+        along = [sum(s * t for s, t in zip(step, strides, strict=True)) for step in view.steps]
+        offset = origin + sum(s * t for s, t in zip(view.start, strides, strict=True))
+        found: Any = block.as_strided((self.n, *view.shape), (block.stride(0), *along), offset)
+        return found[:, 0]
+
+
+def _part(ring: Ring, values: Tensor, step: int) -> Tensor:
+    """What a ring holds of values (n, *shape) when a step runs, padding included."""
+    first = ring.first_row(step) * ring.pitch
+    whole = values.new_zeros((len(values), max(ring.layout.numel, first + ring.numel)))
+    ring.layout.inner(whole).copy_(values)
+    return whole[:, first : first + ring.numel]

@@ -1,0 +1,113 @@
+"""A program played by torch, instruction by instruction, as `machine.definitions` says what they mean."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fastgen.sampling.machine import definitions
+from fastgen.sampling.machine.language import (
+    Call,
+    Fixed,
+    Instruction,
+    Lookup,
+    Pointwise,
+    Product,
+    Rowwise,
+    Temporary,
+    View,
+    views_of,
+)
+from fastgen.sampling.plan.plan import Plan, Step
+from fastgen.sampling.run.memory import PlanMemory
+
+
+class _State:
+    """What one run of a program reads besides memory: its moving views, results of calls."""
+
+    def __init__(self, views: dict[View, Tensor]) -> None:
+        self.views = views
+        self.results: dict[Temporary, Any] = {}
+
+
+Play = Callable[[_State], Any]
+
+
+class TorchProgram:
+    """Some instructions of a program (all of them where None), bound to the memory of a batch."""
+
+    def __init__(
+        self, plan: Plan, number: int, memory: PlanMemory, instructions: Sequence[Instruction] | None = None
+    ) -> None:
+        program = plan.programs[number]
+        self.number, self.memory = number, memory
+        instructions = program.instructions if instructions is None else instructions
+        used = {view for one in instructions for view in views_of(one)}
+        self._moving = [
+            (k, view, *memory.strided(view, number)) for k, view in enumerate(program.moving()) if view in used
+        ]
+        self._plays = [self._bound(one) for one in instructions]
+
+    def __call__(self, step: Step) -> None:
+        views = {
+            view: block.as_strided(sizes, strides, int(step.offsets[k]))
+            for k, view, block, sizes, strides in self._moving
+        }
+        state = _State(views)
+        for play in self._plays:
+            play(state)
+
+    def _bound(self, one: Instruction) -> Play:
+        if isinstance(one, Call):
+            return self._bound_call(one)
+        out = self._get(one.out)
+        if isinstance(one, Pointwise):
+            function = definitions.POINTWISE[one.op]
+            operands = [self._get(operand) for operand in one.operands]
+            return lambda state: function(*[get(state) for get in operands], out=out(state))
+        if isinstance(one, Product):
+            rows, weight = self._get(one.rows), self._get(one.weight, shared=len(one.weight.sizes) == 2)
+            bias = one.added is not None and one.added.memory.kind == "constant" and len(one.added.sizes) == 1
+            added = self._get(one.added, shared=bias)
+            return lambda state: definitions.product(rows(state), weight(state), added(state), out(state))
+        if isinstance(one, Rowwise):
+            source, op, numbers = self._get(one.source), one.op, one.numbers
+            return lambda state: definitions.rowwise(op, source(state), numbers, out(state))
+        assert isinstance(one, Lookup)
+        of_images = one.table.memory.kind != "constant"
+        table, index = self._get(one.table, shared=not of_images), self._get(one.index)
+        return lambda state: definitions.lookup(table(state), index(state), out(state), of_images)
+
+    def _bound_call(self, call: Call) -> Play:
+        args = [self._get(one) for one in call.args]
+        kwargs = [(name, self._get(one)) for name, one in call.kwargs]
+        function, result = call.function, call.result
+
+        def play(state: _State) -> None:
+            found = function(*[get(state) for get in args], **{name: get(state) for name, get in kwargs})
+            if result is not None:
+                state.results[result] = found
+
+        return play
+
+    def _get(self, argument: Any, shared: bool = False) -> Callable[[_State], Any]:
+        """How to come by an argument; `shared`: a constant without a dimension of images."""
+        if isinstance(argument, View):
+            if argument.moves:
+                return lambda state: state.views[argument]
+            block, sizes, strides = self.memory.strided(argument, self.number)
+            offset = argument.offset.at(())
+            if shared:
+                sizes, strides = sizes[1:], strides[1:]
+            tensor = block.as_strided(sizes, strides, offset)
+            return lambda _: tensor
+        if isinstance(argument, Temporary):
+            return lambda state: state.results[argument]
+        if isinstance(argument, tuple) and any(isinstance(one, (View, Temporary, Fixed)) for one in argument):
+            inner = [self._get(one) for one in argument]
+            return lambda state: [get(state) for get in inner]
+        fixed = self._on_device(argument.tensor if isinstance(argument, Fixed) else argument)
+        return lambda _: fixed
+
+    def _on_device(self, one: Any) -> Any:
+        return one.to(self.memory.device) if isinstance(one, Tensor) else one
