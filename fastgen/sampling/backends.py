@@ -83,6 +83,8 @@ class Backends:
         key = (kind(condition), dtype, cast)
         made = next((made for made in self.made if made.key == key), None)
         if made is None:
+            if blank is None and not dtype.is_floating_point:
+                blank = self.blank_pass(condition)
             with self.kept():
                 made = self._make(key, condition, dtype, blank)
         self.made = [one for one in self.made if one is not made][1 - MOST_KINDS :] + [made]
@@ -119,11 +121,7 @@ class Backends:
 
     def _make(self, key: Any, condition: Any, dtype: torch.dtype, blank: Tensor | None) -> Made:
         encode = self._encode(dtype)
-        if not dtype.is_floating_point:
-            if blank is None:
-                blank = whole_pass(
-                    self.model, encode, torch.zeros((2, *self.shape), dtype=dtype, device=self.device), condition
-                )
+        if blank is not None:
             check_params = getattr(self.distribution, "check_params", None)
             if check_params is not None:
                 check_params(blank[..., 0, 0], self.shape[0])

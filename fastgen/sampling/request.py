@@ -173,12 +173,12 @@ def checked_distribution(distribution: Any, shape: tuple[int, int, int]) -> Dist
     return distribution
 
 
-def decoded_levels(drawn: Any, params: Tensor, channels: int | None, dtype: torch.dtype) -> Tensor:
+def decoded_levels(drawn: Any, params: Tensor, channels: int | None, request: SampleRequest) -> Tensor:
     """What the draw of `Sampler.decode` returned, as (n,), or (n, channels) where these come at once.
 
     Raises:
         TypeError: real numbers where integer levels are drawn.
-        ValueError: another shape.
+        ValueError: another shape, or no level of the distribution.
     """
     levels = torch.as_tensor(drawn, device=params.device)
     n = len(params)
@@ -187,9 +187,17 @@ def decoded_levels(drawn: Any, params: Tensor, channels: int | None, dtype: torc
         expected.append((n,))
     if tuple(levels.shape) not in expected:
         raise ValueError(f"draw must return levels of shape {expected[0]}, got {tuple(levels.shape)}")
-    if levels.is_floating_point() and not dtype.is_floating_point:
-        raise TypeError(f"draw must return integer levels, got {levels.dtype}: real values need dtype=torch.float32")
-    return levels.to(dtype).view(expected[0])
+    if not request.dtype.is_floating_point:
+        if levels.is_floating_point():
+            raise TypeError(f"draw must return integers, got {levels.dtype}: real values need dtype=torch.float32")
+        check_range("what draw returns", levels, levels_of(request.distribution))
+    return levels.to(request.dtype).view(expected[0])
+
+
+def check_range(name: str, levels: Tensor, count: int | None) -> None:
+    """Raises ValueError where an integer level is not in 0..count-1; None: any may be."""
+    if count is not None and may_read_values(levels) and bool(((levels < 0) | (levels >= count)).any()):
+        raise ValueError(f"{name} must be levels in 0..{count - 1}, got {int(levels.min())}..{int(levels.max())}")
 
 
 def tell(message: str) -> None:
@@ -249,11 +257,7 @@ def checked_known(
     known = _broadcast("known", known, size).to(device, torch.long)
     known_mask = _broadcast("known_mask", known_mask, size).to(device)
     known = known.masked_fill(~known_mask, 0)
-    if levels is not None and may_read_values(known) and bool(((known < 0) | (known >= levels)).any()):
-        raise ValueError(
-            f"known must hold levels 0..{levels - 1} where known_mask is True, "
-            f"got {int(known.min())}..{int(known.max())}"
-        )
+    check_range("known, where known_mask is True,", known, levels)
     return known, known_mask
 
 
@@ -264,9 +268,8 @@ def checked_levels(levels: Any, shape: tuple[int, int, int], count: int | None) 
         raise TypeError(f"levels must be a tensor of integers or real numbers, got {got}")
     if tuple(levels.shape[1:]) != shape:
         raise ValueError(f"levels must have the shape (n, {', '.join(map(str, shape))}), got {tuple(levels.shape)}")
-    integers = not levels.is_floating_point()
-    if integers and count is not None and may_read_values(levels) and bool(((levels < 0) | (levels >= count)).any()):
-        raise ValueError(f"levels must be in 0..{count - 1}, got {int(levels.min())}..{int(levels.max())}")
+    if not levels.is_floating_point():
+        check_range("levels", levels, count)
     return levels
 
 

@@ -55,7 +55,7 @@ class Naive:
             found = torch.empty_like(params) if found is None else found
             found[..., i, j] = params[..., i, j]
             drawn = draw(params[..., i, j].clone(), (channel, i, j))
-            levels[:, channel, i, j] = decoded_levels(drawn, params, 1, request.dtype)[:, 0]
+            levels[:, channel, i, j] = decoded_levels(drawn, params, 1, request)[:, 0]
         assert found is not None
         return levels, found
 

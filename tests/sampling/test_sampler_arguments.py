@@ -35,8 +35,8 @@ from fastgen import Bernoulli, Categorical, accelerate
         (TypeError, "known_mask must", {"known": torch.zeros(1).long(), "known_mask": torch.ones(1)}),
         (ValueError, "known must", {"known": torch.zeros(3, 5, 4).long(), "known_mask": torch.ones(1).bool()}),
         (ValueError, "known_mask must", {"known": torch.zeros(1).long(), "known_mask": torch.ones(3).bool()}),
-        (ValueError, "levels 0..4", {"known": torch.tensor([5]), "known_mask": torch.ones(1).bool()}),
-        (ValueError, "levels 0..4", {"known": torch.tensor([-1]), "known_mask": torch.ones(1).bool()}),
+        (ValueError, "levels in 0..4", {"known": torch.tensor([5]), "known_mask": torch.ones(1).bool()}),
+        (ValueError, "levels in 0..4", {"known": torch.tensor([-1]), "known_mask": torch.ones(1).bool()}),
     ],
     ids=str,
 )

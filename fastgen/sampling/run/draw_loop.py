@@ -118,9 +118,9 @@ def decode_batch(player: Player, draw: Draw, request: SampleRequest) -> None:
         params = player.params()[..., i, j].clone()  # the caller may keep them
         drawn = draw(params, (None if together and channels > 1 else c, i, j))
         if together:
-            player.levels[:, :, i, j] = decoded_levels(drawn, params, together, request.dtype)
+            player.levels[:, :, i, j] = decoded_levels(drawn, params, together, request)
         else:
-            player.levels[:, c, i, j] = decoded_levels(drawn, params, None, request.dtype)
+            player.levels[:, c, i, j] = decoded_levels(drawn, params, None, request)
         player.step(place)
 
 

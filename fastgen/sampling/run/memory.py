@@ -25,7 +25,7 @@ class PlanMemory:
             torch.empty(n * size, dtype=dtype, device=device)
             for size, dtype in zip(plan.scratch.sizes, plan.scratch.dtypes, strict=True)
         ]
-        self._initial: list[tuple[Tensor, Tensor]] = []  # rings, and what they begin with
+        self._initial: list[tuple[Tensor, Tensor]] = []  # values, and what they begin with
         self.moves: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for index in sorted(plan.storage.stored):
             value = plan.timed.graph.values[index]
@@ -62,7 +62,7 @@ class PlanMemory:
         return self.plan.storage.layouts[value.index].inner(self.block(self.plan.storage.memory(value)))
 
     def rewind(self) -> None:
-        """Rings as they begin."""
+        """Rings and values with constants as they begin."""
         for block, initial in self._initial:
             block.copy_(initial)
 
@@ -80,7 +80,8 @@ class PlanMemory:
         memory = self.plan.storage.memory(value)
         block, ring = self.block(memory), self.plan.rings.get(memory)
         if ring is None:
-            self.inner(value).copy_(constants)
+            # Steps may compute a constant again, to another last bit: what a batch gives would depend on those before.
+            self._initial.append((self.inner(value), constants))
             return
         self._initial.append((block, _part(ring, constants[None], 0)))
         for move in ring.moves:
