@@ -48,6 +48,16 @@ class Analysis:
         if softmax_zero is not None and softmax_zero.any():
             self._softmax_zero[value] = shrunk(softmax_zero.expand(value.shape))
 
+    def holds(self, value: Value, data: Tensor) -> bool:
+        """Whether a computed value, with other data, would have the same zeros among its constants."""
+        constant = compact(self.ready_of(value)) == CONSTANT
+        if value.kind != "computed" or not constant.any():
+            return True
+        pairs = [(value.data == 0, data == 0)]
+        if data.is_floating_point():
+            pairs.append((value.data <= SOFTMAX_ZERO, data <= SOFTMAX_ZERO))
+        return all(torch.equal(old & constant, new & constant) for old, new in pairs)
+
     def coarsen(self, draws: int) -> None:
         """Ready times in an order in which so many draws that follow each other are one."""
         if draws > 1:

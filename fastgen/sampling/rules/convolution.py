@@ -36,13 +36,17 @@ class Part:
         first: where the box begins along each dimension of the kernel.
         taps: its sizes.
         channels: (first, count) of the input channels that it sees.
-        matrix: (taps * count, output channels), the channels of a tap side by side.
+        weight: (taps * count, output channels), the channels of a tap side by side.
     """
 
     first: tuple[int, ...]
     taps: tuple[int, ...]
     channels: tuple[int, int]
-    matrix: Tensor
+    weight: View
+
+    def rows(self, first: int, count: int) -> View:
+        """Some rows of the weight."""
+        return self.weight.narrow(0, first, count)
 
 
 class Convolution(Rule):
@@ -266,7 +270,8 @@ class Convolution(Rule):
             if live.any():
                 inputs, *taps = (extent(live.movedim(1 + d, 0).flatten(1).any(1)) for d in range(1 + self.rank))
                 cut = tuple(slice(a, b) for a, b in (inputs, *taps))
-                matrix = self.weight[(channels, *cut)].flatten(2).permute(2, 1, 0).flatten(0, 1).contiguous()
+                weight = self.weight[(channels, *cut)].permute(*range(2, 2 + self.rank), 1, 0)
+                matrix = constant(weight, (weight[..., 0].numel(), weight.shape[-1]))
                 seen = (group * live.shape[1] + inputs[0], inputs[1] - inputs[0])
                 found = Part(tuple(a for a, _ in taps), tuple(b - a for a, b in taps), seen, matrix)
             self._parts[key] = found
@@ -301,25 +306,23 @@ class Convolution(Rule):
             sizes=(*part.taps, part.channels[1]),
             strides=(*(s * dilation for s, dilation in zip(along, self.dilation, strict=True)), seen.strides[1]),
         ).collapse()
-        name = (channels.start, channels.stop, channels.step)
-        depth = len(part.matrix)
+        depth, dtype = part.weight.sizes[0], part.weight.memory.dtype
         run, stride = (taps.sizes[-1], taps.strides[-1]) if taps.sizes else (1, 1)
         runs = depth // run
-        several = part.matrix.dtype in PRECISE and run >= WIDE and (runs <= FEW_RUNS or places.numel > 1)
+        several = dtype in PRECISE and run >= WIDE and (runs <= FEW_RUNS or places.numel > 1)
         if stride == 1 and (runs == 1 or several):
             for k, index in enumerate(product(*(range(size) for size in taps.sizes[:-1]))):
                 offset = places.offset + sum(i * s for i, s in zip(index, taps.strides, strict=False))
                 rows = replace(places, sizes=(*places.sizes, run), strides=(*places.strides, 1), offset=offset)
-                weight = self._weights((*name, k, run), part.matrix[k * run : (k + 1) * run])
-                builder.product(out, rows, weight, added if k == 0 else out)
+                builder.product(out, rows, part.rows(k * run, run), added if k == 0 else out)
             return
-        rows = builder.scratch((*places.sizes, depth), part.matrix.dtype)
+        rows = builder.scratch((*places.sizes, depth), dtype)
         inner = replace(
             rows, sizes=(*places.sizes, *taps.sizes), strides=(*rows.strides[:-1], *dense_strides(taps.sizes))
         )
         both = replace(places, sizes=inner.sizes, strides=(*places.strides, *taps.strides))
         builder.pointwise("copy", inner, both)
-        builder.product(out, rows, self._weights((*name, 0, depth), part.matrix), added)
+        builder.product(out, rows, part.weight, added)
 
     def _emit_transposed(
         self, builder: Builder, box: Box, out: View, added: View | None, channels: slice, group: int
@@ -337,7 +340,8 @@ class Convolution(Rule):
             summed = False
             choices: list[list[int]] = [one[3] for one in alike]
             for taps in product(*choices):
-                weight = self.weight[group * size : (group + 1) * size, self._own(channels, group)][(..., *taps)]
+                index: Any = (slice(group * size, (group + 1) * size), self._own(channels, group), *taps)
+                weight = self.weight[index]
                 if not bool((weight != 0).any()):
                     continue
                 region = [(starts[0], box.sizes[0], box.steps[0]), (AffineOffset(group * size), size, 1)]

@@ -48,6 +48,7 @@ class Value:
         module: qualified name of the module whose forward computed it.
         base: number of its first element; elements are numbered in row-major order. 0 for a constant none of whose
             elements is moved one by one, which has no numbers.
+        derive: how `data` is made of that of other values, for values that planning has added.
     """
 
     kind: str
@@ -60,6 +61,7 @@ class Value:
     module: str = ""
     index: int = -1
     base: int = 0
+    derive: Callable[[], Tensor] | None = None
 
     @property
     def numel(self) -> int:
