@@ -1,15 +1,16 @@
 """Which backend draws for which condition: made when it is first asked for, made again when the model has changed."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgen.distributions import Bernoulli, Distribution
+from fastgen.sampling.adapter import Adapter, casts_to_integers
 from fastgen.sampling.causality.drawing_order import NotByReadyTimes, drawing_order
 from fastgen.sampling.causality.report import Order
 from fastgen.sampling.draws import draw_image
@@ -36,24 +37,25 @@ class Backends:
     """The backends of one model, the latest last: one for each kind of condition and each dtype of the levels.
 
     Args:
-        model, shape, distribution, encode: as in `accelerate`.
+        model: which says of what shape its images are.
+        distribution, encode: as in `accelerate`.
         choice: the `backend` of `accelerate`.
         verify: as in `accelerate`.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        shape: tuple[int, int, int],
+        model: Adapter,
         distribution: Distribution,
         encode: Callable[[Tensor], Tensor] | None,
         choice: str,
         verify: str,
     ) -> None:
         self.model = model
-        self.shape = shape
+        self.shape = model.shape
         self.distribution = distribution
         self.custom_encode = encode
+        self.integers = False  # whether the model takes levels as they are
         self.choice = choice
         self.verify = verify
         self.made: list[Made] = []
@@ -91,11 +93,34 @@ class Backends:
         return made.backend
 
     def blank_pass(self, condition: Any) -> Tensor:
-        """The model's output for two blank images. Whatever does not fit together fails here, with a plain error."""
+        """The model's output for two blank images. Whatever does not fit together fails here, with a plain error.
+
+        Without an `encode` it is found out here whether the model takes integers, as one of tokens does.
+        """
         self._notice_changes()
+        condition = example(condition, self.device)
         levels = torch.zeros((2, *self.shape), dtype=torch.long, device=self.device)
-        with self.kept():
-            return whole_pass(self.model, self._encode(torch.long), levels, example(condition, self.device))
+
+        def blank(integers: bool) -> Tensor:
+            self.integers = integers
+            with self.kept():
+                return whole_pass(self.model, self._encode(torch.long), levels, condition)
+
+        if self.custom_encode is not None:
+            return blank(False)
+        if len(self.model.outer) < 3:  # tokens or codes, perhaps; a model that casts floats to them does not fail
+            with self.kept():
+                call = self.model if condition is None else partial(self.model, condition=condition)
+                integers = casts_to_integers(call, _scaled(self.model.outward(levels), 3, self._dtype))
+            with suppress(Exception):
+                return blank(integers)
+        try:
+            return blank(False)
+        except Exception:
+            with suppress(Exception):
+                return blank(True)
+            self.integers = False
+            raise
 
     def explain(self) -> str:
         """About the latest backend; nothing where there is none."""
@@ -144,17 +169,25 @@ class Backends:
         kind_of = Naive if self.choice == "naive" else FixedPoint
         return Made(key, kind_of(self.model, self.shape, encode, order), remark)
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
     def _encode(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        own = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        """Levels (n, C, H, W) of that dtype -> the model's input."""
         if dtype.is_floating_point:
-            return partial(_encode_levels, levels=None, dtype=own)
-        if self.custom_encode is not None:
-            return self.custom_encode
-        levels = None if isinstance(self.distribution, Bernoulli) else levels_of(self.distribution)
-        return partial(_encode_levels, levels=levels, dtype=own)
+            encode: Callable[[Tensor], Tensor] = partial(_scaled, levels=None, dtype=self._dtype)
+        elif self.custom_encode is not None:
+            encode = self.custom_encode
+        elif self.integers:
+            encode = torch.clone
+        else:
+            levels = None if isinstance(self.distribution, Bernoulli) else levels_of(self.distribution)
+            encode = partial(_scaled, levels=levels, dtype=self._dtype)
+        return lambda levels: encode(self.model.outward(levels))
 
 
-def _encode_levels(x: Tensor, levels: int | None, dtype: torch.dtype) -> Tensor:
+def _scaled(x: Tensor, levels: int | None, dtype: torch.dtype) -> Tensor:
     """Levels as floats: in [-1, 1], or as they are where `levels` is None."""
     x = x.to(dtype)
     return x if levels is None else x / (levels - 1) * 2 - 1

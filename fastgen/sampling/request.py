@@ -149,12 +149,20 @@ def checked_count(name: str, count: Any, least: int) -> int:
     return value
 
 
-def checked_shape(shape: Any) -> tuple[int, int, int]:
+def checked_sizes(shape: Any) -> tuple[int, ...]:
+    """(C, H, W), (H, W) or (T,)."""
     try:
         sizes = tuple(operator.index(size) for size in shape)
     except TypeError:
         sizes = ()
-    if len(sizes) != 3 or min(sizes) < 1:
+    if not 1 <= len(sizes) <= 3 or min(sizes) < 1:
+        raise ValueError(f"shape must be positive ints (C, H, W), (H, W) or (T,), got {shape!r}")
+    return sizes
+
+
+def checked_shape(shape: Any) -> tuple[int, int, int]:
+    sizes = checked_sizes(shape)
+    if len(sizes) != 3:
         raise ValueError(f"shape must be three positive ints (C, H, W), got {shape!r}")
     return sizes[0], sizes[1], sizes[2]
 
@@ -261,7 +269,7 @@ def checked_known(
     return known, known_mask
 
 
-def checked_levels(levels: Any, shape: tuple[int, int, int], count: int | None) -> Tensor:
+def checked_levels(levels: Any, shape: tuple[int, ...], count: int | None) -> Tensor:
     """Images (n, *shape): integer levels 0..count-1, or real values."""
     if not isinstance(levels, Tensor) or levels.is_complex() or levels.dtype == torch.bool:
         got = levels.dtype if isinstance(levels, Tensor) else type(levels).__name__
