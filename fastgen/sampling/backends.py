@@ -12,7 +12,7 @@ from torch import Tensor
 from fastgen.distributions import Bernoulli, Distribution
 from fastgen.sampling.adapter import Adapter, casts_to_integers
 from fastgen.sampling.causality.drawing_order import NotByReadyTimes, drawing_order
-from fastgen.sampling.causality.report import Order
+from fastgen.sampling.causality.draws import Order
 from fastgen.sampling.draws import draw_image
 from fastgen.sampling.model_state import ModelState
 from fastgen.sampling.request import Backend, SampleRequest, example, kind, levels_of, tell

@@ -7,14 +7,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from fastgen.sampling.machine.cpu.encode import Part, Side, Unknown, collapsed, constant_view, translate
+from fastgen.sampling.machine.cpu.link import Linker, waits
+from fastgen.sampling.plan.program import Instruction, Linear, Memory, View, scratch
+from fastgen.sampling.rules.kernels import Slab
 
 from fastgen.models import GatedPixelCNN, PixelCNN
 from fastgen.sampling.machine.cpu.build import NoMachine, machine
-from fastgen.sampling.machine.cpu.encode import Part, Side, Unknown, collapsed, constant_view, translate
-from fastgen.sampling.machine.cpu.link import Linker, waits
 from fastgen.sampling.plan.plan import make_plan
-from fastgen.sampling.plan.program import Instruction, Linear, Memory, View, scratch
-from fastgen.sampling.rules.kernels import Slab
 from fastgen.sampling.run import cpu_player
 from fastgen.sampling.run.torch_player import Run
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastgen import Categorical
+from fastgen.sampling.causality.draws import places_of, raster
 from fastgen.sampling.causality.ready_times import ready_times
-from fastgen.sampling.causality.report import places_of, raster
 from fastgen.sampling.trace.recorder import trace
 from tests.sampling.exactness import assert_exact, pair
 from tests.sampling.zoo_case import DataMask

@@ -1,4 +1,11 @@
-"""The order of the draws: the raster where the model is causal in it, else the one that its dependencies ask for."""
+"""Whether a model is causal, and in which order of the draws: the verdict that samplers and `check_causality` share.
+
+1. Ready times in raster order prove most models causal.
+2. Where they do not, ready times in other orders do, or name draws that depend on each other in a circle (`search`).
+3. Ready times are an upper bound. A leak that no operation can hide (`doubt`) is one: NotCausalError.
+4. The rest, and models that cannot be traced, are tried (`trials`). Where no leak was seen, the model is drawn by whole
+   passes of its own, and the report says that it is not proven.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,35 +13,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen.distributions import Bernoulli, Categorical, Distribution, LogisticMixture
+from fastgen.distributions import Bernoulli, Categorical, Distribution
+from fastgen.sampling.causality.draws import Draws, Order, layouts_of, possible_draws, possible_layouts
 from fastgen.sampling.causality.ready_times import Timed, ready_times
-from fastgen.sampling.causality.report import (
-    CausalityReport,
-    Leak,
-    NotCausalError,
-    Order,
-    channel_layouts,
-    dependencies,
-    draw_places,
-    hint_for,
-    leaks_of,
-    places_of,
-    raster,
-    topological_order,
-)
+from fastgen.sampling.causality.report import CausalityReport, Leak, NotCausalError, leaks_of, leaks_seen
+from fastgen.sampling.causality.search import search, topological_order
+from fastgen.sampling.causality.trials import dependences
+from fastgen.sampling.request import checked_count, checked_shape, example
 from fastgen.sampling.rules.base import coarser
-from fastgen.sampling.trace.graph import Graph, Unsupported
+from fastgen.sampling.trace.graph import Graph, Unsupported, Value
 from fastgen.sampling.trace.network import Network
 
-TRIALS = 4  # images whose levels are changed one by one: a dead ReLU hides what another image shows
+OTHER_ORDER = "pixels are drawn in another order than the raster, which the model asks for"
 
 
 class NotByReadyTimes(Unsupported):
-    """A model that is causal in `order`, as changing its input shows, but that the engine cannot take."""
+    """A model that is causal in `order`, as far as changing its input shows, but that the engine cannot take."""
 
     def __init__(self, message: str, order: Order) -> None:
         super().__init__(message)
         self.order = order
+
+
+class Ordered:
+    """Ready times for an order in which the model is causal, and when each output is needed first.
+
+    Attributes:
+        graph, conditions: of the network.
+        timed, order, needed: its ready times in this order; `needed` has the output's shape.
+        remarks: what to tell people.
+    """
+
+    def __init__(self, graph: Graph, conditions: list[Value], timed: Timed, draws: Draws) -> None:
+        self.graph, self.conditions, self.timed = graph, conditions, timed
+        self.order, self.needed = draws.order, draws.of_outputs()
+        self.remarks = list(graph.remarks)
 
 
 def drawing_order(
@@ -55,108 +68,194 @@ def drawing_order(
     return [(c, i, j) for _, i, j in order for c in range(shape[0])]
 
 
-class Ordered:
-    """Ready times for an order in which the model is causal, and when each output is needed first.
-
-    Attributes:
-        graph, conditions: of the network.
-        timed, order, needed: its ready times in this order; `needed` has the output's shape.
-        remarks: what to tell people.
-    """
-
-    def __init__(self, graph: Graph, conditions: list[Any], timed: Timed, order: Order, needed: Tensor) -> None:
-        self.graph, self.conditions, self.timed, self.order, self.needed = graph, conditions, timed, order, needed
-        self.remarks = list(graph.remarks)
-
-
 def ordered(network: Network, distribution: Distribution) -> Ordered:
-    """Raises NotCausalError, or NotByReadyTimes where the engine cannot take the model."""
+    """An order in which the model is causal, with its ready times.
+
+    Raises:
+        NotCausalError: there is none.
+        NotByReadyTimes: where the engine cannot take the model.
+        ValueError: the model draws random numbers.
+    """
     params = (1, *network.output_shape[1:-2])
-    candidates = [(raster(network.shape, False), torch.zeros(params, dtype=torch.long))]
-    if network.shape[0] > 1:
-        layouts = _channels_of(distribution, params, network.shape[0])
-        candidates += [(raster(network.shape, True), channel_of) for channel_of in layouts]
+    candidates = possible_draws(network.shape, layouts_of(distribution, params, network.shape[0]), params)
     try:
         graph, conditions = network.graph()
     except Unsupported as reason:
-        raise NotByReadyTimes(str(reason), _order_by_changes(network, candidates, None)) from reason
-    finest = candidates[-1][0]
-    places = places_of(finest, network.shape)
-    timed = ready_times(graph, places)
-    for order, channel_of in candidates:
-        draws = len(finest) // len(order)  # of the finest order in one of this
-        needed = draw_places(places_of(order, network.shape), channel_of)
-        if bool((coarser(timed.output_ready(), draws) < needed).all()):
+        raise NotByReadyTimes(str(reason), _order_by_trials(network, candidates, reason)) from reason
+    in_raster = _in_raster(graph, candidates)
+    if in_raster is not None:
+        return Ordered(graph, conditions, *in_raster)
+
+    def output_ready(draw_index: Tensor) -> Tensor:
+        return ready_times(graph, draw_index).output_ready()
+
+    def certainly_ready(draw_index: Tensor) -> Tensor:
+        return ready_times(graph, draw_index, ready_times(graph, draw_index)).output_ready()
+
+    known = [_channels_in_order(one, distribution) for one in candidates]
+    for one, depends in zip(candidates, known, strict=True):
+        draws = search(output_ready, one, depends).draws
+        if draws is not None:
+            ordered = Ordered(graph, conditions, ready_times(graph, draws.of_levels()), draws)
+            ordered.remarks.append(OTHER_ORDER)
+            return ordered
+    report = CausalityReport(
+        False, leaks_of(ready_times(graph, candidates[-1].of_levels()), candidates[-1], network.model)
+    )
+    if all(search(certainly_ready, *given).circle for given in zip(candidates, known, strict=True)):
+        raise NotCausalError(report)
+    doubt = Unsupported(f"ready times, an upper bound, find the model {report}; trials do not: not proven", graph)
+    raise NotByReadyTimes(str(doubt), _order_by_trials(network, candidates, doubt, certainly_ready))
+
+
+def _in_raster(graph: Graph, candidates: Sequence[Draws]) -> tuple[Timed, Draws] | None:
+    finest = candidates[-1]
+    timed = ready_times(graph, finest.of_levels())
+    for one in candidates:
+        draws = len(finest) // len(one)  # of the finest order in one of this
+        if bool((coarser(timed.output_ready(), draws) < one.of_outputs()).all()):
             timed.analysis.coarsen(draws)
-            return Ordered(graph, conditions, timed, order, needed)
-    report = CausalityReport(False, leaks_of(timed, places, needed, channel_of, network.model))
-    order = _order_by_changes(network, candidates, report)
-    for _, channel_of in candidates:
-        places = places_of(order, network.shape)
-        timed, needed = ready_times(graph, places), draw_places(places, channel_of)
-        if bool((timed.output_ready() < needed).all()):
-            found = Ordered(graph, conditions, timed, order, needed)
-            found.remarks.append("pixels are drawn in another order than the raster, which the model asks for")
-            return found
-    what = "changing its input shows no leak"
-    if all(order != other for other, _ in candidates):
-        what = "changing its input shows that its draws can be put in another order than the raster"
-    raise NotByReadyTimes(f"ready times, an upper bound, find the model not causal, but {what}: {report}", order)
+            return timed, one
+    return None
 
 
-def _order_by_changes(
-    network: Network, candidates: Sequence[tuple[Order, Tensor]], report: CausalityReport | None
+def _channels_in_order(draws: Draws, distribution: Distribution) -> Tensor:
+    """depends[a, b] for the channels of a pixel, where the distribution reads those drawn before."""
+    depends = torch.zeros((len(draws), len(draws)), dtype=torch.bool)
+    if len(draws) > draws.shape[1] * draws.shape[2] and not isinstance(distribution, (Categorical, Bernoulli)):
+        number = draws.of_levels()[0].long()
+        depends[number[1:].reshape(-1), number[:-1].reshape(-1)] = True
+    return depends
+
+
+def _order_by_trials(
+    network: Network,
+    candidates: Sequence[Draws],
+    reason: Unsupported,
+    certainly_ready: Callable[[Tensor], Tensor] | None = None,
 ) -> Order:
-    """An order that the changes of the output under changes of single levels allow; NotCausalError without one."""
-    changed = None
-    for trial in range(TRIALS):
-        sample, other = network.samples[trial : trial + 1], network.samples[trial + 1 : trial + 2]
-        other = torch.where(other == sample, (sample + 1) % network.levels, other)
-        found = dependencies(network.run, sample, other)
-        changed = found if changed is None else changed | found
-    assert changed is not None
-    for order, channel_of in candidates:
-        possible = topological_order(_draw_dependencies(changed, order, channel_of, network.shape), order)
-        if possible is not None:
-            return possible
-    if report is None:
-        order, channel_of = candidates[-1]
-        depends = _draw_dependencies(changed, order, channel_of, network.shape)
-        later = torch.nonzero(depends.triu())[:16].tolist()
-        hint = hint_for(network.model.modules())
-        report = CausalityReport(False, [Leak(order[a], order[b], "model", "", hint) for a, b in later])
-    raise NotCausalError(report)
+    """An order that the dependences seen in trials allow, and those that are certain. Raises NotCausalError where there
+    is none."""
+    _check_not_random(network, reason)
+    moved, trials = dependences(network)
+    for draws in candidates:
+        depends = _between_draws(moved, draws)
+        if certainly_ready is None:
+            possible = topological_order(depends)
+            found = None if possible is None else draws.reordered(torch.tensor(possible))
+        else:
+            found = search(certainly_ready, draws, depends).draws
+        if found is not None:
+            return found.order
+    raise NotCausalError(_seen(network, candidates[-1:], reason, moved, trials))
 
 
-def _channels_of(distribution: Distribution, shape: Sequence[int], channels: int) -> list[Tensor]:
-    """For each parameter of a pixel the channel that it belongs to; several ways where that is not known, since the
-    model's own pass has the last word; none for a mixture, whose parameters belong to all channels."""
-    numbers = torch.arange(torch.Size(shape[1:]).numel(), dtype=torch.float64).view(1, *shape[1:])
-    found = torch.zeros(numbers.numel(), dtype=torch.long)
-    if isinstance(distribution, Categorical):
-        for channel, of_channel in enumerate(distribution.logits(numbers)[0].unbind(1)):
-            found[of_channel.long().flatten()] = channel
-    elif isinstance(distribution, Bernoulli):
-        found = numbers[0].long().flatten() // max(1, numbers.numel() // channels)
-    elif isinstance(distribution, LogisticMixture):
-        return []
-    else:
-        return channel_layouts(shape, channels)
-    return [found.view(1, *shape[1:])]
+def _seen(
+    network: Network, candidates: Sequence[Draws], reason: Unsupported, moved: Tensor, trials: int
+) -> CausalityReport:
+    """The leaks that trials have shown, with the names that ready times know."""
+    seen = [leaks_seen(moved, one, network.model) for one in candidates]
+    remark = f"{trials} trials of changing its input; {reason}"
+    if not all(seen):
+        return CausalityReport(True, [], remark, proven=False)
+    named: list[list[Leak]] = []
+    if reason.graph is not None:
+        named = [leaks_of(ready_times(reason.graph, one.of_levels()), one, network.model) for one in candidates]
+    return CausalityReport(False, min((leaks for leaks in (*named, *seen) if leaks), key=len), remark)
 
 
-def _draw_dependencies(changed: Tensor, order: Order, channel_of: Tensor, shape: Sequence[int]) -> Tensor:
-    """depends[a, b]: draw a depends on the level of draw b."""
-    channels, height, width = shape
-    by_input = changed.view(channels, height, width, *changed.shape[1:])
-    ordered = len(order) > height * width
-    index = torch.tensor(order)
-    if not ordered:
-        any_output = by_input.flatten(3, -3).any(3) if by_input.dim() > 5 else by_input
-        found = any_output.any(0)[index[:, 1], index[:, 2]]
-        return found[:, index[:, 1], index[:, 2]].T.contiguous()
-    flat = by_input.flatten(3, -3)
-    owners = channel_of.reshape(-1)
-    of_channels = torch.stack([flat[:, :, :, owners == c].any(3) for c in range(channels)], 3)
-    found = of_channels[index[:, 0], index[:, 1], index[:, 2]]
-    return found[:, index[:, 0], index[:, 1], index[:, 2]].T.contiguous()
+def _between_draws(moved: Tensor, draws: Draws) -> Tensor:
+    """depends[a, b]: an output that draw a reads was seen to change with a level that draw b sets."""
+    count = len(draws)
+    of_levels, of_outputs = draws.of_levels().reshape(-1).long(), draws.of_outputs().reshape(-1).long()
+    found = torch.zeros((count, count), dtype=torch.uint8)
+    for level, row in zip(of_levels.tolist(), moved.flatten(1), strict=True):
+        found[of_outputs[row], level] = 1
+    return found.bool()
+
+
+def _check_not_random(network: Network, reason: Unsupported) -> None:
+    """Raises ValueError where the output for the same images is not the same."""
+    first, second = (network.run(network.samples[:2]) for _ in range(2))
+    first, second = first.nan_to_num(), second.nan_to_num()
+    if torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.abs().max())):
+        return
+    training = any(module.training for module in network.model.modules())
+    advice = "call model.eval()" if training else "switch it off outside of training, as F.dropout(x, p, self.training)"
+    raise ValueError(
+        f"the model gives another output for the same input each time ({reason}), so that there is nothing to sample "
+        f"from or to check: {advice}"
+    )
+
+
+def check_causality(
+    model: nn.Module,
+    shape: Sequence[int],
+    *,
+    channels_ordered: bool = False,
+    encode: Callable[[Tensor], Tensor] | None = None,
+    condition: Any = None,
+    levels: int = 2,
+) -> CausalityReport:
+    """Whether every output of a model depends only on pixels before it in raster order.
+
+    Found from the network itself, for all inputs at once: which weights are exactly zero, and what each operation
+    reads. Where an operation may hide what it reads, or the model cannot be traced, levels of many images are changed,
+    and the report says that the verdict is not proven.
+
+    Args:
+        model: model(x (B, C, H, W)[, condition]) -> (B, ..., H, W), analysed as it is (training mode included).
+        shape: (C, H, W).
+        channels_ordered: whether a channel may depend on the channels before it in its own pixel; its output may then
+            have the channels on an axis of their own, or in one with the levels, contiguous or interleaved.
+        encode: int64 levels 0..levels-1 -> the model's input; None: the model is given random floats in [-1, 1].
+        condition: the model's second argument, None for none.
+        levels: number of levels that `encode` takes.
+
+    Returns:
+        CausalityReport(ok, leaks, remark, proven): a leak names the output (c, i, j), the input (c, i, j), the first
+        node, its module.
+
+    Raises:
+        TypeError: an argument is of another kind.
+        ValueError: the model's output has no place for each pixel, or is another one for the same input.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(channels_ordered, bool):
+        raise TypeError(f"channels_ordered must be a bool, got {channels_ordered!r}")
+    if encode is not None and not callable(encode):
+        raise TypeError(f"encode must be callable or None, got {type(encode).__name__}")
+    shape, levels = checked_shape(shape), checked_count("levels", levels, 1)
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    network = Network(model, shape, encode, None if condition is None else example(condition, device), levels)
+    if len(network.output_shape) < 3 or network.output_shape[-2:] != shape[1:]:
+        raise ValueError(f"model must return (B, ..., {shape[1]}, {shape[2]}), got the shape {network.output_shape}")
+    params = (1, *network.output_shape[1:-2])
+    candidates = possible_draws(shape, possible_layouts(params, shape[0]), params)
+    candidates = candidates[1:] if channels_ordered and shape[0] > 1 else candidates[:1]
+    try:
+        graph, _ = network.graph()
+    except Unsupported as reason:
+        return _tried(network, candidates, reason)
+    by_draws = [(ready_times(graph, one.of_levels()), one) for one in candidates]
+    leaks = [leaks_of(timed, one, model) for timed, one in by_draws]
+    if not all(leaks):
+        return CausalityReport(True)
+    certain = [leaks_of(ready_times(graph, one.of_levels(), timed), one, model) for timed, one in by_draws]
+    if all(certain):
+
+        def output_ready(draw_index: Tensor) -> Tensor:
+            return ready_times(graph, draw_index).output_ready()
+
+        unknown = torch.zeros((len(candidates[0]), len(candidates[0])), dtype=torch.bool)
+        elsewhere = any(search(output_ready, one, unknown).draws is not None for one in candidates)
+        remark = "it is causal in another order of its draws, in which accelerate() draws it" if elsewhere else ""
+        return CausalityReport(False, min(leaks, key=len), remark)
+    return _tried(network, candidates, Unsupported(f"leaks that may cancel: {min(leaks, key=len)[0]}", graph))
+
+
+def _tried(network: Network, candidates: Sequence[Draws], reason: Unsupported) -> CausalityReport:
+    """The verdict of trials."""
+    _check_not_random(network, reason)
+    return _seen(network, candidates, reason, *dependences(network))

@@ -1,13 +1,27 @@
-"""Ready times of a traced network, and where it is not causal."""
+"""Ready times: the draw index of the last level that an element depends on. They prove that a model is causal.
 
-from collections.abc import Sequence
+A level is ready when it is drawn, a constant always. Every operation says which elements of its operands an element
+reads, and the element is ready with the last of them. A convolution with the kernel [[1, 1, 1], [1, 0, 0], [0, 0, 0]]
+(a masked one of type A) over an image of 3x3 pixels, drawn in raster order:
+
+    draw index    ready times
+    0 1 2         -  0  1
+    3 4 5         1  3  4
+    6 7 8         4  6  7
+
+Its centre reads the draws 0, 1, 2 and 3, so that it is ready after draw 3. Each element is ready before its own draw:
+the layer is causal. Only weights that are exactly zero hide anything. The times hold for all inputs, and are an upper
+bound: `x - x` counts as depending on x.
+"""
+
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fastgen.sampling.causality.doubt import erased
 from fastgen.sampling.rules import Analysis, Rule, rule_for
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, READY, Graph, Operand, Value
+from fastgen.sampling.trace.graph import NEVER, READY, Graph, Operand, Value
 
 
 @dataclass(eq=False)
@@ -26,21 +40,29 @@ class Timed:
         return self.analysis.ready(self.graph.output)
 
 
-def ready_times(graph: Graph, places: Tensor) -> Timed:
-    """places: of the shape of the levels, int32, the place of each of them in the drawing order."""
-    analysis = Analysis(graph)
+def ready_times(graph: Graph, draw_index: Tensor, bound: Timed | None = None) -> Timed:
+    """Ready times for one drawing order.
+
+    Args:
+        draw_index: of every level, int32, of the shape of the levels.
+        bound: the ready times, where those of dependences are asked for that no operation can hide: of each element the
+            last level that it certainly depends on.
+    """
+    analysis = Analysis(graph, certain=bound is not None)
     rules: dict[int, Rule] = {}
-    for value in graph.values:
+    for value in list(graph.values):
         if value.kind == "levels":
-            analysis.set(value, places)
+            analysis.set(value, draw_index)
         elif value.kind == "condition":
-            analysis.set(value, torch.full(value.shape, READY, dtype=torch.int32))
+            analysis.set(value, torch.full((), READY, dtype=torch.int32).expand(value.shape))
         elif value.kind == "constant":
-            if value.base:
-                analysis.set(value, torch.full(value.shape, CONSTANT, dtype=torch.int32))
+            continue
         else:
             rule = rules[value.index] = rule_for(value, analysis)
             ready, low = rule.ready()
+            if bound is not None:
+                doubtful = erased(value, bound.analysis, analysis, ready)
+                ready = ready if doubtful is None else torch.where(doubtful & (ready >= 0), READY, ready)
             analysis.set(value, ready, low)
     return Timed(graph, analysis, rules)
 
@@ -70,11 +92,3 @@ def path_to_input(timed: Timed, operand: Operand, element: tuple[int, ...]) -> l
         if following is None:
             return path
         number = following
-
-
-def order_places(order: Sequence[tuple[int, int, int]], shape: tuple[int, int, int]) -> Tensor:
-    """Place of every level (1, C, H, W) in a drawing order given as channels, rows and columns."""
-    places = torch.empty((1, *shape), dtype=torch.int32)
-    index = torch.tensor(order)
-    places[0, index[:, 0], index[:, 1], index[:, 2]] = torch.arange(len(order), dtype=torch.int32)
-    return places

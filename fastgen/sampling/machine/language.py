@@ -17,7 +17,7 @@ No two instructions of a program need to be told apart by more than their fields
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -34,13 +34,22 @@ class AffineOffset:
     const: int | Fraction
     coefficients: tuple[int | Fraction, ...] = ()
 
+    @staticmethod
+    def weighted(const: int | Fraction, terms: Iterable[tuple["AffineOffset", int]]) -> "AffineOffset":
+        """const + the sum of offsets times their weights"""
+        coefficients: list[int | Fraction] = []
+        for offset, weight in terms:
+            const += offset.const * weight
+            coefficients += [0] * (len(offset.coefficients) - len(coefficients))
+            for k, coefficient in enumerate(offset.coefficients):
+                if coefficient:
+                    coefficients[k] += coefficient * weight
+        return AffineOffset(const, tuple(coefficients))
+
     def __add__(self, other: "AffineOffset | int | Fraction") -> "AffineOffset":
         if not isinstance(other, AffineOffset):
             return AffineOffset(self.const + other, self.coefficients)
-        ours, theirs = self.coefficients, other.coefficients
-        length = max(len(ours), len(theirs))
-        ours, theirs = ours + (0,) * (length - len(ours)), theirs + (0,) * (length - len(theirs))
-        return AffineOffset(self.const + other.const, tuple(a + b for a, b in zip(ours, theirs, strict=True)))
+        return AffineOffset.weighted(0, ((self, 1), (other, 1)))
 
     def __mul__(self, factor: int | Fraction) -> "AffineOffset":
         return AffineOffset(self.const * factor, tuple(factor * c for c in self.coefficients))

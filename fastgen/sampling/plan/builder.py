@@ -163,21 +163,17 @@ class Builder:
         if value.kind != "computed" or value.index in self.storage.stored:
             strides, origin = self.storage.strides(value)
             units = [sum(s * t for s, t in zip(step, strides, strict=True)) for step in where.steps]
-            offset = AffineOffset(origin + sum(s * t for s, t in zip(where.start, strides, strict=True)))
-            for (start, _, _), unit in zip(region, units, strict=True):
-                if unit and (start.const or start.coefficients):
-                    offset = offset + start * unit
+            origin += sum(s * t for s, t in zip(where.start, strides, strict=True))
+            offset = AffineOffset.weighted(origin, [(one[0], unit) for one, unit in zip(region, units, strict=True)])
             along = tuple(unit * step for unit, (_, _, step) in zip(units, region, strict=True))
             return View(self.storage.memory(value), sizes, along, offset, self.task)
         if value.index not in self.local:
             raise NeedsStorage(value)
-        first = [AffineOffset(k) for k in where.start]
-        steps = []
-        for (start, _, step), along_value in zip(region, where.steps, strict=True):
-            for k, s in enumerate(along_value):
-                if s:
-                    first[k] = first[k] + start * s
-            steps.append([s * step for s in along_value])
+        first = [
+            AffineOffset.weighted(k, [(one[0], s[d]) for one, s in zip(region, where.steps, strict=True) if s[d]])
+            for d, k in enumerate(where.start)
+        ]
+        steps = [[s * step for s in along] for (_, _, step), along in zip(region, where.steps, strict=True)]
         return self._local_view(value, first, steps, sizes)
 
     def _local_view(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fastgen.distributions import Distribution
 from fastgen.sampling.causality.drawing_order import Ordered, ordered
+from fastgen.sampling.causality.draws import Order, places_of
 from fastgen.sampling.causality.ready_times import Timed
-from fastgen.sampling.causality.report import Order, places_of
 from fastgen.sampling.machine.language import Memory, Program
 from fastgen.sampling.plan.builder import Builder, NeedsStorage, Storage
 from fastgen.sampling.plan.layout import Box, Layout, layout
@@ -129,8 +129,9 @@ def make_plan(
     storage = _storage(found.timed, when, found.order, shape)
     whole_pixels = len(found.order) == shape[1] * shape[2]
     plan = Plan(found.timed, when, storage, found.order, whole_pixels, output, found.conditions, remarks=found.remarks)
+    groups = _alike(plan)
     built: Built = {}
-    while not _write_programs(plan, built):
+    while not _write_programs(plan, groups, built):
         pass  # again, with what was found to need storage
     plan.scratch = share_scratch(plan.programs)
     plan.rings = make_rings(_windows(plan), plan.programs, plan.steps)
@@ -149,7 +150,7 @@ def _windows(plan: Plan) -> Iterator[tuple[Memory, Layout, bool]]:
             continue
         found = plan.storage.layouts[index]
         if found.order:
-            constant = plan.timed.graph.of(plan.schedule.times, value).movedim(found.order[0], 0) == CONSTANT
+            constant = plan.schedule.times.of(value).movedim(found.order[0], 0) == CONSTANT
             if not constant[1:].any():
                 yield memory, found, bool(constant[0].any())
 
@@ -172,7 +173,7 @@ def _storage(timed: Timed, when: Schedule, order: Order, shape: Sequence[int]) -
     feature_maps = _feature_maps(timed)
     for value in graph.values:
         if value.kind != "constant":
-            times = places_of(order, shape) if value.kind == "levels" else graph.of(when.times, value)
+            times = places_of(order, shape) if value.kind == "levels" else when.times.of(value)
             layouts[value.index] = layout(
                 value, times, maps.get(value.index, []), 1 if value.index in feature_maps else None
             )
@@ -194,7 +195,17 @@ def _feature_maps(timed: Timed) -> set[int]:
 Built = dict[int, tuple[Builder, frozenset[int]]]  # step -> what wrote its program, values local to it
 
 
-def _write_programs(plan: Plan, built: Built) -> bool:
+def _alike(plan: Plan) -> list[list[int]]:
+    """Groups of steps that compute boxes of the same values and sizes."""
+    rules = plan.timed.rules
+    groups: dict[Any, list[int]] = {}
+    for step, tasks in enumerate(plan.schedule.steps):
+        key = tuple((value.index, box.sizes, box.steps, rules[value.index].fixed(box)) for value, box in tasks)
+        groups.setdefault(key, []).append(step)
+    return list(groups.values())
+
+
+def _write_programs(plan: Plan, groups: list[list[int]], built: Built) -> bool:
     """Whether the programs are right: not where values were found on the way that need storage."""
     before = len(plan.storage.stored)
     plan.programs = []
@@ -202,13 +213,7 @@ def _write_programs(plan: Plan, built: Built) -> bool:
     steps: dict[int, Step] = {}
     numbers: dict[Any, int] = {}
 
-    groups: dict[Any, list[int]] = {}
-    for step, tasks in enumerate(tasks_of):
-        key = tuple(
-            (value.index, box.sizes, box.steps, plan.timed.rules[value.index].fixed(box)) for value, box in tasks
-        )
-        groups.setdefault(key, []).append(step)
-    pending = list(groups.values())
+    pending = list(groups)
     while pending:
         group = pending.pop(0)
         builder = _build(plan, group[0], built)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastgen.sampling.causality.ready_times import Timed
 from fastgen.sampling.plan.layout import Box
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, READY, Operand, Value
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, READY, ElementTimes, Operand, Value, compact, shrunk
 
 
 @dataclass(eq=False)
@@ -25,7 +25,7 @@ class Schedule:
     """
 
     steps: list[list[tuple[Value, Box]]]
-    times: Tensor
+    times: ElementTimes
     stored: set[int]
 
 
@@ -41,65 +41,63 @@ def row_ends(order: Sequence[tuple[int, int, int]]) -> Tensor:
 
 def running_times(
     timed: Timed, order: Sequence[tuple[int, int, int]], deadlines: Sequence[tuple[Operand, Tensor]]
-) -> Tensor:
+) -> ElementTimes:
     """When each element is computed, for those that the deadlines ask for and all that those need.
 
     CONSTANT where it needs no computation, NEVER where nobody needs it.
     """
-    graph, analysis = timed.graph, timed.analysis
     ends = row_ends(order)
-    wanted = graph.new_store(NEVER)
-    for operand, times in deadlines:
-        operand.lower(wanted, times)
-    times = graph.new_store(CONSTANT)
+    wanted, times = ElementTimes(NEVER), ElementTimes(CONSTANT)
+    for operand, deadline in deadlines:
+        wanted.scatter_min(operand, deadline)
     for value in reversed(timed.computed):
-        ready, latest = analysis.ready_of(value), timed.rules[value.index].refine(graph.of(wanted, value))
-        when = at_row_end(ends, ready, latest)
-        graph.of(times, value).copy_(when)
-        running = torch.where(when == CONSTANT, NEVER, when)
-        for operand, needed in timed.rules[value.index].needs(running):
-            operand.lower(wanted, needed)
+        rule = timed.rules[value.index]
+        latest = rule.needed_within(shrunk(wanted.of(value)))
+        when = at_row_end(ends, timed.analysis.ready_of(value), latest)
+        times.set(value, when)
+        running = compact(when)
+        running = torch.where(running == CONSTANT, NEVER, running).expand(value.shape)
+        for operand, needed in rule.needs(running):
+            wanted.scatter_min(operand, needed)
     return times
 
 
 def at_row_end(ends: Tensor, ready: Tensor, latest: Tensor) -> Tensor:
     """When elements are computed that are ready and needed at these times: at the last end of a row in between."""
+    shape, ready, latest = ready.shape, compact(ready), compact(latest)
     last_end = ends[(torch.searchsorted(ends, latest.contiguous(), right=True) - 1).clamp(min=0)]
     when = torch.where(last_end >= ready, last_end, ready)
     when = torch.where(ready == READY, READY, when)
     when = torch.where(latest == NEVER, NEVER, when)
-    return torch.where(ready == CONSTANT, CONSTANT, when)
+    return torch.where(ready == CONSTANT, CONSTANT, when).expand(shape)
 
 
-def schedule(timed: Timed, draws: int, times: Tensor, deadlines: Sequence[tuple[Operand, Tensor]]) -> Schedule:
+def schedule(timed: Timed, draws: int, times: ElementTimes, deadlines: Sequence[tuple[Operand, Tensor]]) -> Schedule:
     """The steps of an image of so many draws, from its `running_times`."""
-    graph = timed.graph
     stored = _read_later(timed, times, deadlines)
     steps: list[list[tuple[Value, Box]]] = [[] for _ in range(draws + 1)]
     known: dict[bytes, dict[int, list[Box]]] = {}
     for value in timed.computed:
-        for step, boxes in _boxes(graph.of(times, value), known).items():
+        for step, boxes in _boxes(times.of(value), known).items():
             steps[step + 1] += [(value, box) for box in boxes]
     return Schedule(steps, times, stored)
 
 
-def _read_later(timed: Timed, times: Tensor, deadlines: Sequence[tuple[Operand, Tensor]]) -> set[int]:
+def _read_later(timed: Timed, times: ElementTimes, deadlines: Sequence[tuple[Operand, Tensor]]) -> set[int]:
     """Values some element of which is needed at a step after that of its computation."""
-    graph = timed.graph
-    last = graph.new_store(NEVER)  # of the negated times, so that `lower` finds the greatest
+    last = ElementTimes(NEVER)  # of the negated times, of which the least is the last
     for operand, needed in deadlines:
-        operand.lower(last, torch.where(needed == NEVER, NEVER, -needed))
+        last.scatter_min(operand, torch.where(needed == NEVER, NEVER, -needed))
     for value in timed.computed:
-        when = graph.of(times, value)
-        running = torch.where((when == CONSTANT) | (when == NEVER), NEVER, -when)
+        when = compact(times.of(value))
+        running = torch.where((when == CONSTANT) | (when == NEVER), NEVER, -when).expand(value.shape)
         for operand, needed in timed.rules[value.index].needs(running):
-            operand.lower(last, needed)
+            last.scatter_min(operand, needed)
     found = set()
-    for value in timed.graph.values:
-        if value.base and value.kind == "computed":
-            when, need = graph.of(times, value), graph.of(last, value)
-            if timed.rules[value.index].keeps_state or ((need != NEVER) & (-need != when)).any():
-                found.add(value.index)
+    for value in timed.computed:
+        when, need = compact(times.of(value)), compact(last.of(value))
+        if timed.rules[value.index].keeps_state or ((need != NEVER) & (-need != when)).any():
+            found.add(value.index)
     for operand, _ in deadlines:
         found |= {value.index for value in operand.values}
     return found
@@ -107,11 +105,8 @@ def _read_later(timed: Timed, times: Tensor, deadlines: Sequence[tuple[Operand, 
 
 def _boxes(times: Tensor, known: dict[bytes, dict[int, list[Box]]]) -> dict[int, list[Box]]:
     """Step -> boxes that hold exactly the elements of that step, or more where nobody minds."""
-    full = [d for d, size in enumerate(times.shape) if size > 1 and bool((times == times.narrow(d, 0, 1)).all())]
-    core = times
-    for d in full:
-        core = core.narrow(d, 0, 1)
-    core = core.contiguous()
+    core = compact(shrunk(times)).contiguous()
+    full = [d for d, size in enumerate(core.shape) if size < times.shape[d]]
     key = bytes(str((tuple(times.shape), tuple(full))), "ascii") + core.numpy().tobytes()
     if key not in known:
         found = {}
@@ -122,6 +117,7 @@ def _boxes(times: Tensor, known: dict[bytes, dict[int, list[Box]]]) -> dict[int,
             steps, counts = flat[order].unique_consecutive(return_counts=True)
             covers: dict[bytes, list[Box]] = {}
             free = (core == CONSTANT) | (core == NEVER)
+            growing = bool(free.any())
             coordinates = (
                 torch.stack(torch.unravel_index(order, core.shape), 1) if core.dim() else order.new_zeros(1, 0)
             )
@@ -129,7 +125,8 @@ def _boxes(times: Tensor, known: dict[bytes, dict[int, list[Box]]]) -> dict[int,
                 steps.tolist(), coordinates.split(counts.tolist()), _dense_boxes(coordinates, counts), strict=True
             ):
                 boxes = _cover_anywhere(places, covers) if dense is None else [dense]
-                found[step] = [_widen(_grown(box, core, free), times.shape, full) for box in boxes]
+                grown = [_grown(box, free) for box in boxes] if growing else boxes
+                found[step] = [_widen(box, times.shape, full) for box in grown]
         known[key] = found
     return known[key]
 
@@ -216,15 +213,13 @@ def _continues(run: list[Tensor], here: int, d: int) -> bool:
     return len(run) == 1 or here - last == last - int(run[-2][0, d])
 
 
-def _grown(box: Box, core: Tensor, free: Tensor) -> Box:
-    """The box over a whole dimension where only elements are added that are constant or that nobody needs."""
-    if not free.any():
-        return box
-    for d, size in enumerate(core.shape):
+def _grown(box: Box, free: Tensor) -> Box:
+    """The box over a whole dimension where all elements that are added are free: constant, or nobody needs them."""
+    for d, size in enumerate(free.shape):
         if box.steps[d] != 1 or box.sizes[d] in (1, size):
             continue
         outside = free
-        for e in range(core.dim()):
+        for e in range(free.dim()):
             if e != d:
                 outside = outside.narrow(e, box.start[e], (box.sizes[e] - 1) * box.steps[e] + 1)[
                     (slice(None),) * e + (slice(None, None, box.steps[e]),)

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.sampling.causality.draws import Order
 from fastgen.sampling.causality.ready_times import Timed
-from fastgen.sampling.causality.report import Order
 from fastgen.sampling.plan.schedule import at_row_end, row_ends
 from fastgen.sampling.rules import Rule
 from fastgen.sampling.rules.convolution import Convolution
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, Map, Operand, Value
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, ElementTimes, Map, Operand, Value, compact
 
 
 class Onto:
@@ -23,7 +23,7 @@ class Onto:
         return "aten.convolution"
 
 
-def split_rows(timed: Timed, order: Order, times: Tensor) -> bool:
+def split_rows(timed: Timed, order: Order, times: ElementTimes) -> bool:
     """Splits, in place, convolutions that run pixel by pixel and part of which can run row by row; whether any did.
 
     The rows of the kernel before its last live one go to a value of their own. One product computes it for a whole
@@ -38,13 +38,12 @@ def split_rows(timed: Timed, order: Order, times: Tensor) -> bool:
     for value in known:
         rule = timed.rules.get(value.index)
         if isinstance(rule, Convolution):
-            found = _earlier_rows(timed, rule, ends, graph.of(times, value))
+            found = _earlier_rows(timed, rule, ends, times.of(value))
             if found is not None:
                 graph.number(found[0].value)
                 earlier[value.index] = found
     if not earlier:
         return False
-    analysis.grow()
     values: list[Value] = []
     rules: list[Rule] = []
     for value in known:
@@ -89,5 +88,5 @@ def _earlier_rows(timed: Timed, rule: Convolution, ends: Tensor, times: Tensor) 
 
 def _steps(times: Tensor) -> int:
     """At how many of them something is computed."""
-    found = times.unique()
+    found = compact(times).unique()
     return int(((found != CONSTANT) & (found != NEVER)).sum())

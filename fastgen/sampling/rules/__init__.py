@@ -12,45 +12,43 @@ from fastgen.sampling.rules.scan import DiagonalScan, RowScan
 from fastgen.sampling.rules.slicewise import Slicewise
 from fastgen.sampling.trace.graph import Value
 
-__all__ = ["Analysis", "Rule", "rule_for"]
+__all__ = ["Analysis", "Opaque", "Rule", "Slicewise", "rule_for", "rule_kind"]
 
 POINTWISE = {
-    "clone", "_to_copy", "masked_fill", "where", "complex", "polar", "fake_quantize_per_tensor_affine_cachemask",
-    "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
+    "clone", "_to_copy", "view", "masked_fill", "where", "complex", "polar",
+    "fake_quantize_per_tensor_affine_cachemask", "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
 }  # fmt: skip
-CUMULATIVE = {"cumsum", "cumprod", "logcumsumexp", "cummax", "cummin"}
-MATMUL = {"mm", "addmm", "bmm", "baddbmm"}
-SOFTMAX = {"_softmax", "_log_softmax", "_safe_softmax"}
+BY_NAME: dict[str, type[Rule]] = {
+    "convolution": Convolution,
+    "diagonal_lstm": DiagonalScan,
+    "row_lstm": RowScan,
+    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), MatMul),
+    **dict.fromkeys(("_softmax", "_log_softmax", "_safe_softmax"), Softmax),
+    **dict.fromkeys(("cat", "stack"), Concatenation),
+    **dict.fromkeys(("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin"), Cumulative),
+}
 REDUCTION = {"native_layer_norm", "linalg_vector_norm", "logsumexp", "argmax", "argmin", "norm", "var"}
 
 
 def rule_for(value: Value, analysis: Analysis) -> Rule:
     """The rule of a computed value."""
+    return rule_kind(value)(value, analysis)
+
+
+def rule_kind(value: Value) -> type[Rule]:
     name = value.op._schema.name.split("::")[1]
-    if name == "convolution":
-        return Convolution(value, analysis)
-    if name in MATMUL:
-        return MatMul(value, analysis)
-    if name in SOFTMAX:
-        return Softmax(value, analysis)
-    if name in ("cat", "stack"):
-        return Concatenation(value, analysis)
+    if name in BY_NAME:
+        return BY_NAME[name]
     if name == "max_pool2d_with_indices" and MaxPool2d.takes(value):
-        return MaxPool2d(value, analysis)
-    if name in CUMULATIVE:
-        return Cumulative(value, analysis)
-    if name == "diagonal_lstm":
-        return DiagonalScan(value, analysis)
-    if name == "row_lstm":
-        return RowScan(value, analysis)
+        return MaxPool2d
     if name == "embedding" and constant_operand(value.args[0]):
-        return Lookup(value, analysis)
+        return Lookup
     if name == "index" and constant_operand(value.args[0]) and len(value.args[1]) == 1:
-        return Lookup(value, analysis)
+        return Lookup
     if Slicewise.takes(value):
-        return Slicewise(value, analysis)
+        return Slicewise
     if name in REDUCTION or torch.Tag.reduction in value.op.tags:
-        return Reduction(value, analysis)
+        return Reduction
     if name in POINTWISE or torch.Tag.pointwise in value.op.tags:
-        return Pointwise(value, analysis)
-    return Opaque(value, analysis)
+        return Pointwise
+    return Opaque

@@ -8,83 +8,71 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, Graph, Map, Operand, Value
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, ElementTimes, Graph, Map, Operand, Value, compact, shrunk
 
 if TYPE_CHECKING:
     from fastgen.sampling.plan.builder import Builder
     from fastgen.sampling.plan.layout import Box
 
-LOW = -1e4  # what is below by this much vanishes in a softmax
+SOFTMAX_ZERO = -1e4  # what is below by this much vanishes in a softmax
+NOWHERE = torch.zeros((), dtype=torch.bool)
 
 
 class Analysis:
     """Ready times of all elements, and which of them are constants that are zero, or so low that a softmax gives zero.
 
-    The ready time of an element is the place in the drawing order of the last pixel (or channel) that it depends on.
+    The ready time of an element is the draw index of the last level that it depends on.
+
+    Args:
+        certain: whether the times are those of certain dependences. What depends on no level for certain is then taken
+            for the constant that it was in the traced run.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, certain: bool = False) -> None:
         self.graph = graph
-        self._ready = graph.new_store(CONSTANT)
-        self._zero: dict[Value, Tensor] = {}  # of the values that have any
-        self._low: dict[Value, Tensor] = {}
+        self.certain = certain
+        self._ready = ElementTimes(CONSTANT)
+        self._zero: dict[Value, Tensor] = {}  # of the values that have any, or may
+        self._softmax_zero: dict[Value, Tensor] = {}
 
-    def grow(self) -> None:
-        """Makes room for values that have been numbered since."""
-        more = self.graph.numel - len(self._ready)
-        self._ready = torch.cat((self._ready, self._ready.new_full((more,), CONSTANT)))
-
-    def set(self, value: Value, ready: Tensor, low: Tensor | None = None) -> None:
-        self.graph.of(self._ready, value).copy_(ready)
-        for known in (self._zero, self._low):
+    def set(self, value: Value, ready: Tensor, softmax_zero: Tensor | None = None) -> None:
+        self._ready.set(value, ready)
+        for known in (self._zero, self._softmax_zero):
             known.pop(value, None)
-        constant = ready == CONSTANT
+        constant = compact(ready) < 0 if self.certain else compact(ready) == CONSTANT
         if constant.any():
-            self._zero[value] = constant & (value.data == 0)
+            self._zero[value] = shrunk(constant & (value.data == 0))
             if value.data.is_floating_point():
-                very_low = constant & (value.data <= LOW)
-                low = very_low if low is None else low | very_low
-        if low is not None and low.any():
-            self._low[value] = low.expand(value.shape)
+                very_low = constant & (value.data <= SOFTMAX_ZERO)
+                softmax_zero = very_low if softmax_zero is None else softmax_zero | very_low
+        if softmax_zero is not None and softmax_zero.any():
+            self._softmax_zero[value] = shrunk(softmax_zero.expand(value.shape))
 
     def coarsen(self, draws: int) -> None:
         """Ready times in an order in which so many draws that follow each other are one."""
         if draws > 1:
-            self._ready = coarser(self._ready, draws)
+            self._ready.change(lambda ready: coarser(ready, draws))
 
     def ready_of(self, value: Value) -> Tensor:
-        return self.graph.of(self._ready, value)
+        return self._ready.of(value)
 
     def ready(self, operand: Operand) -> Tensor:
-        return operand.read(self._ready, CONSTANT)
+        return self._ready.read(operand, CONSTANT)
 
     def zero(self, operand: Operand) -> Tensor:
-        if operand.map is not None and operand.map.value.base == 0:
-            return operand.map.read((operand.map.value.data == 0).to(torch.uint8), 1).bool()
-        return self._flags(operand, self._zero, 1)
+        return operand.read(lambda value: self._flags(value, self._zero, lambda data: data == 0), True, torch.bool)
 
-    def low(self, operand: Operand) -> Tensor:
-        if operand.map is not None and operand.map.value.base == 0:
-            data = operand.map.value.data
-            low = (data <= LOW) if data.is_floating_point() else torch.zeros_like(data, dtype=torch.bool)
-            return operand.map.read(low.to(torch.uint8), 0).bool()
-        return self._flags(operand, self._low, 0)
+    def softmax_zero(self, operand: Operand) -> Tensor:
+        return operand.read(
+            lambda value: self._flags(value, self._softmax_zero, lambda data: data <= SOFTMAX_ZERO), False, torch.bool
+        )
 
-    def _flags(self, operand: Operand, known: dict[Value, Tensor], outside: int) -> Tensor:
-        """The operand's view of what is known of some values and false of all others; `outside` for zeros around."""
-        if operand.map is not None:
-            value = operand.map.value
-            if value not in known and not (outside and operand.map.padded):
-                return torch.zeros((), dtype=torch.bool).expand(operand.shape)
-            flags = known.get(value, torch.zeros((), dtype=torch.bool)).expand(value.shape)
-            return operand.map.read(flags.to(torch.uint8), outside).bool()
-        assert operand.ids is not None
-        found = (operand.ids == 0) & bool(outside)
-        for value in operand.values if known else []:
-            if value in known:
-                places = (operand.ids >= value.base) & (operand.ids < value.base + value.numel)
-                found[places] = known[value].reshape(-1)[operand.ids[places] - value.base]
-        return found
+    def _flags(self, value: Value, known: dict[Value, Tensor], of_constant: Callable[[Tensor], Tensor]) -> Tensor:
+        """What is known of a value, and false of all others."""
+        if value not in known and value.kind == "constant" and (value.data.is_floating_point() or known is self._zero):
+            found = of_constant(value.data)
+            known[value] = found if found.any() else NOWHERE.expand(value.shape)
+        return known.get(value, NOWHERE).expand(value.shape)
 
     def constant(self, data: Tensor) -> Operand:
         """A constant of the rule's own, to be read like the network's."""
@@ -117,7 +105,7 @@ class Rule(ABC):
     def ready(self) -> tuple[Tensor, Tensor | None]:
         """Ready times of the value's elements, and which of them are low, where the rule knows."""
 
-    def refine(self, latest: Tensor) -> Tensor:
+    def needed_within(self, latest: Tensor) -> Tensor:
         """When each element is needed, by others of this value too."""
         return latest
 
@@ -187,26 +175,41 @@ def result_of(op: Any, output: int) -> Callable[..., Tensor]:
 
 def reduce_to(times: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The least over the dimensions along which a tensor of this shape was broadcast."""
-    while times.dim() > len(shape):
-        times = times.amin(0)
-    for d, size in enumerate(shape):
-        if size == 1 and times.shape[d] > 1:
-            times = times.amin(d, keepdim=True)
-    return times
+    times = compact(times)
+    extra = times.dim() - len(shape)
+    dims = [*range(extra), *(d + extra for d, size in enumerate(shape) if size == 1 and times.shape[d + extra] > 1)]
+    times = times.amin(dims, keepdim=True) if dims else times
+    return times[(0,) * extra].expand(shape)
 
 
-def groups_of(rows: Tensor, limit: int | None = None) -> list[tuple[Tensor, Tensor]] | None:
-    """Equal rows: (numbers of the rows, the row) each; None where there are more kinds than the limit."""
-    flat = rows.reshape(len(rows), -1)
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(-(2**40), 2**40, (flat.shape[1],), generator=generator)
-    keys = (flat.long() * weights).sum(1)
-    kinds, inverse = keys.unique(return_inverse=True)
-    if limit is not None and len(kinds) > limit:
-        return None
-    members = [torch.nonzero(inverse == k).flatten() for k in range(len(kinds))]
+def reduced(times: Tensor, dims: Sequence[int], reduce: Callable[..., Tensor]) -> Tensor:
+    """amax or amin over some dimensions, kept with size 1; expanded along the others where `times` is."""
+    if not dims:
+        return times
+    shape = [1 if d in dims else size for d, size in enumerate(times.shape)]
+    return reduce(compact(times), tuple(dims), keepdim=True).expand(shape)
+
+
+def groups_of(rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Equal rows: (numbers of the rows, the row) each."""
+    kinds, inverse = _kinds(rows)
+    members = [torch.nonzero(inverse == k).flatten() for k in range(kinds)]
     return [(numbers, rows[numbers[0]]) for numbers in members]
 
 
+def few_groups_of(rows: Tensor, most: int) -> list[tuple[Tensor, Tensor]] | None:
+    """The same; None where there are more kinds of rows."""
+    return groups_of(rows) if _kinds(rows)[0] <= most else None
+
+
+def _kinds(rows: Tensor) -> tuple[int, Tensor]:
+    """How many kinds of rows there are, and which one each is."""
+    flat = rows.reshape(len(rows), -1)
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(-(2**40), 2**40, (flat.shape[1],), generator=generator)
+    kinds, inverse = (flat.long() * weights).sum(1).unique(return_inverse=True)
+    return len(kinds), inverse
+
+
 def never(shape: Any) -> Tensor:
-    return torch.full(tuple(shape), NEVER, dtype=torch.int32)
+    return torch.full((), NEVER, dtype=torch.int32).expand(tuple(shape))

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from fastgen.sampling.machine.language import AffineOffset, View, constant, dense_strides
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
-from fastgen.sampling.rules.base import Analysis, Rule, groups_of
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported, Value
+from fastgen.sampling.rules.base import Analysis, Rule, groups_of, never
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported, Value, compact
 
 WIDE = 32  # numbers in a row from which a product of its own costs less than a copy
 FEW_RUNS = 4  # runs of taps up to which that holds at a single place
@@ -113,68 +113,83 @@ class Convolution(Rule):
         return sizes, inner
 
     def ready(self) -> tuple[Tensor, Tensor | None]:
-        x = self.analysis.ready(self.x)
-        out = torch.full(self.value.shape, CONSTANT, dtype=torch.int32)
+        x, live, blocks = self.analysis.ready(self.x), self.live, list(self._blocks())
+        if x.stride(1) == 0:  # the same for all channels: a channel of each kind of kernel will do
+            x, live, blocks = x[:, :1], self.live.any(1, keepdim=True), [(slice(0, len(live)), slice(0, 1))]
         if not self.transposed:
             x = F.pad(x, self._pads(), value=CONSTANT)
-        for outs, ins in self._blocks():
+        found: list[tuple[Tensor, Tensor]] = []  # output channels, and their times without a dimension of channels
+        for outs, ins in blocks:
             inputs = x[:, ins].transpose(0, 1)
-            for numbers, live in groups_of(self.live[outs]) or []:
-                if self.transposed:
-                    sizes, inner = self._transposed_room()
-                    best = torch.full((x.shape[0], *sizes), CONSTANT, dtype=torch.int32)
-                else:
-                    best = torch.full((x.shape[0], *self.value.shape[2:]), CONSTANT, dtype=torch.int32)
-                for number, tap in enumerate(self.taps):
-                    channels = torch.nonzero(live.flatten(1)[:, number]).flatten()
-                    if len(channels) == 0:
-                        continue
-                    if self.transposed:
-                        window = self._window(tap, best)
-                        window.copy_(torch.maximum(window, inputs[channels].amax(0)))
-                    else:
-                        seen = self._window(tap, inputs)
-                        torch.maximum(best, seen[channels].amax(0), out=best)
-                if self.transposed:
-                    best = best[(slice(None), *inner)]
-                out[:, outs.start + numbers] = best.unsqueeze(1)
-        if self.bias is not None:
-            torch.maximum(out, self.analysis.ready(self.bias).view(1, -1, *[1] * self.rank), out=out)
-        if self.onto is not None:
-            torch.maximum(out, self.analysis.ready(self.onto), out=out)
-        return out, None
+            for numbers, kind in groups_of(live[outs]):
+                found.append((outs.start + numbers, self._latest(inputs, kind.flatten(1), len(x))))
+        if len(found) == 1:
+            out = found[0][1].unsqueeze(1)
+        else:
+            out = torch.empty(self.value.shape, dtype=torch.int32)
+            for numbers, times in found:
+                out[:, numbers] = times.unsqueeze(1)
+        along = (1, -1, *[1] * self.rank)
+        added = [] if self.bias is None else [self.analysis.ready(self.bias).view(along)]
+        added += [] if self.onto is None else [self.analysis.ready(self.onto)]
+        for times in added:
+            out = torch.maximum(out, compact(times))
+        return out.expand(self.value.shape), None
+
+    def _latest(self, inputs: Tensor, live: Tensor, images: int) -> Tensor:
+        """Of what some taps see of padded inputs (channels, images, ...): (images, ...). `live`: (channels, taps)."""
+        sizes, inner = self._transposed_room() if self.transposed else (self.value.shape[2:], ())
+        best = torch.full((images, *sizes), CONSTANT, dtype=torch.int32)
+        for number, tap in enumerate(self.taps):
+            channels = torch.nonzero(live[:, number]).flatten()
+            if len(channels) and self.transposed:
+                window = self._window(tap, best)
+                window.copy_(torch.maximum(window, inputs[channels].amax(0)))
+            elif len(channels):
+                torch.maximum(best, self._window(tap, inputs)[channels].amax(0), out=best)
+        return best[(slice(None), *inner)]
 
     def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
-        wanted = torch.full(self.x.shape, NEVER, dtype=torch.int32)
-        if not self.transposed:
-            wanted = F.pad(wanted, self._pads(), value=NEVER)
-        else:
+        if self.onto is not None:
+            yield self.onto, times
+        if self.bias is not None:
+            yield self.bias, never(self.bias.shape)
+        live, blocks = self.live, list(self._blocks())
+        if times.stride(1) == 0:  # an input channel is needed as soon as any output of its group
+            live = live.unflatten(0, (self.groups, -1)).any(1).flatten(0, 1).unsqueeze(0)
+            times, blocks = times[:, :1], [(slice(0, 1), slice(0, self.x.shape[1]))]
+        if self.transposed:
             sizes, inner = self._transposed_room()
             room = torch.full((*times.shape[:2], *sizes), NEVER, dtype=torch.int32)
             room[(slice(None), slice(None), *inner)] = times
             times = room
-        for outs, ins in self._blocks():
+        found: list[tuple[Tensor, Tensor]] = []
+        for outs, ins in blocks:
             results = times[:, outs].transpose(0, 1)
-            for numbers, live in groups_of(self.live[outs].transpose(0, 1)) or []:
-                best = torch.full((len(wanted), *wanted.shape[2:]), NEVER, dtype=torch.int32)
-                for number, tap in enumerate(self.taps):
-                    channels = torch.nonzero(live.flatten(1)[:, number]).flatten()
-                    if len(channels) == 0:
-                        continue
-                    if self.transposed:
-                        torch.minimum(best, self._window(tap, results)[channels].amin(0), out=best)
-                    else:
-                        window = self._window(tap, best)
-                        window.copy_(torch.minimum(window, results[channels].amin(0)))
-                wanted[:, ins.start + numbers] = best.unsqueeze(1)
-        if not self.transposed and any(self.padding):
-            cut = tuple(slice(p, p + size) for p, size in zip(self.padding, self.x.shape[2:], strict=True))
-            wanted = wanted[(slice(None), slice(None), *cut)]
+            for numbers, kind in groups_of(live[outs].transpose(0, 1)):
+                found.append((ins.start + numbers, self._first(results, kind.flatten(1), len(times))))
+        if len(found) == 1:
+            yield self.x, found[0][1].unsqueeze(1).expand(self.x.shape)
+            return
+        wanted = torch.empty(self.x.shape, dtype=torch.int32)
+        for numbers, first in found:
+            wanted[:, numbers] = first.unsqueeze(1)
         yield self.x, wanted
-        if self.bias is not None:
-            yield self.bias, torch.full(self.bias.shape, NEVER, dtype=torch.int32)
-        if self.onto is not None:
-            yield self.onto, times
+
+    def _first(self, results: Tensor, live: Tensor, images: int) -> Tensor:
+        """When what the taps see is needed for results (channels, images, ...): (images, ...)."""
+        sizes, pads = list(self.x.shape[2:]), [0] * self.rank if self.transposed else self.padding
+        best = torch.full(
+            (images, *(size + 2 * p for size, p in zip(sizes, pads, strict=True))), NEVER, dtype=torch.int32
+        )
+        for number, tap in enumerate(self.taps):
+            channels = torch.nonzero(live[:, number]).flatten()
+            if len(channels) and self.transposed:
+                torch.minimum(best, self._window(tap, results)[channels].amin(0), out=best)
+            elif len(channels):
+                window = self._window(tap, best)
+                window.copy_(torch.minimum(window, results[channels].amin(0)))
+        return best[(slice(None), *(slice(p, p + size) for p, size in zip(pads, sizes, strict=True)))]
 
     # --- computing a part
 
@@ -320,7 +335,8 @@ class Convolution(Rule):
                 start = start if start is None else start.narrow(2 + d, first, count, step)
             here, start = here.order(order), start if start is None else start.order(order)
             summed = False
-            for taps in product(*(one[3] for one in alike)):
+            choices: list[list[int]] = [one[3] for one in alike]
+            for taps in product(*choices):
                 weight = self.weight[group * size : (group + 1) * size, self._own(channels, group)][(..., *taps)]
                 if not bool((weight != 0).any()):
                     continue

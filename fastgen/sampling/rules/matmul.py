@@ -1,5 +1,6 @@
 """Products of matrices, with or without a batch of them, and sums with a third operand."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,9 +11,9 @@ from torch import Tensor
 from fastgen.sampling.machine.language import AffineOffset, View, constant
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
-from fastgen.sampling.rules.base import Analysis, Rule, constant_operand, groups_of, reduce_to
+from fastgen.sampling.rules.base import Analysis, Rule, constant_operand, few_groups_of, reduce_to
 from fastgen.sampling.rules.pointwise import ONE
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Value
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Value, compact
 
 PATTERNS = 64  # kinds of columns up to which they are treated kind by kind
 CHUNK = 2**24
@@ -42,23 +43,25 @@ class MatMul(Rule):
     def ready(self) -> tuple[Tensor, Tensor | None]:
         a, b = self.factors
         za, zb = self.analysis.zero(a), self.analysis.zero(b)
-        la = torch.where(za, CONSTANT, self.analysis.ready(a))
-        lb = torch.where(zb, CONSTANT, self.analysis.ready(b))
-        ready = torch.maximum(latest(la, zb), latest(lb.mT, za.mT).mT)
-        if self.summand is not None:
-            ready = torch.maximum(ready, self.analysis.ready(self.summand).expand(ready.shape))
-            return ready, self.analysis.low(self.summand).expand(ready.shape)
-        return ready, None
+        la, lb = (_without(self.analysis.ready(one), zero, CONSTANT) for one, zero in ((a, za), (b, zb)))
+        ready = torch.maximum(compact(latest(la, zb)), compact(latest(lb.mT, za.mT).mT)).expand(self.value.shape)
+        if self.summand is None:
+            return ready, None
+        added = self.analysis.ready(self.summand).expand(ready.shape)
+        low = self.analysis.softmax_zero(self.summand)
+        return torch.maximum(compact(ready), compact(added)).expand(ready.shape), low.expand(ready.shape)
 
     def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
         a, b = self.factors
         if self.summand is not None and not constant_operand(self.summand):
             yield self.summand, reduce_to(times, self.summand.shape)
         za, zb = self.analysis.zero(a), self.analysis.zero(b)
-        if not constant_operand(a):
-            yield a, torch.where(za, NEVER, -latest(-times, zb.mT, -NEVER))
-        if not constant_operand(b):
-            yield b, torch.where(zb, NEVER, -latest(-times.mT, za, -NEVER).mT)
+        negated = (-compact(times)).expand(times.shape)
+        for one, other, zero, rows in ((a, zb.mT, za, negated), (b, za, zb, negated.mT)):
+            if not constant_operand(one):
+                found = latest(rows, other, -NEVER)
+                wanted = (-compact(found)).expand(found.shape)
+                yield one, _without(wanted if one is a else wanted.mT, zero, NEVER)
 
     def fixed(self, box: Box) -> tuple[int, ...]:
         """Columns that constants are cut to."""
@@ -117,25 +120,31 @@ class MatMul(Rule):
         return self._cuts[key]
 
 
+def _without(times: Tensor, zero: Tensor, instead: int) -> Tensor:
+    """The times, and something else where an element is a constant zero."""
+    return torch.where(compact(zero), instead, compact(times)).expand(times.shape) if zero.any() else times
+
+
 def latest(times: Tensor, zero: Tensor, least: int = CONSTANT) -> Tensor:
     """out[..., m, n] = max over k with not zero[..., k, n] of times[..., m, k]; `least` where there is none."""
-    rows, columns = times.shape[-2], zero.shape[-1]
-    if not zero.any():
-        return times.amax(-1, keepdim=True).expand(*times.shape[:-1], columns)
-    if zero.dim() == 2:
-        groups = groups_of(zero.mT, PATTERNS)
+    shape = (*times.shape[:-1], zero.shape[-1])
+    times, zero = compact(times), compact(zero)
+    if not zero.any() or bool((times == least).all()):
+        return times.amax(-1, keepdim=True).expand(shape)
+    if times.shape[-2] > 1 and bool((times == times[..., :1, :]).all()):
+        times = times[..., :1, :]
+    inner = max(times.shape[-1], zero.shape[-2])
+    times, zero = times.expand(*times.shape[:-1], inner), zero.expand(*zero.shape[:-2], inner, zero.shape[-1])
+    if zero.numel() == math.prod(zero.shape[-2:]):
+        groups = few_groups_of(zero.reshape(zero.shape[-2:]).mT, PATTERNS)
         if groups is not None:
-            out = times.new_full((*times.shape[:-1], columns), least)
+            out = times.new_full((*times.shape[:-1], zero.shape[-1]), least)
             for numbers, pattern in groups:
                 live = torch.nonzero(~pattern).flatten()
                 if len(live):
                     out[..., numbers] = times[..., live].amax(-1, keepdim=True)
-            return out
-    if times.dim() >= 2 and rows > 1 and bool((times == times[..., :1, :]).all()):
-        return latest(times[..., :1, :], zero, least).expand(*times.shape[:-2], rows, columns)
+            return out.expand(shape)
     parts = []
-    step = max(1, CHUNK // max(1, times.numel()))
-    for first in range(0, columns, step):
-        dead = zero[..., first : first + step].mT.unsqueeze(-3)
-        parts.append(torch.where(dead, least, times.unsqueeze(-2)).amax(-1))
-    return torch.cat(parts, -1)
+    for some in zero.split(max(1, CHUNK // max(1, times.numel())), -1):
+        parts.append(torch.where(some.mT.unsqueeze(-3), least, times.unsqueeze(-2)).amax(-1))
+    return torch.cat(parts, -1).expand(shape)

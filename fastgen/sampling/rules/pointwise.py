@@ -1,5 +1,6 @@
 """Operations that compute every element from the same place of their operands."""
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,11 +11,12 @@ from torch import Tensor
 from fastgen.sampling.machine.language import AffineOffset, View
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
-from fastgen.sampling.rules.base import LOW, Rule, constant_operand, reduce_to, result_of
+from fastgen.sampling.rules.base import NOWHERE, SOFTMAX_ZERO, Rule, constant_operand, reduce_to, result_of
 from fastgen.sampling.rules.out_variants import out_variant
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, map_arguments
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, compact, map_arguments, shrunk
 
 SWALLOWS = 1e6  # what rounding of a sum has to take away, for its smaller part to count as nothing
+CONSTANT_TIME = torch.tensor(CONSTANT, dtype=torch.int32)
 ONE = (AffineOffset(0), 1, 1)  # all of a dimension of size 1
 
 
@@ -22,59 +24,77 @@ class Pointwise(Rule):
     vanishes: Operand | None = None
 
     def ready(self) -> tuple[Tensor, Tensor | None]:
-        shape, name = self.value.shape, self.name
-        operands = self.value.operands
-        times = [self.analysis.ready(one).expand(shape) for one in operands]
-        chosen = self.chosen()
-        if chosen is not None:
-            condition, first, second = chosen
-            pick = [t if t is None else self.analysis.ready(t) for t in (first, second)]
-            known = self.analysis.ready(condition).expand(shape) == CONSTANT
-            value = (~self.analysis.zero(condition)).expand(shape)
-            a, b = (torch.full((), CONSTANT, dtype=torch.int32) if t is None else t for t in pick)
-            ready = torch.where(known, torch.where(value, a, b), torch.stack(times).amax(0))
-            a, b = (self._low(t, operand) for t, operand in zip(self._given(), (first, second), strict=True))
-            return ready, torch.where(known, torch.where(value, a, b), a & b)
-        ready = times[0].clone()
-        for other in times[1:]:
-            torch.maximum(ready, other, out=ready)
+        found, softmax_zero = self._selected() if self.chosen() is not None else self._of_all()
+        return found.expand(self.value.shape), softmax_zero
+
+    def _of_all(self) -> tuple[Tensor, Tensor | None]:
+        """Of an operation that reads all of its operands, but for what is multiplied by zero or added to a mask."""
+        name, operands = self.name, self.value.operands
+        times = [self._aligned(self.analysis.ready(one)) for one in operands]
+        ready = functools.reduce(torch.maximum, times)
         if name in ("mul", "div", "logical_and", "bitwise_and"):
-            factors = operands if name != "div" else operands[:1]
-            for one in factors:
-                ready = torch.where(self.analysis.zero(one).expand(shape), CONSTANT, ready)
-        low = None
+            for one in operands if name != "div" else operands[:1]:
+                zero = self._aligned(self.analysis.zero(one))
+                ready = torch.where(zero, CONSTANT, ready) if zero.any() else ready
+        low: Tensor | None = None
         if name in ("add", "sub", "clone", "_to_copy"):
             summands = operands if name != "sub" else [one for one in self.value.args[:1] if isinstance(one, Operand)]
-            low = torch.zeros(shape, dtype=torch.bool)
+            low = NOWHERE
             for one in summands:
-                low |= self.analysis.low(one).expand(shape)
-            ready = torch.where(low & (self.value.data == -math.inf) | self._swallowed(summands), CONSTANT, ready)
+                low = low | self._aligned(self.analysis.softmax_zero(one))
+            hidden = self._swallowed(summands, times)
+            hidden = hidden | (low & (self.value.data == -math.inf)) if low.any() else hidden
+            ready = torch.where(compact(shrunk(hidden)), CONSTANT, ready) if hidden.any() else ready
         if name in ("exp", "exp2", "sigmoid"):
-            vanishes = self.analysis.low(operands[0]) & (self.value.data == 0)
-            ready = torch.where(vanishes, CONSTANT, ready)
+            vanishes = self._aligned(self.analysis.softmax_zero(operands[0]))
             if vanishes.any():
+                vanishes = vanishes & (self.value.data == 0)
+                ready = torch.where(vanishes, CONSTANT, ready)
                 self.vanishes = self.analysis.constant(vanishes.float())
         real = self.value.data.is_floating_point()
         if real and name in ("mul", "div") and not any(isinstance(one, Operand) for one in self.value.args[1:]):
-            low = self.analysis.low(operands[0]) & (self.value.data <= LOW)
+            low = self._aligned(self.analysis.softmax_zero(operands[0]))
+            low = low & (self.value.data <= SOFTMAX_ZERO) if low.any() else low
         return ready, low
+
+    def _selected(self) -> tuple[Tensor, Tensor | None]:
+        """Of a selection, which does not read what a constant condition leaves out."""
+        chosen = self.chosen()
+        assert chosen is not None
+        condition, first, second = chosen
+        times = [CONSTANT_TIME if one is None else self._aligned(self.analysis.ready(one)) for one in (first, second)]
+        of_condition = self._aligned(self.analysis.ready(condition))
+        known, value = of_condition == CONSTANT, ~self._aligned(self.analysis.zero(condition))
+        ready = torch.where(
+            known, torch.where(value, times[0], times[1]), functools.reduce(torch.maximum, [of_condition, *times])
+        )
+        a, b = (self._softmax_zero(t, one) for t, one in zip(self._given(), (first, second), strict=True))
+        return ready, torch.where(known, torch.where(value, a, b), a & b)
+
+    def _aligned(self, tensor: Tensor) -> Tensor:
+        """In the dimensions of the value, with size 1 along those that it is expanded along."""
+        return compact(tensor.expand(self.value.shape))
 
     @property
     def name(self) -> str:
         return self.value.op._schema.name.split("::")[1]
 
-    def _swallowed(self, summands: list[Operand]) -> Tensor:
+    def _swallowed(self, summands: list[Operand], times: list[Tensor]) -> Tensor:
         """Where a constant is so large that rounding leaves nothing of what is added to it: the mask of a score."""
-        found, data = torch.zeros(self.value.shape, dtype=torch.bool), self.value.data
-        for one in summands if data.is_floating_point() else []:
-            constant = self.analysis.ready(one) == CONSTANT
+        found, data = NOWHERE, self.value.data
+        for one, ready in zip(summands, times, strict=False) if data.is_floating_point() else ():
+            constant = ready == CONSTANT
             if constant.any():
-                same = self.analysis.data(one).expand(data.shape) == data
-                found |= same & constant.expand(data.shape) & (data.abs() * torch.finfo(data.dtype).eps > SWALLOWS)
+                given = self.analysis.data(one)
+                large = given.abs() * torch.finfo(data.dtype).eps > SWALLOWS
+                if large.any():
+                    found = found | ((given == data) & constant & large)
         return found
 
-    def _low(self, argument: Any, operand: Operand | None) -> Tensor:
-        return torch.tensor(argument <= LOW) if operand is None else self.analysis.low(operand)
+    def _softmax_zero(self, argument: Any, operand: Operand | None) -> Tensor:
+        if operand is None:
+            return torch.tensor(argument <= SOFTMAX_ZERO)
+        return self._aligned(self.analysis.softmax_zero(operand))
 
     def _given(self) -> tuple[Any, Any]:
         """What a selection takes where its condition is true, and where it is false, numbers too."""
@@ -95,11 +115,12 @@ class Pointwise(Rule):
         if chosen is not None:
             condition, first, second = chosen
             yield condition, reduce_to(times, condition.shape)
-            known = self.analysis.ready(condition).expand(times.shape) == CONSTANT
-            value = (~self.analysis.zero(condition)).expand(times.shape)
+            known = self._aligned(self.analysis.ready(condition)) == CONSTANT
+            value = ~self._aligned(self.analysis.zero(condition))
             for one, unused in ((first, known & ~value), (second, known & value)):
                 if one is not None:
-                    yield one, reduce_to(torch.where(unused, NEVER, times), one.shape)
+                    wanted = torch.where(unused, NEVER, compact(times)) if unused.any() else times
+                    yield one, reduce_to(wanted.expand(times.shape), one.shape)
             return
         for one in self.value.operands:
             if not constant_operand(one):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
 from fastgen.sampling.rules.base import Analysis, Rule
-from fastgen.sampling.trace.graph import NEVER, Operand, Value
+from fastgen.sampling.trace.graph import NEVER, Operand, Value, compact
 
 
 class MaxPool2d(Rule):
@@ -29,17 +29,23 @@ class MaxPool2d(Rule):
         return value.output == 0 and not any(value.args[3] if len(value.args) > 3 else ()) and len(value.args) < 6
 
     def ready(self) -> tuple[Tensor, Tensor | None]:
-        times = self.analysis.ready(self.x).double()
-        return F.max_pool2d(times, self.kernel, self.stride, 0, self.dilation).int(), None
+        times = self._by_channels(self.analysis.ready(self.x)).double()
+        return F.max_pool2d(times, self.kernel, self.stride, 0, self.dilation).int().expand(self.value.shape), None
+
+    def _by_channels(self, times: Tensor) -> Tensor:
+        """With all places, but only the channels that differ."""
+        channels = compact(times).shape[:-2]
+        return times[tuple(slice(0, size) for size in channels)]
 
     def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
-        wanted = torch.full(self.x.shape, NEVER, dtype=torch.int32)
+        times = self._by_channels(times)
+        wanted = torch.full((*times.shape[:-2], *self.x.shape[-2:]), NEVER, dtype=torch.int32)
         rows, columns = times.shape[-2:]
         for i, j in product(range(self.kernel[0]), range(self.kernel[1])):
             first, left = i * self.dilation[0], j * self.dilation[1]
             window = wanted[..., first :: self.stride[0], left :: self.stride[1]][..., :rows, :columns]
             window.copy_(torch.minimum(window, times))
-        yield self.x, wanted
+        yield self.x, wanted.expand(self.x.shape)
 
     def emit(self, builder: Builder, box: Box) -> None:
         region = builder.region(box)

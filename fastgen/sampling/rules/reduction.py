@@ -11,16 +11,16 @@ from fastgen.sampling.machine.language import AffineOffset, View, constant
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
 from fastgen.sampling.rules.base import (
-    LOW,
+    SOFTMAX_ZERO,
     Analysis,
     Rule,
     argument,
     batched_arguments,
     constant_operand,
-    reduce_to,
+    reduced,
     result_of,
 )
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported, Value
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported, Value, compact, shrunk
 
 
 def whole(shape: Sequence[int]) -> list[tuple[AffineOffset, int, int]]:
@@ -32,40 +32,43 @@ def cut(found: Tensor, dim: int, start: int, size: int, step: int) -> Tensor:
     return found[(slice(None),) * (dim + 1) + (slice(start, start + (size - 1) * step + 1, step),)]
 
 
-def _all(condition: Tensor, dims: Sequence[int]) -> Tensor:
+def _beside_others(low: Tensor, dims: Sequence[int]) -> Tensor | None:
+    """Elements that are low in rows along these dimensions that hold others, too; None where there are none."""
+    if not low.any():
+        return None
+    all_low = compact(low)
     for d in dims:
-        condition = condition.all(d, keepdim=True)
-    return condition
+        all_low = all_low.all(d, keepdim=True)
+    found = compact(low) & ~all_low
+    return found if found.any() else None
 
 
 class Softmax(Rule):
     """Elements that are low, beside others in their row that are not, are constant zeros of a softmax."""
 
-    unseen: Operand | None = None
-
-    @property
-    def dim(self) -> int:
-        return self.value.args[1] % max(len(self.value.shape), 1)
-
-    def _unseen(self) -> Tensor:
-        low = self.analysis.low(self.value.args[0])
-        vanishes = self.value.data <= LOW if self._is_log else self.value.data == 0
-        return low & ~low.all(self.dim, keepdim=True) & vanishes
-
-    @property
-    def _is_log(self) -> bool:
-        return "log" in self.value.op._schema.name
+    def __init__(self, value: Value, analysis: Analysis) -> None:
+        super().__init__(value, analysis)
+        self.dim = value.args[1] % max(len(value.shape), 1)
+        self._is_log = "log" in value.op._schema.name
+        unseen = _beside_others(analysis.softmax_zero(value.args[0]), [self.dim])
+        if unseen is not None:
+            unseen = shrunk(unseen & (value.data <= SOFTMAX_ZERO if self._is_log else value.data == 0))
+        self._hidden = compact(unseen) if unseen is not None and unseen.any() else None
+        self.unseen = None if self._hidden is None else analysis.constant(self._hidden.expand(value.shape).float())
 
     def ready(self) -> tuple[Tensor, Tensor | None]:
-        times, unseen = self.analysis.ready(self.value.args[0]), self._unseen()
-        ready = torch.where(unseen, CONSTANT, times).amax(self.dim, keepdim=True).expand(self.value.shape)
-        if unseen.any():
-            self.unseen = self.analysis.constant(unseen.float())
-        return (ready, unseen) if self._is_log else (torch.where(unseen, CONSTANT, ready), None)
+        times = self.analysis.ready(self.value.args[0])
+        if self._hidden is None:
+            return reduced(times, [self.dim], torch.amax).expand(self.value.shape), None
+        row = torch.where(self._hidden, CONSTANT, compact(times)).amax(self.dim, keepdim=True)
+        if self._is_log:
+            return row.expand(self.value.shape), self._hidden
+        return torch.where(self._hidden, CONSTANT, row).expand(self.value.shape), None
 
     def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
-        wanted = times.amin(self.dim, keepdim=True).expand(times.shape)
-        yield self.value.args[0], torch.where(self._unseen(), NEVER, wanted)
+        wanted = reduced(times, [self.dim], torch.amin)
+        wanted = wanted if self._hidden is None else torch.where(self._hidden, NEVER, compact(wanted))
+        yield self.value.args[0], wanted.expand(times.shape)
 
     def fixed(self, box: Box) -> tuple[int, ...]:
         return (box.start[self.dim],)
@@ -97,13 +100,12 @@ class Reduction(Rule):
     What is low beside others that are not takes no part in a maximum, as in a softmax that is written out.
     """
 
-    unseen: Operand | None = None
-
-    def _unseen(self) -> Tensor | None:
-        if self.value.op._schema.name.split("::")[1] not in GREATEST or not self.dims:
-            return None
-        low = self.analysis.low(self.value.args[0])
-        return low & ~_all(low, self.dims) if low.any() else None
+    def __init__(self, value: Value, analysis: Analysis) -> None:
+        super().__init__(value, analysis)
+        greatest = value.op._schema.name.split("::")[1] in GREATEST and self.dims
+        self._hidden = _beside_others(analysis.softmax_zero(value.args[0]), self.dims) if greatest else None
+        shape = value.args[0].shape
+        self.unseen = None if self._hidden is None else analysis.constant(self._hidden.expand(shape).float())
 
     def _is_plain(self, seen: View) -> bool:
         """Whether result and operand have one type, which sums may be rounded to."""
@@ -125,25 +127,30 @@ class Reduction(Rule):
         return len(self.value.shape) == len(self.value.args[0].shape)
 
     def ready(self) -> tuple[Tensor, Tensor | None]:
-        x, unseen = self.analysis.ready(self.value.args[0]), self._unseen()
-        if unseen is not None and unseen.any():
-            x = torch.where(unseen, CONSTANT, x)
-            self.unseen = self.analysis.constant(unseen.float())
-        ready = x.amax(self.dims, keepdim=self.keeps) if self.dims else x
-        return ready.expand(self.value.shape), None
+        x = self.analysis.ready(self.value.args[0])
+        x = x if self._hidden is None else torch.where(self._hidden, CONSTANT, compact(x)).expand(x.shape)
+        return self._dropped(reduced(x, self.dims, torch.amax)).expand(self.value.shape), None
+
+    def _dropped(self, times: Tensor) -> Tensor:
+        """Without the dimensions that are reduced, where the result has none."""
+        if self.keeps:
+            return times
+        return times[tuple(0 if d in self.dims else slice(None) for d in range(times.dim()))]
 
     def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
         x = self.value.args[0]
         if self.value.shape == x.shape:
-            times = times.amin(self.dims, keepdim=True) if self.dims else times
+            times = reduced(times, self.dims, torch.amin)
         elif not self.keeps:
             for d in sorted(self.dims):
                 times = times.unsqueeze(d)
         wanted = times.expand(x.shape)
-        yield x, wanted if self.unseen is None else torch.where(self.analysis.data(self.unseen) != 0, NEVER, wanted)
+        if self._hidden is not None:
+            wanted = torch.where(self._hidden, NEVER, compact(wanted)).expand(x.shape)
+        yield x, wanted
         for one in self.value.operands[1:]:
             if not constant_operand(one):
-                yield one, times.amin().expand(one.shape)
+                yield one, compact(times).amin().expand(one.shape)
 
     def emit(self, builder: Builder, box: Box) -> None:
         out, x = builder.out(self.value, box), self.value.args[0]
@@ -206,10 +213,13 @@ class Cumulative(Rule):
         return self.value.args[1] % max(len(self.value.shape), 1)
 
     def ready(self) -> tuple[Tensor, Tensor | None]:
-        return self.analysis.ready(self.value.args[0]).cummax(self.dim).values, None
+        return compact(self.analysis.ready(self.value.args[0])).cummax(self.dim).values.expand(self.value.shape), None
 
     def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
-        yield self.value.args[0], times.flip(self.dim).cummin(self.dim).values.flip(self.dim)
+        yield (
+            self.value.args[0],
+            compact(times).flip(self.dim).cummin(self.dim).values.flip(self.dim).expand(times.shape),
+        )
 
     def fixed(self, box: Box) -> tuple[int, ...]:
         return (box.start[self.dim],)
@@ -239,11 +249,12 @@ class Lookup(Rule):
 
     def ready(self) -> tuple[Tensor, Tensor | None]:
         times = self.analysis.ready(self.indices)
-        return times.view(*times.shape, *[1] * (len(self.value.shape) - times.dim())).expand(self.value.shape), None
+        return times[(..., *[None] * (len(self.value.shape) - times.dim()))].expand(self.value.shape), None
 
     def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
-        extra = tuple(range(len(self.indices.shape), times.dim()))
-        yield self.indices, times.amin(extra) if extra else times
+        rank = len(self.indices.shape)
+        reduced_to_rows = reduced(times, range(rank, times.dim()), torch.amin)
+        yield self.indices, reduced_to_rows[(slice(None),) * rank + (0,) * (times.dim() - rank)]
 
     def fixed(self, box: Box) -> tuple[int, ...]:
         return box.start[len(self.indices.shape) :]
@@ -265,16 +276,16 @@ class Lookup(Rule):
 
 
 class Concatenation(Rule):
-    @property
+    @cached_property
     def dim(self) -> int:
         dim = self.value.args[1] if len(self.value.args) > 1 else self.value.kwargs.get("dim", 0)
         return dim % len(self.value.shape)
 
-    @property
+    @cached_property
     def stacks(self) -> bool:
         return self.value.op._schema.name == "aten::stack"
 
-    @property
+    @cached_property
     def pieces(self) -> list[tuple[int, int, Operand]]:
         """Where each operand begins and ends along the dimension."""
         found, first = [], 0
@@ -287,9 +298,21 @@ class Concatenation(Rule):
         return found
 
     def ready(self) -> tuple[Tensor, Tensor | None]:
-        read = [(self.analysis.ready(one), self.analysis.low(one)) for _, _, one in self.pieces]
-        join = torch.stack if self.stacks else torch.cat
-        return join([r for r, _ in read], self.dim), join([low for _, low in read], self.dim)
+        ready = self._joined([self.analysis.ready(one) for _, _, one in self.pieces])
+        softmax_zero = [self.analysis.softmax_zero(one) for _, _, one in self.pieces]
+        return ready, self._joined(softmax_zero) if any(one.any() for one in softmax_zero) else None
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        parts = [one.unsqueeze(self.dim) for one in parts] if self.stacks else parts
+        small = [compact(one) for one in parts]
+        if small[0].shape[self.dim] == 1 and all(torch.equal(small[0], one) for one in small[1:]):
+            return small[0].expand(self.value.shape)
+        sizes = [max(one.shape[d] for one in small) for d in range(len(self.value.shape))]
+        full = [
+            one.expand([part.shape[d] if d == self.dim else size for d, size in enumerate(sizes)])
+            for one, part in zip(small, parts, strict=True)
+        ]
+        return torch.cat(full, self.dim).expand(self.value.shape)
 
     def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
         for first, last, one in self.pieces:
@@ -301,7 +324,7 @@ class Concatenation(Rule):
         start, size, step = box.start[self.dim], box.sizes[self.dim], box.steps[self.dim]
         found = []
         for number, (first, last, _) in enumerate(self.pieces):
-            inside = [k for k in range(size) if first <= start + k * step < last]
+            inside = range(max(0, -(-(first - start) // step)), min(size, -(-(last - start) // step)))
             if inside:
                 found.append((number, inside[0], len(inside)))
         return found
@@ -328,16 +351,14 @@ class Opaque(Rule):
     """An operation that is not known: all of its result depends on all of its operands."""
 
     def ready(self) -> tuple[Tensor, Tensor | None]:
-        latest = max(
-            (int(self.analysis.ready(one).max()) for one in self.value.operands if one.shape.count(0) == 0),
-            default=CONSTANT,
-        )
-        return torch.full(self.value.shape, latest, dtype=torch.int32), None
+        read = [self.analysis.ready(one) for one in self.value.operands if 0 not in one.shape]
+        latest = max((int(compact(times).max()) for times in read), default=CONSTANT)
+        return torch.full((), latest, dtype=torch.int32).expand(self.value.shape), None
 
     def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
         for one in self.value.operands:
             if not constant_operand(one):
-                yield one, reduce_to(times.amin().view([1] * len(one.shape)), one.shape).expand(one.shape)
+                yield one, compact(times).amin().expand(one.shape)
 
     def emit(self, builder: Builder, box: Box) -> None:
         value = self.value

@@ -50,7 +50,7 @@ class Scan(Rule):
         earlier = torch.stack([self.before(of_image.amax(0), CONSTANT) for of_image in own])
         return torch.maximum(own, earlier.unsqueeze(1)).unsqueeze(1).expand(self.value.shape), None
 
-    def refine(self, latest: Tensor) -> Tensor:
+    def needed_within(self, latest: Tensor) -> Tensor:
         together = latest.amin(1)  # hidden and cell state come at once
         # A state is needed before all that come from it: the pixels after it are those before it in the mirror.
         mirrored = -together.amin(1).flip(1, 2)

@@ -9,9 +9,18 @@ from torch import Tensor
 from fastgen.sampling.machine.language import AffineOffset, View
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
-from fastgen.sampling.rules.base import Analysis, Rule, argument, batched_arguments, constant_operand, never, result_of
+from fastgen.sampling.rules.base import (
+    Analysis,
+    Rule,
+    argument,
+    batched_arguments,
+    constant_operand,
+    never,
+    reduced,
+    result_of,
+)
 from fastgen.sampling.rules.reduction import cut
-from fastgen.sampling.trace.graph import CONSTANT, Operand, Value, map_arguments
+from fastgen.sampling.trace.graph import CONSTANT, Operand, Value, compact, map_arguments
 
 # Along the dimension `dim` of their schema, or several.
 ALONG = {
@@ -51,22 +60,23 @@ class Slicewise(Rule):
         )
 
     def ready(self) -> tuple[Tensor, Tensor | None]:
-        found = torch.full(self.value.shape, CONSTANT, dtype=torch.int32)
+        found = torch.full((), CONSTANT, dtype=torch.int32)
         for one in self.aligned:
-            times = self.analysis.ready(one)[self._used()]
-            times = times.amax(self.dims) if self.dims else times
+            times = reduced(self.analysis.ready(one)[self._used()], self.dims, torch.amax)
+            times = times[tuple(0 if d in self.dims else slice(None) for d in range(times.dim()))]
             for d in self.mixed:
                 times = times.unsqueeze(d)
-            torch.maximum(found, times.expand(found.shape), out=found)
-        return found, None
+            found = torch.maximum(found, compact(times.expand(self.value.shape)))
+        return found.expand(self.value.shape), None
 
     def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
-        times = times.amin(self.mixed) if self.mixed else times
+        times = reduced(times, self.mixed, torch.amin)
+        times = times[tuple(0 if d in self.mixed else slice(None) for d in range(times.dim()))]
         for d in self.dims:
             times = times.unsqueeze(d)
         for one in self.aligned:
             if not constant_operand(one):
-                wanted = never(one.shape)
+                wanted = never(one.shape).contiguous()
                 wanted[self._used()] = times
                 yield one, wanted
 

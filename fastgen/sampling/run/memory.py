@@ -30,7 +30,7 @@ class PlanMemory:
         for index in sorted(plan.storage.stored):
             value = plan.timed.graph.values[index]
             if value.kind == "computed":
-                constant = plan.timed.graph.of(plan.schedule.times, value) == CONSTANT
+                constant = plan.schedule.times.of(value) == CONSTANT
                 if constant.any() or plan.storage.memories.get(index) in plan.rings:
                     self._start_with(value, torch.where(constant, value.data, 0).to(device))
         self.levels = self.inner(plan.levels)[:, 0]

@@ -231,6 +231,13 @@ def trilinear(
     return (a * b * c).sum(list(summed)) if summed else a * b * c
 
 
+def matrix_vector(func: Any, *args: Any, beta: float = 1, alpha: float = 1) -> Tensor:
+    """A matrix or a vector times a vector, added to another where there are three: products of matrices."""
+    *added, a, b = args
+    found = aten.mm(a.reshape(-1, len(b)), b.unsqueeze(-1)).reshape(a.shape[:-1])
+    return found if not added else beta * added[0] + alpha * found
+
+
 def randomized_relu(
     func: Any, x: Tensor, noise: Tensor, lower: float = 0.125, upper: float = 1 / 3, training: bool = False, *_: Any
 ) -> Tensor:
@@ -297,6 +304,10 @@ WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "grid_sampler_2d": by_grid,
     "grid_sampler_3d": by_grid,
     "col2im": folded,
+    "mv": matrix_vector,
+    "addmv": matrix_vector,
+    "dot": matrix_vector,
+    "vdot": matrix_vector,
     "_cdist_forward": distances,
     "_euclidean_dist": distances,
     "bucketize": bucketized,

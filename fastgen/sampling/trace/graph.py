@@ -5,8 +5,10 @@ Data movement is never a step of its own. A `Value` is the result of a computati
 where no such map exists, by a tensor of element numbers.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +20,19 @@ NEVER = 2**30  # time of what nobody needs
 
 
 class Unsupported(Exception):
-    """This model cannot be taken by the engine; the text says why."""
+    """This model cannot be taken by the engine; the text says why.
+
+    Attributes:
+        graph: of one image by itself, where an image depends on others of its batch.
+    """
+
+    def __init__(self, message: str, graph: "Graph | None" = None) -> None:
+        super().__init__(message)
+        self.graph = graph
+
+
+class RandomNumbers(Unsupported):
+    """The model draws random numbers in its forward pass."""
 
 
 @dataclass(eq=False)
@@ -90,6 +104,16 @@ class Map:
         steps = tuple(tuple(int(k == d) for k in range(rank)) for d in range(rank))
         return Map(value, value.shape, (0,) * rank, steps)
 
+    def within(self, shape: tuple[int, ...], start: Sequence[int], steps: Sequence[Sequence[int]]) -> "Map":
+        """The map of a view: its element i is the element start + sum_d i_d * steps[d] of this operand."""
+
+        def along(coordinates: Sequence[int]) -> tuple[int, ...]:
+            return tuple(sum(c * step[k] for c, step in zip(coordinates, self.steps, strict=True)) for k in ranks)
+
+        ranks = range(len(self.start))
+        first = tuple(a + b for a, b in zip(self.start, along(start), strict=True))
+        return Map(self.value, shape, first, tuple(along(step) for step in steps))
+
     def bounds(self) -> list[tuple[int, int]]:
         """The least and the greatest coordinate along each dimension of the value."""
         found = []
@@ -133,50 +157,61 @@ class Map:
         lows = [max(0, -low) for low, _ in bounds]
         highs = [max(0, high - size + 1) for (_, high), size in zip(bounds, shape, strict=True)]
         if any(lows) or any(highs):
-            wide = source.new_full([lo + size + hi for lo, size, hi in zip(lows, shape, highs, strict=True)], fill)
-            wide[tuple(slice(lo, lo + size) for lo, size in zip(lows, shape, strict=True))] = source
-            source = wide
+            room = [lo + size + hi for lo, size, hi in zip(lows, shape, highs, strict=True)]
+            kept = [t == 0 and size == r for t, size, r in zip(source.stride(), shape, room, strict=True)]
+            inner = source[tuple(slice(0, 1) if k else slice(None) for k in kept)]
+            wide = source.new_full([1 if k else r for k, r in zip(kept, room, strict=True)], fill)
+            wide[tuple(slice(lo, lo + size) for lo, size in zip(lows, inner.shape, strict=True))] = inner
+            source = wide.expand(room)
         strides = source.stride()
         offset = source.storage_offset() + sum((s + lo) * t for s, lo, t in zip(self.start, lows, strides, strict=True))
         steps = [sum(k * t for k, t in zip(step, strides, strict=True)) for step in self.steps]
         return source.as_strided(self.shape, steps, offset)
 
-    def lower(self, target: Tensor, wanted: Tensor) -> None:
-        """target = min(target, wanted), each element of `wanted` at the element of the value that it reads."""
-        steps, shape = list(self.steps), list(self.shape)
+    def scatter_min(self, target: Tensor, wanted: Tensor) -> Tensor:
+        """min(target, wanted) of the value's shape, each element of `wanted` at the element of the value it reads."""
+        shape = list(self.shape)
         for d in range(len(shape)):  # several elements that read one: the least of them
-            if shape[d] > 1 and not any(steps[d]):
-                wanted, shape[d] = wanted.amin(d, keepdim=True), 1
-        if wanted.numel() == 0:
-            return
-        narrowed = Map(self.value, tuple(shape), self.start, tuple(steps))
-        if not narrowed._is_injective():
+            if shape[d] > 1 and not any(self.steps[d]):
+                shape[d] = 1
+                wanted = compact(wanted).amin(d, keepdim=True).expand(shape)
+        if 0 in shape:
+            return target
+        narrowed = Map(self.value, tuple(shape), self.start, self.steps)
+        along = narrowed._dimension_of_each()
+        if along is None:
             ids = narrowed.read(torch.arange(1, target.numel() + 1).view(self.value.shape), 0)
             flat = torch.cat((target.new_zeros(1), target.reshape(-1)))
             flat.scatter_reduce_(0, ids.reshape(-1), wanted.reshape(-1), "amin")
-            target.copy_(flat[1:].view(target.shape))
-            return
-        bounds = narrowed.bounds()
-        lows = [max(0, -low) for low, _ in bounds]
-        highs = [max(0, high - size + 1) for (_, high), size in zip(bounds, target.shape, strict=True)]
-        wide = target.new_full([lo + size + hi for lo, size, hi in zip(lows, target.shape, highs, strict=True)], NEVER)
-        strides = wide.stride()
-        offset = sum((s + lo) * t for s, lo, t in zip(self.start, lows, strides, strict=True))
-        wide.as_strided(shape, [sum(k * t for k, t in zip(s, strides, strict=True)) for s in steps], offset).copy_(
-            wanted
-        )
-        inner = wide[tuple(slice(lo, lo + size) for lo, size in zip(lows, target.shape, strict=True))]
-        torch.minimum(target, inner, out=target)
+            return flat[1:].view(target.shape)
+        region = []
+        for k, by in enumerate(along):
+            first, size = self.start[k], self.value.shape[k]
+            step = 1 if by is None else self.steps[by][k]
+            low = max(0, -(first // step))  # elements before `low` and from `high` on read zeros around the value
+            high = min(1 if by is None else shape[by], (size - 1 - first) // step + 1)
+            if low >= high:
+                return target
+            if by is not None and (low > 0 or high < shape[by]):
+                wanted = wanted.narrow(by, low, high - low)
+            begin = first + low * step
+            region.append(slice(begin, begin + (high - low - 1) * step + 1, step))
+        moved = [one for one in along if one is not None]
+        wanted = wanted.permute([*moved, *(k for k in range(len(shape)) if k not in moved)])  # the rest have size 1
+        wanted = wanted[(slice(None),) * len(moved) + (0,) * (len(shape) - len(moved))]
+        return _minimum(target, wanted[tuple(None if one is None else slice(None) for one in along)], region)
 
-    def _is_injective(self) -> bool:
-        """Each dimension steps along dimensions of the value that no other one steps along."""
-        used: set[int] = set()
-        for size, step in zip(self.shape, self.steps, strict=True):
-            along = {k for k, s in enumerate(step) if s} if size > 1 else set()
-            if along & used:
-                return False
-            used |= along
-        return True
+    def _dimension_of_each(self) -> list[int | None] | None:
+        """For each dimension of the value the one of the operand that steps along it; None where two do, or one steps
+        along two, or backwards."""
+        found: list[int | None] = [None] * len(self.start)
+        for d, (size, step) in enumerate(zip(self.shape, self.steps, strict=True)):
+            along = [k for k, s in enumerate(step) if s] if size > 1 else []
+            if len(along) > 1 or any(found[k] is not None or step[k] < 0 for k in along):
+                return None
+            for k in along:
+                found[k] = d
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,23 +231,35 @@ class Operand:
         base = self.graph.number(value)
         return self.map.read(torch.arange(base, base + value.numel).view(value.shape), 0)
 
-    def read(self, store: Tensor, fill: int) -> Tensor:
-        """The operand's view of a quantity of all elements, `fill` standing for zeros around."""
-        if self.map is not None:
-            return self.map.read(self.graph.of(store, self.map.value), fill)
+    @cached_property
+    def parts(self) -> list[tuple[Value, Tensor, Tensor]]:
+        """Of ids: for each value the places in the operand, and the elements of the value that lie there."""
         assert self.ids is not None
-        found = store[self.ids]
-        return found.masked_fill(self.ids == 0, fill)
+        flat = self.ids.reshape(-1)
+        found = []
+        for value in self.values:
+            places = torch.nonzero((flat >= value.base) & (flat < value.base + value.numel)).flatten()
+            found.append((value, places, flat[places] - value.base))
+        return found
 
-    def lower(self, store: Tensor, wanted: Tensor) -> None:
-        """store = min(store, wanted) at the elements that the operand reads."""
-        wanted = wanted.expand(self.shape)
+    def read(self, of: Callable[[Value], Tensor], fill: Any, dtype: torch.dtype | None = None) -> Tensor:
+        """The operand's view of a quantity `of` each value, `fill` standing for zeros around."""
         if self.map is not None:
-            if self.map.value.base:
-                self.map.lower(self.graph.of(store, self.map.value), wanted)
-        else:
-            assert self.ids is not None
-            store.scatter_reduce_(0, self.ids.reshape(-1), wanted.reshape(-1), "amin")
+            return self.map.read(of(self.map.value), fill)
+        parts = [(places, of(value).reshape(-1)[numbers]) for value, places, numbers in self.parts]
+        dtype = dtype or (parts[0][1].dtype if parts else torch.float32)
+        found = torch.full((self.numel,), fill, dtype=dtype)
+        for places, elements in parts:
+            found[places] = elements.to(dtype)
+        return found.view(self.shape)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return (self.map.value if self.map is not None else self.values[-1]).data.dtype
 
     @property
     def values(self) -> list[Value]:
@@ -229,6 +276,7 @@ class Graph:
     values: list[Value] = field(default_factory=list)
     numbered: list[Value] = field(default_factory=list)
     output: Operand = field(init=False)
+    result: Tensor = field(init=False)  # the output of the traced run
     numel: int = 1  # element 0 is the zero outside of images
     remarks: list[str] = field(default_factory=list)
 
@@ -247,14 +295,8 @@ class Graph:
             self.numbered.append(value)
         return value.base
 
-    def of(self, store: Tensor, value: Value) -> Tensor:
-        """The part of a quantity of all elements that belongs to one value, in its shape."""
-        if value.base == 0:
-            return torch.tensor(CONSTANT, dtype=store.dtype).expand(value.shape)
-        return store[value.base : value.base + value.numel].view(value.shape)
-
-    def new_store(self, fill: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.full((self.numel,), fill, dtype=dtype)
+    def whole(self, value: Value) -> Operand:
+        return Operand(self, value.shape, map=Map.identity(value))
 
     def zero(self, dtype: torch.dtype) -> Value:
         """A constant that holds one zero, element 0."""
@@ -271,16 +313,78 @@ class Graph:
 
     def data_of(self, operand: Operand) -> Tensor:
         """The operand's elements in the traced run."""
+        return operand.read(lambda value: value.data, 0)
+
+
+class ElementTimes:
+    """A time for each element of each value, expanded where it is the same along a dimension.
+
+    Args:
+        fill: the time of all elements of values that have been given none.
+    """
+
+    def __init__(self, fill: int) -> None:
+        self._fill = torch.tensor(fill, dtype=torch.int32)
+        self._known: dict[Value, Tensor] = {}
+
+    def of(self, value: Value) -> Tensor:
+        return self._known[value] if value in self._known else self._fill.expand(value.shape)
+
+    def set(self, value: Value, times: Tensor) -> None:
+        self._known[value] = times.expand(value.shape)
+
+    def change(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Changes each time by itself."""
+        self._known = {value: change(compact(times)).expand(value.shape) for value, times in self._known.items()}
+
+    def read(self, operand: Operand, fill: int) -> Tensor:
+        return operand.read(self.of, fill, torch.int32)
+
+    def scatter_min(self, operand: Operand, wanted: Tensor) -> None:
+        """times = min(times, wanted) at the elements of computed values that the operand reads."""
+        wanted = wanted.expand(operand.shape)
         if operand.map is not None:
-            return operand.map.read(operand.map.value.data, 0)
-        assert operand.ids is not None
-        values = self.values_of(operand.ids)
-        dtype = values[0].data.dtype if values else torch.float32
-        out = torch.zeros(operand.ids.shape, dtype=dtype)
-        for value in values:
-            inside = (operand.ids >= value.base) & (operand.ids < value.base + value.numel)
-            out[inside] = value.data.reshape(-1)[operand.ids[inside] - value.base].to(dtype)
-        return out
+            value = operand.map.value
+            if value.kind == "computed":
+                self.set(value, operand.map.scatter_min(self.of(value), wanted))
+            return
+        for value, places, numbers in operand.parts:
+            if value.kind == "computed":
+                flat = self.of(value).reshape(-1).clone()
+                flat.scatter_reduce_(0, numbers, wanted.reshape(-1)[places], "amin")
+                self.set(value, flat.view(value.shape))
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """The tensor with size 1 along all dimensions along which it is expanded (has stride 0), to be broadcast."""
+    if 0 not in tensor.stride():
+        return tensor
+    return tensor[tuple(slice(0, 1) if t == 0 else slice(None) for t in tensor.stride())]
+
+
+def shrunk(tensor: Tensor) -> Tensor:
+    """The tensor, expanded along each dimension along which its elements are the same."""
+    shape, tensor = tensor.shape, compact(tensor)
+    for d, size in enumerate(tensor.shape):
+        first = tensor.narrow(d, 0, min(1, size))
+        if size > 1 and bool((tensor == first).all()):
+            tensor = first
+    return tensor.expand(shape)
+
+
+def _minimum(target: Tensor, wanted: Tensor, region: Sequence[slice]) -> Tensor:
+    """The target with min(target, wanted) in a region of it."""
+    shape = target.shape
+    target, wanted = compact(target), compact(wanted)
+    sizes = [len(range(*one.indices(size))) for one, size in zip(region, shape, strict=True)]
+    whole = [n == size for n, size in zip(sizes, shape, strict=True)]
+    if all(whole):
+        return torch.minimum(target, wanted).expand(shape)
+    grown = [1 if w and target.shape[k] == wanted.shape[k] == 1 else shape[k] for k, w in enumerate(whole)]
+    target = target.expand(grown).clone(memory_format=torch.contiguous_format)
+    inner = target[tuple(slice(None) if w else one for w, one in zip(whole, region, strict=True))]
+    inner.copy_(torch.minimum(inner, wanted))
+    return target.expand(shape)
 
 
 def map_arguments(arguments: Any, change: Callable[[Operand], Any]) -> Any:

@@ -16,37 +16,60 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Network:
-    """model(encode(levels)[, condition]) on sample images; the condition has two rows wherever it has rows."""
+    """model(encode(levels)[, condition]) on sample images; the condition has two rows wherever it has rows.
+
+    Attributes:
+        samples: images (5, C, H, W).
+        extremes: the least and the greatest that a level of an image can be.
+        output_shape: of the output for two images.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         shape: Sequence[int],
-        encode: Callable[[Tensor], Tensor],
+        encode: Callable[[Tensor], Tensor] | None,
         condition: Any,
         levels: int | torch.dtype,
     ) -> None:
+        """levels: of a channel, or the dtype of real values. Without `encode` the images are floats in [-1, 1], which
+        the model is given as they are."""
         self.model = model
         self.shape = tuple(shape)
         self.encode = encode
-        self.levels = levels if isinstance(levels, int) else 2
         self._conditional = condition is not None
         self._leaves, self._structure = tree_flatten(condition)
         self._rows = [k for k, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor) and leaf.dim()]
-        device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+        while True:
+            self.extremes = (0, levels - 1) if isinstance(levels, int) and encode is not None else (-1, 1)
+            self.samples = self._images(levels)
+            try:
+                self._of_two = self._together([0, 1])
+                break
+            except Exception:  # some places may have fewer levels than others, as columns of a table have
+                if encode is None or isinstance(levels, torch.dtype) or levels <= 2:
+                    raise
+                levels = (levels + 1) // 2
+        self.output_shape = tuple(self._of_two.shape)
+
+    def _images(self, levels: int | torch.dtype) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        if isinstance(levels, int):
-            samples = torch.randint(levels, (5, *shape), generator=generator)
-        else:  # real values of that dtype
-            samples = torch.randn((5, *shape), generator=generator).to(levels)
-        self.samples = samples.to(device)
-        self.output_shape = tuple(self.run(self.samples[:2]).shape)
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+        size = (5, *self.shape)
+        if isinstance(levels, torch.dtype):
+            return torch.randn(size, generator=generator).to(levels).to(device)
+        if self.encode is not None:
+            return torch.randint(levels, size, generator=generator).to(device)
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        return (torch.rand(size, generator=generator) * 2 - 1).to(dtype).to(device)
 
     def _call(self, levels: Tensor, *given: Tensor) -> Tensor:
         leaves = list(self._leaves)
         for k, leaf in zip(self._rows, given, strict=True):
             leaves[k] = leaf
-        x = self.encode(levels.clone())  # encode, or the model, may write into its argument
+        x = levels.clone()  # encode, or the model, may write into its argument
+        x = x if self.encode is None else self.encode(x)
         return self.model(x, tree_unflatten(leaves, self._structure)) if self._conditional else self.model(x)
 
     def _beside(self, levels: Tensor, *given: Tensor) -> Tensor:
@@ -95,15 +118,20 @@ class Network:
             rows = [self._leaves[k][b : b + 1] for k in self._rows]
             try:
                 with unchanged(self.model):
-                    graphs.append(trace(call, self.model, self.samples[b : b + 1], rows))
+                    graphs.append(trace(call, self.model, self.samples[b : b + 1], rows, keep_data=b == 0))
             except Unsupported:
                 raise
             except Exception as error:  # the model runs on two images, but not on one, or not under the recorder
                 raise Unsupported(f"tracing one image fails: {type(error).__name__}: {error}") from error
-        rows = [self._leaves[k][[b % 2 for b in images]] for k in self._rows]
-        with torch.no_grad(), unchanged(self.model):
-            _check_same(graphs, self._call(self.samples[images], *rows))
+        _check_same(graphs, self._of_two if images == [0, 1] else self._together(images))
         return graphs[0]
+
+    @torch.no_grad()
+    def _together(self, images: list[int]) -> Tensor:
+        """The output for some of the sample images, each with a row of the condition."""
+        rows = [self._leaves[k][[b % 2 for b in images]] for k in self._rows]
+        with unchanged(self.model):
+            return self._call(self.samples[images], *rows)
 
 
 def _check_same(graphs: Sequence[Graph], whole: Tensor) -> None:
@@ -117,10 +145,10 @@ def _check_same(graphs: Sequence[Graph], whole: Tensor) -> None:
         raise Unsupported("the model computes in another way for other values of its input")
     precise = not any(value.data.dtype in HALF for value in first.values)
     for k, graph in enumerate(graphs):
-        alone, together = graph.data_of(graph.output), whole[k].cpu()
+        alone, together = graph.result, whole[k].cpu()
         scale = together[together.isfinite()].abs().max() if together.isfinite().any() else 0
         tolerance = 1e-3 * float(scale) + 1e-5 if precise else 0.1 * float(scale)
         if alone.numel() != together.numel() or not torch.allclose(
             alone.reshape(together.shape), together, atol=tolerance, rtol=0, equal_nan=True
         ):
-            raise Unsupported("an image's output depends on what else is in its batch")
+            raise Unsupported("an image's output depends on what else is in its batch", first)

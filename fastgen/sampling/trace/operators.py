@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._decomp import get_decompositions
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from fastgen.ops.masked_conv2d import in_aten
@@ -59,6 +60,9 @@ SOURCES = {
 }  # fmt: skip
 
 
+# The same elements in other memory.
+SAME_ELEMENTS = {"clone", "_to_copy", "contiguous", "lift_fresh_copy", "copy", "alias_copy", "view_copy"}
+
 SCANS = {"diagonal_lstm", "row_lstm"}  # of fastgen
 
 # Read in one piece: where no map describes such an operand, it becomes a value of its own.
@@ -71,7 +75,7 @@ WHOLE = {
 
 
 class Rewrites(TorchFunctionMode):
-    """Functions whose own code reads values."""
+    """Functions whose own code reads values, or chooses an implementation of attention inside of the model."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -79,6 +83,9 @@ class Rewrites(TorchFunctionMode):
             classes = kwargs.get("num_classes", args[1] if len(args) > 1 else -1)
             if classes > 0:
                 return (args[0].unsqueeze(-1) == torch.arange(classes, device=args[0].device)).long()
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            with sdpa_kernel([SDPBackend.MATH]):
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -91,8 +98,11 @@ def single_mask(x: Tensor, indices: Sequence[Any], values: Tensor, *_: Any) -> T
     return mask.view(*mask.shape, *[1] * (x.dim() - first - mask.dim()))
 
 
-def is_written(argument: Any) -> bool:
-    return argument.alias_info is not None and argument.alias_info.is_write
+def written_arguments(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The arguments that an operator writes into."""
+    schema = func._schema.arguments
+    given = [*zip(schema, args, strict=False), *((one, kwargs[one.name]) for one in schema if one.name in kwargs)]
+    return [tensor for one, tensor in given if one.alias_info is not None and one.alias_info.is_write]
 
 
 def is_seeded(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
