@@ -10,6 +10,7 @@ where, at one pixel, params (n, ...) is the model's output, noise (n, U) float32
 the channel to draw and previous (n, channel) the levels already drawn there. `log_prob` of the
 three below accepts any further trailing dimensions (a whole image) as well, so that an image is scored in one call.
 
+A distribution of real values (see `gaussian`) says so by `dtype`, a floating-point type, and draws values of it.
 Four further methods are used where they are present:
 
     tempered(temperature, top_k, top_p) -> the distribution with these sampling options

@@ -15,7 +15,7 @@ from fastgen.sampling.causality.drawing_order import NotByReadyTimes, drawing_or
 from fastgen.sampling.causality.draws import Order
 from fastgen.sampling.draws import draw_image
 from fastgen.sampling.model_state import ModelState
-from fastgen.sampling.request import Backend, SampleRequest, example, kind, levels_of, tell
+from fastgen.sampling.request import Backend, SampleRequest, dtype_of, example, kind, levels_of, tell
 from fastgen.sampling.run.engine import Engine, build_engine
 from fastgen.sampling.trace.graph import Unsupported
 from fastgen.sampling.whole_pass import FixedPoint, Naive, whole_pass
@@ -85,7 +85,7 @@ class Backends:
         key = (kind(condition), dtype, cast)
         made = next((made for made in self.made if made.key == key), None)
         if made is None:
-            if blank is None and not dtype.is_floating_point:
+            if blank is None and dtype == dtype_of(self.distribution):
                 blank = self.blank_pass(condition)
             with self.kept():
                 made = self._make(key, condition, dtype, blank)
@@ -99,14 +99,15 @@ class Backends:
         """
         self._notice_changes()
         condition = example(condition, self.device)
-        levels = torch.zeros((2, *self.shape), dtype=torch.long, device=self.device)
+        dtype = dtype_of(self.distribution)
+        levels = torch.zeros((2, *self.shape), dtype=dtype, device=self.device)
 
         def blank(integers: bool) -> Tensor:
             self.integers = integers
             with self.kept():
-                return whole_pass(self.model, self._encode(torch.long), levels, condition)
+                return whole_pass(self.model, self._encode(dtype), levels, condition)
 
-        if self.custom_encode is not None:
+        if self.custom_encode is not None or dtype.is_floating_point:
             return blank(False)
         if len(self.model.outer) < 3:  # tokens or codes, perhaps; a model that casts floats to them does not fail
             with self.kept():
@@ -128,7 +129,7 @@ class Backends:
             return ""
         made = self.made[-1]
         backend: Any = made.backend
-        unmeasured = isinstance(backend, Engine) and backend.half and backend.margin.error is None
+        unmeasured = isinstance(backend, Engine) and not backend.decidable and backend.margin.error is None
         if unmeasured and self._state is not None and self._state.change() == "nothing":
             with self.kept():
                 backend.measure()
@@ -151,7 +152,7 @@ class Backends:
             if check_params is not None:
                 check_params(blank[..., 0, 0], self.shape[0])
             noise = torch.zeros(self.distribution.noise_shape(2, self.shape), device=blank.device)
-            draw_image(SampleRequest(2, self.shape, noise, self.distribution), blank)
+            draw_image(SampleRequest(2, self.shape, noise, self.distribution, dtype=dtype), blank)
         given = (self.model, self.shape, self.distribution, encode, condition)
         order: Order | None = None
         remark = None
@@ -175,7 +176,8 @@ class Backends:
 
     def _encode(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """Levels (n, C, H, W) of that dtype -> the model's input."""
-        if dtype.is_floating_point:
+        real = dtype_of(self.distribution).is_floating_point
+        if dtype.is_floating_point and (self.custom_encode is None or not real):
             encode: Callable[[Tensor], Tensor] = partial(_scaled, levels=None, dtype=self._dtype)
         elif self.custom_encode is not None:
             encode = self.custom_encode

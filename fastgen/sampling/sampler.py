@@ -28,6 +28,7 @@ from fastgen.sampling.request import (
     checked_distribution,
     checked_known,
     checked_levels,
+    dtype_of,
     levels_of,
     rows_for,
     tempered_distribution,
@@ -59,10 +60,11 @@ def accelerate(
             params (B, ..., H, W), (B, ..., T), or with the levels last, as the distribution's layout says. Wherever
             (n, C, H, W) is written, (n, H, W) or (n, T) is meant for these.
         distribution: of a pixel given the model's output there: `fastgen.Categorical`, `fastgen.Bernoulli`,
-            `fastgen.LogisticMixture` or an object as described in `fastgen.distributions`.
+            `fastgen.LogisticMixture`, `fastgen.Gaussian`, `fastgen.GaussianMixture` or an object as described in
+            `fastgen.distributions`.
         encode: int64 levels (B, C, H, W) -> the model's input. Default: levels as floats of the model's dtype in
-            [-1, 1], and for Bernoulli 0. and 1.; int64 levels where the model takes integers only, as one that
-            begins with an embedding does.
+            [-1, 1], for Bernoulli 0. and 1., real values as they are; int64 levels where the model takes integers
+            only, as one that begins with an embedding does.
         condition: an example of the model's second argument, of its further arguments (a tuple) or keyword arguments
             (a dict), and what `sample` takes where it is given none. Where the model needs one and there is none
             here, it is analysed at the first `sample`.
@@ -74,8 +76,9 @@ def accelerate(
             which sums in another order than the model. "always": once a batch at least, and again until no draw
             differs: the images of "naive", guaranteed. "auto": where an error of 1.5 times the largest that was seen
             so far could have changed a draw (the first batch always); a measured margin, which `explain` states. A
-            model that computes in half precision has no such truth (two of its own passes may differ), and is
-            drawn of the schedule's output without a pass. "never": no whole pass.
+            model that computes in half precision has no such truth (two of its own passes may differ), and real
+            values differ in their last bits anyway: both are drawn of the schedule's output without a pass. "never":
+            no whole pass.
 
     Raises:
         fastgen.NotCausalError: a parameter depends on a pixel that is drawn later.
@@ -117,7 +120,7 @@ class Sampler:
         self._adapter = Adapter(model, shape, getattr(distribution, "layout", None), output)
         self.shape = self._adapter.outer
         self.distribution = checked_distribution(distribution, self._adapter.shape)
-        if encode is None and levels_of(distribution) is None:
+        if encode is None and levels_of(distribution) is None and not dtype_of(distribution).is_floating_point:
             raise ValueError(
                 f"encode must be given for {type(distribution).__name__}: it does not say how many levels there are"
             )
@@ -138,7 +141,7 @@ class Sampler:
                     raise
                 self._waits = f"not analysed yet, the model fails without a condition: {error}"
             else:
-                self._backends.get(condition, blank=blank)
+                self._backends.get(condition, dtype_of(distribution), blank)
 
     def noise_shape(self, n: int) -> tuple[int, ...]:
         """The shape of `noise` for n images: (n, U, H, W), or (n, *shape) for a grid or a sequence with one uniform a
@@ -201,8 +204,9 @@ class Sampler:
                 runs out, and so on.
 
         Returns:
-            int64 levels (n, C, H, W) on the model's device; with return_log_prob, and (n,) float64 nats: of the
-            whole images, known pixels included, under the model as it is (temperature 1).
+            int64 levels (n, C, H, W) on the model's device, or real values of the distribution's dtype; with
+            return_log_prob, and (n,) float64 nats: of the whole images, known pixels included, under the model as it
+            is (temperature 1).
 
         Raises:
             TypeError, ValueError: an argument is wrong.
@@ -219,19 +223,23 @@ class Sampler:
             raise ValueError(f"seed and noise exclude each other, got seed={seed!r} and a noise tensor")
         else:
             check_noise(noise, self.noise_shape(n))
-        known, known_mask = checked_known(known, known_mask, (n, *self.shape), levels_of(self.distribution), device)
+        dtype = dtype_of(self.distribution)
+        known, known_mask = checked_known(
+            known, known_mask, (n, *self.shape), levels_of(self.distribution), device, dtype
+        )
         condition = self._condition(condition, n)
         inward, shape = self._adapter.inward, self._adapter.shape
         with _turn():
             distribution = self._tempered(temperature, top_k, top_p)
             if n == 0:
                 self.stats = SampleStats(self._backends.made[-1].backend.name if self._backends.made else "none")
-                nothing = torch.empty((0, *self.shape), dtype=torch.long, device=device)
+                nothing = torch.empty((0, *self.shape), dtype=dtype, device=device)
                 return (nothing, torch.empty(0, dtype=torch.float64, device=device)) if return_log_prob else nothing
-            backend = self._backends.get(condition)
+            backend = self._backends.get(condition, dtype)
             known, known_mask = (None if one is None else inward(one) for one in (known, known_mask))
             noise = inward(noise.to(device))
             whole = SampleRequest(n, shape, noise, distribution, known, known_mask, condition, return_log_prob)
+            whole = replace(whole, dtype=dtype)
             self.stats = stats = SampleStats(backend.name)
             parts = self._run(backend, whole, batch_size, progress)
             for part in parts:

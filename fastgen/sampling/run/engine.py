@@ -12,7 +12,7 @@ from fastgen.distributions import Distribution
 from fastgen.sampling.draws import draw_image, image_log_prob
 from fastgen.sampling.machine.cpu.build import NoMachine, machine
 from fastgen.sampling.plan.plan import Plan, make_plan
-from fastgen.sampling.request import Draw, SampleRequest, SampleResult, levels_of, tell, uniforms
+from fastgen.sampling.request import Draw, SampleRequest, SampleResult, dtype_of, levels_of, tell, uniforms
 from fastgen.sampling.run.cpu_player import CPUPlayer, images_at_once
 from fastgen.sampling.run.cuda_graph_player import CudaGraphPlayer
 from fastgen.sampling.run.draw_loop import Player, at_places, decode_batch, draw_batch, from_places
@@ -116,6 +116,16 @@ class Engine:
         return self.plan.computes_in_half
 
     @property
+    def real(self) -> bool:
+        """Whether real values are drawn, each of which rounding changes in its last bits."""
+        return dtype_of(self.distribution).is_floating_point
+
+    @property
+    def decidable(self) -> bool:
+        """Whether whole passes of the model decide about single draws."""
+        return not (self.half or self.real)
+
+    @property
     def work_ratio(self) -> float:
         return self.plan.work_ratio
 
@@ -125,8 +135,9 @@ class Engine:
             sure = "after every batch whole passes of the model until no draw differs: the images of naive, guaranteed"
         elif self.verify == "never":
             sure = "no whole pass of the model: what rounding changes stays changed"
-        elif self.half:
-            sure = "half precision has no one truth: images are drawn from this output, without a whole pass"
+        elif not self.decidable:
+            what = "half precision has no one truth" if self.half else "real values differ in their last bits"
+            sure = f"{what}: images are drawn from this output, without a whole pass"
         else:
             sure = "a whole pass of the model decides where the margin, a measured one, could change a draw"
         lines = [
@@ -150,9 +161,11 @@ class Engine:
 
     def run(self, request: SampleRequest) -> SampleResult:
         with self._all_or_nothing():
+            if self.real and self.verify == "always":
+                return FixedPoint(self.model, self.shape, self.encode).run(request)
             levels, params, bad = self._draw(request, self._size(request.n))
             result = SampleResult(levels.clone(), None, bad)
-            if self.verify == "always" or (self.verify == "auto" and not self.half):
+            if self.verify == "always" or (self.verify == "auto" and self.decidable):
                 params = self._make_sure(request, result, params)
             if request.return_log_prob and result.log_prob is None:
                 result.log_prob = image_log_prob(request.distribution, params, result.levels)
@@ -167,10 +180,11 @@ class Engine:
             return player.levels.clone(), player.params().clone()
 
     def measure(self) -> None:
-        """Measures the margin by a batch of two, for models in half precision: their own batches make no whole pass."""
+        """Measures the margin by a batch of two, where batches make no whole pass."""
         device = next((t.device for t in (*self.model.parameters(), *self.model.buffers())), torch.device("cpu"))
         noise = uniforms(self.distribution.noise_shape(2, self.shape), 0, device)
-        request = SampleRequest(2, self.shape, noise, self.distribution, condition=self.condition)
+        dtype = dtype_of(self.distribution)
+        request = SampleRequest(2, self.shape, noise, self.distribution, condition=self.condition, dtype=dtype)
         with self._all_or_nothing():
             levels, params, _ = self._draw(request, 2)
             self.margin.measure(request, params, whole_pass(self.model, self.encode, levels, self.condition), self.half)
