@@ -1,7 +1,7 @@
 """Which backend draws for which condition: made when it is first asked for, made again when the model has changed."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -75,6 +75,10 @@ class Backends:
         assert self._state is not None
         return self._state.kept()
 
+    def calling(self, backend: Backend) -> AbstractContextManager[Any]:
+        """`kept` around a backend that calls the model again and again; an engine does so where it calls the model."""
+        return nullcontext() if isinstance(backend, Engine) else self.kept()
+
     def get(self, condition: Any, dtype: torch.dtype = torch.long, blank: Tensor | None = None) -> Backend:
         """The backend for this kind of condition, and the model as it now is. `blank`: of `blank_pass`."""
         self._notice_changes()
@@ -131,8 +135,7 @@ class Backends:
         backend: Any = made.backend
         unmeasured = isinstance(backend, Engine) and not backend.decidable and backend.margin.error is None
         if unmeasured and self._state is not None and self._state.change() == "nothing":
-            with self.kept():
-                backend.measure()
+            backend.measure()
         return "\n".join([*([made.remark] if made.remark else []), backend.explain()])
 
     def _notice_changes(self) -> None:
@@ -158,7 +161,7 @@ class Backends:
         remark = None
         try:
             if self.choice not in WHOLE_PASSES:
-                return Made(key, build_engine(*given, dtype, self.choice, self.verify), None)
+                return Made(key, build_engine(*given, dtype, self.choice, self.verify, self.kept), None)
             order = drawing_order(*given, levels_of(self.distribution) or 2)
         except Unsupported as reason:
             if self.choice in WHOLE_PASSES:

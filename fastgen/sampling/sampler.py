@@ -308,7 +308,7 @@ class Sampler:
             )
             zeros = torch.zeros(1, shape[0], dtype=held)  # one image tells the shapes of none
             asked = draw if n else lambda _, place: zeros if place[0] is None else zeros[:, 0]
-            with self._backends.kept():
+            with self._backends.calling(backend):
                 levels, params = backend.decode(asked, request)
         return levels[:n].to(dtype), params[:n]
 
@@ -342,7 +342,7 @@ class Sampler:
                 stop = min(start + most, whole.n)
                 size = stop - start
                 try:
-                    with self._backends.kept():
+                    with self._backends.calling(backend):
                         part = backend.run(replace(whole.of(slice(start, stop)), progress=partial(advance, size)))
                 except RuntimeError as error:
                     if size == 1 or not _is_out_of_memory(error):
