@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, ElementTimes, Graph, Map, Operand, Value, compact, shrunk
+from fastgen.sampling.trace.element_times import ElementTimes, compact, shrunk
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Graph, Map, Operand, Value
 
 if TYPE_CHECKING:
     from fastgen.sampling.plan.builder import Builder

@@ -18,7 +18,8 @@ from fastgen.sampling.plan.program import Linear, View
 from fastgen.sampling.rules.base import Analysis, Rule, groups_of, never
 from fastgen.sampling.rules.kernels import Packed, Slab, convolve_transposed, extent, fill, project, select
 from fastgen.sampling.rules.matmul import emit_linear
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported, Value, compact
+from fastgen.sampling.trace.element_times import compact
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported, Value
 
 WIDE = 32  # numbers in a row from which a product of its own costs less than a copy
 

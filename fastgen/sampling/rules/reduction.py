@@ -21,7 +21,8 @@ from fastgen.sampling.rules.base import (
     reduced,
     result_of,
 )
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported, Value, compact, shrunk
+from fastgen.sampling.trace.element_times import compact, shrunk
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported, Value
 
 LOWEST = -float("inf")
 

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fastgen.sampling.causality.draws import Draws, places_of, raster
 from fastgen.sampling.causality.ready_times import ready_times
+from fastgen.sampling.trace.element_times import scatter_min
 from fastgen.sampling.trace.graph import CONSTANT, NEVER
 from fastgen.sampling.trace.recorder import trace
 
@@ -107,7 +108,7 @@ def test_a_level_is_needed_with_the_first_element_that_reads_it(name, expanded):
 
     def ask(operand, times):
         if operand.map is not None and operand.map.value in found:
-            found[operand.map.value] = operand.map.scatter_min(found[operand.map.value], times)
+            found[operand.map.value] = scatter_min(operand.map, found[operand.map.value], times)
         elif operand.map is None:
             for value, places, numbers in operand.parts:
                 if value in found:
