@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastgen.distributions import Distribution
 from fastgen.sampling.causality.drawing_order import Ordered, ordered
-from fastgen.sampling.causality.draws import Order, places_of
+from fastgen.sampling.causality.draws import Order, draw_index_of
 from fastgen.sampling.causality.ready_times import Timed
 from fastgen.sampling.machine.language import Memory, Program
 from fastgen.sampling.plan.builder import Builder, NeedsStorage, Storage
@@ -183,7 +183,7 @@ def _storage(timed: Timed, when: Schedule, order: Order, shape: Sequence[int]) -
     feature_maps = _feature_maps(timed)
     for value in graph.values:
         if value.kind != "constant":
-            times = places_of(order, shape) if value.kind == "levels" else when.times.of(value)
+            times = draw_index_of(order, shape) if value.kind == "levels" else when.times.of(value)
             layouts[value.index] = layout(
                 value, times, maps.get(value.index, []), 1 if value.index in feature_maps else None
             )

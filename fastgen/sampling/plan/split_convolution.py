@@ -10,7 +10,8 @@ from fastgen.sampling.causality.ready_times import Timed
 from fastgen.sampling.plan.schedule import at_row_end, row_ends
 from fastgen.sampling.rules import Analysis, Rule
 from fastgen.sampling.rules.convolution import Convolution
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, ElementTimes, Map, Operand, Value, compact
+from fastgen.sampling.trace.element_times import ElementTimes, compact
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Map, Operand, Value
 
 
 class ConvolutionPlusMap:

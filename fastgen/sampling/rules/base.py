@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, ElementTimes, Graph, Map, Operand, Value, compact, shrunk
+from fastgen.sampling.trace.element_times import ElementTimes, compact, shrunk
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Graph, Map, Operand, Value
 
 if TYPE_CHECKING:
     from fastgen.sampling.plan.builder import Builder
     from fastgen.sampling.plan.layout import Box
 
 SOFTMAX_ZERO = -1e4  # what is below by this much vanishes in a softmax
+NEXT_TO_NOTHING = 1e-20  # a share of a softmax that may be taken for a mask's, where only what is certain counts
 NOWHERE = torch.zeros((), dtype=torch.bool)
 
 
@@ -41,7 +43,8 @@ class Analysis:
             known.pop(value, None)
         constant = compact(ready) < 0 if self.certain else compact(ready) == CONSTANT
         if constant.any():
-            self._zero[value] = shrunk(constant & (value.data == 0))
+            least = NEXT_TO_NOTHING if self.certain and value.data.is_floating_point() else 0
+            self._zero[value] = shrunk(constant & (value.data.abs() <= least if least else value.data == 0))
             if value.data.is_floating_point():
                 very_low = constant & (value.data <= SOFTMAX_ZERO)
                 softmax_zero = very_low if softmax_zero is None else softmax_zero | very_low

@@ -20,7 +20,8 @@ from fastgen.sampling.machine.language import AffineOffset, View, constant, dens
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
 from fastgen.sampling.rules.base import Analysis, Rule, groups_of, never
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported, Value, compact
+from fastgen.sampling.trace.element_times import compact
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported, Value
 
 WIDE = 32  # numbers in a row from which a product of its own costs less than a copy
 FEW_RUNS = 4  # runs of taps up to which that holds at a single place
@@ -101,19 +102,10 @@ class Convolution(Rule):
 
     def _transposed_room(self) -> tuple[list[int], tuple[slice, ...]]:
         """Size of all that a transpose reaches, and where the output lies in it."""
-        sizes = [
-            max(stride * (size - 1) + dilation * (kernel - 1) + 1, pad + out)
-            for stride, size, dilation, kernel, pad, out in zip(
-                self.stride,
-                self.x.shape[2:],
-                self.dilation,
-                self.kernel,
-                self.padding,
-                self.value.shape[2:],
-                strict=True,
-            )
-        ]
-        inner = tuple(slice(p, p + out) for p, out in zip(self.padding, self.value.shape[2:], strict=True))
+        inputs, outputs = self.x.shape[2:], self.value.shape[2:]
+        options = zip(self.stride, inputs, self.dilation, self.kernel, self.padding, outputs, strict=True)
+        sizes = [max(s * (n - 1) + d * (k - 1) + 1, pad + out) for s, n, d, k, pad, out in options]
+        inner = tuple(slice(p, p + out) for p, out in zip(self.padding, outputs, strict=True))
         return sizes, inner
 
     def ready(self) -> tuple[Tensor, Tensor | None]:
@@ -127,17 +119,11 @@ class Convolution(Rule):
             inputs = x[:, ins].transpose(0, 1)
             for numbers, kind in groups_of(live[outs]):
                 found.append((outs.start + numbers, self._latest(inputs, kind.flatten(1), len(x))))
-        if len(found) == 1:
-            out = found[0][1].unsqueeze(1)
-        else:
-            out = torch.empty(self.value.shape, dtype=torch.int32)
-            for numbers, times in found:
-                out[:, numbers] = times.unsqueeze(1)
-        along = (1, -1, *[1] * self.rank)
-        added = [] if self.bias is None else [self.analysis.ready(self.bias).view(along)]
-        added += [] if self.onto is None else [self.analysis.ready(self.onto)]
-        for times in added:
-            out = torch.maximum(out, compact(times))
+        out = _of_channels(found, self.value.shape)
+        if self.bias is not None:
+            out = torch.maximum(compact(out), compact(self.analysis.ready(self.bias)).view(1, -1, *[1] * self.rank))
+        if self.onto is not None:
+            out = torch.maximum(compact(out), compact(self.analysis.ready(self.onto)))
         return out.expand(self.value.shape), None
 
     def _latest(self, inputs: Tensor, live: Tensor, images: int) -> Tensor:
@@ -172,13 +158,7 @@ class Convolution(Rule):
             results = times[:, outs].transpose(0, 1)
             for numbers, kind in groups_of(live[outs].transpose(0, 1)):
                 found.append((ins.start + numbers, self._first(results, kind.flatten(1), len(times))))
-        if len(found) == 1:
-            yield self.x, found[0][1].unsqueeze(1).expand(self.x.shape)
-            return
-        wanted = torch.empty(self.x.shape, dtype=torch.int32)
-        for numbers, first in found:
-            wanted[:, numbers] = first.unsqueeze(1)
-        yield self.x, wanted
+        yield self.x, _of_channels(found, self.x.shape)
 
     def _first(self, results: Tensor, live: Tensor, images: int) -> Tensor:
         """When what the taps see is needed for results (channels, images, ...): (images, ...)."""
@@ -411,3 +391,13 @@ class BatchedConv:
         no = [0] * len(self.stride)
         found = torch.convolution(x.flatten(0, 1), weight, bias, self.stride, no, self.dilation, False, no, self.groups)
         return found[:, slice(*self.kept)].unflatten(0, x.shape[:2])
+
+
+def _of_channels(found: list[tuple[Tensor, Tensor]], shape: tuple[int, ...]) -> Tensor:
+    """Times (1, C, ...) from those (1, ...) of some channels each."""
+    if len(found) == 1:
+        return found[0][1].unsqueeze(1).expand(shape)
+    out = torch.empty(shape, dtype=torch.int32)
+    for numbers, times in found:
+        out[:, numbers] = times.unsqueeze(1)
+    return out

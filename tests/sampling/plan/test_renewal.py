@@ -9,7 +9,6 @@ from torch import nn
 from fastgen import Categorical, accelerate
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelCNNPP
 from fastgen.sampling.plan.plan import make_plan
-
 from tests.sampling.zoo_case import DataMask
 
 
