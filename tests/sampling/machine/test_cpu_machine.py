@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.sampling.machine.played import N, Blocks, by_machine
 from torch.nn import functional as F
 
 from fastgen.sampling.machine import definitions
@@ -22,6 +21,7 @@ from fastgen.sampling.machine.language import (
     View,
     constant,
 )
+from tests.sampling.machine.played import Blocks, N, by_machine
 
 VALUES = torch.tensor(
     [0.0, -0.0, 1e-30, -1e-30, 1e-7, -1e-7, 1e-3, -1e-3, 0.3, -0.34, 0.5, -0.7, 1, -1, 2.5, -9, 20, -30, 60, -87.2]
