@@ -1,0 +1,140 @@
+"""A GPU and little time: what is worth most first, and nothing lost of what has been seen.
+
+1. the device's own rates; 2. one launch of everything that is launched by default, compared with float64, in as many
+processes as there are cores (they wait for the compiler, and leave what they compiled in its cache), and the headlines
+compared, too; 3. the headlines, timed one after the other; 4. the rest in turns, until the time is over.
+
+rows.jsonl, log.txt and, at the end, table.md lie in $OUT where that is set: `python -m benchmarks adopt rows.jsonl`
+saves them elsewhere. `--resume` goes on behind what is there, failures included.
+"""
+
+import argparse
+import importlib
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from benchmarks import cases, measure
+from benchmarks.harness import machine, pieces, report, rows, runner
+from benchmarks.harness.case import Case, name_of
+from benchmarks.harness.pieces import Piece
+from benchmarks.harness.rows import Row
+from benchmarks.harness.runner import Session
+
+# Benchmark, dtype, size; all of "probes".
+HEADLINES = (
+    ("masked_conv2d", "bfloat16", "128x128x32x32 to 256, 3x3 B gated"),
+    ("masked_conv2d", "bfloat16", "16x128x32x32 to 256, 3x3 B gated"),
+    ("diagonal_lstm", "bfloat16", "B=16 h=64 32x32"),
+    ("diagonal_lstm", "bfloat16", "B=16 h=128 32x32"),
+    ("reparameterize_kl", "bfloat16", "1024x4096"),
+    ("reconstruction_nll", "bfloat16", "logistic_mixture 64x3x32x32"),
+    ("sampling", "float32", "GatedPixelCNN 1x28x28 levels=256 B=16"),
+    ("sampling", "float32", "GatedPixelCNN 1x28x28 levels=256 B=256"),
+    ("probes", None, None),
+    ("masked_conv2d", "float32", "128x128x32x32 to 256, 3x3 B gated"),
+    ("reparameterize_kl", "float32", "1024x4096"),
+    ("reconstruction_nll", "float32", "logistic_mixture 64x3x32x32"),
+)
+SIZE = "gpu"
+PATIENCE = 45.0  # seconds of one step of one provider: its comparison with all that it compiles, or some samples
+FOR_LAUNCHES = 0.45  # of the time, at most
+TOGETHER = 6  # cases of one process: to start one takes seconds
+# What takes minutes to compile, and what is slower than its neighbour by another way.
+NOT_FIRST = ("compiled, skewed", "naive, compiled", "distributions", "by diagonals", "split")
+
+
+def headlines(session: Session) -> list[Case]:
+    """Those cases, without the rivals that take long to compile or are never the strongest.
+
+    Raises:
+        ValueError: a headline is no case.
+    """
+    found: list[Case] = []
+    for name, dtype, shape in HEADLINES:
+        own = [case for case in cases.load(name, SIZE, session.device) if case.op == name]
+        chosen = [case for case in own if dtype is None or (name_of(case.dtype), case.shape) == (dtype, shape)]
+        if not chosen:
+            raise ValueError(f"no case of {name} is {dtype} {shape}")
+        found += [case.without(*NOT_FIRST) for case in chosen]
+    return found
+
+
+def _left(some: Iterable[Case], session: Session, known: dict[tuple, Row], *, timed: bool) -> list[Case]:
+    """The cases with the providers that have no rows yet which are still true, and the baseline beside them. What died
+    is not run once more."""
+    found = []
+    for case in some:
+        done = {
+            name: rows.still_true(case.only([name]), session.facts, None, known, timed=timed) for name in case.providers
+        }
+        lacking = {name for name, own in done.items() if not own}
+        dead = {name for name, own in done.items() if own and own[0]["verdict"] == "dead"}
+        if lacking:
+            found.append(case.only(lacking | ({case.baseline} - dead)))
+    return found
+
+
+def _launches(session: Session, known: dict[tuple, Row]) -> list[Piece]:
+    checks = _left(cases.load("launches", SIZE, session.device), session, known, timed=False)
+    # Cases that lie side by side share their kernels: processes that take every n-th compile different ones.
+    count = -(-len(checks) // TOGETHER)
+    alone = [[case] for case in _left(headlines(session), session, known, timed=False)]
+    together = [checks[i::count] for i in range(count)]
+    return [Piece(some, timing=False, patience=PATIENCE) for some in (*together, *alone)]
+
+
+def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
+    """Exit status 1: something was wrong or dead.
+
+    Raises:
+        ValueError: there is no GPU.
+    """
+    start = time.monotonic()
+    end = start + 60 * arguments.minutes
+    session = measure.begin("cuda", command)
+    at_home = rows.RESULTS / machine.folder_name(session.facts)
+    folder = folder if os.environ.get("OUT") else folder / at_home.name
+    earlier = [old for old in {at_home: 0, folder: 0} if arguments.resume and old.exists()]
+    results = measure.Results(folder, {rows.key(row): row for old in earlier for row in rows.load(old)})
+    known = results.known
+    _preload()
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def phase(name: str, todo: list[Piece], lanes: int = 1, until: float = end) -> list[Piece]:
+        count = sum(len(piece.cases) for piece in todo)
+        print(f"\n--- {time.monotonic() - start:.0f} s: {name}, {count} cases", flush=True)
+        return pieces.run(todo, session, results.save, lanes=lanes, end=until, log=log.fileno())
+
+    with (folder / "log.txt").open("ab", buffering=0) as log:
+        until = start + FOR_LAUNCHES * (end - start)
+        results.brief = True
+        late = phase("every launch against float64", _launches(session, known), os.cpu_count() or 1, until)
+        results.brief = False
+        first = _left(headlines(session), session, known, timed=True)
+        late += phase("headlines", [Piece([case], patience=PATIENCE) for case in first])
+        others = [*(case for piece in late if not piece.timing for case in piece.cases if case.op == "launches")]
+        rest = _left(cases.in_turns(cases.ON_A_GPU, SIZE, session.device), session, known, timed=True)
+        todo = [Piece(others, timing=False, patience=PATIENCE)] if others else []
+        late = phase("the rest", [*todo, *(Piece([case], patience=PATIENCE) for case in rest)])
+    report.footer(results.rows, [], [case for piece in late for case in piece.cases], folder)
+    verdicts = report.verdicts(list(known.values()))
+    table = report.gpu_table(session.facts["gpu"], list(known.values()))
+    (folder / report.TABLE).write_text(f"{table}\n{verdicts}\n")
+    print(f"\n{verdicts}\n\n{report.speed_ups(list(known.values()))}")
+    return 1 if any(runner.went_wrong(row) for row in results.rows) else 0
+
+
+def _preload() -> None:
+    """What every process would import for seconds.
+
+    Raises:
+        ValueError: some of it has used CUDA, so that forks cannot.
+    """
+    importlib.import_module("torch._inductor.compile_fx")
+    report.catalogue_kernels()
+    if pieces.in_a_process(lambda: getattr(torch.cuda, "_is_in_bad_fork", bool)()):
+        raise ValueError("an import has initialized CUDA in the process that is to be forked")
