@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import cases, measure
-from benchmarks.harness import machine, pieces, report, rows, runner
+from benchmarks.harness import launches, machine, pieces, report, rows, runner
 from benchmarks.harness.case import Case, name_of
 from benchmarks.harness.pieces import Piece
 from benchmarks.harness.rows import Row
@@ -135,6 +135,6 @@ def _preload() -> None:
         ValueError: some of it has used CUDA, so that forks cannot.
     """
     importlib.import_module("torch._inductor.compile_fx")
-    report.catalogue_kernels()
+    launches.catalogue()
     if pieces.in_a_process(lambda: getattr(torch.cuda, "_is_in_bad_fork", bool)()):
         raise ValueError("an import has initialized CUDA in the process that is to be forked")

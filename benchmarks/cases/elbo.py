@@ -86,10 +86,6 @@ def cases(size: str, device: torch.device) -> list[Case]:
                 inputs=functools.partial(inputs, likelihood=likelihood, image=image, latent=latent),
                 providers=contenders(size, device, rivals, functools.partial(fused, likelihood=likelihood), definition),
                 truth=definition,
-                kernels=(
-                    "logistic_mixture_nll" if likelihood == "logistic_mixture" else "reconstruction_nll",
-                    "reparameterize_kl",
-                ),
                 # The floors of the two operations, one after the other.
                 bytes={
                     "fwd": 3 * z + params + target,

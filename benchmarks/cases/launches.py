@@ -107,14 +107,13 @@ def _nats(device: torch.device, dtype: torch.dtype, likelihood: str, image: tupl
 
 
 def _of_all(tables: Tables, size: str) -> Iterator[Any]:
-    """(name, kernels, inputs, definition, operation by name of `impl`) of everything that is launched."""
+    """(name, inputs, definition, operation by name of `impl`) of everything that is launched."""
     for sizes, kernel, mask_type, activation, more in tables["convolutions"]:
         options = {"activation": activation, **{k: v for k, v in more.items() if k != "data_channels"}}
         given = {"sizes": sizes, "kernel": kernel, "mask_type": mask_type, "of_mask": more.get("data_channels", 1)}
         what = " ".join(f"{key}={value}" for key, value in more.items())
         yield (
             f"masked_conv2d {'x'.join(map(str, sizes))} {kernel}x{kernel} {mask_type} {activation} {what}".strip(),
-            ("masked_conv2d",),
             functools.partial(convolution, **given),
             functools.partial(convolve, call=masked_conv2d_reference, **options),
             functools.partial(convolve, call=ops.masked_conv2d, **options),
@@ -124,27 +123,24 @@ def _of_all(tables: Tables, size: str) -> Iterator[Any]:
         for reverse in (False, True):
             yield (
                 f"diagonal_lstm {name}{' reverse' if reverse else ''}",
-                ("diagonal_lstm",),
                 functools.partial(scan, sizes=sizes, taps=2),
                 functools.partial(diagonal_lstm_reference, reverse=reverse),
                 functools.partial(ops.diagonal_lstm, reverse=reverse),
             )
         for taps in (1, 3, 5):
             inputs = functools.partial(scan, sizes=sizes, taps=taps)
-            yield f"row_lstm {name} k={taps}", ("row_lstm",), inputs, row_lstm_reference, ops.row_lstm
+            yield f"row_lstm {name} k={taps}", inputs, row_lstm_reference, ops.row_lstm
     for shape in tables["latents"]:
         name = "x".join(map(str, shape))
         for free_bits in (0.0, 0.1):
             yield (
                 f"reparameterize_kl {name} free_bits={free_bits}",
-                ("reparameterize_kl",),
                 functools.partial(_latent, shape=shape, given=True),
                 functools.partial(reparameterize_kl_reference, free_bits=free_bits),
                 functools.partial(ops.reparameterize_kl, free_bits=free_bits),
             )
         yield (
             f"reparameterize_kl {name} own noise",
-            ("reparameterize_kl",),
             functools.partial(_latent, shape=shape, given=False),
             functools.partial(_kl_alone, call=reparameterize_kl_reference),
             functools.partial(_kl_alone, call=ops.reparameterize_kl),
@@ -153,7 +149,6 @@ def _of_all(tables: Tables, size: str) -> Iterator[Any]:
         for likelihood in likelihoods.RIVALS:
             yield (
                 f"reconstruction_nll {likelihood} {'x'.join(map(str, image))}",
-                ("logistic_mixture_nll" if likelihood == "logistic_mixture" else "reconstruction_nll",),
                 functools.partial(_nats, likelihood=likelihood, image=image),
                 functools.partial(reconstruction_nll_reference, likelihood=likelihood),
                 functools.partial(ops.reconstruction_nll, likelihood=likelihood),
@@ -161,7 +156,7 @@ def _of_all(tables: Tables, size: str) -> Iterator[Any]:
     if size != "toy":  # its kernels on a CPU are compared by the benchmark masked_conv2d
         for batch, channels, n in BLOCKS:
             inputs = functools.partial(_block, batch=batch, channels=channels, n=n)
-            yield f"gated block {batch}x{channels}x{n}x{n}", ("masked_conv2d",), inputs, _gated, _gated
+            yield f"gated block {batch}x{channels}x{n}x{n}", inputs, _gated, _gated
 
 
 def cases(size: str, device: torch.device) -> list[Case]:
@@ -169,7 +164,7 @@ def cases(size: str, device: torch.device) -> list[Case]:
     cuda = device.type == "cuda"
     found = []
     for dtype in (torch.float32,) if size == "toy" else DTYPES:
-        for shape, kernels, inputs, definition, operation in _of_all(TOY if size == "toy" else ALL, size):
+        for shape, inputs, definition, operation in _of_all(TOY if size == "toy" else ALL, size):
             own = operation if operation is _gated else functools.partial(operation, impl="triton")
             found.append(
                 Case(
@@ -179,7 +174,6 @@ def cases(size: str, device: torch.device) -> list[Case]:
                     inputs=functools.partial(inputs, dtype=dtype),
                     providers={"definition": definition, "fastgen" if cuda else f"fastgen, {INTERPRETED}": own},
                     truth=definition,
-                    kernels=kernels,
                     modes=("full",),
                 )
             )

@@ -92,7 +92,6 @@ def cases(size: str, device: torch.device) -> list[Case]:
                         functools.partial(reconstruction_nll_reference, likelihood=likelihood),
                     ),
                     truth=functools.partial(reconstruction_nll_reference, likelihood=likelihood),
-                    kernels=("logistic_mixture_nll" if likelihood == "logistic_mixture" else "reconstruction_nll",),
                     # The backward reads the parameters again and writes their gradient.
                     bytes={"fwd": params + target, "bwd": 2 * params + target, "full": 3 * params + 2 * target},
                     batch=image[0],

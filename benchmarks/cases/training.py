@@ -17,17 +17,14 @@ from benchmarks.harness.case import Case, Rivals
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelRNN
 from fastgen.ops import reconstruction_nll
 
-CONVOLUTIONS = ("masked_conv2d", "reconstruction_nll")
-
 
 @dataclass(frozen=True)
 class Job:
-    """A model of some size, on a batch of images; and the kernels that it runs."""
+    """A model of some size, on a batch of images."""
 
     name: str
     build: Callable[..., nn.Module]
     size: dict[str, int]
-    kernels: tuple[str, ...]
     data: str
     shape: Shape
     levels: int
@@ -38,9 +35,7 @@ def _convolutions(data: str, batch: int, channels: int, layers: int) -> list[Job
     size = {"channels": channels, "layers": layers}
     models = (("GatedPixelCNN", GatedPixelCNN), ("PixelCNN", PixelCNN))
     return [
-        Job(name, model, size, CONVOLUTIONS, data, SHAPES[data], LEVELS[data], batch)
-        for name, model in models
-        if data in AVAILABLE
+        Job(name, model, size, data, SHAPES[data], LEVELS[data], batch) for name, model in models if data in AVAILABLE
     ]
 
 
@@ -48,17 +43,8 @@ def _scans(data: str, batch: int, hidden_channels: int, layers: int) -> list[Job
     """PixelRNN of both kinds."""
     size = {"hidden_channels": hidden_channels, "layers": layers}
     return [
-        Job(
-            f"PixelRNN {kind}",
-            functools.partial(PixelRNN, kind=kind),
-            size,
-            (scan, *CONVOLUTIONS),
-            data,
-            SHAPES[data],
-            LEVELS[data],
-            batch,
-        )
-        for kind, scan in (("diagonal_bilstm", "diagonal_lstm"), ("row_lstm", "row_lstm"))
+        Job(f"PixelRNN {kind}", functools.partial(PixelRNN, kind=kind), size, data, SHAPES[data], LEVELS[data], batch)
+        for kind in ("diagonal_bilstm", "row_lstm")
         if data in AVAILABLE
     ]
 
@@ -162,7 +148,6 @@ def cases(size: str, device: torch.device) -> list[Case]:
                     inputs=functools.partial(_inputs, job=job, dtype=dtype),
                     providers=providers,
                     truth=truth,
-                    kernels=job.kernels,
                     modes=("full",),
                     given=_few_images,
                     batch=job.batch,

@@ -117,10 +117,6 @@ def cases(size: str, device: torch.device) -> list[Case]:
                     inputs=functools.partial(_inputs, job=job, dtype=dtype),
                     providers=providers,
                     truth=truth,
-                    kernels=(
-                        "logistic_mixture_nll" if likelihood == "logistic_mixture" else "reconstruction_nll",
-                        "reparameterize_kl",
-                    ),
                     modes=("full",),
                     given=_noise,
                     batch=batch,

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 SIZES = ("toy", "cpu", "cpu-full", "gpu", "gpu-full")
 INTERPRETED = "interpreted"  # suffix of a provider that runs in Triton's interpreter: checked, never timed
-MOCKED = "launches mocked"  # suffix of one whose host time alone is measured
-
 Outputs = Tensor | tuple[Tensor, ...]
 Rivals = dict[str, Callable[..., Outputs]]
 
@@ -29,7 +27,6 @@ class Case:
             parameters of modules, are differentiated.
         providers: name -> function of the inputs. The first is the baseline, which speed-ups refer to.
         truth: the same function in float64; None where nothing is compared. See also `exact`.
-        kernels: modules of fastgen.kernels that the provider "fastgen" runs.
         modes: of "fwd" (evaluation, no gradient recorded), "bwd" (the backward alone), "full" (forward and backward).
         bytes: mode -> the least traffic that the mode needs, in bytes: inputs read once, results written once.
         flops: mode -> the least multiplications and additions that the mode needs.
@@ -52,7 +49,6 @@ class Case:
     inputs: Callable[[torch.device], dict[str, Any]]
     providers: Mapping[str, Callable[..., Outputs]]
     truth: Callable[..., Outputs] | None
-    kernels: tuple[str, ...] = ()
     modes: tuple[str, ...] = ("fwd", "bwd", "full")
     bytes: Mapping[str, int] = field(default_factory=dict)
     flops: Mapping[str, int] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cases
-from benchmarks.harness import machine, pieces, rows
+from benchmarks.harness import launches, machine, pieces, rows
 from benchmarks.harness.rows import Row
 
 SANITIZERS = ("memcheck", "racecheck")
@@ -122,8 +122,7 @@ def counts(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def row(what: str, problem: str, found: dict[str, Any], facts: dict[str, Any], command: str) -> Row:
-    modules = [file for file in machine.KERNELS.rglob("*.py") if "\nCATALOGUE" in file.read_text()]
-    kernels = machine.sources(sorted(file.stem for file in modules))
+    kernels = machine.sources(sorted(set(launches.catalogue().values())))
     return {
         "op": rows.TESTS,
         "kernels": kernels,

@@ -1,10 +1,28 @@
 """Which kernels a call launches, by name: what a row says was measured, and what `status` goes by."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 COMPILED = "triton_"  # how the names of torch.compile's kernels begin
+
+
+@functools.cache
+def catalogue() -> dict[str, str]:
+    """Kernel -> its module, of all kernels of fastgen; modules as in the field `kernels` of rows.
+
+    Raises:
+        ValueError: Triton is not installed.
+    """
+    try:
+        from fastgen.kernels.catalogue import PACKAGE, kernel_modules
+
+        entries = [entry for module in kernel_modules() for entry in getattr(module, "CATALOGUE", ())]
+    except ImportError as error:
+        raise ValueError("the kernels are listed by their catalogue, which needs Triton (Linux only)") from error
+    modules = {entry.kernel.__name__: entry.kernel.fn.__module__ for entry in entries}
+    return {name: modules[name].removeprefix(f"{PACKAGE}.").replace(".", "/") for name in sorted(modules)}
 
 
 @contextlib.contextmanager

@@ -127,12 +127,11 @@ def source_sha256() -> str:
 
 
 def _files(module: str) -> list[Path]:
-    """Of a module of the kernels package (`gemm`, `lstm.cell`), or all of a family (`lstm`); empty if it is gone."""
-    path = KERNELS.joinpath(*module.split("."))
+    """Of a module (`lstm/cell`, `lstm.cell`) of the kernels package, or all of a family (`lstm`); [] if it is gone."""
+    path = KERNELS / module.replace(".", "/")
     if path.is_dir():
         return sorted(path.glob("*.py"))
-    file = path.with_suffix(".py")
-    return [file] if file.exists() else sorted(KERNELS.glob(f"*/{module}.py"))
+    return [file for file in (path.with_suffix(".py"),) if file.exists()]
 
 
 def _imports(file: Path) -> list[str]:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from benchmarks.harness import launches
+
 _launched: list[str] = []  # one for all: what was compiled is kept beyond the `mocked` that it was compiled in
 
 
@@ -19,17 +21,15 @@ def mocked() -> Iterator[list[str]]:
     """Inside, `impl="triton"` takes tensors of a CPU and launches nothing; the names of the kernels, one a launch.
 
     Raises:
-        RuntimeError: kernels are in Triton's interpreter here: start Python without TRITON_INTERPRET=1.
+        RuntimeError: TRITON_INTERPRET=1 is set: kernels are in Triton's interpreter here.
     """
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    from fastgen.kernels.catalogue import kernel_modules
-
-    kernels = [entry.kernel for module in kernel_modules() for entry in getattr(module, "CATALOGUE", ())]
-    if not all(isinstance(kernel, JITFunction) for kernel in kernels):
-        raise RuntimeError("TRITON_INTERPRET=1 was set when the kernels were defined: nothing of theirs is launched")
+    launches.catalogue()  # defines all kernels, which read the environment then
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("TRITON_INTERPRET=1 is set: kernels run in the interpreter, and are not launched")
     _launched.clear()
 
     def compiled(self: Any, key: Any, *rest: Any, **more: Any) -> Any:
@@ -50,7 +50,6 @@ def mocked() -> Iterator[list[str]]:
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
     )
     before, compiles = driver._active, JITFunction._do_compile
-    interpreted = os.environ.get("TRITON_INTERPRET")
     driver._active, JITFunction._do_compile = idle, compiled
     os.environ["TRITON_INTERPRET"] = "1"  # what `impl="triton"` wants for tensors of a CPU
     try:
@@ -58,5 +57,3 @@ def mocked() -> Iterator[list[str]]:
     finally:
         driver._active, JITFunction._do_compile = before, compiles
         os.environ.pop("TRITON_INTERPRET")
-        if interpreted is not None:
-            os.environ["TRITON_INTERPRET"] = interpreted

@@ -46,9 +46,8 @@ class Piece:
     threads: int | None = None
 
 
-def _orphaned() -> None:
+def _end_with(parent: int) -> None:
     """Ends this process soon after its parent has ended, however that came."""
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -63,16 +62,16 @@ class Child:
 
     def __init__(self, work: Callable[[Callable[[str, Any], None]], None], log: int | None = None) -> None:
         self.news, theirs = FORK.Pipe(duplex=False)
-        self.process = FORK.Process(target=self._run, args=(work, theirs, log))
+        self.process = FORK.Process(target=self._run, args=(work, theirs, log, os.getpid()))
         self.process.start()
         theirs.close()
 
     @staticmethod
-    def _run(work: Callable[..., None], news: Connection, log: int | None) -> None:
+    def _run(work: Callable[..., None], news: Connection, log: int | None, parent: int) -> None:
         os.setpgid(0, 0)  # with what it starts, as compilers
         gc.freeze()  # to look through all that was imported takes a second, each time
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its children
-        _orphaned()
+        _end_with(parent)
         if log is not None:
             os.dup2(log, 1)
             os.dup2(log, 2)

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from statistics import geometric_mean
 
-from benchmarks.harness import machine, rows
+from benchmarks.harness import launches, machine, rows
 from benchmarks.harness.case import Case
 from benchmarks.harness.rows import Row
 from benchmarks.harness.runner import Session
@@ -91,27 +91,6 @@ def changes(old: list[Row], new: list[Row]) -> None:
         print(f"  {what}: had a time, and now: {row['problem']}")
 
 
-def catalogue_kernels() -> dict[str, list[str]]:
-    """Module, as in the field `kernels` of rows -> names of the kernels in its catalogue.
-
-    Raises:
-        ValueError: Triton is not installed.
-    """
-    try:
-        from fastgen.kernels.catalogue import kernel_modules
-
-        modules = kernel_modules()
-    except ImportError as error:
-        raise ValueError("status lists the kernels of the catalogue, which needs Triton (Linux only)") from error
-    return {
-        module.__name__.removeprefix("fastgen.kernels.").replace(".", "/"): sorted(
-            {entry.kernel.__name__ for entry in module.CATALOGUE}
-        )
-        for module in modules
-        if getattr(module, "CATALOGUE", None)
-    }
-
-
 def speed_ups(saved: list[Row]) -> str:
     """A line a case and mode in which fastgen was timed: its time, the best rival's, and how many times faster."""
     lines = []
@@ -131,7 +110,7 @@ def verdicts(saved: list[Row]) -> str:
     """A line a kernel of the catalogue, by the rows that launched it: correct, wrong, dead, or not launched. A wrong
     result is that of every kernel of its call; a kernel is dead where it was the last that a call launched."""
     lines = []
-    for name in sorted({name for names in catalogue_kernels().values() for name in names}):
+    for name in launches.catalogue():
         launched = [row for row in saved if name in row.get("launched", ()) and row.get("verdict")]
         by = {"dead": [row for row in launched if row["died_in"] == name]}
         by |= {word: [row for row in launched if row["verdict"] == word] for word in ("wrong", "correct")}
@@ -148,7 +127,7 @@ def verdicts(saved: list[Row]) -> str:
 def status(folder: Path) -> int:
     saved = rows.load(folder) if folder.exists() else []
     gpus = sorted({row["gpu"] for row in saved if row.get("gpu")} | {here for here in (machine.gpu(),) if here})
-    table = rows.status(saved, catalogue_kernels(), gpus or ["(no GPU yet)"])
+    table = rows.status(saved, list(launches.catalogue()), gpus or ["(no GPU yet)"])
     width = max(len(row[1]) for row in table)
     for gpu, kernel, word, count, tested in table:
         print(f"{gpu}  {kernel:<{width}}  {word:<8} {count:>4} rows   tests {tested}")

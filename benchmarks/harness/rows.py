@@ -74,8 +74,8 @@ def still_true(
     case: Case, facts: Row, threads: int | None, saved: Mapping[tuple, Row], *, timed: bool
 ) -> list[Row] | None:
     """The saved rows (by key) of a case, failures among them, where all are there and none is outdated: the versions
-    are today's, and so are the kernels that the row ran, or the whole source where it ran none. A rival of a kernel
-    does not depend on the source. With `timed`, a row that only says that a result is right does not do."""
+    are today's, and so are the kernels that the row ran, or the whole source where it ran none. A rival in plain
+    PyTorch does not depend on the source. With `timed`, a row that only says that a result is right does not do."""
     found = []
     for provider in case.providers:
         for mode in case.timed_modes(provider):
@@ -85,7 +85,7 @@ def still_true(
                 return None
             if timed and not row["ms_p50"] and not row["problem"]:
                 return None
-            rival = facts["gpu"] and case.kernels and not provider.startswith("fastgen")
+            rival = facts["gpu"] and not case.exact and not provider.startswith("fastgen")
             same = state(row) == "fresh" if row["kernels"] else row.get("source_sha256") == facts["source_sha256"]
             if not (rival or same):
                 return None
@@ -104,18 +104,17 @@ def _word(about: list[Row]) -> str:
     return "stale" if "stale" in states else "fresh" if states else "missing"
 
 
-def status(rows: list[Row], kernels: dict[str, list[str]], gpus: list[str]) -> list[tuple[str, str, str, int, str]]:
-    """(GPU, kernel, "fresh" | "stale" | "missing", rows, the same word of its tests, or "failed") for every kernel of
-    `kernels` (module -> names) and GPU. The rows of a kernel are those that timed it."""
+def status(rows: list[Row], kernels: list[str], gpus: list[str]) -> list[tuple[str, str, str, int, str]]:
+    """(GPU, kernel, "fresh" | "stale" | "missing", rows, the same word of its tests, or "failed") for every kernel and
+    GPU. The rows of a kernel are those that timed it."""
     table = []
     for gpu in gpus:
-        for module, names in sorted(kernels.items()):
-            about = [row for row in rows if row.get("gpu") == gpu and module in (row.get("kernels") or [])]
-            tests = [row for row in about if row["op"] == TESTS]
-            tested = "failed" if any(row["problem"] for row in tests) else _word(tests)
-            for name in names:
-                measured = [row for row in about if row.get("ms_p50") and name in row.get("launched", names)]
-                table.append((gpu, name, _word(measured), len(measured), tested))
+        about = [row for row in rows if row.get("gpu") == gpu]
+        tests = [row for row in about if row["op"] == TESTS]
+        tested = "failed" if any(row["problem"] for row in tests) else _word(tests)
+        for name in kernels:
+            measured = [row for row in about if row.get("ms_p50") and name in row.get("launched", ())]
+            table.append((gpu, name, _word(measured), len(measured), tested))
     return table
 
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from benchmarks.harness import launches, machine
 from benchmarks.harness.case import (
     INTERPRETED,
-    MOCKED,
     Case,
     as_tuple,
     cotangents,
@@ -244,8 +243,8 @@ def measure(case: Case, session: Session) -> list[Row]:
 def empty_row(case: Case, session: Session, name: str, mode: str, checked: Checked) -> Row:
     cuda = session.device.type == "cuda"
     threads = None if cuda else session.threads
-    runs_kernel = name.startswith("fastgen") and (cuda or INTERPRETED in name or MOCKED in name)
-    kernels = machine.sources(case.kernels) if runs_kernel else []
+    modules = [launches.catalogue().get(kernel) for kernel in checked.launched]
+    kernels = machine.sources(dict.fromkeys(module for module in modules if module))
     rates = session.rates.get(threads, {})
     return {
         "op": case.op,

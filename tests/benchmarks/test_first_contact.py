@@ -121,7 +121,7 @@ def test_what_was_mended_is_run_again(planted, monkeypatch):
 def test_the_kernel_that_a_process_died_in_is_named(planted, monkeypatch, tmp_path, capsys):
     """The last that was launched."""
     pytest.importorskip("triton")
-    _, _, inputs, _, operation = next(one for one in launches._of_all(launches.TOY, "toy") if "kl 3x37" in one[0])
+    _, inputs, _, operation = next(one for one in launches._of_all(launches.TOY, "toy") if "kl 3x37" in one[0])
 
     def launch_and_crash(x):
         operation(**inputs(torch.device("cpu"), torch.float32), impl="triton")

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.figures import plots
-from tests.benchmarks.harness.test_rows import KERNEL, row
+from tests.benchmarks.harness.test_rows import OP, row
 
 
 def test_plots_are_drawn_from_rows(tmp_path):
@@ -15,9 +15,9 @@ def test_plots_are_drawn_from_rows(tmp_path):
     ]
     files = plots.draw(saved, tmp_path)
     assert sorted(file.name for file in files) == [
-        f"{KERNEL}-batch.png",
-        f"{KERNEL}-size.png",
-        f"{KERNEL}.png",
+        f"{OP}-batch.png",
+        f"{OP}-size.png",
+        f"{OP}.png",
         "roofline.png",
     ]
     assert all(file.parent.name == "Imaginary-1" and file.stat().st_size > 1000 for file in files)

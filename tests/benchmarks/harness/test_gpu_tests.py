@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.harness import gpu_tests, machine, pieces, report, rows
+from benchmarks.harness import gpu_tests, launches, machine, pieces, rows
 
 TESTS = """
 import os, time
@@ -81,5 +81,5 @@ def test_how_the_tests_went_becomes_a_row(tmp_path, monkeypatch, capsys):
     assert main(["gpu-tests", str(tmp_path / "test_one.py"), "--results", str(tmp_path / "results")]) == 0
     (row,) = rows.load(tmp_path / "results")
     assert (row["op"], row["passed"], row["failed"], row["not_run"]) == (rows.TESTS, 1, 0, 0) and row["problem"] == ""
-    assert set(report.catalogue_kernels()) <= set(row["kernels"]) and len(row["kernel_sha256"]) == 64
+    assert set(launches.catalogue().values()) <= set(row["kernels"]) and len(row["kernel_sha256"]) == 64
     assert "1 passed" in capsys.readouterr().out

@@ -5,13 +5,15 @@ import json
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.harness import machine, report, rows
+from benchmarks.harness import launches, machine, report, rows
 
-KERNEL = "reparameterize_kl"
+OP = "reparameterize_kl"
+(FILE,) = machine.KERNELS.rglob(f"{OP}.py")
+KERNEL = FILE.relative_to(machine.KERNELS).with_suffix("").as_posix()
 
 
 def row(**changes):
-    found = {"op": KERNEL, "kernels": [KERNEL], "shape": "1024x4096", "dtype": "float32", "provider": "fastgen"}
+    found = {"op": OP, "kernels": [KERNEL], "shape": "1024x4096", "dtype": "float32", "provider": "fastgen"}
     found |= {
         "mode": "full",
         "ms_p20": 0.9,
@@ -24,7 +26,7 @@ def row(**changes):
     found |= {"gpu": "Imaginary 1", "driver": "1.0", "cuda": "13.0", "torch": "2.13.0", "triton": "3.7.1", "cpu": "C"}
     found |= {"commit": "abc", "kernel_sha256": machine.kernel_sha256([KERNEL]), "time": "2030-01-01", "command": ""}
     found |= {"baseline": "eager", "times_baseline": 0.5, "bytes": 100, "flops": 200, "copy_gb_s": 10.0, "batch": 1024}
-    found |= {"matmul_tflop_s": 1.0, "threads": None, "copy_fraction": 0.8}
+    found |= {"matmul_tflop_s": 1.0, "threads": None, "copy_fraction": 0.8, "launched": []}
     return {**found, **changes}
 
 
@@ -61,33 +63,34 @@ def test_what_is_no_row_is_named(tmp_path):
         rows.load(tmp_path)
     with pytest.raises(ValueError, match="no such file"):
         rows.load(tmp_path / "nothing")
-    assert main(["--compare", str(tmp_path), KERNEL]) == 2
+    assert main(["--compare", str(tmp_path), OP]) == 2
 
 
 def test_status_tells_fresh_stale_and_missing():
-    kernels = {KERNEL: ["forward", "backward"], "scan": ["walk"]}
-    saved = [row(launched=["forward"]), row(gpu="Imaginary 2", kernel_sha256="old"), row(gpu=None)]
+    kernels = ["forward", "backward", "walk"]
+    both = {"launched": ["forward", "backward"]}
+    saved = [row(launched=["forward"]), row(gpu="Imaginary 2", kernel_sha256="old", **both), row(gpu=None)]
     saved += [row(op=rows.TESTS, ms_p50=None), row(op=rows.TESTS, gpu="Imaginary 2", ms_p50=None, problem="1 failed")]
     saved += [row(mode="fwd", launched=["backward"], ms_p50=None, problem="wrong")]
     assert rows.status(saved, kernels, ["Imaginary 1", "Imaginary 2"]) == [
         ("Imaginary 1", "forward", "fresh", 1, "fresh"),
         ("Imaginary 1", "backward", "missing", 0, "fresh"),
-        ("Imaginary 1", "walk", "missing", 0, "missing"),
+        ("Imaginary 1", "walk", "missing", 0, "fresh"),
         ("Imaginary 2", "forward", "stale", 1, "failed"),
         ("Imaginary 2", "backward", "stale", 1, "failed"),
-        ("Imaginary 2", "walk", "missing", 0, "missing"),
+        ("Imaginary 2", "walk", "missing", 0, "failed"),
     ]
 
 
 def test_status_lists_every_kernel_of_the_catalogue(tmp_path, capsys):
     pytest.importorskip("triton")
-    rows.save([row()], tmp_path)
+    rows.save([row(launched=["reparameterize_kl_forward_kernel"])], tmp_path)
     assert main(["status", "--results", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any("reparameterize_kl_forward_kernel" in line and "fresh" in line for line in lines)
-    for module, names in report.catalogue_kernels().items():
-        word = "fresh" if module == KERNEL else "missing"
-        assert all(any(name in line and word in line for line in lines) for name in names)
+    for name in launches.catalogue():
+        word = "fresh" if name == "reparameterize_kl_forward_kernel" else "missing"
+        assert any(name in line and word in line for line in lines)
 
 
 def test_only_changes_beyond_noise_are_shown(capsys):
