@@ -70,7 +70,7 @@ def cases() -> list[Case]:
 
 
 def measure(case: Case, session: Session) -> list[Row]:
-    """A row a mode: the least of some means over calls (what else runs only adds to it), and a call's launches."""
+    """A row a mode: the least of some means over calls, of the processor's time, for what else runs only adds to it."""
     inputs = case.inputs(session.device)
     found = []
     for mode in case.modes:
@@ -81,10 +81,10 @@ def measure(case: Case, session: Session) -> list[Row]:
                 call()
             names, samples = list(launched), Samples()
             for _ in range(TURNS):
-                start = time.perf_counter()
+                start = time.process_time()
                 for _ in range(CALLS):
                     call()
-                samples.add("host_us", [1e6 * (time.perf_counter() - start) / CALLS])
+                samples.add("host_us", [1e6 * (time.process_time() - start) / CALLS])
         row = empty_row(case, session, PROVIDER, mode, Checked(launched=names))
         found.append(row | {"host_us": min(samples.extra["host_us"]), "launches": len(names)})
     return found

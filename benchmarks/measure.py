@@ -19,7 +19,7 @@ from benchmarks.harness.runner import Session
 
 BUDGET = 420.0  # seconds of a run without NAME and --full, so that it ends within ten minutes
 LAST_CASE = 90.0  # seconds after them in which the last case may still compile
-PATIENCE = 60.0, 600.0  # seconds of one step of one provider, without and with --full
+PATIENCE = 120.0, 600.0  # seconds of one step of one provider, without and with --full
 
 
 def begin(kind: str | None, command: str, budget: float = 0.1, threads: tuple[int, ...] = ()) -> Session:

@@ -59,7 +59,7 @@ def line(row: Row) -> str:
         _number(row["error"], ".1e"),
     )
     part = f"{row['us_a_part']:.3g} us each" if row.get("us_a_part") else ""
-    share = f"extrapolated from {row['share']:.2g} of it" if row.get("share") else ""
+    share = f"extrapolated from 1/{1 / row['share']:.0f} of it" if row.get("share") else ""
     died_in = f"in {row['died_in']}" if row.get("died_in") else ""
     about = "  ".join(word for word in (row["problem"], died_in, part, share) if word)
     joined = "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS.values(), strict=True))
