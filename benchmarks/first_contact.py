@@ -40,7 +40,7 @@ HEADLINES = (
     ("reconstruction_nll", "float32", "logistic_mixture 64x3x32x32"),
 )
 SIZE = "gpu"
-PATIENCE = 45.0  # seconds of one step of one provider: its comparison with all that it compiles, or some samples
+PATIENCE = 60.0  # seconds of one step of one provider: its comparison with all that it compiles, or some samples
 FOR_LAUNCHES = 0.45  # of the time, at most
 TOGETHER = 6  # cases of one process: to start one takes seconds
 # What takes minutes to compile, and what is slower than its neighbour by another way.
@@ -68,9 +68,8 @@ def _left(some: Iterable[Case], session: Session, known: dict[tuple, Row], *, ti
     is not run once more."""
     found = []
     for case in some:
-        done = {
-            name: rows.still_true(case.only([name]), session.facts, None, known, timed=timed) for name in case.providers
-        }
+        one = {name: case.only([name]) for name in case.providers}
+        done = {name: rows.still_true(own, session.facts, None, known, timed=timed) for name, own in one.items()}
         lacking = {name for name, own in done.items() if not own}
         dead = {name for name, own in done.items() if own and own[0]["verdict"] == "dead"}
         if lacking:
@@ -78,13 +77,14 @@ def _left(some: Iterable[Case], session: Session, known: dict[tuple, Row], *, ti
     return found
 
 
-def _launches(session: Session, known: dict[tuple, Row]) -> list[Piece]:
-    checks = _left(cases.load("launches", SIZE, session.device), session, known, timed=False)
-    # Cases that lie side by side share their kernels: processes that take every n-th compile different ones.
+def _together(checks: list[Case]) -> list[Piece]:
+    """Cases that lie side by side share their kernels: processes that take every n-th compile different ones."""
     count = -(-len(checks) // TOGETHER)
-    alone = [[case] for case in _left(headlines(session), session, known, timed=False)]
-    together = [checks[i::count] for i in range(count)]
-    return [Piece(some, timing=False, patience=PATIENCE) for some in (*together, *alone)]
+    return [Piece(checks[i::count], timing=False, blocking=True, patience=PATIENCE) for i in range(count)]
+
+
+def _alone(some: list[Case], *, timing: bool = True) -> list[Piece]:
+    return [Piece([case], timing=timing, patience=PATIENCE) for case in some]
 
 
 def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
@@ -103,28 +103,33 @@ def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
     known = results.known
     _preload()
     folder.mkdir(parents=True, exist_ok=True)
+    every, first = cases.load("launches", SIZE, session.device), headlines(session)
 
     def phase(name: str, todo: list[Piece], lanes: int = 1, until: float = end) -> list[Piece]:
         count = sum(len(piece.cases) for piece in todo)
         print(f"\n--- {time.monotonic() - start:.0f} s: {name}, {count} cases", flush=True)
+        results.brief = lanes > 1
         return pieces.run(todo, session, results.save, lanes=lanes, end=until, log=log.fileno())
 
     with (folder / "log.txt").open("ab", buffering=0) as log:
+        todo = _together(_left(every, session, known, timed=False))
+        todo += _alone(_left(first, session, known, timed=False), timing=False)
         until = start + FOR_LAUNCHES * (end - start)
-        results.brief = True
-        late = phase("every launch against float64", _launches(session, known), os.cpu_count() or 1, until)
-        results.brief = False
-        first = _left(headlines(session), session, known, timed=True)
-        late += phase("headlines", [Piece([case], patience=PATIENCE) for case in first])
-        others = [*(case for piece in late if not piece.timing for case in piece.cases if case.op == "launches")]
-        rest = _left(cases.in_turns(cases.ON_A_GPU, SIZE, session.device), session, known, timed=True)
-        todo = [Piece(others, timing=False, patience=PATIENCE)] if others else []
-        late = phase("the rest", [*todo, *(Piece([case], patience=PATIENCE) for case in rest)])
+        phase("every launch against float64", todo, os.cpu_count() or 1, until)
+        # One after the other, there may be memory enough.
+        small = {rows.key(row) for row in results.rows if row["problem"] == runner.OUT_OF_MEMORY}
+        large = {key: row for key, row in known.items() if key not in small}
+        phase("headlines", _alone(_left(first, session, large, timed=True)))
+        todo = _together(_left(every, session, known, timed=False))
+        rest = cases.in_turns(cases.ON_A_GPU, SIZE, session.device)
+        late = phase("the rest", [*todo, *_alone(_left(rest, session, known, timed=True))])
     report.footer(results.rows, [], [case for piece in late for case in piece.cases], folder)
     verdicts = report.verdicts(list(known.values()))
     table = report.gpu_table(session.facts["gpu"], list(known.values()))
     (folder / report.TABLE).write_text(f"{table}\n{verdicts}\n")
-    print(f"\n{verdicts}\n\n{report.speed_ups(list(known.values()))}")
+    shown = {(case.op, case.shape, name_of(case.dtype)) for case in first}
+    faster = report.speed_ups(row for row in known.values() if (row["op"], row["shape"], row["dtype"]) in shown)
+    print(f"\n{verdicts}\n\n{faster}")
     return 1 if any(runner.went_wrong(row) for row in results.rows) else 0
 
 

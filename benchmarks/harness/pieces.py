@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+import torch._inductor.config
 
 from benchmarks.harness.case import Case
 from benchmarks.harness.rows import Row
@@ -35,13 +36,16 @@ class Piece:
     """Cases that one process runs, one after the other.
 
     Attributes:
-        timing: whether to take times. What only compares runs beside other such pieces.
+        timing: whether to take times. What only compares runs beside other such pieces, and compiles by itself.
+        blocking: whether each launch waits for its end, so that a failure shows at the launch that it is of; nothing
+            can be captured in a CUDA graph then.
         patience: seconds that one step of one provider (its comparison, its samples) may take, compilation included.
         threads: of the CPU; None: as many as there are.
     """
 
     cases: list[Case]
     timing: bool = True
+    blocking: bool = False
     patience: float = 60.0
     threads: int | None = None
 
@@ -148,8 +152,10 @@ class _Running:
 
     def _work(self, tell: Callable[[str, Any], None]) -> None:
         torch.set_num_threads(self.session.threads)
-        if not self.piece.timing:  # a failure shows at the launch that it is of
+        if self.piece.blocking:
             os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
+        if not self.piece.timing:
+            torch._inductor.config.compile_threads = 1
         session = dataclasses.replace(self.session, tell=tell)
         for index, case in enumerate(self.piece.cases):
             tell("case", index)

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import geometric_mean
 
@@ -91,7 +92,7 @@ def changes(old: list[Row], new: list[Row]) -> None:
         print(f"  {what}: had a time, and now: {row['problem']}")
 
 
-def speed_ups(saved: list[Row]) -> str:
+def speed_ups(saved: Iterable[Row]) -> str:
     """A line a case and mode in which fastgen was timed: its time, the best rival's, and how many times faster."""
     lines = []
     for (op, shape, dtype, mode, _), group in _groups(saved).items():
@@ -143,7 +144,7 @@ def _best_rival(group: list[Row], figure: str = "ms_p50") -> Row | None:
     return min(timed, key=lambda r: r[figure], default=None)
 
 
-def _groups(selected: list[Row]) -> dict[tuple, list[Row]]:
+def _groups(selected: Iterable[Row]) -> dict[tuple, list[Row]]:
     groups: dict[tuple, list[Row]] = {}
     for row in selected:
         groups.setdefault((row["op"], row["shape"], row["dtype"], row["mode"], row["threads"]), []).append(row)
