@@ -30,13 +30,12 @@ def begin(kind: str | None, command: str, budget: float = 0.1, threads: tuple[in
     """
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU then initializes nothing
     facts = pieces.in_a_process(lambda: machine.facts(kind))
-    if facts["gpu"]:
-        machine.allow_tf32()
     session = Session(facts, command, budget)
     report.header(session)
 
     def rates(count: int | None) -> dict[str, float]:
         torch.set_num_threads(count or session.threads)
+        machine.allow_tf32()
         return timing.rates(session.device)
 
     for count in (None,) if facts["gpu"] else threads:

@@ -22,7 +22,9 @@ from fastgen.ops.reconstruction_nll import reconstruction_nll_reference
 from fastgen.ops.reparameterize_kl import reparameterize_kl_reference
 from fastgen.ops.row_lstm import row_lstm_reference
 
-DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+# dtype, and whether products of float32 may be TF32
+MODES = [(torch.bfloat16, True), (torch.float32, True), (torch.float32, False), (torch.float16, True)]
+PRODUCTS = ("masked", "gated", "diagonal", "row")  # what has any
 # (B, I, O, N), kernel, mask type, activation, further arguments
 Convolution = tuple[tuple[int, int, int, int], int, str, str, dict[str, Any]]
 CONVOLUTIONS: list[Convolution] = [
@@ -163,18 +165,22 @@ def cases(size: str, device: torch.device) -> list[Case]:
     """Each with what plain PyTorch loses in that dtype, which the tolerance is taken from."""
     cuda = device.type == "cuda"
     found = []
-    for dtype in (torch.float32,) if size == "toy" else DTYPES:
+    modes = [(torch.float32, True)] if size == "toy" else MODES
+    for dtype, tf32 in modes:
         for shape, inputs, definition, operation in _of_all(TOY if size == "toy" else ALL, size):
+            if not (tf32 or shape.startswith(PRODUCTS)):
+                continue
             own = operation if operation is _gated else functools.partial(operation, impl="triton")
             found.append(
                 Case(
                     op="launches",
-                    shape=shape,
+                    shape=shape if tf32 else f"{shape} IEEE",
                     dtype=dtype,
                     inputs=functools.partial(inputs, dtype=dtype),
                     providers={"definition": definition, "fastgen" if cuda else f"fastgen, {INTERPRETED}": own},
                     truth=definition,
                     modes=("full",),
+                    tf32=tf32,
                 )
             )
     return found

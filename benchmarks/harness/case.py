@@ -35,6 +35,7 @@ class Case:
         not_compared: providers that compute something else (a lower bound, another recurrence): landmarks, no rivals.
         inexact: rivals of an exact case whose rounding may change a result entirely (a drawn level, and with it all
             later ones): timed without a comparison.
+        tf32: whether all float32 products may be rounded to TF32 on a GPU, those of rivals as well.
         batch: images of one call, for plots over it.
         parts: how many equal parts one call has (nodes of a graph, barriers), where the time of one is the question.
         share: provider -> which part of the whole work its call does: 1/784 for one of 784 passes. Its times are those
@@ -56,6 +57,7 @@ class Case:
     exact: bool = False
     not_compared: frozenset[str] = frozenset()
     inexact: frozenset[str] = frozenset()
+    tf32: bool = True
     batch: int | None = None
     parts: int | None = None
     share: Mapping[str, float] = field(default_factory=dict)

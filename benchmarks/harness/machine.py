@@ -59,16 +59,11 @@ def cpu_name() -> str:
     return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
-def allow_tf32() -> None:
-    """For all float32 products, of convolutions and of matrices, of rivals and of fastgen; the rows say so."""
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = True
-
-
-def tf32_allowed() -> bool:
-    """Of matrix products. The older getters of torch raise where the newer setting, which is read here, was set."""
-    matmul = torch.backends.cuda.matmul
-    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+def allow_tf32(allowed: bool = True) -> None:
+    """For all float32 products, of convolutions and of matrices, of rivals and of fastgen. Nothing is read: torch's
+    older getters raise where a newer setting was used."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def gpu() -> str | None:

@@ -219,6 +219,8 @@ def measure(case: Case, session: Session) -> list[Row]:
         torch._dynamo.reset()
     gc.collect()
     torch.manual_seed(0)
+    if session.device.type == "cuda":
+        machine.allow_tf32(case.tf32)
     with session.doing(None) as problems:
         inputs = case.inputs(session.device)
     gate = {name: Checked(problems[0]) for name in case.providers} if problems else compare(case, inputs, session)
@@ -277,7 +279,7 @@ def empty_row(case: Case, session: Session, name: str, mode: str, checked: Check
         "matmul_tflop_s": rates.get(name_of(case.dtype)),
         "batch": case.batch,
         "threads": threads,
-        "tf32": machine.tf32_allowed() if cuda else None,
+        "tf32": case.tf32 if cuda else None,
         **session.facts,
         "kernel_sha256": machine.kernel_sha256(kernels),
         "power": {},

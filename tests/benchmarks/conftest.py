@@ -14,8 +14,8 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def precision():
-    """A session on a GPU allows TF32 from then on."""
-    matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    before = matmul.fp32_precision, convolutions.fp32_precision
+    """A case sets it. By torch's older setters, which also mend what the newer ones leave (older getters that raise)."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     yield
-    matmul.fp32_precision, convolutions.fp32_precision = before
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]

@@ -30,6 +30,7 @@ def session():
 @pytest.mark.parametrize("index", range(len(LAUNCHES)), ids=LAUNCHES)
 def test_every_launch_is_right(index, session):
     case = cases.load("launches", "gpu", CUDA)[index]
+    machine.allow_tf32(case.tf32)
     problems = {provider: one.problem for provider, one in compare(case, case.inputs(CUDA), session).items()}
     assert not problems["fastgen"], problems
 
@@ -49,8 +50,8 @@ def test_compute_sanitizer_finds_nothing(tool):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "index"), CASES)
 def test_kernels_at_real_sizes(name, index, session):
-    machine.allow_tf32()
     case = cases.load(name, "gpu", CUDA)[index].without("compiled", "distributions", "F.")
+    machine.allow_tf32(case.tf32)
     inputs = case.inputs(CUDA)
     problems = {provider: checked.problem for provider, checked in compare(case, inputs, session).items()}
     assert not any(problem for provider, problem in problems.items() if provider.startswith("fastgen")), problems

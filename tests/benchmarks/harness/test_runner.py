@@ -231,10 +231,15 @@ def test_a_lost_device_ends_the_process(session, monkeypatch):
 
 
 @pytest.mark.parametrize("setting", ["ieee", "tf32"])
-def test_precision_is_read_whatever_was_set_and_however(setting):
-    """Where the newer setting was used, older getters of torch raise."""
+def test_precision_is_set_whatever_was_set_before_and_however(setting, session):
+    """Where a newer setting was used, older getters of torch raise."""
     torch.backends.cudnn.conv.fp32_precision = setting
     torch.backends.cuda.matmul.fp32_precision = setting
-    assert machine.tf32_allowed() is (setting == "tf32")
-    machine.allow_tf32()
-    assert machine.tf32_allowed()
+    with pytest.raises(RuntimeError):
+        _ = torch.backends.cudnn.allow_tf32
+    for allowed in (True, False):
+        machine.allow_tf32(allowed)
+        for one in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
+            assert (one.fp32_precision == "tf32") is allowed
+    torch.backends.cudnn.conv.fp32_precision = setting
+    assert all(row["ms_p50"] for row in measure(case({}), session))
