@@ -14,7 +14,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def precision():
-    """A case sets it. By torch's older setters, which also mend what the newer ones leave (older getters that raise)."""
+    """A case sets it. Restored by torch's older setters, after which its older getters no longer raise."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     yield
     torch.set_float32_matmul_precision(before[0])
