@@ -22,7 +22,7 @@ from benchmarks.harness import launches, machine, pieces, report, rows, runner
 from benchmarks.harness.case import Case, name_of
 from benchmarks.harness.pieces import Piece
 from benchmarks.harness.rows import Row
-from benchmarks.harness.runner import Session
+from benchmarks.harness.session import OUT_OF_MEMORY, Session
 
 # Benchmark, dtype, size; all of "probes".
 HEADLINES = (
@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
         until = start + FOR_LAUNCHES * (end - start)
         phase("every launch against float64", todo, os.cpu_count() or 1, until)
         # One after the other, there may be memory enough.
-        small = {rows.key(row) for row in results.rows if row["problem"] == runner.OUT_OF_MEMORY}
+        small = {rows.key(row) for row in results.rows if row["problem"] == OUT_OF_MEMORY}
         large = {key: row for key, row in known.items() if key not in small}
         phase("headlines", _alone(_left(first, session, large, timed=True)))
         todo = _together(_left(every, session, known, timed=False))

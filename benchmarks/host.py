@@ -19,9 +19,11 @@ from benchmarks.cases.elbo import fused
 from benchmarks.cases.elbo import inputs as elbo_inputs
 from benchmarks.harness import machine, rows
 from benchmarks.harness.case import Case
+from benchmarks.harness.compare import Checked
 from benchmarks.harness.mocked_launches import mocked
 from benchmarks.harness.rows import Row
-from benchmarks.harness.runner import Checked, Session, empty_row, prepare
+from benchmarks.harness.runner import empty_row, prepare
+from benchmarks.harness.session import Session
 from benchmarks.harness.timing import Samples
 from fastgen import ops
 

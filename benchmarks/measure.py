@@ -15,7 +15,7 @@ from benchmarks.harness import machine, pieces, report, rows, runner, timing
 from benchmarks.harness.case import Case
 from benchmarks.harness.pieces import Piece
 from benchmarks.harness.rows import Row
-from benchmarks.harness.runner import Session
+from benchmarks.harness.session import Session
 
 BUDGET = 420.0  # seconds of a run without NAME and --full, so that it ends within ten minutes
 LAST_CASE = 90.0  # seconds after them in which the last case may still compile

@@ -2,6 +2,7 @@
 memory."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.harness.machine import folder_name
@@ -83,42 +84,41 @@ def _bars(op: str, machine: str, rows: list[Row], file: Path) -> Path:
 def _over_batch(op: str, machine: str, rows: list[Row], file: Path) -> Path:
     """Time a call over images a call, one line a provider and size."""
     figure, axes = _figure(7, 4.5, f"{op} on {machine}")
-    lines: dict[tuple, list[Row]] = {}
-    for row in rows:
-        shape = re.sub(r"\bB=\d+ ?|(?<=\s)\d+x|^\d+x", "", row["shape"], count=1)
-        lines.setdefault((row["provider"], shape, row["dtype"], row["mode"], row["threads"]), []).append(row)
-    for (provider, shape, dtype, mode, threads), own in lines.items():
-        points = sorted((row["batch"], row["ms_p50"]) for row in own if row["batch"])
-        if len(points) > 1:
-            label = f"{provider}, {shape}, {dtype} {mode}" + ("" if threads is None else f", {threads} thr.")
-            axes.plot(*zip(*points, strict=True), marker="o", label=label)
+
+    def size(row: Row) -> str:
+        return re.sub(r"\bB=\d+ ?|(?<=\s)\d+x|^\d+x", "", row["shape"], count=1)
+
+    batched = [row for row in rows if row["batch"]]
+    _lines(axes, batched, size, lambda row: (row["batch"], row["ms_p50"]))
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     axes.set_xlabel("images a call")
     axes.set_ylabel("ms")
-    axes.legend(fontsize=6)
     return _save(figure, file)
 
 
 def _over_size(op: str, machine: str, rows: list[Row], file: Path) -> Path:
     """Bytes a second over the bytes that must be moved, one line a provider; a dashed line is the measured copy."""
     figure, axes = _figure(7, 4.5, f"{op} on {machine}")
-    lines: dict[tuple, list[Row]] = {}
-    for row in rows:
-        if row.get("bytes"):
-            lines.setdefault((row["provider"], row["dtype"], row["mode"], row["threads"]), []).append(row)
-    for (provider, dtype, mode, threads), own in lines.items():
-        points = sorted((row["bytes"], row["bytes"] / row["ms_p50"] / 1e6) for row in own)
-        label = f"{provider}, {dtype} {mode}" + ("" if threads is None else f", {threads} thr.")
-        axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    sized = [row for row in rows if row.get("bytes")]
+    _lines(axes, sized, lambda row: "", lambda row: (row["bytes"], row["bytes"] / row["ms_p50"] / 1e6))
     for rate in {row["copy_gb_s"] for row in rows if row.get("copy_gb_s")}:
         axes.axhline(rate, color="grey", linewidth=0.8, linestyle="--")
     axes.set_xscale("log")
-    axes.set_yscale("log")
     axes.set_xlabel("bytes that must be moved")
     axes.set_ylabel("GB/s")
-    axes.legend(fontsize=6)
     return _save(figure, file)
+
+
+def _lines(axes, rows: list[Row], what: Callable[[Row], str], point: Callable[[Row], tuple[float, float]]) -> None:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        threads = "" if row["threads"] is None else f", {row['threads']} thr."
+        label = f"{row['provider']}, {what(row)} {row['dtype']} {row['mode']}{threads}".replace("  ", " ")
+        lines.setdefault(label, []).append(point(row))
+    for label, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+    axes.set_yscale("log")
+    axes.legend(fontsize=6)
 
 
 def _roofline(machine: str, rows: list[Row], file: Path) -> Path:

@@ -25,8 +25,10 @@ import torch
 import torch._inductor.config
 
 from benchmarks.harness.case import Case
+from benchmarks.harness.compare import Checked
 from benchmarks.harness.rows import Row
-from benchmarks.harness.runner import Checked, DeviceLost, Session, empty_row, measure
+from benchmarks.harness.runner import empty_row, measure
+from benchmarks.harness.session import DeviceLost, Session
 
 FORK = multiprocessing.get_context("fork")
 

@@ -10,7 +10,7 @@ from statistics import geometric_mean
 from benchmarks.harness import launches, machine, rows
 from benchmarks.harness.case import Case
 from benchmarks.harness.rows import Row
-from benchmarks.harness.runner import Session
+from benchmarks.harness.session import Session
 
 README = machine.ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks: begin (make readme-tables) -->", "<!-- benchmarks: end -->"

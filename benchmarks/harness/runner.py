@@ -3,193 +3,32 @@
 What is going on is told while it goes on: the process that waits for the results may have to say what this one died of.
 """
 
-import contextlib
 import functools
 import gc
-import math
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
-from torch import Tensor
 
 from benchmarks.harness import launches, machine
-from benchmarks.harness.case import (
-    INTERPRETED,
-    Case,
-    as_tuple,
-    cotangents,
-    gradients,
-    in_float64,
-    leaves,
-    name_of,
-    replays_graphs,
-)
+from benchmarks.harness.case import INTERPRETED, Case, as_tuple, cotangents, gradients, leaves, name_of, replays_graphs
+from benchmarks.harness.compare import Checked, compare, verdict
 from benchmarks.harness.rows import Row, now
-from benchmarks.harness.timing import CpuTimer, CudaTimer, Samples, timer
+from benchmarks.harness.session import OUT_OF_MEMORY, Session
+from benchmarks.harness.timing import Samples
 
 # Otherwise torch.compile frees what the backward alone, run many times over one forward, reads again.
 functorch_config.donated_buffer = False
 
 TURNS = 5  # a provider's samples are spread over as many turns, so that a disturbance meets all of them
-OUT_OF_MEMORY = "out of memory"
-# The largest error of one output or gradient that can pass. In half precision, a gradient that nearly cancels loses
-# much of itself: up to 0.2 was seen in plain PyTorch.
-LIMIT = {torch.float64: 0.1, torch.float32: 0.1, torch.bfloat16: 0.5, torch.float16: 0.5}
-
-
-class DeviceLost(Exception):
-    """The GPU answers nothing more in this process; the text is the failure after which it did not."""
-
-
-@dataclass
-class Session:
-    """One run on one device.
-
-    Attributes:
-        facts: what every row says of the machine, `machine.facts`.
-        command: that was given.
-        budget: seconds of samples for one provider in one mode.
-        timing: False: only compare, take no time.
-        threads: of the CPU.
-        rates: of `timing.rates`, by number of threads (None on a GPU); empty where they were not measured.
-        tell: is told ("doing", provider), ("kernel", name) before a launch, ("log", text), and ("row", row).
-    """
-
-    facts: dict[str, Any]
-    command: str
-    budget: float = 0.1
-    timing: bool = True
-    threads: int = field(default_factory=torch.get_num_threads)
-    rates: dict[int | None, dict[str, float]] = field(default_factory=dict)
-    tell: Callable[[str, Any], Any] = lambda kind, value: None
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cuda" if self.facts["gpu"] else "cpu")
-
-    @functools.cached_property
-    def clock(self) -> CpuTimer | CudaTimer:
-        return timer(self.device)
-
-    @contextlib.contextmanager
-    def doing(self, provider: str | None) -> Iterator[list[str]]:
-        """Whatever goes wrong inside is the provider's (None: of the whole case) problem; the list gets its text.
-
-        Raises:
-            DeviceLost: nothing more can be done in this process.
-        """
-        problems: list[str] = []
-        self.tell("doing", provider)
-        try:
-            yield problems
-        except Exception as error:  # a rival may fail in any way: that is a row, not the end of the run
-            problems.append(failure(error))
-            self.tell("log", traceback.format_exc())
-            del error
-            gc.collect()  # what the frames of the failure held
-            if machine.lost(self.device):
-                raise DeviceLost(problems[0]) from None
-
-
-def relative_error(found: Tensor | None, expected: Tensor | None) -> float:
-    """Largest difference over the largest expected size; a missing gradient counts as zeros."""
-    if expected is None:
-        return 0.0 if found is None else math.inf
-    expected = expected.detach().double()
-    found = torch.zeros_like(expected) if found is None else found.detach().double()
-    if found.shape != expected.shape:
-        return math.inf
-    if expected.numel() == 0:
-        return 0.0
-    error = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
-    return error if math.isfinite(error) else math.inf
-
-
-def evaluate(case: Case, call: Callable, inputs: dict[str, Any]) -> list[Tensor | None]:
-    """Outputs of the call and, where gradients are timed, the gradients of all leaves."""
-    variables = leaves(inputs) if case.modes != ("fwd",) else []
-    with torch.set_grad_enabled(bool(variables)):
-        outputs = as_tuple(call(**inputs))
-    if not variables:
-        return list(outputs)
-    return [*outputs, *gradients(outputs, variables, cotangents(outputs))]
-
-
-def failure(error: BaseException) -> str:
-    """A line for the row; running out of memory is a result of its own."""
-    text = str(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in text:
-        return OUT_OF_MEMORY
-    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first}"[:300]
-
-
-def verdict(error: float | None, problem: str) -> str | None:
-    """ "correct", "wrong", "dead" (no result), or None where nothing was compared."""
-    if problem:
-        return "wrong" if problem.startswith("wrong") else "dead"
-    return None if error is None else "correct"
 
 
 def went_wrong(row: Row) -> bool:
     """Whether a run with this row must fail: a wrong result, of whatever provider, or fastgen itself did not run."""
     own = row["provider"] in ("fastgen", f"fastgen, {INTERPRETED}")
     return row["verdict"] == "wrong" or (own and row["verdict"] == "dead" and OUT_OF_MEMORY not in row["problem"])
-
-
-@dataclass
-class Checked:
-    """What came of a provider's comparison with float64; first_call_s contains its compilation and autotuning."""
-
-    problem: str = ""
-    error: float | None = None
-    first_call_s: float | None = None
-    launched: list[str] = field(default_factory=list)  # kernels of fastgen, by name, one a launch
-
-
-def compare(case: Case, inputs: dict[str, Any], session: Session) -> dict[str, Checked]:
-    """The gate: provider -> what came of it. A provider with a problem is not timed.
-
-    The error is the largest over outputs and gradients, relative to the largest value of each. Allowed in each are
-    four times what the baseline loses there in this dtype, and at least eight roundings; nothing where the case is
-    exact. More than LIMIT is wrong whatever the baseline loses.
-    """
-    results = {name: Checked() for name in case.providers}
-    if case.truth is None:
-        return results
-    inputs = {**inputs, **case.given(inputs)}
-    with session.doing(None) as problems:
-        expected = evaluate(case, case.truth, inputs if case.exact else in_float64(inputs))
-    if problems:
-        return {name: Checked(f"no truth to compare with: {problems[0]}") for name in case.providers}
-    rounding = 0.0 if case.exact else 8 * torch.finfo(case.dtype).eps
-    lossy = case.baseline in case.providers or case.exact
-    allowed = [rounding if lossy else LIMIT[case.dtype]] * len(expected)
-    for name, call in case.providers.items():
-        if name in case.not_compared | case.inexact:
-            continue
-        start = time.perf_counter()
-        with session.doing(name) as problems, launches.recorded(functools.partial(session.tell, "kernel")) as launched:
-            found = evaluate(case, call, inputs)
-            errors = [relative_error(a, b) for a, b in zip(found, expected, strict=True)]
-            del found
-        if problems:
-            results[name] = Checked(problems[0], launched=launched)
-            continue
-        seconds = time.perf_counter() - start
-        if name == case.baseline and not case.exact:
-            allowed = [min(LIMIT[case.dtype], max(rounding, 4 * error)) for error in errors]
-        beyond = [(error, most) for error, most in zip(errors, allowed, strict=True) if not error <= most]
-        wrong = "wrong: error {:.2g}, allowed {:.2g}".format(*max(beyond)) if beyond else ""
-        error = max(errors)
-        results[name] = Checked(wrong, error if math.isfinite(error) else None, seconds, launched)
-    return results
 
 
 def prepare(case: Case, call: Callable, mode: str, inputs: dict[str, Any]) -> Callable[[], Any]:

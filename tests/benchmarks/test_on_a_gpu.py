@@ -10,11 +10,15 @@ import torch
 
 from benchmarks import cases
 from benchmarks.harness import gpu_tests, machine
-from benchmarks.harness.runner import Session, compare, evaluate
+from benchmarks.harness.compare import compare, evaluate
+from benchmarks.harness.session import Session
 
 pytestmark = pytest.mark.gpu
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-LAUNCHES = [f"{case.shape} {case.dtype}" for case in cases.load("launches", "gpu", CPU)]
+LAUNCHES = [
+    pytest.param(index, id=f"{case.shape} {case.dtype}", marks=[pytest.mark.slow] * (case.dtype == torch.float16))
+    for index, case in enumerate(cases.load("launches", "gpu", CPU))
+]
 CASES = [
     pytest.param(name, index, id=f"{name}-{case.shape}-{case.dtype}")
     for name in cases.ON_A_GPU
@@ -27,7 +31,7 @@ def session():
     return Session(machine.facts("cuda"), "pytest", timing=False)
 
 
-@pytest.mark.parametrize("index", range(len(LAUNCHES)), ids=LAUNCHES)
+@pytest.mark.parametrize("index", LAUNCHES)
 def test_every_launch_is_right(index, session):
     case = cases.load("launches", "gpu", CUDA)[index]
     machine.allow_tf32(case.tf32)

@@ -12,7 +12,8 @@ from benchmarks.cases import sampling
 from benchmarks.harness import machine
 from benchmarks.harness.case import SIZES
 from benchmarks.harness.launches import catalogue
-from benchmarks.harness.runner import Session, measure
+from benchmarks.harness.runner import measure
+from benchmarks.harness.session import Session
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,9 @@ import torch
 from benchmarks import cases
 from benchmarks.harness import machine, runner, timing
 from benchmarks.harness.case import Case, leaves
-from benchmarks.harness.runner import Session, compare, measure, plan, relative_error
+from benchmarks.harness.compare import compare, relative_error
+from benchmarks.harness.runner import measure, plan
+from benchmarks.harness.session import DeviceLost, Session
 from benchmarks.harness.timing import CpuTimer, Samples, quantile
 
 FIELDS = {
@@ -225,7 +227,7 @@ def test_a_case_without_its_baseline_is_held_to_the_limit(session):
 def test_a_lost_device_ends_the_process(session, monkeypatch):
     monkeypatch.setattr(machine, "lost", lambda device: True)
     told = []
-    with pytest.raises(runner.DeviceLost, match="out of memory"):
+    with pytest.raises(DeviceLost, match="out of memory"):
         measure(case({"large": out_of_memory}), replace(session, tell=lambda *news: told.append(news)))
     assert [value for kind, value in told if kind == "doing"] == [None, None, "eager", "large"]
 
