@@ -189,17 +189,13 @@ class _Running:
         return [empty_row(case, session, name, mode, checked) for name, mode in missing]
 
     def rest(self) -> Piece | None:
-        """What is left to do without the provider that died: the providers that lack a row, the baseline with them."""
+        """What is left to do without the provider that died: the providers that lack a row (of a mode, all or none)."""
         case, later = self.case, self.piece.cases[self.index + 1 :]
         done = {(row["provider"], row["mode"]) for row in self.rows}
-        lacking = [
-            name
-            for name in case.providers
-            if self.provider not in (None, name) and any((name, mode) not in done for mode in case.timed_modes(name))
-        ]
+        others = [name for name in case.providers if self.provider not in (None, name)]
+        lacking = [name for name in others if any((name, mode) not in done for mode in case.timed_modes(name))]
         if lacking:
-            kept = {case.baseline, *lacking} - {self.provider}
-            later = [case.only(kept), *later]
+            later = [case.only(lacking), *later]
         return dataclasses.replace(self.piece, cases=later) if later else None
 
 
