@@ -11,6 +11,7 @@ saves them elsewhere. `--resume` goes on behind what is there, failures included
 import argparse
 import importlib
 import os
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,6 +43,7 @@ HEADLINES = (
 SIZE = "gpu"
 PATIENCE = 60.0  # seconds of one step of one provider: its comparison with all that it compiles, or some samples
 FOR_LAUNCHES = 0.45  # of the time, at most
+LEAN = "BENCHMARKS_IMPORT_NOTHING_BEFOREHAND"  # environment variable
 TOGETHER = 6  # cases of one process: to start one takes seconds
 # What takes minutes to compile, and what is slower than its neighbour by another way.
 NOT_FIRST = ("compiled, skewed", "naive, compiled", "distributions", "by diagonals", "split")
@@ -134,12 +136,14 @@ def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
 
 
 def _preload() -> None:
-    """What every process would import for seconds.
-
-    Raises:
-        ValueError: some of it has used CUDA, so that forks cannot.
-    """
+    """Imports what every process would import for seconds. Where that uses CUDA, so that forks cannot, the command
+    starts anew without it."""
+    if LEAN in os.environ:
+        return
+    os.environ.setdefault("TORCH_WARM_POOL", "0")  # no processes of the compiler's beside this one
     importlib.import_module("torch._inductor.compile_fx")
     launches.catalogue()
     if pieces.in_a_process(lambda: getattr(torch.cuda, "_is_in_bad_fork", bool)()):
-        raise ValueError("an import has initialized CUDA in the process that is to be forked")
+        print("an import uses CUDA: once more, without what is imported beforehand", flush=True)
+        os.environ[LEAN] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]])

@@ -133,6 +133,20 @@ def test_the_kernel_that_a_process_died_in_is_named(planted, monkeypatch, tmp_pa
     assert "dead         reparameterize_kl_forward_kernel" in capsys.readouterr().out
 
 
+def test_imports_that_use_cuda_are_done_without(monkeypatch, capsys):
+    """A fork could not use it any more."""
+    started = []
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "first-contact", "--minutes", "3"])
+    monkeypatch.setenv(first_contact.LEAN, "")
+    monkeypatch.delenv(first_contact.LEAN)  # and gone again after the test
+    first_contact._preload()
+    assert started == [[sys.executable, "-m", "benchmarks", "first-contact", "--minutes", "3"]]
+    first_contact._preload()
+    assert len(started) == 1
+
+
 def test_the_headlines_are_cases_of_a_gpu():
     for name, dtype, shape in first_contact.HEADLINES:
         if name != "probes":
