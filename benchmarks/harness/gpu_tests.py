@@ -15,11 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cases
 from benchmarks.harness import launches, machine, pieces, rows
 from benchmarks.harness.rows import Row
 
-SANITIZERS = ("memcheck", "racecheck")
 PROCESSES = 16  # each compiles its kernels, and holds some gigabytes of the GPU
 PATIENCE = 180.0  # seconds that one test may take
 ENDED = (0, 1, 5)  # pytest's exit status: all passed, some failed, none there
@@ -139,11 +137,3 @@ def row(what: str, problem: str, found: dict[str, Any], facts: dict[str, Any], c
         "time": rows.now(),
         "command": command,
     }
-
-
-def sanitize(tool: str) -> list[str]:
-    """The command that runs every kernel, at toy size, under a tool of compute-sanitizer. Sampling has no kernel of its
-    own, and its CUDA graphs need the cache of memory that is off there."""
-    checked = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--report-api-errors=no"]
-    toy = [sys.executable, "-m", "benchmarks", "--dry-run", "--device", "cuda"]
-    return [*checked, *toy, *(name for name in cases.NAMES if name != "sampling")]

@@ -1,6 +1,7 @@
 """The commands themselves, at toy size."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -44,3 +45,11 @@ def test_pytest_benchmark_runs_the_same_cases():
     done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=machine.ROOT, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Name (time in" in done.stdout
+
+
+def test_the_harness_knows_no_case_and_cases_know_of_it_what_a_case_is():
+    """Imports point one way."""
+    for folder, allowed in (("harness", {"harness"}), ("cases", {"cases", "harness.case"}), ("figures", {"harness"})):
+        for file in (machine.ROOT / "benchmarks" / folder).glob("*.py"):
+            for name in re.findall(r"^\s*(?:from|import) benchmarks\.?(\S*)", file.read_text(), re.M):
+                assert any(f"{name}.".startswith(f"{one}.") for one in allowed), (file.name, name)

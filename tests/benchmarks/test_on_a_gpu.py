@@ -4,12 +4,13 @@ again with the same bits; and every kernel under compute-sanitizer."""
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
 
 from benchmarks import cases
-from benchmarks.harness import gpu_tests, machine
+from benchmarks.harness import machine
 from benchmarks.harness.compare import compare, evaluate
 from benchmarks.harness.session import Session
 
@@ -40,14 +41,18 @@ def test_every_launch_is_right(index, session):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tool", gpu_tests.SANITIZERS)
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(tool):
+    """Every kernel at toy size. Sampling has CUDA graphs, which need the cache of memory that is off there."""
     if shutil.which("compute-sanitizer") is None:
         pytest.skip("compute-sanitizer is not installed")
     # Without the cache every tensor is an allocation of its own, and what lies beyond it is out of bounds.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     options = {"cwd": machine.ROOT, "env": environment, "timeout": 420, "text": True}
-    done = subprocess.run(gpu_tests.sanitize(tool), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--report-api-errors=no", sys.executable]
+    command += ["-m", "benchmarks", "--dry-run", "--device", "cuda"]
+    command += [name for name in cases.NAMES if name != "sampling"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
     assert done.returncode == 0, done.stdout[-5000:]
 
 
