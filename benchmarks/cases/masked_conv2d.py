@@ -145,6 +145,6 @@ def _block_case(size: str, device: torch.device, of_block: tuple[int, int, int],
 
 
 def cases(size: str, device: torch.device) -> list[Case]:
-    dtypes = [torch.float32] if size.startswith("cpu") else [torch.float32, torch.bfloat16]
+    dtypes = [torch.float32, torch.bfloat16] if size.startswith("gpu") else [torch.float32]
     found = [_case(size, device, layer, dtype) for layer in LAYERS[size] for dtype in dtypes]
     return found + [_block_case(size, device, block, dtype) for block in BLOCKS[size] for dtype in dtypes]

@@ -68,7 +68,7 @@ def likelihood_inputs(device: torch.device, likelihood: str, image: Image, dtype
 
 
 def cases(size: str, device: torch.device) -> list[Case]:
-    dtypes = [torch.float32] if size.startswith("cpu") else [torch.float32, torch.bfloat16]
+    dtypes = [torch.float32, torch.bfloat16] if size.startswith("gpu") else [torch.float32]
     found = []
     for likelihood, image in CONFIGURATIONS.get(size, CONFIGURATIONS[size.removesuffix("-full")]):
         for dtype in dtypes:
