@@ -6,37 +6,27 @@
     python -m benchmarks --resume            only what has no rows yet that are still true
     python -m benchmarks --compare OLD       run, and show what changed against the rows in OLD (a file or folder)
     python -m benchmarks --dry-run           only compare with float64, at toy size; on a CPU in Triton's interpreter
+    python -m benchmarks first-contact [--minutes M] [--resume]
+                                             a GPU and little time: its rates, every kernel once, headlines, the rest
+    python -m benchmarks gpu-tests [PATH ..] the quick tests on this GPU in several processes (--full: all of them)
+    python -m benchmarks host                what the host takes for a call of each operation; needs no GPU
     python -m benchmarks status              for every kernel and GPU: are its rows fresh, stale or missing?
     python -m benchmarks readme-tables       write the README's performance section from the saved rows
-    python -m benchmarks gpu-tests [PATH ..] the tests on this GPU, then compute-sanitizer; saved as rows
+    python -m benchmarks adopt FILE ..       save rows that another machine brought back
     python -m benchmarks plots               draw the saved rows into runs/benchmarks/
 
+Every case runs in a process of its own. first-contact and gpu-tests write under $OUT where that is set.
 Exit status 1: a result was wrong, or the README is not what the rows say (--check). 2: wrong usage.
 """
 
 import argparse
 import os
 import sys
-import time
 from pathlib import Path
 from typing import NoReturn
 
-NAMES = (
-    "masked_conv2d",
-    "reparameterize_kl",
-    "reconstruction_nll",
-    "linear_cross_entropy",
-    "elbo",
-    "diagonal_lstm",
-    "row_lstm",
-    "training",
-    "vae",
-    "sampling",
-)
-COMMANDS = ("status", "readme-tables", "plots", "gpu-tests")
-BUDGET = 420.0  # seconds of a run without NAME and --full, so that it ends within ten minutes
-LAST_CASE = 90.0  # seconds after them in which the last case may still compile
-PATIENCE = 60.0, 600.0  # seconds that one rival may compile, without and with --full
+COMMANDS = ("first-contact", "gpu-tests", "host", "status", "readme-tables", "adopt", "plots")
+WITH_PATHS = ("gpu-tests", "adopt")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,11 +40,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = _Parser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; none: all. Or one command")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of benchmarks; none: all. Or one command")
     parser.add_argument("--full", action="store_true", help="more sizes, dtypes and samples")
-    parser.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="start no case (gpu-tests: test) later than that"
-    )
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no case (gpu-tests: test) later")
+    parser.add_argument("--minutes", type=float, default=5.0, metavar="M", help="of first-contact (default 5)")
     parser.add_argument("--resume", action="store_true", help="skip the cases whose saved rows are still true")
     parser.add_argument("--compare", type=Path, metavar="OLD", help="show changes beyond noise against these rows")
     parser.add_argument("--dry-run", action="store_true", help="compare at toy size, take and save no times")
@@ -62,12 +51,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, help="the folder of saved rows (default benchmarks/results)")
     parser.add_argument("--check", action="store_true", help="readme-tables: only check, change nothing")
     arguments = parser.parse_args(argv)
-    if arguments.names[:1] == ["gpu-tests"]:
-        return arguments
-    known = COMMANDS if len(arguments.names) == 1 and arguments.names[0] in COMMANDS else NAMES
-    for name in arguments.names:
-        if name not in known:
-            parser.error(f"unknown benchmark {name!r}: expected one of {', '.join(NAMES)}, or a command alone")
+    command, rest = (arguments.names[:1] or [""])[0], arguments.names[1:]
+    arguments.command = command if command in COMMANDS and (not rest or command in WITH_PATHS) else "measure"
+    if arguments.command != "measure":
+        arguments.names = rest
     return arguments
 
 
@@ -75,21 +62,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
     if arguments.dry_run and not _on_a_gpu(arguments):
         os.environ.setdefault("TRITON_INTERPRET", "1")  # must be chosen before kernels are defined
-    from benchmarks import report, rows
+    from benchmarks.harness.rows import RESULTS
 
-    folder = arguments.results or rows.RESULTS
+    folder = arguments.results or RESULTS
+    command = " ".join(["python -m benchmarks", *(sys.argv[1:] if argv is None else argv)])
     try:
-        if arguments.names[:1] == ["status"]:
-            return report.status(folder)
-        if arguments.names[:1] == ["readme-tables"]:
-            return report.readme_tables(folder, check=arguments.check)
-        if arguments.names[:1] == ["plots"]:
-            return report.plots(folder)
-        command = " ".join(["python -m benchmarks", *(sys.argv[1:] if argv is None else argv)])
-        if arguments.names[:1] == ["gpu-tests"]:
-            from benchmarks import verify
-
-            return verify.run(folder, arguments.names[1:], arguments.budget)
         return _run(arguments, folder, command)
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -103,68 +80,38 @@ def _on_a_gpu(arguments: argparse.Namespace) -> bool:
 
 
 def _run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
-    import torch
+    """Raises ValueError for what the user can mend."""
+    from benchmarks import cases, first_contact, host, measure
+    from benchmarks.figures import plots
+    from benchmarks.harness import gpu_tests, machine, report, rows
 
-    from benchmarks import agenda, machine, report, rows
-    from benchmarks.runner import NO_TIME, Session, measure, went_wrong
-
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA GPU")
-    cuda = _on_a_gpu(arguments)
-    device = torch.device("cuda" if cuda else "cpu")
-    folder = folder / machine.folder_name(device)
-    old = rows.load(arguments.compare) if arguments.compare else []
-    saved = {rows.key(row): row for row in rows.load(folder)} if arguments.resume and folder.exists() else {}
-    size = "toy" if arguments.dry_run else device.type.replace("cuda", "gpu") + ("-full" if arguments.full else "")
-    end = time.perf_counter() + _budget(arguments)
-    threads_before = torch.get_num_threads()
-    session = Session(device, command, budget=0.5 if arguments.full else 0.1, timing=not arguments.dry_run)
-    session.patience, session.end = PATIENCE[arguments.full], end + LAST_CASE
-    report.header(session)
-    new: list[rows.Row] = []
-    kept: list[rows.Row] = []
-    late: list[agenda.Item] = []
-    for item in agenda.agenda(arguments.names or (agenda.ON_A_GPU if cuda else agenda.ON_A_CPU), size, device):
-        if found := agenda.already_measured(item, device, saved) if saved else None:
-            kept += found
-            continue
-        if time.perf_counter() > end:
-            late.append(item)
-            continue
-        torch.set_num_threads(item.threads)
-        measured = measure(item.case, session)
-        torch.set_num_threads(threads_before)
-        report.case_table(item.case, measured)
-        new += measured
-        if not arguments.dry_run:
-            rows.save([row for row in measured if row["problem"] != NO_TIME], folder)
-        if cuda and machine.lost(device):
-            return _start_again(arguments, end - time.perf_counter())
-    if arguments.compare:
-        report.changes(old, new)
-    report.footer(session, new, kept, late, folder)
-    return 1 if any(went_wrong(row) for row in (*new, *kept)) else 0
-
-
-def _budget(arguments: argparse.Namespace) -> float:
-    if arguments.budget is not None:
-        return arguments.budget
-    return float("inf") if arguments.names or arguments.full or arguments.dry_run else BUDGET
-
-
-def _start_again(arguments: argparse.Namespace, left: float) -> int:
-    """A kernel has broken this process's GPU context: a new process goes on with the rest. The failure is a row."""
-    print("\nThe GPU answers nothing more in this process after that failure.", file=sys.stderr, flush=True)
-    if arguments.dry_run:
-        return 1
-    options = ["--resume", "--device", "cuda", *(["--full"] if arguments.full else [])]
-    for name in ("results", "compare"):
-        if getattr(arguments, name) is not None:
-            options += [f"--{name}", str(getattr(arguments, name))]
-    if left < float("inf"):
-        options += ["--budget", f"{max(left, 0):.0f}"]
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *arguments.names, *options])
+    if arguments.command == "measure":
+        for name in arguments.names:
+            if name not in cases.NAMES:
+                raise ValueError(
+                    f"unknown benchmark {name!r}: expected one of {', '.join(cases.NAMES)}, or one of the commands "
+                    f"{', '.join(COMMANDS)} alone"
+                )
+        return measure.run(arguments, folder, command)
+    # On a machine that is lent, what is under $OUT comes back.
+    out = arguments.results or Path(os.environ.get("OUT") or folder)
+    if arguments.command == "first-contact":
+        return first_contact.run(arguments, out, command)
+    if arguments.command == "gpu-tests":
+        return gpu_tests.run(out, arguments.names, arguments.budget, command, full=arguments.full)
+    if arguments.command == "host":
+        return host.run(folder, command)
+    if arguments.command == "status":
+        return report.status(folder)
+    if arguments.command == "readme-tables":
+        return report.readme_tables(folder, check=arguments.check)
+    if arguments.command == "adopt":
+        for name in arguments.names:
+            rows.adopt(rows.load(Path(name)), folder)
+        return 0
+    for file in plots.draw(rows.load(folder), machine.ROOT / "runs" / "benchmarks"):
+        print(file)
+    return 0
 
 
 if __name__ == "__main__":

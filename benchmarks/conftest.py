@@ -16,9 +16,8 @@ def pytest_addoption(parser):
 
 def pytest_generate_tests(metafunc):
     """One test a case, provider and mode. All of them stand first in their file's own order."""
-    from benchmarks.__main__ import NAMES
-    from benchmarks.agenda import load_cases
-    from benchmarks.case import INTERPRETED, SIZES
+    from benchmarks.cases import NAMES, load
+    from benchmarks.harness.case import INTERPRETED, SIZES, name_of
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = metafunc.config.getoption("--size") or ("gpu" if device.type == "cuda" else "cpu")
@@ -28,11 +27,9 @@ def pytest_generate_tests(metafunc):
     if only not in (None, *NAMES):
         raise pytest.UsageError(f"--op must be one of {', '.join(NAMES)}, got {only!r}")
     parameters = [
-        pytest.param(
-            case, provider, mode, id=f"{name}-{case.shape}-{str(case.dtype).removeprefix('torch.')}-{provider}-{mode}"
-        )
+        pytest.param(case, provider, mode, id=f"{name}-{case.shape}-{name_of(case.dtype)}-{provider}-{mode}")
         for name in ([only] if only else NAMES)
-        for case in load_cases(name, size, device)
+        for case in load(name, size, device)
         for provider in case.providers
         for mode in case.timed_modes(provider)
         if INTERPRETED not in provider

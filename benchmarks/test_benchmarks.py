@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks.runner import prepare
+from benchmarks.harness.runner import prepare
 
 
 def test_speed(benchmark, case, provider, mode):

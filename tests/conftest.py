@@ -1,13 +1,13 @@
 """Without a GPU the kernels run in Triton's interpreter, which must be chosen before they are defined.
 
-`pytest -m gpu` on a GPU runs the tests marked so and all that use the fixture `device`, and saves how it went as a row.
+`pytest -m gpu` on a GPU runs the tests marked so and all that use the fixture `device`; `-m "gpu and not slow"` those
+that take few minutes; `python -m benchmarks gpu-tests` does so in several processes, and saves how it went as a row.
 """
 
 import ast
 import importlib.util
 import os
 import sys
-import time
 
 import pytest
 import torch
@@ -16,17 +16,11 @@ CUDA = torch.cuda.is_available()
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
 PACKAGES = ("hypothesis", "mpmath", "safetensors", "PIL", "sklearn", "matplotlib")  # not on every machine with a GPU
 HELD = 2e9  # bytes: what a test leaves cached beyond them goes back to the GPU
-START = time.monotonic()
 
 if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if WORKER:
     torch.set_num_threads(1)
-
-
-def pytest_addoption(parser):
-    parser.addoption("--seconds", type=float, help="skip the tests that have not started by then")
-    parser.addoption("--rows", help="folder of saved rows for `-m gpu` (default: benchmarks/results)")
 
 
 def pytest_ignore_collect(collection_path):
@@ -58,25 +52,20 @@ def pytest_collection_modifyitems(config, items):
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
         return
-    # What only a GPU can show comes first; what takes tens of gigabytes runs one at a time.
-    only = [item for item in items if "gpu" in item.keywords]
-    others = [item for item in items if "gpu" not in item.keywords]
-    items[:] = only + others
-    for item in others:
+    # What is launched by default comes first, then what only a GPU can show.
+    items.sort(key=lambda item: 0 if "every_launch" in item.name else 1 if "gpu" in item.keywords else 2)
+    for item in items:
         if "device" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in only:
-            if "offsets_beyond" in item.name:
-                item.add_marker(pytest.mark.xdist_group("memory"))
 
 
-def pytest_runtest_setup(item):
-    seconds = item.config.getoption("--seconds")
-    if seconds is not None and time.monotonic() - START > seconds:
-        from benchmarks.verify import NO_TIME
-
-        pytest.skip(NO_TIME)
+def _lost():
+    """Whether the GPU answers nothing more in this process."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 @pytest.hookimpl(wrapper=True)
@@ -84,22 +73,12 @@ def pytest_runtest_makereport(item, call):
     """After an illegal memory access the GPU answers nothing more in this process, and all later tests would fail. Of
     several processes this one ends, and pytest-xdist starts another; a single one stops."""
     report = yield
-    if CUDA and report.failed:
-        from benchmarks import machine
-
-        if machine.lost(torch.device("cuda")):
-            if WORKER:
-                print(report.longreprtext, file=sys.stderr, flush=True)
-                os._exit(3)
-            item.session.shouldstop = f"the GPU answers nothing more after {item.nodeid}"
+    if CUDA and report.failed and _lost():
+        if WORKER:
+            print(report.longreprtext, file=sys.stderr, flush=True)
+            os._exit(3)
+        item.session.shouldstop = f"the GPU answers nothing more after {item.nodeid}"
     return report
-
-
-def pytest_terminal_summary(terminalreporter, exitstatus, config):
-    if CUDA and config.option.markexpr == "gpu" and not config.option.collectonly:
-        from benchmarks import verify
-
-        verify.save(terminalreporter.stats, int(exitstatus), config)
 
 
 @pytest.fixture(autouse=True)

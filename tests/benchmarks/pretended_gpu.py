@@ -1,17 +1,24 @@
 """A GPU that is not there: everything that asks for one gets the CPU, so that code for GPUs can at least be run.
 
-What is computed, timed and said about the machine under it means nothing.
+What is computed, timed and said about the machine under it means nothing. `python -m tests.benchmarks.pretended_gpu
+first-contact --minutes 1` runs a command of the benchmarks on it, at toy size.
 """
 
+import os
 import sys
 import time
 from types import SimpleNamespace
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before kernels are defined
+
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from benchmarks import references, runner
-from benchmarks.timing import CudaTimer
+from benchmarks import cases, first_contact
+from benchmarks.cases import references
+from benchmarks.harness import runner, timing
+from benchmarks.harness.timing import CudaTimer
 
 NAME = "Pretended GPU"
 
@@ -58,28 +65,56 @@ class OnTheCpu(TorchFunctionMode):
         return function(*args, **options)
 
 
-def pretend(monkeypatch, tables=()):
-    """Until the test ends. `tables` are benchmarks, whose sizes for a GPU become those of a dry run."""
+def _answer(what):
+    """For functions of torch.cuda. A process that asks them cannot be forked for a GPU any more."""
+    home = os.getpid()
+
+    def answer(*args, **options):
+        assert os.getpid() != home, "the process that waits for the others has asked for the GPU"
+        return what
+
+    return answer
+
+
+def pretend(monkeypatch):
+    """Until the test ends. The sizes of all benchmarks for a GPU become those of a dry run; what launches kernels on
+    any device is left out, but for the operations themselves, which run their definitions here."""
     properties = SimpleNamespace(L2_cache_size=2**10, uuid="0", multi_processor_count=1, major=9, minor=0)
     for name in ("Event", "Stream", "CUDAGraph", "graph", "stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, Stub)
     answers = {"is_available": True, "get_device_name": NAME, "get_device_properties": properties}
     answers |= {"memory_allocated": 1_000_000, "max_memory_allocated": 3_500_000, "is_bf16_supported": True}
-    answers |= {"memory_reserved": 0}
     answers |= dict.fromkeys(("synchronize", "reset_peak_memory_stats", "set_sync_debug_mode", "empty_cache"))
     for name, answer in answers.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer, **options: answer)
+        monkeypatch.setattr(torch.cuda, name, _answer(answer))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *args: 0)  # asked by tests/conftest.py
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda call, example: call)
     monkeypatch.setattr(CudaTimer, "REPLAYS", 2)
     monkeypatch.setattr(CudaTimer, "FLUSH", 2**10)
     monkeypatch.setattr(references, "compiled", lambda call, mode=None: lambda *args, **options: call(*args, **options))
-    monkeypatch.setattr(runner, "copy_rate", lambda clock: 10.0)
-    monkeypatch.setattr(runner, "matmul_rate", lambda clock, dtype: 1.0)
+    monkeypatch.setattr(timing, "copy_rate", lambda clock: 10.0)
+    monkeypatch.setattr(timing, "matmul_rate", lambda clock, dtype: 1.0)
     monkeypatch.setattr(runner, "plan", lambda once, budget, long: (1, 2))
-    for name in tables:
-        __import__(f"benchmarks.{name}")
-        for table in vars(sys.modules[f"benchmarks.{name}"]).values():
-            if isinstance(table, dict) and {"toy", "gpu"} <= table.keys():
-                monkeypatch.setitem(table, "gpu", table["toy"][:2])
-                monkeypatch.setitem(table, "gpu-full", table["toy"][:2])
+    load = cases.load
+
+    def small(name, size, device):
+        """Those of a dry run, with the providers that a GPU has."""
+        for case in load(name, "toy", device)[: None if name == "launches" else 2]:
+            own = (name for name in case.providers if name.startswith("fastgen, "))
+            yield case.without(*(name for name in own if not name.endswith(("CUDA graph", "compiled"))))
+
+    monkeypatch.setattr(cases, "load", lambda *arguments: list(small(*arguments)))
+    names = dict.fromkeys(name for name, _, _ in first_contact.HEADLINES)
+    monkeypatch.setattr(first_contact, "HEADLINES", [(name, None, None) for name in names])
     return OnTheCpu()
+
+
+def main():
+    with pytest.MonkeyPatch.context() as monkeypatch, pretend(monkeypatch):
+        from benchmarks.__main__ import main
+
+        return main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,53 +1,67 @@
-"""On a GPU: every benchmark at its real sizes against float64, and again and again with the same bits; and every kernel
-under compute-sanitizer."""
+"""On a GPU: everything that is launched by default, first of all tests; every benchmark at its real sizes, again and
+again with the same bits; and every kernel under compute-sanitizer."""
 
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
 
-from benchmarks import machine, verify
-from benchmarks.__main__ import NAMES
-from benchmarks.agenda import load_cases
-from benchmarks.runner import Session, compare, evaluate
+from benchmarks import cases
+from benchmarks.harness import machine
+from benchmarks.harness.compare import compare, evaluate
+from benchmarks.harness.session import Session
 
+pytestmark = pytest.mark.gpu
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+LAUNCHES = [
+    pytest.param(index, id=f"{case.shape} {case.dtype}", marks=[pytest.mark.slow] * (case.dtype == torch.float16))
+    for index, case in enumerate(cases.load("launches", "gpu", CPU))
+]
 CASES = [
     pytest.param(name, index, id=f"{name}-{case.shape}-{case.dtype}")
-    for name in NAMES
-    for index, case in enumerate(load_cases(name, "gpu", torch.device("cpu")))
+    for name in cases.ON_A_GPU
+    for index, case in enumerate(cases.load(name, "gpu", CPU))
 ]
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("tool", verify.SANITIZERS)
+@pytest.fixture(scope="module")
+def session():
+    return Session(machine.facts("cuda"), "pytest", timing=False)
+
+
+@pytest.mark.parametrize("index", LAUNCHES)
+def test_every_launch_is_right(index, session):
+    case = cases.load("launches", "gpu", CUDA)[index]
+    machine.allow_tf32(case.tf32)
+    problems = {provider: one.problem for provider, one in compare(case, case.inputs(CUDA), session).items()}
+    assert not problems["fastgen"], problems
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(tool):
+    """Every kernel at toy size. Sampling has CUDA graphs, which need the cache of memory that is off there."""
     if shutil.which("compute-sanitizer") is None:
         pytest.skip("compute-sanitizer is not installed")
     # Without the cache every tensor is an allocation of its own, and what lies beyond it is out of bounds.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     options = {"cwd": machine.ROOT, "env": environment, "timeout": 420, "text": True}
-    done = subprocess.run(verify.sanitize(tool), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--report-api-errors=no", sys.executable]
+    command += ["-m", "benchmarks", "--dry-run", "--device", "cuda"]
+    command += [name for name in cases.NAMES if name != "sampling"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
     assert done.returncode == 0, done.stdout[-5000:]
 
 
-@pytest.fixture
-def tf32():
-    """A session allows TF32; the tests that follow do not."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    yield
-    torch.set_float32_matmul_precision(before[0])
-    torch.backends.cudnn.allow_tf32 = before[1]
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("tf32")
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "index"), CASES)
-def test_kernels_at_real_sizes(name, index):
-    case = load_cases(name, "gpu", torch.device("cuda"))[index].without("compiled", "distributions", "F.")
-    inputs = case.inputs(torch.device("cuda"))
-    session = Session(torch.device("cuda"), "pytest", budget=0.0, timing=False)
+def test_kernels_at_real_sizes(name, index, session):
+    case = cases.load(name, "gpu", CUDA)[index].without("compiled", "distributions", "F.")
+    machine.allow_tf32(case.tf32)
+    inputs = case.inputs(CUDA)
     problems = {provider: checked.problem for provider, checked in compare(case, inputs, session).items()}
     assert not any(problem for provider, problem in problems.items() if provider.startswith("fastgen")), problems
     # A race shows as a result that changes.

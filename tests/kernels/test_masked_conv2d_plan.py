@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 
-from benchmarks import masked_conv2d
 from fastgen.kernels import masked_conv2d as kernels
 from fastgen.kernels import masked_conv2d_check as check
 from fastgen.kernels import masked_conv2d_config as config
@@ -257,53 +256,3 @@ def test_the_search_wants_a_gpu(capsys):
         pytest.skip("there is one")
     assert tune.main([]) == 2
     assert "no CUDA GPU" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("chip", "dtype"), [("sm_90", torch.bfloat16), ("sm_86", torch.float32), ("gfx942", torch.float32)]
-)
-def test_the_count_of_work(chip, dtype):
-    """What the tiles visit lies between the live weights and twice them, and where all is a multiple is no more."""
-    for layer in masked_conv2d.LAYERS["gpu-full"]:
-        found = masked_conv2d.work(layer, dtype, chip)
-        visited = found.forward[1].multiply_adds
-        assert found.live <= visited <= (found.dense if layer[4] == 1 else 0.7 * found.dense)
-        if layer[1] % 64 == 0 and layer[4] > 1:
-            assert visited == found.live or layer[3] == 28
-        assert found.kept * 2 == found.kept_eager
-        assert sum(one.multiply_adds for one in found.backward) >= 2 * found.live
-        activation = layer[-1]
-        assert found.way in (("adds up", "sums") if activation == "none" else ("on load", "pass"))
-        if activation != "none":
-            assert (found.way == "on load") == (found.on_load < found.by_pass)
-    assert "not measured" in masked_conv2d.table("gpu", chip)
-
-
-def test_the_ways_of_known_layers():
-    def way(*layer):
-        return masked_conv2d.work(layer, torch.bfloat16, "sm_90").way
-
-    assert way(128, 128, 256, 32, 1, "B", "gated") == way(128, 256, 256, 32, 1, "B", "gated") == "on load"
-    assert way(128, 128, 256, 32, 3, "B", "gated") == way(128, 512, 256, 32, 1, "B", "gated") == "pass"
-    assert way(128, 128, 128, 32, 1, "B", "relu") == "on load" and way(128, 256, 128, 32, 1, "B", "relu") == "pass"
-    assert way(128, 128, 256, 32, 1, "B", "none") == "adds up" and way(128, 128, 256, 32, 3, "B", "none") == "sums"
-
-
-def test_the_prediction_stands_beside_what_was_measured(capsys, tmp_path):
-    """A layer that is bound by operations, on an invented GPU that runs at half the rate of its matmul."""
-    layer = (128, 128, 256, 32, 7, "B", "gated")
-    found = masked_conv2d.work(layer, torch.bfloat16, "sm_90")
-    pack, out = found.forward
-    expected = pack.bytes / 3e9 + 2 * out.multiply_adds / 700e9
-    assert found.milliseconds("fwd", 3000.0, 700.0) == pytest.approx(expected)
-    assert found.milliseconds("full", 3000.0, 700.0) > 3 * expected
-    row = {"op": "masked_conv2d", "shape": "128x128x32x32 to 256, 7x7 B gated", "dtype": "bfloat16", "mode": "fwd"}
-    row |= {"provider": "fastgen", "gpu": "A GPU", "ms_p50": 2 * expected, "copy_gb_s": 3000.0, "matmul_tflop_s": 700.0}
-    file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps(row) + "\n" + json.dumps({**row, "provider": "eager, dense"}) + "\n")
-    masked_conv2d.main(["--rows", str(file)])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and lines[2].endswith("| 0.50 |")
-    file.write_text(json.dumps({**row, "gpu": None}) + "\n")
-    masked_conv2d.main(["--rows", str(file)])
-    assert "not yet measured" in capsys.readouterr().out

@@ -152,7 +152,7 @@ def test_rows_of_a_product_may_overlap_and_skip(threads):
 @pytest.mark.parametrize("side_by_side", ["columns", "depth", "neither"])
 @pytest.mark.parametrize("start", ["none", "bias", "map"])
 def test_products_of_two_computed_factors(m, depth, columns, side_by_side, start, threads):
-    """What lies side by side in the weight, its columns (weights times values of an attention) or its depth (scores)."""
+    """What lies side by side in the weight: its columns (values of an attention) or its depth (scores)."""
     blocks = Blocks()
     x, weight = torch.randn(N, 2, m, depth), torch.randn(N, 2, depth, columns)
     rows, out, added = blocks.holding(x), blocks.result(2, m, columns), None

@@ -1,0 +1,106 @@
+"""What a step costs that does hardly anything: a node of a CUDA graph, a barrier between programs, an instruction of a
+sampler. The time of one is `us_a_part` of a row, of a graph's replay where it was captured."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness.case import INTERPRETED, Case, Rivals
+
+TOY = 3
+PARTS = {"toy": TOY, "cpu": TOY, "cpu-full": TOY, "gpu": 1000, "gpu-full": 1000}
+ROWS = 16  # of a product: the least that tensor cores take
+WIDTHS = {"toy": (16,), "gpu": (128, 256), "gpu-full": (64, 128, 256)}
+
+
+def _programs(device: torch.device) -> int:
+    """One a multiprocessor, so that all of them run at the same time; in the interpreter they run one by one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+# In plain PyTorch
+
+
+def add_ones(x: Tensor, parts: int) -> Tensor:
+    for _ in range(parts):
+        x = x + 1
+    return x
+
+
+def pass_around(x: Tensor, parts: int) -> Tensor:
+    """In every part, each program takes what its neighbour has, and adds one."""
+    for _ in range(parts):
+        x = x.roll(-1) + 1
+    return x
+
+
+def products(x: Tensor, weights: Tensor, parts: int) -> Tensor:
+    """Each product is of the one before: x (rows, K), weights (n, K, K), taken in turns."""
+    for part in range(parts):
+        x = (x.double() @ weights[part % len(weights)].double()).relu().to(x.dtype)
+    return x
+
+
+# By kernels of Triton
+
+
+def add_ones_by_kernels(x: Tensor, parts: int) -> Tensor:
+    from benchmarks.cases.probe_kernels import add_one
+
+    out = x.clone()
+    for _ in range(parts):
+        add_one[(1,)](out, SIZE=len(x), num_warps=1)
+    return out
+
+
+def pass_around_in_one_launch(x: Tensor, parts: int) -> Tensor:
+    from benchmarks.cases.probe_kernels import pass_to_the_neighbour
+
+    out, arrived = torch.stack((x, torch.empty_like(x))), torch.zeros(1, dtype=torch.int32, device=x.device)
+    together = {"launch_cooperative_grid": True} if x.is_cuda and torch.version.hip is None else {}
+    pass_to_the_neighbour[(len(x),)](out, arrived, parts, len(x), num_warps=4, **together)
+    return out[parts % 2]
+
+
+def products_in_one_program(x: Tensor, weights: Tensor, parts: int) -> Tensor:
+    from benchmarks.cases.probe_kernels import instructions
+
+    out = x.clone()
+    options = {"ROWS": len(x), "K": x.shape[1], "DISTINCT": len(weights), "num_warps": 4, "num_stages": 1}
+    instructions[(1,)](out, weights, parts, **options)
+    return out
+
+
+def _counters(device: torch.device, count: int | None, parts: int) -> dict[str, Any]:
+    return {"x": torch.arange(count or _programs(device), dtype=torch.float32, device=device), "parts": parts}
+
+
+def _factors(device: torch.device, width: int, parts: int, dtype: torch.dtype) -> dict[str, Any]:
+    """As many weights as fit the L2 cache and no level before it; so scaled that nothing grows or fades."""
+    weights = torch.randn(24, width, width, device=device) * (2 / width) ** 0.5
+    return {"x": torch.rand(ROWS, width, device=device).to(dtype), "weights": weights.to(dtype), "parts": parts}
+
+
+def cases(size: str, device: torch.device) -> list[Case]:
+    parts, cuda = PARTS[size], device.type == "cuda"
+    widths = WIDTHS.get(size, WIDTHS["toy"])
+    half = torch.bfloat16 if cuda else torch.float32  # Triton's interpreter multiplies bfloat16 wrongly
+
+    def probe(shape: str, dtype: torch.dtype, inputs: Any, plain: Any, kernel: Any, **more: Any) -> Case:
+        providers: Rivals = {"eager": plain, "fastgen" if cuda else f"fastgen, {INTERPRETED}": kernel}
+        return Case("probes", shape, dtype, inputs, providers, plain, modes=("fwd",), parts=parts, **more)
+
+    counters = functools.partial(_counters, count=32, parts=parts)
+    around = functools.partial(_counters, count=None, parts=parts)
+    found = [
+        probe(f"{parts} launches, one after the other", torch.float32, counters, add_ones, add_ones_by_kernels),
+        probe(f"{parts} barriers between all", torch.float32, around, pass_around, pass_around_in_one_launch),
+    ]
+    for width in widths:
+        shape = f"{parts} products {ROWS}x{width} by {width}x{width} in one program"
+        factors = functools.partial(_factors, width=width, parts=parts, dtype=half)
+        flops = {"fwd": 2 * parts * ROWS * width**2}
+        found.append(probe(shape, half, factors, products, products_in_one_program, flops=flops))
+    return found

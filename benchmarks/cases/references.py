@@ -1,0 +1,309 @@
+"""The rivals, in plain PyTorch: what a careful user writes today. Each is named as in the tables."""
+
+import copy
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastgen.nn import DiagonalLSTM, GatedMaskedBlock, MaskedConv2d, RowLSTM
+
+
+def compiled(call: Callable, mode: str | None = None) -> Callable:
+    """The same under `torch.compile`, static shapes; nothing happens (nor asks for a GPU) before the first call."""
+    made = functools.cache(lambda: torch.compile(call, dynamic=False, mode=mode))
+
+    def step(*args: Any, **options: Any) -> Any:
+        if mode == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()  # what the last call returned is not needed any more
+        return made()(*args, **options)
+
+    return step
+
+
+# Reparameterization and KL
+
+
+def reparameterize_kl_textbook(mu: Tensor, logvar: Tensor, eps: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Kingma & Welling 2014, appendix B, as most code writes it, in float32 under half precision."""
+    mu32, logvar32 = mu.float(), logvar.float()
+    noise = torch.randn_like(mu) if eps is None else eps
+    z = mu32 + torch.exp(0.5 * logvar32) * noise
+    kl = -0.5 * (1 + logvar32 - mu32.square() - logvar32.exp()).flatten(1).sum(1)
+    return z.to(mu.dtype), kl
+
+
+def reparameterize_kl_distributions(mu: Tensor, logvar: Tensor, eps: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The same by torch.distributions, its argument checks off (they wait for the GPU)."""
+    normal = torch.distributions.Normal
+    mu32 = mu.float()
+    posterior = normal(mu32, torch.exp(0.5 * logvar.float()), validate_args=False)
+    prior = normal(torch.zeros_like(mu32), torch.ones_like(mu32), validate_args=False)
+    z = posterior.rsample() if eps is None else posterior.loc + posterior.scale * eps
+    return z.to(mu.dtype), torch.distributions.kl_divergence(posterior, prior).flatten(1).sum(1)
+
+
+# Likelihoods: (B,) nats from the decoder's parameters
+
+
+def bernoulli_nll(params: Tensor, target: Tensor) -> Tensor:
+    losses = F.binary_cross_entropy_with_logits(params.float(), target.float(), reduction="none")
+    return losses.flatten(1).sum(1)
+
+
+def gaussian_nll(params: Tensor, target: Tensor) -> Tensor:
+    mean, logvar = params.float().chunk(2, 1)
+    losses = 0.5 * ((target - mean).square() * torch.exp(-logvar) + logvar + math.log(2 * math.pi))
+    return losses.flatten(1).sum(1)
+
+
+def categorical_nll(params: Tensor, target: Tensor) -> Tensor:
+    """F.cross_entropy with the classes on dim 1: the layout in which it copies nothing."""
+    return F.cross_entropy(params.float(), target.long(), reduction="none").flatten(1).sum(1)
+
+
+def logistic_mixture_nll(params: Tensor, target: Tensor) -> Tensor:
+    """PixelCNN++'s likelihood of an RGB image (Salimans et al. 2017), by the exact difference of two sigmoids.
+
+    The published recipe with its thresholds is no faster, and off by up to 1.6 nats a pixel in float32.
+    """
+    n_mix = params.shape[1] // 10
+    params = params.float()
+    logits = params[:, :n_mix].log_softmax(1)
+    means, log_scales, coefficients = params[:, n_mix:].unflatten(1, (3, 3, n_mix)).unbind(2)
+    coefficients = coefficients.tanh()
+    x = (target.float() / 127.5 - 1).unsqueeze(2)
+    green = means[:, 1] + coefficients[:, 0] * x[:, 0]
+    blue = means[:, 2] + coefficients[:, 1] * x[:, 0] + coefficients[:, 2] * x[:, 1]
+    means = torch.stack((means[:, 0], green, blue), 1)
+    inverse = torch.exp(-log_scales.clamp(min=-7))
+    upper = F.logsigmoid((x - means + 1 / 255) * inverse)
+    lower = F.logsigmoid(-(x - means - 1 / 255) * inverse)
+    inside = upper + lower + torch.log(-torch.expm1(-inverse * 2 / 255))
+    level = target.unsqueeze(2)
+    per_colour = torch.where(level == 0, upper, torch.where(level == 255, lower, inside))
+    return -(logits + per_colour.sum(1)).logsumexp(1).flatten(1).sum(1)
+
+
+def bernoulli_nll_distributions(params: Tensor, target: Tensor) -> Tensor:
+    """By torch.distributions, its argument checks off (they wait for the GPU)."""
+    distribution = torch.distributions.Bernoulli(logits=params.float(), validate_args=False)
+    return -distribution.log_prob(target.float()).flatten(1).sum(1)
+
+
+def gaussian_nll_distributions(params: Tensor, target: Tensor) -> Tensor:
+    mean, logvar = params.float().chunk(2, 1)
+    distribution = torch.distributions.Normal(mean, torch.exp(0.5 * logvar), validate_args=False)
+    return -distribution.log_prob(target).flatten(1).sum(1)
+
+
+def gaussian_nll_torch(params: Tensor, target: Tensor) -> Tensor:
+    """torch's own loss, of the variance; it waits for the GPU to see that no variance is negative."""
+    mean, logvar = params.float().chunk(2, 1)
+    losses = F.gaussian_nll_loss(mean, target, torch.exp(logvar), full=True, eps=0.0, reduction="none")
+    return losses.flatten(1).sum(1)
+
+
+def categorical_nll_distributions(params: Tensor, target: Tensor) -> Tensor:
+    distribution = torch.distributions.Categorical(logits=params.float().movedim(1, -1), validate_args=False)
+    return -distribution.log_prob(target.long()).flatten(1).sum(1)
+
+
+def convolution_cross_entropy(features: Tensor, weight: Tensor, target: Tensor, bias: Tensor) -> Tensor:
+    """Logits (B, 3 * levels, H, W) by a 1x1 convolution, then F.cross_entropy on the classes' dim."""
+    logits = F.conv2d(features, weight[:, :, None, None], bias).unflatten(1, (3, -1)).transpose(1, 2)
+    return categorical_nll(logits, target)
+
+
+def linear_cross_entropy_torch(
+    features: Tensor, weight: Tensor, target: Tensor, bias: Tensor, *, chunked: bool = False
+) -> Tensor:
+    """torch's own F.linear_cross_entropy, a product and a softmax in one function. As it is by default it keeps the
+    logits; `chunked` does not, and takes the three colours one after the other and only sums over all images."""
+    rows = features.movedim(1, -1).flatten(0, -2)
+    levels = target.movedim(1, -1).flatten(0, -2)
+    weights, biases = weight.unflatten(0, (3, -1)), bias.unflatten(0, (3, -1))
+    if chunked:
+        options = nn.LinearCrossEntropyOptions(allow_retain_graph=True)
+        of_colours = (
+            F.linear_cross_entropy(rows, w, level, linear_bias=b, reduction="sum", options=options)
+            for w, b, level in zip(weights, biases, levels.unbind(1), strict=True)
+        )
+        return sum(of_colours, rows.new_zeros(()))
+    by_level = weights.transpose(0, 1), biases.transpose(0, 1)
+    nats = F.linear_cross_entropy(rows, by_level[0], levels, linear_bias=by_level[1], reduction="none")
+    return nats.view(len(features), -1).sum(1)
+
+
+# Sampling
+
+
+def one_draw(forward: Callable[[Tensor], Tensor], noise: Tensor, draw: Callable[..., Tensor]) -> Tensor:
+    """The first of the C * H * W draws of images (n, C, H, W), as most code draws them: for each, a whole forward pass.
+
+    Args:
+        forward: levels (n, C, H, W) -> parameters (n, ..., H, W).
+        noise: uniforms (n, C, H, W).
+        draw: (parameters at a pixel, noise, channel, the pixel's levels so far) -> levels (n,) of one channel.
+    """
+    levels = torch.zeros_like(noise, dtype=torch.long)
+    params = forward(levels)[..., 0, 0]
+    levels[:, 0, 0, 0] = draw(params, noise[..., 0, 0], 0, levels[:, :0, 0, 0])
+    return levels
+
+
+# Scans
+
+
+def _cell(pre: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    o, f, i, g = pre.chunk(4, 1)
+    cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+    return o.sigmoid() * cell.tanh(), cell
+
+
+def diagonal_lstm_skewed(gates: Tensor, weight: Tensor) -> Tensor:
+    """van den Oord et al. 2016, section 3.2, as published code has it: the map is skewed, every row shifted by one
+    against the one above, so that a diagonal is a column; then a convolution with kernel 2 a column."""
+    batch, _, height, width = gates.shape
+    units = weight.shape[1]
+    skewed = torch.stack([F.pad(gates[:, :, i], (i, height - 1 - i)) for i in range(height)], 2)
+    hidden = gates.new_zeros(batch, units, height)
+    cell = torch.zeros_like(hidden, dtype=torch.float32)
+    columns = []
+    for j in range(width + height - 1):
+        pre = skewed[..., j].float() + F.conv1d(F.pad(hidden, (1, 0)), weight).float()
+        rows = torch.arange(height, device=gates.device)
+        inside = (j - rows >= 0) & (j - rows < width)
+        hidden, cell = _cell(pre, cell)
+        hidden, cell = (hidden * inside).to(gates.dtype), cell * inside
+        columns.append(hidden)
+    out = torch.stack(columns, -1)
+    return torch.stack([out[:, :, i, i : i + width] for i in range(height)], 2)
+
+
+def row_lstm_convolutions(gates: Tensor, weight: Tensor) -> Tensor:
+    """van den Oord et al. 2016, section 3.1: a one-dimensional convolution over the row above for every row."""
+    hidden = gates.new_zeros(gates.shape[0], weight.shape[1], gates.shape[3])
+    cell = torch.zeros_like(hidden, dtype=torch.float32)
+    rows = []
+    for i in range(gates.shape[2]):
+        pre = gates[:, :, i].float() + F.conv1d(hidden, weight, padding=weight.shape[2] // 2).float()
+        hidden, cell = _cell(pre, cell)
+        hidden = hidden.to(gates.dtype)
+        rows.append(hidden)
+    return torch.stack(rows, 2)
+
+
+def lstm_of_equal_length(steps: int, units: int, device: torch.device, dtype: torch.dtype) -> Callable:
+    """torch.nn.LSTM (cuDNN on a GPU) with as many steps, rows and units, as a landmark: another recurrence.
+
+    Nothing comes from the neighbour above. Its input-to-state product, which the diagonal LSTM does not contain, is
+    kept small: one input feature.
+    """
+    lstm = functools.cache(lambda: torch.nn.LSTM(1, units, bias=False).to(device, dtype))
+
+    def landmark(gates: Tensor, weight: Tensor) -> Tensor:
+        rows = gates.shape[0] * gates.shape[2]
+        return lstm()(gates.new_zeros(steps, rows, 1) + 0 * gates.flatten()[0])[0]
+
+    return landmark
+
+
+# Masked convolutions
+
+
+def _activate(out: Tensor, activation: str) -> Tensor:
+    if activation == "gated":
+        signal, valve = out.chunk(2, 1)
+        return signal.tanh() * valve.sigmoid()
+    return out.relu() if activation == "relu" else out
+
+
+def masked_conv2d_dense(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
+    """A dense convolution with zeros for what is masked, as nearly all PixelCNN code has it; "same" padding."""
+    return _activate(F.conv2d(x, weight * mask, bias, padding=weight.shape[2] // 2), activation)
+
+
+def masked_conv2d_cropped(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
+    """Only the kernel's upper rows, which hold all live weights: half the work of the dense one, and nothing copied."""
+    reach = weight.shape[2] // 2
+    upper = (weight * mask)[:, :, : reach + 1]
+    return _activate(F.conv2d(x, upper, bias, padding=reach)[:, :, : x.shape[2]], activation)
+
+
+def masked_conv2d_split(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
+    """Two convolutions without any masked tap, as a careful user splits a causal kernel: the rows above (1x3 of a 3x3),
+    and the centre with what is to its left (1x2). The sums are written twice."""
+    reach = weight.shape[2] // 2
+    live = weight * mask
+    out = F.conv2d(x, live[:, :, reach : reach + 1, : reach + 1], bias, padding=(0, reach))[..., : x.shape[3]]
+    if reach:
+        out = out + F.conv2d(x, live[:, :, :reach], padding=reach)[:, :, : x.shape[2]]
+    return _activate(out, activation)
+
+
+def gated_block_cropped(block: GatedMaskedBlock, vertical: Tensor, horizontal: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer of the Gated PixelCNN, mask B, on the block's parameters, as careful code has it: the stacks are a 2x3
+    and a 1x2 convolution without any masked tap, padded and cropped."""
+    reach = block.vertical.kernel_size[0] // 2
+    above = F.conv2d(vertical, block.vertical.weight[:, :, : reach + 1], block.vertical.bias, padding=reach)
+    above = above[:, :, : vertical.shape[2]]
+    beside = F.conv2d(horizontal, block.horizontal.weight[..., : reach + 1], padding=(0, reach))
+    beside = beside[..., : horizontal.shape[3]]
+    features = _activate(beside + block.across(above), "gated")
+    out = F.conv2d(features, block.output.weight, block.output.bias)
+    return _activate(above, "gated"), out + horizontal
+
+
+class PlainMaskedConv2d(nn.Module):
+    """What stands in the place of a MaskedConv2d in `plain`: the same parameters in a dense convolution."""
+
+    mask: Tensor
+
+    def __init__(self, layer: MaskedConv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.register_buffer("mask", layer.mask.to(layer.weight.dtype))
+        self.geometry: Any = (layer.stride, layer.padding, layer.dilation)
+        self.activation = layer.activation
+
+    def forward(self, x: Tensor, condition: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        out = F.conv2d(x, self.weight * self.mask, self.bias, *self.geometry)
+        out = _activate(out if condition is None else out + condition[:, :, None, None], self.activation)
+        return out if residual is None else out + residual
+
+
+class PlainScan(nn.Module):
+    """What stands in the place of a DiagonalLSTM or a RowLSTM in `plain`: the same parameters in a loop."""
+
+    def __init__(self, layer: DiagonalLSTM | RowLSTM) -> None:
+        super().__init__()
+        self.input_to_state = PlainMaskedConv2d(layer.input_to_state)
+        self.state_to_state = layer.state_to_state
+        self.by_rows = isinstance(layer, RowLSTM)
+        self.reverse = isinstance(layer, DiagonalLSTM) and layer.reverse
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = self.input_to_state(x)
+        if self.by_rows:
+            return row_lstm_convolutions(gates, self.state_to_state)
+        if self.reverse:
+            return diagonal_lstm_skewed(gates.flip(3), self.state_to_state).flip(3)
+        return diagonal_lstm_skewed(gates, self.state_to_state)
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The same model in plain PyTorch, around the same Parameter objects."""
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    copied = copy.deepcopy(model, shared)
+    for parent in list(copied.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, MaskedConv2d):
+                setattr(parent, name, PlainMaskedConv2d(layer))
+            elif isinstance(layer, (DiagonalLSTM, RowLSTM)):
+                setattr(parent, name, PlainScan(layer))
+    return copied

@@ -1,0 +1,134 @@
+"""Exact sampling, a batch of images, beside one forward pass of the same batch: the least that any exact sampler needs.
+
+Analysis and first batch (which measures the rounding of the engine) belong to the comparison, and are not timed. The
+images of all backends are compared level by level with those of "naive" or, for large batches, of "fixed_point". The
+rivals in plain PyTorch run a whole forward pass a draw; all are alike, so that one is timed, and the row says so.
+
+Weights are scaled so that logits differ as those of a trained model do: where they hardly do, rounding never changes a
+draw, and nothing has ever to be drawn again.
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cases import references
+from benchmarks.harness.case import Case, Rivals
+from fastgen import accelerate
+from fastgen.models import GatedPixelCNN, PixelCNN, PixelRNN
+
+# The model, image, levels, further sizes, images at once.
+Job = tuple[type[GatedPixelCNN] | type[PixelCNN] | type[PixelRNN], tuple[int, int, int], int, dict[str, Any], int]
+
+JOBS: dict[str, list[Job]] = {
+    "toy": [(GatedPixelCNN, (1, 3, 4), 3, {"channels": 4, "layers": 1}, 2)],
+    "cpu": [
+        (GatedPixelCNN, (1, 8, 8), 17, {"channels": 48, "layers": 6}, 16),
+        (GatedPixelCNN, (1, 28, 28), 256, {}, 16),
+        (PixelCNN, (1, 28, 28), 256, {}, 16),
+    ],
+    "gpu": [
+        (GatedPixelCNN, (1, 28, 28), 256, {}, 16),
+        (GatedPixelCNN, (1, 28, 28), 256, {}, 256),
+        (GatedPixelCNN, (1, 8, 8), 17, {}, 64),
+        (PixelCNN, (3, 32, 32), 256, {}, 16),
+        (PixelRNN, (1, 8, 8), 17, {"hidden_channels": 16, "layers": 7}, 64),
+        *((GatedPixelCNN, (1, 28, 28), 256, {}, batch) for batch in (1, 64)),
+    ],
+}
+JOBS["cpu-full"] = JOBS["cpu"] + [
+    (GatedPixelCNN, (1, 32, 32), 256, {}, 16),
+    (PixelCNN, (1, 32, 32), 256, {}, 16),
+    (PixelCNN, (3, 32, 32), 256, {}, 4),
+]
+JOBS["gpu-full"] = JOBS["gpu"] + [(PixelCNN, (3, 32, 32), 256, {}, batch) for batch in (1, 64, 256)]
+NAIVE_DRAWS = {"cpu": 2000, "cuda": 60_000}  # a batch of up to so many levels is compared with naive sampling
+SPREAD = 2.0  # standard deviation of a pixel's logits
+
+
+def spread_of(logits: Tensor) -> float:
+    """Standard deviation over the levels, dim 1, in the mean of all places."""
+    return logits.float().std(1).mean().item()
+
+
+@torch.no_grad()
+def scale(model: nn.Module, x: Tensor) -> None:
+    """Scales the parameters of the model's last layer, so that its logits spread by SPREAD."""
+    ran: list[nn.Module] = []
+    layers = [layer for layer in model.modules() if isinstance(getattr(layer, "weight", None), nn.Parameter)]
+    hooks = [layer.register_forward_hook(lambda layer, *_: ran.append(layer)) for layer in layers]
+    factor = SPREAD / spread_of(model(x))
+    for hook in hooks:
+        hook.remove()
+    for parameter in ran[-1].parameters(recurse=False):
+        parameter.mul_(factor)
+
+
+def _inputs(device: torch.device, job: Job) -> dict[str, Any]:
+    build, shape, levels, size, batch = job
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand((batch, *shape), generator=generator).to(device)
+    x = torch.randint(levels, (batch, *shape), generator=generator).to(device)
+    model = build(shape, levels, **size).to(device).eval().requires_grad_(False)
+    scale(model, x[:8])
+    # Made at the first call: each backend that is asked for analyses the model once.
+    sampler = functools.cache(lambda name: accelerate(model, shape, distribution=model.distribution, backend=name))
+    return {"model": model, "x": x, "noise": noise, "sampler": sampler}
+
+
+def one_pass(model: nn.Module, x: Tensor, **others: Any) -> Tensor:
+    return model(x)
+
+
+def _sample(noise: Tensor, sampler: Any, *, backend: str, **others: Any) -> Tensor:
+    return sampler(backend).sample(len(noise), noise=noise)
+
+
+def _one_draw(model: Any, noise: Tensor, **others: Any) -> Tensor:
+    return references.one_draw(model, noise, model.distribution.draw)
+
+
+def _about(provider: str, inputs: dict[str, Any], backends: dict[str, str]) -> dict[str, Any]:
+    """What the sampler says of itself: passes, images drawn again, launches."""
+    if provider not in backends:
+        return {}
+    sampler = inputs["sampler"](backends[provider])
+    stats = getattr(sampler, "stats", None)
+    return {"work_ratio": sampler.work_ratio, "stats": stats if stats is None else {**vars(stats)}}
+
+
+def cases(size: str, device: torch.device) -> list[Case]:
+    found = []
+    cuda = device.type == "cuda"
+    for job in JOBS[size]:
+        build, shape, levels, of_model, batch = job
+        draws = math.prod(shape)
+        backends = {"fastgen": "auto"}
+        if not size.startswith("gpu") or size.endswith("full"):
+            backends = {"fixed_point": "fixed_point", **backends, "eager": "eager"}
+        providers: Rivals = {"one forward pass": one_pass, "naive": _one_draw}
+        providers |= {name: functools.partial(_sample, backend=backend) for name, backend in backends.items()}
+        providers["naive, compiled"] = references.compiled(_one_draw, "reduce-overhead" if cuda else None)
+        sizes = "".join(f" {key}={value}" for key, value in of_model.items())
+        truth = "naive" if batch * draws <= NAIVE_DRAWS[device.type] else "fixed_point"
+        found.append(
+            Case(
+                op="sampling",
+                shape=f"{build.__name__} {'x'.join(map(str, shape))} levels={levels} B={batch}{sizes}",
+                dtype=torch.float32,
+                inputs=functools.partial(_inputs, job=job),
+                providers=providers,
+                truth=functools.partial(_sample, backend=truth),
+                modes=("fwd",),
+                exact=True,
+                not_compared=frozenset({"one forward pass"}),
+                inexact=frozenset({"naive", "naive, compiled"}),
+                share={"naive": 1 / draws, "naive, compiled": 1 / draws},
+                about=functools.partial(_about, backends=backends),
+                batch=batch,
+            )
+        )
+    return found

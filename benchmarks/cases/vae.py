@@ -1,0 +1,125 @@
+"""A whole training step of a VAE without the optimizer: loss and gradients of a batch. The rivals hold the same
+networks, and the loss in plain PyTorch. On a GPU bfloat16 means autocast of the networks."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import references
+from benchmarks.cases.images import AVAILABLE, LEVELS, SHAPES, Shape, images
+from benchmarks.cases.reconstruction_nll import RIVALS
+from benchmarks.harness.case import Case, Rivals
+from fastgen import ops
+from fastgen.models import VAE
+from fastgen.ops.reconstruction_nll import reconstruction_nll_reference
+from fastgen.ops.reparameterize_kl import reparameterize_kl_reference
+
+# Likelihood, data, batch, arguments of the VAE.
+Job = tuple[str, str, int, dict[str, Any]]
+MNIST = (1, 28, 28)  # random images of this shape, binary
+MLP = ("bernoulli", "binary", 128, {"latent_dim": 20, "network": "mlp", "hidden": 400})
+
+
+def _on_all(of_digits: tuple[int, dict[str, Any]], of_colours: tuple[int, dict[str, Any]]) -> list[Job]:
+    """A softmax over the levels of digits, a mixture of logistics for images with colours."""
+    jobs: list[Job] = [("categorical", "digits", *of_digits)]
+    jobs += [("logistic_mixture", data, *of_colours) for data in ("patches", "random")]
+    return [job for job in jobs if job[1] in AVAILABLE]
+
+
+JOBS: dict[str, list[Job]] = {
+    "toy": [
+        ("bernoulli", "binary 1x3x5", 2, {"latent_dim": 3, "network": "mlp", "hidden": 8}),
+        ("logistic_mixture", "random 3x5x6", 2, {"latent_dim": 3, "channels": 4}),
+    ],
+    "cpu": [*_on_all((128, {"latent_dim": 16, "channels": 16}), (8, {"latent_dim": 64, "channels": 16})), MLP],
+    "gpu": [*_on_all((256, {"latent_dim": 16, "channels": 64}), (256, {"latent_dim": 128, "channels": 64})), MLP],
+    "gpu-full": [
+        *_on_all((1024, {"latent_dim": 16, "channels": 64}), (512, {"latent_dim": 128, "channels": 64})),
+        MLP,
+        ("categorical", "random", 64, {"latent_dim": 128, "channels": 64}),
+        ("logistic_mixture", "random 3x64x64", 256, {"latent_dim": 256, "channels": 64}),
+    ],
+}
+
+
+def _shape(data: str) -> Shape:
+    name, _, shape = data.partition(" ")
+    if shape:
+        channels, height, width = map(int, shape.split("x"))
+        return channels, height, width
+    return MNIST if name == "binary" else SHAPES[name]
+
+
+def _inputs(device: torch.device, job: Job, dtype: torch.dtype) -> dict[str, Any]:
+    likelihood, data, batch, of_model = job
+    shape, name = _shape(data), data.partition(" ")[0]
+    model = VAE(shape, likelihood=likelihood, levels=LEVELS.get(name, 2), **of_model).to(device)
+    source = "random" if name == "binary" else name
+    return {
+        "model": model,
+        "x": images(source, shape, model.levels, batch, device),
+        "autocast": torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+    }
+
+
+def _noise(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The same noise for all where they are compared; while timed, each draws its own."""
+    model, x = inputs["model"], inputs["x"]
+    return {"eps": torch.randn(len(x), model.latent_dim, device=x.device)}
+
+
+def fastgen_loss(model: VAE, x: Tensor, autocast: Any, eps: Tensor | None = None) -> Tensor:
+    """Mean nats an image."""
+    with autocast:
+        mu, logvar = model.encode(x)
+        z, kl = ops.reparameterize_kl(mu, logvar, eps=eps)
+        params = model.decode(z)
+    return -ops.elbo(params, x, kl, model.likelihood, levels=model.levels).elbo.mean()
+
+
+def plain_loss(model: VAE, x: Tensor, autocast: Any, eps: Tensor | None = None) -> Tensor:
+    with autocast:
+        z, kl = references.reparameterize_kl_textbook(*model.encode(x), eps)
+        params = model.decode(z)
+    return (RIVALS[model.likelihood](params, x) + kl).mean()
+
+
+def truth(model: VAE, x: Tensor, autocast: Any, eps: Tensor) -> Tensor:
+    """In float64, so without autocast."""
+    z, kl = reparameterize_kl_reference(*model.encode(x), eps=eps)
+    return (reconstruction_nll_reference(model.decode(z), x, model.likelihood, levels=model.levels) + kl).mean()
+
+
+def cases(size: str, device: torch.device) -> list[Case]:
+    dtypes = {"gpu": [torch.bfloat16], "gpu-full": [torch.float32, torch.bfloat16]}.get(size, [torch.float32])
+    found = []
+    for job in JOBS.get(size, JOBS[size.removesuffix("-full")]):
+        likelihood, data, batch, of_model = job
+        image = "x".join(map(str, _shape(data)))
+        sizes = " ".join(f"{key}={value}" for key, value in of_model.items())
+        for dtype in dtypes:
+            providers: Rivals = {"eager": plain_loss}
+            if size != "toy":
+                providers["compiled"] = references.compiled(plain_loss)
+            if device.type == "cuda" and size != "toy":
+                providers["compiled reduce-overhead"] = references.compiled(plain_loss, "reduce-overhead")
+            providers["fastgen"] = fastgen_loss
+            if size.endswith("-full"):
+                providers["fastgen, compiled"] = references.compiled(fastgen_loss)
+            found.append(
+                Case(
+                    op="vae",
+                    shape=f"{likelihood} {data.partition(' ')[0]} {image} B={batch} {sizes}",
+                    dtype=dtype,
+                    inputs=functools.partial(_inputs, job=job, dtype=dtype),
+                    providers=providers,
+                    truth=truth,
+                    modes=("full",),
+                    given=_noise,
+                    batch=batch,
+                )
+            )
+    return found

@@ -1,0 +1,149 @@
+"""A GPU and little time: what is worth most first, and nothing lost of what has been seen.
+
+1. the device's own rates; 2. one launch of everything that is launched by default, compared with float64, in as many
+processes as there are cores (they wait for the compiler, and leave what they compiled in its cache), and the headlines
+compared, too; 3. the headlines, timed one after the other; 4. the rest in turns, until the time is over.
+
+rows.jsonl, log.txt and, at the end, table.md lie in $OUT where that is set: `python -m benchmarks adopt rows.jsonl`
+saves them elsewhere. `--resume` goes on behind what is there, failures included.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from benchmarks import cases, measure
+from benchmarks.harness import launches, machine, pieces, report, rows, runner
+from benchmarks.harness.case import Case, name_of
+from benchmarks.harness.pieces import Piece
+from benchmarks.harness.rows import Row
+from benchmarks.harness.session import OUT_OF_MEMORY, Session
+
+# Benchmark, dtype, size; all of "probes".
+HEADLINES = (
+    ("masked_conv2d", "bfloat16", "128x128x32x32 to 256, 3x3 B gated"),
+    ("masked_conv2d", "bfloat16", "16x128x32x32 to 256, 3x3 B gated"),
+    ("diagonal_lstm", "bfloat16", "B=16 h=64 32x32"),
+    ("diagonal_lstm", "bfloat16", "B=16 h=128 32x32"),
+    ("reparameterize_kl", "bfloat16", "1024x4096"),
+    ("reconstruction_nll", "bfloat16", "logistic_mixture 64x3x32x32"),
+    ("sampling", "float32", "GatedPixelCNN 1x28x28 levels=256 B=16"),
+    ("sampling", "float32", "GatedPixelCNN 1x28x28 levels=256 B=256"),
+    ("probes", None, None),
+    ("masked_conv2d", "float32", "128x128x32x32 to 256, 3x3 B gated"),
+    ("reparameterize_kl", "float32", "1024x4096"),
+    ("reconstruction_nll", "float32", "logistic_mixture 64x3x32x32"),
+)
+SIZE = "gpu"
+PATIENCE = 60.0  # seconds of one step of one provider: its comparison with all that it compiles, or some samples
+FOR_LAUNCHES = 0.45  # of the time, at most
+LEAN = "BENCHMARKS_IMPORT_NOTHING_BEFOREHAND"  # environment variable
+TOGETHER = 6  # cases of one process: to start one takes seconds
+# What takes minutes to compile, and what is slower than its neighbour by another way.
+NOT_FIRST = ("compiled, skewed", "naive, compiled", "distributions", "by diagonals", "split")
+
+
+def headlines(session: Session) -> list[Case]:
+    """Those cases, without the rivals that take long to compile or are never the strongest.
+
+    Raises:
+        ValueError: a headline is no case.
+    """
+    found: list[Case] = []
+    for name, dtype, shape in HEADLINES:
+        own = [case for case in cases.load(name, SIZE, session.device) if case.op == name]
+        chosen = [case for case in own if dtype is None or (name_of(case.dtype), case.shape) == (dtype, shape)]
+        if not chosen:
+            raise ValueError(f"no case of {name} is {dtype} {shape}")
+        found += [case.without(*NOT_FIRST) for case in chosen]
+    return found
+
+
+def _left(some: Iterable[Case], session: Session, known: dict[tuple, Row], *, timed: bool) -> list[Case]:
+    """The cases with the providers that have no rows yet which are still true, and the baseline beside them. What died
+    is not run once more."""
+    found = []
+    for case in some:
+        one = {name: case.only([name]) for name in case.providers}
+        done = {name: rows.still_true(own, session.facts, None, known, timed=timed) for name, own in one.items()}
+        lacking = {name for name, own in done.items() if not own}
+        dead = {name for name, own in done.items() if own and own[0]["verdict"] == "dead"}
+        if lacking:
+            found.append(case.only(lacking | ({case.baseline} - dead)))
+    return found
+
+
+def _together(checks: list[Case]) -> list[Piece]:
+    """Cases that lie side by side share their kernels: processes that take every n-th compile different ones."""
+    count = -(-len(checks) // TOGETHER)
+    return [Piece(checks[i::count], timing=False, blocking=True, patience=PATIENCE) for i in range(count)]
+
+
+def _alone(some: list[Case], *, timing: bool = True) -> list[Piece]:
+    return [Piece([case], timing=timing, patience=PATIENCE) for case in some]
+
+
+def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
+    """Exit status 1: something was wrong or dead.
+
+    Raises:
+        ValueError: there is no GPU.
+    """
+    start = time.monotonic()
+    end = start + 60 * arguments.minutes
+    session = measure.begin("cuda", command)
+    at_home = rows.RESULTS / machine.folder_name(session.facts)
+    folder = folder if os.environ.get("OUT") else folder / at_home.name
+    earlier = [old for old in {at_home: 0, folder: 0} if arguments.resume and old.exists()]
+    results = measure.Results(folder, {rows.key(row): row for old in earlier for row in rows.load(old)})
+    known = results.known
+    _preload()
+    folder.mkdir(parents=True, exist_ok=True)
+    every, first = cases.load("launches", SIZE, session.device), headlines(session)
+
+    def phase(name: str, todo: list[Piece], lanes: int = 1, until: float = end) -> list[Piece]:
+        count = sum(len(piece.cases) for piece in todo)
+        print(f"\n--- {time.monotonic() - start:.0f} s: {name}, {count} cases", flush=True)
+        results.brief = lanes > 1
+        return pieces.run(todo, session, results.save, lanes=lanes, end=until, log=log.fileno())
+
+    with (folder / "log.txt").open("ab", buffering=0) as log:
+        todo = _together(_left(every, session, known, timed=False))
+        todo += _alone(_left(first, session, known, timed=False), timing=False)
+        until = start + FOR_LAUNCHES * (end - start)
+        phase("every launch against float64", todo, os.cpu_count() or 1, until)
+        # One after the other, there may be memory enough.
+        small = {rows.key(row) for row in results.rows if row["problem"] == OUT_OF_MEMORY}
+        large = {key: row for key, row in known.items() if key not in small}
+        phase("headlines", _alone(_left(first, session, large, timed=True)))
+        todo = _together(_left(every, session, known, timed=False))
+        rest = cases.in_turns(cases.ON_A_GPU, SIZE, session.device)
+        late = phase("the rest", [*todo, *_alone(_left(rest, session, known, timed=True))])
+    report.footer(results.rows, [], [case for piece in late for case in piece.cases], folder)
+    verdicts = report.verdicts(list(known.values()))
+    table = report.gpu_table(session.facts["gpu"], list(known.values()))
+    (folder / report.TABLE).write_text(f"{table}\n{verdicts}\n")
+    shown = {(case.op, case.shape, name_of(case.dtype)) for case in first}
+    faster = report.speed_ups(row for row in known.values() if (row["op"], row["shape"], row["dtype"]) in shown)
+    print(f"\n{verdicts}\n\n{faster}")
+    return 1 if any(runner.went_wrong(row) for row in results.rows) else 0
+
+
+def _preload() -> None:
+    """Imports what every process would import for seconds. Where that uses CUDA, so that forks cannot, the command
+    starts anew without it."""
+    if LEAN in os.environ:
+        return
+    os.environ.setdefault("TORCH_WARM_POOL", "0")  # no processes of the compiler's beside this one
+    importlib.import_module("torch._inductor.compile_fx")
+    launches.catalogue()
+    if pieces.in_a_process(lambda: getattr(torch.cuda, "_is_in_bad_fork", bool)()):
+        print("an import uses CUDA: once more, without what is imported beforehand", flush=True)
+        os.environ[LEAN] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]])

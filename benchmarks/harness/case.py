@@ -1,0 +1,164 @@
+"""What a benchmark states: inputs, rivals, floor. How it is run stands in runner.py, how time is taken in timing.py."""
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SIZES = ("toy", "cpu", "cpu-full", "gpu", "gpu-full")
+INTERPRETED = "interpreted"  # suffix of a provider that runs in Triton's interpreter: checked, never timed
+Outputs = Tensor | tuple[Tensor, ...]
+Rivals = dict[str, Callable[..., Outputs]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one size.
+
+    Attributes:
+        op: name of the operation or job, that of its file.
+        shape: the size in words, e.g. "1024x4096".
+        dtype: of the float inputs.
+        inputs: device -> keyword arguments of the providers. Float tensors that require a gradient, and the
+            parameters of modules, are differentiated.
+        providers: name -> function of the inputs. The first is the baseline, which speed-ups refer to.
+        truth: the same function in float64; None where nothing is compared. See also `exact`.
+        modes: of "fwd" (evaluation, no gradient recorded), "bwd" (the backward alone), "full" (forward and backward).
+        bytes: mode -> the least traffic that the mode needs, in bytes: inputs read once, results written once.
+        flops: mode -> the least multiplications and additions that the mode needs.
+        given: inputs -> arguments for the comparison alone: noise that is otherwise drawn, fewer images.
+        exact: truth takes the inputs as they are, and outputs must be equal to the last bit.
+        not_compared: providers that compute something else (a lower bound, another recurrence): landmarks, no rivals.
+        inexact: rivals of an exact case whose rounding may change a result entirely (a drawn level, and with it all
+            later ones): timed without a comparison.
+        tf32: whether all float32 products may be rounded to TF32 on a GPU, those of rivals as well.
+        batch: images of one call, for plots over it.
+        parts: how many equal parts one call has (nodes of a graph, barriers), where the time of one is the question.
+        share: provider -> which part of the whole work its call does: 1/784 for one of 784 passes. Its times are those
+            of the call over its share, and the row says so.
+        about: provider, inputs -> what the row shall say beside its times, asked after them.
+        baseline: the provider that speed-ups and tolerances refer to; the first, also where it was left out since.
+    """
+
+    op: str
+    shape: str
+    dtype: torch.dtype
+    inputs: Callable[[torch.device], dict[str, Any]]
+    providers: Mapping[str, Callable[..., Outputs]]
+    truth: Callable[..., Outputs] | None
+    modes: tuple[str, ...] = ("fwd", "bwd", "full")
+    bytes: Mapping[str, int] = field(default_factory=dict)
+    flops: Mapping[str, int] = field(default_factory=dict)
+    given: Callable[[dict[str, Any]], dict[str, Any]] = lambda inputs: {}
+    exact: bool = False
+    not_compared: frozenset[str] = frozenset()
+    inexact: frozenset[str] = frozenset()
+    tf32: bool = True
+    batch: int | None = None
+    parts: int | None = None
+    share: Mapping[str, float] = field(default_factory=dict)
+    about: Callable[[str, dict[str, Any]], dict[str, Any]] = lambda provider, inputs: {}
+    baseline: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.baseline:
+            object.__setattr__(self, "baseline", next(iter(self.providers)))
+
+    def timed_modes(self, provider: str) -> tuple[str, ...]:
+        """The modes in which a provider is timed. CUDA graphs of torch.compile are recorded anew for every backward
+        that follows another over the same forward, so that the backward alone has no time of its own."""
+        if "reduce-overhead" in provider:
+            return tuple(mode for mode in self.modes if mode != "bwd")
+        return self.modes
+
+    def without(self, *words: str) -> "Case":
+        """The same without the providers whose names contain one of the words."""
+        return self.only(name for name in self.providers if not any(word in name for word in words))
+
+    def only(self, names: Iterable[str]) -> "Case":
+        """The same with these providers."""
+        kept = set(names)
+        return replace(self, providers={name: call for name, call in self.providers.items() if name in kept})
+
+    @property
+    def title(self) -> str:
+        return f"{self.op} {self.shape} {name_of(self.dtype)}"
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """ "float32" and the like, as in the rows."""
+    return str(dtype).removeprefix("torch.")
+
+
+def replays_graphs(provider: str) -> bool:
+    """Whether the provider runs as CUDA graphs by itself: its memory is theirs, and it is not captured once more."""
+    return "reduce-overhead" in provider or "CUDA graph" in provider
+
+
+def leaves(inputs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors to differentiate, each once."""
+    found: dict[int, Tensor] = {}
+    for value in inputs.values():
+        tensors = value.parameters() if isinstance(value, nn.Module) else [value]
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                found[id(tensor)] = tensor
+    return list(found.values())
+
+
+def in_float64(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same inputs in float64; integers and what is no tensor stay. Modules that share parameters go on doing so."""
+    copies: dict[int, Any] = {}
+
+    def widen(value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            return copy.deepcopy(value, copies).double()
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.detach().double().requires_grad_(value.requires_grad)
+        return value
+
+    return {name: widen(value) for name, value in inputs.items()}
+
+
+def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def cotangents(outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """What the backward starts from: every element of an output counts differently. In the layout of the output, as
+    the gradient comes from a next layer."""
+    return [
+        torch.empty_like(output).copy_(
+            torch.linspace(0.5, 1.5, output.numel(), device=output.device).view(output.shape)
+        )
+        for output in outputs
+    ]
+
+
+def gradients(outputs: tuple[Tensor, ...], variables: list[Tensor], seeds: list[Tensor], *, retain: bool = False):
+    """Gradients of the variables, None for one that the outputs do not depend on."""
+    return torch.autograd.grad(outputs, variables, seeds, retain_graph=retain, allow_unused=True)
+
+
+def contenders(
+    size: str,
+    device: torch.device,
+    rivals: Rivals,
+    operation: Callable[..., Outputs],
+    definition: Callable[..., Outputs],
+) -> Rivals:
+    """The rivals and what fastgen runs there: its kernel on a GPU, its definition on a CPU.
+
+    At toy size on a CPU the kernel runs in Triton's interpreter, and nothing is compiled.
+    """
+    found = {name: call for name, call in rivals.items() if size != "toy" or not name.startswith("compiled")}
+    if device.type == "cuda":
+        return {**found, "fastgen": operation}
+    found["definition"] = definition
+    if size == "toy":
+        found[f"fastgen, {INTERPRETED}"] = functools.partial(operation, impl="triton")
+    return found

@@ -1,0 +1,172 @@
+"""The machine, the software and the source that a row was measured with."""
+
+import ast
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ROOT / "kernels"
+SMI_FIELDS = (
+    "pstate",
+    "clocks.sm",
+    "clocks.mem",
+    "clocks.max.sm",
+    "temperature.gpu",
+    "power.draw",
+    "power.limit",
+    "ecc.mode.current",
+    "mig.mode.current",
+    "clocks_throttle_reasons.active",
+)
+
+
+def _output(*command: str) -> str:
+    """What the command prints, "" where it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _smi(*fields: str) -> list[str]:
+    # By UUID: nvidia-smi counts all GPUs, torch those that CUDA_VISIBLE_DEVICES leaves.
+    uuid = getattr(torch.cuda.get_device_properties("cuda"), "uuid", None)  # older versions of torch do not say it
+    query = ("nvidia-smi", "--format=csv,noheader", "-i", "0" if uuid is None else f"GPU-{uuid}")
+    values = [value.strip() for value in _output(*query, f"--query-gpu={','.join(fields)}").split(",")]
+    if len(values) == len(fields) and all(values):
+        return values
+    # One field that this driver does not know makes the whole query fail.
+    return [_output(*query, f"--query-gpu={field}") or "unknown" for field in fields]
+
+
+def power_state(device: torch.device) -> dict[str, str]:
+    """Clocks, temperature and power as read now, as a record of how steady they were; empty on a CPU."""
+    return dict(zip(SMI_FIELDS, _smi(*SMI_FIELDS), strict=True)) if device.type == "cuda" else {}
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def allow_tf32(allowed: bool = True) -> None:
+    """For all float32 products, of convolutions and of matrices, of rivals and of fastgen. Nothing is read: torch's
+    older getters raise where a newer setting was used."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def gpu() -> str | None:
+    return torch.cuda.get_device_name("cuda") if torch.cuda.is_available() else None
+
+
+def facts(kind: str | None = None) -> dict[str, Any]:
+    """What every row says of hardware, versions and source; `gpu` is None where none is used.
+
+    Args:
+        kind: "cpu", "cuda", or None for the GPU if there is one.
+
+    Raises:
+        ValueError: a GPU is asked for, and torch finds none.
+    """
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA GPU")
+    cuda = kind != "cpu" and torch.cuda.is_available()
+    found = importlib.util.find_spec("triton")
+    return {
+        "gpu": gpu() if cuda else None,
+        "driver": _smi("driver_version")[0] if cuda else None,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "torch": torch.__version__,
+        "triton": importlib.import_module("triton").__version__ if found else None,
+        "python": platform.python_version(),
+        "cpu": cpu_name(),
+        "commit": commit(),
+        "source_sha256": source_sha256(),
+    }
+
+
+def folder_name(row: dict[str, Any]) -> str:
+    """The folder of a row (or of `facts`): the name of the GPU, or of the CPU after "cpu-"."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", row["gpu"] or f"cpu-{row['cpu']}").strip("-")
+
+
+def commit() -> str:
+    """The commit of the checkout, with "+changes" where tracked files differ from it; results do not count.
+
+    In a copy without its history, the environment variable FASTGEN_COMMIT says which commit it was made of.
+    """
+    found = _output("git", "rev-parse", "HEAD")
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return (found + "+changes" if changed else found) or os.environ.get("FASTGEN_COMMIT") or "unknown"
+
+
+def source_sha256() -> str:
+    """sha256 of all Python source of the library, the kernels and the benchmarks: tells copies of one commit apart."""
+    digest = hashlib.sha256()
+    for folder in ("benchmarks", "fastgen", "kernels"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _files(module: str) -> list[Path]:
+    """Of a module (`lstm/cell`, `lstm.cell`) of the kernels package, or all of a family (`lstm`); [] if it is gone."""
+    path = KERNELS / module.replace(".", "/")
+    if path.is_dir():
+        return sorted(path.glob("*.py"))
+    return [file for file in (path.with_suffix(".py"),) if file.exists()]
+
+
+def _imports(file: Path) -> list[str]:
+    """Modules of the kernels package that a file of it imports, but for what only the compile gate reads."""
+    package, found = "fastgen.kernels", []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith(f"{package}."):
+            names = [f"{node.module}.{alias.name}".removeprefix(f"{package}.") for alias in node.names]
+            found += [name if _files(name) else name.rpartition(".")[0] for name in names]
+    return [name for name in found if name and "catalogue" not in name]
+
+
+def sources(modules: Iterable[str]) -> list[str]:
+    """The files of these modules and of those of the kernels package that they import, without ".py"; the modules' own
+    first."""
+    own = [file for module in modules for file in _files(module)]
+    found, waiting = list(own), list(own)
+    while waiting:
+        files = [file for module in _imports(waiting.pop()) for file in _files(module)]
+        new = [file for file in dict.fromkeys(files) if file not in found]
+        found += new
+        waiting += new
+    names = [file.relative_to(KERNELS).with_suffix("").as_posix() for file in found]
+    return names[: len(own)] + sorted(names[len(own) :])
+
+
+def kernel_sha256(kernels: list[str]) -> str | None:
+    """sha256 of the kernels' source: of the one file, or of all of them one after the other. None: a file is gone."""
+    files = [KERNELS / f"{name}.py" for name in kernels]
+    if not files or not all(file.exists() for file in files):
+        return None
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def lost(device: torch.device) -> bool:
+    """Whether the GPU answers nothing more in this process, as after an illegal memory access."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False

@@ -1,0 +1,140 @@
+"""Saved rows: one JSON object a line, complete in itself. Fresh, stale or missing; and what has changed."""
+
+import datetime
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import machine
+from benchmarks.harness.case import Case, name_of
+
+RESULTS = machine.ROOT / "benchmarks" / "results"
+FILE = "rows.jsonl"
+Row = dict[str, Any]
+KEY = ("gpu", "cpu", "op", "shape", "dtype", "provider", "mode", "threads")
+TESTS = "tests"  # the operation of rows that say how the tests went
+VERSIONS = ("torch", "triton", "cuda", "driver")
+NOISE = 0.03  # changes below this are not reported, however narrow the quantiles are
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def key(row: Row) -> tuple:
+    """What a row measures, and on what. The CPU counts where no GPU was used."""
+    return tuple(row.get(name) if name != "cpu" or row.get("gpu") is None else None for name in KEY)
+
+
+def load(path: Path) -> list[Row]:
+    """Rows of a file, or of all .jsonl files below a folder; of several of one key the last.
+
+    A last line without its end, which a killed run may leave, is no row.
+
+    Raises:
+        ValueError: the path is not there, or a line is no row; names file and line.
+    """
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    rows: dict[tuple, Row] = {}
+    for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
+        for number, line in enumerate(file.read_text().split("\n")[:-1], 1):
+            try:
+                row = json.loads(line)
+                row["op"], row["mode"], row["provider"]
+                rows[key(row)] = row
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{file}:{number}: not a row of benchmark results") from error
+    return list(rows.values())
+
+
+def save(rows: Iterable[Row], folder: Path) -> None:
+    """Appends the rows to `folder`/rows.jsonl, each in one piece: a killed run leaves whole rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / FILE
+    if file.exists() and not (text := file.read_bytes()).endswith(b"\n"):
+        file.write_bytes(text[: text.rfind(b"\n") + 1])
+    with file.open("ab", buffering=0) as target:
+        for row in rows:
+            target.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+
+
+def adopt(rows: Iterable[Row], folder: Path) -> None:
+    """Saves rows that a copy of this checkout brought back, each in the folder of its machine. A copy without history
+    does not know its commit: where its source is today's, the commit is."""
+    source, commit = machine.source_sha256(), machine.commit()
+    for row in rows:
+        if row.get("commit") == "unknown" and row.get("source_sha256") == source:
+            row = {**row, "commit": commit}
+        save([row], folder / machine.folder_name(row))
+
+
+def still_true(
+    case: Case, facts: Row, threads: int | None, saved: Mapping[tuple, Row], *, timed: bool
+) -> list[Row] | None:
+    """The saved rows (by key) of a case, failures among them, where all are there and none is outdated: the versions
+    are today's, and so are the kernels that the row ran, or the whole source where it ran none. A rival in plain
+    PyTorch does not depend on the source. With `timed`, a row that only says that a result is right does not do."""
+    found = []
+    for provider in case.providers:
+        for mode in case.timed_modes(provider):
+            wanted = {"op": case.op, "shape": case.shape, "mode": mode, "dtype": name_of(case.dtype)}
+            row = saved.get(key({**facts, **wanted, "provider": provider, "threads": threads}))
+            if row is None or any(row.get(name) != facts[name] for name in VERSIONS):
+                return None
+            if timed and not row["ms_p50"] and not row["problem"]:
+                return None
+            rival = facts["gpu"] and not case.exact and not provider.startswith("fastgen")
+            same = state(row) == "fresh" if row["kernels"] else row.get("source_sha256") == facts["source_sha256"]
+            if not (rival or same):
+                return None
+            found.append(row)
+    return found
+
+
+def state(row: Row) -> str:
+    """ "fresh" where the kernels' source is what it was when the row was measured, else "stale"."""
+    current = machine.kernel_sha256(row.get("kernels") or [])
+    return "fresh" if current is not None and current == row.get("kernel_sha256") else "stale"
+
+
+def _word(about: list[Row]) -> str:
+    states = {state(row) for row in about}
+    return "stale" if "stale" in states else "fresh" if states else "missing"
+
+
+def status(rows: list[Row], kernels: list[str], gpus: list[str]) -> list[tuple[str, str, str, int, str]]:
+    """(GPU, kernel, "fresh" | "stale" | "missing", rows, the same word of its tests, or "failed") for every kernel and
+    GPU. The rows of a kernel are those that timed it."""
+    table = []
+    for gpu in gpus:
+        about = [row for row in rows if row.get("gpu") == gpu]
+        tests = [row for row in about if row["op"] == TESTS]
+        tested = "failed" if any(row["problem"] for row in tests) else _word(tests)
+        for name in kernels:
+            measured = [row for row in about if row.get("ms_p50") and name in row.get("launched", ())]
+            table.append((gpu, name, _word(measured), len(measured), tested))
+    return table
+
+
+def changes(old: list[Row], new: list[Row]) -> list[tuple[float, Row, Row]]:
+    """(new / old median, old row, new row), slowest first, of what changed by more than noise: the ranges from the
+    20th to the 80th percentile are apart, and the medians differ by more than 3 %."""
+    before = {key(row): row for row in old if row.get("ms_p50")}
+    found = []
+    for row in new:
+        past = before.get(key(row))
+        if past is None or not row.get("ms_p50"):
+            continue
+        ratio = row["ms_p50"] / past["ms_p50"]
+        apart = row["ms_p20"] > past["ms_p80"] or row["ms_p80"] < past["ms_p20"]
+        if apart and abs(ratio - 1) > NOISE:
+            found.append((ratio, past, row))
+    return sorted(found, key=lambda change: -change[0])
+
+
+def newly_failing(old: list[Row], new: list[Row]) -> list[Row]:
+    """What had a time in the old rows and has a problem now."""
+    before = {key(row) for row in old if row.get("ms_p50")}
+    return [row for row in new if key(row) in before and not row.get("ms_p50") and row.get("problem")]

@@ -1,0 +1,126 @@
+"""`python -m benchmarks [NAME ...]`: cases in turns, within a time, and only what is still to be measured."""
+
+import argparse
+import functools
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import cases
+from benchmarks.harness import machine, pieces, report, rows, runner, timing
+from benchmarks.harness.case import Case
+from benchmarks.harness.pieces import Piece
+from benchmarks.harness.rows import Row
+from benchmarks.harness.session import Session
+
+BUDGET = 420.0  # seconds of a run without NAME and --full, so that it ends within ten minutes
+LAST_CASE = 90.0  # seconds after them in which the last case may still compile
+PATIENCE = 120.0, 600.0  # seconds of one step of one provider, without and with --full
+
+
+def begin(kind: str | None, command: str, budget: float = 0.1, threads: tuple[int, ...] = ()) -> Session:
+    """A session with the device's own rates; on a CPU for each of these numbers of threads.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU then initializes nothing
+    facts = pieces.in_a_process(lambda: machine.facts(kind))
+    session = Session(facts, command, budget)
+    report.header(session)
+
+    def rates(count: int | None) -> dict[str, float]:
+        torch.set_num_threads(count or session.threads)
+        machine.allow_tf32()
+        return timing.rates(session.device)
+
+    for count in (None,) if facts["gpu"] else threads:
+        try:
+            session.rates[count] = pieces.in_a_process(functools.partial(rates, count))
+        except ValueError as problem:
+            print(f"the device's own rates were not measured: {problem}")
+    report.rates(session)
+    return session
+
+
+class Results:
+    """What has been measured: saved and printed as it comes, only what has a problem while `brief`. `known` are rows by
+    key, those of earlier runs as well."""
+
+    brief = False
+
+    def __init__(self, folder: Path | None, known: dict[tuple, Row] | None = None) -> None:
+        self.folder = folder
+        self.rows: list[Row] = []
+        self.known = {} if known is None else known
+        self._title = ""
+        self._said: set[str] = set()  # providers of the case; what has no times is said once for all modes
+
+    def save(self, case: Case, found: list[Row]) -> None:
+        if self.folder is not None:
+            rows.save(found, self.folder)
+        self.rows += found
+        self.known.update((rows.key(row), row) for row in found)
+        for row in found:
+            if self.brief and not row["problem"]:
+                continue
+            title = case.title + ("" if row["threads"] is None else f", {row['threads']} threads")
+            if title != self._title:
+                self._title, self._said = title, set()
+                print(f"\n{title}\n{report.COLUMNS}")
+            if row["ms_p50"] or row["provider"] not in self._said:
+                print(report.line(row), flush=True)
+            self._said.add(row["provider"])
+
+
+def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
+    if arguments.dry_run:
+        return _dry_run(arguments.names or cases.NAMES, arguments.device, command)
+    old = rows.load(arguments.compare) if arguments.compare else []
+    # A CPU is measured with one thread, where processor time tells what was disturbed, and with all.
+    every = torch.get_num_threads()
+    threads = tuple(sorted({1, every}))
+    session = begin(arguments.device, command, 0.5 if arguments.full else 0.1, threads)
+    cuda = session.facts["gpu"] is not None
+    folder = folder / machine.folder_name(session.facts)
+    saved = {rows.key(row): row for row in rows.load(folder)} if arguments.resume and folder.exists() else {}
+    size = session.device.type.replace("cuda", "gpu") + ("-full" if arguments.full else "")
+    todo: list[Piece] = []
+    kept: list[Row] = []
+    for case in cases.in_turns(arguments.names or (cases.ON_A_GPU if cuda else cases.ON_A_CPU), size, session.device):
+        for count in (None,) if cuda else threads:
+            # One thread of a CPU is compiled for only where all is asked for.
+            one = case.without("compiled") if size == "cpu" and count != every else case
+            if found := rows.still_true(one, session.facts, count, saved, timed=True):
+                kept += found
+            else:
+                todo.append(Piece([one], patience=PATIENCE[arguments.full], threads=count))
+    results = Results(folder)
+    until = time.monotonic() + _budget(arguments)
+    late = pieces.run(todo, session, results.save, start_until=until, end=until + LAST_CASE)
+    if arguments.compare:
+        report.changes(old, results.rows)
+    report.footer(results.rows, kept, [case for piece in late for case in piece.cases], folder)
+    return 1 if any(runner.went_wrong(row) for row in (*results.rows, *kept)) else 0
+
+
+def _budget(arguments: argparse.Namespace) -> float:
+    if arguments.budget is not None:
+        return arguments.budget
+    return float("inf") if arguments.names or arguments.full else BUDGET
+
+
+def _dry_run(names: Sequence[str], kind: str | None, command: str) -> int:
+    """In this process, for it is where a debugger and a sanitizer look."""
+    session = Session(machine.facts(kind), command, timing=False)
+    report.header(session)
+    results = Results(None)
+    session.tell = lambda kind, value: print(value, file=sys.stderr) if kind == "log" else None
+    for case in cases.in_turns(names, "toy", session.device):
+        results.save(case, runner.measure(case, session))
+    report.footer(results.rows, [], [], None)
+    return 1 if any(runner.went_wrong(row) for row in results.rows) else 0

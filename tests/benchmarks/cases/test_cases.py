@@ -1,0 +1,101 @@
+"""What all cases have to be, at every size; and what some of them promise."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import cases
+from benchmarks.cases import sampling
+from benchmarks.harness import machine
+from benchmarks.harness.case import SIZES
+from benchmarks.harness.launches import catalogue
+from benchmarks.harness.runner import measure
+from benchmarks.harness.session import Session
+
+CPU = torch.device("cpu")
+
+
+def test_every_benchmark_has_a_place_in_the_order():
+    assert sorted(cases.ON_A_GPU) == sorted((*cases.ON_A_CPU, "probes"))
+    assert sorted(cases.NAMES) == sorted((*cases.ON_A_GPU, "launches"))
+
+
+@pytest.mark.parametrize("name", cases.NAMES)
+def test_every_size_is_stated(name):
+    for size in SIZES:
+        found = cases.load(name, size, CPU)
+        assert found and len({(case.op, case.shape, case.dtype) for case in found}) == len(found)
+        assert found[0].op == name  # a file may hold more that belongs to it, as whole layers do
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in Triton's interpreter
+def test_the_launches_are_right_and_launch_every_kernel_but_those_of_some_chips_and_sizes():
+    """At toy size, in the interpreter. The rest depends on the chip, or on sizes that are too large here."""
+    pytest.importorskip("triton")
+    session = Session(machine.facts("cpu"), "", timing=False)
+    found = [row for case in cases.load("launches", "toy", CPU) for row in measure(case, session)]
+    assert {row["verdict"] for row in found} == {"correct"}
+    launched = {kernel for row in found for kernel in row["launched"]}
+    every = set(catalogue())
+    others = {name for name in every if "tiles" in name or "tma" in name} | {"reparameterize_kl_sum_kernel"}
+    assert others >= every - launched
+
+
+# Without those that take seconds for a pass here.
+JOBS = [job for size in ("toy", "cpu", "gpu") for job in sampling.JOBS[size] if job[1] != (3, 32, 32)]
+
+
+@pytest.mark.parametrize("job", JOBS, ids=str)
+def test_sampling_is_measured_on_logits_that_spread(job):
+    """Else rounding never changes a draw, and no image is ever drawn on."""
+    build, shape, levels, size, _ = job
+    inputs = sampling._inputs(CPU, (build, shape, levels, size, 1))
+    assert sampling.spread_of(inputs["model"](inputs["x"])) >= 1.5
+
+
+def test_a_model_is_analysed_once_a_backend_and_only_where_that_runs(monkeypatch):
+    asked = []
+    make = sampling.accelerate
+    monkeypatch.setattr(
+        sampling, "accelerate", lambda *a, backend, **o: asked.append(backend) or make(*a, backend=backend, **o)
+    )
+    (case,) = [case.without("compiled") for case in cases.load("sampling", "toy", CPU)]
+    rows = {row["provider"]: row for row in measure(case, Session(machine.facts("cpu"), "", budget=0.0))}
+    assert sorted(asked) == ["auto", "eager", "fixed_point", "naive"]
+    assert rows["naive"]["share"] == 1 / 12 and rows["fastgen"]["share"] is None
+    assert rows["fastgen"]["error"] == 0 and rows["fastgen"]["work_ratio"] >= 1
+    asked.clear()
+    measure(case.only(["one forward pass", "fastgen"]), Session(machine.facts("cpu"), "", timing=False))
+    assert asked == ["naive", "auto"]
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from benchmarks.cases import probe_kernels as k
+f, i = "*fp32", "i32"
+for kernel, signature, constants in (
+    (k.add_one, {"x_ptr": f}, {"SIZE": 32}),
+    (k.pass_to_the_neighbour, {"x_ptr": f, "arrived_ptr": "*i32", "parts": i, "programs": i}, {}),
+    (k.instructions, {"x_ptr": "*bf16", "weights_ptr": "*bf16", "parts": i}, {"ROWS": 16, "K": 128, "DISTINCT": 24}),
+):
+    constexprs = {name: "constexpr" for name in constants}
+    source = ASTSource(kernel, signature | constexprs, constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    print(kernel.__name__, compiled.asm["ptx"].count("bar.sync"), compiled.asm["ptx"].count("mma.sync"))
+"""
+
+
+def test_the_probes_compile_for_a_gpu():
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, cwd=machine.ROOT, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    found = {name: (int(bars), int(products)) for name, bars, products in map(str.split, done.stdout.splitlines())}
+    assert found["pass_to_the_neighbour"][0] >= 2 and found["instructions"][0] >= 2 and found["instructions"][1] > 0

@@ -1,0 +1,85 @@
+"""The tests of a GPU in several processes: each test once, also where one of them kills its process or hangs."""
+
+import time
+
+import pytest
+import torch
+
+from benchmarks.__main__ import main
+from benchmarks.harness import gpu_tests, launches, machine, pieces, rows
+
+TESTS = """
+import os, time
+import pytest
+
+@pytest.mark.parametrize("n", range(7))
+def test_good(n):
+    pass
+
+def test_bad():
+    assert 1 == 2
+
+def test_skipped():
+    pytest.skip("not here")
+
+def test_crash():
+    os.kill(os.getpid(), 11)
+
+def test_hang():
+    time.sleep(60)
+
+def test_offsets_beyond():
+    pass
+"""
+
+
+@pytest.fixture
+def shares(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_tests, "PATIENCE", 4.0)
+    (tmp_path / "test_some.py").write_text(TESTS)
+    arguments = [str(tmp_path / "test_some.py"), "--rootdir", str(tmp_path)]
+    made = [gpu_tests.Share(i, 2, arguments, tmp_path) for i in (0, 1)]
+    yield made
+    for share in made:
+        share.stop()
+
+
+def test_a_process_that_dies_or_hangs_costs_the_test_it_was_at(shares):
+    going = shares
+    while going := [share for share in going if share.goes_on()]:
+        time.sleep(0.1)
+    found = gpu_tests.counts([line for share in shares for line in share.lines()])
+    assert {word: found[word] for word in ("passed", "failed", "skipped", "not_run")} == {
+        "passed": 8,
+        "failed": 3,
+        "skipped": 1,
+        "not_run": 0,
+    }
+    problems = {line.partition("::")[2].partition(": ")[0]: line for line in found["failures"]}
+    assert "ended with status -11" in problems["test_crash"] and "no result within 4 s" in problems["test_hang"]
+    assert "assert 1 == 2" in problems["test_bad"]
+    beyond = next(share for share in shares for name in share.outcomes() if "offsets_beyond" in name)
+    assert beyond is shares[0]
+
+
+def test_a_process_that_never_runs_a_test_is_not_started_again(tmp_path):
+    share = gpu_tests.Share(0, 1, ["--no-such-option"], tmp_path)
+    while share.goes_on():
+        time.sleep(0.1)
+    assert share.lines() == [] and "no-such-option" in share.log.read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_how_the_tests_went_becomes_a_row(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("triton")
+    facts = {**machine.facts("cpu"), "gpu": "Imaginary 1", "driver": "1.0"}
+    monkeypatch.setattr(pieces, "in_a_process", lambda work: facts)
+    monkeypatch.setattr(gpu_tests, "PROCESSES", 1)
+    tests = "import pytest\n@pytest.mark.gpu\ndef test_one(): pass\ndef test_two(): pass\n"
+    (tmp_path / "test_one.py").write_text(tests)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu\n    slow\n")
+    assert main(["gpu-tests", str(tmp_path / "test_one.py"), "--results", str(tmp_path / "results")]) == 0
+    (row,) = rows.load(tmp_path / "results")
+    assert (row["op"], row["passed"], row["failed"], row["not_run"]) == (rows.TESTS, 1, 0, 0) and row["problem"] == ""
+    assert set(launches.catalogue().values()) <= set(row["kernels"]) and len(row["kernel_sha256"]) == 64
+    assert "1 passed" in capsys.readouterr().out

@@ -1,0 +1,204 @@
+"""A GPU and little time, on a GPU that is only pretended: the order, and what is left after a crash, a wrong result, a
+hang, no memory, a lost context, and after the run itself was killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from pretended_gpu import NAME, pretend
+
+from benchmarks import cases, first_contact
+from benchmarks.__main__ import main
+from benchmarks.cases import launches
+from benchmarks.harness import machine, pieces, rows
+from benchmarks.harness.case import Case
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+
+MODES = ("fwd", "bwd", "full")
+
+
+def square(x):
+    return x * x
+
+
+def crash(x):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def wrong(x):
+    return x * x * 1.001
+
+
+def hang(x):
+    time.sleep(60)
+
+
+def no_memory(x):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
+
+
+def illegal_access(x):
+    machine.lost = lambda device: True  # of this process only
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+PLANTED = {
+    crash: ("dead", "killed by SIGSEGV"),
+    wrong: ("wrong", "wrong: error 0.001"),
+    hang: ("dead", "no result within 2 s"),
+    no_memory: ("dead", "out of memory"),
+    illegal_access: ("dead", "an illegal memory access was encountered"),
+}
+
+
+def case(shape, planted, **options):
+    return Case(
+        op="square",
+        shape=shape,
+        dtype=torch.float32,
+        inputs=lambda device: {"x": torch.linspace(1, 2, 8, device=device).requires_grad_()},
+        providers={"eager": square, "fastgen": planted, "compiled": lambda x: x**2},
+        truth=square,
+        **options,
+    )
+
+
+@pytest.fixture
+def planted(monkeypatch, tmp_path):
+    """first-contact on a pretended GPU with one launch and one headline; `run(fault)` returns status and rows."""
+
+    def start(fault, *options):
+        monkeypatch.setattr(first_contact, "PATIENCE", 2.0 if fault is hang else 20.0)
+        own = {"launches": [case("launch", fault, modes=("full",)), case("next", square, modes=("full",))]}
+        own["square"] = [case("headline", fault), case("later", square)]
+        monkeypatch.setattr(cases, "load", lambda name, size, device: own[name])
+        monkeypatch.setattr(cases, "ON_A_GPU", ("square",))
+        monkeypatch.setattr(first_contact, "HEADLINES", [("square", "float32", "headline")])
+        status = main(["first-contact", "--minutes", "1", *options])
+        return status, {(row["shape"], row["provider"], row["mode"]): row for row in rows.load(tmp_path)}
+
+    monkeypatch.setenv("OUT", str(tmp_path))
+    with pretend(monkeypatch):
+        yield start
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_fault_costs_its_own_row_only(fault, planted, tmp_path, capsys):
+    status, saved = planted(fault)
+    assert status == (0 if fault is no_memory else 1)
+    verdict, problem = PLANTED[fault]
+    expected = {("launch", "full"), ("next", "full"), *((s, m) for s in ("headline", "later") for m in MODES)}
+    assert {(shape, mode) for shape, _, mode in saved} == expected
+    for (shape, provider, mode), row in saved.items():
+        assert row["gpu"] == NAME and row["matmul_tflop_s"] == 1.0
+        if provider == "fastgen" and shape in ("launch", "headline"):
+            assert row["verdict"] == verdict and problem in row["problem"] and not row["ms_p50"]
+        else:
+            assert row["verdict"] == "correct" and row["error"] is not None and not row["problem"]
+            assert (row["ms_p50"] is None) is (shape in ("launch", "next")), (shape, provider, mode)
+    assert problem in capsys.readouterr().out
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["log.txt", "rows.jsonl", "table.md"]
+    before = (tmp_path / "rows.jsonl").read_text()
+    assert planted(fault, "--resume")[0] == 0 and (tmp_path / "rows.jsonl").read_text() == before
+
+
+def test_what_was_mended_is_run_again(planted, monkeypatch):
+    planted(crash)
+    monkeypatch.setattr(machine, "source_sha256", lambda: "another")
+    status, saved = planted(square, "--resume")
+    assert status == 0 and all(row["verdict"] == "correct" for row in saved.values())
+
+
+def test_the_kernel_that_a_process_died_in_is_named(planted, monkeypatch, tmp_path, capsys):
+    """The last that was launched."""
+    pytest.importorskip("triton")
+    _, inputs, _, operation = next(one for one in launches._of_all(launches.TOY, "toy") if "kl 3x37" in one[0])
+
+    def launch_and_crash(x):
+        operation(**inputs(torch.device("cpu"), torch.float32), impl="triton")
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    saved = planted(launch_and_crash)[1]
+    dead = saved["launch", "fastgen", "full"]
+    assert dead["launched"] == ["reparameterize_kl_forward_kernel"] and dead["died_in"] == dead["launched"][0]
+    assert "dead         reparameterize_kl_forward_kernel" in capsys.readouterr().out
+
+
+def test_imports_that_use_cuda_are_done_without(monkeypatch, capsys):
+    """A fork could not use it any more."""
+    started = []
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "first-contact", "--minutes", "3"])
+    monkeypatch.setenv(first_contact.LEAN, "")
+    monkeypatch.delenv(first_contact.LEAN)  # and gone again after the test
+    first_contact._preload()
+    assert started == [[sys.executable, "-m", "benchmarks", "first-contact", "--minutes", "3"]]
+    first_contact._preload()
+    assert len(started) == 1
+
+
+def test_the_headlines_are_cases_of_a_gpu():
+    for name, dtype, shape in first_contact.HEADLINES:
+        if name != "probes":
+            own = cases.load(name, "gpu", torch.device("cpu"))
+            found = [(case.op, str(case.dtype), case.shape) for case in own]
+            assert found.count((name, f"torch.{dtype}", shape)) == 1, (name, dtype, shape)
+
+
+def test_a_killed_run_leaves_whole_rows_and_goes_on(tmp_path):
+    """The command itself, on all benchmarks at toy size."""
+    command = [sys.executable, "-m", "tests.benchmarks.pretended_gpu", "first-contact", "--minutes", "0.5"]
+    environment = {**os.environ, "OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(command, cwd=machine.ROOT, env=environment, stdout=subprocess.DEVNULL)
+    file = tmp_path / rows.FILE
+    end = time.monotonic() + 40
+    while time.monotonic() < end and (not file.exists() or len(file.read_text().splitlines()) < 10):
+        time.sleep(0.05)
+    run.kill()
+    run.wait()
+    killed = file.read_text()
+    assert killed.endswith("\n") and len(rows.load(tmp_path)) >= 10
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["log.txt", rows.FILE]
+    time.sleep(1.5)
+    assert file.read_text() == killed, "a child went on alone"
+    with file.open("a") as torn:
+        torn.write('{"op": "to')
+    assert len(rows.load(tmp_path)) == len(killed.splitlines())
+    rows.save([], tmp_path)
+    assert file.read_text() == killed
+
+
+def test_children_end_with_their_parent():
+    def parent(tell):
+        child = pieces.Child(lambda tell: time.sleep(60))
+        tell("child", child.process.pid)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    news = []
+    outer = pieces.Child(parent)
+    end = time.monotonic() + 10
+    while time.monotonic() < end and not any(kind == "end" for kind, _ in news):
+        news += outer.heard()
+        time.sleep(0.01)
+    orphan = dict(news)["child"]
+    while time.monotonic() < end and os.path.exists(f"/proc/{orphan}") and _state(orphan) != "Z":
+        time.sleep(0.05)
+    assert not os.path.exists(f"/proc/{orphan}") or _state(orphan) == "Z"
+
+
+def _state(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return "Z"

@@ -1,0 +1,34 @@
+"""What the host takes for a call, with launches that end at the driver's door."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import host
+from benchmarks.harness import machine, rows
+from benchmarks.harness.mocked_launches import mocked
+
+pytest.importorskip("triton")
+
+
+def test_every_operation_has_a_row_with_its_launches(tmp_path):
+    """In a process whose kernels are not in the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks", "host", "--results", str(tmp_path)]
+    done = subprocess.run(command, cwd=machine.ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = {(row["op"], row["shape"], row["mode"]): row for row in rows.load(tmp_path)}
+    assert len(found) == 2 * len(host.cases())
+    for (op, _, mode), row in found.items():
+        assert 1 < row["host_us"] < 1e6 and row["provider"] == host.PROVIDER and row["ms_p50"] is None
+        assert row["kernels"] and row["kernel_sha256"] and row["threads"] == 1, (op, mode)
+        assert row["launches"] >= (2 if mode == "full" else 1) and row["launched"]
+    one, many = (found["diagonal_lstm", f"B=2 h={units} 8x8", "fwd"]["launches"] for units in (16, 128))
+    assert one == 1 and many >= one
+
+
+def test_kernels_in_the_interpreter_are_refused():
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), mocked():
+        pass
