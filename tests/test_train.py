@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -16,10 +17,12 @@ import pytest
 import torch
 
 import fastgen
+from fastgen import checkpoint
 from fastgen.data import Dataset, Split
 from fastgen.models import VAE, Autoencoder, GatedPixelCNN, PixelCNN, PixelCNNPP
 from fastgen.train import METRICS, STATE, Settings, check_fit, images_at_once, mean_loss, read_state, unit
 from fastgen.train import train as train_anywhere
+from fastgen.train.batches import Data
 from fastgen.train.run import Run
 
 train = partial(train_anywhere, device="cpu")  # where the same run gives the same bits
@@ -151,7 +154,7 @@ def test_learns_and_leaves_the_best_weights(stripes, tmp_path):
 
 def test_stops_without_improvement_and_stays_stopped(stripes, tmp_path, monkeypatch):
     worse = iter(range(100))
-    monkeypatch.setattr(Run, "_validation", lambda self: float(next(worse)))
+    monkeypatch.setattr(Run, "measure", lambda self, stop=None: float(next(worse)))
     settings = replace(QUICK, steps=60, validate_every=2, patience=3)
     result = train(gated(), stripes, tmp_path, settings, progress=False)
     assert (result.steps, result.reason, result.best) == (8, "no improvement", 0)
@@ -161,24 +164,113 @@ def test_stops_without_improvement_and_stays_stopped(stripes, tmp_path, monkeypa
     assert unlimited.reason == "finished"
 
 
+@pytest.mark.parametrize("change", [{"patience": 0}, {"patience": 5}, {"lr": 0.001}, {"steps": 70}], ids=str)
+def test_a_run_that_stopped_early_goes_on_where_a_setting_is_new(change, stripes, tmp_path, monkeypatch, capsys):
+    worse = iter(range(100))
+    monkeypatch.setattr(Run, "measure", lambda self, stop=None: float(next(worse)))
+    settings = replace(QUICK, steps=60, validate_every=2, patience=3, decay_steps=60)
+    train(gated(), stripes, tmp_path, settings, progress=False)
+    changed = replace(settings, **change)
+    capsys.readouterr()
+    again = train(gated(), stripes, tmp_path, replace(changed, max_seconds=1e9), resume=True)
+    name, value = next(iter(change.items()))
+    old = getattr(settings, name)
+    assert f"resumed at step 8 with {name} {old} -> {value}" in capsys.readouterr().out
+    assert again.steps == {"patience": 8 + 2 * value if value else 60, "lr": 14, "steps": 14}[name]
+    saved = read_state(tmp_path)["settings"]
+    assert saved[name] == value
+
+
+def test_the_learning_rate_may_change_on_resume(stripes, tmp_path):
+    train(gated(), stripes, tmp_path, replace(QUICK, steps=3), progress=False)
+    train(gated(), stripes, tmp_path, replace(QUICK, steps=10, lr=0.02), resume=True, progress=False)
+    rates = [row["learning_rate"] for row in rows(tmp_path) if "learning_rate" in row]
+    assert rates == [replace(QUICK, lr=0.02).learning_rate(9)]
+
+
+def test_the_same_images_from_another_place_resume(stripes, tmp_path):
+    train(gated(), stripes, tmp_path, replace(QUICK, steps=3), progress=False)
+    moved = replace(stripes, name="npz:elsewhere")
+    train(gated(), moved, tmp_path, QUICK, resume=True, progress=False)
+    assert read_state(tmp_path)["data"]["name"] == "npz:elsewhere"
+
+
+def test_leftovers_of_killed_runs_are_cleared(stripes, tmp_path):
+    train(gated(), stripes, tmp_path, replace(QUICK, steps=3), progress=False)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = [f".{STATE}.{number}.tmp" for number in (dead.pid, os.getpid(), os.getppid())]
+    for name in (*left, "mine.tmp", ".hidden"):
+        (tmp_path / name).touch()
+    train(gated(), stripes, tmp_path, replace(QUICK, steps=3), resume=True, progress=False)
+    assert {path.name for path in tmp_path.iterdir()} - {STATE, METRICS, "model.safetensors", "config.json"} == {
+        left[2],  # of a process that lives
+        "mine.tmp",
+        ".hidden",
+    }
+
+
+@pytest.mark.parametrize("moment", ["validation", "save", "last validation"])
+def test_a_signal_during_a_validation_or_a_save(moment, stripes, tmp_path, monkeypatch):
+    """Nothing is lost, and the rest of the validation is not waited for."""
+    monkeypatch.setattr("fastgen.train.measure.images_at_once", lambda model: 2)
+    train(gated(), stripes, tmp_path / "whole", replace(QUICK, steps=8), progress=False)
+    at = {"validation": 6, "save": 6, "last validation": 8}[moment]
+    loss, encode, signalled = GatedPixelCNN.loss, checkpoint.encode, []
+    scored = []  # batches of validations, by the step
+
+    def signal_once(step):
+        if step == at and not signalled:
+            signalled.append(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def loss_then(self, *batch):
+        found = loss(self, *batch)
+        if moment != "save" and not self.training:
+            scored.append(Steps.seen)
+            signal_once(Steps.seen)
+        return found
+
+    def encode_then(*given):
+        if moment == "save":
+            signal_once(Steps.seen)
+        return encode(*given)
+
+    class Steps:
+        seen = 0
+
+        def on_step(self, run):
+            Steps.seen = run.step
+
+    monkeypatch.setattr(GatedPixelCNN, "loss", loss_then)
+    monkeypatch.setattr(checkpoint, "encode", encode_then)
+    result = train(gated(), stripes, tmp_path / "parts", replace(QUICK, steps=8), progress=False, callbacks=[Steps()])
+    monkeypatch.undo()
+    monkeypatch.setattr("fastgen.train.measure.images_at_once", lambda model: 2)
+    assert signalled and result.steps == at
+    assert moment == "save" or (scored.count(3) == 5 and scored.count(at) == 1)
+    assert result.reason == ("finished" if moment == "last validation" else "interrupted")
+    assert read_state(tmp_path / "parts")["step"] == at
+    fastgen.load(tmp_path / "parts")
+    train(gated(), stripes, tmp_path / "parts", replace(QUICK, steps=8), resume=True, progress=False)
+    assert contents(tmp_path / "parts")[METRICS] == contents(tmp_path / "whole")[METRICS]
+    assert contents(tmp_path / "parts")["model.safetensors"] == contents(tmp_path / "whole")["model.safetensors"]
+
+
 def test_stops_when_time_is_out(stripes, tmp_path):
     result = train(gated(), stripes, tmp_path, replace(QUICK, max_seconds=0.0), progress=False)
     assert (result.steps, result.reason) == (1, "out of time")
     fastgen.load(tmp_path)
 
 
-def test_every_epoch_shows_every_image_once(stripes, tmp_path):
-    run = Run(gated(), stripes, tmp_path, replace(QUICK, batch_size=5), torch.device("cpu"))
-    epochs = []
-    for epoch in range(2):
-        seen = []
-        for position in range(4):
-            run.step = 4 * epoch + position
-            seen += run._indices().tolist()
-        epochs.append(seen)
+def test_every_epoch_shows_every_image_once(stripes):
+    source = Data(stripes).train
+    epochs = [
+        [place for position in range(4) for place in source.places(4 * epoch + position, 5, 0).tolist()]
+        for epoch in range(2)
+    ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20)) and epochs[0] != epochs[1]
-    run = Run(gated(), stripes, tmp_path, replace(QUICK, batch_size=500), torch.device("cpu"))
-    assert sorted(run._indices().tolist()) == list(range(20))
+    assert sorted(source.places(0, 500, 0).tolist()) == list(range(20))
 
 
 def test_learning_rate_rises_and_falls():
@@ -193,7 +285,7 @@ def test_learning_rate_rises_and_falls():
 
 def test_gradients_are_clipped_and_averages_follow(stripes, tmp_path):
     model = PixelCNN((1, 4, 3), 4, channels=4, layers=1)
-    run = Run(model, stripes, tmp_path, replace(QUICK, clip=1e-3, weight_decay=0.0), torch.device("cpu"))
+    run = Run(model, Data(stripes), tmp_path, replace(QUICK, clip=1e-3, weight_decay=0.0), torch.device("cpu"))
     before = [p.detach().clone() for p in model.parameters()]
     run.train_step()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
@@ -206,9 +298,10 @@ def test_gradients_are_clipped_and_averages_follow(stripes, tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"lr": 0.02}, "lr = 0.01"),
+        ({"batch_size": 9}, "batch_size = 8"),
         ({"seed": 5}, "seed = 0"),
-        ({"data": "other"}, "data = stripes"),
+        ({"beta": 2.0}, "beta"),
+        ({"data": "other"}, r"other images than stripes \(was stripes\)"),
         ({"model": PixelCNN}, "class = GatedPixelCNN"),
         ({"layers": 3}, "arguments"),
     ],
@@ -219,7 +312,7 @@ def test_refuses_to_resume_another_run(change, named, stripes, tmp_path):
     before = contents(tmp_path)
     model, data, settings = gated(), stripes, QUICK
     if "data" in change:
-        data = replace(stripes, name="other")
+        data = replace(stripes, train=stripes.train[torch.arange(20).flip(0)])
     elif "model" in change:
         model = PixelCNN((1, 4, 3), 4, channels=6, layers=2)
     elif "layers" in change:
@@ -333,20 +426,22 @@ def test_tensorboard_where_installed(stripes, tmp_path, monkeypatch):
         def __init__(self, folder, purge_step):
             written.append((folder, purge_step))
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
+        def close(self):
             written.append("closed")
 
         def add_scalar(self, name, value, step):
             written.append((name, step))
 
+        def add_image(self, name, pixels, step, dataformats):
+            written.append((name, pixels.shape, step, dataformats))
+
     module = types.ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    train(gated(), stripes, tmp_path, replace(QUICK, steps=3), progress=False)
-    assert written == [(str(tmp_path / "tensorboard"), 1), ("validation_bits_per_dim", 3), "closed"]
+    train(gated(), stripes, tmp_path, replace(QUICK, steps=3, samples=4), progress=False)
+    picture = ("samples", (2 * 50 + 2, 2 * 38 + 2, 3), 3, "HWC")
+    assert written == [(str(tmp_path / "tensorboard"), 1), picture, ("validation_bits_per_dim", 3), "closed"]
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step-0000003.png"]
 
 
 @pytest.mark.gpu

@@ -1,0 +1,102 @@
+"""One job in several processes, as `torchrun` starts them (on one machine or several). In a single process every
+function here is trivial.
+
+What is computed must not depend on the number of processes: work is cut into parts that are the same for any number,
+each process does its own, and `merged` brings all results to all. Random numbers come from a seed that belongs to the
+part (`mix`).
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+_store: dist.Store | None = None  # of torchrun: outlives a process that dies
+
+
+def started_by_torchrun() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def active() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """0 .. world_size() - 1; the process of rank 0 prints and writes."""
+    return dist.get_rank() if active() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if active() else 1
+
+
+def local_rank() -> int:
+    """Of this process on its machine: the GPU that it takes."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if started_by_torchrun() else 0
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """Joins the processes that torchrun started; those of a rank above 0 print nothing to stdout.
+
+    Raises:
+        ConnectionError: another process has ended before its time.
+    """
+    global _store
+    if not started_by_torchrun() or active():
+        yield
+        return
+    _store, number, count = next(dist.rendezvous("env://"))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=_store, rank=number, world_size=count)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if number else sys.stdout):
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, dist.DistError) or "Connection closed by peer" in str(error):
+                raise ConnectionError(f"another of the {count} processes has ended; what was saved stays") from error
+            raise
+    dist.destroy_process_group()
+
+
+def first_to_report() -> bool:
+    """Whether this process is the first that wants to tell of an error: one line is enough."""
+    if not started_by_torchrun():
+        return True
+    if _store is None:
+        return os.environ["RANK"] == "0"
+    try:
+        return _store.add("fastgen/reported", 1) == 1
+    except RuntimeError:  # the process that kept the store has died
+        return True
+
+
+def shard(count: int) -> slice:
+    """This process's part of 0 .. count - 1: contiguous, in the order of ranks, sizes that differ by one at most."""
+    bounds = [count * number // world_size() for number in (rank(), rank() + 1)]
+    return slice(*bounds)
+
+
+def merged(own: Tensor) -> Tensor:
+    """The sum over all processes, on the device of `own`. Where each has filled in its own part of a tensor of zeros,
+    that is exactly the whole tensor, whatever their number."""
+    if active():
+        own = own.contiguous().clone()
+        dist.all_reduce(own)
+    return own
+
+
+def mix(*numbers: int) -> int:
+    """A seed from several numbers."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
+
+
+def any_of_us(flag: bool) -> bool:
+    """Whether the flag is set in any process; all must ask at the same point."""
+    return bool(merged(torch.tensor(int(flag))))
