@@ -97,6 +97,14 @@ def mix(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
 
 
+@contextmanager
+def seeded(device: torch.device, *numbers: int) -> Iterator[None]:
+    """torch's default generators start from these numbers, and go on afterwards as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(mix(*numbers))
+        yield
+
+
 def any_of_us(flag: bool) -> bool:
     """Whether the flag is set in any process; all must ask at the same point."""
     return bool(merged(torch.tensor(int(flag))))

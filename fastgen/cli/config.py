@@ -32,7 +32,7 @@ def _read(path: Path) -> dict[str, Any]:
         import tomllib
     except ImportError:  # Python 3.10
         try:
-            import tomli as tomllib  # type: ignore[no-redef,import-not-found]
+            import tomli as tomllib
         except ImportError as error:
             raise ValueError(f"{FLAG} needs Python 3.11 or newer, or: pip install tomli") from error
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgen.cli import config
-from fastgen.cli.common import add_data, add_device, device_of, load_data, natural, number, positive_int
+from fastgen.cli.common import add_data, add_device, device_of, load_data, load_run_data, natural, number, positive_int
 
 if TYPE_CHECKING:
     from fastgen.data import Dataset
@@ -100,8 +100,8 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from fastgen import checkpoint, distributed, files
-    from fastgen.train import STATE, Settings, check_fit, read_state, train
+    from fastgen import checkpoint, distributed
+    from fastgen.train import STATE, Settings, read_state, train
 
     device = device_of(arguments)
     given = {name: getattr(arguments, name) for name in Settings.__dataclass_fields__}
@@ -124,7 +124,6 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError("--data is needed for a new run")
         settings = _settings(given)
         model, dataset = _new_run(arguments, options, settings.seed)
-    check_fit(model, dataset)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = "x".join(map(str, dataset.shape))
     print(
@@ -133,9 +132,6 @@ def run(arguments: argparse.Namespace) -> int:
         + (f", {distributed.world_size()} processes" if distributed.active() else ""),
         flush=True,
     )
-    if distributed.rank() == 0:
-        files.make_folder(Path(arguments.out))
-        files.write_atomically({Path(arguments.out) / RESOLVED: config.written(_resolved(model, dataset, settings))})
     result = train(
         model,
         dataset,
@@ -144,6 +140,7 @@ def run(arguments: argparse.Namespace) -> int:
         resume=arguments.resume,
         init_from=arguments.init_from,
         device=device,
+        callbacks=[Resolved(config.written(_resolved(model, dataset, settings)))],
     )
     best = f"; validation {result.metric} {result.best:.4f}" if result.best < float("inf") else ""
     print(f"{result.reason} at step {result.steps}{best}; saved in {arguments.out}")
@@ -156,6 +153,20 @@ def run(arguments: argparse.Namespace) -> int:
             "or --steps"
         )
     return 0
+
+
+class Resolved:
+    """A callback that leaves the options of a run beside it, once the run has begun."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def on_step(self, run: Any) -> None:
+        from fastgen import distributed, files
+
+        if self.content and distributed.rank() == 0:
+            files.write_atomically({run.folder / RESOLVED: self.content})
+            self.content = b""
 
 
 def _settings(given: Mapping[str, Any]) -> Any:
@@ -178,16 +189,10 @@ def _new_run(arguments: argparse.Namespace, options: dict[str, Any], seed: int) 
         if options or arguments.conditional is not None:
             raise ValueError("--set and --conditional need --model: without it the model is that of --init-from RUN")
         model = checkpoint.load(arguments.init_from)
-        return model, load_data(arguments, **_levels_of(arguments, model))
+        return model, load_run_data(arguments, model)
     dataset = load_data(arguments)
     torch.manual_seed(seed)
     return new_model(arguments.model, dataset, bool(arguments.conditional), options), dataset
-
-
-def _levels_of(arguments: argparse.Namespace, model: Any) -> dict[str, int]:
-    from fastgen.data import NAMED
-
-    return {} if arguments.data in NAMED else {"levels": model.levels}
 
 
 def _resolved(model: Any, dataset: "Dataset", settings: Any) -> dict[str, Any]:

@@ -44,9 +44,9 @@ def load(name: str, *, levels: int | None = None, resize: int | None = None, cro
         OSError: a file cannot be read or downloaded.
     """
     kind, _, rest = name.partition(":")
-    loading = {"levels": levels, "resize": resize, "crop": crop}
-    loading = {key: value for key, value in loading.items() if value is not None}
-    taken = ("levels",) if kind == "npz" else ("levels", "resize", "crop")
+    given = {"levels": levels, "resize": resize, "crop": crop}
+    loading = {key: value for key, value in given.items() if value is not None}
+    taken: tuple[str, ...] = ("levels",) if kind == "npz" else ("levels", "resize", "crop")
     for key, value in loading.items():
         least = 2 if key == "levels" else 1
         if not isinstance(value, int) or value < least or (key == "levels" and value > 256):

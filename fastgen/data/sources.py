@@ -116,7 +116,7 @@ def folder(path: str, levels: int | None = None, resize: int | None = None, crop
     roots = {name: root / name for name in ("train", "validation", "test") if (root / name).is_dir()}
     if "train" not in roots:
         roots = {"train": root}
-    files = {name: _image_files(part) for name, part in roots.items()}
+    files = {name: image_files(part) for name, part in roots.items()}
     if not files["train"]:
         raise ValueError(f"{source}: has no image files ({', '.join(sorted(IMAGE_SUFFIXES))})")
     kinds = {name: [file.relative_to(roots[name]).parts[:-1][:1] for file in found] for name, found in files.items()}
@@ -131,7 +131,7 @@ def folder(path: str, levels: int | None = None, resize: int | None = None, crop
     return assemble(splits, levels, source, files=True)
 
 
-def _image_files(root: Path) -> list[Path]:
+def image_files(root: Path) -> list[Path]:
     def visible(file: Path) -> bool:
         return not any(part.startswith(".") or part == "__MACOSX" for part in file.relative_to(root).parts)
 

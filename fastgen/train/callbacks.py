@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fastgen import plots
-from fastgen.train.measure import fork_rng
+from fastgen import distributed, plots
 
 if TYPE_CHECKING:
     from fastgen.train.run import Run
@@ -82,7 +81,7 @@ class SampleGrids(Callback):
         condition = None
         if model.n_classes is not None:
             condition = torch.arange(self.count, device=run.device) % model.n_classes
-        with fork_rng(run.device):
+        with distributed.seeded(run.device, run.settings.seed):
             images = model.sample(self.count, seed=run.settings.seed, condition=condition)
         folder = run.folder / "samples"
         folder.mkdir(exist_ok=True)

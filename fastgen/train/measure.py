@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 
 from fastgen import distributed
 from fastgen.data import Dataset, Split
-from fastgen.distributed import mix
 from fastgen.models import VAE, Autoencoder
 from fastgen.models.autoregressive import AutoregressiveModel
 from fastgen.train.batches import Batch, Indexed, Loaded
@@ -119,18 +117,14 @@ def mean_loss(
     loss, source = Loss(model), Indexed(split) if isinstance(split, Split) else split
     count, rank = distributed.world_size(), distributed.rank()
     sums, images, batch = [], 0, None
-    with fork_rng(device):
-        for number, batch in enumerate(source.chunks(batch_size or images_at_once(model))):
-            torch.manual_seed(mix(seed, number))
-            mine = number % count == rank
-            sums.append(float(loss(*loss.batch(batch, device))) * len(batch[0]) if mine else 0.0)
-            images += len(batch[0])
-            if number % count == count - 1 and distributed.any_of_us(stop()):
-                raise Interrupted
-        if batch is not None and rank >= len(sums) % count > 0:
-            loss(*loss.batch(batch, device))  # a sharded model runs in all processes or in none
+    for number, batch in enumerate(source.chunks(batch_size or images_at_once(model))):
+        sums.append(0.0)
+        if number % count == rank:
+            with distributed.seeded(device, seed, number):
+                sums[-1] = float(loss(*loss.batch(batch, device))) * len(batch[0])
+        images += len(batch[0])
+        if number % count == count - 1 and distributed.any_of_us(stop()):
+            raise Interrupted
+    if batch is not None and rank >= len(sums) % count > 0:
+        loss(*loss.batch(batch, device))  # a sharded model runs in all processes or in none
     return float(distributed.merged(torch.tensor(sums, dtype=torch.float64)).sum()) / images
-
-
-def fork_rng(device: torch.device) -> AbstractContextManager:
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
