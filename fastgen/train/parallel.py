@@ -22,6 +22,7 @@ def shard(model: nn.Module) -> None:
     """Cuts the parameters of a model into a part for each process (FSDP2); its loss puts them together for a pass."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here is done in place
     fully_shard(model)
     for method in ("loss", "log_prob"):
         if hasattr(model, method):
@@ -37,8 +38,7 @@ def for_training(loss: Loss, settings: Settings, device: torch.device) -> nn.Mod
         warnings.warn(f"cuda_graph is not used: {reason}", stacklevel=4)
     if not distributed.active() or sharded(settings):
         return loss
-    moving = any(buffer.is_floating_point() for buffer in loss.buffers())  # masks and their like are the same anywhere
-    return DistributedDataParallel(loss, broadcast_buffers=moving)
+    return DistributedDataParallel(loss)
 
 
 def _why_no_graph(settings: Settings, device: torch.device) -> str:
