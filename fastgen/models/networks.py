@@ -130,11 +130,3 @@ def as_floats(x: Tensor, shape: tuple[int, ...], levels: int, dtype: torch.dtype
     if x.dim() != 4 or tuple(x.shape[1:]) != tuple(shape):
         raise ValueError(f"x must have the shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
     return x.to(dtype) if x.is_floating_point() else x.to(dtype) / (levels - 1) * 2 - 1
-
-
-def check_condition(condition: Tensor | None, n_classes: int | None) -> None:
-    """Raises ValueError where a class is missing, or given to an unconditional model."""
-    if condition is None and n_classes is not None:
-        raise ValueError(f"condition is missing: this model needs a class in 0..{n_classes - 1} for each image")
-    if condition is not None and n_classes is None:
-        raise ValueError("condition was given, but this model is unconditional (n_classes=None)")
