@@ -61,8 +61,8 @@ def load_data(arguments: argparse.Namespace, **defaults: Any) -> "Dataset":
     return dataset
 
 
-def load_run_data(arguments: argparse.Namespace, model: Any) -> "Dataset":
-    """Images for a trained model: with its number of levels, unless another is asked for.
+def load_run_data(arguments: argparse.Namespace, model: Any, **defaults: Any) -> "Dataset":
+    """`load_data` for a trained model: with its number of levels, unless another is asked for.
 
     Raises:
         ValueError: they do not fit.
@@ -70,7 +70,8 @@ def load_run_data(arguments: argparse.Namespace, model: Any) -> "Dataset":
     from fastgen.data import NAMED
     from fastgen.train import check_fit
 
-    dataset = load_data(arguments, **({} if arguments.data in NAMED else {"levels": model.levels}))
+    named = (arguments.data or defaults["data"]) in NAMED
+    dataset = load_data(arguments, **({} if named else {"levels": model.levels}), **defaults)
     check_fit(model, dataset)
     return dataset
 

@@ -116,7 +116,8 @@ def run(arguments: argparse.Namespace) -> int:
         model = checkpoint.build(state["model"], Path(arguments.out) / STATE)
         if arguments.model and MODELS[arguments.model] != type(model).__name__:
             raise ValueError(f"--model {arguments.model}: the run in {arguments.out} is of a {type(model).__name__}")
-        dataset = load_data(arguments, data=state["data"]["name"], **state["data"]["loading"])
+        loading = {name: value for name, value in state["data"]["loading"].items() if name != "levels"}
+        dataset = load_run_data(arguments, model, data=state["data"]["name"], **loading)
     else:
         if (Path(arguments.out) / STATE).exists():
             raise ValueError(f"{arguments.out}: holds a run already; give --resume to continue it, or another --out")
