@@ -21,7 +21,7 @@ CONVOLUTIONS = ("masked_conv2d", "reconstruction_nll")
 
 
 @dataclass(frozen=True)
-class Job:
+class SampleRequest:
     """A model of some size, on a batch of images; and the kernels that it runs."""
 
     name: str
@@ -34,21 +34,21 @@ class Job:
     batch: int
 
 
-def _convolutions(data: str, batch: int, channels: int, layers: int) -> list[Job]:
+def _convolutions(data: str, batch: int, channels: int, layers: int) -> list[SampleRequest]:
     size = {"channels": channels, "layers": layers}
     models = (("GatedPixelCNN", GatedPixelCNN), ("PixelCNN", PixelCNN))
     return [
-        Job(name, model, size, CONVOLUTIONS, data, SHAPES[data], LEVELS[data], batch)
+        SampleRequest(name, model, size, CONVOLUTIONS, data, SHAPES[data], LEVELS[data], batch)
         for name, model in models
         if data in AVAILABLE
     ]
 
 
-def _scans(data: str, batch: int, hidden_channels: int, layers: int) -> list[Job]:
+def _scans(data: str, batch: int, hidden_channels: int, layers: int) -> list[SampleRequest]:
     """PixelRNN of both kinds."""
     size = {"hidden_channels": hidden_channels, "layers": layers}
     return [
-        Job(
+        SampleRequest(
             f"PixelRNN {kind}",
             functools.partial(PixelRNN, kind=kind),
             size,
@@ -63,17 +63,17 @@ def _scans(data: str, batch: int, hidden_channels: int, layers: int) -> list[Job
     ]
 
 
-def _mnist(batch: int) -> list[Job]:
+def _mnist(batch: int) -> list[SampleRequest]:
     """PixelRNN with the 7 layers of 16 units that the paper has for binarized MNIST, on random images of that shape."""
     return [replace(job, shape=(1, 28, 28), levels=2) for job in _scans("random", batch, 16, 7)]
 
 
-def _toy() -> list[Job]:
+def _toy() -> list[SampleRequest]:
     jobs = _convolutions("random", 2, 4, 1) + _scans("random", 2, 4, 1)
     return [replace(job, shape=(1, 3, 4), levels=3) for job in jobs]
 
 
-JOBS: dict[str, list[Job]] = {
+JOBS: dict[str, list[SampleRequest]] = {
     "toy": _toy(),
     "cpu": _convolutions("digits", 64, 32, 3) + _convolutions("patches", 2, 32, 3) + _convolutions("random", 2, 32, 3),
     "cpu-full": [
@@ -102,7 +102,7 @@ JOBS: dict[str, list[Job]] = {
 }
 
 
-def _inputs(device: torch.device, job: Job, dtype: torch.dtype) -> dict[str, Any]:
+def _inputs(device: torch.device, job: SampleRequest, dtype: torch.dtype) -> dict[str, Any]:
     model = job.build(job.shape, job.levels, **job.size).to(device)
     if device.type == "cuda":
         for parameter in model.parameters():

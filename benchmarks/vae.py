@@ -17,19 +17,19 @@ from fastgen.ops.reconstruction_nll import reconstruction_nll_reference
 from fastgen.ops.reparameterize_kl import reparameterize_kl_reference
 
 # Likelihood, data, batch, arguments of the VAE.
-Job = tuple[str, str, int, dict[str, Any]]
+SampleRequest = tuple[str, str, int, dict[str, Any]]
 MNIST = (1, 28, 28)  # random images of this shape, binary
 MLP = ("bernoulli", "binary", 128, {"latent_dim": 20, "network": "mlp", "hidden": 400})
 
 
-def _on_all(of_digits: tuple[int, dict[str, Any]], of_colours: tuple[int, dict[str, Any]]) -> list[Job]:
+def _on_all(of_digits: tuple[int, dict[str, Any]], of_colours: tuple[int, dict[str, Any]]) -> list[SampleRequest]:
     """A softmax over the levels of digits, a mixture of logistics for images with colours."""
-    jobs: list[Job] = [("categorical", "digits", *of_digits)]
+    jobs: list[SampleRequest] = [("categorical", "digits", *of_digits)]
     jobs += [("logistic_mixture", data, *of_colours) for data in ("patches", "random")]
     return [job for job in jobs if job[1] in AVAILABLE]
 
 
-JOBS: dict[str, list[Job]] = {
+JOBS: dict[str, list[SampleRequest]] = {
     "toy": [
         ("bernoulli", "binary 1x3x5", 2, {"latent_dim": 3, "network": "mlp", "hidden": 8}),
         ("logistic_mixture", "random 3x5x6", 2, {"latent_dim": 3, "channels": 4}),
@@ -53,7 +53,7 @@ def _shape(data: str) -> Shape:
     return MNIST if name == "binary" else SHAPES[name]
 
 
-def _inputs(device: torch.device, job: Job, dtype: torch.dtype) -> dict[str, Any]:
+def _inputs(device: torch.device, job: SampleRequest, dtype: torch.dtype) -> dict[str, Any]:
     likelihood, data, batch, of_model = job
     shape, name = _shape(data), data.partition(" ")[0]
     model = VAE(shape, likelihood=likelihood, levels=LEVELS.get(name, 2), **of_model).to(device)

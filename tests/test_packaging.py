@@ -47,7 +47,7 @@ def test_holds_every_module_once(wheel):
     own = {f"fastgen/{path.relative_to(ROOT / 'fastgen')}" for path in (ROOT / "fastgen").rglob("*.py")}
     own |= {f"fastgen/kernels/{path.relative_to(ROOT / 'kernels')}" for path in (ROOT / "kernels").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == own
-    assert {"fastgen/py.typed", "fastgen/sampling/native/machine.cpp"} <= set(names)
+    assert {"fastgen/py.typed", "fastgen/sampling/machine/cpu/machine.cpp"} <= set(names)
 
 
 def test_declares_what_it_needs(wheel):

@@ -11,26 +11,30 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.distributions import Bernoulli, Distribution
-from fastgen.sampling.arguments import (
+from fastgen.sampling.causality.drawing_order import drawing_order
+from fastgen.sampling.causality.report import Order
+from fastgen.sampling.draws import draw_image
+from fastgen.sampling.model_state import Snapshot, unchanged
+from fastgen.sampling.request import (
+    Backend,
+    SampleRequest,
+    SampleResult,
+    check_noise,
     checked_count,
     checked_distribution,
     checked_known,
     checked_shape,
+    example,
+    kind,
     levels_of,
+    rows_between,
+    rows_for,
     tempered_distribution,
+    uniforms,
 )
-from fastgen.sampling.causality import Order
-from fastgen.sampling.condition import example, kind, rows_between, rows_for
-from fastgen.sampling.draw import draw_image
-from fastgen.sampling.engine import build_engine
-from fastgen.sampling.fixed_point import FixedPoint
-from fastgen.sampling.graph import Unsupported
-from fastgen.sampling.job import Backend, Drawn, Job
-from fastgen.sampling.naive import Naive, whole_pass
-from fastgen.sampling.noise import check_noise, uniforms
-from fastgen.sampling.order import drawing_order
-from fastgen.sampling.snapshot import Snapshot
-from fastgen.sampling.unchanged import unchanged
+from fastgen.sampling.run.engine import build_engine
+from fastgen.sampling.trace.graph import Unsupported
+from fastgen.sampling.whole_pass import FixedPoint, Naive, whole_pass
 
 BACKENDS = ("auto", "naive", "eager", "compiled", "cuda_graph", "persistent", "fixed_point")
 WHOLE_PASSES = ("naive", "fixed_point")
@@ -200,7 +204,9 @@ class Sampler:
         if engine is None or self._is_stale(condition):
             self._engine = None  # its memory is free before the next is made
             self._engine = engine = self._build(self._blank_pass(condition), condition)
-        whole = Job(n, self.shape, noise.to(device), distribution, known, known_mask, condition, return_log_prob)
+        whole = SampleRequest(
+            n, self.shape, noise.to(device), distribution, known, known_mask, condition, return_log_prob
+        )
         parts = self._run(engine, whole, batch_size, progress)
         levels = torch.cat([part.levels for part in parts])
         if not return_log_prob:
@@ -212,11 +218,11 @@ class Sampler:
         made = {"_engine": None, "_snapshot": None, "_built_for": None, "_waits": "not analysed since it was copied"}
         return self.__dict__ | made
 
-    def _run(self, engine: Backend, whole: Job, batch_size: int | None, progress: bool) -> list[Drawn]:
+    def _run(self, engine: Backend, whole: SampleRequest, batch_size: int | None, progress: bool) -> list[SampleResult]:
         from tqdm.auto import tqdm
 
         draws = self.shape[0] * self.shape[1] * self.shape[2]
-        parts: list[Drawn] = []
+        parts: list[SampleResult] = []
         start, most = 0, min(size for size in (whole.n, batch_size, self._most, engine.most) if size is not None)
         most = -(-whole.n // -(-whole.n // most))  # parts of about one size
         with tqdm(total=whole.n * draws, unit="draw", disable=not progress) as bar:
@@ -263,7 +269,7 @@ class Sampler:
         if check_params is not None:
             check_params(params[..., 0, 0], self.shape[0])
         blank = torch.zeros(self.noise_shape(2), device=params.device)
-        draw_image(Job(2, self.shape, blank, self.distribution), params)
+        draw_image(SampleRequest(2, self.shape, blank, self.distribution), params)
         encode, condition = self._encode(), example(condition, self._device())
         engine = self._make(encode, condition)
         self._snapshot, self._built_for = Snapshot(self.model, self._volatile), kind(condition)
@@ -300,9 +306,9 @@ class Sampler:
         return partial(_encode_levels, levels=levels, dtype=dtype)
 
 
-def _part(whole: Job, start: int, stop: int, progress: Callable[[int], Any]) -> Job:
+def _part(whole: SampleRequest, start: int, stop: int, progress: Callable[[int], Any]) -> SampleRequest:
     """Images start..stop-1 of a job."""
-    return Job(
+    return SampleRequest(
         stop - start,
         whole.shape,
         whole.noise[start:stop],

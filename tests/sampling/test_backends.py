@@ -7,7 +7,7 @@ import torch
 
 from fastgen import accelerate
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelCNNPP, PixelRNN
-from fastgen.sampling.native.build import machine
+from fastgen.sampling.machine.cpu.build import machine
 
 MODELS = {
     "gated": lambda: GatedPixelCNN((1, 6, 5), 5, channels=8, layers=2),

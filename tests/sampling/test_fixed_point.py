@@ -8,8 +8,8 @@ from causal_models import NAMES, Backwards, small
 from torch import nn
 
 from fastgen import Bernoulli, accelerate
-from fastgen.sampling.fixed_point import FixedPoint
-from fastgen.sampling.job import Job
+from fastgen.sampling.request import SampleRequest
+from fastgen.sampling.whole_pass import FixedPoint
 
 
 def both(model, shape, distribution, **options):
@@ -91,7 +91,7 @@ def test_stops_where_nothing_can_settle():
 
     backend = FixedPoint(Contrary(), (1, 2, 2), lambda levels: levels.float())
     with pytest.raises(RuntimeError, match="still change after 5 passes"):
-        backend.run(Job(2, (1, 2, 2), torch.rand(2, 1, 2, 2), Bernoulli()))
+        backend.run(SampleRequest(2, (1, 2, 2), torch.rand(2, 1, 2, 2), Bernoulli()))
 
 
 def test_longest_chain():

@@ -10,13 +10,13 @@ import torch
 
 from fastgen import accelerate
 from fastgen.models import GatedPixelCNN, PixelCNN
-from fastgen.sampling import compiled_run
-from fastgen.sampling.native.build import NoMachine, machine
-from fastgen.sampling.native.encode import Part, Side, Unknown, collapsed, constant_view, translate
-from fastgen.sampling.native.link import Linker, waits
-from fastgen.sampling.program import Instruction, Linear, Memory, View, scratch
+from fastgen.sampling.machine.cpu.build import NoMachine, machine
+from fastgen.sampling.machine.cpu.encode import Part, Side, Unknown, collapsed, constant_view, translate
+from fastgen.sampling.machine.cpu.link import Linker, waits
+from fastgen.sampling.plan.program import Instruction, Linear, Memory, View, scratch
 from fastgen.sampling.rules.kernels import Slab
-from fastgen.sampling.run import Run
+from fastgen.sampling.run import cpu_player
+from fastgen.sampling.run.torch_player import Run
 
 N = 3
 F32 = torch.float32
@@ -237,7 +237,7 @@ def test_no_thread_touches_what_another_one_writes(build, threads):
     block = Run(plan, N, torch.device("cpu")).block
     pairs = 0
     for program in plan.programs:
-        for section in compiled_run.sections(program):
+        for section in cpu_player.sections(program):
             read, written = {}, {}  # by thread
             for part, wait in zip(section.parts, waits(section.parts, block), strict=True):
                 if wait:

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastgen import Categorical, accelerate
-from fastgen.sampling.causality import places_of, raster
-from fastgen.sampling.ready import ready_times
-from fastgen.sampling.trace import trace
+from fastgen.sampling.causality.ready_times import ready_times
+from fastgen.sampling.causality.report import places_of, raster
+from fastgen.sampling.trace.recorder import trace
 from tests.sampling.zoo_case import DataMask
 
 SHAPE, DISTRIBUTION, N = (1, 4, 4), Categorical(4, "B(KC)HW"), 3

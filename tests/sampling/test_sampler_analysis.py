@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from fastgen import Bernoulli, Categorical, NotCausalError, accelerate
 from fastgen.models import GatedPixelCNN
 from fastgen.sampling import Sampler
-from fastgen.sampling.fixed_point import FixedPoint
-from fastgen.sampling.graph import Unsupported
+from fastgen.sampling.trace.graph import Unsupported
+from fastgen.sampling.whole_pass import FixedPoint
 
 
 @pytest.fixture

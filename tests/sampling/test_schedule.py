@@ -8,10 +8,10 @@ from torch import nn
 
 from fastgen import Categorical, accelerate
 from fastgen.models import GatedPixelCNN, PixelCNN
-from fastgen.sampling import plan as plans
-from fastgen.sampling.compiled_run import images_at_once
+from fastgen.sampling.plan import plan as plans
+from fastgen.sampling.plan.temporaries import share_scratch
 from fastgen.sampling.rules.convolution import Convolution
-from fastgen.sampling.scratch import share_scratch
+from fastgen.sampling.run.cpu_player import images_at_once
 
 
 def masked(rows):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastgen.sampling.graph import Map, Unsupported, Value
-from fastgen.sampling.trace import trace
+from fastgen.sampling.trace.graph import Map, Unsupported, Value
+from fastgen.sampling.trace.recorder import trace
 
 MOVES = {
     "slices and steps": lambda x: x[:, :, 1::2, :-1] + 0,

@@ -2,7 +2,6 @@
 
 import torch
 
-from fastgen.sampling.graph import Value
 from fastgen.sampling.rules.base import Analysis, Rule, constant_operand
 from fastgen.sampling.rules.convolution import Convolution
 from fastgen.sampling.rules.matmul import MatMul
@@ -11,6 +10,7 @@ from fastgen.sampling.rules.pooling import MaxPool2d
 from fastgen.sampling.rules.reduction import Concatenation, Cumulative, Lookup, Opaque, Reduction, Softmax
 from fastgen.sampling.rules.scan import DiagonalScan, RowScan
 from fastgen.sampling.rules.slicewise import Slicewise
+from fastgen.sampling.trace.graph import Value
 
 __all__ = ["Analysis", "Rule", "rule_for"]
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastgen.sampling.graph import CONSTANT, NEVER, Graph, Map, Operand, Value
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Graph, Map, Operand, Value
 
 if TYPE_CHECKING:
-    from fastgen.sampling.builder import Builder
-    from fastgen.sampling.layout import Box
+    from fastgen.sampling.plan.builder import Builder
+    from fastgen.sampling.plan.layout import Box
 
 LOW = -1e4  # what is below by this much vanishes in a softmax
 

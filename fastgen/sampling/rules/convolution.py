@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgen.sampling.builder import Builder
-from fastgen.sampling.graph import CONSTANT, NEVER, Operand, Unsupported, Value
-from fastgen.sampling.layout import Box, dense_strides
-from fastgen.sampling.program import Linear, View
+from fastgen.sampling.plan.builder import Builder
+from fastgen.sampling.plan.layout import Box, dense_strides
+from fastgen.sampling.plan.program import Linear, View
 from fastgen.sampling.rules.base import Analysis, Rule, groups_of
 from fastgen.sampling.rules.kernels import Packed, Slab, convolve_transposed, extent, fill, project, select
 from fastgen.sampling.rules.matmul import emit_linear
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported, Value
 
 WIDE = 32  # numbers in a row from which a product of its own costs less than a copy
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.sampling.builder import Builder
-from fastgen.sampling.graph import CONSTANT, NEVER, Operand, Value
-from fastgen.sampling.layout import Box
-from fastgen.sampling.program import Linear, View
+from fastgen.sampling.plan.builder import Builder
+from fastgen.sampling.plan.layout import Box
+from fastgen.sampling.plan.program import Linear, View
 from fastgen.sampling.rules.base import Analysis, Rule, constant_operand, groups_of, reduce_to
 from fastgen.sampling.rules.pointwise import ONE
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Value
 
 PATTERNS = 64  # kinds of columns up to which they are treated kind by kind
 CHUNK = 2**24

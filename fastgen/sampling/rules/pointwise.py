@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.sampling.builder import Builder
-from fastgen.sampling.graph import CONSTANT, NEVER, Operand, map_arguments
-from fastgen.sampling.layout import Box
-from fastgen.sampling.program import Linear, View
+from fastgen.sampling.plan.builder import Builder
+from fastgen.sampling.plan.layout import Box
+from fastgen.sampling.plan.program import Linear, View
 from fastgen.sampling.rules.base import LOW, Rule, constant_operand, reduce_to, result_of
 from fastgen.sampling.rules.out_variants import out_variant, relu
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, map_arguments
 
 SWALLOWS = 1e6  # what rounding of a sum has to take away, for its smaller part to count as nothing
 ONE = (Linear(0), 1, 1)  # all of a dimension of size 1

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgen.sampling.builder import Builder
-from fastgen.sampling.graph import NEVER, Operand, Value
-from fastgen.sampling.layout import Box
+from fastgen.sampling.plan.builder import Builder
+from fastgen.sampling.plan.layout import Box
 from fastgen.sampling.rules.base import Analysis, Rule
+from fastgen.sampling.trace.graph import NEVER, Operand, Value
 
 
 class MaxPool2d(Rule):

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.sampling.builder import Builder
-from fastgen.sampling.graph import CONSTANT, NEVER, Operand, Unsupported
-from fastgen.sampling.layout import Box
-from fastgen.sampling.program import Linear
+from fastgen.sampling.plan.builder import Builder
+from fastgen.sampling.plan.layout import Box
+from fastgen.sampling.plan.program import Linear
 from fastgen.sampling.rules.base import LOW, Rule, argument, batched_arguments, constant_operand, reduce_to, result_of
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported
 
 LOWEST = -float("inf")
 

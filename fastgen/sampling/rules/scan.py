@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgen.sampling.builder import Builder
-from fastgen.sampling.graph import CONSTANT, NEVER, Map, Operand, Unsupported, Value
-from fastgen.sampling.layout import Box
-from fastgen.sampling.program import Linear
+from fastgen.sampling.plan.builder import Builder
+from fastgen.sampling.plan.layout import Box
+from fastgen.sampling.plan.program import Linear
 from fastgen.sampling.rules.base import Analysis, Rule
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Map, Operand, Unsupported, Value
 
 
 class Scan(Rule):

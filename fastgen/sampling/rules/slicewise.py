@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.sampling.builder import Builder
-from fastgen.sampling.graph import CONSTANT, Operand, Value, map_arguments
-from fastgen.sampling.layout import Box
-from fastgen.sampling.program import Linear, View
+from fastgen.sampling.plan.builder import Builder
+from fastgen.sampling.plan.layout import Box
+from fastgen.sampling.plan.program import Linear, View
 from fastgen.sampling.rules.base import Analysis, Rule, argument, batched_arguments, constant_operand, never, result_of
 from fastgen.sampling.rules.reduction import cut
+from fastgen.sampling.trace.graph import CONSTANT, Operand, Value, map_arguments
 
 # Along the dimension `dim` of their schema, or several.
 ALONG = {

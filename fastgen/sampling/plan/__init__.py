@@ -1,0 +1,1 @@
+"""From ready times to instructions: schedule, parts of convolutions, memory, programs."""

@@ -1,0 +1,100 @@
+"""Where the elements of a value lie in memory: dimensions that are computed whole innermost, zeros around it."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgen.sampling.trace.graph import Map, Value
+
+FEATURE_KINDS = 4  # a dimension along which times take no more patterns holds features (of colours, say), not places
+
+
+@dataclass(frozen=True)
+class Box:
+    """Elements start, start + step, ... of a value along each dimension."""
+
+    start: tuple[int, ...]
+    sizes: tuple[int, ...]
+    steps: tuple[int, ...]
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(
+            slice(first, first + (size - 1) * step + 1, step)
+            for first, size, step in zip(self.start, self.sizes, self.steps, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Order of the dimensions from the outermost to the innermost, and the zeros before and after along each."""
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+    @property
+    def room(self) -> tuple[int, ...]:
+        return tuple(b + size + a for b, size, a in zip(self.before, self.shape, self.after, strict=True))
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of the dimensions in the value's own order; the last of `order` has stride 1."""
+        found, stride = [0] * len(self.shape), 1
+        for d in reversed(self.order):
+            found[d] = stride
+            stride *= self.room[d]
+        return tuple(found)
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.room).numel()
+
+    @property
+    def origin(self) -> int:
+        return sum(b * s for b, s in zip(self.before, self.strides, strict=True))
+
+    def inner(self, memory: Tensor) -> Tensor:
+        """The value (n, *shape) in memory (n, numel)."""
+        return memory.as_strided(
+            (memory.shape[0], *self.shape),
+            (memory.stride(0), *self.strides),
+            memory.storage_offset() + self.origin,
+        )
+
+
+def dimension_order(times: Tensor, channels: int | None) -> tuple[int, ...]:
+    """Places outermost, features innermost, otherwise as they are; `channels`: the dimension to have last of all."""
+    places = []
+    for d in range(times.dim()):
+        rows = times.movedim(d, 0).reshape(times.shape[d], -1)
+        differing = int((rows[1:] != rows[:-1]).any(1).sum()) if len(rows) > 1 else 0
+        kinds = 1 if differing == 0 else len(rows.unique(dim=0)) if len(rows) <= 4096 else len(rows)
+        places.append(kinds > FEATURE_KINDS or (kinds > 1 and kinds == times.shape[d]))
+    order = [d for d in range(times.dim()) if places[d]] + [d for d in range(times.dim()) if not places[d]]
+    if channels is not None and not places[channels]:
+        order.remove(channels)
+        order.append(channels)
+    return tuple(order)
+
+
+def layout(value: Value, times: Tensor, maps: Iterable[Map], channels: int | None) -> Layout:
+    """Room for all that the maps read of the value; `channels` as in `dimension_order`."""
+    before, after = [0] * len(value.shape), [0] * len(value.shape)
+    for one in maps:
+        for k, (low, high) in enumerate(one.bounds()):
+            before[k] = max(before[k], -low)
+            after[k] = max(after[k], high - value.shape[k] + 1)
+    return Layout(value.shape, dimension_order(times, channels), tuple(before), tuple(after))
+
+
+def dense_strides(sizes: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor that has its dimensions in this order, by dimension."""
+    found, stride = [0] * len(sizes), 1
+    for d in reversed(order):
+        found[d] = stride
+        stride *= sizes[d]
+    return tuple(found)

@@ -1,0 +1,259 @@
+"""From a model to the programs of all steps: order, schedule, layout, programs."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastgen.distributions import Distribution
+from fastgen.sampling.causality.drawing_order import Ordered, ordered
+from fastgen.sampling.causality.ready_times import Timed
+from fastgen.sampling.causality.report import Order, places_of
+from fastgen.sampling.plan.builder import Builder, NeedsStorage, Storage
+from fastgen.sampling.plan.layout import Box, Layout, layout
+from fastgen.sampling.plan.program import Memory, Program
+from fastgen.sampling.plan.schedule import Schedule, running_times, schedule
+from fastgen.sampling.plan.sliding_rows import Ring, make_rings
+from fastgen.sampling.plan.split_convolution import split_rows
+from fastgen.sampling.plan.temporaries import Scratch, share_scratch
+from fastgen.sampling.rules.convolution import Convolution
+from fastgen.sampling.trace.graph import CONSTANT, Map, Operand, Value
+from fastgen.sampling.trace.network import Network
+
+
+@dataclass
+class Plan:
+    """All that sampling needs besides memory: which program runs at which step, with which offsets.
+
+    Attributes:
+        order: (channel, row, column) of the draws; all channels of a pixel at once where `whole_pixels`.
+        programs: the distinct ones; those of a step are in `steps`.
+        rings: id of a memory -> what of its value it holds, where that is not all.
+        scratch: the blocks that programs compute in.
+        steps: for steps -1, 0, ...: (number of the program, offsets).
+        rows: the output's map of a pixel, see `Engine`.
+    """
+
+    timed: Timed
+    schedule: Schedule
+    storage: Storage
+    order: Order
+    whole_pixels: bool
+    output: Operand
+    leaves: list[Value]
+    programs: list[Program] = field(default_factory=list)
+    steps: list[tuple[int, list[Any]]] = field(default_factory=list)
+    scratch: Scratch = field(default_factory=Scratch)
+    rings: dict[int, Ring] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def levels(self) -> Value:
+        return self.timed.graph.values[0]
+
+    @property
+    def bytes_of_image(self) -> int:
+        """Of stored values and scratch memory, for one image."""
+        scratch = zip(self.scratch.sizes, self.scratch.dtypes, strict=True)
+        total = sum(size * dtype.itemsize for size, dtype in scratch)
+        for memory in self.storage.memories.values():
+            if memory.kind == "stored":
+                kept = self.rings.get(id(memory), memory)
+                total += kept.numel * memory.dtype.itemsize
+        return total
+
+    @property
+    def computes_in_half(self) -> bool:
+        """Whether some of it is in half precision, which rounds coarsely."""
+        return any(value.data.dtype in (torch.bfloat16, torch.float16) for value in self.timed.computed)
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        return self.timed.graph.data_of(self.output).dtype
+
+    @cached_property
+    def work_ratio(self) -> float:
+        """Multiply-adds of all steps over those of the same activations computed once each.
+
+        Both are counted with dense kernels. Activations that no draw reads (features of the last pixel) are left out
+        of both, so that the least is 1.
+        """
+        done, once = 0.0, 0.0
+        by_value: dict[int, list[Box]] = {}
+        for tasks in self.schedule.steps:
+            for value, box in tasks:
+                by_value.setdefault(value.index, []).append(box)
+        for index, boxes in by_value.items():
+            value, cost = self.timed.graph.values[index], self.timed.rules[index].multiply_adds
+            if cost:
+                computed = torch.zeros(value.shape, dtype=torch.bool)
+                for box in boxes:
+                    computed[box.slices] = True
+                done += sum(math.prod(box.sizes) for box in boxes) * cost
+                once += int(computed.sum()) * cost
+        return done / once if once else 1.0
+
+
+def make_plan(
+    model: nn.Module,
+    shape: Sequence[int],
+    distribution: Distribution,
+    encode: Callable[[Tensor], Tensor],
+    condition: Any,
+    levels: int,
+) -> Plan:
+    """Raises NotCausalError, or Unsupported where the engine cannot take the model."""
+    found: Ordered = ordered(Network(model, shape, encode, condition, levels), distribution)
+    output = found.graph.output
+    deadlines = [(output, (found.needed - 1).expand(output.shape))]
+    times = running_times(found.timed, found.order, deadlines)
+    if split_rows(found.timed, found.order, times):
+        times = running_times(found.timed, found.order, deadlines)
+    when = schedule(found.timed, len(found.order), times, deadlines)
+    storage = _storage(found.timed, when, found.order, shape)
+    whole_pixels = len(found.order) == shape[1] * shape[2]
+    plan = Plan(found.timed, when, storage, found.order, whole_pixels, output, found.conditions, remarks=found.remarks)
+    built: Built = {}
+    while not _write_programs(plan, built):
+        pass  # again, with what was found to need storage
+    plan.scratch = share_scratch(plan.programs)
+    plan.rings = make_rings(_windows(plan), plan.programs, plan.steps)
+    return plan
+
+
+def _windows(plan: Plan) -> Iterator[tuple[Memory, Layout, bool]]:
+    """Values of which a ring may hold a part: computed, of no use to anything but steps, constant in no later row.
+
+    With whether they are in the first.
+    """
+    output = {value.index for value in plan.output.values}
+    for index, memory in plan.storage.memories.items():
+        value = plan.timed.graph.values[index]
+        if value.kind != "computed" or index in output or plan.timed.rules[index].keeps_state:
+            continue
+        found = plan.storage.layouts[index]
+        if found.order:
+            constant = plan.timed.graph.of(plan.schedule.times, value).movedim(found.order[0], 0) == CONSTANT
+            if not constant[1:].any():
+                yield memory, found, bool(constant[0].any())
+
+
+def _storage(timed: Timed, when: Schedule, order: Order, shape: Sequence[int]) -> Storage:
+    graph = timed.graph
+    maps: dict[int, list[Map]] = {}
+    stored = set(when.stored)
+    reads = [timed.graph.output]
+    for value in timed.computed:
+        reads += timed.rules[value.index].reads()
+    for operand in reads:
+        if operand.map is not None:
+            maps.setdefault(operand.map.value.index, []).append(operand.map)
+            if operand.map.padded:
+                stored.add(operand.map.value.index)
+        else:
+            stored |= {value.index for value in operand.values}
+    layouts = {}
+    feature_maps = _feature_maps(timed)
+    for value in graph.values:
+        if value.kind != "constant":
+            times = places_of(order, shape) if value.kind == "levels" else graph.of(when.times, value)
+            layouts[value.index] = layout(
+                value, times, maps.get(value.index, []), 1 if value.index in feature_maps else None
+            )
+    return Storage(layouts, stored)
+
+
+def _feature_maps(timed: Timed) -> set[int]:
+    """Values (1, C, ...) that convolutions compute or read, and what is computed from them place by place."""
+    found: set[int] = set()
+    for value in timed.computed:
+        sources = [source for operand in value.operands for source in operand.values]
+        if isinstance(timed.rules[value.index], Convolution):
+            found |= {value.index, *(one.index for one in sources if len(one.shape) == len(value.shape))}
+        elif any(one.index in found and len(one.shape) == len(value.shape) for one in sources):
+            found.add(value.index)
+    return found
+
+
+Built = dict[int, tuple[Program, list[Any], frozenset[int]]]  # step -> program, payload, values local to it
+
+
+def _write_programs(plan: Plan, built: Built) -> bool:
+    """Whether the programs are right: not where values were found on the way that need storage."""
+    before = len(plan.storage.stored)
+    plan.programs, plan.steps = [], []
+    groups: dict[Any, list[int]] = {}
+    tasks_of = plan.schedule.steps
+    by_number: dict[Any, int] = {}
+    steps: dict[int, tuple[int, list[Any]]] = {}
+    for step, tasks in enumerate(tasks_of):
+        if any(one.map is None for value, _ in tasks for one in value.operands):
+            program, payload = _build(plan, step, built)
+            number = by_number.setdefault(_signature(program), len(plan.programs))
+            if number == len(plan.programs):
+                plan.programs.append(program)
+            starts = [np.array([box.start], dtype=np.int64) for _, box in tasks]
+            steps[step] = number, program.offsets(starts, [payload])[0]
+        else:
+            key = tuple(
+                (value.index, box.sizes, box.steps, plan.timed.rules[value.index].fixed(box)) for value, box in tasks
+            )
+            groups.setdefault(key, []).append(step)
+    pending = list(groups.values())
+    while pending:
+        group = pending.pop(0)
+        program, payload = _build(plan, group[0], built)
+        starts = [
+            np.array([tasks_of[step][k][1].start for step in group], dtype=np.int64).reshape(len(group), -1)
+            for k in range(len(tasks_of[group[0]]))
+        ]
+        fits = np.ones(len(group), dtype=bool)
+        for check in program.checks:
+            fits &= check.linear.over(starts[check.task]) == starts[check.other][:, check.dim] + check.distance
+        if not fits.all():
+            pending.append([step for step, fit in zip(group, fits, strict=True) if not fit])
+        starts = [one[fits] for one in starts]
+        group = [step for step, fit in zip(group, fits, strict=True) if fit]
+        for step, offsets in zip(group, program.offsets(starts, [payload] * len(group)), strict=True):
+            steps[step] = len(plan.programs), offsets
+        plan.programs.append(program)
+    plan.steps = [steps[step] for step in range(len(tasks_of))]
+    return len(plan.storage.stored) == before
+
+
+def _build(plan: Plan, step: int, built: Built) -> tuple[Program, list[Any]]:
+    if step in built and not built[step][2] & plan.storage.stored:
+        return built[step][:2]
+    tasks = plan.schedule.steps[step]
+    while True:
+        builder = Builder(plan.storage, tasks)
+        try:
+            for number, (value, box) in enumerate(tasks):
+                builder.task = number
+                plan.timed.rules[value.index].emit(builder, box)
+        except NeedsStorage as missing:
+            plan.storage.stored.add(missing.value.index)
+        else:
+            built[step] = builder.program, builder.payload, frozenset(builder.local)
+            return builder.program, builder.payload
+
+
+def _signature(program: Program) -> Any:
+    """Equal for programs that differ in nothing but the offsets of a step."""
+    source, names = program.source()
+    blocks: dict[int, int] = {}
+    found: list[Any] = []
+    for name, what in names.items():
+        if hasattr(what, "memory"):
+            memory = what.memory
+            kept = id(memory) if memory.kind != "scratch" else blocks.setdefault(id(memory), len(blocks))
+            offset = 0 if what.listed is not None else what.offset
+            found.append((name, memory.kind, kept, what.sizes, what.strides, offset, what.listed))
+        else:
+            found.append((name, id(what)))
+    return source, tuple(found)

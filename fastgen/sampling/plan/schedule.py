@@ -1,0 +1,240 @@
+"""When each element is computed: once, as late as the end of a row where nothing needs it before, and in which boxes.
+
+Step s follows the draw of place s of the drawing order; step -1 comes before the first. An element is computed at the
+step of its ready time, or, where that is not too late for any element that needs it, at the end of a later row: so the
+vertical stack of a gated PixelCNN and the coarse levels of a strided model run a row at a time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgen.sampling.causality.ready_times import Timed
+from fastgen.sampling.plan.layout import Box
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, READY, Operand, Value
+
+
+@dataclass(eq=False)
+class Schedule:
+    """Attributes:
+    steps: step -> (value, box) in the order of computation; the first is step -1.
+    times: when each element is computed, see `running_times`.
+    stored: indices of the values that are read at another step than they are computed at.
+    """
+
+    steps: list[list[tuple[Value, Box]]]
+    times: Tensor
+    stored: set[int]
+
+
+def row_ends(order: Sequence[tuple[int, int, int]]) -> Tensor:
+    """Places after which the drawing order goes on elsewhere than one pixel along the same line."""
+    index = torch.tensor([(i, j) for _, i, j in order])
+    moves = index[1:] - index[:-1]
+    moved = moves.abs().sum(1) > 0
+    line = moves[moved][0] if moved.any() else None
+    ends = [] if line is None else torch.nonzero(moved & (moves != line).any(1)).flatten().tolist()
+    return torch.tensor([-1, *ends, len(order) - 1], dtype=torch.int32)
+
+
+def running_times(
+    timed: Timed, order: Sequence[tuple[int, int, int]], deadlines: Sequence[tuple[Operand, Tensor]]
+) -> Tensor:
+    """When each element is computed, for those that the deadlines ask for and all that those need.
+
+    CONSTANT where it needs no computation, NEVER where nobody needs it.
+    """
+    graph, analysis = timed.graph, timed.analysis
+    ends = row_ends(order)
+    wanted = graph.new_store(NEVER)
+    for operand, times in deadlines:
+        operand.lower(wanted, times)
+    times = graph.new_store(CONSTANT)
+    for value in reversed(timed.computed):
+        ready, latest = analysis.ready_of(value), timed.rules[value.index].refine(graph.of(wanted, value))
+        when = at_row_end(ends, ready, latest)
+        graph.of(times, value).copy_(when)
+        running = torch.where(when == CONSTANT, NEVER, when)
+        for operand, needed in timed.rules[value.index].needs(running):
+            operand.lower(wanted, needed)
+    return times
+
+
+def at_row_end(ends: Tensor, ready: Tensor, latest: Tensor) -> Tensor:
+    """When elements are computed that are ready and needed at these times: at the last end of a row in between."""
+    last_end = ends[(torch.searchsorted(ends, latest.contiguous(), right=True) - 1).clamp(min=0)]
+    when = torch.where(last_end >= ready, last_end, ready)
+    when = torch.where(ready == READY, READY, when)
+    when = torch.where(latest == NEVER, NEVER, when)
+    return torch.where(ready == CONSTANT, CONSTANT, when)
+
+
+def schedule(timed: Timed, draws: int, times: Tensor, deadlines: Sequence[tuple[Operand, Tensor]]) -> Schedule:
+    """The steps of an image of so many draws, from its `running_times`."""
+    graph = timed.graph
+    stored = _read_later(timed, times, deadlines)
+    steps: list[list[tuple[Value, Box]]] = [[] for _ in range(draws + 1)]
+    known: dict[bytes, dict[int, list[Box]]] = {}
+    for value in timed.computed:
+        for step, boxes in _boxes(graph.of(times, value), known).items():
+            steps[step + 1] += [(value, box) for box in boxes]
+    return Schedule(steps, times, stored)
+
+
+def _read_later(timed: Timed, times: Tensor, deadlines: Sequence[tuple[Operand, Tensor]]) -> set[int]:
+    """Values some element of which is needed at a step after that of its computation."""
+    graph = timed.graph
+    last = graph.new_store(NEVER)  # of the negated times, so that `lower` finds the greatest
+    for operand, needed in deadlines:
+        operand.lower(last, torch.where(needed == NEVER, NEVER, -needed))
+    for value in timed.computed:
+        when = graph.of(times, value)
+        running = torch.where((when == CONSTANT) | (when == NEVER), NEVER, -when)
+        for operand, needed in timed.rules[value.index].needs(running):
+            operand.lower(last, needed)
+    found = set()
+    for value in timed.graph.values:
+        if value.base and value.kind == "computed":
+            when, need = graph.of(times, value), graph.of(last, value)
+            if timed.rules[value.index].keeps_state or ((need != NEVER) & (-need != when)).any():
+                found.add(value.index)
+    for operand, _ in deadlines:
+        found |= {value.index for value in operand.values}
+    return found
+
+
+def _boxes(times: Tensor, known: dict[bytes, dict[int, list[Box]]]) -> dict[int, list[Box]]:
+    """Step -> boxes that hold exactly the elements of that step, or more where nobody minds."""
+    full = [d for d, size in enumerate(times.shape) if size > 1 and bool((times == times.narrow(d, 0, 1)).all())]
+    core = times
+    for d in full:
+        core = core.narrow(d, 0, 1)
+    core = core.contiguous()
+    key = bytes(str((tuple(times.shape), tuple(full))), "ascii") + core.numpy().tobytes()
+    if key not in known:
+        found = {}
+        flat = core.reshape(-1)
+        active = torch.nonzero((flat != CONSTANT) & (flat != NEVER)).flatten()
+        if len(active):
+            order = active[flat[active].argsort(stable=True)]
+            steps, counts = flat[order].unique_consecutive(return_counts=True)
+            covers: dict[bytes, list[Box]] = {}
+            free = (core == CONSTANT) | (core == NEVER)
+            coordinates = (
+                torch.stack(torch.unravel_index(order, core.shape), 1) if core.dim() else order.new_zeros(1, 0)
+            )
+            for step, places, dense in zip(
+                steps.tolist(), coordinates.split(counts.tolist()), _dense_boxes(coordinates, counts), strict=True
+            ):
+                boxes = _cover_anywhere(places, covers) if dense is None else [dense]
+                found[step] = [_widen(_grown(box, core, free), times.shape, full) for box in boxes]
+        known[key] = found
+    return known[key]
+
+
+def _dense_boxes(coordinates: Tensor, counts: Tensor) -> list[Box | None]:
+    """For every group of places the box that they fill without gaps, None where they fill none.
+
+    Args:
+        coordinates: (places, dimensions), the groups one after the other.
+        counts: (groups,), places of each.
+    """
+    dimensions = coordinates.shape[1]
+    group = torch.arange(len(counts)).repeat_interleave(counts)[:, None].expand(-1, dimensions)
+    blank = coordinates.new_zeros(len(counts), dimensions)
+    first = blank.scatter_reduce(0, group, coordinates, "amin", include_self=False)
+    sizes = blank.scatter_reduce(0, group, coordinates, "amax", include_self=False) - first + 1
+    filled = (sizes.prod(1) == counts).tolist()
+    ones = (1,) * dimensions
+    return [
+        Box(tuple(start), tuple(size), ones) if full else None
+        for start, size, full in zip(first.tolist(), sizes.tolist(), filled, strict=True)
+    ]
+
+
+def _widen(box: Box, shape: Sequence[int], full: Sequence[int]) -> Box:
+    sizes = tuple(shape[d] if d in full else size for d, size in enumerate(box.sizes))
+    return Box(box.start, sizes, box.steps)
+
+
+def _cover_anywhere(places: Tensor, known: dict[bytes, list[Box]]) -> list[Box]:
+    """As `_cover`; the same pattern at another place has the same boxes there."""
+    corner = places.amin(0)
+    pattern = (places - corner).contiguous().numpy().tobytes()
+    if pattern not in known:
+        known[pattern] = _cover(places - corner)
+    moved = corner.tolist()
+    return [
+        Box(tuple(a + b for a, b in zip(box.start, moved, strict=True)), box.sizes, box.steps) for box in known[pattern]
+    ]
+
+
+def _cover(places: Tensor) -> list[Box]:
+    """Boxes that hold all the places, given as rows of coordinates in order."""
+    start, sizes, steps = [], [], []
+    regular = True
+    for d in range(places.shape[1]):
+        along = places[:, d].unique()
+        gaps = along.diff().unique()
+        regular &= len(gaps) <= 1
+        start.append(int(along[0]))
+        sizes.append(len(along))
+        steps.append(int(gaps[0]) if len(gaps) else 1)
+    count = 1
+    for size in sizes:
+        count *= size
+    if regular and count == len(places):
+        return [Box(tuple(start), tuple(sizes), tuple(steps))]
+    # Not a box: cut along the first dimension at which the pattern changes.
+    d = next(k for k in range(places.shape[1]) if sizes[k] > 1)
+    parts: dict[bytes, list[Tensor]] = {}
+    for coordinate in places[:, d].unique():
+        rows = places[places[:, d] == coordinate]
+        rest = torch.cat((rows[:, :d], rows[:, d + 1 :]), 1).contiguous()
+        parts.setdefault(rest.numpy().tobytes(), []).append(rows)
+    boxes = []
+    for group in parts.values():
+        runs: list[list[Tensor]] = []
+        for rows in group:
+            here = int(rows[0, d])
+            if runs and _continues(runs[-1], here, d):
+                runs[-1].append(rows)
+            else:
+                runs.append([rows])
+        for run in runs:
+            if len(parts) == 1 and len(runs) == 1:  # equal in this dimension: the irregularity is further in
+                boxes += [box for rows in run for box in _cover(rows)]
+            else:
+                boxes += _cover(torch.cat(run))
+    return boxes
+
+
+def _continues(run: list[Tensor], here: int, d: int) -> bool:
+    last = int(run[-1][0, d])
+    return len(run) == 1 or here - last == last - int(run[-2][0, d])
+
+
+def _grown(box: Box, core: Tensor, free: Tensor) -> Box:
+    """The box over a whole dimension where only elements are added that are constant or that nobody needs."""
+    if not free.any():
+        return box
+    for d, size in enumerate(core.shape):
+        if box.steps[d] != 1 or box.sizes[d] in (1, size):
+            continue
+        outside = free
+        for e in range(core.dim()):
+            if e != d:
+                outside = outside.narrow(e, box.start[e], (box.sizes[e] - 1) * box.steps[e] + 1)[
+                    (slice(None),) * e + (slice(None, None, box.steps[e]),)
+                ]
+        before, after = (
+            outside.narrow(d, 0, box.start[d]),
+            outside.narrow(d, box.start[d] + box.sizes[d], size - box.start[d] - box.sizes[d]),
+        )
+        if before.all() and after.all():
+            start, sizes = list(box.start), list(box.sizes)
+            start[d], sizes[d] = 0, size
+            box = Box(tuple(start), tuple(sizes), box.steps)
+    return box

@@ -1,0 +1,149 @@
+"""Memory for the rows of a value that are still to be read, not for all of the image.
+
+What every step reads and writes is known before any image is drawn. A value of which a step and all later ones touch a
+few rows only keeps a ring of rows; where a step would reach beyond its end, the rows still to be read move to its
+beginning first.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastgen.sampling.plan.layout import Layout
+from fastgen.sampling.plan.program import Memory, Program, View
+
+ROOM = 2  # windows that a ring holds: rows move once in as many steps of a row as a window has
+Steps = list[tuple[int, list[Any]]]  # number of a program, and the offsets that it runs with
+
+
+@dataclass(frozen=True)
+class Move:
+    """Before `step`, rows from `first` to before `stop` of the ring go to its beginning."""
+
+    step: int
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False)
+class Ring:
+    """Attributes:
+    layout: of the whole value; rows are along the outermost dimension, padding included.
+    rows: that there is memory for.
+    moves: in the order of their steps.
+    """
+
+    layout: Layout
+    rows: int
+    moves: tuple[Move, ...]
+
+    @property
+    def pitch(self) -> int:
+        """Numbers in a row."""
+        return self.layout.strides[self.layout.order[0]]
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.pitch
+
+    def first_row(self, step: int) -> int:
+        """The row of the value that the ring begins with, when a step runs."""
+        return sum(move.first for move in self.moves if move.step <= step)
+
+
+@dataclass(eq=False)
+class _Touched:
+    """Rows from `low` to `high` that each step touches; `high` is -1 where it touches none.
+
+    still: whether views of it cannot be moved at a step, for they lie where they lie at all of them.
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+    still: np.ndarray
+
+
+def make_rings(
+    candidates: Iterable[tuple[Memory, Layout, bool]], programs: Sequence[Program], steps: Steps
+) -> dict[int, Ring]:
+    """Rings by the id of their memory, for those candidates that fit one; moves the offsets of the steps into them.
+
+    Args:
+        candidates: memory and layout of a value, and whether its first row holds constants, there from the beginning.
+    """
+    layouts: dict[int, Layout] = {}
+    touched: dict[int, _Touched] = {}
+    for memory, layout, begun in candidates:
+        one = _Touched(np.full(len(steps), 2**31), np.full(len(steps), -1), np.zeros(len(steps), dtype=bool))
+        if begun:
+            one.low[0] = one.high[0] = layout.before[layout.order[0]]
+        layouts[id(memory)], touched[id(memory)] = layout, one
+    served = [np.array([k for k, (number, _) in enumerate(steps) if number == p]) for p in range(len(programs))]
+    _touch(touched, layouts, programs, served, steps)
+    rings = {}
+    firsts: dict[int, np.ndarray] = {}
+    for key, found in touched.items():
+        ring = _ring(layouts[key], found)
+        if ring is not None:
+            first = np.array([ring.first_row(step) for step in range(len(steps))])
+            if not first[found.still].any():
+                rings[key], firsts[key] = ring, first * ring.pitch
+    for program, of_program in zip(programs, served, strict=True):
+        for number, view in enumerate(program.views()):
+            if id(view.memory) in rings:
+                for step in of_program.tolist():
+                    steps[step][1][number] -= int(firsts[id(view.memory)][step])
+    return rings
+
+
+def _touch(
+    touched: dict[int, _Touched],
+    layouts: dict[int, Layout],
+    programs: Sequence[Program],
+    served: Sequence[np.ndarray],
+    steps: Steps,
+) -> None:
+    """Adds what the steps touch."""
+    for program, of_program in zip(programs, served, strict=True):
+        moving = {view: number for number, view in enumerate(program.views())}
+        views = {view for instruction in program.instructions for view in instruction.views()}
+        for view in views:
+            key = id(view.memory)
+            if key not in layouts:
+                continue
+            one = touched[key]
+            if view in moving:
+                first = np.array([steps[step][1][moving[view]] for step in of_program.tolist()])
+            else:
+                first = np.full(len(of_program), view.offset.at(()))
+                one.still[of_program] = True
+            layout = layouts[key]
+            pitch = layout.strides[layout.order[0]]
+            one.low[of_program] = np.minimum(one.low[of_program], first // pitch)
+            one.high[of_program] = np.maximum(one.high[of_program], (first + _span(view)) // pitch)
+
+
+def _span(view: View) -> int:
+    """From the first number of a view to the last."""
+    return sum(stride * (size - 1) for size, stride in zip(view.sizes, view.strides, strict=True))
+
+
+def _ring(layout: Layout, touched: _Touched) -> Ring | None:
+    needed = np.minimum.accumulate(touched.low[::-1])[::-1]  # the first row that a step or a later one touches
+    outer = layout.order[0]
+    window = int((touched.high - needed + 1).max())
+    rows = ROOM * window
+    last = layout.before[outer] + layout.shape[outer] - 1
+    if rows >= layout.room[outer] or int(touched.high.max()) > last:  # rows after the last must stay zero
+        return None
+    moves = []
+    first = top = 0
+    for step in np.flatnonzero(touched.high >= 0).tolist():
+        if touched.high[step] >= first + rows:
+            begin = int(needed[step])
+            moves.append(Move(step, begin - first, max(begin, top + 1) - first))
+            first = begin
+        top = max(top, int(touched.high[step]))
+    return Ring(layout, rows, tuple(moves))

@@ -1,0 +1,1 @@
+"""Plays a plan: the engine, and one player a backend."""

@@ -1,0 +1,1 @@
+"""What the model computes: one image run under a recorder, as a graph of values."""

@@ -1,0 +1,167 @@
+"""Sampling by whole passes of the model: `Naive`, the definition, and `FixedPoint`, the same images in fewer passes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.sampling.draws import draw_channel, draw_image, image_log_prob
+from fastgen.sampling.request import SampleRequest, SampleResult, rows_for
+
+
+class Naive:
+    """One draw after another; what is not drawn yet holds level 0.
+
+    Args:
+        model: called as model(encode(levels)[, condition]), as it is.
+        shape: (C, H, W).
+        encode: levels (n, C, H, W) int64 -> the model's input.
+        order: of the draws, each (channel, row, column), the channels of a pixel in order. Default: pixels in raster
+            order, all channels of a pixel before the next.
+    """
+
+    most: int | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: tuple[int, int, int],
+        encode: Callable[[Tensor], Tensor],
+        order: Sequence[tuple[int, int, int]] | None = None,
+    ) -> None:
+        self.model = model
+        self.encode = encode
+        channels, height, width = shape
+        raster = ((c, i, j) for i in range(height) for j in range(width) for c in range(channels))
+        self.order = list(raster if order is None else order)
+
+    @property
+    def work_ratio(self) -> float:
+        return float(len(self.order))
+
+    def explain(self) -> str:
+        return f"one whole forward pass for each of the {len(self.order)} draws of an image"
+
+    @torch.no_grad()
+    def run(self, job: SampleRequest) -> SampleResult:
+        levels = first_levels(job)
+        bad = torch.zeros((), dtype=torch.bool, device=levels.device)
+        to_draw = torch.ones(job.shape, dtype=torch.bool) if job.known_mask is None else (~job.known_mask.cpu()).any(0)
+        passes = 0
+        params = None
+        for channel, i, j in self.order:
+            if to_draw[channel, i, j]:
+                params = whole_pass(self.model, self.encode, levels, job.condition)
+                passes += 1
+                known = None if job.known is None else job.known[:, channel, i, j]
+                mask = None if job.known_mask is None else job.known_mask[:, channel, i, j]
+                levels[:, channel, i, j], nan = draw_channel(
+                    job.distribution,
+                    params[..., i, j],
+                    job.noise[..., i, j],
+                    channel,
+                    levels[:, :channel, i, j],
+                    known,
+                    mask,
+                )
+                bad |= nan
+            if job.progress is not None:
+                job.progress(1)
+        log_prob = None
+        if job.return_log_prob:
+            # A pass for the very last draw has seen all other levels, and no parameters depend on this one.
+            if params is None or not to_draw[self.order[-1]]:
+                params = whole_pass(self.model, self.encode, levels, job.condition)
+                passes += 1
+            log_prob = image_log_prob(job.distribution, params, levels)
+        return SampleResult(levels, log_prob, bad, passes)
+
+
+def first_levels(job: SampleRequest) -> Tensor:
+    """Images (n, C, H, W) before the first draw: the known levels, and level 0 elsewhere."""
+    levels = torch.zeros((job.n, *job.shape), dtype=torch.long, device=job.noise.device)
+    if job.known is not None and job.known_mask is not None:
+        # Copied, so that the strides of `known` do not choose another convolution, which would round otherwise.
+        levels.copy_(job.known.masked_fill(~job.known_mask, 0))
+    return levels
+
+
+def whole_pass(model: nn.Module, encode: Callable[[Tensor], Tensor], levels: Tensor, condition: Any) -> Tensor:
+    """The model's output (n, ..., H, W) for levels (n, C, H, W).
+
+    Raises:
+        TypeError: the output is not a tensor.
+        ValueError: it has no place for each image and pixel.
+    """
+    n, size = len(levels), levels.shape[-2:]
+    params = _call(model, encode, levels.clone(), condition)
+    if n == 1 and params.shape[:1] != (1,):
+        # Some models squeeze their output, and with it a batch of one. Two equal images are no exception to them.
+        params = _call(model, encode, levels.expand(2, -1, -1, -1), rows_for(condition, 2))[:1]
+    if params.dim() < 3 or params.shape[0] != n or params.shape[-2:] != size:
+        raise ValueError(
+            f"model must return parameters (n, ..., H, W) = ({n}, ..., {size[0]}, {size[1]}), "
+            f"got the shape {tuple(params.shape)}"
+        )
+    return params
+
+
+def _call(model: nn.Module, encode: Callable[[Tensor], Tensor], levels: Tensor, condition: Any) -> Tensor:
+    x = encode(levels)
+    params = model(x) if condition is None else model(x, condition)
+    if not isinstance(params, Tensor):
+        raise TypeError(f"model must return a tensor of parameters, got {type(params).__name__}")
+    return params
+
+
+class FixedPoint:
+    """All pixels of all images are drawn after every pass, until no level changes. The order of pixels is nowhere used.
+
+    The batch stays whole to the end: the output for an image could otherwise be rounded in another way.
+
+    Args:
+        model: called as model(encode(levels)[, condition]), as it is.
+        shape: (C, H, W).
+        encode: levels (n, C, H, W) int64 -> the model's input.
+    """
+
+    most: int | None = None
+
+    def __init__(self, model: nn.Module, shape: tuple[int, int, int], encode: Callable[[Tensor], Tensor]) -> None:
+        self.model = model
+        self.encode = encode
+        self.draws = shape[0] * shape[1] * shape[2]
+        self.passes: int | None = None
+
+    @property
+    def work_ratio(self) -> float:
+        """Passes of the last batch; before the first, the most that it can take."""
+        return float(self.draws + 1 if self.passes is None else self.passes)
+
+    def explain(self) -> str:
+        last = "" if self.passes is None else f"; {self.passes} for the last batch"
+        return f"whole forward passes until the image no longer changes, {self.draws + 1} at most{last}"
+
+    @torch.no_grad()
+    def run(self, job: SampleRequest) -> SampleResult:
+        """Raises RuntimeError where the images do not settle, so that the model cannot be causal."""
+        levels = first_levels(job)
+        reported = 0
+        for passes in range(1, self.draws + 2):
+            params = whole_pass(self.model, self.encode, levels, job.condition)
+            before = levels
+            levels, bad = draw_image(job, params)
+            changed = (levels != before).any(0).movedim(0, -1).flatten().nonzero()
+            settled = self.draws if len(changed) == 0 else int(changed[0])
+            if job.progress is not None and settled > reported:
+                job.progress(settled - reported)
+                reported = settled
+            if settled == self.draws:
+                self.passes = passes
+                log_prob = image_log_prob(job.distribution, params, levels) if job.return_log_prob else None
+                return SampleResult(levels, log_prob, bad, passes)
+        raise RuntimeError(
+            f"the images still change after {self.draws + 1} passes, more than a causal model can take: it depends on "
+            "pixels not drawn yet, or on chance (dropout or a normalization in training mode: call model.eval())"
+        )
