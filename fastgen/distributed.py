@@ -8,14 +8,18 @@ part (`mix`).
 
 import hashlib
 import os
+import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from types import FrameType
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+LOST = re.compile(r"gloo/transport|connection (closed|reset) by peer|broken pipe", re.IGNORECASE)  # in torch's errors
 _store: dist.Store | None = None  # of torchrun: outlives a process that dies
 
 
@@ -46,7 +50,8 @@ def processes() -> Iterator[None]:
     """Joins the processes that torchrun started; those of a rank above 0 print nothing to stdout.
 
     Raises:
-        ConnectionError: another process has ended before its time.
+        ConnectionError: another process has ended before its time, or torchrun tells this one to end, which is how it
+            treats those that are left. Further signals then wait for the error to be told.
     """
     global _store
     if not started_by_torchrun() or active():
@@ -55,13 +60,22 @@ def processes() -> Iterator[None]:
     _store, number, count = next(dist.rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=_store, rank=number, world_size=count)
+    lost = f"another of the {count} processes has ended, or all were told to; what was saved stays"
+
+    def told_to_end(signal_number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise ConnectionError(lost)
+
+    before = signal.signal(signal.SIGTERM, told_to_end)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if number else sys.stdout):
         try:
             yield
-        except RuntimeError as error:
-            if isinstance(error, dist.DistError) or "Connection closed by peer" in str(error):
-                raise ConnectionError(f"another of the {count} processes has ended; what was saved stays") from error
+        except BaseException as error:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and LOST.search(str(error))):
+                raise ConnectionError(lost) from error
             raise
+    signal.signal(signal.SIGTERM, before)
     dist.destroy_process_group()
 
 

@@ -99,6 +99,9 @@ def test_a_job_of_processes_is_a_job_of_one(count, images, one, tmp_path, capsys
         weights, truth = (fastgen.load(root / name).state_dict() for root in (tmp_path, one))
         for key, value in truth.items():
             torch.testing.assert_close(weights[key], value, rtol=1e-3, atol=1e-5)
+        sums = [read_state(root / name)["loss"] for root in (tmp_path, one)]
+        assert sums[0][1] == sums[1][1] == 6
+        torch.testing.assert_close(*(total for total, _ in sums))
     assert out.count("saved in") == 5  # one process prints
     for name in ("pixelcnn", "vae"):
         with np.load(one / f"{name}.npz") as expected, np.load(tmp_path / f"one-{name}.npz") as found:
