@@ -1,46 +1,20 @@
 """Models, data, callbacks, optimizers and schedules that are not the library's."""
 
 import functools
-import inspect
 import json
-import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+from small_runs import QUICK, Own, dataset, images, pixelcnn, rows, train
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fastgen
-from fastgen import data
-from fastgen.models import VAE, Autoencoder, GatedPixelCNN, PixelCNN
-from fastgen.train import METRICS, Callback, Settings, parallel, read_state
-from fastgen.train import train as train_anywhere
-from fastgen.train.measure import Loss
+from fastgen.models import GatedPixelCNN, PixelCNN
+from fastgen.train import METRICS, Callback, read_state
+from fastgen.train.batches import Loaded
 from fastgen.weights import load_weights
-
-train = functools.partial(train_anywhere, device="cpu", progress=False)
-QUICK = Settings(steps=7, batch_size=8, lr=0.01, warmup=2, validate_every=3, ema=0.5)
-
-
-def images(count=40):
-    return torch.randint(4, (count, 1, 4, 3), generator=torch.Generator().manual_seed(0))
-
-
-def dataset(levels=4):
-    part = data.Split(images().to(torch.uint8), torch.arange(40) % 2)
-    return data.Dataset("noise", levels, 2, part[:20], part[20:30], part[30:])
-
-
-class Own(nn.Module):
-    """Independent pixels, with a loss that is no likelihood."""
-
-    def __init__(self):
-        super().__init__()
-        self.mean = nn.Parameter(torch.zeros(1, 4, 3))
-
-    def loss(self, x):
-        return (x.float() - self.mean).square().mean()
 
 
 class Likelihood(nn.Module):
@@ -60,10 +34,6 @@ class Likelihood(nn.Module):
 class Mine(GatedPixelCNN):
     def loss(self, x, condition=None):
         return super().loss(x, condition) + 0.01 * sum(p.square().sum() for p in self.parameters())
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
 
 
 def resumes_exactly(build, source, tmp_path, **options):
@@ -171,90 +141,6 @@ def test_wrappers_are_taken_off(tmp_path):
     assert isinstance(fastgen.load(tmp_path / "run"), PixelCNN) and not model.training
 
 
-# --- weights from elsewhere
-
-
-def test_weights_of_many_kinds(tmp_path):
-    build = functools.partial(GatedPixelCNN, (1, 4, 3), 4, channels=4, layers=2)
-    source = build()
-    state = source.state_dict()
-    kinds = {
-        "plain": state,
-        "ddp": {f"module.{name}": value for name, value in state.items()},
-        "compiled": {"model": {f"_orig_mod.module.{name}": value for name, value in state.items()}},
-        "a compiled part": {name.replace("blocks.", "blocks._orig_mod."): value for name, value in state.items()},
-        "lightning": {"epoch": 3, "state_dict": {f"model.{name}": value for name, value in state.items()}},
-        "masks": {**state, "blocks.0.horizontal.mask": torch.ones(1)},
-        "other names": {f"w{number}": value for number, value in enumerate(state.values())},
-    }
-    for name, content in kinds.items():
-        torch.save(content, tmp_path / "w.pt")
-        model = build()
-        note = load_weights(model, tmp_path / "w.pt")
-        assert ("taken in order" in note) == (name == "other names")
-        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items()), name
-
-
-def test_weights_that_do_not_fit_are_refused(tmp_path):
-    model = GatedPixelCNN((1, 4, 3), 4, channels=4, layers=2)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    state = model.state_dict()
-    first = next(iter(state))
-    for content, named in (
-        ({**state, "more": torch.zeros(1)}, "unknown .'more'"),
-        ({name: value for name, value in state.items() if name != first}, "missing"),
-        ({**state, first: torch.zeros(7)}, "shape"),
-        ([1, 2], "holds a list"),
-        ({"a": 1}, "no tensors"),
-        (Own(), "more than tensors"),
-    ):
-        torch.save(content, tmp_path / "w.pt")
-        with pytest.raises(ValueError, match=named):
-            load_weights(model, tmp_path / "w.pt")
-    (tmp_path / "w.safetensors").write_bytes(b"nonsense")
-    for name in ("w.safetensors", "nothing.pt"):
-        with pytest.raises(ValueError, match=name):
-            load_weights(model, tmp_path / name)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_init_from_is_where_a_run_starts(tmp_path):
-    torch.manual_seed(0)
-    build = functools.partial(PixelCNN, (1, 4, 3), 4, channels=4, layers=1)
-    first = build()
-    train(first, dataset(), tmp_path / "a", replace(QUICK, steps=30))
-    second = build()
-    train(second, dataset(), tmp_path / "b", replace(QUICK, steps=1, lr=1e-12), init_from=tmp_path / "a")
-    for one, other in zip(first.parameters(), second.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
-    with pytest.raises(ValueError, match="init_from is for a new run"):
-        train(build(), dataset(), tmp_path / "b", QUICK, init_from=tmp_path / "a", resume=True)
-
-
-def test_from_pretrained_looks_on_the_hub_where_there_is_no_folder(tmp_path, monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-    model = PixelCNN((1, 4, 3), 4, channels=4, layers=1)
-    model.save_pretrained(tmp_path / "cache")
-    asked = []
-
-    def snapshot_download(name, allow_patterns):
-        asked.append((name, allow_patterns))
-        if name != "somebody/pixels":
-            raise OSError("no network")
-        return str(tmp_path / "cache")
-
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-    monkeypatch.chdir(tmp_path)
-    found = PixelCNN.from_pretrained("somebody/pixels")
-    assert all(torch.equal(value, found.state_dict()[name]) for name, value in model.state_dict().items())
-    assert asked == [("somebody/pixels", ["model.safetensors", "config.json"])]
-    with pytest.raises(ValueError, match="somebody/else: no such folder, and not to be had from the hub"):
-        PixelCNN.from_pretrained("somebody/else")
-    with pytest.raises(ValueError, match="no such folder"):
-        PixelCNN.from_pretrained(tmp_path / "nothing")
-    assert len(asked) == 2
-
-
 # --- data
 
 
@@ -264,11 +150,6 @@ class Numbered(torch.utils.data.Dataset):
 
     def __getitem__(self, number):
         return images()[number], number % 2
-
-
-def pixelcnn(**options):
-    torch.manual_seed(0)
-    return PixelCNN((1, 4, 3), 4, channels=4, layers=1, **options)
 
 
 @pytest.mark.parametrize(
@@ -305,6 +186,13 @@ def test_other_tensors_of_the_same_shape_do_not_resume(tmp_path):
     train(pixelcnn(), TensorDataset(images()), tmp_path, replace(QUICK, steps=3))
     with pytest.raises(ValueError, match="other images"):
         train(pixelcnn(), TensorDataset(images().flip(0)), tmp_path, QUICK, resume=True)
+
+
+def test_a_loader_is_shuffled_anew_in_each_epoch():
+    loader = Loaded(DataLoader(TensorDataset(torch.arange(40)), batch_size=10, shuffle=True))
+    epochs = [torch.cat([loader.batch(4 * epoch + place, 10, 0)[0] for place in range(4)]) for epoch in range(2)]
+    assert all(epoch.sort().values.tolist() == list(range(40)) for epoch in epochs)
+    assert not torch.equal(*epochs)
 
 
 class Stream(IterableDataset):
@@ -403,113 +291,6 @@ def test_a_scheduler_of_torch(tmp_path):
     assert parts["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.1 * 0.5**7)
     assert whole["schedule"] == parts["schedule"]
     assert (tmp_path / "whole" / METRICS).read_bytes() == (tmp_path / "parts" / METRICS).read_bytes()
-
-
-# --- settings of a VAE, precision, CUDA graphs
-
-
-def test_beta_rises_and_free_bits_reach_the_loss(tmp_path, monkeypatch):
-    given = []
-    loss = VAE.loss
-
-    def seen(self, x, condition=None, **options):
-        if self.training:
-            given.append(options)
-        return loss(self, x, condition, **options)
-
-    seen.__signature__ = inspect.signature(loss)
-    monkeypatch.setattr(VAE, "loss", seen)
-    vae = VAE((1, 4, 3), 2, likelihood="categorical", levels=4, channels=4, hidden=8)
-    train(vae, dataset(), tmp_path, replace(QUICK, steps=5, beta=2.0, beta_warmup=4, free_bits=0.1))
-    assert given == [{"beta": 2.0 * min(1, step / 4), "free_bits": 0.1} for step in range(5)]
-    given.clear()
-    train(vae, dataset(), tmp_path / "plain", replace(QUICK, steps=1))
-    assert given == [{}]
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"beta": 2.0}, "beta"),
-        ({"free_bits": 0.1}, "free_bits"),
-        ({"beta_warmup": 3}, "beta"),
-        ({"samples": 2}, "samples"),
-    ],
-    ids=str,
-)
-def test_settings_that_are_for_other_models_are_refused(change, named, tmp_path):
-    model = Autoencoder((1, 4, 3), 2, levels=4, channels=4, hidden=8)
-    with pytest.raises(ValueError, match=named):
-        train(model, dataset(), tmp_path / "run", replace(QUICK, **change))
-    assert not (tmp_path / "run").exists()
-
-
-def test_precision(tmp_path):
-    seen = []
-
-    class Dtype(Own):
-        def loss(self, x):
-            if self.training:
-                seen.append((x.float().flatten(1) @ torch.ones(12, 2)).dtype)
-            return super().loss(x)
-
-    for precision, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32), ("auto", torch.float32)):
-        train(Dtype(), dataset(), tmp_path / precision, replace(QUICK, steps=2, precision=precision))
-        assert set(seen) == {dtype}
-        seen.clear()
-
-
-def test_a_cuda_graph_is_not_taken_on_a_cpu_and_says_so(tmp_path):
-    with pytest.warns(UserWarning, match="cuda_graph is not used: it needs a CUDA device, the model is on cpu"):
-        train(pixelcnn(), dataset(), tmp_path, replace(QUICK, steps=1, cuda_graph=True))
-    why = parallel._why_no_graph(replace(QUICK, beta=2.0), torch.device("cuda"))
-    assert "weight of the KL" in why and not parallel._why_no_graph(QUICK, torch.device("cuda"))
-
-
-def test_a_graphed_loss_replays_one_shape_and_leaves_the_model_as_it_was(monkeypatch):
-    """With a stand-in for torch's capture, which warms up by running the module and replaces its forward."""
-    captured = []
-
-    def make_graphed_callables(module, sample, allow_unused_input):
-        for _ in range(3):
-            module(*sample)
-        captured.append([tensor.shape for tensor in sample])
-        forward = module.forward
-
-        def replay(*batch):
-            assert [tensor.shape for tensor in batch] == captured[-1], "a graph replays one shape"
-            return forward(*batch)
-
-        module.forward = replay
-        return module
-
-    class Normed(Own):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm2d(1)
-
-        def loss(self, x):
-            return (self.norm(x.float()) - self.mean).square().mean()
-
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
-    graphed, plain = Normed(), Normed()
-    loss = parallel.GraphedLoss(Loss(graphed))
-    for count in (8, 8, 5, 8):
-        assert torch.equal(loss(images(count)), plain.loss(images(count)))
-    assert captured == [[(8, 1, 4, 3)]]
-    for one, other in zip(graphed.buffers(), plain.buffers(), strict=True):
-        assert torch.equal(one, other)
-
-    def fails(*given, **options):
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fails)
-    loss = parallel.GraphedLoss(Loss(Normed()))
-    with pytest.warns(UserWarning, match="cannot be captured"):
-        first = loss(images(8))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(first, loss(images(8)))
 
 
 # --- other trainers
