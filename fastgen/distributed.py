@@ -4,6 +4,14 @@ function here is trivial.
 What is computed must not depend on the number of processes: work is cut into parts that are the same for any number,
 each process does its own, and `merged` brings all results to all. Random numbers come from a seed that belongs to the
 part (`mix`).
+
+On several machines the command is the same on each, with the address of one of them:
+
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --rdzv-id 1 \\
+        -m fastgen train --model pixelcnnpp --data cifar10 --out RUN
+
+RUN and the data must be on a file system that all of them see. Start it again with --resume after a failure, on as many
+machines as there are.
 """
 
 import hashlib
@@ -14,13 +22,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 LOST = re.compile(r"gloo/transport|connection (closed|reset) by peer|broken pipe", re.IGNORECASE)  # in torch's errors
-_store: dist.Store | None = None  # of torchrun: outlives a process that dies
+_store: Any = None  # of torchrun: outlives a process that dies
 
 
 def started_by_torchrun() -> bool:

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
@@ -87,12 +86,14 @@ class GraphedLoss(nn.Module):
 
 def whole(tree: Any) -> Any:
     """Sharded tensors in any nest of containers put together, in all processes at once; others as they are."""
-    return tree_map(lambda value: value.full_tensor() if isinstance(value, DTensor) else value, tree)
+    return tree_map(lambda value: value.full_tensor() if _is_sharded(value) else value, tree)
 
 
-def like(value: Any, parameter: Tensor) -> Any:
+def like(value: Any, parameter: Any) -> Any:
     """A whole tensor cut as the parameter is, where it is and the shapes agree."""
-    if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape:
+    if _is_sharded(parameter) and isinstance(value, Tensor) and value.shape == parameter.shape:
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     return value
 
@@ -113,4 +114,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 def local(model: nn.Module) -> list[Tensor]:
     """The parameters, of sharded ones this process's part."""
-    return [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    parameters: list[Any] = list(model.parameters())
+    return [p.to_local() if _is_sharded(p) else p for p in parameters]
+
+
+def _is_sharded(value: Any) -> bool:
+    """Whether it is a DTensor, whose class takes long to import."""
+    return isinstance(value, Tensor) and hasattr(value, "full_tensor")

@@ -88,6 +88,7 @@ def test_a_job_of_processes_is_a_job_of_one(count, images, one, tmp_path, capsys
     jobs += [
         [str(argument).replace(f"{tmp_path}/", f"{tmp_path}/one-") for argument in command] for command in jobs[-4:]
     ]
+    jobs.append([*jobs[2][:-1], tmp_path / "parts"])
     job = launch(count, Path(__file__).parent / "commands.py", json.dumps([[str(a) for a in job] for job in jobs]))
     out, err = job.communicate(timeout=120)
     assert job.returncode == 0, err
@@ -102,7 +103,8 @@ def test_a_job_of_processes_is_a_job_of_one(count, images, one, tmp_path, capsys
         sums = [read_state(root / name)["loss"] for root in (tmp_path, one)]
         assert sums[0][1] == sums[1][1] == 6
         torch.testing.assert_close(*(total for total, _ in sums))
-    assert out.count("saved in") == 5  # one process prints
+    assert out.count("saved in") == 6  # one process prints
+    goes_on_alone(tmp_path / "parts", one / "pixelcnn")
     for name in ("pixelcnn", "vae"):
         with np.load(one / f"{name}.npz") as expected, np.load(tmp_path / f"one-{name}.npz") as found:
             assert np.array_equal(expected["images"], found["images"])
@@ -114,17 +116,12 @@ def test_a_job_of_processes_is_a_job_of_one(count, images, one, tmp_path, capsys
         assert all(line in out.splitlines() for line in lines), (lines, out)
 
 
-def test_a_run_of_two_processes_goes_on_in_another_number(images, one, tmp_path):
-    """The state of a job is that of one process, and the other way round."""
-    new = ["train", "--data", images, *TINY, "--model", "pixelcnn", "--set", "layers=1", "--conditional"]
-    parts = [[*new, "--steps", 3, "--parallel", "fsdp", "--out", tmp_path / "parts"]]
-    job = launch(2, Path(__file__).parent / "commands.py", json.dumps([[str(a) for a in part] for part in parts]))
-    _, err = job.communicate(timeout=120)
-    assert job.returncode == 0, err
+def goes_on_alone(parts, one):
+    """The state of sharded processes is that of one process."""
     rest = ["train", "--resume", "--steps", "6", "--device", "cpu", "--parallel", "ddp", "--out"]
-    assert cli.main([*rest, str(tmp_path / "parts")]) == 0
-    assert curve(tmp_path / "parts") == pytest.approx(curve(one / "pixelcnn"), rel=1e-5)
-    state, truth = read_state(tmp_path / "parts"), read_state(one / "pixelcnn")
+    assert cli.main([*rest, str(parts)]) == 0
+    assert curve(parts) == pytest.approx(curve(one), rel=1e-5)
+    state, truth = read_state(parts), read_state(one)
     assert state["loss"][1] == truth["loss"][1]
     torch.testing.assert_close(state["loss"][0], truth["loss"][0])
     for number, entry in truth["optimizer"]["state"].items():
