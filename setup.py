@@ -13,6 +13,8 @@ EXTRAS = {
     "plots": ["matplotlib>=3.7"],
     "data": ["datasets>=2.14"],
     "log": ["tensorboard"],
+    "hub": ["huggingface_hub"],
+    "config": ['tomli; python_version < "3.11"'],
     "benchmarks": ["pytest>=7", "pytest-benchmark>=4", "matplotlib>=3.7"],
     "dev": ["pytest>=7", "pytest-benchmark>=4", "pytest-xdist", "hypothesis", "mpmath", "ruff", "mypy"],
 }

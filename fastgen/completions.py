@@ -1,4 +1,4 @@
-"""Images whose lower half is hidden, drawn to their end."""
+"""Images of which a part is hidden, drawn to their end."""
 
 from pathlib import Path
 from typing import Any
@@ -7,18 +7,28 @@ import torch
 from torch import Tensor
 
 from fastgen import plots
-from fastgen.data import Split
 
 EACH = 4  # completions of an image
 
 
-def complete_halves(sampler: Any, split: Split, path: Path, **options: Any) -> Tensor:
-    """Draws the lower halves of images anew and writes a PNG: a row an image, then what the model sees of it, then
-    its completions.
+def upper_half(shape: tuple[int, int, int]) -> Tensor:
+    """A mask (1, 1, H, W) that keeps the upper half of an image (C, H, W)."""
+    known = torch.zeros(1, 1, *shape[1:], dtype=torch.bool)
+    known[:, :, : shape[1] // 2] = True
+    return known
+
+
+def complete(
+    sampler: Any, images: Tensor, known: Tensor, path: Path, *, condition: Tensor | None = None, **options: Any
+) -> Tensor:
+    """Draws what is hidden of images anew and writes a PNG: a row an image, then what the model sees of it, then its
+    completions.
 
     Args:
         sampler: of `fastgen.accelerate`, for a model of `fastgen.models`.
-        split: the images, and their classes where the model is conditional.
+        images: levels (n, C, H, W).
+        known: bool, broadcastable to (n, 1, H, W), True where a pixel is kept.
+        condition: classes (n,) of a class-conditional model.
         options: of `Sampler.sample`.
 
     Returns:
@@ -26,16 +36,13 @@ def complete_halves(sampler: Any, split: Split, path: Path, **options: Any) -> T
     """
     model = sampler.model
     device = next(model.parameters()).device
-    images = split.images.long().to(device)
-    upper = torch.zeros(1, 1, images.shape[2], 1, dtype=torch.bool, device=device)
-    upper[:, :, : images.shape[2] // 2] = True
-    condition = None
-    if model.n_classes is not None and split.labels is not None:
-        condition = split.labels.to(device).repeat_interleave(EACH)
-    known = images.repeat_interleave(EACH, 0)
-    drawn = sampler.sample(len(known), known=known, known_mask=upper, condition=condition, **options)
+    images = images.long().to(device)
+    known = known.to(device).expand(len(images), 1, *images.shape[2:])
+    classes = None if condition is None else condition.to(device).repeat_interleave(EACH)
+    start, mask = images.repeat_interleave(EACH, 0), known.repeat_interleave(EACH, 0)
+    drawn = sampler.sample(len(start), known=start, known_mask=mask, condition=classes, **options)
     rows = torch.cat((images[:, None], images[:, None], drawn.unflatten(0, (-1, EACH))), 1)
     hidden = torch.zeros(*rows.shape[:2], 1, *images.shape[2:], dtype=torch.bool, device=device)
-    hidden[:, 1] = ~upper
+    hidden[:, 1] = ~known
     plots.image_grid(rows.flatten(0, 1), model.levels, path, columns=rows.shape[1], hidden=hidden.flatten(0, 1))
     return drawn

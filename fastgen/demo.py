@@ -144,7 +144,10 @@ def _draw(model: GatedPixelCNN, digits: data.Dataset, folder: Path) -> dict[str,
     naive_images, naive_seconds = _timed(naive, noise, classes)
     names = [str(label) for label in range(model.n_classes or 0)]
     plots.image_grid(images, model.levels, folder / "samples.png", columns=SAMPLES, row_names=names)
-    completions.complete_halves(fast, digits.test[:COMPLETED], folder / "completions.png", seed=SETTINGS.seed)
+    completed = digits.test[:COMPLETED]
+    known = completions.upper_half(digits.shape)
+    path = folder / "completions.png"
+    completions.complete(fast, completed.images, known, path, condition=completed.labels, seed=SETTINGS.seed)
     return {
         "samples_identical": all(torch.equal(drawn, naive_images) for drawn, _ in runs),
         "speedup_vs_naive": naive_seconds / fast_seconds,

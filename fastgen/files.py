@@ -1,6 +1,7 @@
 """Files that are there whole or not at all."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -57,3 +58,25 @@ def make_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from error
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Deletes temporary files of `write_atomically` in a folder whose processes were killed before they took their
+    place."""
+    for file in folder.iterdir():
+        name = re.fullmatch(r"\..+\.(\d+)\.tmp", file.name)
+        if name and not _runs_elsewhere(int(name[1])):
+            file.unlink(missing_ok=True)
+
+
+def _runs_elsewhere(process: int) -> bool:
+    """Whether there is another process of that number (on Windows, which has no harmless way to ask, there might)."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()

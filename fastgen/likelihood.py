@@ -7,11 +7,15 @@ Outlier scores are all oriented alike: the higher, the less the input looks like
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastgen import distributed
+from fastgen.checkpoint import unwrap
+from fastgen.distributed import seeded
 from fastgen.models import VAE
 
 Images = Tensor | Iterable[Tensor | Sequence[Tensor]]
@@ -27,7 +31,14 @@ def bits_per_dim(nll: Any, shape: Sequence[int]) -> Any:
 
 @torch.no_grad()
 def log_likelihoods(
-    model: Any, images: Images, condition: Tensor | None = None, *, batch_size: int = 256, **options: Any
+    model: Any,
+    images: Images,
+    condition: Tensor | None = None,
+    *,
+    batch_size: int = 256,
+    seed: int | None = None,
+    shared: bool = False,
+    **options: Any,
 ) -> Tensor:
     """log p(x) of every image, or log p(x | y) of a class-conditional model.
 
@@ -37,24 +48,35 @@ def log_likelihoods(
             classes (the classes are used where the model is class-conditional).
         condition: classes (N,), with a tensor of images.
         batch_size: images at a time, with a tensor of images.
+        seed: of random numbers in `log_prob` (a VAE), drawn anew for each batch; None leaves them to torch's generator.
+        shared: whether the processes of a job (`fastgen.distributed`) take the batches in turns; all of them must call,
+            with the same images, and all get all results.
         options: for `model.log_prob`.
 
     Returns:
         (N,) nats, float64 on the CPU.
 
     Raises:
+        TypeError: the model has no log_prob.
         ValueError: the model is in training mode, there are not as many classes as images, or batch_size < 1.
     """
+    model = unwrap(model)
+    if not callable(getattr(model, "log_prob", None)):
+        raise TypeError(f"model must have log_prob(x, condition=None), {type(model).__name__} has not")
     if isinstance(model, nn.Module) and model.training:
         raise ValueError("model is in training mode (dropout is on): call model.eval() before scoring")
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     conditional = condition is not None or getattr(model, "n_classes", None) is not None
+    device = torch.device("cpu") if parameter is None else parameter.device
     found = [torch.zeros(0, dtype=torch.float64)]
-    for x, classes in _batches(images, condition, batch_size):
-        if parameter is not None:
-            x, classes = x.to(parameter.device), None if classes is None else classes.to(parameter.device)
-        found.append(model.log_prob(x, condition=classes if conditional else None, **options).double().cpu())
-    return torch.cat(found)
+    for number, (x, classes) in enumerate(_batches(images, condition, batch_size)):
+        if shared and number % distributed.world_size() != distributed.rank():
+            found.append(torch.zeros(len(x), dtype=torch.float64))
+            continue
+        x, classes = x.to(device), classes.to(device) if conditional and classes is not None else None
+        with nullcontext() if seed is None else seeded(device, seed, number):
+            found.append(model.log_prob(x, condition=classes, **options).cpu().double())
+    return distributed.merged(torch.cat(found)) if shared else torch.cat(found)
 
 
 def _batches(images: Images, condition: Tensor | None, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -108,6 +130,7 @@ def evaluate(model: Any, images: Images, condition: Tensor | None = None, **opti
     if len(nll) == 0:
         raise ValueError("images must hold at least one image, got none")
     nats, error = nll.mean().item(), nll.std().item() / math.sqrt(len(nll)) if len(nll) > 1 else math.nan
+    model = unwrap(model)
     return Evaluation(nats, bits_per_dim(nats, model.shape), error, len(nll), not isinstance(model, VAE))
 
 
@@ -135,7 +158,7 @@ def class_posterior(
         model: with `n_classes`; each image is scored once for each class.
         images: integer levels (N, C, H, W).
         prior: p(y) of each class, summing to 1; None for equal ones.
-        options: batch_size, and options for `model.log_prob`.
+        options: batch_size, seed and shared as in `log_likelihoods`, and options for `model.log_prob`.
 
     Raises:
         ValueError: the model is not class-conditional, or prior holds no such probabilities.

@@ -1,9 +1,11 @@
 """Pictures: grids of images (Pillow), curves of a training run (matplotlib, where installed)."""
 
 import io
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -14,44 +16,63 @@ from fastgen.files import write_atomically
 GAP = 2  # pixels between images
 LEAST_SIZE = 48  # pixels; smaller images are enlarged by a whole factor
 HIDDEN = (70, 110, 180)  # the colour of what is hidden
+PAGE_IMAGES, PAGE_PIXELS = 400, 2**24  # of one picture at most
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 
 
-def image_grid(
-    images: Tensor,
-    levels: int,
-    path: str | os.PathLike,
-    *,
-    columns: int,
-    hidden: Tensor | None = None,
-    row_names: Sequence[str] = (),
-) -> None:
-    """Writes a PNG of images side by side, row by row, level 0 black and the highest white.
+def image_grid(images: Tensor, levels: int, path: str | os.PathLike, **options: Any) -> None:
+    """Writes a PNG of images side by side; arguments as for `grid`.
+
+    Raises:
+        ValueError: path does not end in .png, or as `grid`.
+        OSError: the file cannot be written.
+    """
+    path = png_path(path)
+    write_atomically({path: png(grid(images, levels, **options))})
+
+
+def image_pages(images: Tensor, levels: int, path: str | os.PathLike, *, columns: int) -> list[Path]:
+    """`image_grid` on as many pages as it takes for every picture to be one that programs open: path itself where one
+    is enough, otherwise NAME-1.png, NAME-2.png, ... Returns their paths."""
+    path = png_path(path)
+    tile = math.prod(side * _scale(images) + GAP for side in images.shape[2:])
+    rows = max(1, min(PAGE_PIXELS // (tile * columns), PAGE_IMAGES // columns))
+    pages = images.split(rows * columns)
+    digits = len(str(len(pages)))
+    paths = [path.with_stem(f"{path.stem}-{number + 1:0{digits}}") for number in range(len(pages))]
+    paths = [path] if len(pages) == 1 else paths
+    for page, target in zip(pages, paths, strict=True):
+        image_grid(page, levels, target, columns=columns)
+    return paths
+
+
+def grid(
+    images: Tensor, levels: int, *, columns: int, hidden: Tensor | None = None, row_names: Sequence[str] = ()
+) -> Image.Image:
+    """Images side by side, row by row, level 0 black and the highest white.
 
     Args:
-        images: levels (n, C, H, W), integers or floats, C = 1 or 3.
+        images: levels (n, C, H, W), integers or floats; where C is neither 1 nor 3, its channels stand side by side.
         levels: number of levels of a channel.
         columns: images in a row.
         hidden: bool, broadcastable to (n, 1, H, W): painted over.
         row_names: a text to the left of each row; none where empty.
 
     Raises:
-        ValueError: path does not end in .png, images have another shape, or row_names are not one a row.
-        OSError: the file cannot be written.
+        ValueError: images have another shape, or row_names are not one a row.
     """
-    path = png_path(path)
-    if images.dim() != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
-        raise ValueError(f"images must have the shape (n, C, H, W) with n >= 1 and C = 1 or 3, got {images.shape}")
-    count, _, height, width = images.shape
-    rows = -(-count // columns)
+    if images.dim() != 4 or len(images) == 0:
+        raise ValueError(f"images must have the shape (n, C, H, W) with n >= 1, got {images.shape}")
+    count, rows = len(images), -(-len(images) // columns)
     if row_names and len(row_names) != rows:
         raise ValueError(f"row_names must be one for each of {rows} rows, got {len(row_names)}")
-    pixels = (images.detach().cpu().float() * (255 / (levels - 1))).round().clamp(0, 255).to(torch.uint8)
-    pixels = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+    pixels = to_pixels(images, levels)
     if hidden is not None:
-        over = hidden.cpu().expand(count, 1, height, width).permute(0, 2, 3, 1)
+        over = hidden.cpu().expand(count, 1, *images.shape[2:]).permute(0, 2, 3, 1)
+        over = over.repeat(1, 1, pixels.shape[2] // images.shape[3], 1)
         pixels = torch.where(over, torch.tensor(HIDDEN, dtype=torch.uint8), pixels)
-    scale = max(1, -(-LEAST_SIZE // max(height, width)))
+    height, width = pixels.shape[1:3]
+    scale = _scale(images)
     font = ImageFont.load_default(size=14)
     margin = max((int(font.getlength(name)) for name in row_names), default=-GAP) + 2 * GAP
     size = (margin + columns * (width * scale + GAP), rows * (height * scale + GAP) + GAP)
@@ -65,9 +86,30 @@ def image_grid(
         place = (margin + column * (width * scale + GAP), GAP + row * (height * scale + GAP))
         tile = Image.fromarray(image.contiguous().numpy())
         sheet.paste(tile.resize((width * scale, height * scale), Image.Resampling.NEAREST), place)
+    return sheet
+
+
+def to_pixels(images: Tensor, levels: int) -> Tensor:
+    """Levels (n, C, H, W) as uint8 (n, H, W, 3) on the CPU; (n, H, C * W, 3) where C is neither 1 nor 3."""
+    if images.shape[1] not in (1, 3):
+        images = images.transpose(1, 2).flatten(2).unsqueeze(1)
+    pixels = (images.detach().cpu().float() * (255 / (levels - 1))).round().clamp(0, 255).to(torch.uint8)
+    return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+
+
+def columns_of(count: int) -> int:
+    """For a sheet about as high as wide."""
+    return max(1, round(count**0.5))
+
+
+def png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    write_atomically({path: buffer.getvalue()})
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _scale(images: Tensor) -> int:
+    return max(1, -(-LEAST_SIZE // max(images.shape[2:])))
 
 
 def curves(rows: Sequence[dict[str, float]], path: str | os.PathLike, *, lines: dict[str, float] | None = None) -> bool:

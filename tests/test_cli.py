@@ -83,8 +83,8 @@ def test_every_model_can_be_built_for_every_data(name, shape):
     split = data.Split(torch.zeros(2, *shape, dtype=torch.uint8), torch.tensor([0, 1]))
     dataset = data.Dataset("x", levels, 2, split, split, split)
     small = {"pixelcnn": 2, "gated_pixelcnn": 2, "pixelcnnpp": 1, "pixelrnn": 1}
-    options = [f"layers={small[name]}"] if name in small else []
-    options += ["hidden_channels=3" if name == "pixelrnn" else "channels=3"]
+    options = {"layers": small[name]} if name in small else {}
+    options["hidden_channels" if name == "pixelrnn" else "channels"] = 3
     model = new_model(name, dataset, True, options)
     assert (model.shape, model.levels, model.n_classes) == (shape, levels, 2)
     if shape[0] == 1:
@@ -164,9 +164,15 @@ def test_wrong_usage_is_one_line(images, trained, tmp_path, capsys):
         (["train", "--model", "pixelcnn", "--data", images, "--out", run], "--resume"),
         (["train", "--resume", "--out", tmp_path / "new"], r"training\.pt"),
         (["train", "--resume", "--out", run, "--set", "channels=3"], "--set"),
-        (["train", "--resume", "--out", run, "--lr", "0.5"], "lr"),
+        (["train", "--resume", "--out", run, "--seed", "5"], "seed = 0.*5"),
         (["train", "--resume", "--out", run, "--model", "vae"], "GatedPixelCNN"),
         (["train", "--resume", "--out", run, "--data", "digits"], "shape"),
+        ([*new, "--beta", "2"], "beta is a setting for a VAE"),
+        ([*new, "--set", "steps=many"], "steps must be an int.*'many'"),
+        ([*new, "--init-from", tmp_path / "nothing.pt"], r"nothing\.pt"),
+        ([*new, "--config", tmp_path / "nothing.toml"], r"nothing\.toml"),
+        ([*new, "--precision", "float8"], "float8"),
+        ([*new, "--resize", "4"], "image files"),
         (["evaluate", run, "--data", "digits"], r"\(1, 8, 8\)"),
         (["evaluate", tmp_path / "nothing", "--data", images], "nothing"),
         (["sample", run, "--n", "0"], "--n"),
@@ -178,6 +184,12 @@ def test_wrong_usage_is_one_line(images, trained, tmp_path, capsys):
         (["sample", run, "--temperature", "-1", "--out", tmp_path / "a.png"], "temperature"),
         (["complete", trained / "vae", "--data", images, "--out", tmp_path / "a.png"], "VAE"),
         (["complete", run, "--data", images, "--n", "99", "--out", tmp_path / "a.png"], "--n 99"),
+        (["complete", run, "--out", tmp_path / "a.png"], "--data or --images"),
+        (["complete", run, "--images", tmp_path / "no.png", "--out", tmp_path / "a.png"], r"no\.png"),
+        (["sample", trained / "vae", "--top-k", "2", "--out", tmp_path / "a.png"], "--top-k"),
+        (["sample", run, "--top-p", "2", "--out", tmp_path / "a.png"], "top_p"),
+        (["reconstruct", run, "--data", images, "--out", tmp_path / "a.png"], "GatedPixelCNN"),
+        (["interpolate", trained / "autoencoder", "--data", images, "--out", tmp_path / "a.png"], "Autoencoder"),
     ):
         line = refused(capsys, *arguments)
         assert line.startswith("fastgen") and re.search(named, line), line
@@ -218,7 +230,7 @@ def test_folders_that_cannot_be_written_are_named(images, trained, tmp_path, cap
 
 
 def test_help_of_every_command(capsys):
-    for command in ("demo", "train", "evaluate", "sample", "complete", "doctor"):
+    for command in ("demo", "train", "evaluate", "sample", "complete", "reconstruct", "interpolate", "doctor"):
         with pytest.raises(SystemExit) as error:
             cli.main([command, "--help"])
         assert error.value.code == 0 and f"usage: fastgen {command}" in capsys.readouterr().out

@@ -96,7 +96,8 @@ def test_bool_images_have_two_levels(tmp_path):
     [
         ({"images": grey().astype(np.float32)}, "float32"),
         ({"images": grey()[..., :0]}, r"\(20, 5, 0\)"),
-        ({"images": grey().reshape(20, 2, 2, 5)}, r"\(20, 2, 2, 5\)"),
+        ({"images": grey().reshape(4, 5, 4, 5)}, r"\(4, 5, 4, 5\)"),
+        ({"images": grey() / 255}, r"in 0\.\.1: save \(images \* 255\)"),
         ({"images": grey().astype(np.int64) - 300}, r"0\.\.255"),
         ({"images": grey(), "levels": 17}, r"0\.\.16"),
         ({"images": grey(), "levels": 1}, "levels"),
@@ -130,6 +131,67 @@ def test_bad_names_and_files(tmp_path):
     ):
         with pytest.raises(ValueError, match=named):
             data.load(name)
+
+
+@pytest.mark.parametrize(
+    ("values", "levels", "expected", "note"),
+    [
+        ([0, 1], None, 2, "0..1 only, taken as 2"),
+        ([0, 16], None, 17, "0..16 only, taken as 17"),
+        ([3, 64], None, 256, ""),
+        ([0, 255], None, 2, "0 and 255 only"),
+        ([0, 255], 2, 2, ""),
+        ([0, 255], 256, 256, ""),
+        ([0, 1], 256, 256, ""),
+    ],
+)
+def test_levels_come_from_the_images_and_say_so(tmp_path, values, levels, expected, note):
+    images = np.random.RandomState(0).choice(values, size=(20, 4, 4)).astype(np.uint8)
+    np.savez(tmp_path / "a.npz", images=images)
+    found = data.load(f"npz:{tmp_path / 'a.npz'}", levels=levels)
+    assert found.levels == expected and note in found.note and bool(note) == bool(found.note)
+    every = torch.cat([part.images for part in (found.train, found.validation, found.test)])
+    assert int(every.max()) == (1 if expected == 2 else values[1])
+
+
+def test_a_file_that_states_its_levels_is_believed(tmp_path):
+    np.savez(tmp_path / "a.npz", images=grey() % 2, levels=256)
+    found = data.load(f"npz:{tmp_path / 'a.npz'}")
+    assert (found.levels, found.note) == (256, "")
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_arrays_of_two_and_four_channels(tmp_path, channels):
+    first = np.random.RandomState(0).randint(256, size=(20, channels, 6, 5)).astype(np.uint8)
+    np.savez(tmp_path / "first.npz", train=first, test=first[:2], validation=first[:3])
+    last = first.transpose(0, 2, 3, 1)
+    np.savez(tmp_path / "last.npz", train=last, test=last[:2], validation=last[:3])
+    for name in ("first", "last"):
+        assert torch.equal(data.load(f"npz:{tmp_path / name}.npz").train.images, torch.from_numpy(first))
+
+
+def test_the_content_has_a_fingerprint(tmp_path):
+    labels = np.arange(20) % 3
+    np.savez(tmp_path / "a.npz", images=grey(), labels=labels, levels=256)
+    np.savez_compressed(tmp_path / "b.npz", images=grey(), labels=labels, levels=256)
+    first, moved = (data.load(f"npz:{tmp_path / name}") for name in ("a.npz", "b.npz"))
+    assert first.sha256 == moved.sha256 and first.name != moved.name
+    other = grey()
+    other[3, 2, 1] ^= 1
+    changes = (
+        {"images": other, "labels": labels},
+        {"images": grey(), "labels": (labels + 1) % 3},
+        {"images": grey()[::-1], "labels": labels},
+    )
+    for change in changes:
+        np.savez(tmp_path / "b.npz", levels=256, **change)
+        assert data.load(f"npz:{tmp_path / 'b.npz'}").sha256 != first.sha256
+
+
+def test_a_path_is_kept_absolute(tmp_path, monkeypatch):
+    np.savez(tmp_path / "a.npz", images=grey())
+    monkeypatch.chdir(tmp_path)
+    assert data.load("npz:a.npz").name == f"npz:{tmp_path.resolve() / 'a.npz'}"
 
 
 # --- image files
@@ -174,6 +236,76 @@ def test_bad_image_files_are_named(tmp_path):
     write_images(tmp_path, [np.zeros((5, 4), np.uint16)])
     with pytest.raises(ValueError, match=r"00\.png has the mode I;16"):
         data.load(f"folder:{tmp_path}")
+
+
+def test_hidden_files_are_passed_over(tmp_path):
+    write_images(tmp_path, grey(12))
+    write_images(tmp_path / "__MACOSX", grey(1))
+    for name in ("._00.png", ".hidden.png"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7")
+    found = data.load(f"folder:{tmp_path}")
+    assert len(found.train) == 10 and found.n_classes is None
+
+
+def test_black_and_white_files_have_two_levels(tmp_path):
+    write_images(tmp_path, (grey(12) > 100).astype(np.uint8) * 255)
+    found = data.load(f"folder:{tmp_path}")
+    assert found.levels == 2 and "0 and 255" in found.note and found.train.images.max() == 1
+    assert data.load(f"folder:{tmp_path}", levels=256).levels == 256
+    write_images(tmp_path, grey(12) % 2)  # dark files of 8 bits stay what they are
+    assert data.load(f"folder:{tmp_path}").levels == 256
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    pixels = np.zeros((12, 5, 4, 4), np.uint8)
+    pixels[:, :2, :, 3], pixels[:, 2, :, 3] = 255, 128
+    write_images(tmp_path, pixels)
+    image = data.load(f"folder:{tmp_path}").train.images[0]
+    assert image.shape == (3, 5, 4)
+    assert (image[:, :2] == 0).all() and (image[:, 2] == 127).all() and (image[:, 3:] == 255).all()
+
+
+def test_the_turn_of_a_camera_is_applied(tmp_path):
+    upright = np.arange(20, dtype=np.uint8).reshape(5, 4) * 8
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned clockwise for display
+    for number in range(12):
+        Image.fromarray(np.rot90(upright).copy()).save(tmp_path / f"{number}.png", exif=exif)
+    assert np.array_equal(data.load(f"folder:{tmp_path}").train.images[0, 0], upright)
+
+
+def test_mixed_sizes_are_made_one(tmp_path):
+    for number, (height, width) in enumerate([(8, 12), (10, 6), (6, 6)] * 4):
+        Image.fromarray(np.full((height, width), 9 * number, np.uint8)).save(tmp_path / f"{number:02}.png")
+    with pytest.raises(ValueError, match="--resize N --crop N"):
+        data.load(f"folder:{tmp_path}")
+    with pytest.raises(ValueError, match=r"00\.png is 12x8, too small for crop=9"):
+        data.load(f"folder:{tmp_path}", crop=9)
+    found = data.load(f"folder:{tmp_path}", resize=6, crop=6)
+    assert found.shape == (1, 6, 6) and found.loading == {"resize": 6, "crop": 6}
+    every = torch.cat([part.images for part in (found.train, found.validation, found.test)]).flatten(1)
+    assert sorted(every[:, 0].tolist()) == [9 * number for number in range(12)]
+    assert (every == every[:, :1]).all()
+    # A crop alone takes the middle.
+    image = np.arange(48, dtype=np.uint8).reshape(6, 8)
+    for number in range(12):
+        Image.fromarray(image).save(tmp_path / f"{number:02}.png")
+    assert np.array_equal(data.load(f"folder:{tmp_path}", crop=4).train.images[0, 0], image[1:5, 2:6])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "named"),
+    [
+        ("digits", {"resize": 4}, "resize is for image files"),
+        ("digits", {"levels": 16}, "levels must be 17"),
+        ("npz:x", {"crop": 4}, "crop is for image files"),
+        ("folder:x", {"levels": 1}, "levels must be an int in 2..256, got 1"),
+        ("folder:x", {"resize": 0}, "resize must be an int >= 1"),
+    ],
+)
+def test_options_that_do_not_apply_are_named(name, options, named):
+    with pytest.raises(ValueError, match=named):
+        data.load(name, **options)
 
 
 def test_hub_reads_local_files(tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from fastgen import likelihood
-from fastgen.models import VAE, GatedPixelCNN
+from fastgen.likelihood import evaluate, log_likelihoods
+from fastgen.models import VAE, GatedPixelCNN, PixelCNN
 
 
 class Table:
@@ -206,3 +207,24 @@ class Training(Table, nn.Module):
 def test_bad_arguments_are_named(call, named):
     with pytest.raises(ValueError, match=named):
         call()
+
+
+def test_the_noise_of_a_seed_belongs_to_the_batch():
+    model = VAE((1, 4, 4), 2, likelihood="categorical", levels=3, channels=4, hidden=8).eval()
+    x = torch.randint(3, (5, 1, 4, 4))
+    before = torch.get_rng_state()
+    first, second, other = (
+        log_likelihoods(model, x, batch_size=2, n_samples=3, seed=s, shared=True) for s in (1, 1, 2)
+    )
+    assert torch.equal(first, second) and not torch.equal(first, other)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_wrappers_are_taken_off_and_what_has_no_likelihood_is_named():
+    model = PixelCNN((1, 4, 4), 3, channels=4, layers=1).eval()
+    x = torch.randint(3, (5, 1, 4, 4))
+    wrapped = torch.nn.DataParallel(torch.compile(model, backend="eager")).eval()
+    assert torch.equal(log_likelihoods(wrapped, x), log_likelihoods(model, x))
+    assert evaluate(wrapped, x) == evaluate(model, x)
+    with pytest.raises(TypeError, match=r"model must have log_prob.*Linear"):
+        log_likelihoods(torch.nn.Linear(1, 1).eval(), x)

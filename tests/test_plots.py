@@ -48,6 +48,27 @@ def test_floats_are_limited_to_the_range(tmp_path):
     assert pixels(tmp_path / "a.png")[10, [2 + 8, 2 + 24, 2 + 40], 0].tolist() == [0, 128, 255]
 
 
+def test_other_numbers_of_channels_stand_side_by_side(tmp_path):
+    images = torch.tensor([[0, 1], [1, 0]]).view(1, 2, 1, 2).expand(2, 2, 3, 2)
+    plots.image_grid(images, 2, tmp_path / "a.png", columns=1, hidden=torch.tensor([False, True]).view(2, 1, 1, 1))
+    sheet = pixels(tmp_path / "a.png")
+    assert sheet.shape == (2 * 50 + 2, 2 + 64 + 2, 3)
+    assert sheet[20, [2 + 8, 2 + 24, 2 + 40, 2 + 56], 0].tolist() == [0, 255, 255, 0]
+    assert (sheet[70, 2:66] == plots.HIDDEN).all()
+
+
+def test_many_images_are_paged(tmp_path):
+    images = torch.arange(1000).view(-1, 1, 1, 1).expand(-1, 1, 4, 4) % 7
+    pages = plots.image_pages(images, 7, tmp_path / "a.png", columns=10)
+    assert [page.name for page in pages] == ["a-1.png", "a-2.png", "a-3.png"]
+    seen = [pixels(page)[top + 10, 12::50, 0] for page in pages for top in range(2, Image.open(page).size[1] - 2, 50)]
+    shades = torch.round(torch.arange(1000) % 7 * (255 / 6))
+    assert np.concatenate(seen).tolist() == shades.tolist()
+    large = torch.zeros(5, 1, 3000, 3000, dtype=torch.uint8)
+    assert len(plots.image_pages(large, 2, tmp_path / "b.png", columns=1)) == 5
+    assert plots.image_pages(images[:9], 7, tmp_path / "c.png", columns=3) == [tmp_path / "c.png"]
+
+
 def test_bad_arguments_are_named(tmp_path):
     images = torch.zeros(2, 1, 4, 4)
     for wrong, named in (

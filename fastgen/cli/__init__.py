@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 
 from fastgen._version import __version__
 
+SHARED = ("train", "evaluate", "sample")  # commands whose work processes share
+
 
 class Parser(argparse.ArgumentParser):
     """Errors are one line, and a misspelt option is named with the one that was probably meant."""
@@ -46,12 +48,12 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> Parser:
     """All commands. Each module's `add` gives its parser `run(arguments) -> exit status`; torch is imported there.
     `bench` is only listed: `main` hands its arguments on."""
-    from fastgen.cli import bench, demo, doctor, training, using
+    from fastgen.cli import bench, demo, doctor, drawing, latent, training, using
 
     parser = Parser(prog="fastgen", description="Train, evaluate and sample generative models of images.")
     parser.add_argument("--version", action="version", version=f"fastgen {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for module in (demo, training, using, bench, doctor):
+    for module in (demo, training, using, drawing, latent, bench, doctor):
         module.add(commands)
     for name, command in commands.choices.items():
         command.set_defaults(parser=command, command=name)
@@ -59,26 +61,36 @@ def build_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status. FASTGEN_DEBUG=1 shows the whole traceback of an error."""
-    from fastgen.cli import bench
+    """Runs a command and returns its exit status. FASTGEN_DEBUG=1 shows the whole traceback of an error.
+
+    Of processes that torchrun started, those of a rank above 0 take part in the commands of SHARED only.
+    """
+    from fastgen import distributed
+    from fastgen.cli import bench, config
 
     given = list(sys.argv[1:] if argv is None else argv)
-    if given[:1] == ["bench"]:
-        command, run = "bench", partial(bench.run, given[1:])
-    else:
-        arguments = build_parser().parse_args(given)
-        command, run = arguments.command, partial(arguments.run, arguments)
+    command = given[0] if given else ""
     try:
-        return run()
+        if command == "bench":
+            run = partial(bench.run, given[1:])
+        else:
+            arguments = build_parser().parse_args(config.expand(given) if command == "train" else given)
+            run = partial(arguments.run, arguments)
+        if command not in SHARED:
+            return run() if os.environ.get("RANK", "0") == "0" else 0
+        with distributed.processes():
+            return run()
     except KeyboardInterrupt:
-        print(f"fastgen {command}: interrupted", file=sys.stderr)
+        if distributed.first_to_report():
+            print(f"fastgen {command}: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         memory = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
         if os.environ.get("FASTGEN_DEBUG") == "1" or (isinstance(error, RuntimeError) and not memory):
             raise
         advice = ": out of memory, try a smaller --batch-size or --n" if memory else ""
-        print(f"fastgen {command}: {_one_line(error)}{advice}", file=sys.stderr)
+        if distributed.first_to_report():
+            print(f"fastgen {command}: {_one_line(error)}{advice}", file=sys.stderr)
         return 2
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import pkgutil
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ OPTIONAL = {
     "matplotlib": "curves",
     "datasets": "hf:NAME",
     "tensorboard": "a log for TensorBoard",
+    "huggingface_hub": "from_pretrained of a repository",
+    **({"tomli": "--config, before Python 3.11"} if sys.version_info < (3, 11) else {}),
 }
 LEAST_CAPABILITY = (8, 0)  # of the GPUs that the compile gate covers
 

@@ -11,12 +11,14 @@
 Every split is fixed: the same name gives the same images in the same order on any machine.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from fastgen.data import sources
-from fastgen.data.dataset import Dataset, Split, assemble
+from fastgen.data.dataset import Dataset, Split, assemble, hold_out, sha256
 
-__all__ = ["Dataset", "Split", "assemble", "load"]
+__all__ = ["Dataset", "Split", "assemble", "hold_out", "load", "sha256"]
 
 NAMED = {
     "digits": sources.digits,
@@ -24,20 +26,42 @@ NAMED = {
     "mnist": sources.mnist,
     "cifar10": sources.cifar10,
 }
-SOURCES = {"npz": sources.npz, "folder": sources.folder, "hf": sources.hub}
+SOURCES: dict[str, Callable[..., Dataset]] = {"npz": sources.npz, "folder": sources.folder, "hf": sources.hub}
+PATHS = ("npz", "folder")
 
 
-def load(name: str) -> Dataset:
+def load(name: str, *, levels: int | None = None, resize: int | None = None, crop: int | None = None) -> Dataset:
     """The data set of that name; see the module's docstring.
+
+    Args:
+        levels: number of levels of a channel, for npz:, folder: and hf:; None is what the data set says of itself, or
+            what its images show (`Dataset.note` then says so).
+        resize: pixels of the shorter side of image files (folder:, hf:), which are scaled to it.
+        crop: side of the square that is then cut from their middle.
 
     Raises:
         ValueError: no such name; a file that is missing or holds something else; a package that is not installed.
         OSError: a file cannot be read or downloaded.
     """
     kind, _, rest = name.partition(":")
+    given = {"levels": levels, "resize": resize, "crop": crop}
+    loading = {key: value for key, value in given.items() if value is not None}
+    taken: tuple[str, ...] = ("levels",) if kind == "npz" else ("levels", "resize", "crop")
+    for key, value in loading.items():
+        least = 2 if key == "levels" else 1
+        if not isinstance(value, int) or value < least or (key == "levels" and value > 256):
+            raise ValueError(f"{key} must be an int {'in 2..256' if key == 'levels' else '>= 1'}, got {value!r}")
     if name in NAMED:
-        return replace(NAMED[name](), name=name)
-    if kind in SOURCES and rest:
-        return replace(SOURCES[kind](rest), name=name)
-    known = [*NAMED, *(f"{kind}:{'NAME' if kind == 'hf' else 'PATH'}" for kind in SOURCES)]
-    raise ValueError(f"unknown data set {name!r}: expected one of {', '.join(known)}")
+        dataset = NAMED[name]()
+        if loading.pop("levels", dataset.levels) != dataset.levels:
+            raise ValueError(f"levels must be {dataset.levels}, those of {name}, got {levels}")
+        taken = ()
+    elif kind not in SOURCES or not rest:
+        known = [*NAMED, *(f"{kind}:{'NAME' if kind == 'hf' else 'PATH'}" for kind in SOURCES)]
+        raise ValueError(f"unknown data set {name!r}: expected one of {', '.join(known)}")
+    for key in loading.keys() - set(taken):
+        raise ValueError(f"{key} is for image files (folder:PATH, hf:NAME), not for {name}")
+    if name in NAMED:
+        return replace(dataset, name=name)
+    dataset = SOURCES[kind](rest, **loading)
+    return replace(dataset, name=f"{kind}:{Path(rest).resolve()}" if kind in PATHS else name, loading=loading)

@@ -71,9 +71,10 @@ def _sklearn_datasets():
     return datasets
 
 
-def npz(path: str) -> Dataset:
+def npz(path: str, levels: int | None = None) -> Dataset:
     """Arrays `train`, `validation` and `test` (or `x_train`, ...; a single array, or `images`, is all to train), labels
-    under the same names with `_labels` (or `y_train`, ..., `labels`), and optionally the number `levels`."""
+    under the same names with `_labels` (or `y_train`, ..., `labels`), and optionally the number `levels`; the argument
+    comes first."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -81,12 +82,11 @@ def npz(path: str) -> Dataset:
         raise ValueError(f"npz:{path}: no such file") from error
     except Exception as error:  # NumPy has no kind of its own for a damaged file, or for one that holds objects
         raise ValueError(f"npz:{path}: is not an .npz file of plain arrays ({error})") from error
-    levels = None
     if "levels" in arrays:
         count = arrays.pop("levels")
         if count.ndim or not np.issubdtype(count.dtype, np.integer) or not 2 <= count <= 256:
             raise ValueError(f"npz:{path}: levels must be one integer in 2..256, got {count!r}")
-        levels = int(count)
+        levels = levels or int(count)
     if len(arrays) == 1 and not {"train", "x_train"} & arrays.keys():
         arrays = {"images": next(iter(arrays.values()))}
     splits = {}
@@ -106,59 +106,95 @@ def npz(path: str) -> Dataset:
     return assemble(splits, levels, f"npz:{path}")
 
 
-def folder(path: str) -> Dataset:
+def folder(path: str, levels: int | None = None, resize: int | None = None, crop: int | None = None) -> Dataset:
     """Image files of one size, in PATH/train, PATH/validation and PATH/test, or all in PATH. Folders inside are
-    classes, numbered by their names in order, where every image is in one. Grey only if all images are grey."""
+    classes, numbered by their names in order, where every image is in one. Grey only if all images are grey. Hidden
+    files are passed over. What is transparent is laid over white; the camera's turn (EXIF) is applied."""
     source, root = f"folder:{path}", Path(path)
     if not root.is_dir():
         raise ValueError(f"{source}: no such folder")
     roots = {name: root / name for name in ("train", "validation", "test") if (root / name).is_dir()}
     if "train" not in roots:
         roots = {"train": root}
-    files = {name: _image_files(part) for name, part in roots.items()}
+    files = {name: image_files(part) for name, part in roots.items()}
     if not files["train"]:
         raise ValueError(f"{source}: has no image files ({', '.join(sorted(IMAGE_SUFFIXES))})")
     kinds = {name: [file.relative_to(roots[name]).parts[:-1][:1] for file in found] for name, found in files.items()}
     names = sorted({kind for found in kinds.values() for kind in found})
-    every = _pixels(((str(file), file) for found in files.values() for file in found), source)
+    every = read_pixels(((str(file), file) for found in files.values() for file in found), source, resize, crop)
     splits, start = {}, 0
     for name, found in files.items():
         if found:
             labels = None if () in names else np.array([names.index(kind) for kind in kinds[name]])
             splits[name] = (every[start : start + len(found)], labels)
             start += len(found)
-    return assemble(splits, 256, source)
+    return assemble(splits, levels, source, files=True)
 
 
-def _image_files(root: Path) -> list[Path]:
-    return sorted(file for file in root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+def image_files(root: Path) -> list[Path]:
+    def visible(file: Path) -> bool:
+        return not any(part.startswith(".") or part == "__MACOSX" for part in file.relative_to(root).parts)
+
+    files = (file for file in root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(file for file in files if visible(file) and file.is_file())
 
 
-def _pixels(images: Iterable[tuple[str, Any]], source: str) -> np.ndarray:
+def read_pixels(
+    images: Iterable[tuple[str, Any]], source: str, resize: int | None = None, crop: int | None = None
+) -> np.ndarray:
     """Images (each a name for errors, and a file or a PIL image) as uint8 (n, H, W), or (n, H, W, 3) where one of them
     has colours."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     opened: list[tuple[str, Image.Image]] = []
     for name, image in images:
         try:
             image = image if isinstance(image, Image.Image) else Image.open(image)
-            image.load()
+            image = ImageOps.exif_transpose(image)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{source}: {name} is not an image that can be read ({error})") from error
         if image.mode not in GREY_MODES | COLOUR_MODES:
             raise ValueError(f"{source}: {name} has the mode {image.mode}, expected 8 bits a channel")
+        image = _cut(_over_white(image), f"{source}: {name}", resize, crop)
         if opened and image.size != opened[0][1].size:
             first, size = opened[0][0], "x".join(map(str, opened[0][1].size))
             raise ValueError(
-                f"{source}: {name} is {image.size[0]}x{image.size[1]} and {first} is {size}; make them one size first"
+                f"{source}: {name} is {image.size[0]}x{image.size[1]} and {first} is {size}; make them one size with "
+                "resize=N and crop=N (--resize N --crop N)"
             )
         opened.append((name, image))
-    mode = "L" if all(image.mode in GREY_MODES for _, image in opened) else "RGB"
+    mode = "L" if all(image.mode == "L" for _, image in opened) else "RGB"
     return np.stack([np.asarray(image.convert(mode)) for _, image in opened])
 
 
-def hub(name: str) -> Dataset:
+def _over_white(image: Any) -> Any:
+    """A PIL image as "L" or "RGB", without transparency."""
+    from PIL import Image
+
+    mode = "L" if image.mode in GREY_MODES else "RGB"
+    if "A" not in image.mode.removeprefix("LAB") and "transparency" not in image.info:
+        return image.convert(mode)
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(mode)
+
+
+def _cut(image: Any, name: str, resize: int | None, crop: int | None) -> Any:
+    """A PIL image scaled so that its shorter side has `resize` pixels, then the middle square of side `crop`."""
+    from PIL import Image
+
+    if resize is not None:
+        scale = resize / min(image.size)
+        image = image.resize([max(resize, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
+    if crop is not None:
+        width, height = image.size
+        if min(width, height) < crop:
+            raise ValueError(f"{name} is {width}x{height}, too small for crop={crop}; resize={crop} makes it fit")
+        left, top = (width - crop) // 2, (height - crop) // 2
+        image = image.crop((left, top, left + crop, top + crop))
+    return image
+
+
+def hub(name: str, levels: int | None = None, resize: int | None = None, crop: int | None = None) -> Dataset:
     """A data set of the Hugging Face hub, or a folder that `datasets.load_dataset` reads. Its first column of images
     is taken, and its first column of class labels."""
     source = f"hf:{name}"
@@ -182,12 +218,12 @@ def hub(name: str) -> Dataset:
     classes = [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     lengths = {part: len(rows) for part, rows in chosen.items()}
     every = ((f"{part} {i}", row) for part, rows in chosen.items() for i, row in enumerate(rows[columns[0]]))
-    pixels, start = _pixels(every, source), 0
+    pixels, start = read_pixels(every, source, resize, crop), 0
     for part, length in lengths.items():
         labels = np.array(chosen[part][classes[0]]) if classes else None
         splits[part] = (pixels[start : start + length], labels)
         start += length
-    return assemble(splits, 256, source)
+    return assemble(splits, levels, source, files=True)
 
 
 # --- downloaded once

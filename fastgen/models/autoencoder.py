@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgen.models.networks import Decoder, Encoder, as_floats, check_arguments, check_condition
+from fastgen.models.arguments import check_condition
+from fastgen.models.networks import Decoder, Encoder, as_floats, check_arguments
 from fastgen.models.rebuildable import Rebuildable
 
 

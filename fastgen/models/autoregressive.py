@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastgen import ops
 from fastgen.distributions import Categorical, Distribution
-from fastgen.models.networks import check_condition
+from fastgen.models.arguments import check_condition, check_levels
 from fastgen.models.rebuildable import Rebuildable
 
 
@@ -58,17 +58,30 @@ class AutoregressiveModel(Rebuildable):
         check_condition(condition, self.n_classes)
 
     def log_prob(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Log-likelihood of integer levels x (B, C, H, W): (B,) nats."""
-        if x.is_floating_point():
-            raise TypeError(f"x must hold integer levels 0..{self.levels - 1}, got {x.dtype}")
+        """Log-likelihood of integer levels x (B, C, H, W): (B,) nats.
+
+        Raises:
+            TypeError, ValueError: x or the classes have another type, shape or range.
+        """
+        self._check(x, condition)
         return self.distribution.log_prob(self(x, condition), x.long())
 
     def loss(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """-log p(x), mean over the batch, () nats: for training. Fused where a kernel runs, in float32 at least."""
+        """-log p(x), mean over the batch, () nats: for training. Fused where a kernel runs, in float32 at least.
+
+        Raises as `log_prob`.
+        """
+        self._check(x, condition)
         params = self(x, condition)
         if isinstance(self.distribution, Categorical):
             return ops.reconstruction_nll(self.distribution.logits(params), x, "categorical").mean()
         return ops.reconstruction_nll(params, x, "logistic_mixture").mean()
+
+    def _check(self, x: Tensor, condition: Tensor | None) -> None:
+        check_levels(x, self.levels)
+        check_condition(condition, self.n_classes)
+        if condition is not None and x.dim() == 4 and tuple(condition.shape) not in ((len(x),), (1,)):
+            raise ValueError(f"condition must hold {len(x)} classes, one an image, got {tuple(condition.shape)}")
 
     @torch.no_grad()
     def sample(self, n: int, **options: Any) -> Tensor:
@@ -78,9 +91,9 @@ class AutoregressiveModel(Rebuildable):
         if self.training:
             raise ValueError("model is in training mode (dropout is on): call model.eval() before sampling")
         condition = options.get("condition")
+        check_condition(condition, self.n_classes)
         if isinstance(condition, int):
             condition = torch.tensor([condition])
-        self.check_condition(condition)
         if not self._samplers:
             self._samplers.append(accelerate(self, self.shape, distribution=self.distribution, condition=condition))
         return self._samplers[0].sample(n, **options)

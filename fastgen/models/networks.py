@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.nn.gated import ClassBias
-from fastgen.ops._implementation import may_read_values
 
 NETWORKS = ("convolutional", "mlp")
 SMALLEST = 4  # convolutions halve an image until no side is longer
@@ -131,22 +130,3 @@ def as_floats(x: Tensor, shape: tuple[int, ...], levels: int, dtype: torch.dtype
     if x.dim() != 4 or tuple(x.shape[1:]) != tuple(shape):
         raise ValueError(f"x must have the shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
     return x.to(dtype) if x.is_floating_point() else x.to(dtype) / (levels - 1) * 2 - 1
-
-
-def check_condition(condition: Tensor | None, n_classes: int | None) -> None:
-    """Raises ValueError where a class is missing, not one of the model's, or given to an unconditional model;
-    TypeError where classes are no integer tensor. Values are read where that costs nothing (see `may_read_values`)."""
-    if condition is None and n_classes is not None:
-        raise ValueError(f"condition is missing: this model needs a class in 0..{n_classes - 1} for each image")
-    if condition is None:
-        return
-    if n_classes is None:
-        raise ValueError("condition was given, but this model is unconditional (n_classes=None)")
-    if not isinstance(condition, Tensor) or condition.dtype not in (torch.long, torch.int32):
-        got = condition.dtype if isinstance(condition, Tensor) else type(condition).__name__
-        raise TypeError(f"condition must be an int64 tensor of classes (B,), got {got}")
-    recorded = torch._C._len_torch_dispatch_stack() > 0  # then a value that is read may become a constant
-    if not recorded and may_read_values(condition) and bool(((condition < 0) | (condition >= n_classes)).any()):
-        raise ValueError(
-            f"condition must hold classes in 0..{n_classes - 1}, got {int(condition.min())}..{int(condition.max())}"
-        )

@@ -1,6 +1,7 @@
 """Modules that remember the arguments they were built with, so that a file can say how to build them again."""
 
 import inspect
+import os
 from typing import Any
 
 from torch import nn
@@ -21,3 +22,21 @@ class Rebuildable(nn.Module):
         args, kwargs = self.__dict__["_built_with"]
         bound = inspect.signature(type(self).__init__).bind(self, *args, **kwargs)
         return dict(list(bound.arguments.items())[1:])
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """`fastgen.save`, also for a subclass of one's own."""
+        from fastgen import checkpoint
+
+        checkpoint.write(folder, checkpoint.configuration(self), self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike) -> Any:
+        """The model of this class from a folder that `save_pretrained`, `fastgen.save` or a run wrote, or, where there
+        is no such folder, from that repository (USER/NAME) of the Hugging Face hub; in evaluation mode.
+
+        Raises:
+            ValueError: there is none, or of another class; see `fastgen.load`.
+        """
+        from fastgen import checkpoint
+
+        return checkpoint.load(checkpoint.pretrained(name), cls)

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from fastgen import ops
 from fastgen.models import decoded
-from fastgen.models.networks import Decoder, Encoder, as_floats, check_arguments, check_condition
+from fastgen.models.arguments import check_condition
+from fastgen.models.networks import Decoder, Encoder, as_floats, check_arguments
 from fastgen.models.rebuildable import Rebuildable
 from fastgen.ops.reconstruction_nll import LIKELIHOODS
 from fastgen.ops.reparameterize_kl import MAX_LOGVAR, MIN_LOGVAR

@@ -1,23 +1,77 @@
 """What a model is trained on, and how it is measured on a split."""
 
+import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastgen import distributed
 from fastgen.data import Dataset, Split
-from fastgen.models import Autoencoder
+from fastgen.models import VAE, Autoencoder
+from fastgen.models.autoregressive import AutoregressiveModel
+from fastgen.train.batches import Batch, Indexed, Loaded
+from fastgen.train.interrupts import Interrupted
 
 LOGITS_AT_ONCE = 2**25  # 256 MiB in float64, of which scoring takes a few
 
 
-def unit(model: Any) -> tuple[str, float]:
-    """What `model.loss` is shown as, and the factor to it: bits/dim, or the squared error a dimension."""
-    dims = math.prod(model.shape)
+class Loss(nn.Module):
+    """The loss of a model as the forward pass of a module: what DDP, FSDP and CUDA graphs can wrap.
+
+    Args:
+        model: with `loss(x[, condition])`, the mean over a batch, or with `log_prob(x[, condition])`, (B,) nats.
+
+    Raises:
+        TypeError: it has neither.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._is_loss = callable(getattr(model, "loss", None))
+        if not self._is_loss and not callable(getattr(model, "log_prob", None)):
+            raise TypeError(
+                f"model must have loss(x[, condition]) or log_prob(x[, condition]), {type(model).__name__} has neither"
+            )
+        parameters = inspect.signature(model.loss if self._is_loss else model.log_prob).parameters.values()  # type: ignore[arg-type]
+        names = {parameter.name for parameter in parameters}
+        self.options = {"beta", "free_bits"} & names
+        if hasattr(model, "n_classes"):
+            self.conditional = model.n_classes is not None
+        else:
+            places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+            self.conditional = len(places) > 1 and places[1].name not in self.options
+
+    def forward(self, x: Tensor, condition: Tensor | None = None, **options: Any) -> Tensor:
+        given = () if condition is None else (condition,)
+        if self._is_loss:
+            return self.model.loss(x, *given, **options)  # type: ignore[operator]
+        return -self.model.log_prob(x, *given, **options).mean()  # type: ignore[operator]
+
+    def batch(self, batch: Batch, device: torch.device) -> Batch:
+        """Images (integers as int64) and the classes that the model asks for, on the device."""
+        x, labels = batch
+        x = x.to(device)
+        labels = labels.to(device) if self.conditional and labels is not None else None
+        return x if x.is_floating_point() else x.long(), labels
+
+
+def unit(model: Any, shape: tuple[int, ...] | None = None) -> tuple[str, float]:
+    """What the loss of a model is shown as, and the factor to it: bits/dim; the squared error a dimension of an
+    autoencoder; the loss as it is where a model's own `loss` may be anything.
+
+    Args:
+        shape: of an image; None is the model's.
+    """
+    dims = math.prod(model.shape if shape is None else shape)
     if isinstance(model, Autoencoder):
         return "squared_error", 1 / dims
-    return "bits_per_dim", 1 / (dims * math.log(2))
+    if isinstance(model, (AutoregressiveModel, VAE)) or not hasattr(model, "loss"):
+        return "bits_per_dim", 1 / (dims * math.log(2))
+    return "loss", 1.0
 
 
 def check_fit(model: Any, dataset: Dataset) -> None:
@@ -32,30 +86,45 @@ def check_fit(model: Any, dataset: Dataset) -> None:
         )
 
 
-def batch_of(model: Any, split: Split, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Levels (n, C, H, W) int64 and the classes that the model asks for, on the device."""
-    labels = None if model.n_classes is None or split.labels is None else split.labels.to(device)
-    return split.images.to(device).long(), labels
-
-
 def images_at_once(model: Any) -> int:
     """Images that a model scores in one pass by default: 256, or fewer where the parameters of their distributions
     would take too much memory."""
+    if not hasattr(model, "levels"):
+        return 256
     return max(1, min(256, LOGITS_AT_ONCE // (math.prod(model.shape) * model.levels)))
 
 
 @torch.no_grad()
-def mean_loss(model: Any, split: Split, device: torch.device, *, batch_size: int | None = None, seed: int = 0) -> float:
-    """The mean of `model.loss` over all images, with the noise of a seed; the random state stays as it is."""
-    total = 0.0
-    batch_size = batch_size or images_at_once(model)
-    with fork_rng(device):
-        torch.manual_seed(seed)
-        for start in range(0, len(split), batch_size):
-            part = split[start : start + batch_size]
-            total += float(model.loss(*batch_of(model, part, device))) * len(part)
-    return total / len(split)
+def mean_loss(
+    model: Any,
+    split: Split | Indexed | Loaded,
+    device: torch.device,
+    *,
+    batch_size: int | None = None,
+    seed: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+) -> float:
+    """The mean of a model's loss over all images, with the noise of a seed; the random state stays as it is.
 
+    Batches are the same for any number of processes, which take them in turns, and so is the mean.
 
-def fork_rng(device: torch.device):
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    Args:
+        stop: asked after each round of batches whether to give up, in all processes together.
+
+    Raises:
+        Interrupted: `stop` said so in one of the processes.
+    """
+    loss, source = Loss(model), Indexed(split) if isinstance(split, Split) else split
+    count, rank = distributed.world_size(), distributed.rank()
+    sums, images, batch = [], 0, None
+    for number, batch in enumerate(source.chunks(batch_size or images_at_once(model))):
+        sums.append(0.0)
+        if number % count == rank:
+            with distributed.seeded(device, seed, number):
+                sums[-1] = float(loss(*loss.batch(batch, device))) * len(batch[0])
+        images += len(batch[0])
+        if number % count == count - 1 and distributed.any_of_us(stop()):
+            raise Interrupted
+    if batch is not None and rank >= len(sums) % count > 0:
+        loss(*loss.batch(batch, device))  # a sharded model runs in all processes or in none
+    return float(distributed.merged(torch.tensor(sums, dtype=torch.float64)).sum()) / images

@@ -1,94 +1,128 @@
 """Everything that changes while a model is trained, in one object that can be saved and restored whole."""
 
 import copy
-import io
-import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
-from fastgen import checkpoint
-from fastgen.data import Dataset
-from fastgen.files import write_atomically
-from fastgen.train.measure import batch_of, mean_loss, unit
+from fastgen import checkpoint, distributed
+from fastgen.distributed import mix
+from fastgen.train import parallel
+from fastgen.train.batches import Data
+from fastgen.train.measure import Loss, mean_loss, unit
 from fastgen.train.settings import Settings
 
-METRICS = "metrics.jsonl"
-STATE = "training.pt"
-FORMAT = "fastgen training state 1"
+Optimizer = torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Schedule = Callable[[int], float] | LRScheduler
 
 
 class Run:
-    """A model, its average, its optimizer, the random states, and what was measured so far.
+    """A model, its average, its optimizer, and what was measured so far. A step draws its random numbers from the
+    settings' seed, its own number and its process: there is no random state to keep.
+
+    Args:
+        augment, optimizer, schedule: as in `train`.
 
     Attributes:
         step: optimizer steps taken.
+        validated: the step of the latest scheduled validation.
         best: lowest validation figure of a scheduled validation, in `metric`'s unit; infinite before the first.
+        best_weights: of the averaged model at that moment, on the CPU.
+        stale: validations since the best one.
         rows: of metrics.jsonl.
+        loss_sum, loss_count: of the steps since the last row; the sum over this process's share of the images.
     """
 
-    def __init__(self, model: Any, dataset: Dataset, folder: Path, settings: Settings, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Any,
+        data: Data,
+        folder: Path,
+        settings: Settings,
+        device: torch.device,
+        *,
+        augment: Callable[[Tensor], Tensor] | None = None,
+        optimizer: Optimizer | None = None,
+        schedule: Schedule | None = None,
+    ) -> None:
         self.model = model.to(device).train()
-        self.dataset, self.folder, self.settings, self.device = dataset, folder, settings, device
-        self.metric, self.factor = unit(model)
+        self.data, self.folder, self.settings, self.device, self.augment = data, folder, settings, device, augment
+        self.metric, self.factor = unit(model, data.first()[0].shape[1:])
+        self.configuration = checkpoint.configuration(model)
         self.average = copy.deepcopy(model).eval()
-        decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-        others = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr)
-        self.amp = None
-        if device.type == "cuda":
-            self.amp = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        if parallel.sharded(settings):
+            for part in (self.model, self.average):
+                parallel.shard(part)
+        self.loss = Loss(self.model)
+        self._training_loss = parallel.for_training(self.loss, settings, device)
+        self.schedule = schedule
+        self.optimizer = _optimizer(self.model, settings, optimizer)
+        self._own_rates = optimizer is not None and schedule is None
+        self.amp = _autocast(settings.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == torch.float16)
-        self.step = 0
+        self.step = self.validated = self.stale = 0
         self.best = float("inf")
         self.best_weights: dict[str, Tensor] = {}
-        self.stale = 0  # validations since the best one
         self.rows: list[dict[str, float]] = []
-        self.loss_sum = torch.zeros((), device=device)  # since the last row, as is the count
+        self.loss_sum = torch.zeros((), device=device)
         self.loss_count = 0
+        self.rate = 0.0  # learning rate of the latest step
         self.gradient_norm = torch.zeros((), device=device)
-        self.writer: Any = None
-        torch.manual_seed(settings.seed)
 
     # --- one step
 
-    def _indices(self) -> Tensor:
-        """Places of this step's images: each epoch is a permutation of its own, its remainder left out."""
-        count = len(self.dataset.train)
-        size = min(self.settings.batch_size, count)
-        epoch, position = divmod(self.step, count // size)
-        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
-        return torch.randperm(count, generator=generator)[position * size : (position + 1) * size]
+    def _batch(self) -> tuple[Tensor, Tensor | None, float]:
+        """This process's images and classes, and its share of the step's images. Where there are fewer images than
+        processes, some take one for a share of nothing."""
+        x, labels = self.data.train.batch(self.step, self.settings.batch_size, self.settings.seed)
+        part = distributed.shard(len(x))
+        share = (part.stop - part.start) / len(x)
+        part = part if share else slice(0, 1)
+        x, labels = self.loss.batch((x[part], None if labels is None else labels[part]), self.device)
+        return x if self.augment is None else self.augment(x), labels, share
+
+    def learning_rate(self) -> float:
+        """Of the step to come."""
+        if callable(self.schedule):
+            return self.schedule(self.step)
+        if self.schedule is not None or self._own_rates:
+            return self.optimizer.param_groups[0]["lr"]
+        return self.settings.learning_rate(self.step)
 
     def train_step(self) -> None:
-        x, condition = batch_of(self.model, self.dataset.train[self._indices()], self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate(self.step)
-        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-            loss = self.model.loss(x, condition)
+        torch.manual_seed(mix(self.settings.seed, self.step, distributed.rank()))
+        x, labels, share = self._batch()
+        rate = self.learning_rate()
+        if callable(self.schedule) or not (self.schedule or self._own_rates):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+        given = (x,) if labels is None else (x, labels)
+        cached = not self.settings.cuda_graph
+        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None, cache_enabled=cached):
+            loss = self._training_loss(*given, **self.settings.loss_options(self.step))
         self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss * (share * distributed.world_size())).backward()  # gradients become means over processes
         self.scaler.unscale_(self.optimizer)
-        self.gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        self.gradient_norm = parallel.whole(norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if isinstance(self.schedule, LRScheduler):
+            self.schedule.step()
         self.step += 1
         self._update_average()
-        self.loss_sum += loss.detach()
+        self.loss_sum += loss.detach() * share
         self.loss_count += 1
+        self.rate = rate
 
     @torch.no_grad()
     def _update_average(self) -> None:
         decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))  # the first weights are soon forgotten
-        averages, values = list(self.average.parameters()), list(self.model.parameters())
-        torch._foreach_lerp_(averages, values, 1 - decay)
+        torch._foreach_lerp_(parallel.local(self.average), parallel.local(self.model), 1 - decay)
         for average, value in zip(self.average.buffers(), self.model.buffers(), strict=True):
             average.copy_(value)
 
@@ -100,171 +134,78 @@ class Run:
         Raises:
             FloatingPointError: the loss is not finite.
         """
-        loss = float(self.loss_sum) / self.loss_count * self.factor
-        row = {
-            "step": self.step,
-            f"train_{self.metric}": loss,
-            "learning_rate": self.settings.learning_rate(self.step - 1),
-            "gradient_norm": float(self.gradient_norm),
-        }
+        loss = float(distributed.merged(self.loss_sum)) / self.loss_count * self.factor
         self._check_finite(loss)
         self.loss_sum.zero_()
         self.loss_count = 0
-        self._add(row)
+        row = {"step": self.step, f"train_{self.metric}": loss, "learning_rate": self.rate}
+        self.rows.append({**row, "gradient_norm": float(self.gradient_norm)})
         return loss
 
-    def validate(self) -> float:
-        """Adds a row on the validation images, scored by the averaged weights; keeps them where they are the best."""
-        value = self._validation()
-        self._add({"step": self.step, f"validation_{self.metric}": value})
+    def validation_is_due(self) -> bool:
+        return self.step % self.settings.validate_every == 0 and self.step > self.validated
+
+    def measure(self, stop: Callable[[], bool] = lambda: False) -> float:
+        """The validation figure of the averaged weights; minus the step where there are no validation images, so that
+        the latest weights are the best. Changes nothing.
+
+        Raises:
+            FloatingPointError: it is not finite.
+            Interrupted: `stop` said so; see `mean_loss`.
+        """
+        if self.data.validation is None:
+            return -float(self.step)
+        value = mean_loss(self.average, self.data.validation, self.device, seed=self.settings.seed, stop=stop)
+        self._check_finite(value * self.factor)
+        return value * self.factor
+
+    def record(self, value: float) -> None:
+        """Takes the figure of a scheduled validation: a row, and the weights where they are the best."""
+        self.validated = self.step
+        self.add_validation(value)
         if value < self.best:
             self.best, self.stale = value, 0
-            self.best_weights = {name: tensor.cpu().clone() for name, tensor in self.average.state_dict().items()}
-            checkpoint.save(self.average, self.folder)
+            self.best_weights = {name: tensor.cpu().clone() for name, tensor in self.averaged().items()}
         else:
             self.stale += 1
-        return value
 
-    def _validation(self) -> float:
-        split, seed = self.dataset.validation, self.settings.seed
-        value = mean_loss(self.average, split, self.device, seed=seed) * self.factor
-        self._check_finite(value)
-        return value
+    def add_validation(self, value: float) -> None:
+        if self.data.validation is not None:
+            self.rows.append({"step": self.step, f"validation_{self.metric}": value})
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The averaged weights, whole; all processes must ask."""
+        return parallel.whole(self.average.state_dict())
 
     def _check_finite(self, loss: float) -> None:
-        if not loss < float("inf"):
-            raise FloatingPointError(f"the loss is {loss} at step {self.step}: try a lower learning rate")
-
-    def _add(self, row: dict[str, float]) -> None:
-        self.rows.append(row)
-        if self.writer is not None:
-            for name, value in row.items():
-                if name != "step":
-                    self.writer.add_scalar(name, value, self.step)
-
-    @contextmanager
-    def tensorboard(self) -> Iterator[None]:
-        """Writes rows to TensorBoard too, where it is installed; those that a resumed run repeats are dropped."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            yield
-            return
-        with SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1) as self.writer:
-            yield
+        if not abs(loss) < float("inf"):
+            raise FloatingPointError(
+                f"the loss is {loss} at step {self.step}: try a lower learning rate (a saved run resumes with --lr)"
+            )
 
     def over(self) -> str:
         """Why there is nothing more to do, "" where there is."""
+        if self.validation_is_due():
+            return ""
         if self.settings.patience and self.stale >= self.settings.patience:
             return "no improvement"
         return "finished" if self.step >= self.settings.steps else ""
 
-    def finish(self, interrupted: bool) -> float:
-        """Leaves the model with its best weights, saved. Where training ended between two scheduled validations, the
-        last weights are validated too; a resumed run will not know of it, so that it equals one that never ended.
-        Returns the best validation figure."""
-        best, weights = self.best, self.best_weights
-        if self.step % self.settings.validate_every:
-            self.save()
-            if not (interrupted and weights):
-                value = self._validation()
-                self._add({"step": self.step, f"validation_{self.metric}": value})
-                if value < best:
-                    best, weights = value, self.average.state_dict()
-                    checkpoint.save(self.average, self.folder)
-                self._write_metrics()
-        self.model.load_state_dict(weights)
-        self.model.eval()
-        return best
 
-    # --- files
-
-    def _write_metrics(self) -> None:
-        write_atomically({self.folder / METRICS: "".join(json.dumps(row) + "\n" for row in self.rows).encode()})
-
-    def save(self) -> None:
-        """Writes training.pt and metrics.jsonl."""
-        state = {
-            "format": FORMAT,
-            "model": checkpoint.configuration(self.model),
-            "data": self.dataset.name,
-            "settings": asdict(self.settings),
-            "step": self.step,
-            "best": self.best,
-            "best_weights": self.best_weights,
-            "stale": self.stale,
-            "rows": self.rows,
-            "weights": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "loss": (self.loss_sum, self.loss_count),
-            "gradient_norm": self.gradient_norm,
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-        }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomically({self.folder / STATE: buffer.getvalue()})
-        self._write_metrics()
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Takes the state that `read_state` gave.
-
-        Raises:
-            ValueError: it is of another model, other data or other settings; names them.
-        """
-        path = self.folder / STATE
-        own = checkpoint.configuration(self.model)
-        differences = [
-            (key, state["model"][key], own[key]) for key in ("class", "arguments") if state["model"][key] != own[key]
-        ]
-        if state["data"] != self.dataset.name:
-            differences.append(("data", state["data"], self.dataset.name))
-        for name, value in asdict(self.settings).items():
-            if name not in ("steps", "max_seconds") and value != state["settings"].get(name):
-                differences.append((name, state["settings"].get(name), value))
-        if differences:
-            name, value, given = differences[0]
-            raise ValueError(f"{path}: this run has {name} = {value}, and cannot be resumed with {given}")
-        try:
-            self.model.load_state_dict(state["weights"])
-            self.average.load_state_dict(state["average"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-            self.step, self.best, self.stale = state["step"], state["best"], state["stale"]
-            self.best_weights, self.rows = state["best_weights"], state["rows"]
-            self.loss_sum, self.loss_count = state["loss"][0].to(self.device), state["loss"][1]
-            self.gradient_norm = state["gradient_norm"].to(self.device)
-            torch.set_rng_state(state["random"])
-            if state["random_cuda"] is not None and self.device.type == "cuda":
-                torch.cuda.set_rng_state(state["random_cuda"], self.device)
-        except Exception as error:  # whatever torch says to tensors and numbers that do not belong there
-            raise ValueError(f"{path}: is damaged ({error})") from error
-        if self.best_weights:
-            best = copy.deepcopy(self.average)
-            best.load_state_dict(self.best_weights)
-            checkpoint.save(best, self.folder)
+def _optimizer(model: nn.Module, settings: Settings, given: Optimizer | None) -> torch.optim.Optimizer:
+    if isinstance(given, torch.optim.Optimizer):
+        return given
+    if given is not None:
+        return given(model.parameters())
+    decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    others = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr)
 
 
-def read_state(folder: str | os.PathLike) -> dict[str, Any]:
-    """The contents of FOLDER/training.pt on the CPU: tensors, numbers and text, nothing that runs.
-
-    Raises:
-        ValueError: the file is missing or is not one that a run wrote; names it.
-    """
-    path = Path(folder) / STATE
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file, so there is no run to resume")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, zipfile and pickle raise many kinds for files that are something else
-        raise ValueError(f"{path}: is not a training state, or damaged ({type(error).__name__})") from error
-    kinds = {"model": dict, "data": str, "settings": dict}
-    if (
-        not isinstance(state, dict)
-        or state.get("format") != FORMAT
-        or any(not isinstance(state.get(name), kind) for name, kind in kinds.items())
-    ):
-        raise ValueError(f"{path}: is not a training state written by fastgen")
-    return state
+def _autocast(precision: str, device: torch.device) -> torch.dtype | None:
+    if precision == "bfloat16":
+        return torch.bfloat16
+    if precision == "float32" or device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16

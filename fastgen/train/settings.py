@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 FLOOR = 0.01  # of the peak learning rate, at the end of the cosine and beyond
 SHORTEST_DECAY = 2000  # steps; see Settings.decay_steps
+PRECISIONS = ("auto", "float32", "bfloat16")
+PARALLEL = ("ddp", "fsdp")
+LEAST = {"steps": 1, "batch_size": 1, "warmup": 0, "validate_every": 1, "patience": 0, "beta_warmup": 0, "samples": 0}
 
 
 @dataclass(frozen=True)
@@ -13,7 +16,8 @@ class Settings:
 
     Attributes:
         steps: optimizer steps in all.
-        batch_size: images a step; all training images where there are fewer.
+        batch_size: images a step, over all processes; all training images where there are fewer. A DataLoader's batches
+            are as they come.
         lr: peak learning rate.
         warmup: steps over which the learning rate rises from 0.
         decay_steps: steps over which it falls to a hundredth; None becomes `steps`, but at least 2,000, so that a short
@@ -25,6 +29,14 @@ class Settings:
         patience: validations without improvement before training stops; 0 never stops.
         max_seconds: wall time after which training stops at the next step; None for none.
         seed: of the order of the images, dropout and noise. The weights are as the model has them.
+        beta: weight of the KL in a VAE's loss (Higgins et al. 2017); validation is of the bound itself, beta = 1.
+        beta_warmup: steps over which that weight rises from 0 (annealing).
+        free_bits: the least KL of each latent dimension in a VAE's loss, nats.
+        precision: "auto" is bfloat16 autocast on GPUs (float16 where they lack it) and float32 elsewhere; "float32";
+            "bfloat16". Validation is in float32.
+        samples: images drawn at each validation into samples/; 0 for none.
+        parallel: of several processes: "ddp", or "fsdp" (FSDP2: parameters and optimizer sharded).
+        cuda_graph: replay the model's forward and backward pass as a CUDA graph; for fixed shapes on one GPU.
 
     Raises:
         ValueError: a value is out of its range; names it.
@@ -42,9 +54,16 @@ class Settings:
     patience: int = 10
     max_seconds: float | None = None
     seed: int = 0
+    beta: float = 1.0
+    beta_warmup: int = 0
+    free_bits: float = 0.0
+    precision: str = "auto"
+    samples: int = 0
+    parallel: str = "ddp"
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1), ("warmup", 0), ("validate_every", 1), ("patience", 0)):
+        for name, least in LEAST.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
@@ -55,12 +74,18 @@ class Settings:
         for name in ("lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number > 0, got {getattr(self, name)!r}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay must be a finite number >= 0, got {self.weight_decay!r}")
+        for name in ("weight_decay", "beta", "free_bits"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)!r}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema!r}")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be an int in 0..2**31-1, got {self.seed!r}")
+        for name, known in (("precision", PRECISIONS), ("parallel", PARALLEL)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        if not isinstance(self.cuda_graph, bool):
+            raise ValueError(f"cuda_graph must be a bool, got {self.cuda_graph!r}")
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
@@ -68,3 +93,12 @@ class Settings:
         rise = min(1.0, (step + 1) / max(1, self.warmup))
         fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.decay_steps)))
         return self.lr * rise * (FLOOR + (1 - FLOOR) * fall)
+
+    def loss_options(self, step: int) -> dict[str, float]:
+        """Options of a VAE's loss at a step, counted from 0; empty where all are left at their defaults."""
+        options = {}
+        if self.beta != 1 or self.beta_warmup:
+            options["beta"] = self.beta * min(1.0, step / max(1, self.beta_warmup)) if self.beta_warmup else self.beta
+        if self.free_bits:
+            options["free_bits"] = self.free_bits
+        return options

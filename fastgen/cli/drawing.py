@@ -1,0 +1,188 @@
+"""fastgen sample, complete."""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from fastgen.cli.common import add_data, add_run, device_of, load_run_data, natural, number, positive_int
+from fastgen.cli.pictures import check_target, png_target, read_images, read_mask, write_images
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BACKENDS = ("auto", "naive", "eager", "compiled", "cuda_graph", "persistent", "fixed_point")
+VAE_AT_ONCE = 64  # images of a VAE that share a seed
+
+
+def add(commands: Any) -> None:
+    sample = commands.add_parser(
+        "sample",
+        help="draw images",
+        description="Draws images. Processes of torchrun share them; the images do not depend on their number. FID of "
+        "a folder of samples by the torch-fidelity package: fidelity --fid --input1 SAMPLES --input2 IMAGES.",
+    )
+    add_run(sample, run_sample)
+    sample.add_argument("--n", type=positive_int, default=64, help="number of images (default 64)")
+    sample.add_argument("--label", type=natural, help="class of a conditional model (default: all, in turns)")
+    sample.add_argument(
+        "--out",
+        default="samples.png",
+        help="a .png (a grid; pages NAME-1.png, ... where they are many), an .npz, or a folder for one PNG an image "
+        "(default samples.png)",
+    )
+    _add_drawing(sample)
+    complete = commands.add_parser(
+        "complete",
+        help="complete half-hidden images",
+        description="Hides a part of images, the lower half unless there is a mask, and draws it anew, several times. "
+        "Columns of the PNG: the image, what the model sees, the completions.",
+    )
+    add_run(complete, run_complete)
+    add_data(complete, needed=False, more=": its test images")
+    complete.add_argument("--images", metavar="FILE", help="images instead: an image file, a folder, an .npy or .npz")
+    complete.add_argument("--mask", metavar="FILE", help="white (or not 0) is kept: an image file, an .npy or .npz")
+    complete.add_argument("--label", type=natural, help="class of all images of --images, for a conditional model")
+    complete.add_argument("--n", type=positive_int, help="number of images (default 8 of --data, all of --images)")
+    complete.add_argument("--out", default="completions.png", help="the PNG to write (default completions.png)")
+    _add_drawing(complete)
+
+
+def _add_drawing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=natural, default=0, help="of the noise (default 0)")
+    parser.add_argument("--temperature", type=number, default=1.0, help="0: the most probable levels (default 1)")
+    parser.add_argument("--top-k", type=positive_int, help="only the K most probable levels of a draw")
+    parser.add_argument("--top-p", type=number, help="only the most probable levels that have this probability")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="how to run an autoregressive model")
+
+
+def run_sample(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from fastgen import checkpoint, distributed, plots
+
+    path = check_target(arguments.out)
+    device = device_of(arguments)
+    model = checkpoint.load(arguments.folder).to(device)
+    condition = None
+    if arguments.label is not None:
+        condition = _label(arguments, model, arguments.n)
+    elif model.n_classes is not None:
+        condition = torch.arange(arguments.n) % model.n_classes
+    images = draw(model, arguments, condition)
+    if distributed.rank() == 0:
+        in_turns = condition is not None and arguments.label is None
+        columns = min(model.n_classes if in_turns else plots.columns_of(arguments.n), arguments.n)
+        said = write_images(images, model.levels, path, columns=columns, labels=condition)
+        print(f"{arguments.n} images in {said}")
+    return 0
+
+
+def draw(model: Any, arguments: argparse.Namespace, condition: "Tensor | None") -> "Tensor":
+    """Images (n, C, H, W) on the CPU, which the seed decides, whatever the number of processes.
+
+    Raises:
+        ValueError: the model cannot be sampled, or not with these options.
+    """
+    import torch
+
+    from fastgen import distributed
+    from fastgen.models import VAE, Autoencoder
+
+    if isinstance(model, Autoencoder):
+        raise ValueError(f"{arguments.folder}: an Autoencoder has no distribution to sample from")
+    device = next(model.parameters()).device
+    classes = None if condition is None else condition.to(device)
+    images = torch.zeros(arguments.n, *model.shape, dtype=torch.int64)
+    if isinstance(model, VAE):
+        for name in ("top_k", "top_p"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} is for an autoregressive model, not for a VAE")
+        for number_, start in enumerate(range(0, arguments.n, VAE_AT_ONCE)):
+            if number_ % distributed.world_size() == distributed.rank():
+                part = slice(start, min(arguments.n, start + VAE_AT_ONCE))
+                images[part] = model.sample(
+                    part.stop - start,
+                    seed=distributed.mix(arguments.seed, number_),
+                    temperature=arguments.temperature,
+                    condition=None if classes is None else classes[part],
+                ).cpu()
+        return distributed.merged(images)
+    sampler = _sampler(model, arguments, classes)
+    part = distributed.shard(arguments.n)
+    # As sample(seed=) does it for all, so that a process knows the noise of its own.
+    generator = torch.Generator().manual_seed(arguments.seed)
+    noise = torch.rand(sampler.noise_shape(arguments.n), generator=generator)[part].to(device)
+    images[part] = sampler.sample(
+        part.stop - part.start,
+        noise=noise,
+        condition=None if classes is None else classes[part],
+        progress=sys.stderr.isatty() and distributed.rank() == 0,
+        **_options(arguments),
+    ).cpu()
+    return distributed.merged(images)
+
+
+def _sampler(model: Any, arguments: argparse.Namespace, classes: "Tensor | None") -> Any:
+    from fastgen import accelerate
+
+    one = None if classes is None else classes[:1]
+    return accelerate(model, model.shape, distribution=model.distribution, condition=one, backend=arguments.backend)
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
+
+
+def _label(arguments: argparse.Namespace, model: Any, count: int) -> "Tensor":
+    """The class of --label for each of `count` images."""
+    import torch
+
+    if model.n_classes is None:
+        raise ValueError("--label: the model is not conditional on classes")
+    if arguments.label >= model.n_classes:
+        raise ValueError(f"--label {arguments.label}: the model has the classes 0..{model.n_classes - 1}")
+    return torch.full((count,), arguments.label)
+
+
+def run_complete(arguments: argparse.Namespace) -> int:
+    from fastgen import checkpoint, completions
+    from fastgen.models.autoregressive import AutoregressiveModel
+
+    path = png_target(arguments.out)
+    device = device_of(arguments)
+    model = checkpoint.load(arguments.folder).to(device)
+    if not isinstance(model, AutoregressiveModel):
+        raise ValueError(f"{arguments.folder}: a {type(model).__name__} cannot complete images pixel by pixel")
+    images, labels = _images_to_complete(arguments, model)
+    known = completions.upper_half(model.shape)
+    if arguments.mask is not None:
+        known = read_mask(arguments.mask, len(images), model.shape)
+    classes = None if labels is None else labels.to(device)
+    sampler = _sampler(model, arguments, classes)
+    options = {"condition": labels, "seed": arguments.seed, **_options(arguments)}
+    completions.complete(sampler, images, known, path, **options)
+    print(f"{completions.EACH} completions of each of {len(images)} images in {path}")
+    return 0
+
+
+def _images_to_complete(arguments: argparse.Namespace, model: Any) -> "tuple[Tensor, Tensor | None]":
+    """Levels (n, C, H, W) and, for a conditional model, classes (n,)."""
+    if (arguments.data is None) == (arguments.images is None):
+        raise ValueError("--data or --images is needed, and not both")
+    if arguments.data is not None:
+        if arguments.label is not None:
+            raise ValueError("--label is for --images: those of --data have classes of their own")
+        count = arguments.n or 8
+        dataset = load_run_data(arguments, model)
+        if count > len(dataset.test):
+            raise ValueError(f"--n {count}: {dataset.name} has {len(dataset.test)} test images")
+        split = dataset.test[:count]
+        return split.images, None if model.n_classes is None else split.labels
+    images = read_images(arguments.images, model, arguments.resize, arguments.crop)
+    if arguments.n is not None:
+        if arguments.n > len(images):
+            raise ValueError(f"--n {arguments.n}: {arguments.images} has {len(images)} images")
+        images = images[: arguments.n]
+    if model.n_classes is not None and arguments.label is None:
+        raise ValueError(f"--label is needed: the model is conditional on the classes 0..{model.n_classes - 1}")
+    return images, None if arguments.label is None else _label(arguments, model, len(images))

@@ -1,0 +1,139 @@
+"""Images in files of the user's own, read for a model and written."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ARRAYS = (".npy", ".npz")
+
+
+def png_target(path: str) -> Path:
+    """The PNG to write, known to be writable before the work begins. Raises ValueError or OSError."""
+    from fastgen import files, plots
+
+    target = plots.png_path(path)
+    files.make_folder(target.parent)
+    return target
+
+
+def check_target(path: str) -> Path:
+    """Where images go: a .png, an .npz or a folder. Raises ValueError or OSError."""
+    from fastgen import files
+
+    target = Path(path)
+    if target.suffix.lower() == ".npz":
+        files.make_folder(target.parent)
+        return target
+    if target.suffix and not target.is_dir():
+        return png_target(path)
+    files.make_folder(target)
+    return target
+
+
+def write_images(images: "Tensor", levels: int, path: Path, *, columns: int, labels: "Tensor | None" = None) -> str:
+    """Writes levels (n, C, H, W) to what `check_target` gave; returns the names of the files in a few words."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    from fastgen import files, plots
+
+    if path.is_dir():
+        digits = len(str(len(images) - 1))
+        for number, pixels in enumerate(plots.to_pixels(images, levels).numpy()):
+            grey = (pixels == pixels[..., :1]).all() and images.shape[1] != 3
+            image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if grey else pixels))
+            files.write_atomically({path / f"{number:0{digits}}.png": plots.png(image)})
+        return str(path)
+    if path.suffix.lower() == ".npz":
+        arrays: dict[str, Any] = {
+            "images": images.numpy().astype(np.uint8 if levels <= 256 else np.int64),
+            "levels": np.array(levels),
+        }
+        if labels is not None:
+            arrays["labels"] = labels.numpy()
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        files.write_atomically({path: buffer.getvalue()})
+        return str(path)
+    pages = plots.image_pages(images, levels, path, columns=columns)
+    return str(path) if len(pages) == 1 else f"{pages[0]} to {pages[-1].name}"
+
+
+def read_images(path: str, model: Any, resize: int | None = None, crop: int | None = None) -> "Tensor":
+    """Levels (n, C, H, W) for a model: of image files, 8 bits scaled to the model's levels; of arrays, integers as they
+    are.
+
+    Raises:
+        ValueError: the file is missing or holds something else; names it.
+    """
+    import torch
+
+    channels = model.shape[0]
+    if Path(path).suffix.lower() in ARRAYS:
+        array = _array(path)
+        if array.dtype.kind not in "biu" or array.size == 0 or array.min() < 0 or array.max() >= model.levels:
+            raise ValueError(f"{path}: must hold integer levels 0..{model.levels - 1}")
+        images = torch.from_numpy(array.astype("int64"))
+    else:
+        from fastgen.data.sources import image_files, read_pixels
+
+        files = image_files(Path(path)) if Path(path).is_dir() else [Path(path)]
+        if not files:
+            raise ValueError(f"{path}: has no image files")
+        pixels = torch.from_numpy(read_pixels(((str(file), file) for file in files), path, resize, crop)).double()
+        if pixels.dim() == 4 and channels == 1:
+            raise ValueError(f"{path}: is in colour, the model's images are grey")
+        pixels = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
+        images = (pixels * ((model.levels - 1) / 255)).round().long()
+        images = images.expand(-1, channels, -1, -1)
+    for axis, dims in ((0, 2), (1, 3)):  # one image (H, W); several grey ones (n, H, W), or one in colour
+        if images.dim() == dims:
+            images = images.unsqueeze(0 if dims == 2 or images.shape[0] == channels > 1 else axis)
+    if tuple(images.shape[1:]) != model.shape:
+        raise ValueError(f"{path}: the images have the shape {tuple(images.shape[1:])}, the model's are {model.shape}")
+    return images
+
+
+def read_mask(path: str, count: int, shape: tuple[int, int, int]) -> "Tensor":
+    """bool (1 or count, 1, H, W): True where a picture is white (128 or more), or an array is not 0.
+
+    Raises:
+        ValueError: the file is missing or holds something else; names it.
+    """
+    import torch
+
+    if Path(path).suffix.lower() in ARRAYS:
+        known = torch.from_numpy(_array(path) != 0)
+    else:
+        from fastgen.data.sources import read_pixels
+
+        pixels = torch.from_numpy(read_pixels([(path, path)], path))
+        known = (pixels if pixels.dim() == 3 else pixels.float().mean(3)) >= 128
+    known = known.unsqueeze(0) if known.dim() == 2 else known
+    known = known.unsqueeze(1) if known.dim() == 3 else known
+    if known.dim() != 4 or len(known) not in (1, count) or tuple(known.shape[1:]) != (1, *shape[1:]):
+        raise ValueError(
+            f"{path}: a mask must be {shape[1]} rows of {shape[2]} pixels, one or {count} of them, got the shape "
+            f"{tuple(known.shape)}"
+        )
+    return known
+
+
+def _array(path: str) -> Any:
+    import numpy as np
+
+    try:
+        found = np.load(path, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            return found
+        with found:
+            names = found.files
+            return found["images" if "images" in names else names[0]]
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file") from error
+    except Exception as error:  # NumPy has no kind of its own for a damaged file, or for one that holds objects
+        raise ValueError(f"{path}: does not hold a plain array ({error})") from error

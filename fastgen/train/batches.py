@@ -1,0 +1,144 @@
+"""Training and validation images from a `fastgen.data.Dataset`, a torch Dataset or a DataLoader, by step number: what a
+step sees depends on the step alone, so that a run can be resumed and cut into processes."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset, default_collate
+
+from fastgen import data
+from fastgen.data import Dataset, Split
+from fastgen.distributed import mix
+
+Batch = tuple[Tensor, Tensor | None]  # images and, where there are any, their classes
+
+
+def as_batch(item: Any) -> Batch:
+    """What a torch data set or loader gives: images, or a sequence of images and classes (what follows is left out).
+
+    Raises:
+        TypeError: it is something else.
+    """
+    parts = list(item) if isinstance(item, (list, tuple)) else [item]
+    if not parts or not isinstance(parts[0], Tensor) or (len(parts) > 1 and not isinstance(parts[1], Tensor)):
+        raise TypeError(f"data must give tensors of images, or of images and classes, got {type(item).__name__}")
+    return parts[0], parts[1] if len(parts) > 1 else None
+
+
+class Indexed:
+    """Images that are looked up by number, of a `Split` or a torch Dataset of tensors."""
+
+    def __init__(self, source: Any, numbers: Tensor | None = None) -> None:
+        self.source = source
+        self.numbers = torch.arange(len(source)) if numbers is None else numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def get(self, places: Tensor) -> Batch:
+        numbers = self.numbers[places]
+        if isinstance(self.source, Split):
+            part = self.source[numbers]
+            return part.images, part.labels
+        return as_batch(default_collate([self.source[number] for number in numbers.tolist()]))
+
+    def places(self, step: int, batch_size: int, seed: int) -> Tensor:
+        """Places of a step's images: each epoch is a permutation of its own, its remainder left out."""
+        size = min(batch_size, len(self))
+        epoch, position = divmod(step, len(self) // size)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        return torch.randperm(len(self), generator=generator)[position * size : (position + 1) * size]
+
+    def batch(self, step: int, batch_size: int, seed: int) -> Batch:
+        return self.get(self.places(step, batch_size, seed))
+
+    def chunks(self, size: int) -> Iterator[Batch]:
+        for places in torch.arange(len(self)).split(size):
+            yield self.get(places)
+
+
+class Loaded:
+    """Batches as a DataLoader gives them; its order is drawn anew in each epoch, from the run's seed."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader = loader
+        self._batches: Iterator[Any] = iter(())
+        self._next = -1  # step that the iterator would give
+
+    def batch(self, step: int, batch_size: int, seed: int) -> Batch:
+        """Steps are asked for in order; the first may be any, the batches before it in its epoch are passed over."""
+        epoch, position = divmod(step, self._length())
+        if position == 0 or step != self._next:
+            torch.manual_seed(mix(seed, epoch))  # samplers and workers draw their seed from here
+            self._batches = iter(self.loader)
+            for _ in range(position):
+                next(self._batches)
+        self._next = step + 1
+        return as_batch(next(self._batches))
+
+    def chunks(self, size: int) -> Iterator[Batch]:
+        return map(as_batch, self.loader)
+
+    def _length(self) -> int:
+        try:
+            length = len(self.loader)
+        except TypeError as error:
+            raise TypeError("data must be a DataLoader with a length: a run finds its place by it") from error
+        if length == 0:
+            raise ValueError("data must have batches, this DataLoader has none")
+        return length
+
+
+class Data:
+    """What a run is trained and validated on.
+
+    Attributes:
+        name, loading: what `fastgen.data.load` was given; the class's name and {} for torch's data.
+        sha256: of the images' and classes' content; of torch data other than TensorDataset, the number of images alone,
+            since what it gives may be random.
+        validation: None where there is none.
+    """
+
+    def __init__(self, source: Any) -> None:
+        if isinstance(source, Dataset):
+            self.name, self.loading, self.sha256 = source.name, dict(source.loading), source.sha256
+            self.train: Indexed | Loaded = Indexed(source.train)
+            self.validation: Indexed | Loaded | None = Indexed(source.validation)
+            return
+        train, validation = source if isinstance(source, (tuple, list)) and len(source) == 2 else (source, None)
+        self.name, self.loading, self.sha256 = type(train).__name__, {}, _sha256(train)
+        if validation is None and not isinstance(train, DataLoader):
+            _check_indexed(train)
+            places, held_out = data.hold_out(len(train), ("validation",), self.name)
+            self.train, self.validation = Indexed(train, places), Indexed(train, held_out["validation"])
+        else:
+            self.train = _source(train)
+            self.validation = None if validation is None else _source(validation)
+
+    def first(self) -> Batch:
+        """A batch to look at: of validation where there is any, which draws no random numbers."""
+        return next(iter((self.validation or self.train).chunks(1)))
+
+
+def _source(source: Any) -> Indexed | Loaded:
+    if isinstance(source, DataLoader):
+        return Loaded(source)
+    _check_indexed(source)
+    return Indexed(source)
+
+
+def _check_indexed(source: Any) -> None:
+    if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")) or isinstance(source, (str, Tensor)):
+        raise TypeError(
+            "data must be a fastgen.data.Dataset, a torch Dataset with a length, a DataLoader, or a pair of those for "
+            f"training and validation, got {type(source).__name__}"
+        )
+
+
+def _sha256(source: Any) -> str:
+    inner = source.dataset if isinstance(source, DataLoader) else source
+    tensors: Sequence[Tensor] = inner.tensors if isinstance(inner, TensorDataset) else ()
+    count = len(inner) if hasattr(inner, "__len__") else None
+    return data.sha256(tensors, count)

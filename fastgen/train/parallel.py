@@ -1,0 +1,123 @@
+"""PyTorch's own ways to run a training step: DistributedDataParallel, FSDP2, a CUDA graph."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
+
+from fastgen import distributed
+from fastgen.train.measure import Loss
+from fastgen.train.settings import Settings
+
+
+def sharded(settings: Settings) -> bool:
+    return settings.parallel == "fsdp" and distributed.active()
+
+
+def shard(model: nn.Module) -> None:
+    """Cuts the parameters of a model into a part for each process (FSDP2); its loss puts them together for a pass."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here is done in place
+    fully_shard(model)
+    for method in ("loss", "log_prob"):
+        if hasattr(model, method):
+            register_fsdp_forward_method(model, method)
+
+
+def for_training(loss: Loss, settings: Settings, device: torch.device) -> nn.Module:
+    """The loss as a step runs it. Gradients are means over the processes."""
+    if settings.cuda_graph:
+        reason = _why_no_graph(settings, device)
+        if not reason:
+            return GraphedLoss(loss)
+        warnings.warn(f"cuda_graph is not used: {reason}", stacklevel=4)
+    if not distributed.active() or sharded(settings):
+        return loss
+    return DistributedDataParallel(loss)
+
+
+def _why_no_graph(settings: Settings, device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"it needs a CUDA device, the model is on {device.type}"
+    if settings.loss_options(0):
+        return "the weight of the KL and free bits are not part of one"
+    return "it is for one process, there are several" if distributed.active() else ""
+
+
+class GraphedLoss(nn.Module):
+    """A loss whose forward and backward pass are captured at its first batch and replayed for all of those shapes
+    (`torch.cuda.make_graphed_callables`); other shapes run as ever."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__()
+        self.loss = loss
+        self._replayed: Any = None
+        self._shapes: list[torch.Size] = []
+
+    def forward(self, *batch: Tensor) -> Tensor:
+        shapes = [tensor.shape for tensor in batch]
+        if not self._shapes:
+            self._shapes = shapes
+            self._capture(batch)
+        if self._replayed is None or shapes != self._shapes:
+            return self.loss(*batch)
+        return self._replayed(*batch)
+
+    def _capture(self, batch: tuple[Tensor, ...]) -> None:
+        before = [buffer.clone() for buffer in self.loss.buffers()]
+        try:
+            # A Loss of its own: its forward is replaced for good.
+            self._replayed = torch.cuda.make_graphed_callables(
+                Loss(self.loss.model), tuple(tensor.clone() for tensor in batch), allow_unused_input=True
+            )
+        except RuntimeError as error:
+            warnings.warn(f"cuda_graph is not used: the loss cannot be captured ({error})", stacklevel=2)
+        with torch.no_grad():  # the passes that warm up count for nothing
+            for buffer, value in zip(self.loss.buffers(), before, strict=True):
+                buffer.copy_(value)
+
+
+# --- whole tensors of sharded ones, and back: files do not know of processes
+
+
+def whole(tree: Any) -> Any:
+    """Sharded tensors in any nest of containers put together, in all processes at once; others as they are."""
+    return tree_map(lambda value: value.full_tensor() if _is_sharded(value) else value, tree)
+
+
+def like(value: Any, parameter: Any) -> Any:
+    """A whole tensor cut as the parameter is, where it is and the shapes agree."""
+    if _is_sharded(parameter) and isinstance(value, Tensor) and value.shape == parameter.shape:
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return value
+
+
+def load_model(model: nn.Module, state: dict[str, Any]) -> None:
+    own = model.state_dict()
+    model.load_state_dict({name: like(value, own[name]) if name in own else value for name, value in state.items()})
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    each = {
+        number: {key: like(value, parameters[number]) for key, value in entry.items()}
+        for number, entry in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": each})
+
+
+def local(model: nn.Module) -> list[Tensor]:
+    """The parameters, of sharded ones this process's part."""
+    parameters: list[Any] = list(model.parameters())
+    return [p.to_local() if _is_sharded(p) else p for p in parameters]
+
+
+def _is_sharded(value: Any) -> bool:
+    """Whether it is a DTensor, whose class takes long to import."""
+    return isinstance(value, Tensor) and hasattr(value, "full_tensor")
