@@ -152,5 +152,5 @@ def prepare(kernel: Any, args: Sequence[Any], constants: Mapping[str, Any]) -> L
 
 
 def launch(kernel: Any, grid: Sequence[int], args: Sequence[Any], constants: Mapping[str, Any]) -> None:
-    """`kernel[grid](*args, **constants)` on the device of the tensors and its current stream; arguments of `prepare`."""
+    """`kernel[grid](*args, **constants)` on the tensors' device and its current stream; arguments of `prepare`."""
     prepare(kernel, args, constants)(grid, args)

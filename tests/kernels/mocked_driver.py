@@ -1,4 +1,4 @@
-"""A driver for Triton without a GPU: kernels are specialized for sm_90, neither compiled nor run; launches are noted."""
+"""A driver for Triton without a GPU: kernels are specialized for sm_90, not compiled or run; launches are noted."""
 
 import types
 
