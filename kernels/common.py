@@ -143,7 +143,8 @@ def prepare(kernel: Any, args: Sequence[Any], constants: Mapping[str, Any]) -> L
     """
     known = _key(kernel, args, constants) if isinstance(kernel, JITFunction) else None
     if known is None:
-        return Launch(kernel, constants, next(value.get_device() for value in args if isinstance(value, Tensor)))
+        bases = (getattr(value, "base", value) for value in args)  # of tensor descriptors
+        return Launch(kernel, constants, next(value.get_device() for value in bases if isinstance(value, Tensor)))
     key, device = known
     found = _prepared.get(key)
     if found is None:

@@ -123,6 +123,15 @@ class MaskedConv2d(nn.Conv2d):
             residual=residual,
         )
 
+    def provider(self, x: Tensor) -> str:
+        """What runs for an input (B, in_channels, H, W) like x, its result and gradients, and why: a line each."""
+        if not uses_triton("auto", x):
+            return f"PyTorch's definition: the kernels run on CUDA tensors, x is on {x.device}"
+        from fastgen.kernels.masked_conv2d import launch
+
+        geometry = launch.Geometry(*(tuple(pair) for pair in self.geometry))
+        return launch.explain(x, self.weight, self.live_mask(), geometry, self.activation)
+
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         key = prefix + "mask"
         if key in state_dict and "mask" in self._non_persistent_buffers_set:

@@ -66,11 +66,17 @@ def _operator(
 ) -> tuple[Tensor, Tensor]:
     """As `fused` below, and what is kept: "", empty; "sign", with ReLU what passes, bool; "valve", the input of the
     gate's second half (B, O / 2, H', W'); "both" halves' (B, O, H', W'), differentiable."""
-    from fastgen.kernels import masked_conv2d as kernels
+    tensors = (x, weight, mask, bias, condition, residual, other, other_weight)
+    out, kept = _forward(*tensors, stride, padding, dilation, activation, keep)
+    return out, x.new_empty(0) if kept is None else kept
+
+
+def _forward(x, weight, mask, bias, condition, residual, other, other_weight, stride, padding, dilation, activation,
+             keep):  # fmt: skip
+    from fastgen.kernels.masked_conv2d import launch
 
     tensors = (x, weight, mask, bias, condition, residual, other, other_weight)
-    with torch.cuda.device_of(x):  # Triton launches on the current GPU
-        return kernels.forward(*tensors, stride, padding, dilation, activation, keep)
+    return launch.forward(*tensors, launch.Geometry(tuple(stride), tuple(padding), tuple(dilation)), activation, keep)
 
 
 @_operator.register_fake
@@ -103,11 +109,18 @@ def _backward_operator(
     wanted: list[bool],
 ) -> list[Tensor]:
     """Gradients of x, weight, bias, condition, other and other_weight, empty where not wanted."""
-    from fastgen.kernels import masked_conv2d as kernels
+    tensors = (grad, grad_pre, x, weight, mask, out, kept, other, other_weight)
+    found = _gradients(*tensors, stride, padding, dilation, saved, wanted)
+    return [x.new_empty(0) if one is None else one for one in found]
+
+
+def _gradients(grad, grad_pre, x, weight, mask, out, kept, other, other_weight, stride, padding, dilation, saved,
+               wanted):  # fmt: skip
+    from fastgen.kernels.masked_conv2d import launch
 
     tensors = (grad, grad_pre, x, weight, mask, out, kept, other, other_weight)
-    with torch.cuda.device_of(x):
-        return kernels.backward(*tensors, stride, padding, dilation, saved, wanted)
+    geometry = launch.Geometry(tuple(stride), tuple(padding), tuple(dilation))
+    return launch.backward(*tensors, geometry, saved, tuple(wanted))
 
 
 @_backward_operator.register_fake
@@ -144,14 +157,16 @@ def in_aten(
 
 def _empty_map(like: Tensor, channels: int, size, signs: bool = False) -> Tensor:
     """(B, channels, *size), uninitialized, in the layout that the kernels write: channels-last. signs: of bools."""
+    height, width = size
+    strides = (height * width * channels, 1, width * channels, channels)
     dtype = torch.bool if signs else like.dtype
-    return like.new_empty((like.shape[0], *size, channels), dtype=dtype).permute(0, 3, 1, 2)
+    return torch.empty_strided((like.shape[0], channels, height, width), strides, dtype=dtype, device=like.device)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     x, weight, mask, _, _, _, other, other_weight, ctx.stride, ctx.padding, ctx.dilation, activation, keep = inputs
     out, kept = output
-    if keep != "both":
+    if keep != "both" and kept is not None:
         ctx.mark_non_differentiable(kept)
     ctx.set_materialize_grads(False)
     ctx.saved = keep or activation
@@ -169,8 +184,12 @@ def _backward(ctx, grad, grad_kept):
     geometry = (ctx.stride, ctx.padding, ctx.dilation)
     if out is None:
         out = kept.chunk(2, 1)[0] if ctx.saved == "both" else grad
+    if kept is None:
+        kept = out
     tensors = (grad, grad_pre, x, weight, mask, out, kept, other, other_weight)
-    grads = _backward_operator(*tensors, *geometry, ctx.saved, wanted)
+    direct = not torch.is_grad_enabled() and runs_directly(tensors)
+    run = _gradients if direct else _backward_operator
+    grads = run(*tensors, *geometry, ctx.saved, wanted)
     found = [one if asked else None for one, asked in zip(grads, wanted, strict=True)]
     of_x, of_weight, of_bias, of_condition, of_other, of_other_weight = found
     residual = grad if needs[5] else None
@@ -183,6 +202,27 @@ def _no_second_derivative(ctx, *grads):
 
 _operator.register_autograd(_backward, setup_context=_setup_context)
 _backward_operator.register_autograd(_no_second_derivative)
+
+
+class _Directly(torch.autograd.Function):
+    """The operator without its dispatch, which takes longer on the host than the launches."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def runs_directly(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether nothing but autograd looks at operators: no compiler, no tracer, no subclass of tensors."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return all(one is None or type(one) is Tensor or type(one) is torch.nn.Parameter for one in tensors)
 
 
 def fused(
@@ -217,7 +257,12 @@ def fused(
     if train and activation != "none" and not keep:
         plain, added = {"relu": ("", "sign"), "gated": ("valve", "both")}[activation]
         keep = plain if residual is None else added
-    return _operator(x, weight, mask, bias, condition, residual, other, other_weight, *geometry, activation, keep)
+    if x.shape[1] >= 16 and x.stride(1) != 1:
+        x = x.contiguous(memory_format=torch.channels_last)  # here, so that it is kept so for the backward
+    arguments = (x, weight, mask, bias, condition, residual, other, other_weight, *geometry, activation, keep)
+    if not runs_directly(arguments[:8]):
+        return _operator(*arguments)
+    return _Directly.apply(*arguments) if train else _forward(*arguments)
 
 
 # --- the public function
@@ -280,13 +325,14 @@ def masked_conv2d(
     """activation(F.conv2d(x, weight * mask, bias, stride, padding, dilation)), visiting live weights only.
 
     The kernel runs with float32 sums; float32 inputs are multiplied in TF32 where PyTorch's setting for convolutions
-    says so. Results repeat to the last bit; FASTGEN_ATOMICS=1 lets the gradient of the weight be added up in any order
-    instead. Beside x, weight and result it keeps for the backward half of what eager PyTorch keeps with a gate (as much
+    says so. Results repeat to the last bit. Beside x, weight and result it keeps for the backward half of what eager PyTorch keeps with a gate (as much
     with a residual), a byte an element with ReLU and a residual, and nothing otherwise.
 
-    On the first call a mask is read and the configuration is checked on the GPU, which waits for it; later calls do
-    not. Where cuDNN was measured faster on the GPU (`python -m fastgen.kernels.tune_masked_conv2d`), or no
-    configuration passes the check, cuDNN computes the sums.
+    The first call with a mask reads it, and the first with a shape compares the kernel with cuDNN on the GPU, which waits
+    for it; later calls do not. Where cuDNN is expected to be faster, or was measured so on the GPU
+    (`python -m fastgen.kernels.masked_conv2d.tune`), or the kernel fails its check, cuDNN computes the sums;
+    `MaskedConv2d.provider(x)` tells. With a gate in half precision tanh and sigmoid come from the GPU's special function
+    unit, to 2^-11.
 
     Args:
         x: (B, I, H, W) or (I, H, W), any float dtype and any strides.
@@ -308,8 +354,8 @@ def masked_conv2d(
     Raises:
         TypeError: x, weight or another is no float tensor, mask no bool tensor, or dtypes differ (outside autocast).
         ValueError: shapes, devices or options that do not fit; more than about 2^31 pixels for the kernel.
-        RuntimeError: impl="triton" where it cannot run; a second derivative of the kernel; a mask that is seen for the
-            first time while a CUDA graph is captured.
+        RuntimeError: impl="triton" where it cannot run; a second derivative of the kernel; a mask or a shape that is
+            seen for the first time while a CUDA graph is captured.
     """
     _check(x, weight, mask, bias, activation)
     geometry = [as_pair("stride", stride, 1), as_pair("padding", padding, 0), as_pair("dilation", dilation, 1)]
