@@ -10,6 +10,9 @@ the backward kernel draws the same numbers again, and tile sizes, strides and dt
 Traffic in fp32: 12 bytes an element forward (read m, v; write z), 20 backward (read dz, m, v; write dm, dv).
 """
 
+import functools
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgen.kernels.catalogue_entry import Entry
+from fastgen.kernels.common import cdiv, launch, next_power_of_2
 
 MIN_LOGVAR = tl.constexpr(-100.0)
 MAX_LOGVAR = tl.constexpr(80.0)
@@ -35,8 +39,11 @@ def exponential(x):
 
 
 @triton.jit
-def expm1_minus(x):
-    """exp(x) - 1 - x for x in [-100, 80], never negative, without cancellation near 0. Taylor series within 1 of it."""
+def expm1_minus(x, root):
+    """exp(x) - 1 - x for x in [-100, 80], never negative, without cancellation near 0: Taylor series within 1 of it.
+
+    root: exp(x / 2). Where its square leaves the normal floats, it is lost beside 1.
+    """
     series = 1.0 / 39916800
     series = series * x + 1.0 / 3628800
     series = series * x + 1.0 / 362880
@@ -47,9 +54,7 @@ def expm1_minus(x):
     series = series * x + 1.0 / 24
     series = series * x + 1.0 / 6
     series = series * x + 0.5
-    # Below -87 exp(x) is lost beside 1, and its power of two would leave the normal floats.
-    far = exponential(tl.where(x < -87.0, -87.0, x)) - 1.0 - x
-    return tl.where(tl.abs(x) < 1.0, series * x * x, far)
+    return tl.where(tl.abs(x) < 1.0, series * x * x, root * root - 1.0 - x)
 
 
 @triton.jit
@@ -59,10 +64,10 @@ def clip_logvar(v):
 
 
 @triton.jit
-def kl_of_element(m, v, clipped):
-    """(exp(clip(v)) - 1 - min(v, 80) + m^2) / 2, in nats."""
+def kl_of_element(m, v, excess):
+    """(exp(clip(v)) - 1 - min(v, 80) + m^2) / 2, in nats; excess: `expm1_minus` of the clipped v."""
     below = tl.where(v < MIN_LOGVAR, v - MIN_LOGVAR, 0.0)  # the linear term alone goes on below the range
-    return 0.5 * (expm1_minus(clipped) - below + m * m)
+    return 0.5 * (excess - below + m * m)
 
 
 @triton.jit
@@ -148,9 +153,10 @@ def reparameterize_kl_forward_kernel(
             at_eps = tile_offsets(row, column, inner, eps_row_stride, eps_outer_stride, eps_inner_stride, FLAT)
             eps = tl.load(eps_ptr + at_eps, inside, other=0.0).to(tl.float32)
         clipped = clip_logvar(v)
-        z = m + exponential(0.5 * clipped) * eps
+        scale = exponential(0.5 * clipped)
+        z = m + scale * eps
         tl.store(z_ptr + row * columns + column, z.to(z_ptr.dtype.element_ty), inside)
-        kl = kl_of_element(m, v, clipped)
+        kl = kl_of_element(m, v, expm1_minus(clipped, scale))
         kl = tl.where(kl < free_bits, free_bits, kl)
         total += tl.where(inside, kl, 0.0)
     part = tl.sum(total, axis=1)
@@ -223,6 +229,7 @@ def reparameterize_kl_backward_kernel(
         m = tl.load(mu_ptr + at_mu, inside, other=0.0).to(tl.float32)
         v = tl.load(logvar_ptr + at_logvar, inside, other=0.0).to(tl.float32)
         clipped = clip_logvar(v)
+        scale = exponential(0.5 * clipped)
         grad_mu = tl.zeros((ROWS, COLS), tl.float32)
         grad_logvar = tl.zeros((ROWS, COLS), tl.float32)
         at = row * columns + column
@@ -231,7 +238,7 @@ def reparameterize_kl_backward_kernel(
                 row, column, inner, grad_z_row_stride, grad_z_outer_stride, grad_z_inner_stride, FLAT
             )
             grad_mu = tl.load(grad_z_ptr + at_grad, inside, other=0.0).to(tl.float32)
-            grad_eps = grad_mu * exponential(0.5 * clipped)
+            grad_eps = grad_mu * scale
             if grad_eps_ptr is not None:
                 tl.store(grad_eps_ptr + at, grad_eps.to(grad_eps_ptr.dtype.element_ty), inside)
             if grad_logvar_ptr is not None:
@@ -245,9 +252,10 @@ def reparameterize_kl_backward_kernel(
                 grad_logvar = tl.where(clipped == v, 0.5 * grad_eps * eps, 0.0)
         if grad_kl_ptr is not None:
             # Outside the range the slope of its end goes on, so that the KL can pull the log-variance back.
-            counts = kl_of_element(m, v, clipped) >= free_bits
+            excess = expm1_minus(clipped, scale)
+            counts = kl_of_element(m, v, excess) >= free_bits
             grad_mu += tl.where(counts, grad_of_row * m, 0.0)
-            grad_logvar += tl.where(counts, grad_of_row * 0.5 * (expm1_minus(clipped) + clipped), 0.0)
+            grad_logvar += tl.where(counts, grad_of_row * 0.5 * (excess + clipped), 0.0)
         if grad_mu_ptr is not None:
             tl.store(grad_mu_ptr + at, grad_mu.to(grad_mu_ptr.dtype.element_ty), inside)
         if grad_logvar_ptr is not None:
@@ -269,64 +277,75 @@ TILE = 1024  # 8 elements a thread: two 16-byte loads of each fp32 input in flig
 PROGRAMS = 1024  # enough to fill the chip; fixed, so that sums do not depend on the device
 
 
+@functools.lru_cache(4096)
 def launch_configuration(rows: int, columns: int) -> Launch:
     """Wide rows get a tile each, short ones share it. Rows are split where there are too few of them for the chip."""
-    tile_columns = min(triton.next_power_of_2(max(columns, 4)), TILE)
+    tile_columns = min(next_power_of_2(max(columns, 4)), TILE)
     tile_rows = TILE // tile_columns
-    tiles = triton.cdiv(columns, tile_columns)
-    splits = min(triton.cdiv(PROGRAMS, triton.cdiv(rows, tile_rows)), tiles)
-    per_program = triton.cdiv(tiles, splits)
-    return Launch(tile_rows, tile_columns, triton.cdiv(tiles, per_program), per_program)
+    tiles = cdiv(columns, tile_columns)
+    splits = min(cdiv(PROGRAMS, cdiv(rows, tile_rows)), tiles)
+    per_program = cdiv(tiles, splits)
+    return Launch(tile_rows, tile_columns, cdiv(tiles, per_program), per_program)
 
 
-def as_rows(*tensors: Tensor | None) -> tuple[int, bool, list[tuple[Any, tuple[int, int, int]]]]:
-    """Views tensors of one shape (B, D...) as rows of at most two dimensions (outer, inner), shared by all of them.
+Strides = tuple[int, ...]
+
+
+@functools.lru_cache(4096)
+def rows_of(shape: tuple[int, ...], *strides: Strides | None) -> tuple[int, bool, tuple[Strides, ...]] | None:
+    """Tensors of one shape (B, D...) as rows of at most two dimensions (outer, inner), shared by all of them.
 
     Returns:
-        The inner length, whether one dimension is enough, and each tensor with its (row, outer, inner) strides.
-        Tensors are copied only if their layouts together need more than two dimensions.
+        The inner length, whether one dimension is enough, and (row, outer, inner) strides of each tensor (zeros for an
+        absent one); or None where their layouts together need more than two dimensions.
     """
-    present = [tensor for tensor in tensors if tensor is not None]
-    shape = present[0].shape
+    present = [stride for stride in strides if stride is not None]
     merged: list[tuple[int, list[int]]] = []
     for axis in range(1, len(shape)):
-        strides = [tensor.stride(axis) for tensor in present]
+        steps = [stride[axis] for stride in present]
         if shape[axis] == 1:
             continue
-        if merged and all(last == s * shape[axis] for last, s in zip(merged[-1][1], strides, strict=True)):
-            merged[-1] = (merged[-1][0] * shape[axis], strides)
+        if merged and all(last == s * shape[axis] for last, s in zip(merged[-1][1], steps, strict=True)):
+            merged[-1] = (merged[-1][0] * shape[axis], steps)
         else:
-            merged.append((shape[axis], strides))
+            merged.append((shape[axis], steps))
     if len(merged) > 2:
-        return as_rows(*(None if tensor is None else tensor.contiguous() for tensor in tensors))
+        return None
     (_, outer), (inner_length, inner) = ([(1, [0] * len(present))] * 2 + merged)[-2:]
-    strides_of = iter(zip([tensor.stride(0) for tensor in present], outer, inner, strict=True))
-    views = [(tensor, (0, 0, 0) if tensor is None else next(strides_of)) for tensor in tensors]
-    return inner_length, len(merged) <= 1, views
+    found = iter(zip([stride[0] for stride in present], outer, inner, strict=True))
+    return inner_length, len(merged) <= 1, tuple((0, 0, 0) if stride is None else next(found) for stride in strides)
+
+
+def as_rows(*tensors: Tensor | None) -> tuple[tuple[Tensor | None, ...], int, bool, tuple[Strides, ...]]:
+    """The tensors, copied only if their layouts together need more than two dimensions, and their `rows_of`."""
+    shape = next(tensor.shape for tensor in tensors if tensor is not None)
+    found = rows_of(tuple(shape), *(None if tensor is None else tensor.stride() for tensor in tensors))
+    if found is None:
+        return as_rows(*(None if tensor is None else tensor.contiguous() for tensor in tensors))
+    return tensors, *found
 
 
 def forward(mu: Tensor, logvar: Tensor, eps: Tensor | None, seed: Tensor, free_bits: float) -> tuple[Tensor, Tensor]:
     """z like mu (contiguous) and kl (B,) fp32, of mu, logvar and eps (B, D...)."""
-    z = torch.empty(mu.shape, dtype=torch.promote_types(mu.dtype, logvar.dtype), device=mu.device)
+    dtype = mu.dtype if mu.dtype == logvar.dtype else torch.promote_types(mu.dtype, logvar.dtype)
+    z = torch.empty(mu.shape, dtype=dtype, device=mu.device)
     rows = mu.shape[0]
     if mu.numel() == 0:
         return z, torch.zeros(rows, dtype=torch.float32, device=mu.device)
     columns = mu.numel() // rows
-    launch = launch_configuration(rows, columns)
-    inner, flat, views = as_rows(mu, logvar, eps)
-    (mu, mu_strides), (logvar, logvar_strides), (eps, eps_strides) = views
-    grid = (triton.cdiv(rows, launch.ROWS), launch.splits)
-    parts = torch.empty(rows, launch.splits, dtype=torch.float32, device=z.device)
-    reparameterize_kl_forward_kernel[grid](
-        mu, logvar, eps, seed, z, parts, rows, columns, inner, *mu_strides, *logvar_strides, *eps_strides,
-        launch.tiles, float(free_bits), FLAT=flat, ROWS=launch.ROWS, COLS=launch.COLS, num_warps=launch.num_warps,
-    )  # fmt: skip
-    if launch.splits == 1:
+    choice = launch_configuration(rows, columns)
+    inputs, inner, flat, strides = as_rows(mu, logvar, eps)
+    parts = torch.empty(rows, choice.splits, dtype=torch.float32, device=z.device)
+    constants = {"FLAT": flat, "ROWS": choice.ROWS, "COLS": choice.COLS, "num_warps": choice.num_warps}
+    args = (*inputs, seed, z, parts, rows, columns, inner, *itertools.chain(*strides), choice.tiles, float(free_bits))
+    launch(reparameterize_kl_forward_kernel, (cdiv(rows, choice.ROWS), choice.splits), args, constants)
+    if choice.splits == 1:
         return z, parts.view(rows)
     kl = torch.empty(rows, dtype=torch.float32, device=z.device)
-    width = triton.next_power_of_2(launch.splits)
+    width = next_power_of_2(choice.splits)
     height = max(1, TILE // width)
-    reparameterize_kl_sum_kernel[(triton.cdiv(rows, height),)](parts, kl, rows, launch.splits, ROWS=height, PARTS=width)
+    args = (parts, kl, rows, choice.splits)
+    launch(reparameterize_kl_sum_kernel, (cdiv(rows, height),), args, {"ROWS": height, "PARTS": width})
     return z, kl
 
 
@@ -338,7 +357,7 @@ def backward(
     eps: Tensor | None,
     seed: Tensor,
     free_bits: float,
-    needs: list[bool],
+    needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of mu, logvar and eps, contiguous, None where `needs` says that they are not asked for."""
     rows = mu.shape[0]
@@ -352,15 +371,13 @@ def backward(
     if grad_z is None and grads[2] is not None:
         grads[2].zero_()
     columns = mu.numel() // rows
-    launch = launch_configuration(rows, columns)
-    inner, flat, views = as_rows(grad_z, mu, logvar, eps)
-    (grad_z, grad_z_strides), (mu, mu_strides), (logvar, logvar_strides), (eps, eps_strides) = views
-    grid = (triton.cdiv(rows, launch.ROWS), launch.splits)
-    reparameterize_kl_backward_kernel[grid](
-        grad_z, grad_kl, mu, logvar, eps, seed, *grads, rows, columns, inner,
-        *grad_z_strides, 0 if grad_kl is None else grad_kl.stride(0), *mu_strides, *logvar_strides, *eps_strides,
-        launch.tiles, float(free_bits), FLAT=flat, ROWS=launch.ROWS, COLS=launch.COLS, num_warps=launch.num_warps,
-    )  # fmt: skip
+    choice = launch_configuration(rows, columns)
+    (grad_z, *inputs), inner, flat, strides = as_rows(grad_z, mu, logvar, eps)
+    constants = {"FLAT": flat, "ROWS": choice.ROWS, "COLS": choice.COLS, "num_warps": choice.num_warps}
+    sizes = (rows, columns, inner, *strides[0], 0 if grad_kl is None else grad_kl.stride(0))
+    sizes += (*itertools.chain(*strides[1:]), choice.tiles, float(free_bits))
+    args = (grad_z, grad_kl, *inputs, seed, *grads, *sizes)
+    launch(reparameterize_kl_backward_kernel, (cdiv(rows, choice.ROWS), choice.splits), args, constants)
     return grads[0], grads[1], grads[2]
 
 
