@@ -2,6 +2,7 @@
 Welling 2014, equation 10 and appendix B). The definition in plain PyTorch, the operators, the public function."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ def reparameterize_kl_reference(
     mu, logvar = mu.to(wide), logvar.to(wide)
     if eps is None:
         # Shapes that vary under torch.compile take no generator, not even None.
-        options = {} if generator is None else {"generator": generator}
+        options: dict[str, Any] = {} if generator is None else {"generator": generator}
         eps = torch.randn(mu.shape, dtype=wide, device=mu.device, **options)
     z = mu + torch.exp(logvar.clamp(MIN_LOGVAR, MAX_LOGVAR) / 2) * eps.to(wide)
 
@@ -145,8 +146,9 @@ class _Direct(torch.autograd.Function):
             return None, None, None, None, None
         from fastgen.kernels.vae import reparameterize_kl as kernels
 
+        mu, logvar, eps, seed = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        return *kernels.backward(grad_z, grad_kl, *ctx.saved_tensors, ctx.free_bits, needs), None, None
+        return *kernels.backward(grad_z, grad_kl, mu, logvar, eps, seed, ctx.free_bits, needs), None, None
 
 
 _reparameterize_kl.register_autograd(_backward, setup_context=_setup_context)

@@ -372,11 +372,11 @@ def backward(
         grads[2].zero_()
     columns = mu.numel() // rows
     choice = launch_configuration(rows, columns)
-    (grad_z, *inputs), inner, flat, strides = as_rows(grad_z, mu, logvar, eps)
+    tensors, inner, flat, strides = as_rows(grad_z, mu, logvar, eps)
     constants = {"FLAT": flat, "ROWS": choice.ROWS, "COLS": choice.COLS, "num_warps": choice.num_warps}
-    sizes = (rows, columns, inner, *strides[0], 0 if grad_kl is None else grad_kl.stride(0))
-    sizes += (*itertools.chain(*strides[1:]), choice.tiles, float(free_bits))
-    args = (grad_z, grad_kl, *inputs, seed, *grads, *sizes)
+    of_kl = 0 if grad_kl is None else grad_kl.stride(0)
+    sizes = (rows, columns, inner, *strides[0], of_kl, *itertools.chain(*strides[1:]), choice.tiles, float(free_bits))
+    args = (tensors[0], grad_kl, *tensors[1:], seed, *grads, *sizes)
     launch(reparameterize_kl_backward_kernel, (cdiv(rows, choice.ROWS), choice.splits), args, constants)
     return grads[0], grads[1], grads[2]
 
