@@ -49,16 +49,17 @@ def wide(number):
 
 
 @triton.jit
-def load_plane(params_at, plane, params_plane, inside):
-    """Parameter number `plane` of each pixel, in float32."""
-    return tl.load(params_at + wide(plane) * params_plane, mask=inside, other=0.0).to(tl.float32)
+def load_group(at, group, to_group, inside):
+    """A component's parameter of group number `group` at each pixel, in float32; `at` points to its logit."""
+    return tl.load(at + group * to_group, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def bin_of(level, mean, log_scale, half, log_half):
-    """log p of one colour's level; a, b, width; and sigmoid(-a) and sigmoid(b), 0 where the bin has no such end."""
+    """One colour's level: log p as a sum and the logarithm of a factor in [0.15, 1], which all colours take together;
+    a, b, width; and sigmoid(-a) and sigmoid(b), 0 where the bin has no such end."""
     limited = saturate(log_scale, MIN_LOG_SCALE, LOGIT_LIMIT)
-    width = tl.exp(-limited) / half
+    width = tl.exp(-limited) * (1 / half)
     # half * mean = (half + 1/2) * mean - mean / 2 in two steps: the first is exact for 256 levels, so that the digits
     # of the distance survive where level and mean are close.
     distance = ((level - half) - (half + 0.5) * mean) + 0.5 * mean
@@ -81,7 +82,7 @@ def bin_of(level, mean, log_scale, half, log_half):
     linear += tl.where(edge | narrow, 0.0, ratio - limited - log_half)
     share = tl.where(edge | (width <= 1), 1.0, 1.0 - tl.exp(-width))
     share *= inverse * tl.where(first, one_b, tl.where(last, one_a, 1.0))
-    return linear + tl.log(share), a, b, width, beyond, before
+    return linear, share, a, b, width, beyond, before
 
 
 @triton.jit
@@ -94,33 +95,22 @@ def bin_width_slope(width):
 
 
 @triton.jit
-def colour(
-    params_at,
-    COLOUR: tl.constexpr,
-    RGB: tl.constexpr,
-    levels,
-    component,
-    mixtures,
-    params_plane,
-    half,
-    log_half,
-    inside,
-):
+def colour(at, COLOUR: tl.constexpr, RGB: tl.constexpr, levels, to_group, half, log_half, inside):
     """`bin_of` one colour and component; the mean and the log-scale as stored, and the hyperbolic tangents of the one
     or two coefficients (zeros where there are none).
 
     The mean depends on the colours before (PixelCNN++ equation 3): r->g is coefficient 0, r->b 1 and g->b 2.
     """
-    group = (1 + (3 if RGB else 2) * COLOUR) * mixtures + component
-    raw = load_plane(params_at, group, params_plane, inside)
-    log_scale = load_plane(params_at, group + mixtures, params_plane, inside)
+    GROUP: tl.constexpr = 1 + (3 if RGB else 2) * COLOUR
+    raw = load_group(at, GROUP, to_group, inside)
+    log_scale = load_group(at, GROUP + 1, to_group, inside)
     mean = saturate(raw, -DEVIATION_LIMIT, DEVIATION_LIMIT)
     c, d = 0.0, 0.0
     if COLOUR > 0:
-        c = tanh(load_plane(params_at, 3 * COLOUR * mixtures + component, params_plane, inside))
+        c = tanh(load_group(at, 3 * COLOUR, to_group, inside))
         mean += c * (levels[0] / half - 1)
     if COLOUR > 1:
-        d = tanh(load_plane(params_at, 9 * mixtures + component, params_plane, inside))
+        d = tanh(load_group(at, 9, to_group, inside))
         mean += d * (levels[1] / half - 1)
     return bin_of(levels[COLOUR], mean, log_scale, half, log_half), raw, log_scale, c, d
 
@@ -178,15 +168,22 @@ def mixture_forward_kernel(
     of_joint = of_prior
     prior_total = tl.zeros((BLOCK,), tl.float32)
     joint_total = prior_total
+    to_group = wide(mixtures) * params_plane
     for component in range(mixtures):
-        joint = saturate(load_plane(params_at, component, params_plane, inside), -LOGIT_LIMIT, LOGIT_LIMIT)
+        at = params_at + wide(component) * params_plane
+        joint = saturate(load_group(at, 0, to_group, inside), -LOGIT_LIMIT, LOGIT_LIMIT)
         of_prior, prior_total = add_exponential(of_prior, prior_total, joint)
-        for index in tl.static_range(3 if RGB else 1):
-            found, _, _, _, _ = colour(
-                params_at, index, RGB, levels, component, mixtures, params_plane, half, log_half, inside
-            )
+        found, _, _, _, _ = colour(at, 0, RGB, levels, to_group, half, log_half, inside)
+        joint += found[0]
+        share = found[1]
+        if RGB:
+            found, _, _, _, _ = colour(at, 1, RGB, levels, to_group, half, log_half, inside)
             joint += found[0]
-        of_joint, joint_total = add_exponential(of_joint, joint_total, joint)
+            share *= found[1]
+            found, _, _, _, _ = colour(at, 2, RGB, levels, to_group, half, log_half, inside)
+            joint += found[0]
+            share *= found[1]
+        of_joint, joint_total = add_exponential(of_joint, joint_total, joint + tl.log(share))
     nll = (of_prior - of_joint) + tl.log(prior_total / joint_total)
     if kept_ptr is not None:
         kept_at = kept_ptr + 4 * image * pixels + pixel
@@ -202,31 +199,30 @@ def mixture_forward_kernel(
 
 
 @triton.jit
-def store_plane(grad_at, plane, grad_plane, grad, inside):
-    tl.store(grad_at + wide(plane) * grad_plane, grad.to(grad_at.dtype.scalar.element_ty), inside)
+def store_group(at, group, to_group, grad, inside):
+    tl.store(at + group * to_group, grad.to(at.dtype.scalar.element_ty), inside)
 
 
 @triton.jit
-def store_colour(
-    grad_at, COLOUR: tl.constexpr, RGB: tl.constexpr, of, levels, pull, component, mixtures, grad_plane, half, inside
-):
+def store_colour(at, COLOUR: tl.constexpr, RGB: tl.constexpr, of, levels, pull, to_group, half, inside):
     """Gradients of what `colour` has read; of: what it gave; pull: the gradient of log p."""
-    (_, a, b, width, beyond, before), raw, log_scale, c, d = of
+    GROUP: tl.constexpr = 1 + (3 if RGB else 2) * COLOUR
+    found, raw, log_scale, c, d = of
+    _, _, a, b, width, beyond, before = found
     level = levels[COLOUR]
-    group = (1 + (3 if RGB else 2) * COLOUR) * mixtures + component
     grad_mean = pull * (half * width) * (before - beyond)
     kept = tl.where(tl.abs(raw) <= DEVIATION_LIMIT, grad_mean, 0.0)
-    store_plane(grad_at, group, grad_plane, kept, inside)
+    store_group(at, GROUP, to_group, kept, inside)
     edge = (level == 0) | (level == 2 * half)
     spread = b * before - a * beyond - tl.where(edge, 0.0, bin_width_slope(width))
     moves = (log_scale >= MIN_LOG_SCALE) & (log_scale <= LOGIT_LIMIT)
-    store_plane(grad_at, group + mixtures, grad_plane, tl.where(moves, pull * spread, 0.0), inside)
+    store_group(at, GROUP + 1, to_group, tl.where(moves, pull * spread, 0.0), inside)
     if COLOUR > 0:
         slope = grad_mean * (levels[0] / half - 1) * (1 - c * c)
-        store_plane(grad_at, 3 * COLOUR * mixtures + component, grad_plane, slope, inside)
+        store_group(at, 3 * COLOUR, to_group, slope, inside)
     if COLOUR > 1:
         slope = grad_mean * (levels[1] / half - 1) * (1 - d * d)
-        store_plane(grad_at, 9 * mixtures + component, grad_plane, slope, inside)
+        store_group(at, 9, to_group, slope, inside)
 
 
 @triton.jit
@@ -280,24 +276,29 @@ def mixture_backward_kernel(
     prior_scale = tl.load(kept_at + pixels, inside, other=0.0)
     of_joint = tl.load(kept_at + 2 * pixels, inside, other=0.0)
     joint_scale = tl.load(kept_at + 3 * pixels, inside, other=0.0)
+    to_group = wide(mixtures) * params_plane
+    to_grad_group = wide(mixtures) * grad_plane
     for component in range(mixtures):
-        logit = saturate(load_plane(params_at, component, params_plane, inside), -LOGIT_LIMIT, LOGIT_LIMIT)
-        red = colour(params_at, 0, RGB, levels, component, mixtures, params_plane, half, log_half, inside)
-        joint = logit + red[0][0]
-        if RGB:
-            green = colour(params_at, 1, RGB, levels, component, mixtures, params_plane, half, log_half, inside)
-            blue = colour(params_at, 2, RGB, levels, component, mixtures, params_plane, half, log_half, inside)
-            joint = (joint + green[0][0]) + blue[0][0]  # in the forward's order: its sums are of these numbers
+        at = params_at + wide(component) * params_plane
+        to = grad_at + wide(component) * grad_plane
+        logit = saturate(load_group(at, 0, to_group, inside), -LOGIT_LIMIT, LOGIT_LIMIT)
+        red = colour(at, 0, RGB, levels, to_group, half, log_half, inside)
+        joint, share = logit + red[0][0], red[0][1]
+        if RGB:  # in the forward's order: its sums are of these numbers
+            green = colour(at, 1, RGB, levels, to_group, half, log_half, inside)
+            blue = colour(at, 2, RGB, levels, to_group, half, log_half, inside)
+            joint = (joint + green[0][0]) + blue[0][0]
+            share = (share * green[0][1]) * blue[0][1]
         # d nll / d logit = prior - posterior of the component; d nll / d log p = -posterior.
-        below = joint - of_joint
+        below = joint + tl.log(share) - of_joint
         posterior = tl.exp(tl.where(below > 0, 0.0, below)) * joint_scale
         slope = tl.where(tl.abs(logit) == LOGIT_LIMIT, 0.0, tl.exp(logit - of_prior) * prior_scale - posterior)
-        store_plane(grad_at, component, grad_plane, upstream * slope, inside)
+        store_group(to, 0, to_grad_group, upstream * slope, inside)
         pull = -upstream * posterior
-        store_colour(grad_at, 0, RGB, red, levels, pull, component, mixtures, grad_plane, half, inside)
+        store_colour(to, 0, RGB, red, levels, pull, to_grad_group, half, inside)
         if RGB:
-            store_colour(grad_at, 1, RGB, green, levels, pull, component, mixtures, grad_plane, half, inside)
-            store_colour(grad_at, 2, RGB, blue, levels, pull, component, mixtures, grad_plane, half, inside)
+            store_colour(to, 1, RGB, green, levels, pull, to_grad_group, half, inside)
+            store_colour(to, 2, RGB, blue, levels, pull, to_grad_group, half, inside)
 
 
 def components_of(params: Tensor, colours: int) -> int:
