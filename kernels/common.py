@@ -1,5 +1,6 @@
 """What several families of kernels share: launches that are looked up once, sizes, hyperbolic tangent, empty maps."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+
+from fastgen.kernels.maps import empty_map as empty_map
 
 # How a compiled kernel is called is Triton's own affair. Known and tested for these; others launch the ordinary way.
 KNOWN_TRITON = ("3.6.", "3.7.", "3.8.", "3.9.")
@@ -40,13 +43,18 @@ def tanh(x, FAST: tl.constexpr = False):
     return tl.where(size < 0.3, near, tl.where(x < 0, -far, far))
 
 
-def empty_map(like: Tensor, channels: int, height: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
-    """(B, channels, height, width) with the batch, device and dtype of `like`, channels-last, uninitialized.
+@functools.cache
+def processors_of(device: torch.device) -> int:
+    """Streaming multiprocessors, or compute units."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
-    No view: PyTorch forbids users to write into views that an operator returns.
-    """
-    size = (like.shape[0], channels, height, width)
-    return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
+
+def tf32_allowed() -> bool:
+    """Whether PyTorch's setting allows TF32 in matrix products of float32."""
+    matmul = torch.backends.cuda.matmul
+    # Of PyTorch 2.9 and later. Once that is set, the older settings raise where they are read.
+    setting = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if setting is None else setting == "tf32"
 
 
 # --- launches
