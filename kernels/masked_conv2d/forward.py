@@ -131,7 +131,7 @@ def add_biases(sums, image, n, inside, bias_ptr, condition_ptr, first, all_rows,
 
 @triton.jit
 def activated(sums, valve, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
-    """FAST: two special functions an output, to 2^-11, which is less than half precision keeps."""
+    """FAST: two special functions an output, to 2^-11: bfloat16 keeps 2^-9."""
     if ACTIVATION == "gated":
         if FAST:
             return tanh(sums, True) * (0.5 + 0.5 * tanh(0.5 * valve, True))

@@ -69,7 +69,7 @@ def forward(
     residual: Tensor | None,
     other: Tensor | None,
     other_weight: Tensor | None,
-    geometry: Geometry,
+    geometry: tuple[tuple[int, int], ...],
     activation: str,
     keep: str,
     choice: Choice | None = None,
@@ -95,12 +95,13 @@ def forward(
     )  # fmt: skip
 
     def make() -> Convolve:
-        size = (x.shape[0], weight.shape[0] // walk.parts, *result_size(x, weight, geometry))
+        whole = Geometry(*geometry)
+        size = (x.shape[0], weight.shape[0] // walk.parts, *result_size(x, weight, whole))
         check_pixels(x, size)
         options = {"activation": activation, "keep": keep, "residual": residual, "other": other}
         options["other_strides"] = () if other_weight is None else other_weight.stride()
         tensors = (x, weight, mask, bias, condition, residual, other, other_weight)
-        return tried(Convolve, (x,), (weights_of(weight, mask, walk, geometry), size), options, tensors, choice)
+        return tried(Convolve, (x,), (weights_of(weight, mask, walk, whole), size), options, tensors, choice)
 
     record = _recorded(key, x, make)
     if not all(record.size):
@@ -144,7 +145,7 @@ class Backward:
         batch, rows, height, width = grad.shape
         self.saved, self.rows = saved, parts * rows
         walk = known_walk(mask, weight.shape, parts)
-        weights = weights_of(weight, mask, walk, geometry)
+        weights = weights_of(weight, mask, walk, Geometry(*geometry))
         dense = grad.is_contiguous(memory_format=torch.channels_last) and grad.data_ptr() % 16 == 0
         # The product for the weight adds up for the bias where nothing else must be done with the gradient.
         alone = saved == "none" and dense and not of_condition
@@ -263,7 +264,7 @@ def backward(
     kept: Tensor,
     other: Tensor | None,
     other_weight: Tensor | None,
-    geometry: Geometry,
+    geometry: tuple[tuple[int, int], ...],
     saved: str,
     wanted: tuple[bool, ...],
 ) -> list[Tensor | None]:

@@ -210,7 +210,7 @@ class Convolve:
         residual_channel = 1 if residual is None or residual.shape[1] == 1 else residual.stride(1)
         constants: dict[str, Any] = {
             "MIRRORED": mirrored, "OUT_UNIT": out_unit, "ACTIVATION": activation, "KEEP": keep, "PRECISION": precision,
-            "FAST": x.dtype.itemsize == 2 and chip_of(x.device).startswith("sm_"), "N": tile.N, "K": tile.K,
+            "FAST": x.dtype == torch.bfloat16 and chip_of(x.device).startswith("sm_"), "N": tile.N, "K": tile.K,
             "num_warps": tile.num_warps, "num_stages": tile.num_stages,
         }  # fmt: skip
         walked = walk_arguments(walk, geometry, mirrored)
