@@ -147,7 +147,7 @@ def in_aten(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _remember(ctx, inputs[:8], inputs[8:11], *inputs[11:], *output)
+    _remember(ctx, inputs[:8], tuple(map(tuple, inputs[8:11])), *inputs[11:], *output)
 
 
 def _remember(ctx, tensors, geometry, activation, keep, out, kept) -> None:

@@ -11,6 +11,7 @@ from fastgen.kernels.masked_conv2d.config import Layer, Tile, default_tile
 CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WGMMA = {"sm_90": "wgmma"}
+OLDEST = {"spills": {"sm_120": 8}, "reason": "8 bytes with Triton 3.6, none with 3.7 and 3.9"}
 
 
 def entry(kernel: Any, config: str, dtype: str, fixed: dict[str, Any], tile: Tile | None = None, **more: Any) -> Entry:
@@ -84,7 +85,7 @@ def product_entries(dtype: str, precision: str, *, gated: bool, tma: bool, **of_
         requires = (
             WGMMA if "sm_90" not in skips and precision != "ieee" or dtype == "bf16" and "sm_90" not in skips else {}
         )
-        found.append(entry(kernel, config, dtype, fixed, tile, skips=skips, requires=requires))
+        found.append(entry(kernel, config, dtype, fixed, tile, skips=skips, requires=requires, **(OLDEST if tma else {})))
     return found
 
 
@@ -111,7 +112,7 @@ def weight_entries(dtype: str, precision: str, *, tma: bool, adds_up: bool, **of
         kind = f"{', gathered' if layer.gathers else ''}{', adds up' if adds_up else ''}"
         config = f"{dtype} {tile.N}x{tile.K} of {tile.M} pixels{kind}"
         requires = WGMMA if "sm_90" not in skips and dtype == "bf16" else {}
-        found.append(entry(kernel, config, dtype, fixed, tile, skips=skips, requires=requires))
+        found.append(entry(kernel, config, dtype, fixed, tile, skips=skips, requires=requires, **(OLDEST if tma else {})))
     return found
 
 

@@ -138,7 +138,9 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
     if layer.direction == "weight":
         if scalar:
             return Tile(16, min(wide, 64), 32, 4, 2)
-        deep = 32 if layer.gathers else power_of_two(layer.channels, 16, 128)
+        if layer.gathers:  # whose addresses take registers
+            return Tile(line, min(wide, 64), 32, 4, stages)
+        deep = power_of_two(layer.channels, 16, 128)
         return Tile(line, wide, deep, 8 if wide * deep > 64 * 64 else 4, stages, layer.tma and deep >= 32)
     if scalar:
         return Tile(64, min(wide, 64), 16, 4, 2)

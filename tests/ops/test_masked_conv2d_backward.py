@@ -170,7 +170,7 @@ def test_what_is_kept_for_the_backward(activation, adds, kept, device):
     extra = [one for address, one in saved.items() if address not in known and one.numel()]
     assert sum(one.numel() * one.element_size() for one in extra) == kept * out.numel()
     assert (out.untyped_storage().data_ptr() in saved) == (not adds)
-    geometry = ([1, 1], [0, 0], [1, 1])
+    geometry = ((1, 1), (0, 0), (1, 1))
     with torch.no_grad():
         assert fused(x, weight, mask, bias, geometry, activation, residual=residual)[1] is None
 

@@ -151,7 +151,7 @@ def test_a_second_map_and_the_sums_themselves(keep_pre, path, device):
         return both(gate(pre), pre)
 
     def found(x, weight, bias, other, other_weight):
-        geometry = ([1, 1], [1, 1], [1, 1])
+        geometry = ((1, 1), (1, 1), (1, 1))
         options = {"other": other, "other_weight": other_weight, "keep_pre": keep_pre}
         return both(*fused(x, weight, mask, bias, geometry, "gated", **options))
 
@@ -280,9 +280,9 @@ def test_cudnn_where_it_was_measured_faster(provider, geometry, monkeypatch, dev
     inputs = (x, weight, bias, torch.randn(2, 6, device=device, requires_grad=True))
 
     def call(x, weight, bias, condition):
-        geometry_lists = [[*pair] if isinstance(pair, tuple) else [pair] * 2 for pair in pairs]
+        geometry = tuple(pair if isinstance(pair, tuple) else (pair, pair) for pair in pairs)
         return fused(
-            x, weight, mask, bias, geometry_lists, "gated", condition=condition, other=other, other_weight=other_weight
+            x, weight, mask, bias, geometry, "gated", condition=condition, other=other, other_weight=other_weight
         )[0]
 
     pairs = (geometry.get("stride", 1), geometry.get("padding", 0), geometry.get("dilation", 1))
@@ -388,3 +388,29 @@ def test_bad_addends_are_named(changes, error, named):
     x, weight, mask, bias = problem("B", dtype=torch.float32)
     with pytest.raises(error, match=named):
         masked_conv2d(x, weight, mask, bias, **changes)
+
+
+@pytest.mark.parametrize("channels", [3, 16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_compiles_for_sizes_that_vary(impl, activation, channels, device):
+    """`dynamic=True`: one graph for all sizes, with gradients; the batch, then the sides vary."""
+    weight, mask, bias = problem("B", 1, channels, 6, dtype=torch.float32, device=device)[1:]
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(1)
+        return graph.forward
+
+    def layer(x, weight, bias):
+        return masked_conv2d(x.sin(), weight, mask, bias, padding=1, activation=activation, impl=impl)
+
+    compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend=torch._dynamo.backends.common.aot_autograd(
+        fw_compiler=backend))  # fmt: skip
+    for batch, height, width in ((2, 5, 4), (3, 5, 4), (4, 7, 6)):
+        x = torch.randn(batch, channels, height, width, device=device, requires_grad=True)
+        expected = gradients(layer, (x, weight, bias))
+        for one, two in zip(gradients(compiled, (x, weight, bias)), expected, strict=True):
+            torch.testing.assert_close(one, two)
+    assert len(graphs) <= 2
