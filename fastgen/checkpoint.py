@@ -167,7 +167,9 @@ def build(config: dict[str, Any], path: Path) -> Rebuildable:
         ValueError: its class or arguments are not those of a model; names the file.
     """
     try:
-        arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in config["arguments"].items()}
+        arguments: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in config["arguments"].items()
+        }
         if config["class"] in ("PixelCNN", "GatedPixelCNN") and arguments["shape"][0] > 1:
             # Files say the channels that were built if these are others than was asked for. Older files do not: theirs
             # were rounded up to a multiple of the colours.

@@ -159,7 +159,13 @@ def _serialized(compiled: Any, target: Target) -> list[str]:
         source = os.path.join(folder, "kernel.ptx")
         with open(source, "w") as file:
             file.write(compiled.asm["ptx"])
-        command = [get_ptxas(int(target.arch)).path, f"--gpu-name=sm_{target.arch}a", source, "-o", os.path.join(folder, "kernel.cubin")]
+        command = [
+            get_ptxas(int(target.arch)).path,
+            f"--gpu-name=sm_{target.arch}a",
+            source,
+            "-o",
+            os.path.join(folder, "kernel.cubin"),
+        ]
         report = subprocess.run(command, capture_output=True, text=True, check=True)
     return sorted(set(re.findall(r"C75\d\d\b[^\n]*?serialized[^\n']*", report.stdout + report.stderr)))
 

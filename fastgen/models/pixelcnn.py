@@ -65,7 +65,7 @@ class ResidualBlock(nn.Module):
 
 
 def channels_of(channels: int, colours: int, unit: int = 1) -> int:
-    """Feature maps of which every colour has as many: `channels` where it is a multiple of the colours, else rounded up.
+    """Feature maps of which every colour has as many: `channels` if it is a multiple of the colours, else rounded up.
 
     unit: more than half of this a colour are rounded up to a multiple of it, which fills the blocks of the kernels: 128
     for three colours and units of 32 become 192 (64 a colour), which takes no longer than 129 would.

@@ -196,7 +196,8 @@ class _Directly(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         out, kept = _launch().forward(*inputs)
-        _remember(ctx, inputs[:8], *inputs[8:], out, kept)
+        geometry, activation, keep = inputs[8:]
+        _remember(ctx, inputs[:8], geometry, activation, keep, out, kept)
         return out, kept
 
     backward = staticmethod(_backward)
@@ -227,7 +228,7 @@ def fused(
     _check_dtypes(x, weight, bias, condition, residual, other, other_weight)
     tensors = (x, weight, mask, bias, condition, residual, other, other_weight)
     keep = "both" if keep_pre else ""
-    train = torch.is_grad_enabled() and any([one is not None and one.requires_grad for one in tensors])
+    train = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
     if train and activation != "none" and not keep:
         plain, added = {"relu": ("", "sign"), "gated": ("valve", "both")}[activation]
         keep = plain if residual is None else added
@@ -320,9 +321,7 @@ def _checked_geometry(*arguments: Any) -> Geometry:
     if torch.compiler.is_compiling():
         return _check(*arguments)
     try:
-        key = tuple(
-            [(one.shape, one.dtype, one.device) if isinstance(one, Tensor) else one for one in arguments]
-        )
+        key = tuple([(one.shape, one.dtype, one.device) if isinstance(one, Tensor) else one for one in arguments])
         found = _checked.get(key)
     except TypeError:  # what cannot be hashed
         return _check(*arguments)
@@ -351,11 +350,12 @@ def masked_conv2d(
     """activation(F.conv2d(x, weight * mask, bias, stride, padding, dilation)), visiting live weights only.
 
     The kernel runs with float32 sums; float32 inputs are multiplied in TF32 where PyTorch's setting for convolutions
-    says so. Results repeat to the last bit. Beside x, weight and result it keeps for the backward half of what eager PyTorch keeps with a gate (as much
-    with a residual), a byte an element with ReLU and a residual, and nothing otherwise.
+    says so. Results repeat to the last bit. Beside x, weight and result it keeps for the backward half of what eager
+    PyTorch keeps with a gate (as much with a residual), a byte an element with ReLU and a residual, and nothing
+    otherwise.
 
-    The first call with a mask reads it, and the first with a shape compares the kernel with cuDNN on the GPU, which waits
-    for it; later calls do not. Where cuDNN is expected to be faster, or was measured so on the GPU
+    The first call with a mask reads it, and the first with a shape compares the kernel with cuDNN on the GPU, which
+    waits for it; later calls do not. Where cuDNN is expected to be faster, or was measured so on the GPU
     (`python -m fastgen.kernels.masked_conv2d.tune`), or the kernel fails its check, cuDNN computes the sums;
     `MaskedConv2d.provider(x)` tells. With a gate in bfloat16 tanh and sigmoid come from the GPU's special function
     unit, to 2^-11.
@@ -383,9 +383,7 @@ def masked_conv2d(
         RuntimeError: impl="triton" where it cannot run; a second derivative of the kernel; a mask or a shape that is
             seen for the first time while a CUDA graph is captured.
     """
-    geometry = _checked_geometry(
-        x, weight, mask, bias, condition, residual, stride, padding, dilation, activation
-    )
+    geometry = _checked_geometry(x, weight, mask, bias, condition, residual, stride, padding, dilation, activation)
     x, weight, bias, condition, residual = under_autocast(x, weight, bias, condition, residual)
     if not runs_triton(impl, x):
         _check_dtypes(x, weight, bias, condition, residual)

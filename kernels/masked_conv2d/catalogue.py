@@ -28,8 +28,9 @@ def entry(kernel: Any, config: str, dtype: str, fixed: dict[str, Any], tile: Til
         for name in kernel.arg_names
         if name not in constants
     }
-    options = {} if tile is None else {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return Entry(kernel, config, signature, constants, **options, **more)
+    if tile is not None:
+        more |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return Entry(kernel, config, signature, constants, **more)
 
 
 def layers(direction: str, dtype: str, *, gated: bool = False, pixels: int = 2**17, channels: int = 128) -> Layer:
@@ -82,10 +83,9 @@ def product_entries(dtype: str, precision: str, *, gated: bool, tma: bool, **of_
         kernel = forward.masked_conv2d_tma_kernel if tma else forward.masked_conv2d_kernel
         kind = f"{'gated' if gated else 'mirrored' if mirrored else 'residual'}{', gathered' if layer.gathers else ''}"
         config = f"{dtype} {tile.M}x{tile.N}x{tile.K}, {kind}"
-        requires = (
-            WGMMA if "sm_90" not in skips and precision != "ieee" or dtype == "bf16" and "sm_90" not in skips else {}
-        )
-        found.append(entry(kernel, config, dtype, fixed, tile, skips=skips, requires=requires, **(OLDEST if tma else {})))
+        requires = WGMMA if "sm_90" not in skips and (precision != "ieee" or dtype == "bf16") else {}
+        more: dict[str, Any] = {"skips": skips, "requires": requires, **(OLDEST if tma else {})}
+        found.append(entry(kernel, config, dtype, fixed, tile, **more))
     return found
 
 
@@ -112,7 +112,8 @@ def weight_entries(dtype: str, precision: str, *, tma: bool, adds_up: bool, **of
         kind = f"{', gathered' if layer.gathers else ''}{', adds up' if adds_up else ''}"
         config = f"{dtype} {tile.N}x{tile.K} of {tile.M} pixels{kind}"
         requires = WGMMA if "sm_90" not in skips and dtype == "bf16" else {}
-        found.append(entry(kernel, config, dtype, fixed, tile, skips=skips, requires=requires, **(OLDEST if tma else {})))
+        more: dict[str, Any] = {"skips": skips, "requires": requires, **(OLDEST if tma else {})}
+        found.append(entry(kernel, config, dtype, fixed, tile, **more))
     return found
 
 

@@ -121,7 +121,7 @@ def power_of_two(n: int, low: int, high: int) -> int:
 def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
     """128 pixels by 128 channels in 8 warps, less where there is less to do.
 
-    - K: 128 bytes of each pixel (64 channels in half precision, 32 in float32): a whole cache line, and the swizzle that
+    - K: 128 bytes of each pixel (64 channels in half precision, 32 in float32), a cache line, and the swizzle that
       wgmma likes. Less where there are fewer channels. Gathered: 32 columns, or 16 where that pads less.
     - 64 pixels in 4 warps where 128 would leave most of a hundred multiprocessors without a tile.
     - without tensor cores (float32 where TF32 is off): 64 x 64 in steps of 16, within the registers of 4 warps.

@@ -363,6 +363,7 @@ def masked_conv2d_tma_kernel(
     K: tl.constexpr,
 ):
     M: tl.constexpr = IMAGES * HEIGHT * WIDTH
+    C: tl.constexpr = N // 2 if ACTIVATION == "gated" else N  # channels written
     RUN: tl.constexpr = 8  # a thread holds rows r and r + 8 of a product
     rows = rows * OUT_UNIT
     tile = tl.program_id(0) % row_tiles
@@ -371,7 +372,7 @@ def masked_conv2d_tma_kernel(
     y = box // across % down * HEIGHT
     x = box % across * WIDTH
     sums = tl.zeros((N, M), tl.float32)
-    steps, skipped = steps_of(tile, N // (2 if ACTIVATION == "gated" else 1), K, taps, channels, part_blocks,
+    steps, skipped = steps_of(tile, C, K, taps, channels, part_blocks,
                               parts_read, rows, group_rows, group_channels, shown, MIRRORED)  # fmt: skip
     tl.assume(steps > 0)
     for step in range(steps):
@@ -393,7 +394,6 @@ def masked_conv2d_tma_kernel(
     images, i, j = images.to(tl.int64), i.to(tl.int64), j.to(tl.int64)
     kind = out_desc.dtype
     if ACTIVATION == "gated":
-        C: tl.constexpr = N // 2
         n = (tile * C + tl.arange(0, C))[None, :]
         sums, valve = halves(sums, RUN, True)
         sums = add_biases(sums, images, n, inside, bias_ptr, condition_ptr, 0, 2 * rows, rows, True)
@@ -404,7 +404,6 @@ def masked_conv2d_tma_kernel(
             kept_desc.store([image, y, x, 0, tile * C], sums.to(kind).T.reshape(IMAGES, HEIGHT, WIDTH, 1, C))
             kept_desc.store([image, y, x, 1, tile * C], valve.to(kind).T.reshape(IMAGES, HEIGHT, WIDTH, 1, C))
     else:
-        C: tl.constexpr = N
         n = (tile * C + tl.arange(0, C))[None, :]
         sums = add_biases(sums, images, n, inside, bias_ptr, condition_ptr, 0, rows, rows, True)
         valve = sums

@@ -98,7 +98,7 @@ def forward(
         whole = Geometry(*geometry)
         size = (x.shape[0], weight.shape[0] // walk.parts, *result_size(x, weight, whole))
         check_pixels(x, size)
-        options = {"activation": activation, "keep": keep, "residual": residual, "other": other}
+        options: dict[str, Any] = {"activation": activation, "keep": keep, "residual": residual, "other": other}
         options["other_strides"] = () if other_weight is None else other_weight.stride()
         tensors = (x, weight, mask, bias, condition, residual, other, other_weight)
         return tried(Convolve, (x,), (weights_of(weight, mask, walk, whole), size), options, tensors, choice)
@@ -137,7 +137,14 @@ def check_pixels(x: Tensor, size: tuple[int, ...]) -> None:
 
 
 class Backward:
-    """The gradients of one kind of call; constructed with the tensors of the first."""
+    """The gradients of one kind of call; constructed with the tensors of the first. None: what is not needed."""
+
+    of_x: Any = None
+    of_weight: Any = None
+    of_other: Any = None
+    of_other_weight: Any = None
+    passes: Any = None
+    bias: Any = None
 
     def __init__(self, grad, grad_pre, x, weight, mask, kept, other, other_weight, geometry, saved, wanted) -> None:
         of_x, of_weight, of_bias, of_condition, of_other, of_other_weight = self.wanted = wanted
@@ -158,7 +165,6 @@ class Backward:
             device=grad.device,
         )
         sums = grad if products and not written else like
-        self.of_weight = self.of_x = self.of_other = self.of_other_weight = None
         if of_weight:
             read = readable(x)
             self.of_weight = tried(
@@ -178,11 +184,9 @@ class Backward:
                 tensors = (sums, read, other_weight, None)
                 self.of_other_weight = tried(WeightGradient, (sums, read), (pointwise,), {"adds_up": False}, tensors)
         self.total = None if not ((of_bias or of_condition) and not adds_up) else "image" if of_condition else "all"
-        self.passes = None
         self.written = (like.shape, like.stride()) if written else None
         if self.written or self.total:
             self._plan_pass(grad, grad_pre, kept, batch if of_condition else 1)
-        self.bias = None
         if of_bias or of_condition:
             self._plan_biases(batch)
 
@@ -198,23 +202,12 @@ class Backward:
         pitch = 2 * rows if self.saved == "both" else rows
         maps = [grad] if grad_pre is None else [grad, grad_pre]
         unit = min(unit_of(one, rows) for one in maps)
-        strides = [(0, 0, 0), (0, 0, 0)]
-        strides[: len(maps)] = [pixel_steps(one, unit) for one in maps]
+        strides = [*(pixel_steps(one, unit) for one in maps), (0, 0, 0)]
         channels = [one.stride(1) for one in maps] + [1] * (2 - len(maps))
-        arguments = (
-            group,
-            shares,
-            steps,
-            height,
-            width,
-            rows // unit,
-            pitch // unit,
-            *strides[0],
-            *strides[1],
-            *channels,
-        )
+        sizes = (group, shares, steps, height, width, rows // unit, pitch // unit)
         constants = {"SAVED": self.saved, "UNIT": unit, "PIXELS": blocks[0], "ROWS": blocks[1]}
         grid = (groups * shares, row_blocks)
+        arguments = (*sizes, *strides[0], *strides[1], *channels)
         self.passes = Launches(masked_conv2d_activation_backward_kernel, grid, arguments, **constants)
 
     def _plan_biases(self, batch: int) -> None:
@@ -300,7 +293,7 @@ def explain(x: Tensor, weight: Tensor, mask: Tensor | None, geometry: Geometry, 
     x = readable(x)
     size = (x.shape[0], weight.shape[0], *result_size(x, weight, geometry))
     grad = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    products = {
+    products: dict[str, Any] = {
         "result": Convolve(x, weights, (size[0], size[1] // walk.parts, *size[2:]), activation=activation),
         "gradient of the input": Convolve(grad, weights, tuple(x.shape), mirrored=True),
         "gradient of the weight": WeightGradient(grad, x, weights, adds_up=False),
@@ -325,8 +318,8 @@ def tried(
     tensors: tuple[Tensor | None, ...],
     choice: Choice | None = None,
 ) -> Any:
-    """`product(*read, *fixed, **options)`, if it gives the numbers of cuDNN on this GPU, by descriptors or without; else
-    the same by cuDNN, with a warning.
+    """`product(*read, *fixed, **options)`, if it gives the numbers of cuDNN on this GPU, by descriptors or without;
+    else the same by cuDNN, with a warning.
 
     read: the maps that it reads; tensors: the arguments of a call. It is tried on a few images of random numbers of the
     same shapes and strides, with the very kernel that will be launched, as sizes do not specialize it.
@@ -361,15 +354,15 @@ def gives_the_right_numbers(
     tensors: tuple[Tensor | None, ...],
     choice: Choice,
 ) -> bool:
-    """And twice the same. A configuration that does not compile or launch does not; where memory is out, that is raised,
-    as it says nothing about the kernel."""
+    """And twice the same. A configuration that does not compile or launch does not. Where memory is out, that is
+    raised: it says nothing about the kernel."""
     of_weight = product is WeightGradient
     x = tensors[0]
     assert x is not None
     images = max(1, min(x.shape[0], cdiv(4096, x.shape[2] * x.shape[3])))
     generator = torch.Generator(x.device).manual_seed(0)
     maps = (0, 1) if of_weight else (0, 4, 5, 6)
-    few = []
+    few: list[Any] = []
     for i, one in enumerate(tensors):
         if one is not None and one.dtype != torch.bool:
             weight = not of_weight and i in (1, 7)  # such that sums of products are of size 1

@@ -1,5 +1,5 @@
-"""The three products of a masked convolution, each ready to be run for tensors of one kind: `Convolve` for the result and
-the gradient of the input, `WeightGradient`.
+"""The products of a masked convolution, each ready to be run for tensors of one kind: `Convolve` for the result and the
+gradient of the input, `WeightGradient`.
 
 All that depends on shapes, strides and dtypes alone is found once, in the constructors; a call allocates its results
 and launches. Sizes reach the kernels as plain integers, so that nothing lies on the device between calls.
@@ -171,7 +171,6 @@ class Convolve:
             return
         tile = choice.tile
         run = 0 if not gated else 8 if tile.tma else 1
-        columns = rows * 2 if gated else rows
         row_tiles = cdiv(rows, tile.N // 2) if gated else cdiv(rows, tile.N)
         row_pad = row_tiles * tile.N
         channels = x.shape[1] // parts
@@ -183,11 +182,11 @@ class Convolve:
         others = 0 if other is None else other.shape[1]
         packed_columns = columns + cdiv(others, tile.K) * tile.K
         self.packed = (row_pad, packed_columns)
-        kernel_height, kernel_width = weights.shape[2:]
         of_part = weights.shape[0] // 2 if gated else 0
 
-        def packing(strides: tuple[int, ...], mask: tuple[int, ...] | None, shape: tuple[int, ...], into: tuple[int, ...],
-                    taps: tuple[int, ...]) -> Launches:  # fmt: skip
+        def packing(
+            strides: tuple[int, ...], mask: tuple[int, ...] | None, into: tuple[int, ...], taps: tuple[int, ...]
+        ) -> Launches:
             numbers: list[int] = []
             for steps in (strides, mask or (0,) * 4):
                 row, channel = (steps[1], steps[0]) if mirrored else (steps[0], steps[1])
@@ -198,11 +197,11 @@ class Convolve:
 
         into = (columns, 0, pitch, pitch // parts, channels)
         taps = (walk.taps, walk.first, walk.width, walk.box[0], walk.box[2])
-        self.pack = packing(weights.strides, weights.mask_strides, (kernel_height, kernel_width), into, taps)
+        self.pack = packing(weights.strides, weights.mask_strides, into, taps)
         self.pack_other = None
         if other is not None:
             rest = packed_columns - columns
-            self.pack_other = packing(other_strides, None, (1, 1), (rest, columns, rest, rest, others), (1, 0, 1, 0, 0))
+            self.pack_other = packing(other_strides, None, (rest, columns, rest, rest, others), (1, 0, 1, 0, 0))
         out_unit = unit_of(residual, rows) if residual is not None else 1
         if residual is None and (rows * x.element_size()) % 16 == 0:
             out_unit = 16 // x.element_size()
@@ -232,11 +231,8 @@ class Convolve:
             if keep == "valve":
                 kept_boxes = boxes_of_map(map_of_kept, box, stored)
             if keep == "both":
-                sizes, steps = (
-                    [batch, height, width, 2, rows],
-                    [2 * rows * height * width, 2 * rows * width, 2 * rows, rows, 1],
-                )
-                kept_boxes = Boxes(map_of_kept, sizes, steps, [*box, 1, stored])
+                strides = [2 * rows * height * width, 2 * rows * width, 2 * rows, rows, 1]
+                kept_boxes = Boxes(map_of_kept, [batch, height, width, 2, rows], strides, [*box, 1, stored])
             self.boxes = (
                 boxes_of_map(x, box, tile.K), Boxes(packed, list(self.packed), [packed_columns, 1], [tile.N, tile.K]),
                 None if other is None else boxes_of_map(other, box, tile.K), boxes_of_map(out, box, stored), kept_boxes,

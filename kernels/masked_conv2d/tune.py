@@ -74,7 +74,7 @@ class Product:
         geometry = Geometry((1, 1), (padding, padding), (1, 1))
         weights = weights_of(weight, mask, known_walk(mask, weight.shape, 2 if p.gated else 1), geometry)
         results = p.outputs // 2 if p.gated else p.outputs
-        options = {"activation": "gated" if p.gated else "none", "keep": "valve" if p.gated else ""}
+        options: dict[str, Any] = {"activation": "gated", "keep": "valve"} if p.gated else {}
         self.make: Callable[..., Any]
         self.tensors: tuple[Tensor, ...]
         if direction == "weight":
@@ -87,15 +87,15 @@ class Product:
             self.make, self.tensors = partial(Convolve, x, weights, size, **options), (x, weight, mask)
         none = Choice("dense", Tile(0, 0, 0, 0, 0), "")
         self.layer: Layer = self.make(choice=none).layer
-        wide = [one.double() for one in (x, weight * mask, grad)]
+        wide = (x.double(), (weight * mask).double(), grad.double())
         if direction == "out":
-            sums = torch.nn.functional.conv2d(*wide[:2], padding=padding)
+            sums = torch.nn.functional.conv2d(wide[0], wide[1], padding=padding)
             truth = sums[:, :results].tanh() * sums[:, results:].sigmoid() if p.gated else sums
             self.truths = [truth, sums[:, results:]] if p.gated else [truth]
         else:
             # Not by autograd, which is off inside an operator.
             arguments = ([1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, [direction == "in", direction != "in", False])
-            found = torch.ops.aten.convolution_backward(wide[2], *wide[:2], None, *arguments)
+            found = torch.ops.aten.convolution_backward(wide[2], wide[0], wide[1], None, *arguments)
             self.truths = [found[0]] if direction == "in" else [found[1] * mask, wide[2].sum((0, 2, 3))]
 
     def run(self, choice: Choice) -> list[Tensor]:

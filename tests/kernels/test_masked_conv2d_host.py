@@ -66,7 +66,7 @@ def test_all_that_is_live_is_visited_once(kind, parts, mirrored):
     else:
         mask = causal_mask(kind[0], 12, 24, 3, 3 if kind.endswith("3") else 1).repeat(parts, 1, 1, 1)
     found = walk_of(mask, parts)
-    height, width = mask.shape[2:]
+    width = mask.shape[3]
     n, k = 4, 4
     steps = visited(found, width, 12 * parts, 24, n, k, mirrored)
     for o, i, ky, kx in mask.nonzero().tolist():
