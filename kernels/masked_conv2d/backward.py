@@ -357,7 +357,7 @@ def masked_conv2d_weight_sum_kernel(
     pitch,  # columns of a tap
     BLOCK: tl.constexpr,
 ):
-    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # a weight has less than 2^31
     row = element // (channels * kernel_height * kernel_width)
     channel = element // (kernel_height * kernel_width) % channels
     ky, kx = element // kernel_width % kernel_height - top, element % kernel_width - left
@@ -368,7 +368,7 @@ def masked_conv2d_weight_sum_kernel(
         live = live & (tl.load(mask_ptr + element, mask=inside, other=0) != 0)
     total = tl.zeros((BLOCK,), tl.float32)
     step = all_rows.to(tl.int64) * (all_columns * 16)
-    at = partial_ptr + row * (all_columns * 16) + tap * pitch + channel
+    at = partial_ptr + row.to(tl.int64) * (all_columns * 16) + tap * pitch + channel
     for share in range(shares):
         total += tl.load(at + share * step, mask=live, other=0.0)
     tl.store(out_ptr + element, total.to(out_ptr.dtype.element_ty), mask=inside)

@@ -43,10 +43,10 @@ def product(a, b, accumulator, PRECISION: tl.constexpr):
 def masked_conv2d_pack_kernel(
     weight_ptr,  # any strides: (half of a gate, row, channel read, ky, kx)
     mask_ptr,  # bool, the same, or None
-    packed_ptr,  # (row_pad, packed_columns), written
+    packed_ptr,  # (row_pad, packed_columns * 16), written from column first_column * 16 on
     rows,  # of a half
     row_pad,
-    columns,  # to be filled, from first_column on
+    columns,  # to be filled, in sixteens
     packed_columns,
     first_column,
     pitch,  # columns of a tap
@@ -90,8 +90,8 @@ def masked_conv2d_pack_kernel(
         live = live & (tl.load(mask_ptr + at, mask=live, other=0) != 0)
     at = half * weight_part + row * weight_row + channel * weight_channel + ky * weight_y + kx * weight_x
     value = tl.load(weight_ptr + at, mask=live, other=0.0)
-    at = packed_ptr + p.to(tl.int64) * packed_columns + first_column + column
-    tl.store(at, value, mask=(column < columns) & (p < row_pad))
+    at = packed_ptr + p.to(tl.int64) * (packed_columns * 16) + first_column * 16 + column
+    tl.store(at, value, mask=(column < columns * 16) & (p < row_pad))
 
 
 # --- what follows the sums

@@ -192,7 +192,7 @@ class Convolve:
                 row, channel = (steps[1], steps[0]) if mirrored else (steps[0], steps[1])
                 numbers += [of_part * row, row, channel, steps[2], steps[3]]
             grid = (cdiv(row_pad, 16), cdiv(into[0], 64))
-            sizes = (rows, row_pad, into[0], packed_columns, *into[1:])
+            sizes = (rows, row_pad, into[0] // 16, packed_columns // 16, into[1] // 16, *into[2:])
             return Launches(masked_conv2d_pack_kernel, grid, (*sizes, *numbers, *taps), RUN=run, ROWS=16, COLUMNS=64)
 
         into = (columns, 0, pitch, pitch // parts, channels)
