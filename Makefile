@@ -3,7 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo test lint gate bench readme-tables clean
+EMULATOR ?= ../shared
+EMULATE := PYTHONPATH=.:$(EMULATOR) $(RUN) -m pytest -q -p tests.emulated
+TRITON ?=
+
+.PHONY: setup demo test lint gate emulate bench readme-tables clean
 
 setup: $(VENV)/.ready
 
@@ -24,8 +28,16 @@ lint: setup
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+# Another Triton than the pinned one: make gate TRITON=folder, where `pip install --target folder triton==...` put it.
 gate: setup
-	$(RUN) -m fastgen.kernels.catalogue
+	PYTHONPATH=$(TRITON) $(RUN) -m fastgen.kernels.catalogue
+
+# A quick part of the tests with compiled kernels in ptxemu, which lies in the folder EMULATOR.
+emulate: setup
+	PTXEMU_ARCH=90 $(EMULATE) tests/ops/test_masked_conv2d_tiles.py -k "bfloat16 and 128-256 or tf32 and 64-64"
+	PTXEMU_ARCH=80 $(EMULATE) tests/ops/test_masked_conv2d_triton.py tests/ops/test_reparameterize_kl.py \
+		tests/kernels/test_lstm_kernels.py tests/ops/test_reconstruction_nll.py \
+		-k "groups_of_colours or second_map or free_bits or layout_changes or row_operation or sixty_digits"
 
 bench: setup
 	$(RUN) -m benchmarks
