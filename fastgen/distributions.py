@@ -24,14 +24,15 @@ Four further methods are used where they are present:
 import math
 import numbers
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgen.mixture import component_mean, mixture_log_prob, parts_of
+
 LAYOUTS = ("BKCHW", "BCKHW", "B(KC)HW", "B(CK)HW", "BTK", "BKT", "BHWK")
-MIN_LOG_SCALE = -7.0  # PixelCNN++ (Salimans et al. 2017) bounds the log-scales from below here
 
 
 @runtime_checkable
@@ -314,23 +315,6 @@ class LogisticMixture:
         )
         return params[:, :m], colours
 
-    @staticmethod
-    def _parts(colours: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Means and log-scales (n, C, M, ...), coefficients (n, 3, M, ...) or None."""
-        coefficients = colours[:, :, 2].tanh() if colours.shape[2] == 3 else None
-        return colours[:, :, 0], colours[:, :, 1].clamp(min=MIN_LOG_SCALE), coefficients
-
-    @staticmethod
-    def _mean(channel: int, means: Tensor, coefficients: Tensor | None, previous: Tensor) -> Tensor:
-        """Component means (n, M, ...) of one channel given the levels of the channels before it."""
-        mean = means[:, channel]
-        if coefficients is None or channel == 0:
-            return mean
-        x = previous.to(mean.dtype).unsqueeze(2) / 127.5 - 1
-        if channel == 1:
-            return mean + coefficients[:, 0] * x[:, 0]
-        return mean + coefficients[:, 1] * x[:, 0] + coefficients[:, 2] * x[:, 1]
-
     def draw(self, params: Tensor, noise: Tensor, channel: int, previous: Tensor) -> Tensor:
         mean, offset = self._chosen(params, noise, channel, previous)[:2]
         return self._level(mean + offset)
@@ -357,8 +341,9 @@ class LogisticMixture:
         else:
             component = _first_exceeding(_softmax(logits, self.temperature), noise[:, 0])
         index = component.view(-1, 1, 1, 1).expand(-1, *colours.shape[1:3], 1)
-        means, log_scales, coefficients = self._parts(colours.gather(3, index))
-        mean = self._mean(channel, means, coefficients, previous)[:, 0]
+        means, log_scales, coefficients = parts_of(colours.gather(3, index))
+        x = previous.to(means.dtype).unsqueeze(2) / 127.5 - 1
+        mean = component_mean(channel, means, coefficients, x)[:, 0]
         if self.temperature == 0:
             return mean, torch.zeros_like(mean), logits
         u = noise[:, channel + 1].to(mean.dtype)
@@ -378,16 +363,5 @@ class LogisticMixture:
             )
 
     def log_prob(self, params: Tensor, levels: Tensor) -> Tensor:
-        """Exact: log(sigmoid(a) - sigmoid(b)) = logsigmoid(a) + logsigmoid(-b) + log(1 - exp(b - a))."""
-        logits, colours = self._split(params)
-        means, log_scales, coefficients = self._parts(colours)
-        total: Any = logits.log_softmax(1)
-        for channel in range(means.shape[1]):
-            level = levels[:, channel].unsqueeze(1)
-            centred = level / 127.5 - 1 - self._mean(channel, means, coefficients, levels[:, :channel])
-            inverse_scale = (-log_scales[:, channel]).exp()
-            upper = F.logsigmoid((centred + 1 / 255) * inverse_scale)
-            lower = F.logsigmoid(-(centred - 1 / 255) * inverse_scale)
-            inside = upper + lower + (-torch.expm1(-inverse_scale * 2 / 255)).log()
-            total = total + torch.where(level == 0, upper, torch.where(level == 255, lower, inside))
-        return _sum_all_but_batch(total.logsumexp(1))
+        self.check_params(params, levels.shape[1])
+        return _sum_all_but_batch(mixture_log_prob(_precise(params), levels, 256).squeeze(1))

@@ -11,3 +11,22 @@ def empty_map(like: Tensor, channels: int, height: int, width: int, dtype: torch
     """
     size = (like.shape[0], channels, height, width)
     return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def order_of(x: Tensor) -> tuple[int, ...]:
+    """Dimensions of x (B, ...): the batch, then those of an image from the slowest to the fastest in memory."""
+    if x.dim() <= 2 or x.is_contiguous():
+        return tuple(range(x.dim()))
+    return 0, *sorted(range(1, x.dim()), key=x.stride().__getitem__, reverse=True)
+
+
+def empty_in_order(x: Tensor, order: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Like x (B, ...), dense, with its dimensions in that order in memory, uninitialized."""
+    if order == tuple(range(x.dim())):
+        return torch.empty(x.shape, dtype=dtype, device=x.device)
+    strides = [1] * x.dim()
+    step = 1
+    for axis in reversed(order):
+        strides[axis] = step
+        step *= x.shape[axis]
+    return torch.empty_strided(x.shape, strides, dtype=dtype, device=x.device)

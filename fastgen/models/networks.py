@@ -76,6 +76,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         check_arguments(shape, network, channels=channels, hidden=hidden)
+        self.planes = planes
         _, height, width = shape
         if network == "mlp":
             self.input = nn.Linear(inputs, hidden)
@@ -92,6 +93,13 @@ class Decoder(nn.Module):
             rest.append(nn.Conv2d(channels, planes, 3, padding=1))
         self.condition = None if n_classes is None else ClassBias(n_classes, self.input.out_features)
         self.layers = nn.Sequential(*rest)
+
+    @property
+    def bias(self) -> Tensor:
+        """Of the last layer, (planes, places): one place for all pixels of a convolution, H*W of an MLP."""
+        last = next(layer for layer in reversed(self.layers) if isinstance(layer, nn.Conv2d | nn.Linear))
+        assert last.bias is not None
+        return last.bias.view(self.planes, -1)
 
     def forward(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
         features = self.input(z)

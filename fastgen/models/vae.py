@@ -13,6 +13,7 @@ from fastgen.models import decoded
 from fastgen.models.arguments import check_condition
 from fastgen.models.networks import Decoder, Encoder, as_floats, check_arguments
 from fastgen.models.rebuildable import Rebuildable
+from fastgen.ops.elbo import bound_of
 from fastgen.ops.reconstruction_nll import LIKELIHOODS
 from fastgen.ops.reparameterize_kl import MAX_LOGVAR, MIN_LOGVAR
 
@@ -29,6 +30,7 @@ class Bound(NamedTuple):
         kl: KL of the posterior from the prior, each dimension not below the free bits, (B,) nats.
         mu, logvar: the posterior, (B, D), without gradient.
         dims: C * H * W, the dimensions of "bits/dim".
+        density: whether nll is of a density (a Gaussian's, of images that are floats), and not of levels.
     """
 
     elbo: Tensor
@@ -37,12 +39,13 @@ class Bound(NamedTuple):
     mu: Tensor
     logvar: Tensor
     dims: int
+    density: bool = False
 
     @property
     def bits_per_dim(self) -> Tensor:
-        """(nll + kl) / (C * H * W * ln 2), (B,): an upper bound whatever beta is; of a density for a Gaussian, where it
-        may be negative."""
-        return (self.nll + self.kl) / (self.dims * math.log(2))
+        """(nll + kl) / (C * H * W * ln 2), (B,): an upper bound whatever beta is. NaN for a density, which has none."""
+        bits = (self.nll + self.kl) / (self.dims * math.log(2))
+        return torch.full_like(bits, math.nan) if self.density else bits
 
     @property
     def kl_per_dimension(self) -> Tensor:
@@ -58,7 +61,8 @@ class Bound(NamedTuple):
 
     def report(self) -> dict[str, Any]:
         """All of it as Python numbers, means over the batch, for a log; waits for the device."""
-        means = {name: getattr(self, name).detach().mean().item() for name in ("elbo", "nll", "kl", "bits_per_dim")}
+        names = ("elbo", "nll", "kl") if self.density else ("elbo", "nll", "kl", "bits_per_dim")
+        means = {name: getattr(self, name).detach().mean().item() for name in names}
         return {
             **means,
             "kl_per_dimension": self.kl_per_dimension.tolist(),
@@ -75,9 +79,11 @@ class VAE(Rebuildable):
     Args:
         shape: (C, H, W) of an image, any sizes; C = 1 or 3 for "logistic_mixture".
         latent_dim: D, dimensions of z.
-        likelihood: p(x | z) of `fastgen.ops.reconstruction_nll`. "bernoulli": levels 0 and 1. "gaussian": a density
-            of the floats, with learned mean and variance (at least that of rounding to a level, so that a constant
-            pixel has no infinite density). "categorical": a softmax over the levels. "logistic_mixture": PixelCNN++'s.
+        likelihood: p(x | z) of `fastgen.ops.reconstruction_nll`. "bernoulli": levels 0 and 1. "gaussian": a number
+            rounded to the nearest level, with learned mean and variance; of images given as floats its density, in
+            nats that cannot be compared with those of levels. The variance starts at about 1, the scale of -1..1, and
+            is at least that of rounding to a level, so that a constant pixel has no infinite density. "categorical": a
+            softmax over the levels. "logistic_mixture": PixelCNN++'s.
         levels: number of levels of a channel; a Bernoulli has two, whatever is given here.
         n_classes: number of classes of a class-conditional model p(x | y), None for an unconditional one.
         network: "convolutional" or "mlp"; see `fastgen.models.networks`.
@@ -119,6 +125,9 @@ class VAE(Rebuildable):
         sizes: dict[str, Any] = {"network": network, "channels": channels, "hidden": hidden, "n_classes": n_classes}
         self.encoder = Encoder(shape, 2 * latent_dim, **sizes)
         self.decoder = Decoder(shape, latent_dim, self.planes, **sizes)
+        if likelihood == "gaussian":
+            with torch.no_grad():  # a log-variance of about 0 once `decode` has added the least
+                self.decoder.bias[shape[0] :] = max(-self._least_log_variance, 0.0)
 
     # --- the two networks
 
@@ -146,17 +155,24 @@ class VAE(Rebuildable):
             return params.unflatten(1, (self.levels, self.shape[0]))
         if self.likelihood == "gaussian":
             mean, log_variance = params.chunk(2, 1)
-            width = 2 / (self.levels - 1)  # of a level; uniform noise of that width has variance width^2 / 12
-            return torch.cat((mean, F.softplus(log_variance) + math.log(width**2 / 12)), 1)
+            return torch.cat((mean, F.softplus(log_variance) + self._least_log_variance), 1)
         return params
 
-    def _target(self, x: Tensor) -> Tensor:
-        """What the likelihood is of. Raises TypeError where a discrete one gets floats."""
+    @property
+    def _least_log_variance(self) -> float:
+        """Of uniform noise as wide as a level."""
+        width = 2 / (self.levels - 1)
+        return math.log(width**2 / 12)
+
+    def _nll(self, params: Tensor, x: Tensor) -> Tensor:
+        """-log p(x | z), (B,) nats. Raises TypeError where a likelihood of levels gets floats."""
         if self.likelihood == "gaussian":
-            return self._floats(x)
-        if self.likelihood != "bernoulli" and x.is_floating_point():
+            if not x.is_floating_point():
+                return decoded.gaussian_nll(params, x, self.levels)
+            x = self._floats(x)
+        elif self.likelihood != "bernoulli" and x.is_floating_point():
             raise TypeError(f"x must hold integer levels 0..{self.levels - 1}, got {x.dtype}")
-        return x
+        return ops.reconstruction_nll(params, x, self.likelihood, levels=self.levels)
 
     # --- likelihood
 
@@ -184,9 +200,9 @@ class VAE(Rebuildable):
         """
         mu, logvar = self.encode(x, condition)
         z, kl = ops.reparameterize_kl(mu, logvar, eps=eps, free_bits=free_bits)
-        params = self.decode(z, condition)
-        parts = ops.elbo(params, self._target(x), kl, self.likelihood, beta=beta, levels=self.levels)
-        return Bound(*parts, mu.detach(), logvar.detach(), math.prod(self.shape))
+        parts = bound_of(self._nll(self.decode(z, condition), x), kl, beta)
+        density = self.likelihood == "gaussian" and x.is_floating_point()
+        return Bound(*parts, mu.detach(), logvar.detach(), math.prod(self.shape), density)
 
     forward = elbo
 
@@ -222,7 +238,6 @@ class VAE(Rebuildable):
         if not isinstance(n_samples, int) or n_samples < 1:
             raise ValueError(f"n_samples must be an int >= 1, got {n_samples!r}")
         mu, logvar = self.encode(x, condition)
-        target = self._target(x)
         at_once = PARAMETERS_AT_ONCE // max(1, x.shape[0] * self.planes * self.shape[1] * self.shape[2])
         at_once = min(max(1, at_once), n_samples)
         noise = torch.randn(n_samples, *mu.shape, generator=generator, dtype=mu.dtype, device=mu.device)
@@ -231,8 +246,7 @@ class VAE(Rebuildable):
             count = len(eps)
             z, _ = ops.reparameterize_kl(mu.expand_as(eps), logvar.expand_as(eps), eps=eps)
             params = self.decode(z.flatten(0, 1), None if condition is None else condition.repeat(count))
-            targets = target.repeat(count, 1, 1, 1)
-            nll = ops.reconstruction_nll(params, targets, self.likelihood, levels=self.levels)
+            nll = self._nll(params, x.repeat(count, 1, 1, 1))
             # log p(z) - log q(z | x); the constants cancel, and (z - mu) / sigma is eps.
             eps, z, width = (tensor.to(nll.dtype) for tensor in (eps, z, logvar.clamp(MIN_LOGVAR, MAX_LOGVAR)))
             latent = 0.5 * (eps.square() - z.square() + width).sum(2)

@@ -159,6 +159,9 @@ class DiagonalBiLSTM(nn.Module):
                 from_right = self.from_right(x)
             from_left = self.from_left(x)
             here.wait_stream(beside)
+            # Each is used on a stream that its memory is not of: it must not be given away before that is done.
+            x.record_stream(beside)
+            from_right.record_stream(here)
         else:
             from_left, from_right = self.from_left(x), self.from_right(x)
         return from_left + F.pad(from_right[:, :, :-1], (0, 0, 1, 0))

@@ -42,6 +42,11 @@ def elbo(
     Raises:
         TypeError, ValueError, RuntimeError: as `reconstruction_nll`; or kl is not (B,), or beta not such a number.
     """
+    return bound_of(reconstruction_nll(params, target, likelihood, levels=levels, impl=impl), kl, beta)
+
+
+def bound_of(nll: Tensor, kl: Tensor, beta: float | Tensor) -> Elbo:
+    """`elbo` of a likelihood that is known, (B,) nats."""
     if not isinstance(kl, Tensor) or not kl.is_floating_point():
         raise TypeError(f"kl must be a float tensor, got {kl.dtype if isinstance(kl, Tensor) else type(kl).__name__}")
     if isinstance(beta, Tensor):
@@ -50,7 +55,6 @@ def elbo(
         beta = beta.reshape(())
     elif not 0 <= beta < float("inf"):
         raise ValueError(f"beta must be a finite number >= 0, got {beta!r}")
-    nll = reconstruction_nll(params, target, likelihood, levels=levels, impl=impl)
     if kl.shape != nll.shape:
         raise ValueError(f"kl must have the shape ({nll.shape[0]},), one value an image, got {tuple(kl.shape)}")
     kl = kl.to(torch.promote_types(kl.dtype, nll.dtype))

@@ -7,17 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgen.mixture import DEVIATION_LIMIT, LOGIT_LIMIT, component_mean, mixture_log_prob, split_mixture
 from fastgen.ops._implementation import is_plain, may_read_values, uses_triton
 
 LIKELIHOODS = ("bernoulli", "gaussian", "categorical", "logistic_mixture")
 REDUCTIONS = ("sample", "none")
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
-MIN_LOG_SCALE = -7.0  # PixelCNN++ bounds the log-scales from below here
 LOG_VARIANCE_RANGE = (-100.0, 80.0)  # the range in which exp(-log_variance / 2) and its square stay in float32
-# Finite parameters must give finite likelihoods and gradients: what exceeds these saturates (no gradient beyond).
-LOGIT_LIMIT = 1e30
-DEVIATION_LIMIT = 1e15
 
 
 def reconstruction_nll_reference(
@@ -41,7 +38,7 @@ def reconstruction_nll_reference(
     elif compat == "pixelcnn++":
         nll = _pixelcnnpp(params, target)
     else:
-        nll = _logistic_mixture(params, target, levels)
+        nll = -mixture_log_prob(params, target, levels)
     return nll if reduction == "none" else nll.unsqueeze(-1).flatten(1).sum(1)
 
 
@@ -62,52 +59,6 @@ def _gaussian(params: Tensor, target: Tensor) -> Tensor:
 def _categorical(logits: Tensor, target: Tensor) -> Tensor:
     logits = logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
     return -logits.log_softmax(1).gather(1, target.long().unsqueeze(1)).squeeze(1)
-
-
-def split_mixture(params: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Logits (B, M, ...), means and log-scales (B, C, M, ...), coefficients (B, 3, M, ...) or None for one channel."""
-    n_mix = params.shape[1] // (10 if channels == 3 else 3)
-    of_colour = params[:, n_mix:].unflatten(1, (channels, -1, n_mix))
-    coefficients = of_colour[:, :, 2].tanh() if channels == 3 else None
-    logits = params[:, :n_mix].clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
-    means = of_colour[:, :, 0].clamp(-DEVIATION_LIMIT, DEVIATION_LIMIT)
-    return logits, means, of_colour[:, :, 1].clamp(MIN_LOG_SCALE, LOGIT_LIMIT), coefficients
-
-
-def component_mean(channel: int, means: Tensor, coefficients: Tensor | None, x: Tensor) -> Tensor:
-    """Means (B, M, ...) of one colour given the colours before it in x (B, C, 1, ...), PixelCNN++ equation 3."""
-    mean = means[:, channel]
-    if coefficients is None or channel == 0:
-        return mean
-    if channel == 1:
-        return mean + coefficients[:, 0] * x[:, 0]
-    return mean + coefficients[:, 1] * x[:, 0] + coefficients[:, 2] * x[:, 1]
-
-
-def _logistic_mixture(params: Tensor, target: Tensor, levels: int) -> Tensor:
-    """Exact: log(sigmoid(a) - sigmoid(b)) = logsigmoid(a) + logsigmoid(-b) + log(1 - exp(b - a)), with the two ends of
-    a level's bin at a and b in units of the component's scale, so that no threshold is needed anywhere."""
-    half = (levels - 1) / 2
-    level = target.to(params.dtype).unsqueeze(2)
-    logits, means, log_scales, coefficients = split_mixture(params, target.shape[1])
-    log_joint = logits.log_softmax(1)
-    for channel in range(target.shape[1]):
-        mean = component_mean(channel, means, coefficients, level / half - 1)
-        log_scale = log_scales[:, channel]
-        width = torch.exp(-log_scale) / half  # of a level, in scales
-        # Distance from the mean in levels. Where they are close, half * mean = (levels / 2 - 1 / 2) * mean taken in
-        # two steps keeps the digits that a level / half - 1 rounded to float32 has lost.
-        distance = (level[:, channel] - half - (levels / 2) * mean) + 0.5 * mean
-        upper = F.logsigmoid((distance + 0.5) * width)
-        lower = F.logsigmoid(-(distance - 0.5) * width)
-        # log(1 - exp(-width)); for wide scales as log(width) + log((1 - exp(-width)) / width), without underflow.
-        small = width.clamp(1e-30, 1)
-        wide = torch.log(-torch.expm1(-small) / small) - log_scale - math.log(half)
-        log_width = torch.where(width > 1, torch.log1p(-torch.exp(-width.clamp(min=1))), wide)
-        first, last = level[:, channel] == 0, level[:, channel] == levels - 1
-        log_probability = torch.where(first, upper, torch.where(last, lower, upper + lower + log_width))
-        log_joint = log_joint + log_probability
-    return -log_joint.logsumexp(1, keepdim=True)
 
 
 def _pixelcnnpp(params: Tensor, target: Tensor) -> Tensor:

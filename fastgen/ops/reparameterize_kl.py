@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.kernels.maps import empty_in_order, order_of
 from fastgen.ops._implementation import is_plain, uses_triton
 
 MIN_LOGVAR, MAX_LOGVAR = -100.0, 80.0  # the range in which exp and its square root stay in float32
@@ -77,7 +78,7 @@ def _reparameterize_kl(
 
 @_reparameterize_kl.register_fake
 def _(mu, logvar, eps, seed, free_bits):
-    z = mu.new_empty(mu.shape, dtype=torch.promote_types(mu.dtype, logvar.dtype))
+    z = empty_in_order(mu, order_of(mu), torch.promote_types(mu.dtype, logvar.dtype))
     return z, mu.new_empty(mu.shape[:1], dtype=torch.float32)
 
 
@@ -103,7 +104,8 @@ def _reparameterize_kl_backward(
 @_reparameterize_kl_backward.register_fake
 def _(grad_z, grad_kl, mu, logvar, eps, seed, free_bits, needs):
     grad_mu, grad_logvar, grad_eps = (
-        x.new_empty(x.shape) if needed else mu.new_empty(0) for x, needed in zip((mu, logvar, eps), needs, strict=True)
+        empty_in_order(x, order_of(mu), x.dtype) if needed else mu.new_empty(0)
+        for x, needed in zip((mu, logvar, eps), needs, strict=True)
     )
     return grad_mu, grad_logvar, grad_eps
 
@@ -183,7 +185,7 @@ def reparameterize_kl(
             the definition, as the kernel works in float32. The two draw different noise from the same seed.
 
     Returns:
-        z, of mu's shape and the wider of the two dtypes, contiguous from the kernel; and kl (B,) in nats, float32
+        z, of mu's shape, the wider of the two dtypes, dense with mu's order of dimensions; and kl (B,) in nats, float32
         (float64 for float64), whatever the storage type.
 
     Raises:

@@ -62,7 +62,7 @@ def row_lstm_forward_kernel(
     terms = load_terms(gates_ptr, strides, units, image, tl.zeros_like(m), column, active, u)
     for step in range(steps):
         gates = widened(terms)
-        row = step % height
+        row = tl.zeros((), tl.int32) + step % height  # the interpreter's loops count in Python ints
         pixel = (image.to(tl.int64) * height + row) * width + column
         reads = active & (row > 0)
         mask = active[:, None] & (u < units)[None, :]
@@ -134,7 +134,7 @@ def row_lstm_backward_kernel(
     if AHEAD:
         saved = load_saved_row(maps, strides, units, height, width, image, height - 1, column, u, batch)
     for step in range(steps):
-        row = height - 1 - step % height
+        row = tl.zeros((), tl.int32) + (height - 1 - step % height)
         if not AHEAD:
             saved = load_saved_row(maps, strides, units, height, width, image, row, column, u, batch)
         grad_hidden, cell, previous, o, f, i, g = saved

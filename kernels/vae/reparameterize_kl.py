@@ -1,17 +1,17 @@
 """Reparameterization and KL of a diagonal Gaussian posterior, forward and backward, one pass each.
 
-B rows, D columns (all trailing dimensions, in row-major order). For each element, with mean m and log-variance v:
+B rows, D columns (all trailing dimensions, in the order of mu's memory). For each element, with mean m and
+log-variance v:
 
     z  = m + exp(clip(v) / 2) * eps                       clip to [-100, 80]
     kl = (exp(clip(v)) - 1 - min(v, 80) + m^2) / 2        not below free_bits, summed over the columns
 
 Noise is not stored: four neighbours of a row share one Philox counter, row * ceil(D / 4) + column // 4, so that
-the backward kernel draws the same numbers again, and tile sizes, strides and dtypes do not change them.
+the backward kernel draws the same numbers again, and neither tile sizes nor dtypes change them.
 Traffic in fp32: 12 bytes an element forward (read m, v; write z), 20 backward (read dz, m, v; write dm, dv).
 """
 
 import functools
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fastgen.kernels.catalogue_entry import Entry
 from fastgen.kernels.common import cdiv, launch, next_power_of_2
+from fastgen.kernels.maps import empty_in_order, order_of
 
 MIN_LOGVAR = tl.constexpr(-100.0)
 MAX_LOGVAR = tl.constexpr(80.0)
@@ -30,13 +31,13 @@ MAX_FLOAT = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
-def exponential(x):
-    """exp(x) for x in [-87, 88] to 2 units in the last place: `tl.exp` alone loses 5e-6 at x = 80 on a GPU."""
-    shifted = x * 1.4426950408889634 + 12583039.0  # 2^23 + 2^22 + 127: rounds, and leaves n + 127 in the last bits
+def exp_of_half(x):
+    """exp(x / 2) for x in [-174, 176] to 2 units in the last place: `tl.exp` alone loses 5e-6 at x = 160 on a GPU."""
+    shifted = x * 0.7213475204444817 + 12583039.0  # 2^23 + 2^22 + 127: rounds, and leaves n + 127 in the last bits
     n = shifted - 12583039.0
-    r = (x - n * 0.693145751953125) - n * 1.428606820309417e-06  # x - n * ln 2, the first product exact
+    r = (x - n * 1.38629150390625) - n * 2.857213640618834e-06  # x - n * 2 ln 2, the first product exact
     power = (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)  # 2^n
-    return tl.exp(r) * power
+    return tl.exp2(r * 0.7213475204444817) * power
 
 
 @triton.jit
@@ -65,12 +66,12 @@ def limited(v):
 
 
 @triton.jit
-def kl_of_element(m, below, excess):
-    """(exp(clip(v)) - 1 - min(v, 80) + m^2) / 2, in nats; excess: `expm1_minus` of the clipped v.
+def twice_kl(m, below, excess):
+    """exp(clip(v)) - 1 - min(v, 80) + m^2, twice the nats; excess: `expm1_minus` of the clipped v.
 
     The linear term alone goes on below the range.
     """
-    return 0.5 * (excess - below + m * m)
+    return excess - below + m * m
 
 
 @triton.jit
@@ -125,10 +126,20 @@ def tile_noise(seed, row, column, columns):
 
 @triton.jit
 def tile_offsets(row, column, inner, row_stride, outer_stride, inner_stride, FLAT: tl.constexpr):
-    """Element offsets of a tile: a row is (outer, inner), or a single dimension if FLAT."""
+    """Element offsets of a tile, in 64 bits: a row is (outer, inner), or a single dimension if FLAT."""
     if FLAT:
-        return row * row_stride + column * inner_stride
-    return row * row_stride + (column // inner) * outer_stride + (column % inner) * inner_stride
+        return row * row_stride + column.to(tl.int64) * inner_stride
+    outer = (column // inner).to(tl.int64)
+    return row * row_stride + outer * outer_stride + (column % inner).to(tl.int64) * inner_stride
+
+
+@triton.jit
+def first_column(tile, tiles, columns, COLS: tl.constexpr, WIDE: tl.constexpr):
+    """Of a program's tile. Columns are counted in 32 bits unless there are too many: to divide 64 bits is slow."""
+    of_program = tl.program_id(1)
+    if WIDE:
+        of_program = of_program.to(tl.int64)
+    return (of_program * tiles + tile) * COLS
 
 
 @triton.jit
@@ -154,15 +165,22 @@ def reparameterize_kl_forward_kernel(
     tiles,  # tiles of COLS columns for one program
     free_bits,
     FLAT: tl.constexpr,
+    FOURS: tl.constexpr,
+    WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    if FOURS:  # so that the compiler knows rows to begin at multiples of four, and loads four at a time
+        columns *= 4
+        mu_row_stride *= 4
+        logvar_row_stride *= 4
+        eps_row_stride *= 4
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     total = tl.zeros((ROWS, COLS), tl.float32)
     if eps_ptr is None:
         seed = tl.load(seed_ptr)
     for tile in range(tiles):
-        start = (tl.program_id(1).to(tl.int64) * tiles + tile) * COLS
+        start = first_column(tile, tiles, columns, COLS, WIDE)
         column = (start + tl.arange(0, COLS))[None, :]
         inside = (row < rows) & (column < columns)
         at_mu = tile_offsets(row, column, inner, mu_row_stride, mu_outer_stride, mu_inner_stride, FLAT)
@@ -176,10 +194,10 @@ def reparameterize_kl_forward_kernel(
             at_eps = tile_offsets(row, column, inner, eps_row_stride, eps_outer_stride, eps_inner_stride, FLAT)
             eps = tl.load(eps_ptr + at_eps, inside, other=0.0).to(tl.float32)
         clipped, below = limited(v)
-        scale = exponential(0.5 * clipped)
+        scale = exp_of_half(clipped)
         z = m + scale * eps
         tl.store(z_ptr + row * columns + column, z.to(z_ptr.dtype.element_ty), inside)
-        kl = kl_of_element(m, below, expm1_minus(clipped, scale))
+        kl = 0.5 * twice_kl(m, below, expm1_minus(clipped, scale))
         kl = tl.maximum(kl, free_bits, propagate_nan=tl.PropagateNan.ALL)
         total += tl.where(inside, kl, 0.0)
     part = tl.sum(total, axis=1)
@@ -235,16 +253,24 @@ def reparameterize_kl_backward_kernel(
     tiles,
     free_bits,
     FLAT: tl.constexpr,
+    FOURS: tl.constexpr,
+    WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    if FOURS:
+        columns *= 4
+        grad_z_row_stride *= 4
+        mu_row_stride *= 4
+        logvar_row_stride *= 4
+        eps_row_stride *= 4
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     if grad_kl_ptr is not None:
         grad_of_row = tl.load(grad_kl_ptr + row * grad_kl_stride, row < rows, other=0.0).to(tl.float32)
     if eps_ptr is None:
         seed = tl.load(seed_ptr)
     for tile in range(tiles):
-        start = (tl.program_id(1).to(tl.int64) * tiles + tile) * COLS
+        start = first_column(tile, tiles, columns, COLS, WIDE)
         column = (start + tl.arange(0, COLS))[None, :]
         inside = (row < rows) & (column < columns)
         at_mu = tile_offsets(row, column, inner, mu_row_stride, mu_outer_stride, mu_inner_stride, FLAT)
@@ -252,7 +278,7 @@ def reparameterize_kl_backward_kernel(
         m = tl.load(mu_ptr + at_mu, inside, other=0.0).to(tl.float32)
         v = tl.load(logvar_ptr + at_logvar, inside, other=0.0).to(tl.float32)
         clipped, below = limited(v)
-        scale = exponential(0.5 * clipped)
+        scale = exp_of_half(clipped)
         grad_mu = tl.zeros((ROWS, COLS), tl.float32)
         grad_logvar = tl.zeros((ROWS, COLS), tl.float32)
         at = row * columns + column
@@ -272,43 +298,52 @@ def reparameterize_kl_backward_kernel(
                     at_eps = tile_offsets(row, column, inner, eps_row_stride, eps_outer_stride, eps_inner_stride, FLAT)
                     eps = tl.load(eps_ptr + at_eps, inside, other=0.0).to(tl.float32)
                 # Outside the range z no longer depends on the log-variance.
-                grad_logvar = tl.where(clipped == v, 0.5 * grad_eps * eps, 0.0)
+                grad_logvar = tl.where(clipped == v, grad_eps * eps, 0.0)
         if grad_kl_ptr is not None:
             # Outside the range the slope of its end goes on, so that the KL can pull the log-variance back.
             excess = expm1_minus(clipped, scale)
-            counts = kl_of_element(m, below, excess) >= free_bits
-            grad_mu += tl.where(counts, grad_of_row * m, 0.0)
-            grad_logvar += tl.where(counts, grad_of_row * 0.5 * (excess + clipped), 0.0)
+            grad_kl = tl.where(twice_kl(m, below, excess) < 2 * free_bits, 0.0, grad_of_row)
+            grad_mu += grad_kl * m
+            grad_logvar += grad_kl * (excess + clipped)
         if grad_mu_ptr is not None:
             tl.store(grad_mu_ptr + at, grad_mu.to(grad_mu_ptr.dtype.element_ty), inside)
         if grad_logvar_ptr is not None:
-            tl.store(grad_logvar_ptr + at, grad_logvar.to(grad_logvar_ptr.dtype.element_ty), inside)
+            tl.store(grad_logvar_ptr + at, (0.5 * grad_logvar).to(grad_logvar_ptr.dtype.element_ty), inside)
 
 
 @dataclass(frozen=True)
-class Launch:
+class Choice:
     """Tile of one program, and how many programs share a row; `tiles` is the number of tiles each of them walks."""
 
     ROWS: int
     COLS: int
     splits: int
     tiles: int
-    num_warps: int = 4
+
+    @functools.cached_property
+    def constants(self) -> dict[str, Any]:
+        """WIDE: columns are counted in 64 bits."""
+        wide = self.splits * self.tiles * self.COLS >= 2**31
+        return {"ROWS": self.ROWS, "COLS": self.COLS, "WIDE": wide, "num_warps": 4}
 
 
 TILE = 1024  # 8 elements a thread: two 16-byte loads of each fp32 input in flight
 PROGRAMS = 1024  # enough to fill the chip; fixed, so that sums do not depend on the device
 
 
-@functools.lru_cache(4096)
-def launch_configuration(rows: int, columns: int) -> Launch:
+def launch_configuration(rows: int, columns: int) -> Choice:
     """Wide rows get a tile each, short ones share it. Rows are split where there are too few of them for the chip."""
+    return _configuration(rows, columns, PROGRAMS)
+
+
+@functools.lru_cache(4096)
+def _configuration(rows: int, columns: int, programs: int) -> Choice:
     tile_columns = min(next_power_of_2(max(columns, 4)), TILE)
     tile_rows = TILE // tile_columns
     tiles = cdiv(columns, tile_columns)
-    splits = min(cdiv(PROGRAMS, cdiv(rows, tile_rows)), tiles)
+    splits = min(cdiv(programs, cdiv(rows, tile_rows)), tiles)
     per_program = cdiv(tiles, splits)
-    return Launch(tile_rows, tile_columns, cdiv(tiles, per_program), per_program)
+    return Choice(tile_rows, tile_columns, cdiv(tiles, per_program), per_program)
 
 
 Strides = tuple[int, ...]
@@ -348,23 +383,43 @@ def as_rows(*tensors: Tensor | None) -> tuple[tuple[Tensor | None, ...], int, bo
     return tensors, *found
 
 
+def in_order(order: tuple[int, ...], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Views whose last dimension is the fastest in memory."""
+    if order == tuple(range(len(order))):
+        return tensors
+    return tuple(None if tensor is None else tensor.permute(order) for tensor in tensors)
+
+
+def numbers_of(columns: int, inner: int, flat: bool, strides: tuple[Strides, ...]) -> tuple[list[int], bool]:
+    """columns, inner and the strides, the former and those of rows in fours if all are multiples of four, but not of
+    sixteen, which the compiler sees for itself; and whether it is so."""
+    rows = [columns, *(stride[0] for stride in strides)]
+    fours = flat and all(n % 4 == 0 for n in rows) and any(n % 16 for n in rows)
+    unit = 4 if fours else 1
+    numbers = [columns // unit, inner]
+    for row, *rest in strides:
+        numbers += [row // unit, *rest]
+    return numbers, fours
+
+
 def forward(mu: Tensor, logvar: Tensor, eps: Tensor | None, seed: Tensor, free_bits: float) -> tuple[Tensor, Tensor]:
-    """z like mu (contiguous) and kl (B,) fp32, of mu, logvar and eps (B, D...)."""
-    dtype = mu.dtype if mu.dtype == logvar.dtype else torch.promote_types(mu.dtype, logvar.dtype)
-    z = torch.empty(mu.shape, dtype=dtype, device=mu.device)
-    rows = mu.shape[0]
-    if mu.numel() == 0:
+    """z like mu, dense, and kl (B,) fp32, of mu, logvar and eps (B, D...)."""
+    order = order_of(mu)
+    z = empty_in_order(mu, order, mu.dtype if mu.dtype == logvar.dtype else torch.promote_types(mu.dtype, logvar.dtype))
+    rows, size = mu.shape[0], mu.numel()
+    if size == 0:
         return z, torch.zeros(rows, dtype=torch.float32, device=mu.device)
-    columns = mu.numel() // rows
+    columns = size // rows
     choice = launch_configuration(rows, columns)
-    inputs, inner, flat, strides = as_rows(mu, logvar, eps)
-    parts = torch.empty(rows, choice.splits, dtype=torch.float32, device=z.device)
-    constants = {"FLAT": flat, "ROWS": choice.ROWS, "COLS": choice.COLS, "num_warps": choice.num_warps}
-    args = (*inputs, seed, z, parts, rows, columns, inner, *itertools.chain(*strides), choice.tiles, float(free_bits))
+    inputs, inner, flat, strides = as_rows(*in_order(order, mu, logvar, eps))
+    numbers, fours = numbers_of(columns, inner, flat, strides)
+    parts = torch.empty(rows, choice.splits, dtype=torch.float32, device=mu.device)
+    args = (*inputs, seed, z, parts, rows, *numbers, choice.tiles, float(free_bits))
+    constants = {"FLAT": flat, "FOURS": fours, **choice.constants}
     launch(reparameterize_kl_forward_kernel, (cdiv(rows, choice.ROWS), choice.splits), args, constants)
     if choice.splits == 1:
         return z, parts.view(rows)
-    kl = torch.empty(rows, dtype=torch.float32, device=z.device)
+    kl = torch.empty(rows, dtype=torch.float32, device=mu.device)
     width = next_power_of_2(choice.splits)
     height = max(1, TILE // width)
     args = (parts, kl, rows, choice.splits)
@@ -382,33 +437,34 @@ def backward(
     free_bits: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of mu, logvar and eps, contiguous, None where `needs` says that they are not asked for."""
-    rows = mu.shape[0]
-    inputs = (mu, logvar, eps)
+    """Gradients of mu, logvar and eps, in the order of mu's memory, None where `needs` says that they are not asked
+    for."""
+    rows, size, order = mu.shape[0], mu.numel(), order_of(mu)
     grads = [
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) if x is not None and needed else None
-        for x, needed in zip(inputs, needs, strict=True)
+        empty_in_order(x, order, x.dtype) if x is not None and needed else None
+        for x, needed in zip((mu, logvar, eps), needs, strict=True)
     ]
-    if mu.numel() == 0:
+    if size == 0:
         return grads[0], grads[1], grads[2]
     if grad_z is None and grads[2] is not None:
         grads[2].zero_()
-    columns = mu.numel() // rows
+    columns = size // rows
     choice = launch_configuration(rows, columns)
-    tensors, inner, flat, strides = as_rows(grad_z, mu, logvar, eps)
-    constants = {"FLAT": flat, "ROWS": choice.ROWS, "COLS": choice.COLS, "num_warps": choice.num_warps}
-    of_kl = 0 if grad_kl is None else grad_kl.stride(0)
-    sizes = (rows, columns, inner, *strides[0], of_kl, *itertools.chain(*strides[1:]), choice.tiles, float(free_bits))
-    args = (tensors[0], grad_kl, *tensors[1:], seed, *grads, *sizes)
+    tensors, inner, flat, strides = as_rows(*in_order(order, grad_z, mu, logvar, eps))
+    numbers, fours = numbers_of(columns, inner, flat, strides)
+    numbers.insert(5, 0 if grad_kl is None else grad_kl.stride(0))  # behind the strides of grad_z
+    args = (tensors[0], grad_kl, *tensors[1:], seed, *grads, rows, *numbers, choice.tiles, float(free_bits))
+    constants = {"FLAT": flat, "FOURS": fours, **choice.constants}
     launch(reparameterize_kl_backward_kernel, (cdiv(rows, choice.ROWS), choice.splits), args, constants)
     return grads[0], grads[1], grads[2]
 
 
-def _entry(kernel, dtype: str, rows: int, columns: int, *, eps_given: bool, flat: bool) -> Entry:
-    """Rows are contiguous (flat) or have two strides, as those of a channels-last tensor."""
-    fixed: dict[str, Any] = {"FLAT": flat, "ROWS": rows, "COLS": columns}
-    if flat:
-        fixed |= {f"{name}_inner_stride": 1 for name in ("mu", "logvar", "grad_z")}
+def _entry(
+    kernel, dtype: str, rows: int, columns: int, *, eps_given: bool, flat: bool = True, fours: bool = False
+) -> Entry:
+    """Rows are contiguous (flat) or have two strides, as the halves of a channels-last tensor."""
+    fixed: dict[str, Any] = {"FLAT": flat, "FOURS": fours, "WIDE": False, "ROWS": rows, "COLS": columns}
+    fixed |= {f"{name}_inner_stride": 1 for name in ("mu", "logvar", "grad_z", "eps")}
     if not eps_given:
         fixed |= {"eps_ptr": None, "grad_eps_ptr": None}
     fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
@@ -418,8 +474,10 @@ def _entry(kernel, dtype: str, rows: int, columns: int, *, eps_given: bool, flat
         for name in kernel.arg_names
         if name not in fixed
     }
-    aligned = tuple(name for name in signature if name == "columns" or name.endswith("row_stride"))
-    config = f"{dtype} {rows}x{columns}, eps {'given' if eps_given else 'drawn'}, {'flat' if flat else 'two strides'}"
+    suffixes = () if fours else ("columns", "row_stride", "outer_stride", "inner")
+    aligned = tuple(name for name in signature if name.endswith(suffixes))
+    layout = "two strides" if not flat else "flat in fours" if fours else "flat"
+    config = f"{dtype} {rows}x{columns}, eps {'given' if eps_given else 'drawn'}, {layout}"
     # ptxas stops at 72 of 255 registers for sm_100, whatever is taken out of the loop: two words, hit in L1.
     spills = {"sm_100": 8} if kernel is reparameterize_kl_backward_kernel and not eps_given else {}
     reason = "a choice of ptxas for sm_100, far from the register limit" if spills else ""
@@ -431,8 +489,10 @@ CATALOGUE = [
     entry
     for kernel in (reparameterize_kl_forward_kernel, reparameterize_kl_backward_kernel)
     for entry in (
-        _entry(kernel, "fp32", 1, 1024, eps_given=False, flat=True),
-        _entry(kernel, "bf16", 1, 1024, eps_given=False, flat=True),
+        _entry(kernel, "fp32", 1, 1024, eps_given=False),
+        _entry(kernel, "bf16", 1, 1024, eps_given=False),
+        _entry(kernel, "fp32", 32, 32, eps_given=False, fours=True),
+        _entry(kernel, "fp32", 1, 1024, eps_given=False, flat=False),
         _entry(kernel, "fp32", 32, 32, eps_given=True, flat=False),
     )
 ] + [

@@ -2,14 +2,14 @@
 
 import math
 
+import mpmath
 import pytest
 import torch
-from torch import nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from fastgen import ops
 from fastgen.models import VAE
-from fastgen.models.decoded import draw, expected
+from fastgen.models.decoded import draw, expected, gaussian_nll
 from fastgen.ops.reconstruction_nll import LIKELIHOODS
 
 SHAPES = [(1, 8, 8), (3, 5, 7), (1, 1, 9), (3, 1, 1), (1, 13, 2)]
@@ -33,10 +33,7 @@ def test_scores_samples_and_learns_any_shape(shape, likelihood, network):
     model = small(shape, likelihood, network=network, n_classes=2)
     x, condition = images(model), torch.tensor([0, 1, 1, 0])
     bound = model(x, condition)
-    nll = ops.reconstruction_nll(
-        model.decode(bound.mu, condition), model._target(x), likelihood, levels=model.levels, reduction="none"
-    )
-    assert bound.elbo.shape == bound.nll.shape == bound.kl.shape == (4,) and nll.shape[-2:] == shape[-2:]
+    assert bound.elbo.shape == bound.nll.shape == bound.kl.shape == (4,) and not bound.density
     model.loss(x, condition).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
@@ -216,24 +213,16 @@ def test_log_prob_of_all_images_sums_to_one():
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_draws_follow_the_likelihood(likelihood, channels):
-    """Frequencies of the levels against exp(-nll), or the bins of the Gaussian; and the mean of the draws."""
+    """Frequencies of the levels against exp(-nll), and the mean of the draws."""
     levels, n = 2 if likelihood == "bernoulli" else 5, 40_000
     model = small((channels, 1, 1), likelihood, levels)
     params = model.decode(torch.randn(1, 3) * 3)
     drawn = draw(params.expand(n, *params.shape[1:]), likelihood, channels, levels)
-    if likelihood == "gaussian":
-        mean, log_variance = params.detach().flatten().chunk(2)
-        edges = (torch.arange(1, levels) - 0.5) / ((levels - 1) / 2) - 1
-        cumulative = Normal(mean, (log_variance / 2).exp()).cdf(edges.unsqueeze(1)).T
-        frequencies = torch.diff(nn.functional.pad(cumulative, (1, 1)), dim=1)
-        frequencies[:, -1] += 1
-    else:
-        colours = torch.cartesian_prod(*[torch.arange(levels)] * channels).view(-1, channels, 1, 1)
-        each = params.detach().expand(len(colours), *params.shape[1:])
-        probabilities = torch.exp(-ops.reconstruction_nll(each, colours, likelihood, levels=levels))
-        frequencies = torch.stack(
-            [torch.zeros(levels).index_add(0, colours[:, c, 0, 0], probabilities) for c in range(channels)]
-        )
+    colours = torch.cartesian_prod(*[torch.arange(levels)] * channels).view(-1, channels, 1, 1)
+    probabilities = torch.exp(-model._nll(params.detach().expand(len(colours), *params.shape[1:]), colours))
+    frequencies = torch.stack(
+        [torch.zeros(levels).index_add(0, colours[:, c, 0, 0], probabilities) for c in range(channels)]
+    )
     counts = torch.stack([torch.bincount(drawn[:, c, 0, 0], minlength=levels) for c in range(channels)]) / n
     assert ((counts - frequencies).abs() < 5 * (frequencies / n).sqrt() + 1e-4).all()
     if likelihood in ("bernoulli", "categorical"):
@@ -303,10 +292,14 @@ def test_integers_are_floats_and_dtypes_are_kept():
     floats = x.double() / 16 * 2 - 1
     assert torch.equal(model.encode(x)[0], model.encode(floats)[0])
     torch.manual_seed(0)
-    from_levels = model.elbo(x).elbo
+    from_doubles = model.elbo(floats)
     torch.manual_seed(0)
-    torch.testing.assert_close(model.elbo(floats.float()).elbo, from_levels, rtol=1e-4, atol=0)
-    assert from_levels.dtype == torch.float64
+    from_floats = model.elbo(floats.float())
+    torch.testing.assert_close(from_floats.elbo, from_doubles.elbo, rtol=1e-4, atol=0)
+    assert from_doubles.elbo.dtype == torch.float64
+    # A density has no bits/dim.
+    assert from_floats.density and from_floats.bits_per_dim.isnan().all() and "bits_per_dim" not in from_floats.report()
+    assert "bits_per_dim" in model.elbo(x).report()
     binary = small()
     x = images(binary)
     assert torch.equal(binary.encode(x)[0], binary.encode(x.float())[0])
@@ -316,6 +309,52 @@ def test_a_constant_pixel_has_no_infinite_density():
     model = small(likelihood="gaussian", levels=17)
     log_variance = model.decode(torch.randn(5, 3) * 1e4).chunk(2, 1)[1]
     assert log_variance.min() >= math.log((2 / 16) ** 2 / 12) - 1e-4
+
+
+@pytest.mark.parametrize("network", ["convolutional", "mlp"])
+def test_the_gaussian_starts_at_the_scale_of_the_data(network):
+    """Near the uniform's bits/dim, with gradients that can be followed, whatever the number of levels."""
+    for levels in (2, 5, 256, 2**16):
+        model = VAE((1, 8, 8), 3, likelihood="gaussian", levels=levels, network=network, channels=4, hidden=16)
+        bound = model.elbo(images(model, 64))
+        assert abs(bound.bits_per_dim.mean().item() - math.log2(levels)) < 1.5
+        model.loss(images(model)).backward()
+        assert max(parameter.grad.abs().max() for parameter in model.parameters()) < 100
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gaussian_of_levels_sums_to_one_and_is_exact(levels, dtype):
+    mean = torch.tensor([-3.0, -1.0, -0.3, 0.0, 0.77, 1.0, 40.0], dtype=dtype)
+    log_variance = torch.tensor([-11.0, -6.0, -2.0, 0.0, 5.0], dtype=dtype)
+    params = torch.cartesian_prod(mean, log_variance).unsqueeze(1)  # (35, 1, 2)
+    every = torch.arange(levels)
+    each = params.expand(-1, levels, -1).reshape(-1, 2, 1, 1).requires_grad_()
+    nll = gaussian_nll(each, every.repeat(len(params)).view(-1, 1, 1, 1), levels)
+    total = torch.exp(-nll.double()).view(-1, levels).sum(1)
+    exact = dtype == torch.float64
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-9 if exact else 1e-4)
+    nll.sum().backward()
+    assert nll.isfinite().all() and each.grad.isfinite().all()
+    chosen = torch.randperm(len(nll))[:200]
+    found = nll[chosen].detach()
+    with mpmath.workdps(60):
+        truth = [_exact_nll(each[i].flatten().tolist(), int(every[i % levels]), levels) for i in chosen.tolist()]
+    truth = torch.tensor(truth, dtype=torch.float64)
+    torch.testing.assert_close(found.double(), truth, rtol=1e-8 if exact else 1e-5, atol=1e-8 if exact else 2e-5)
+
+
+def _exact_nll(params, level, levels):
+    mean, deviation = mpmath.mpf(params[0]), mpmath.exp(mpmath.mpf(params[1]) / 2)
+    width = mpmath.mpf(2) / (levels - 1)
+    ends = [(level * width - 1 + side * width / 2 - mean) / deviation for side in (-1, 1)]
+    if sum(ends) > 0:  # in the lower tail, where nothing cancels
+        ends = [-end for end in reversed(ends)]
+        first, last = level == levels - 1, level == 0
+    else:
+        first, last = level == 0, level == levels - 1
+    below = mpmath.mpf(0) if first else mpmath.ncdf(ends[0])
+    return float(-mpmath.log((1 if last else mpmath.ncdf(ends[1])) - below))
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)

@@ -135,7 +135,8 @@ def test_layout_changes_nothing(layout, device):
     strided = [LAYOUTS[layout](x.detach()).requires_grad_() for x in variables]
     assert not strided[0].is_contiguous()
     z2, kl2 = reparameterize_kl(strided[0], variables[1], eps=strided[2], impl="triton")
-    assert torch.equal(z, z2) and torch.equal(kl, kl2)
+    assert torch.equal(z, z2) and (z2.stride() == strided[0].stride() or layout != "channels last")
+    torch.testing.assert_close(kl, kl2, rtol=1e-6, atol=0)  # the sum is in the order of the memory
     grads = gradients(z, kl, variables)
     grads2 = gradients(z2, kl2, (strided[0], variables[1], strided[2]))
     assert all(torch.equal(a, b) for a, b in zip(grads, grads2, strict=True))
