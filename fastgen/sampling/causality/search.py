@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastgen.sampling.causality.draws import Draws, raster_variants
 
-MOST_ROUNDS = 100  # orders tried
+MOST_ROUNDS = 64  # orders tried
 
 
 @dataclass(frozen=True)

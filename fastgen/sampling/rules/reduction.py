@@ -60,7 +60,10 @@ class Softmax(Rule):
         if analysis.certain and not self._is_log:
             unseen = shrunk(value.data <= NEXT_TO_NOTHING)
         self._hidden = compact(unseen) if unseen is not None and unseen.any() else None
-        self.unseen = None if self._hidden is None else analysis.constant(self._hidden.expand(value.shape))
+
+    @cached_property
+    def unseen(self) -> Operand | None:
+        return None if self._hidden is None else self.analysis.constant(self._hidden.expand(self.value.shape))
 
     def ready(self) -> tuple[Tensor, Tensor | None]:
         times = self.analysis.ready(self.value.args[0])
@@ -105,7 +108,11 @@ class Reduction(Rule):
         super().__init__(value, analysis)
         greatest = value.op._schema.name.split("::")[1] in GREATEST and self.dims
         self._hidden = _beside_others(analysis.softmax_zero(value.args[0]), self.dims) if greatest else None
-        self.unseen = None if self._hidden is None else analysis.constant(self._hidden.expand(value.args[0].shape))
+
+    @cached_property
+    def unseen(self) -> Operand | None:
+        shape = self.value.args[0].shape
+        return None if self._hidden is None else self.analysis.constant(self._hidden.expand(shape))
 
     @property
     def dims(self) -> list[int]:
