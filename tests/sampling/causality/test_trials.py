@@ -40,7 +40,14 @@ def test_walks_and_stars_see_what_others_hide():
 def test_many_levels_go_in_several_batches():
     start, end = torch.zeros(1, 1, 10, 15).long(), torch.ones(1, 1, 10, 15).long()
     for walk in (None, torch.randperm(150, generator=torch.Generator().manual_seed(0))):
-        assert torch.equal(changes(lambda x: 2.0 * x.flatten(1), start, end, walk), torch.eye(150, dtype=torch.bool))
+        seen = []
+
+        def run(x, seen=seen):
+            seen.append(x[-1])
+            return 2.0 * x.flatten(1)
+
+        assert torch.equal(changes(run, start, end, walk), torch.eye(150, dtype=torch.bool))
+        assert int(seen[-1].sum()) == (1 if walk is None else 150)
 
 
 def test_a_statistic_of_the_batch_is_seen_in_the_image_itself():
