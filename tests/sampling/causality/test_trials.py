@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import pytest
 import torch
 from torch import nn
 
@@ -56,12 +57,13 @@ def test_a_statistic_of_the_batch_is_seen_in_the_image_itself():
     assert found.all()
 
 
-def test_all_dependences_of_a_small_model_are_found():
+@pytest.mark.parametrize("levels", [2, 5])
+def test_all_dependences_of_a_small_model_are_found(levels):
     class Awake(nn.Module):
         def forward(self, x):
             return torch.cat((awake(x), torch.zeros(len(x), 7)), 1).view_as(x)
 
-    network = Network(Awake(), (1, 3, 3), lambda levels: levels, None, 2)
+    network = Network(Awake(), (1, 3, 3), lambda drawn: drawn.float() / (levels - 1), None, levels)
     moved, trials = dependences(network)
     expected = torch.zeros(9, 9, dtype=torch.bool)
     expected[1:, 0] = expected[1, 1] = True
