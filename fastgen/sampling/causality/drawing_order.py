@@ -81,7 +81,8 @@ def ordered(network: Network, distribution: Distribution) -> Ordered:
     try:
         graph, conditions = network.graph()
     except Unsupported as reason:
-        raise NotByReadyTimes(str(reason), _order_by_trials(network, candidates, reason)) from reason
+        order = _order_by_trials(network, candidates, reason)
+        raise NotByReadyTimes(f"{reason} (causal as far as trials show, not proven)", order) from reason
     in_raster = _in_raster(graph, candidates)
     if in_raster is not None:
         return Ordered(graph, conditions, *in_raster)
@@ -99,13 +100,13 @@ def ordered(network: Network, distribution: Distribution) -> Ordered:
             ordered = Ordered(graph, conditions, ready_times(graph, draws.of_levels()), draws)
             ordered.remarks.append(OTHER_ORDER)
             return ordered
-    report = CausalityReport(
-        False, leaks_of(ready_times(graph, candidates[-1].of_levels()), candidates[-1], network.model)
-    )
+    finest = candidates[-1]
+    report = CausalityReport(False, leaks_of(ready_times(graph, finest.of_levels()), finest, network.model))
     if all(search(certainly_ready, *given).circle for given in zip(candidates, known, strict=True)):
         raise NotCausalError(report)
-    doubt = Unsupported(f"ready times, an upper bound, find the model {report}; trials do not: not proven", graph)
-    raise NotByReadyTimes(str(doubt), _order_by_trials(network, candidates, doubt, certainly_ready))
+    doubt = Unsupported(f"ready times, an upper bound, find the model {report}", graph)
+    order = _order_by_trials(network, candidates, doubt, certainly_ready)
+    raise NotByReadyTimes(f"{doubt}; causal as far as trials show, not proven", order)
 
 
 def _in_raster(graph: Graph, candidates: Sequence[Draws]) -> tuple[Timed, Draws] | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastgen.sampling.causality.draws import Draws, raster_variants
 
-MOST_ROUNDS = 100  # orders tried
+MOST_ROUNDS = 64  # orders tried
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def search(output_ready: Callable[[Tensor], Tensor], draws: Draws, depends: Tens
         latest = tried.latest_of(output_ready(tried.of_levels()))
         known = torch.nonzero(latest >= 0).flatten()
         depends[order[known], order[latest[known]]] = True
-        if bool((latest < numbers).all()) and _follows(order, depends):
+        if _follows(order, depends):  # the last of all that it depends on is known of each draw
             return Found(tried if k < len(orders) else _near(draws, depends, output_ready) or tried, [])
     return Found(None, [])
 

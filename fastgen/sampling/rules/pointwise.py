@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,12 @@ ONE = (AffineOffset(0), 1, 1)  # all of a dimension of size 1
 
 
 class Pointwise(Rule):
-    vanishes: Operand | None = None
+    _vanishing: Tensor | None = None
+
+    @cached_property
+    def vanishes(self) -> Operand | None:
+        """Where the result is a constant zero, whatever lies in the operand there."""
+        return None if self._vanishing is None else self.analysis.constant(self._vanishing.expand(self.value.shape))
 
     def ready(self) -> tuple[Tensor, Tensor | None]:
         found, softmax_zero = self._selected() if self.chosen() is not None else self._of_all()
@@ -51,7 +57,7 @@ class Pointwise(Rule):
             if vanishes.any():
                 vanishes = vanishes & (self.value.data == 0)
                 ready = torch.where(vanishes, CONSTANT, ready)
-                self.vanishes = self.analysis.constant(vanishes.float())
+                self._vanishing = vanishes
         real = self.value.data.is_floating_point()
         if real and name in ("mul", "div") and not any(isinstance(one, Operand) for one in self.value.args[1:]):
             low = self._aligned(self.analysis.softmax_zero(operands[0]))

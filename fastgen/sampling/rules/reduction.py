@@ -58,7 +58,10 @@ class Softmax(Rule):
         if analysis.certain and not self._is_log:
             unseen = shrunk(value.data <= NEXT_TO_NOTHING)
         self._hidden = compact(unseen) if unseen is not None and unseen.any() else None
-        self.unseen = None if self._hidden is None else analysis.constant(self._hidden.expand(value.shape).float())
+
+    @cached_property
+    def unseen(self) -> Operand | None:
+        return None if self._hidden is None else self.analysis.constant(self._hidden.expand(self.value.shape).float())
 
     def ready(self) -> tuple[Tensor, Tensor | None]:
         times = self.analysis.ready(self.value.args[0])
@@ -108,8 +111,11 @@ class Reduction(Rule):
         super().__init__(value, analysis)
         greatest = value.op._schema.name.split("::")[1] in GREATEST and self.dims
         self._hidden = _beside_others(analysis.softmax_zero(value.args[0]), self.dims) if greatest else None
-        shape = value.args[0].shape
-        self.unseen = None if self._hidden is None else analysis.constant(self._hidden.expand(shape).float())
+
+    @cached_property
+    def unseen(self) -> Operand | None:
+        shape = self.value.args[0].shape
+        return None if self._hidden is None else self.analysis.constant(self._hidden.expand(shape).float())
 
     def _is_plain(self, seen: View) -> bool:
         """Whether result and operand have one type, which sums may be rounded to."""

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import pytest
 import torch
 from torch import nn
 
@@ -40,7 +41,14 @@ def test_walks_and_stars_see_what_others_hide():
 def test_many_levels_go_in_several_batches():
     start, end = torch.zeros(1, 1, 10, 15).long(), torch.ones(1, 1, 10, 15).long()
     for walk in (None, torch.randperm(150, generator=torch.Generator().manual_seed(0))):
-        assert torch.equal(changes(lambda x: 2.0 * x.flatten(1), start, end, walk), torch.eye(150, dtype=torch.bool))
+        seen = []
+
+        def run(x, seen=seen):
+            seen.append(x[-1])
+            return 2.0 * x.flatten(1)
+
+        assert torch.equal(changes(run, start, end, walk), torch.eye(150, dtype=torch.bool))
+        assert int(seen[-1].sum()) == (1 if walk is None else 150)
 
 
 def test_a_statistic_of_the_batch_is_seen_in_the_image_itself():
@@ -49,12 +57,13 @@ def test_a_statistic_of_the_batch_is_seen_in_the_image_itself():
     assert found.all()
 
 
-def test_all_dependences_of_a_small_model_are_found():
+@pytest.mark.parametrize("levels", [2, 5])
+def test_all_dependences_of_a_small_model_are_found(levels):
     class Awake(nn.Module):
         def forward(self, x):
             return torch.cat((awake(x), torch.zeros(len(x), 7)), 1).view_as(x)
 
-    network = Network(Awake(), (1, 3, 3), lambda levels: levels, None, 2)
+    network = Network(Awake(), (1, 3, 3), lambda drawn: drawn.float() / (levels - 1), None, levels)
     moved, trials = dependences(network)
     expected = torch.zeros(9, 9, dtype=torch.bool)
     expected[1:, 0] = expected[1, 1] = True
