@@ -176,8 +176,8 @@ class Categorical:
             kept[:, self.top_k :] = False
         if self.top_p is not None:
             ranked = ranked * kept
-            before = ranked.cumsum(1) - ranked
-            kept &= before < self.top_p * ranked.sum(1, keepdim=True)
+            sums = ranked.cumsum(1)  # the last is the sum of all, in one order everywhere
+            kept &= sums - ranked < self.top_p * sums[:, -1:]
         return torch.zeros_like(ranked).scatter(1, order, ranked * kept)
 
     def draw(self, params: Tensor, noise: Tensor, channel: int, previous: Tensor) -> Tensor:

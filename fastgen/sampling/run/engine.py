@@ -156,13 +156,9 @@ class Engine:
         return "\n".join([*lines, *plan.remarks])
 
     def takes_weights(self) -> bool:
-        with_weights = getattr(self.plan, "with_weights", None)
-        plan = None if with_weights is None else with_weights(self.model, self.encode, self.condition)
-        if plan is None:
-            return False
-        self.plan, self.margin = plan, Margin()
         self._players.clear()
-        return True
+        self.margin = Margin()
+        return self.plan.renew()
 
     def run(self, request: SampleRequest) -> SampleResult:
         with self._all_or_nothing():
