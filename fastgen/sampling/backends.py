@@ -13,9 +13,10 @@ from fastgen.distributions import Bernoulli, Distribution
 from fastgen.sampling.adapter import Adapter, casts_to_integers
 from fastgen.sampling.causality.drawing_order import NotByReadyTimes, drawing_order
 from fastgen.sampling.causality.draws import Order
+from fastgen.sampling.condition import example, kind
 from fastgen.sampling.draws import draw_image
 from fastgen.sampling.model_state import ModelState
-from fastgen.sampling.request import Backend, SampleRequest, dtype_of, example, kind, levels_of, tell
+from fastgen.sampling.request import Backend, SampleRequest, dtype_of, levels_of, tell
 from fastgen.sampling.run.engine import Engine, build_engine
 from fastgen.sampling.trace.graph import Unsupported
 from fastgen.sampling.whole_pass import FixedPoint, Naive, whole_pass

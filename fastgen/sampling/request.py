@@ -1,4 +1,4 @@
-"""What `sample` asks for and what it gives: `SampleRequest`, `SampleResult`, checks, noise, conditions."""
+"""What `sample` asks for and what it gives: `SampleRequest`, `SampleResult`, `SampleStats`, checks, noise."""
 
 import operator
 import sys
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from fastgen.distributions import Bernoulli, Distribution, LogisticMixture
 from fastgen.ops._implementation import may_read_values
@@ -325,48 +325,3 @@ def check_noise(noise: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"noise must have the shape {tuple(shape)}, as noise_shape(n) says, got {tuple(noise.shape)}")
     if may_read_values(noise) and not bool(((noise >= 0) & (noise < 1)).all()):
         raise ValueError("noise must hold uniforms in [0, 1), got values outside (or NaN)")
-
-
-def rows_for(condition: Any, n: int, device: torch.device | None = None) -> Any:
-    """The condition of n images, on `device`.
-
-    A tensor has one row an image, or a single row for all; an int is the class of all images. Whatever else the
-    pytree holds (and a tensor without dimensions) goes to the model unchanged.
-
-    Raises:
-        ValueError: a tensor has neither 1 nor n rows.
-    """
-    if isinstance(condition, int) and not isinstance(condition, bool):
-        return torch.full((n,), condition, dtype=torch.long, device=device)
-
-    def rows(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        if leaf.dim() and leaf.shape[0] not in (1, n):
-            raise ValueError(
-                f"condition has a tensor of shape {tuple(leaf.shape)}; expected {n} rows, one an image, or 1 for all"
-            )
-        leaf = leaf.to(device)
-        return leaf.expand(n, *leaf.shape[1:]) if leaf.dim() else leaf
-
-    return tree_map(rows, condition)
-
-
-def kind(condition: Any) -> Any:
-    """What two conditions have in common that differ in nothing but the rows' values."""
-    leaves, structure = tree_flatten(condition)
-
-    def of(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return leaf.dtype, leaf.shape[1:] if leaf.dim() else leaf.item()
-
-    return structure, [of(leaf) for leaf in leaves]
-
-
-def example(condition: Any, device: torch.device) -> Any:
-    """The condition of two images, from that of any number."""
-    counts = {leaf.shape[0] for leaf in tree_leaves(condition) if isinstance(leaf, Tensor) and leaf.dim()}
-    if counts - {1} and min(counts - {1}) >= 2:
-        condition = tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) and leaf.dim() else leaf, condition)
-    return rows_for(condition, 2, device)

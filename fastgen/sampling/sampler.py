@@ -1,8 +1,5 @@
 """`accelerate` and the `Sampler` it returns: arguments, batches, changed parameters; the drawing is the backends'."""
 
-import inspect
-import math
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,12 +13,12 @@ from torch import Tensor, nn
 from fastgen.distributions import Distribution
 from fastgen.sampling.adapter import Adapter
 from fastgen.sampling.backends import Backends
+from fastgen.sampling.batches import Batches
+from fastgen.sampling.condition import rows_for, wants_condition
 from fastgen.sampling.precision import ieee_float32
 from fastgen.sampling.request import (
-    Backend,
     Draw,
     SampleRequest,
-    SampleResult,
     SampleStats,
     check_noise,
     checked_count,
@@ -30,7 +27,6 @@ from fastgen.sampling.request import (
     checked_levels,
     dtype_of,
     levels_of,
-    rows_for,
     tempered_distribution,
     uniforms,
 )
@@ -131,13 +127,13 @@ class Sampler:
         self._options: dict[Any, Distribution] = {}
         self._backends = Backends(self._adapter, self._adapter.inner(distribution), encode, backend, verify)
         self._waits = "not analysed since it was copied"
-        self._most: int | None = None
+        self._batches = Batches()
         with _turn():
             try:
                 blank = self._backends.blank_pass(condition)
             except Exception as error:
                 # A model that wants a condition fails without one, and is analysed when there is one.
-                if condition is not None or not _wants_condition(model, error):
+                if condition is not None or not wants_condition(model, error):
                     raise
                 self._waits = f"not analysed yet, the model fails without a condition: {error}"
             else:
@@ -241,7 +237,7 @@ class Sampler:
             whole = SampleRequest(n, shape, noise, distribution, known, known_mask, condition, return_log_prob)
             whole = replace(whole, dtype=dtype)
             self.stats = stats = SampleStats(backend.name)
-            parts = self._run(backend, whole, batch_size, progress)
+            parts = self._batches.run(backend, whole, batch_size, progress, partial(self._backends.calling, backend))
             for part in parts:
                 stats.add(part)
             levels = self._adapter.outward(torch.cat([part.levels for part in parts]))
@@ -324,63 +320,9 @@ class Sampler:
             self._options[key] = found
         return self._options[key]
 
-    def _run(
-        self, backend: Backend, whole: SampleRequest, batch_size: int | None, progress: bool
-    ) -> list[SampleResult]:
-        from tqdm.auto import tqdm
-
-        draws = math.prod(self.shape)
-        parts: list[SampleResult] = []
-        start, most = 0, min(size for size in (whole.n, batch_size, self._most, backend.most) if size is not None)
-        most = -(-whole.n // -(-whole.n // most))  # parts of about one size
-        with tqdm(total=whole.n * draws, unit="draw", disable=not progress) as bar:
-
-            def advance(images: int, done: int) -> None:
-                bar.update(images * done)
-
-            while start < whole.n:
-                stop = min(start + most, whole.n)
-                size = stop - start
-                try:
-                    with self._backends.calling(backend):
-                        part = backend.run(replace(whole.of(slice(start, stop)), progress=partial(advance, size)))
-                except RuntimeError as error:
-                    if size == 1 or not _is_out_of_memory(error):
-                        raise
-                else:
-                    if bool(part.bad):
-                        raise FloatingPointError("the model's output is NaN at a pixel that was to be drawn")
-                    parts.append(part)
-                    start = stop
-                    continue
-                # Out of the handler, whose traceback would keep the memory of the failed batch.
-                self._most = most = size // 2
-                bar.update(start * draws - bar.n)
-                torch.cuda.empty_cache()
-        return parts
-
 
 @contextmanager
 def _turn() -> Iterator[None]:
     """One thread at a time, float32 as it is, and no trace of autograd: memory outlives a caller's inference mode."""
     with ieee_float32(), torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def _wants_condition(model: nn.Module, error: Exception) -> bool:
-    """Whether `error`, raised by a call without a condition, may come from that: the model's forward has a second
-    argument, and cannot do without it, or the error speaks of it or of None."""
-    try:
-        arguments = [
-            one for one in inspect.signature(model.forward).parameters.values() if one.kind != one.KEYWORD_ONLY
-        ]
-    except ValueError:
-        return False
-    if len(arguments) < 2 or arguments[1].kind == arguments[1].VAR_KEYWORD:
-        return False
-    second = arguments[1]
-    return second.default is second.empty or re.search(rf"\b{second.name}\b|None", str(error)) is not None

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgen.sampling.condition import rows_for
 from fastgen.sampling.draws import draw_channel, draw_image, image_log_prob
-from fastgen.sampling.request import Draw, SampleRequest, SampleResult, decoded_levels, rows_for
+from fastgen.sampling.request import Draw, SampleRequest, SampleResult, decoded_levels
 
 
 class Naive:

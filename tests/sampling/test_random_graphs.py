@@ -5,7 +5,6 @@ own pixel only from channels of no higher rank; the parameters of colour c come 
 """
 
 import math
-import warnings
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastgen import Bernoulli, Categorical, NotCausalError, accelerate, check_causality
+from tests.sampling.exactness import assert_exact, pair
 
 LEVELS = 3
 SETTINGS = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
@@ -265,23 +265,13 @@ def test_any_causal_graph_gives_the_images_of_whole_passes(data):
     binary = data.draw(st.booleans())
     distribution = Bernoulli() if binary else Categorical(LEVELS, "B(KC)HW")
     model = Graph(data, colours, 1 if binary else LEVELS).eval()
-    plain = accelerate(model, shape, distribution=distribution, backend="naive")
     known = {}
     if data.draw(st.booleans()):
         rows = torch.arange(shape[1]).view(-1, 1) < data.draw(st.integers(0, shape[1]))
         known = {"known": torch.randint(2, shape), "known_mask": rows | (torch.rand(3, *shape) < 0.2)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # no fallback, no more than rounding
-        sampler = accelerate(model, shape, distribution=distribution, backend="eager")
-        for seed in range(2):
-            passes = []
-            expected, nats = plain.sample(3, seed=seed, return_log_prob=True, **known)
-            handle = model.register_forward_hook(lambda *_, passes=passes: passes.append(1))
-            images, found = sampler.sample(3, seed=seed, return_log_prob=True, **known)
-            handle.remove()
-            assert torch.equal(images, expected)
-            torch.testing.assert_close(found, nats, rtol=1e-4, atol=1e-4)
-            assert len(passes) <= 1
+    fast, naive = pair(model, shape, distribution=distribution)
+    for seed in range(2):
+        assert_exact(fast, naive, 3, error=1e-4, seed=seed, return_log_prob=True, **known)
 
 
 def really_leaks(model, shape):

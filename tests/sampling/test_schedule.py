@@ -9,6 +9,7 @@ from torch import nn
 
 from fastgen import Bernoulli, Categorical
 from fastgen.models import GatedPixelCNN, PixelCNN
+from fastgen.sampling.machine.language import views_of
 from fastgen.sampling.plan import plan as plans
 from fastgen.sampling.plan.plan import make_plan
 from fastgen.sampling.plan.temporaries import share_scratch
@@ -81,12 +82,12 @@ def test_scratch_memory_serves_again_and_never_two_at_once():
         found = share_scratch([program])
         uses = {}
         for k, instruction in enumerate(program.instructions):
-            for view in instruction.views():
+            for view in views_of(instruction):
                 if view.memory.kind == "scratch":
-                    uses.setdefault(id(view.memory), []).append(k)
-                    assert view.memory.numel <= found.sizes[found.block_of[id(view.memory)]]
-                    assert view.memory.dtype == found.dtypes[found.block_of[id(view.memory)]]
-        spans = sorted((found.block_of[key], ks[0], ks[-1]) for key, ks in uses.items())
+                    uses.setdefault(view.memory, []).append(k)
+                    assert view.memory.numel <= found.sizes[found.block_of[0][view.memory]]
+                    assert view.memory.dtype == found.dtypes[found.block_of[0][view.memory]]
+        spans = sorted((found.block_of[0][key], ks[0], ks[-1]) for key, ks in uses.items())
         for (block, _, end), (other, begin, _) in pairwise(spans):
             assert block != other or end < begin
         assert len(found.sizes) <= 8 or len(uses) < 16

@@ -19,7 +19,8 @@ from fastgen.sampling.causality.ready_times import Timed, ready_times
 from fastgen.sampling.causality.report import CausalityReport, Leak, NotCausalError, leaks_of, leaks_seen
 from fastgen.sampling.causality.search import search, topological_order
 from fastgen.sampling.causality.trials import dependences
-from fastgen.sampling.request import checked_count, checked_shape, example
+from fastgen.sampling.condition import example
+from fastgen.sampling.request import checked_count, checked_shape
 from fastgen.sampling.rules.base import coarser
 from fastgen.sampling.trace.graph import Graph, Unsupported, Value
 from fastgen.sampling.trace.network import Network

@@ -1,0 +1,69 @@
+"""What a model is conditioned on: its rows for a batch, an example, and what two conditions have in common."""
+
+import inspect
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+
+def rows_for(condition: Any, n: int, device: torch.device | None = None) -> Any:
+    """The condition of n images, on `device`.
+
+    A tensor has one row an image, or a single row for all; an int is the class of all images. Whatever else the
+    pytree holds (and a tensor without dimensions) goes to the model unchanged.
+
+    Raises:
+        ValueError: a tensor has neither 1 nor n rows.
+    """
+    if isinstance(condition, int) and not isinstance(condition, bool):
+        return torch.full((n,), condition, dtype=torch.long, device=device)
+
+    def rows(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if leaf.dim() and leaf.shape[0] not in (1, n):
+            raise ValueError(
+                f"condition has a tensor of shape {tuple(leaf.shape)}; expected {n} rows, one an image, or 1 for all"
+            )
+        leaf = leaf.to(device)
+        return leaf.expand(n, *leaf.shape[1:]) if leaf.dim() else leaf
+
+    return tree_map(rows, condition)
+
+
+def kind(condition: Any) -> Any:
+    """What two conditions have in common that differ in nothing but the rows' values."""
+    leaves, structure = tree_flatten(condition)
+
+    def of(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.dtype, leaf.shape[1:] if leaf.dim() else leaf.item()
+
+    return structure, [of(leaf) for leaf in leaves]
+
+
+def example(condition: Any, device: torch.device) -> Any:
+    """The condition of two images, from that of any number."""
+    counts = {leaf.shape[0] for leaf in tree_leaves(condition) if isinstance(leaf, Tensor) and leaf.dim()}
+    if counts - {1} and min(counts - {1}) >= 2:
+        condition = tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) and leaf.dim() else leaf, condition)
+    return rows_for(condition, 2, device)
+
+
+def wants_condition(model: nn.Module, error: Exception) -> bool:
+    """Whether `error`, raised by a call without a condition, may come from that: the model's forward has a second
+    argument, and cannot do without it, or the error speaks of it or of None."""
+    try:
+        arguments = [
+            one for one in inspect.signature(model.forward).parameters.values() if one.kind != one.KEYWORD_ONLY
+        ]
+    except ValueError:
+        return False
+    if len(arguments) < 2 or arguments[1].kind == arguments[1].VAR_KEYWORD:
+        return False
+    second = arguments[1]
+    return second.default is second.empty or re.search(rf"\b{second.name}\b|None", str(error)) is not None
