@@ -28,7 +28,9 @@ class Pointwise(Rule):
     @cached_property
     def vanishes(self) -> Operand | None:
         """Where the result is a constant zero, whatever lies in the operand there."""
-        return None if self._vanishing is None else self.analysis.constant(self._vanishing.expand(self.value.shape))
+        if self._vanishing is None:
+            return None
+        return self.analysis.constant(self._vanishing.expand(self.value.shape).float())
 
     def ready(self) -> tuple[Tensor, Tensor | None]:
         found, softmax_zero = self._selected() if self.chosen() is not None else self._of_all()
