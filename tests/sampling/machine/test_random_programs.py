@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tests.sampling.machine.played import N, Blocks, by_machine, by_torch
 
 from fastgen.sampling.machine.cpu.tables import Unknown, part_of
 from fastgen.sampling.machine.language import (
@@ -21,6 +20,7 @@ from fastgen.sampling.machine.language import (
     constant,
     dense_strides,
 )
+from tests.sampling.machine.played import Blocks, N, by_machine, by_torch
 
 SMOOTH = ("copy", "neg", "relu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "elu", "leaky_relu", "abs", "square")
 PAIRS = ("add", "sub", "mul", "maximum", "minimum", "gate", "hide", "erase")
