@@ -212,7 +212,7 @@ class Stream(IterableDataset):
         (TensorDataset(images().transpose(2, 3)), ValueError, r"x must have the shape \(B, 1, 4, 3\)"),
         (TensorDataset(images() / 3), TypeError, "integer levels"),
     ],
-    ids=str,
+    ids=["tensor", "name", "stream", "loader without a length", "dicts", "one image", "other shape", "floats"],
 )
 def test_data_that_is_none_is_refused(source, kind, named, tmp_path):
     with pytest.raises(kind, match=named):

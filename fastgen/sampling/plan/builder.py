@@ -125,7 +125,7 @@ class Builder:
         return View(memory, tuple(sizes), dense_strides(sizes, order), AffineOffset(0), self.task)
 
     def product(self, out: View, rows: View, weight: View, added: View | None = None) -> None:
-        if len(weight.sizes) == 2:  # without the dimensions of size 1
+        if len(weight.sizes) == 2 and weight.memory.kind == "constant":  # without the dimensions of size 1
             kept = [*(d for d, size in enumerate(out.sizes[:-1]) if size > 1), len(out.sizes) - 1]
             if added is not None and len(added.sizes) == len(out.sizes):
                 added = added.order(kept)

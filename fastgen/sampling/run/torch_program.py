@@ -66,7 +66,8 @@ class TorchProgram:
             operands = [self._get(operand) for operand in one.operands]
             return lambda state: function(*[get(state) for get in operands], out=out(state))
         if isinstance(one, Product):
-            rows, weight = self._get(one.rows), self._get(one.weight, shared=len(one.weight.sizes) == 2)
+            shared = len(one.weight.sizes) == 2 and one.weight.memory.kind == "constant"
+            rows, weight = self._get(one.rows), self._get(one.weight, shared)
             bias = one.added is not None and one.added.memory.kind == "constant" and len(one.added.sizes) == 1
             added = self._get(one.added, shared=bias)
             return lambda state: definitions.product(rows(state), weight(state), added(state), out(state))

@@ -21,7 +21,7 @@ from fastgen.sampling.machine.language import (
     View,
     constant,
 )
-from tests.sampling.machine.played import Blocks, N, by_machine
+from tests.sampling.machine.played import Blocks, N, by_machine, by_torch
 
 VALUES = torch.tensor(
     [0.0, -0.0, 1e-30, -1e-30, 1e-7, -1e-7, 1e-3, -1e-3, 0.3, -0.34, 0.5, -0.7, 1, -1, 2.5, -9, 20, -30, 60, -87.2]
@@ -152,7 +152,7 @@ def test_rows_of_a_product_may_overlap_and_skip(threads):
 @pytest.mark.parametrize("side_by_side", ["columns", "depth", "neither"])
 @pytest.mark.parametrize("start", ["none", "bias", "map"])
 def test_products_of_two_computed_factors(m, depth, columns, side_by_side, start, threads):
-    """What lies side by side in the weight: its columns (values of an attention) or its depth (scores)."""
+    """Side by side in the weight lie its columns (as in weights times values of an attention) or its depth (scores)."""
     blocks = Blocks()
     x, weight = torch.randn(N, 2, m, depth), torch.randn(N, 2, depth, columns)
     rows, out, added = blocks.holding(x), blocks.result(2, m, columns), None
@@ -177,6 +177,15 @@ def test_products_of_two_computed_factors(m, depth, columns, side_by_side, start
         added, truth = blocks.holding(data), truth + data
     by_machine(blocks, [Product(out, rows, factor, added)], threads=threads)
     torch.testing.assert_close(blocks.read(out).double(), truth, atol=1e-6 * depth, rtol=1e-5)
+
+
+@pytest.mark.parametrize("play", [by_machine, by_torch])
+def test_each_image_has_its_own_computed_weight(play):
+    """Also where it has two dimensions, as a constant has."""
+    blocks, x, weight = Blocks(), torch.randn(N, 3, 20), torch.randn(N, 20, 6)
+    out = blocks.result(3, 6)
+    play(blocks, [Product(out, blocks.holding(x), blocks.holding(weight))])
+    torch.testing.assert_close(blocks.read(out).double(), x.double() @ weight.double(), atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

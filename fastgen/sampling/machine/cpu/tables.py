@@ -100,7 +100,8 @@ def part_of(one: Instruction) -> Part:
     if isinstance(one, Pointwise):
         found = _pointwise(one)
     elif isinstance(one, Product):
-        found = _product(one) if len(one.weight.sizes) == 2 else _contraction(one)
+        shared = len(one.weight.sizes) == 2 and one.weight.memory.kind == "constant"
+        found = _product(one) if shared else _contraction(one)
     elif isinstance(one, Rowwise):
         out, strides = one.out, one.out.strides
         sizes = (*out.sizes[:-1], 1)
@@ -139,11 +140,7 @@ def _pointwise(one: Pointwise) -> Part:
 def _product(one: Product) -> Part:
     out, rows, weight = one.out, one.rows, one.weight
     depth = weight.sizes[0]
-    if (
-        weight.memory.kind != "constant"
-        or (rows.strides[-1] != 1 and depth > 1)
-        or out.strides[-1] != 1 < out.sizes[-1]
-    ):
+    if (rows.strides[-1] != 1 and depth > 1) or out.strides[-1] != 1 < out.sizes[-1]:
         raise Unknown
     added = None if one.added is None else _broadcast(one.added, out.sizes)
     if added is not None and added.strides[-1] != 1 < out.sizes[-1]:
