@@ -14,6 +14,6 @@ than its first. A layer can therefore trail the one below it by N diagonals at b
 the convolutions and residual sums between them) wait for each other a row at a time: 16 images make 384 programs, more
 than run at once on 132 processors with the weights in their memory, so that most of the gain is lost again, and it is a
 second code path for every layer. Without that kernel layers can trail by bands of rows, a launch each: a band of R rows
-takes R + N - 1 steps, so that 12 layers take 611 steps in bands of 16 and 585 in bands of 8, with two and four times as many
-launches. Neither reaches 400 steps with one code path.
+takes R + N - 1 steps, so that 12 layers take 611 steps in bands of 16 and 585 in bands of 8, with two and four times
+as many launches. Neither reaches 400 steps with one code path.
 """
