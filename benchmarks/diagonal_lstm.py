@@ -132,7 +132,7 @@ def cases(size: str, device: torch.device) -> list[Case]:
                     inputs=functools.partial(inputs, batch=batch, units=units, n=n, taps=2, dtype=dtype),
                     providers=contenders(size, device, rivals, diagonal_lstm, diagonal_lstm),
                     truth=diagonal_lstm_reference,
-                    kernels=("diagonal_lstm",),
+                    kernels=("lstm/diagonal",),
                     not_compared=frozenset({landmark}),
                     batch=batch,
                     **floor(batch, units, n, 2, dtype.itemsize),
@@ -169,6 +169,6 @@ def layer_case(size: str, device: torch.device, batch: int, units: int, n: int) 
         inputs=functools.partial(layer_inputs, batch=batch, units=units, n=n, dtype=dtype),
         providers={**providers, "fastgen": fastgen_layer},
         truth=plain_layer,
-        kernels=("diagonal_lstm", "masked_conv2d"),
+        kernels=("lstm/diagonal", "masked_conv2d"),
         batch=batch,
     )

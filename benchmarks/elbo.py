@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks import references
 from benchmarks.case import Case, Rivals, contenders
-from benchmarks.reconstruction_nll import RIVALS, likelihood_inputs
+from benchmarks.reconstruction_nll import KERNELS, RIVALS, likelihood_inputs
 from fastgen import ops
 from fastgen.ops.reconstruction_nll import reconstruction_nll_reference
 from fastgen.ops.reparameterize_kl import reparameterize_kl_reference
@@ -87,8 +87,8 @@ def cases(size: str, device: torch.device) -> list[Case]:
                 providers=contenders(size, device, rivals, functools.partial(fused, likelihood=likelihood), definition),
                 truth=definition,
                 kernels=(
-                    "logistic_mixture_nll" if likelihood == "logistic_mixture" else "reconstruction_nll",
-                    "reparameterize_kl",
+                    KERNELS[likelihood],
+                    "vae/reparameterize_kl",
                 ),
                 # The floors of the two operations, one after the other.
                 bytes={

@@ -113,8 +113,9 @@ def _imports(file: Path) -> list[str]:
         if node.module == "fastgen.kernels":
             names += [alias.name for alias in node.names]
         elif (node.module or "").startswith("fastgen.kernels."):
-            names.append(str(node.module).split(".")[2])
-    return [name for name in names if name != "catalogue_entry" and (file.parent / f"{name}.py").exists()]
+            folder = "/".join(str(node.module).split(".")[2:])
+            names += [folder, *(f"{folder}/{alias.name}" for alias in node.names)]
+    return [name for name in names if name != "catalogue_entry" and (KERNELS / f"{name}.py").exists()]
 
 
 def sources(modules: tuple[str, ...]) -> list[str]:

@@ -10,6 +10,13 @@ from benchmarks.case import Case, Rivals, contenders
 from fastgen.ops import reconstruction_nll
 from fastgen.ops.reconstruction_nll import reconstruction_nll_reference
 
+# Modules of the kernels package.
+KERNELS = {
+    "bernoulli": "likelihood/pointwise",
+    "gaussian": "likelihood/pointwise",
+    "categorical": "likelihood/categorical",
+    "logistic_mixture": "likelihood/mixture",
+}
 RIVALS = {
     "bernoulli": references.bernoulli_nll,
     "gaussian": references.gaussian_nll,
@@ -92,7 +99,7 @@ def cases(size: str, device: torch.device) -> list[Case]:
                         functools.partial(reconstruction_nll_reference, likelihood=likelihood),
                     ),
                     truth=functools.partial(reconstruction_nll_reference, likelihood=likelihood),
-                    kernels=("logistic_mixture_nll" if likelihood == "logistic_mixture" else "reconstruction_nll",),
+                    kernels=(KERNELS[likelihood],),
                     # The backward reads the parameters again and writes their gradient.
                     bytes={"fwd": params + target, "bwd": 2 * params + target, "full": 3 * params + 2 * target},
                     batch=image[0],

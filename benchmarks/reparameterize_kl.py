@@ -57,7 +57,7 @@ def cases(size: str, device: torch.device) -> list[Case]:
                 inputs=functools.partial(_inputs, shape=shape, dtype=dtype),
                 providers=contenders(size, device, rivals, reparameterize_kl, reparameterize_kl_reference),
                 truth=reparameterize_kl_reference,
-                kernels=("reparameterize_kl",),
+                kernels=("vae/reparameterize_kl",),
                 # Read mu, logvar, write z; read dz, mu, logvar, write dmu, dlogvar; the noise is not stored.
                 bytes={"fwd": 3 * storage * elements, "bwd": 5 * storage * elements, "full": 8 * storage * elements},
                 given=_noise,

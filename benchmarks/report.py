@@ -105,7 +105,9 @@ def catalogue_kernels() -> dict[str, list[str]]:
     except ImportError as error:
         raise ValueError("status lists the kernels of the catalogue, which needs Triton (Linux only)") from error
     return {
-        module.__name__.rsplit(".", 1)[1]: sorted({entry.kernel.__name__ for entry in module.CATALOGUE})
+        module.__name__.removeprefix("fastgen.kernels.").replace(".", "/"): sorted(
+            {entry.kernel.__name__ for entry in module.CATALOGUE}
+        )
         for module in modules
         if getattr(module, "CATALOGUE", None)
     }

@@ -29,7 +29,7 @@ def cases(size: str, device: torch.device) -> list[Case]:
                     inputs=functools.partial(inputs, batch=batch, units=units, n=n, taps=TAPS, dtype=dtype),
                     providers=contenders(size, device, rivals, row_lstm, row_lstm),
                     truth=row_lstm_reference,
-                    kernels=("row_lstm",),
+                    kernels=("lstm/row",),
                     batch=batch,
                     **floor(batch, units, n, TAPS, dtype.itemsize),
                 )

@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks import references
 from benchmarks.case import Case, Rivals
 from benchmarks.images import AVAILABLE, LEVELS, SHAPES, Shape, images
-from benchmarks.reconstruction_nll import RIVALS
+from benchmarks.reconstruction_nll import KERNELS, RIVALS
 from fastgen import ops
 from fastgen.models import VAE
 from fastgen.ops.reconstruction_nll import reconstruction_nll_reference
@@ -118,8 +118,8 @@ def cases(size: str, device: torch.device) -> list[Case]:
                     providers=providers,
                     truth=truth,
                     kernels=(
-                        "logistic_mixture_nll" if likelihood == "logistic_mixture" else "reconstruction_nll",
-                        "reparameterize_kl",
+                        KERNELS[likelihood],
+                        "vae/reparameterize_kl",
                     ),
                     modes=("full",),
                     given=_noise,
