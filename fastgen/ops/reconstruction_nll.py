@@ -254,6 +254,8 @@ def _uses_kernel(impl: str, params: Tensor, likelihood: str) -> bool:
     fits = params.dtype != torch.float64 and (likelihood != "categorical" or params.shape[1] <= 4096)
     if not uses_triton(impl, params):
         return False
+    if impl == "auto" and likelihood == "categorical" and torch.compiler.is_compiling():
+        return False  # its compiler reads and writes each logit as often
     if impl == "triton" and not fits:
         raise ValueError(
             f"impl='triton' computes in float32, at most 4096 levels; got {params.dtype} and the shape "
@@ -290,7 +292,8 @@ def reconstruction_nll(
             component is shared by the colours of a pixel.
         compat: "pixelcnn++" computes "logistic_mixture" by the published recipe, which switches to a density
             times a bin width at small probabilities; for reproducing old numbers (PyTorch definition only).
-        impl: "auto" is Triton on CUDA tensors (not for float64), the PyTorch definition elsewhere.
+        impl: "auto" is Triton on CUDA tensors (not for float64, nor for "categorical" under `torch.compile`), the
+            PyTorch definition elsewhere.
 
     Returns:
         Nats, float32 or float64. NaN where params is NaN; finite where it is finite.

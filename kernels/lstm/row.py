@@ -62,9 +62,9 @@ def row_lstm_forward_kernel(
     terms = load_terms(gates_ptr, strides, units, image, tl.zeros_like(m), column, active, u)
     for step in range(steps):
         gates = widened(terms)
-        row = tl.zeros((), tl.int32) + step % height  # the interpreter's loops count in Python ints
+        row = step % height
         pixel = (image.to(tl.int64) * height + row) * width + column
-        reads = active & (row > 0)
+        reads = active & (row + tl.zeros_like(m) > 0)  # a mask of numbers and tensors is none to the interpreter
         mask = active[:, None] & (u < units)[None, :]
 
         # The next terms are on their way while this step waits for its states.
@@ -134,7 +134,7 @@ def row_lstm_backward_kernel(
     if AHEAD:
         saved = load_saved_row(maps, strides, units, height, width, image, height - 1, column, u, batch)
     for step in range(steps):
-        row = tl.zeros((), tl.int32) + (height - 1 - step % height)
+        row = height - 1 - step % height
         if not AHEAD:
             saved = load_saved_row(maps, strides, units, height, width, image, row, column, u, batch)
         grad_hidden, cell, previous, o, f, i, g = saved
@@ -150,7 +150,7 @@ def row_lstm_backward_kernel(
         tl.debug_barrier()  # all threads have written the gradients of the row below
         for tap in range(taps):
             shift = tap - taps // 2
-            seen = active & (row < height - 1) & (column - shift >= 0) & (column - shift < width)
+            seen = active & (row + tl.zeros_like(m) < height - 1) & (column - shift >= 0) & (column - shift < width)
             below = grad_gates_ptr + (pixel + width - shift)[:, None] * (4 * units) + k[None, :]
             inside = seen[:, None] & (k < units)[None, :]
             for gate in range(4):

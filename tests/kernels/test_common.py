@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -201,3 +203,24 @@ def test_empty_map(shape):
     assert found.shape == shape and found.dtype == torch.bfloat16 and found._base is None
     assert found.permute(0, 2, 3, 1).is_contiguous()
     assert common.empty_map(like, *shape[1:], torch.float32).dtype == torch.float32
+
+
+SETTINGS = {
+    "torch.set_float32_matmul_precision('high')": True,
+    "torch.set_float32_matmul_precision('highest')": False,
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'": True,
+    "torch.backends.cuda.matmul.fp32_precision = 'ieee'": False,
+    "torch.backends.fp32_precision = 'tf32'": True,
+    "torch.backends.cuda.matmul.allow_tf32 = True": True,
+    "pass": False,
+}
+
+
+def test_every_way_to_allow_tf32_is_read():
+    """In processes of their own: after a newer setting the older ones cannot be read any more."""
+    for setting, allowed in SETTINGS.items():
+        if "fp32_precision" in setting and not hasattr(torch.backends, "fp32_precision"):
+            continue
+        code = f"import torch; {setting}; from fastgen.kernels.common import tf32_allowed; print(tf32_allowed())"
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert found.stdout == f"{allowed}\n", (setting, found.stderr)

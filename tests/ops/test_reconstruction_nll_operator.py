@@ -1,6 +1,7 @@
 """The likelihood's operator: the kernels beside the definition, layouts, shapes, arguments, registration."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -232,3 +233,15 @@ def test_reference_is_the_public_function_on_the_cpu():
         reconstruction_nll(params, target, "logistic_mixture", impl="reference"),
         reconstruction_nll_reference(params, target, "logistic_mixture"),
     )
+
+
+def test_a_compiled_softmax_is_the_compilers_own(monkeypatch):
+    """As on a GPU: `_uses_kernel` chooses by what is compiled."""
+    module = sys.modules["fastgen.ops.reconstruction_nll"]
+    monkeypatch.setattr(module, "uses_triton", lambda impl, tensor: impl != "reference")
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        for likelihood in LIKELIHOODS:
+            params, _ = make(likelihood)
+            assert module._uses_kernel("auto", params, likelihood) == (not compiling or likelihood != "categorical")
+            assert module._uses_kernel("triton", params, likelihood)

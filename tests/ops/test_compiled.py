@@ -1,0 +1,112 @@
+"""Every operation under `torch.compile` with sizes that vary, and what stays in memory after a call."""
+
+import gc
+
+import pytest
+import torch
+
+from fastgen import ops
+from tests.ops.likelihood_inputs import make
+
+pytest.importorskip("triton")
+LEVELS = {"bernoulli": 2, "gaussian": 256, "categorical": 7, "logistic_mixture": 256}
+
+
+def scan(units, taps):
+    return torch.randn(4 * units, units, taps)
+
+
+def of_likelihood(likelihood, impl):
+    def call(n):
+        params, target = make(likelihood, n, 3, n + 1, n + 2)
+        return (params,), lambda p: ops.reconstruction_nll(p, target, likelihood, impl=impl)
+
+    return call
+
+
+def of_elbo(impl):
+    def call(n):
+        params, target = make("bernoulli", n, 1, n + 1, n + 2)
+        return (params, torch.rand(n)), lambda p, kl: ops.elbo(p, target, kl, "bernoulli", impl=impl).elbo
+
+    return call
+
+
+def of_kl(impl, given):
+    def call(n):
+        shape = (n, n + 1, n + 2)
+        eps = torch.randn(shape) if given else None
+
+        def run(mu, logvar):
+            z, kl = ops.reparameterize_kl(mu, logvar, eps=eps, impl=impl)
+            return kl + 0 * z.flatten(1).sum(1)
+
+        return (torch.randn(shape), torch.randn(shape)), run
+
+    return call
+
+
+def of_scan(operation, taps, impl):
+    weight = scan(3, taps)
+
+    def call(n):
+        return (torch.randn(n, 12, n + 1, n + 2),), lambda gates: operation(gates, weight, impl=impl)
+
+    return call
+
+
+def of_cross_entropy(n):
+    weight, target = torch.randn(2 * 5, 4), torch.randint(5, (n, 2, n + 1, n + 2))
+    return (torch.randn(n, 4, n + 1, n + 2),), lambda x: ops.linear_cross_entropy(x, weight, target)
+
+
+CASES = {"linear_cross_entropy": of_cross_entropy}
+for impl in ("reference", "triton"):
+    CASES |= {f"{likelihood} {impl}": of_likelihood(likelihood, impl) for likelihood in LEVELS}
+    CASES[f"elbo {impl}"] = of_elbo(impl)
+    CASES |= {f"kl {impl} {'given' if given else 'drawn'}": of_kl(impl, given) for given in (True, False)}
+
+
+for impl in ("auto", "triton"):  # the definition unrolls
+    CASES[f"diagonal {impl}"] = of_scan(ops.diagonal_lstm, 2, impl)
+    CASES[f"row {impl}"] = of_scan(ops.row_lstm, 3, impl)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CASES)
+def test_sizes_may_vary(case):
+    """Compiled for one size and run for another, gradients too."""
+    torch._dynamo.reset()
+    for n in (2, 3):
+        inputs, run = CASES[case](n)
+        compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        found, wanted = compiled(*leaves), run(*inputs)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        grads = torch.autograd.grad(found.sum(), leaves)
+        others = [x.clone().requires_grad_() for x in inputs]
+        for one, other in zip(grads, torch.autograd.grad(run(*others).sum(), others), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_masks_are_made_for_sizes_that_vary():
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: x * ops.causal_mask("B", 6, 3, (3, 3), 3).sum(), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for n in (2, 3):
+        assert torch.equal(compiled(torch.ones(n)), torch.ones(n) * ops.causal_mask("B", 6, 3, (3, 3), 3).sum())
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if "triton" in name])
+def test_nothing_that_a_call_has_allocated_is_kept(case):
+    """CUDA graphs, `mode="reduce-overhead"`, take back what an operator has allocated."""
+    inputs, run = CASES[case](3)
+    counts = []
+    for _ in range(3):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        torch.autograd.grad(run(*leaves).sum(), leaves)
+        del leaves
+        gc.collect()
+        counts.append(sum(type(x) is torch.Tensor for x in gc.get_objects()))
+    assert counts[1] == counts[2]  # at the first call PyTorch itself may keep some
