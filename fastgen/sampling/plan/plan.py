@@ -38,7 +38,7 @@ class Step:
     offsets: np.ndarray
 
 
-@dataclass
+@dataclass(repr=False)
 class Plan:
     """All that sampling needs besides memory: which program runs at which step, with which offsets.
 

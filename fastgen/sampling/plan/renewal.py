@@ -49,8 +49,11 @@ def renew(network: Network, traced: Sequence[Traced], timed: Timed, programs: Se
         now = network.once_more()
     except Unsupported:
         return False
+    seen = _seen_zeros(timed)
     pairs = zip(traced, now.values, strict=False)
-    if not _same(traced, now) or not all(timed.analysis.holds(one.value, new.data) for one, new in pairs):
+    if not _same(traced, now) or not all(
+        timed.analysis.holds(one.value, new.data, one.value in seen) for one, new in pairs
+    ):
         return False
     for one, new in zip(traced, now.values, strict=True):
         if one.value.data.shape == new.data.shape:
@@ -62,6 +65,17 @@ def renew(network: Network, traced: Sequence[Traced], timed: Timed, programs: Se
         assert memory.data is not None and memory.source is not None
         memory.data.copy_(memory.source.reshape(-1))
     return True
+
+
+def _seen_zeros(timed: Timed) -> set[Value]:
+    """Values whose zeros matter to an operation that reads them."""
+    return {
+        source
+        for rule in timed.rules.values()
+        if rule.sees_zeros
+        for operand in rule.value.operands
+        for source in operand.values
+    }
 
 
 def _constants(programs: Sequence[Program], graph: Graph) -> list[Memory] | None:

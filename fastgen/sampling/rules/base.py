@@ -51,12 +51,13 @@ class Analysis:
         if softmax_zero is not None and softmax_zero.any():
             self._softmax_zero[value] = shrunk(softmax_zero.expand(value.shape))
 
-    def holds(self, value: Value, data: Tensor) -> bool:
-        """Whether a computed value, with other data, would have the same zeros among its constants."""
+    def holds(self, value: Value, data: Tensor, zeros: bool) -> bool:
+        """Whether a computed value, with other data, would have the same constants that vanish in a softmax, and, where
+        `zeros` matter, the same that are zero."""
         constant = compact(self.ready_of(value)) == CONSTANT
         if value.kind != "computed" or not constant.any():
             return True
-        pairs = [(value.data == 0, data == 0)]
+        pairs = [(value.data == 0, data == 0)] if zeros else []
         if data.is_floating_point():
             pairs.append((value.data <= SOFTMAX_ZERO, data <= SOFTMAX_ZERO))
         return all(torch.equal(old & constant, new & constant) for old, new in pairs)
@@ -106,9 +107,11 @@ class Rule(ABC):
 
     Attributes:
         keeps_state: whether elements of the value are read to compute others of it.
+        sees_zeros: whether constants that are zero change what depends on what.
     """
 
     keeps_state = False
+    sees_zeros = True
 
     def __init__(self, value: Value, analysis: Analysis) -> None:
         self.value = value

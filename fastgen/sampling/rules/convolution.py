@@ -53,6 +53,8 @@ class Part:
 class Convolution(Rule):
     """A weight that is exactly zero takes no part: the live taps are those of the weights as they are."""
 
+    sees_zeros = False  # but those of its weights, which are no computed value
+
     def __init__(self, value: Value, analysis: Analysis) -> None:
         super().__init__(value, analysis)
         self.x, weight, self.bias, stride, padding, dilation, self.transposed, _, self.groups = value.args

@@ -23,6 +23,10 @@ ONE = (AffineOffset(0), 1, 1)  # all of a dimension of size 1
 
 
 class Pointwise(Rule):
+    @property
+    def sees_zeros(self) -> bool:  # type: ignore[override]
+        return self.name in ("mul", "div", "logical_and", "bitwise_and", "where", "masked_fill")
+
     _vanishing: Tensor | None = None
 
     @cached_property

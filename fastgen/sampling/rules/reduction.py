@@ -48,6 +48,8 @@ def _beside_others(low: Tensor, dims: Sequence[int]) -> Tensor | None:
 class Softmax(Rule):
     """Elements that are low, beside others in their row that are not, are constant zeros of a softmax."""
 
+    sees_zeros = False
+
     def __init__(self, value: Value, analysis: Analysis) -> None:
         super().__init__(value, analysis)
         self.dim = value.args[1] % max(len(value.shape), 1)
@@ -106,6 +108,8 @@ class Reduction(Rule):
 
     What is low beside others that are not takes no part in a maximum, as in a softmax that is written out.
     """
+
+    sees_zeros = False
 
     def __init__(self, value: Value, analysis: Analysis) -> None:
         super().__init__(value, analysis)
@@ -218,6 +222,8 @@ class Reduction(Rule):
 class Cumulative(Rule):
     """Running sums, products, maxima: each result depends on what comes before it along one dimension."""
 
+    sees_zeros = False
+
     @property
     def dim(self) -> int:
         return self.value.args[1] % max(len(self.value.shape), 1)
@@ -247,6 +253,8 @@ class Cumulative(Rule):
 
 class Lookup(Rule):
     """Rows of a constant table by computed indices: embedding(table, indices), table[indices]."""
+
+    sees_zeros = False
 
     def __init__(self, value: Value, analysis: Analysis) -> None:
         super().__init__(value, analysis)
@@ -286,6 +294,8 @@ class Lookup(Rule):
 
 
 class Concatenation(Rule):
+    sees_zeros = False
+
     @cached_property
     def dim(self) -> int:
         dim = self.value.args[1] if len(self.value.args) > 1 else self.value.kwargs.get("dim", 0)

@@ -24,7 +24,8 @@ class Rectified(nn.Module):
         self.first, self.last = DataMask(1, 4, 3, hides_centre=True), DataMask(4, 3, 3)
 
     def forward(self, x):
-        return self.last(self.first(x).relu() * 2)
+        seen = self.first(x).relu()
+        return self.last(seen * seen)
 
 
 BUILDS = {

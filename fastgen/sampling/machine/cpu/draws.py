@@ -10,7 +10,6 @@ from torch import Tensor
 from fastgen.distributions import Bernoulli, Categorical, LogisticMixture
 from fastgen.sampling.request import SampleRequest
 
-TYPES = torch.float32, torch.float32, torch.int64  # of params, noise and levels
 KINDS = {Categorical: 0, Bernoulli: 1, LogisticMixture: 2}
 
 
@@ -95,6 +94,5 @@ class Draws:
 
 def knows(request: SampleRequest, params: Tensor, levels: Tensor) -> bool:
     """Whether the machine can draw for a request."""
-    return (
-        type(request.distribution) in KINDS and params.dtype == torch.float32 and request.noise.dtype == torch.float32
-    )
+    types = params.dtype, request.noise.dtype, levels.dtype
+    return type(request.distribution) in KINDS and types == (torch.float32, torch.float32, torch.int64)
