@@ -19,7 +19,7 @@ class Scan:
     """A scan of gates (B, 4h, H, W) with its own choice of launches, differentiable.
 
     forward, backward: of `fastgen.kernels`; lanes: the dimension whose pixels stand side by side in a step; offsets:
-    (rows, columns) to the state of each tap; choice: of `fastgen.kernels.lstm_launch`.
+    (rows, columns) to the state of each tap; choice: of `fastgen.kernels.lstm.choice`.
     """
 
     forward: Callable[..., Any]
@@ -34,32 +34,32 @@ class Scan:
     def __call__(self, gates: Tensor, weight: Tensor) -> Tensor:
         if needs_gradient(gates, weight):
             return Differentiable.apply(gates, weight, self)
-        return self.forward(gates, weight, save=False, launch=self.launch(gates))[0]
+        return self.forward(gates, weight, save=False, choice=self.launch(gates))[0]
 
 
 class Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gates: Tensor, weight: Tensor, scan: Scan) -> Tensor:
         ctx.scan, ctx.launch = scan, scan.launch(gates)
-        hidden, activated, cell = scan.forward(gates, weight, save=True, launch=ctx.launch)
+        hidden, activated, cell = scan.forward(gates, weight, save=True, choice=ctx.launch)
         ctx.save_for_backward(weight, hidden, activated, cell)
         return hidden
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         weight, hidden, activated, cell = ctx.saved_tensors
-        grad_gates = ctx.scan.backward(*grads, activated, cell, weight, launch=ctx.launch)
+        grad_gates = ctx.scan.backward(*grads, activated, cell, weight, choice=ctx.launch)
         return grad_gates, weight_gradient(grad_gates, hidden, ctx.scan.offsets), None
 
 
 def _of_every_choice(operation: Callable[..., Tensor], scan_of: Callable[..., Scan]) -> Scans:
     """By name; where there is no GPU, the operation itself, which runs its definition there."""
-    from fastgen.kernels import lstm_launch
+    from fastgen.kernels.lstm import choice as choice_of
 
     choices = {
-        "one launch by tiles": lstm_launch.scan_by_tiles,
-        "a launch a step": lambda gates, lanes, units: lstm_launch.step_by_step(gates),
-        "shared by programs": lstm_launch.shared_scan,
+        "one launch by tiles": choice_of.scan_by_tiles,
+        "a launch a step": lambda gates, lanes, units: choice_of.step_by_step(gates),
+        "shared by programs": choice_of.shared_scan,
     }
 
     def on_any_device(gates: Tensor, weight: Tensor, scan: Scan) -> Tensor:
@@ -69,15 +69,15 @@ def _of_every_choice(operation: Callable[..., Tensor], scan_of: Callable[..., Sc
 
 
 def diagonal_scans() -> Scans:
-    from fastgen.kernels.diagonal_lstm import diagonal_lstm_backward, diagonal_lstm_forward
+    from fastgen.kernels.lstm import diagonal as diagonal_kernels
 
-    forward = functools.partial(diagonal_lstm_forward, reverse=False)
-    backward = functools.partial(diagonal_lstm_backward, reverse=False)
+    forward = functools.partial(diagonal_kernels.forward, reverse=False)
+    backward = functools.partial(diagonal_kernels.backward, reverse=False)
     return _of_every_choice(diagonal_lstm, functools.partial(Scan, forward, backward, 2, [(-1, 0), (0, -1)]))
 
 
 def row_scans(taps: int) -> Scans:
-    from fastgen.kernels.row_lstm import row_lstm_backward, row_lstm_forward
+    from fastgen.kernels.lstm import row as row_kernels
 
     offsets = [(-1, tap - taps // 2) for tap in range(taps)]
-    return _of_every_choice(row_lstm, functools.partial(Scan, row_lstm_forward, row_lstm_backward, 3, offsets))
+    return _of_every_choice(row_lstm, functools.partial(Scan, row_kernels.forward, row_kernels.backward, 3, offsets))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastgen._version import __version__
 from fastgen.files import make_folder, write_atomically
+from fastgen.models.pixelcnn import channels_of
 from fastgen.models.rebuildable import Rebuildable
 
 WEIGHTS = "model.safetensors"
@@ -167,6 +168,10 @@ def build(config: dict[str, Any], path: Path) -> Rebuildable:
     """
     try:
         arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in config["arguments"].items()}
+        if config["class"] in ("PixelCNN", "GatedPixelCNN") and arguments["shape"][0] > 1:
+            # Files say the channels that were built if these are others than was asked for. Older files do not: theirs
+            # were rounded up to a multiple of the colours.
+            arguments["channels"] = channels_of(arguments.get("channels", 128), arguments["shape"][0])
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             return model_classes()[config["class"]](**arguments)
     except Exception as error:  # whatever a constructor says to foreign arguments

@@ -4,8 +4,8 @@
 
 Prints registers a thread, bytes of local memory a thread (spills) and shared memory a block of every entry of every
 `CATALOGUE`. Exit status 1 names each problem: a kernel that is launched and in no catalogue, an entry that does not
-compile, spills beyond its allowance, needs more shared memory than the chip has, or lacks an instruction that it
-should have. Exit status 2: the gate itself could not run.
+compile, spills beyond its allowance, needs more shared memory than the chip has, lacks an instruction that it should
+have, or whose wgmma products ptxas serializes. Exit status 2: the gate itself could not run.
 """
 
 import argparse
@@ -135,6 +135,7 @@ def compile_entry(module_name: str, index: int, target: Target) -> Resources:
         problems.append(f"{row.shared} bytes of shared memory, the chip has {target.shared_limit}")
     if required and required not in _assembly(compiled, target):
         problems.append(f"no {required} instruction")
+    problems += _serialized(compiled, target)
     row.problem = "; ".join(problems)
     return row
 
@@ -143,6 +144,25 @@ def _assembly(compiled: Any, target: Target) -> str:
     if target.backend == "hip":
         return compiled.asm["amdgcn"]
     return compiled.asm["ptx"] + compiled.asm["sass"]
+
+
+def _serialized(compiled: Any, target: Target) -> list[str]:
+    """What ptxas says where it makes wgmma wait after each product (C7510 and its neighbours): half the speed is lost.
+
+    Triton runs ptxas without showing what it says. Often the cause is a loop that might not run: `tl.assume(n > 0)`.
+    """
+    if target.backend != "cuda" or "wgmma.mma_async" not in compiled.asm["ptx"]:
+        return []
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = os.path.join(folder, "kernel.ptx")
+        with open(source, "w") as file:
+            file.write(compiled.asm["ptx"])
+        ptxas = os.path.join(os.path.dirname(knobs.nvidia.cuobjdump.path), "ptxas")
+        command = [ptxas, f"--gpu-name=sm_{target.arch}a", source, "-o", os.path.join(folder, "kernel.cubin")]
+        report = subprocess.run(command, capture_output=True, text=True, check=True)
+    return sorted(set(re.findall(r"C75\d\d\b[^\n]*?serialized[^\n']*", report.stdout + report.stderr)))
 
 
 def _read_cubin(compiled: Any, row: Resources) -> int:

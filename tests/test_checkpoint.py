@@ -61,6 +61,30 @@ def test_the_configuration_can_be_read(saved):
     assert config["versions"]["fastgen"] == fastgen.__version__ and config["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.parametrize("kind", [PixelCNN, GatedPixelCNN])
+@pytest.mark.parametrize("asked", [{}, {"channels": 128}, {"channels": 100}, {"channels": 129}])
+def test_files_of_colour_models_from_before_channels_filled_blocks_load(kind, asked, tmp_path):
+    """Their files say what was asked for; channels were rounded up to the next multiple of the colours."""
+    count = -(-asked.get("channels", 128) // 3) * 3
+    model = kind((3, 4, 4), 3, channels=count, layers=1)
+    arguments = {"shape": [3, 4, 4], "levels": 3, "layers": 1, **asked}
+    model.__dict__["_built_with"] = ((), arguments)
+    fastgen.save(model, tmp_path)
+    loaded = fastgen.load(tmp_path)
+    assert loaded.head[1].weight.shape == model.head[1].weight.shape
+    fastgen.save(loaded, tmp_path)
+    assert fastgen.load(tmp_path).constructor_arguments()["channels"] == count
+
+
+def test_files_of_colour_models_say_the_channels_that_were_built(tmp_path):
+    model = GatedPixelCNN((3, 4, 4), 3, layers=1)
+    assert model.head[1].in_channels == 192
+    fastgen.save(model, tmp_path)
+    assert fastgen.load(tmp_path).head[1].in_channels == 192
+    small = PixelCNN((3, 4, 4), 3, channels=8, layers=1)
+    assert small.head[1].in_channels == 18 and small.constructor_arguments()["channels"] == 9
+
+
 def test_a_copied_model_can_be_saved(tmp_path):
     model = MODELS["gated"]()
     for number, copy in enumerate((torch.nn.Module.to(model, torch.float64), pickle.loads(pickle.dumps(model)))):

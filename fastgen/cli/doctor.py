@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name, problem in kernels(reason):
         print(f"  {name}: {problem or 'can run'}")
     if not reason and torch.cuda.is_available():
-        from fastgen.kernels.masked_conv2d_config import describe
+        from fastgen.kernels.masked_conv2d.config import describe
 
         print(describe(torch.cuda.get_device_name()))
     if not reason and not torch.cuda.is_available():

@@ -16,7 +16,7 @@ class GatedPixelCNN(AutoregressiveModel):
     Args:
         shape: (C, H, W); with C = 3 the colours are ordered R, G, B.
         levels: number of levels of a channel.
-        channels: feature maps of each stack, rounded up to a multiple of C.
+        channels: feature maps of each stack, rounded as in `channels_of` of PixelCNN.
         layers: number of gated layers, the first included.
         n_classes: number of classes of a class-conditional model, None for an unconditional one.
         dropout: probability, before the output convolution of every layer.
@@ -36,7 +36,8 @@ class GatedPixelCNN(AutoregressiveModel):
         if not isinstance(layers, int) or layers < 1:
             raise ValueError(f"layers must be an int >= 1, got {layers!r}")
         colours = shape[0]
-        channels = channels_of(channels, colours)
+        channels = channels_of(channels, colours, 32)
+        self.note_argument("channels", channels)
         layer = partial(GatedMaskedBlock, data_channels=colours, n_classes=n_classes, dropout=dropout)
         rest = (layer(channels, channels) for _ in range(layers - 1))
         self.blocks = nn.ModuleList([layer(colours, channels, 7, mask_type="A"), *rest])

@@ -14,7 +14,7 @@ class PixelCNN(AutoregressiveModel):
     Args:
         shape: (C, H, W); with C = 3 the colours are ordered R, G, B.
         levels: number of levels of a channel.
-        channels: h, feature maps of the 3x3 convolutions; the residual stream has 2h. Rounded up to a multiple of C.
+        channels: h, feature maps of the 3x3 convolutions; the residual stream has 2h. Rounded as in `channels_of`.
         layers: number of residual blocks.
         n_classes: number of classes of a class-conditional model, None for an unconditional one.
     """
@@ -30,7 +30,8 @@ class PixelCNN(AutoregressiveModel):
     ) -> None:
         super().__init__(shape, levels, Categorical(levels, layout="BKCHW"), n_classes)
         colours = shape[0]
-        h = channels_of(channels, colours)
+        h = channels_of(channels, colours, 32)
+        self.note_argument("channels", h)
         self.input = MaskedConv2d(colours, 2 * h, 7, padding=3, mask_type="A", data_channels=colours)
         self.blocks = nn.ModuleList(ResidualBlock(h, colours, n_classes) for _ in range(layers))
         self.head = nn.Sequential(
@@ -63,11 +64,18 @@ class ResidualBlock(nn.Module):
         return self.expand(self.look(self.reduce(x.relu()), condition=own), residual=x)
 
 
-def channels_of(channels: int, colours: int) -> int:
-    """Feature maps rounded up so that every colour has as many."""
+def channels_of(channels: int, colours: int, unit: int = 1) -> int:
+    """Feature maps of which every colour has as many: `channels` where it is a multiple of the colours, else rounded up.
+
+    unit: more than half of this a colour are rounded up to a multiple of it, which fills the blocks of the kernels: 128
+    for three colours and units of 32 become 192 (64 a colour), which takes no longer than 129 would.
+    """
     if not isinstance(channels, int) or channels < 1:
         raise ValueError(f"channels must be an int >= 1, got {channels!r}")
-    return -(-channels // colours) * colours
+    if channels % colours == 0:
+        return channels
+    share = -(-channels // colours)
+    return colours * (-(-share // unit) * unit if 2 * share > unit else share)
 
 
 def logits_of_colours(features: Tensor, colours: int) -> Tensor:

@@ -21,3 +21,10 @@ class Rebuildable(nn.Module):
         args, kwargs = self.__dict__["_built_with"]
         bound = inspect.signature(type(self).__init__).bind(self, *args, **kwargs)
         return dict(list(bound.arguments.items())[1:])
+
+    def note_argument(self, name: str, value: Any) -> None:
+        """What a constructor makes of a keyword argument is what a file says, if that is not what was given: rules by
+        which it is found may change."""
+        _, given = self.__dict__["_built_with"]
+        if given.get(name, inspect.signature(type(self).__init__).parameters[name].default) != value:
+            given[name] = value

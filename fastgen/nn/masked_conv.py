@@ -78,15 +78,21 @@ class MaskedConv2d(nn.Conv2d):
         return self.mask
 
     @property
-    def geometry(self) -> list[list[int]]:
+    def geometry(self) -> Any:
         """Stride, padding and dilation, a pair each; only where the padding is the same on both sides."""
         before_w, _, before_h, _ = self._reversed_padding_repeated_twice
-        return [list(self.stride), [before_h, before_w], list(self.dilation)]
+        return self.stride, (before_h, before_w), self.dilation
 
     def forward(self, x: Tensor, condition: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """x (B, in_channels, H, W); condition and residual as in `fastgen.ops.masked_conv2d`."""
         weight: Tensor = self.weight
         live = self.live_mask()
+        before_w, after_w, before_h, after_h = self._reversed_padding_repeated_twice
+        if before_w == after_w and before_h == after_h and uses_triton("auto", x):
+            return masked_conv2d(
+                x, weight, live, self.bias, stride=self.stride, padding=(before_h, before_w), dilation=self.dilation,
+                activation=self.activation, condition=condition, residual=residual,
+            )  # fmt: skip
         mask: Tensor | None = live
         height, width = weight.shape[2:]
         top, bottom, left, right = 0, height, 0, width
@@ -101,7 +107,6 @@ class MaskedConv2d(nn.Conv2d):
                 elif full:
                     mask = None
         # What the cropped rows and columns of the kernel would have reached is no longer padded, or no longer read.
-        before_w, after_w, before_h, after_h = self._reversed_padding_repeated_twice
         before_h, after_h = before_h - top * self.dilation[0], after_h - (height - bottom) * self.dilation[0]
         before_w, after_w = before_w - left * self.dilation[1], after_w - (width - right) * self.dilation[1]
         padding = tuple(
@@ -122,6 +127,14 @@ class MaskedConv2d(nn.Conv2d):
             condition=condition,
             residual=residual,
         )
+
+    def provider(self, x: Tensor) -> str:
+        """What runs for an input (B, in_channels, H, W) like x, its result and gradients, and why: a line each."""
+        if not uses_triton("auto", x):
+            return f"PyTorch's definition: the kernels run on CUDA tensors, x is on {x.device}"
+        from fastgen.kernels.masked_conv2d import launch
+
+        return launch.explain(x, self.weight, self.live_mask(), launch.Geometry(*self.geometry), self.activation)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         key = prefix + "mask"

@@ -35,6 +35,20 @@ def uses_triton(impl: str, tensor: Tensor) -> bool:
     return True
 
 
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether a kernel may be called directly: nothing traces, transforms or replaces the tensors.
+
+    Then a `torch.autograd.Function` does; otherwise it takes an operator of `torch.library`, which costs the host more.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level()
+    ):
+        return False
+    return all(tensor is None or type(tensor) is Tensor or type(tensor) is torch.nn.Parameter for tensor in tensors)
+
+
 def may_read_values(tensor: Tensor) -> bool:
     """Whether argument checks may read tensor data: always in eager mode on the CPU; elsewhere it would
     synchronize or break a graph, so only when FASTGEN_CHECK=1."""

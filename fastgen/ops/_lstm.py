@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from fastgen.kernels.maps import empty_map
 from fastgen.ops._implementation import uses_triton
+
+Offsets = list[tuple[int, int]]  # (rows, columns) from a pixel to the state of each tap
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -92,19 +95,12 @@ def runs_triton(impl: str, gates: Tensor) -> bool:
     return triton
 
 
-def empty_maps(like: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    """(B, channels, H, W), uninitialized, in the layout that the scans write: channels-last."""
-    batch, _, height, width = like.shape
-    size = (batch, channels, height, width)
-    return torch.empty(size, dtype=dtype, device=like.device, memory_format=torch.channels_last)
-
-
 def own(maps: Tensor) -> Tensor:
-    """A copy in that layout that is no view: PyTorch forbids users to write into views that an operator returns."""
-    return empty_maps(maps, maps.shape[1], maps.dtype).copy_(maps)
+    """A copy in the layout of the scans, channels-last, that is no view."""
+    return empty_map(maps, *maps.shape[1:]).copy_(maps)
 
 
-def weight_gradient(grad_gates: Tensor, hidden: Tensor, offsets: list[tuple[int, int]]) -> Tensor:
+def weight_gradient(grad_gates: Tensor, hidden: Tensor, offsets: Offsets) -> Tensor:
     """(4h, h, taps) by one large matrix product over all pixels; offsets: (rows, columns) to each tap's neighbour."""
     batch, units, height, width = hidden.shape
     states = hidden.permute(0, 2, 3, 1)
@@ -117,7 +113,3 @@ def weight_gradient(grad_gates: Tensor, hidden: Tensor, offsets: list[tuple[int,
             neighbours[:, rows.start : rows.stop, columns.start : columns.stop, tap] = of
     product = grad_gates.permute(0, 2, 3, 1).flatten(0, 2).T @ neighbours.flatten(3).flatten(0, 2)
     return product.unflatten(1, (len(offsets), units)).transpose(1, 2)
-
-
-def no_second_derivative(ctx, *grads):
-    raise RuntimeError("this operator has no second derivative: use impl='reference'")

@@ -7,19 +7,8 @@ never skewed: a diagonal is an index.
 import torch
 from torch import Tensor
 
-from fastgen.ops._lstm import (
-    check_arguments,
-    empty_maps,
-    exact_dtype,
-    lstm_cell,
-    lstm_cell_backward,
-    needs_gradient,
-    no_second_derivative,
-    own,
-    runs_triton,
-    under_autocast,
-    weight_gradient,
-)
+from fastgen.ops._lstm import check_arguments, exact_dtype, lstm_cell, lstm_cell_backward, under_autocast
+from fastgen.ops._scan import Scan
 
 
 def diagonal_lstm_cell(
@@ -126,92 +115,14 @@ def diagonal_lstm_reference(gates: Tensor, weight: Tensor, *, reverse: bool = Fa
     return _scan(gates, weight, reverse)[0]
 
 
-@torch.library.custom_op("fastgen::diagonal_lstm", mutates_args=())
-def _diagonal_lstm(gates: Tensor, weight: Tensor, reverse: bool, triton: bool = False) -> Tensor:
-    """The scan that keeps nothing but its result. Its gradient runs the scan again."""
-    if triton:
-        from fastgen.kernels.diagonal_lstm import diagonal_lstm_forward
-
-        return diagonal_lstm_forward(gates, weight, reverse, save=False)[0]
-    return own(_scan(gates, weight, reverse)[0])
-
-
-@_diagonal_lstm.register_fake
-def _(gates: Tensor, weight: Tensor, reverse: bool, triton: bool = False) -> Tensor:
-    return empty_maps(gates, weight.shape[1], gates.dtype)
-
-
-@torch.library.custom_op("fastgen::diagonal_lstm_saving", mutates_args=())
-def _saving(gates: Tensor, weight: Tensor, reverse: bool, triton: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The scan of a training step: hidden states, and for the backward the activated gates and the cell states."""
-    if triton:
-        from fastgen.kernels.diagonal_lstm import diagonal_lstm_forward
-
-        hidden, activated, cell = diagonal_lstm_forward(gates, weight, reverse, save=True)
-        assert activated is not None and cell is not None
-        return hidden, activated, cell
-    hidden, activated, cell = _scan(gates, weight, reverse)
-    return own(hidden), own(activated), own(cell)
-
-
-@_saving.register_fake
-def _(gates: Tensor, weight: Tensor, reverse: bool, triton: bool) -> tuple[Tensor, Tensor, Tensor]:
-    units = weight.shape[1]
-    return (
-        empty_maps(gates, units, gates.dtype),
-        empty_maps(gates, 4 * units, gates.dtype),
-        empty_maps(gates, units, exact_dtype(gates.dtype)),
-    )
-
-
-@torch.library.custom_op("fastgen::diagonal_lstm_backward", mutates_args=())
-def _backward(
-    grad_hidden: Tensor, activated: Tensor, cell: Tensor, weight: Tensor, reverse: bool, triton: bool
-) -> Tensor:
-    if triton:
-        from fastgen.kernels.diagonal_lstm import diagonal_lstm_backward
-
-        return diagonal_lstm_backward(grad_hidden, activated, cell, weight, reverse)
-    return own(_scan_backward(grad_hidden, activated, cell, weight, reverse))
-
-
-@_backward.register_fake
-def _(grad_hidden: Tensor, activated: Tensor, cell: Tensor, weight: Tensor, reverse: bool, triton: bool) -> Tensor:
-    return empty_maps(grad_hidden, 4 * weight.shape[1], grad_hidden.dtype)
-
-
-def _weight_gradient(grad_gates: Tensor, hidden: Tensor, reverse: bool) -> Tensor:
-    return weight_gradient(grad_gates, hidden, [(-1, 0), (0, 1 if reverse else -1)])
-
-
-def _keep_inputs(ctx, inputs, output):
-    gates, weight, ctx.reverse, ctx.triton = inputs
-    ctx.save_for_backward(gates, weight)
-
-
-def _gradients_by_rerun(ctx, grad_hidden):
-    gates, weight = ctx.saved_tensors
-    hidden, activated, cell = _saving(gates, weight, ctx.reverse, ctx.triton)
-    grad_gates = _backward(grad_hidden, activated, cell, weight, ctx.reverse, ctx.triton)
-    grad_weight = _weight_gradient(grad_gates, hidden, ctx.reverse) if ctx.needs_input_grad[1] else None
-    return grad_gates, grad_weight, None, None
-
-
-def _keep_states(ctx, inputs, output):
-    _, weight, ctx.reverse, ctx.triton = inputs
-    ctx.save_for_backward(weight, *output)
-
-
-def _gradients(ctx, grad_hidden, _grad_activated, _grad_cell):
-    weight, hidden, activated, cell = ctx.saved_tensors
-    grad_gates = _backward(grad_hidden, activated, cell, weight, ctx.reverse, ctx.triton)
-    grad_weight = _weight_gradient(grad_gates, hidden, ctx.reverse) if ctx.needs_input_grad[1] else None
-    return grad_gates, grad_weight, None, None
-
-
-_diagonal_lstm.register_autograd(_gradients_by_rerun, setup_context=_keep_inputs)
-_saving.register_autograd(_gradients, setup_context=_keep_states)
-_backward.register_autograd(no_second_derivative)
+_operation = Scan(
+    "diagonal_lstm",
+    ", bool reverse",
+    _scan,
+    _scan_backward,
+    lambda taps, reverse: [(-1, 0), (0, 1 if reverse else -1)],
+    "fastgen.kernels.lstm.diagonal",
+)
 
 
 def diagonal_lstm(
@@ -247,9 +158,4 @@ def diagonal_lstm(
     check_arguments(gates, weight)
     if weight.shape[2] != 2:
         raise ValueError(f"weight must have two taps, (4h, h, 2) for up and left, got {tuple(weight.shape)}")
-    triton = runs_triton(impl, gates)
-    if impl == "reference":
-        return diagonal_lstm_reference(gates, weight, reverse=reverse)
-    if recompute or not needs_gradient(gates, weight):
-        return _diagonal_lstm(gates, weight, reverse, triton)
-    return _saving(gates, weight, reverse, triton)[0]
+    return _operation(gates, weight, reverse, recompute=recompute, impl=impl)

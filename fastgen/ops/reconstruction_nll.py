@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgen.ops._implementation import may_read_values, uses_triton
+from fastgen.ops._implementation import is_plain, may_read_values, uses_triton
 
 LIKELIHOODS = ("bernoulli", "gaussian", "categorical", "logistic_mixture")
 REDUCTIONS = ("sample", "none")
@@ -131,51 +131,78 @@ def _pixelcnnpp(params: Tensor, target: Tensor) -> Tensor:
 
 # --- the operators; params (B, P, H, W), categorical (B, K, C, H, W), target (B, C, H, W)
 
+SUMS = {"categorical": 2, "logistic_mixture": 4}  # numbers an element, of a mixture a pixel, that its backward takes
 
-@torch.library.custom_op("fastgen::reconstruction_nll", mutates_args=())
-def _operator(params: Tensor, target: Tensor, likelihood: str, levels: int, per_element: bool) -> Tensor:
-    from fastgen.kernels import logistic_mixture_nll, reconstruction_nll
+
+def _forward(
+    params: Tensor, target: Tensor, likelihood: str, levels: int, per_element: bool, save: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    from fastgen.kernels.likelihood import categorical, mixture, pointwise
 
     target = target.view(torch.uint8) if target.dtype == torch.bool else target
     if likelihood == "logistic_mixture":
-        return logistic_mixture_nll.forward(params, target, levels, per_element)
-    return reconstruction_nll.forward(_planes(params, likelihood), target, likelihood, per_element)
+        return mixture.forward(params, target, levels, per_element, save)
+    if likelihood == "categorical":
+        return categorical.forward(params, target, per_element, save)
+    gaussian = likelihood == "gaussian"
+    return pointwise.forward(_planes(params, gaussian), target, gaussian, per_element), None
 
 
-@_operator.register_fake
-def _(params: Tensor, target: Tensor, likelihood: str, levels: int, per_element: bool) -> Tensor:
-    batch, channels, height, width = target.shape
-    channels = 1 if likelihood == "logistic_mixture" else channels
-    shape = (batch, channels, height, width) if per_element else (batch,)
-    return params.new_empty(shape, dtype=torch.float32)
-
-
-@torch.library.custom_op("fastgen::reconstruction_nll_backward", mutates_args=())
-def _backward_operator(upstream: Tensor, params: Tensor, target: Tensor, likelihood: str, levels: int) -> Tensor:
-    from fastgen.kernels import logistic_mixture_nll, reconstruction_nll
+def _run_backward(
+    upstream: Tensor, params: Tensor, target: Tensor, kept: Tensor | None, likelihood: str, levels: int
+) -> Tensor:
+    from fastgen.kernels.likelihood import categorical, mixture, pointwise
 
     target = target.view(torch.uint8) if target.dtype == torch.bool else target
     upstream = _over_image(upstream)
     grad = torch.empty_like(params)
     if likelihood == "logistic_mixture":
-        upstream = upstream.expand(target.shape[0], 1, *target.shape[2:])
-        logistic_mixture_nll.backward(params, target, upstream, grad, levels)
+        assert kept is not None
+        mixture.backward(params, target, upstream.expand(-1, 1, *target.shape[2:]), kept, grad, levels)
+        return grad
+    upstream = upstream.expand(target.shape)
+    if likelihood == "categorical":
+        assert kept is not None
+        categorical.backward(params, target, upstream, kept, grad)
     else:
-        planes = (_planes(params, likelihood), target, upstream.expand(target.shape), _planes(grad, likelihood))
-        reconstruction_nll.backward(*planes, likelihood)
+        gaussian = likelihood == "gaussian"
+        pointwise.backward(_planes(params, gaussian), target, upstream, _planes(grad, gaussian), gaussian)
     return grad
 
 
+@torch.library.custom_op("fastgen::reconstruction_nll", mutates_args=())
+def _operator(params: Tensor, target: Tensor, likelihood: str, levels: int, per_element: bool) -> tuple[Tensor, Tensor]:
+    """Nats, and what the backward takes: an empty tensor where that is nothing."""
+    nll, kept = _forward(params, target, likelihood, levels, per_element)
+    return nll, params.new_empty(0) if kept is None else kept
+
+
+@_operator.register_fake
+def _(params: Tensor, target: Tensor, likelihood: str, levels: int, per_element: bool) -> tuple[Tensor, Tensor]:
+    batch, channels, height, width = target.shape
+    channels = 1 if likelihood == "logistic_mixture" else channels
+    nll = params.new_empty((batch, channels, height, width) if per_element else (batch,), dtype=torch.float32)
+    if likelihood not in SUMS:
+        return nll, params.new_empty(0)
+    size = (batch, SUMS[likelihood], *target.shape[2 if likelihood == "logistic_mixture" else 1 :])
+    return nll, params.new_empty(size, dtype=torch.float32)
+
+
+@torch.library.custom_op("fastgen::reconstruction_nll_backward", mutates_args=())
+def _backward_operator(
+    upstream: Tensor, params: Tensor, target: Tensor, kept: Tensor, likelihood: str, levels: int
+) -> Tensor:
+    return _run_backward(upstream, params, target, kept, likelihood, levels)
+
+
 @_backward_operator.register_fake
-def _(upstream: Tensor, params: Tensor, target: Tensor, likelihood: str, levels: int) -> Tensor:
+def _(upstream: Tensor, params: Tensor, target: Tensor, kept: Tensor, likelihood: str, levels: int) -> Tensor:
     return torch.empty_like(params)
 
 
-def _planes(params: Tensor, likelihood: str) -> Tensor:
+def _planes(params: Tensor, gaussian: bool) -> Tensor:
     """A view (B, P, C, H, W): the P parameters of an element on dim 1."""
-    if likelihood == "categorical":
-        return params
-    return params.unflatten(1, (2 if likelihood == "gaussian" else 1, -1))
+    return params.unflatten(1, (2, -1)) if gaussian else params.unsqueeze(1)
 
 
 def _over_image(upstream: Tensor) -> Tensor:
@@ -185,23 +212,44 @@ def _over_image(upstream: Tensor) -> Tensor:
 
 def _setup_context(ctx, inputs, output) -> None:
     params, target, ctx.likelihood, ctx.levels, _ = inputs
-    ctx.save_for_backward(params, target)
+    ctx.save_for_backward(params, target, output[1])
 
 
-def _backward(ctx, upstream):
-    params, target = ctx.saved_tensors
+def _gradients(ctx, backward, upstream):
+    """Of params and target."""
+    params, target, kept = ctx.saved_tensors
     if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
-        return (None,) * 5
-    grad = _backward_operator(upstream, params, target, ctx.likelihood, ctx.levels)
-    grad_target = None
-    if ctx.needs_input_grad[1]:
-        # The mean and the target enter as a difference; a Bernoulli's nats are linear in its target.
-        by_target = -grad.chunk(2, 1)[0] if ctx.likelihood == "gaussian" else -_over_image(upstream) * params
-        grad_target = by_target.to(target.dtype)
-    return grad, grad_target, None, None, None
+        return None, None
+    grad = backward(upstream, params, target, kept, ctx.likelihood, ctx.levels)
+    if not ctx.needs_input_grad[1]:
+        return grad, None
+    # The mean and the target enter as a difference; a Bernoulli's nats are linear in its target.
+    by_target = -grad.chunk(2, 1)[0] if ctx.likelihood == "gaussian" else -_over_image(upstream) * params
+    return grad, by_target.to(target.dtype)
+
+
+def _backward(ctx, upstream, _grad_kept):
+    return *_gradients(ctx, _backward_operator, upstream), None, None, None
 
 
 _operator.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Direct(torch.autograd.Function):
+    """The kernels without operators."""
+
+    @staticmethod
+    def forward(ctx, params, target, likelihood, levels, per_element):
+        nll, kept = _forward(params, target, likelihood, levels, per_element)
+        ctx.likelihood, ctx.levels = likelihood, levels
+        ctx.save_for_backward(params, target, kept)
+        return nll
+
+    @staticmethod
+    def backward(ctx, upstream):
+        # Where the gradient is to be differentiated, the operator says that it cannot be.
+        run = _backward_operator if torch.is_grad_enabled() else _run_backward
+        return *_gradients(ctx, run, upstream), None, None, None
 
 
 # --- the public function
@@ -330,8 +378,14 @@ def reconstruction_nll(
         missing = 4 - target.dim()
         for _ in range(missing):
             params, target = params.unsqueeze(-1), target.unsqueeze(-1)
-        nll = _operator(params, target, likelihood, levels, reduction == "none")
-        return nll.view(nll.shape[: nll.dim() - missing]) if reduction == "none" else nll
+        options = (likelihood, levels, reduction == "none")
+        if not is_plain(params, target):
+            nll = _operator(params, target, *options)[0]
+        elif torch.is_grad_enabled() and (params.requires_grad or target.requires_grad):
+            nll = _Direct.apply(params, target, *options)
+        else:
+            nll = _forward(params, target, *options, save=False)[0]
+        return nll.view(nll.shape[: nll.dim() - missing]) if reduction == "none" and missing else nll
     if compat is not None and impl == "triton":
         raise ValueError("compat='pixelcnn++' has no Triton kernel: use impl='auto' or 'reference'")
     return reconstruction_nll_reference(params, target, likelihood, levels=levels, reduction=reduction, compat=compat)

@@ -2,11 +2,12 @@
 Welling 2014, equation 10 and appendix B). The definition in plain PyTorch, the operators, the public function."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgen.ops._implementation import uses_triton
+from fastgen.ops._implementation import is_plain, uses_triton
 
 MIN_LOGVAR, MAX_LOGVAR = -100.0, 80.0  # the range in which exp and its square root stay in float32
 
@@ -52,7 +53,9 @@ def reparameterize_kl_reference(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     mu, logvar = mu.to(wide), logvar.to(wide)
     if eps is None:
-        eps = torch.randn(mu.shape, generator=generator, dtype=wide, device=mu.device)
+        # Shapes that vary under torch.compile take no generator, not even None.
+        options: dict[str, Any] = {} if generator is None else {"generator": generator}
+        eps = torch.randn(mu.shape, dtype=wide, device=mu.device, **options)
     z = mu + torch.exp(logvar.clamp(MIN_LOGVAR, MAX_LOGVAR) / 2) * eps.to(wide)
 
     # Below the range only the linear term goes on; above it, that term would be lost beside exp(80).
@@ -67,7 +70,7 @@ def reparameterize_kl_reference(
 def _reparameterize_kl(
     mu: Tensor, logvar: Tensor, eps: Tensor | None, seed: Tensor, free_bits: float
 ) -> tuple[Tensor, Tensor]:
-    from fastgen.kernels import reparameterize_kl as kernels
+    from fastgen.kernels.vae import reparameterize_kl as kernels
 
     return kernels.forward(mu, logvar, eps, seed, free_bits)
 
@@ -90,7 +93,7 @@ def _reparameterize_kl_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of mu, logvar and eps; one that is not needed is an empty tensor, as operators cannot return None."""
-    from fastgen.kernels import reparameterize_kl as kernels
+    from fastgen.kernels.vae import reparameterize_kl as kernels
 
     grads = kernels.backward(grad_z, grad_kl, mu, logvar, eps, seed, free_bits, needs)
     grad_mu, grad_logvar, grad_eps = (mu.new_empty(0) if grad is None else grad for grad in grads)
@@ -121,6 +124,31 @@ def _backward(ctx, grad_z, grad_kl):
 
 def _no_second_derivative(ctx, *grads):
     raise RuntimeError("the Triton kernel of reparameterize_kl has no second derivative: use impl='reference'")
+
+
+class _Direct(torch.autograd.Function):
+    """The kernels without operators."""
+
+    @staticmethod
+    def forward(ctx, mu, logvar, eps, seed, free_bits):
+        from fastgen.kernels.vae import reparameterize_kl as kernels
+
+        ctx.free_bits = free_bits
+        ctx.save_for_backward(mu, logvar, eps, seed)
+        ctx.set_materialize_grads(False)
+        return kernels.forward(mu, logvar, eps, seed, free_bits)
+
+    @staticmethod
+    def backward(ctx, grad_z, grad_kl):
+        if torch.is_grad_enabled():
+            return _backward(ctx, grad_z, grad_kl)  # whose operator says that it cannot be differentiated again
+        if grad_z is None and grad_kl is None:
+            return None, None, None, None, None
+        from fastgen.kernels.vae import reparameterize_kl as kernels
+
+        mu, logvar, eps, seed = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        return *kernels.backward(grad_z, grad_kl, mu, logvar, eps, seed, ctx.free_bits, needs), None, None
 
 
 _reparameterize_kl.register_autograd(_backward, setup_context=_setup_context)
@@ -189,4 +217,5 @@ def reparameterize_kl(
         return reparameterize_kl_reference(mu, logvar, eps=eps, generator=generator, free_bits=free_bits)
     # A tensor on the device, not a Python number: a CUDA graph draws a new key at each replay, and nothing waits.
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=mu.device)
-    return _reparameterize_kl(mu, logvar, eps, seed, float(free_bits))
+    run = _Direct.apply if is_plain(mu, logvar, eps) else _reparameterize_kl
+    return run(mu, logvar, eps, seed, float(free_bits))

@@ -4,19 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgen.ops._lstm import (
-    check_arguments,
-    empty_maps,
-    exact_dtype,
-    lstm_cell,
-    lstm_cell_backward,
-    needs_gradient,
-    no_second_derivative,
-    own,
-    runs_triton,
-    under_autocast,
-    weight_gradient,
-)
+from fastgen.ops._lstm import check_arguments, exact_dtype, lstm_cell, lstm_cell_backward, under_autocast
+from fastgen.ops._scan import Scan
 
 
 def row_lstm_cell(gates: Tensor, weight: Tensor, hidden_above: Tensor, cell_above: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,90 +71,14 @@ def row_lstm_reference(gates: Tensor, weight: Tensor) -> Tensor:
     return _scan(gates, weight)[0]
 
 
-@torch.library.custom_op("fastgen::row_lstm", mutates_args=())
-def _row_lstm(gates: Tensor, weight: Tensor, triton: bool = False) -> Tensor:
-    """The scan that keeps nothing but its result. Its gradient runs the scan again."""
-    if triton:
-        from fastgen.kernels.row_lstm import row_lstm_forward
-
-        return row_lstm_forward(gates, weight, save=False)[0]
-    return own(_scan(gates, weight)[0])
-
-
-@_row_lstm.register_fake
-def _(gates: Tensor, weight: Tensor, triton: bool = False) -> Tensor:
-    return empty_maps(gates, weight.shape[1], gates.dtype)
-
-
-@torch.library.custom_op("fastgen::row_lstm_saving", mutates_args=())
-def _saving(gates: Tensor, weight: Tensor, triton: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The scan of a training step: hidden states, and for the backward the activated gates and the cell states."""
-    if triton:
-        from fastgen.kernels.row_lstm import row_lstm_forward
-
-        hidden, activated, cell = row_lstm_forward(gates, weight, save=True)
-        assert activated is not None and cell is not None
-        return hidden, activated, cell
-    hidden, activated, cell = _scan(gates, weight)
-    return own(hidden), own(activated), own(cell)
-
-
-@_saving.register_fake
-def _(gates: Tensor, weight: Tensor, triton: bool) -> tuple[Tensor, Tensor, Tensor]:
-    units = weight.shape[1]
-    return (
-        empty_maps(gates, units, gates.dtype),
-        empty_maps(gates, 4 * units, gates.dtype),
-        empty_maps(gates, units, exact_dtype(gates.dtype)),
-    )
-
-
-@torch.library.custom_op("fastgen::row_lstm_backward", mutates_args=())
-def _backward(grad_hidden: Tensor, activated: Tensor, cell: Tensor, weight: Tensor, triton: bool) -> Tensor:
-    if triton:
-        from fastgen.kernels.row_lstm import row_lstm_backward
-
-        return row_lstm_backward(grad_hidden, activated, cell, weight)
-    return own(_scan_backward(grad_hidden, activated, cell, weight))
-
-
-@_backward.register_fake
-def _(grad_hidden: Tensor, activated: Tensor, cell: Tensor, weight: Tensor, triton: bool) -> Tensor:
-    return empty_maps(grad_hidden, 4 * weight.shape[1], grad_hidden.dtype)
-
-
-def _weight_gradient(grad_gates: Tensor, hidden: Tensor, taps: int) -> Tensor:
-    return weight_gradient(grad_gates, hidden, [(-1, tap - taps // 2) for tap in range(taps)])
-
-
-def _keep_inputs(ctx, inputs, output):
-    gates, weight, ctx.triton = inputs
-    ctx.save_for_backward(gates, weight)
-
-
-def _gradients_by_rerun(ctx, grad_hidden):
-    gates, weight = ctx.saved_tensors
-    hidden, activated, cell = _saving(gates, weight, ctx.triton)
-    grad_gates = _backward(grad_hidden, activated, cell, weight, ctx.triton)
-    grad_weight = _weight_gradient(grad_gates, hidden, weight.shape[2]) if ctx.needs_input_grad[1] else None
-    return grad_gates, grad_weight, None
-
-
-def _keep_states(ctx, inputs, output):
-    _, weight, ctx.triton = inputs
-    ctx.save_for_backward(weight, *output)
-
-
-def _gradients(ctx, grad_hidden, _grad_activated, _grad_cell):
-    weight, hidden, activated, cell = ctx.saved_tensors
-    grad_gates = _backward(grad_hidden, activated, cell, weight, ctx.triton)
-    grad_weight = _weight_gradient(grad_gates, hidden, weight.shape[2]) if ctx.needs_input_grad[1] else None
-    return grad_gates, grad_weight, None
-
-
-_row_lstm.register_autograd(_gradients_by_rerun, setup_context=_keep_inputs)
-_saving.register_autograd(_gradients, setup_context=_keep_states)
-_backward.register_autograd(no_second_derivative)
+_operation = Scan(
+    "row_lstm",
+    "",
+    _scan,
+    _scan_backward,
+    lambda taps: [(-1, tap - taps // 2) for tap in range(taps)],
+    "fastgen.kernels.lstm.row",
+)
 
 
 def row_lstm(gates: Tensor, weight: Tensor, *, recompute: bool = False, impl: str = "auto") -> Tensor:
@@ -194,9 +107,4 @@ def row_lstm(gates: Tensor, weight: Tensor, *, recompute: bool = False, impl: st
     check_arguments(gates, weight)
     if weight.shape[2] % 2 == 0:
         raise ValueError(f"weight must have an odd number of taps, (4h, h, k), got {tuple(weight.shape)}")
-    triton = runs_triton(impl, gates)
-    if impl == "reference":
-        return row_lstm_reference(gates, weight)
-    if recompute or not needs_gradient(gates, weight):
-        return _row_lstm(gates, weight, triton)
-    return _saving(gates, weight, triton)[0]
+    return _operation(gates, weight, recompute=recompute, impl=impl)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from fastgen.kernels import lstm_launch, lstm_tiles
-from fastgen.kernels.diagonal_lstm import diagonal_lstm_backward, diagonal_lstm_forward
-from fastgen.kernels.lstm_launch import ASSERTING, TileLaunch, shared_scan, step_by_step
+from fastgen.kernels.lstm import choice, tiles
+from fastgen.kernels.lstm import diagonal as diagonal_kernels
+from fastgen.kernels.lstm.choice import ASSERTING, TileLaunch, shared_scan, step_by_step
 from tests.kernels.test_lstm_kernels import diagonal, problem, rows
 
 
@@ -50,7 +50,7 @@ class ProcessForEveryProgram:
 def programs_at_once(monkeypatch, device):
     if device == "cpu":
         for name in ("lstm_tiles_forward_kernel", "lstm_tiles_backward_kernel"):
-            monkeypatch.setattr(lstm_tiles, name, ProcessForEveryProgram(getattr(lstm_tiles, name)))
+            monkeypatch.setattr(tiles, name, ProcessForEveryProgram(getattr(tiles, name)))
 
 
 def test_a_shared_diagonal_scan_equals_that_of_one_program(programs_at_once, device):
@@ -81,18 +81,18 @@ def test_a_lost_program_is_an_error(scan, monkeypatch):
     gates, weight, grad = problem(1, 3, 2, 3, 2, torch.float32, "cpu")
     alone = TileLaunch(16, 16, 16)
     lost = TileLaunch(16, 16, 16, groups=1, programs=2, patience=3)
-    _, activated, cell = diagonal_lstm_forward(gates, weight, False, True, alone)
+    _, activated, cell = diagonal_kernels.forward(gates, weight, False, save=True, choice=alone)
     with pytest.raises(Exception, match="a program of the scan was lost"):
         if scan == "forward":
-            diagonal_lstm_forward(gates, weight, False, True, lost)
+            diagonal_kernels.forward(gates, weight, False, save=True, choice=lost)
         else:
-            diagonal_lstm_backward(grad, activated, cell, weight, False, lost)
+            diagonal_kernels.backward(grad, activated, cell, weight, False, choice=lost)
 
 
 @pytest.mark.parametrize(("batch", "lanes", "units"), [(16, 32, 128), (64, 32, 128), (500, 64, 256), (1, 1, 1)])
 @pytest.mark.parametrize("processors", [1, 132])
 def test_all_programs_of_a_shared_scan_have_a_processor(batch, lanes, units, processors, monkeypatch):
-    monkeypatch.setattr(lstm_launch, "processors_of", lambda device: processors)
+    monkeypatch.setattr(choice, "processors_of", lambda device: processors)
     launch = shared_scan(torch.empty(batch, 1, dtype=torch.bfloat16), lanes, units)
     assert 1 <= launch.groups <= batch and launch.programs >= 1
     assert launch.groups * launch.programs <= processors

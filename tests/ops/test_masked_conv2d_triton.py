@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from fastgen.kernels import masked_conv2d as kernels
-from fastgen.kernels.masked_conv2d_config import Tile
+from fastgen.kernels.masked_conv2d import launch, products
+from fastgen.kernels.masked_conv2d.config import Choice, Tile
 from fastgen.ops import masked_conv2d
 from fastgen.ops.masked_conv2d import fused, gate, in_aten
 from tests.ops.masked_conv2d_truth import (
@@ -20,7 +20,7 @@ from tests.ops.masked_conv2d_truth import (
     truth,
 )
 
-pytestmark = pytest.mark.usefixtures("full_memory")
+pytestmark = pytest.mark.usefixtures("full_memory", "kernels_wherever_they_can")
 
 EPSILON = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
@@ -28,7 +28,7 @@ EPSILON = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 @pytest.fixture(params=["pointers", "descriptors"])
 def path(request, monkeypatch):
     if request.param == "pointers":
-        monkeypatch.setattr(kernels, "has_tma", lambda chip: False)
+        monkeypatch.setattr(products, "has_tma", lambda chip: False)
     return request.param
 
 
@@ -64,7 +64,7 @@ def test_all_that_can_be_added_equals_the_definition(kind, geometry, activation,
     """With blocks of channels: an image's own bias and a residual beside the bias. Every other one by pointers."""
     turn = ["A", "B-rgb", "random", "none"].index(kind) + ACTIVATIONS.index(activation)
     if turn % 2:
-        monkeypatch.setattr(kernels, "has_tma", lambda chip: False)
+        monkeypatch.setattr(products, "has_tma", lambda chip: False)
     x, weight, mask, bias = problem(kind, 2, 18, 18, 6, 4, dtype=torch.float32, device=device)
     condition = torch.randn(2, 18, device=device, requires_grad=True)
     residual = torch.randn_like(truth(x, weight, mask, bias, activation, **geometry), dtype=torch.float32)
@@ -177,7 +177,7 @@ def test_any_strides(layout, inputs, path, device):
 @pytest.mark.parametrize(("dim", "inputs"), [(0, 16), (1, 3), (2, 16), (2, 3), (3, 16), (3, 3)])
 def test_offsets_beyond_32_bits(dim, inputs, monkeypatch):
     """Of what has any strides: the input, the residual and the incoming gradient, along each of their dimensions."""
-    monkeypatch.setattr(kernels, "has_tma", lambda chip: False)  # descriptors have 64-bit strides by their format
+    monkeypatch.setattr(products, "has_tma", lambda chip: False)  # descriptors have 64-bit strides by their format
     x, weight, mask, bias = problem("B", 3, inputs, inputs, 3, 3, dtype=torch.float16)
     residual, grad = torch.randn(2, 3, inputs, 3, 3).half()
     inputs = (far_apart(x.detach(), dim).requires_grad_(), weight, bias, far_apart(residual, dim).requires_grad_())
@@ -269,14 +269,6 @@ def test_a_mask_that_is_written_into_is_read_again(device):
     check([masked_conv2d(x, weight, mask, bias, impl="triton")], [truth(x, weight, mask, bias)])
 
 
-def test_atomics_on_request(monkeypatch, device):
-    torch.use_deterministic_algorithms(False)
-    monkeypatch.setenv("FASTGEN_ATOMICS", "1")
-    x, weight, mask, bias = problem("B", 3, 17, 5, 9, 9, dtype=torch.float32, device=device)
-    expected = gradients(lambda x, w, b: truth(x, w, mask, b), (x, weight, bias))
-    check(gradients(lambda x, w, b: masked_conv2d(x, w, mask, b, impl="triton"), (x, weight, bias)), expected)
-
-
 @pytest.mark.parametrize("provider", ["dense", "cropped"])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_cudnn_where_it_was_measured_faster(provider, geometry, monkeypatch, device):
@@ -295,7 +287,9 @@ def test_cudnn_where_it_was_measured_faster(provider, geometry, monkeypatch, dev
 
     pairs = (geometry.get("stride", 1), geometry.get("padding", 0), geometry.get("dilation", 1))
     expected = gradients(call, inputs)
-    monkeypatch.setattr(kernels, "choose", lambda device, layer, precision: (provider, Tile(32, 16, 16, 4, 1)))
+    chosen = Choice(provider, Tile(32, 16, 16, 4, 1), "a test")
+    monkeypatch.setattr(products, "choose", lambda device, layer, precision, boxed: chosen)
+    launch.forget()
     check(gradients(call, inputs), [one.double() for one in expected])
 
 
@@ -340,7 +334,7 @@ def test_transforms_of_torch_func_get_the_definition(device, monkeypatch):
     monkeypatch.setattr(sys.modules["fastgen.ops.masked_conv2d"], "uses_triton", lambda impl, x: True)
     calls = []
     monkeypatch.setattr(
-        sys.modules["fastgen.ops.masked_conv2d"], "_operator", lambda *arguments: calls.append(1) or (x, x)
+        sys.modules["fastgen.ops.masked_conv2d"], "fused", lambda *arguments, **more: calls.append(1) or (x, x)
     )
     masked_conv2d(x, weight, mask, bias)
     assert calls == [1]
@@ -374,7 +368,7 @@ def test_what_the_kernel_cannot_do_is_said(device):
 
 
 def test_too_many_pixels_are_refused(monkeypatch, device):
-    monkeypatch.setattr(kernels, "MAX_PIXELS", 10)
+    monkeypatch.setattr(launch, "MAX_PIXELS", 10)
     x, weight, mask, bias = problem("B", dtype=torch.float32, device=device)
     with pytest.raises(ValueError, match="split the batch"):
         masked_conv2d(x, weight, mask, bias, impl="triton")

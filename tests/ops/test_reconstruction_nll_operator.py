@@ -106,8 +106,9 @@ def test_gradient_fills_its_whole_tensor_and_repeats_to_the_bit(likelihood, devi
 
     monkeypatch.setattr(torch, "empty_like", nan_like)
     upstream = torch.ones(2, device=device)
-    first = torch.ops.fastgen.reconstruction_nll_backward(upstream, params, target, likelihood, LEVELS)
-    again = torch.ops.fastgen.reconstruction_nll_backward(upstream, params, target, likelihood, LEVELS)
+    _, kept = torch.ops.fastgen.reconstruction_nll(params, target, likelihood, LEVELS, False)
+    first = torch.ops.fastgen.reconstruction_nll_backward(upstream, params, target, kept, likelihood, LEVELS)
+    again = torch.ops.fastgen.reconstruction_nll_backward(upstream, params, target, kept, likelihood, LEVELS)
     assert first.isfinite().all() and torch.equal(first, again)
 
 
@@ -128,7 +129,8 @@ def test_opcheck(likelihood, per_element, device):
     params, target = params.to(device).requires_grad_(), target.to(device)
     torch.library.opcheck(torch.ops.fastgen.reconstruction_nll, (params, target, likelihood, LEVELS, per_element))
     shape = (2, 1, 2, 3) if per_element else (2,)
-    arguments = (torch.ones(shape, device=device), params.detach(), target, likelihood, LEVELS)
+    _, kept = torch.ops.fastgen.reconstruction_nll(params.detach(), target, likelihood, LEVELS, per_element)
+    arguments = (torch.ones(shape, device=device), params.detach(), target, kept, likelihood, LEVELS)
     torch.library.opcheck(torch.ops.fastgen.reconstruction_nll_backward, arguments)
 
 

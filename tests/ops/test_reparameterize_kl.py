@@ -142,13 +142,13 @@ def test_layout_changes_nothing(layout, device):
 
 
 def test_halves_and_channels_last_are_not_copied():
-    from fastgen.kernels.reparameterize_kl import as_rows
+    from fastgen.kernels.vae.reparameterize_kl import as_rows
 
     half = torch.randn(2, 6, 4, 5).chunk(2, dim=1)[1]
     last = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
-    assert as_rows(half, None) == (60, True, [(half, (120, 0, 1)), (None, (0, 0, 0))])
-    inner, flat, views = as_rows(half, last)
-    assert (inner, flat) == (20, False) and views[1][0] is last and views[1][1] == (60, 1, 3)
+    assert as_rows(half, None) == ((half, None), 60, True, ((120, 0, 1), (0, 0, 0)))
+    tensors, inner, flat, strides = as_rows(half, last)
+    assert (inner, flat) == (20, False) and tensors[1] is last and strides[1] == (60, 1, 3)
 
 
 def test_expanded_gradients_are_read_by_their_strides(device):
@@ -275,7 +275,7 @@ def test_each_launch_draws_anew_and_a_seed_repeats(device):
 def test_noise_does_not_depend_on_batch_tile_or_dtype(device, monkeypatch):
     assert torch.equal(drawn((70, 37), device)[:3], drawn((3, 37), device))
     split = drawn((2, 4100), device)
-    monkeypatch.setattr("fastgen.kernels.reparameterize_kl.PROGRAMS", 4)
+    monkeypatch.setattr("fastgen.kernels.vae.reparameterize_kl.PROGRAMS", 4)
     assert torch.equal(split, drawn((2, 4100), device))  # now two and three tiles a program
     assert torch.equal(drawn((3, 37), device).half(), drawn((3, 37), device, dtype=torch.half))
     assert torch.equal(drawn((2, 3, 4), device), drawn((2, 12), device).view(2, 3, 4))
@@ -356,7 +356,7 @@ def test_bad_arguments_are_named(change, error, words):
 
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 10**7), (10**6, 2), (256, 2048), (7, 1025), (1024, 4096)])
 def test_the_launch_covers_every_column_once(sizes):
-    from fastgen.kernels.reparameterize_kl import launch_configuration
+    from fastgen.kernels.vae.reparameterize_kl import launch_configuration
 
     rows, columns = sizes
     launch = launch_configuration(rows, columns)

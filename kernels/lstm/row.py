@@ -1,6 +1,6 @@
 """The Row LSTM in one launch: a program walks all rows of its images, forward and backward.
 
-The design is that of `fastgen.kernels.diagonal_lstm`: the output is the state, read behind a barrier a row later, and
+The design is that of `fastgen.kernels.lstm.diagonal`: the output is the state, read behind a barrier a row later, and
 cell states stay in registers. A tile's M lanes are the columns of an image. The weights of all taps do not fit shared
 memory and are read again for every row, from the caches.
 """
@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgen.kernels.lstm_cell import (
+from fastgen.kernels.common import empty_map, launch
+from fastgen.kernels.lstm.cell import (
     cell_backward,
     cell_forward,
     load_gates,
@@ -21,16 +22,9 @@ from fastgen.kernels.lstm_cell import (
     store_gates,
     widened,
 )
-from fastgen.kernels.lstm_launch import (
-    ScanLaunch,
-    TileLaunch,
-    arithmetic,
-    choose,
-    empty_maps,
-    empty_results,
-    scan_entries,
-)
-from fastgen.kernels.lstm_tiles import backward_by_tiles, forward_by_tiles
+from fastgen.kernels.lstm.choice import ScanLaunch, TileLaunch, choose, constants_of, empty_results
+from fastgen.kernels.lstm.entries import scan_entries
+from fastgen.kernels.lstm.tiles import backward_by_tiles, forward_by_tiles
 
 
 @triton.jit(do_not_specialize=("batch", "steps"))
@@ -168,57 +162,55 @@ def row_lstm_backward_kernel(
         store_gates(grad_gates_ptr + pixel[:, None] * (4 * units) + u[None, :], units, grads, mask)
 
 
-def row_lstm_forward(
-    gates: Tensor, weight: Tensor, save: bool, launch: ScanLaunch | TileLaunch | None = None
+def forward(
+    gates: Tensor, weight: Tensor, *, save: bool, choice: ScanLaunch | TileLaunch | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """hidden (B, h, H, W), and to train the activated gates and the cell states, all channels-last.
 
     Args:
         gates: (B, 4h, H, W), any strides.
         weight: (4h, h, k), any strides.
-        launch: None chooses.
+        choice: None chooses.
     """
     batch, _, height, width = gates.shape
     units, taps = weight.shape[1:]
     hidden, activated, cell = results = empty_results(gates, save)
     if batch == 0:
         return results
-    launch = launch or choose(gates, width, units)
-    if isinstance(launch, TileLaunch):
-        forward_by_tiles(gates, weight, hidden, activated, cell, launch, row_scan=True)
+    choice = choice or choose(gates, width, units)
+    if isinstance(choice, TileLaunch):
+        forward_by_tiles(gates, weight, hidden, activated, cell, choice, row_scan=True)
         return results
     packed = weight.permute(2, 1, 0).contiguous()
-    row_lstm_forward_kernel[(launch.programs,)](
-        gates, packed, hidden, activated, cell, batch, height, width, units, taps,
-        launch.images_of_a_program(batch) * height, *gates.stride(), **arithmetic(gates), **launch.tile,
-        **launch.options,
-    )  # fmt: skip
+    sizes = (batch, height, width, units, taps, choice.images_of_a_program(batch) * height, *gates.stride())
+    launch(row_lstm_forward_kernel, (choice.programs,), (gates, packed, *results, *sizes), constants_of(choice, gates))
     return results
 
 
-def row_lstm_backward(
+def backward(
     grad_hidden: Tensor,
     activated: Tensor,
     cell: Tensor,
     weight: Tensor,
-    launch: ScanLaunch | TileLaunch | None = None,
+    *,
+    choice: ScanLaunch | TileLaunch | None = None,
 ) -> Tensor:
     """Gradient of the gates (B, 4h, H, W), channels-last, from what the forward has saved."""
     batch, units, height, width = grad_hidden.shape
     activated, cell = (saved.contiguous(memory_format=torch.channels_last) for saved in (activated, cell))
-    grad_gates = empty_maps(grad_hidden, 4 * units, grad_hidden.dtype)
+    grad_gates = empty_map(grad_hidden, 4 * units, height, width)
     if batch == 0:
         return grad_gates
-    launch = launch or choose(grad_hidden, width, units)
-    if isinstance(launch, TileLaunch):
-        backward_by_tiles(grad_hidden, activated, cell, weight, grad_gates, launch, row_scan=True)
+    choice = choice or choose(grad_hidden, width, units)
+    if isinstance(choice, TileLaunch):
+        backward_by_tiles(grad_hidden, activated, cell, weight, grad_gates, choice, row_scan=True)
         return grad_gates
     packed = weight.permute(2, 0, 1).contiguous()
-    row_lstm_backward_kernel[(launch.programs,)](
-        grad_hidden, activated, cell, packed, grad_gates, batch, height, width, units, weight.shape[2],
-        launch.images_of_a_program(batch) * height, *grad_hidden.stride(), AHEAD=launch.ahead,
-        **arithmetic(grad_hidden), **launch.tile, **launch.options,
-    )  # fmt: skip
+    steps = choice.images_of_a_program(batch) * height
+    sizes = (batch, height, width, units, weight.shape[2], steps, *grad_hidden.stride())
+    constants = {"AHEAD": choice.ahead, **constants_of(choice, grad_hidden)}
+    pointers = (grad_hidden, activated, cell, packed, grad_gates)
+    launch(row_lstm_backward_kernel, (choice.programs,), (*pointers, *sizes), constants)
     return grad_gates
 
 

@@ -10,6 +10,9 @@ the backward kernel draws the same numbers again, and tile sizes, strides and dt
 Traffic in fp32: 12 bytes an element forward (read m, v; write z), 20 backward (read dz, m, v; write dm, dv).
 """
 
+import functools
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgen.kernels.catalogue_entry import Entry
+from fastgen.kernels.common import cdiv, launch, next_power_of_2
 
 MIN_LOGVAR = tl.constexpr(-100.0)
 MAX_LOGVAR = tl.constexpr(80.0)
@@ -28,17 +32,20 @@ MAX_FLOAT = tl.constexpr(3.4028234663852886e38)
 @triton.jit
 def exponential(x):
     """exp(x) for x in [-87, 88] to 2 units in the last place: `tl.exp` alone loses 5e-6 at x = 80 on a GPU."""
-    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    shifted = x * 1.4426950408889634 + 12583039.0  # 2^23 + 2^22 + 127: rounds, and leaves n + 127 in the last bits
+    n = shifted - 12583039.0
     r = (x - n * 0.693145751953125) - n * 1.428606820309417e-06  # x - n * ln 2, the first product exact
-    power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)  # 2^n
+    power = (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)  # 2^n
     return tl.exp(r) * power
 
 
 @triton.jit
-def expm1_minus(x):
-    """exp(x) - 1 - x for x in [-100, 80], never negative, without cancellation near 0. Taylor series within 1 of it."""
-    series = 1.0 / 39916800
-    series = series * x + 1.0 / 3628800
+def expm1_minus(x, root):
+    """exp(x) - 1 - x for x in [-100, 80], never negative, without cancellation near 0: Taylor series within 1 of it.
+
+    root: exp(x / 2). Where its square leaves the normal floats, it is lost beside 1.
+    """
+    series = 1.0 / 3628800
     series = series * x + 1.0 / 362880
     series = series * x + 1.0 / 40320
     series = series * x + 1.0 / 5040
@@ -47,22 +54,41 @@ def expm1_minus(x):
     series = series * x + 1.0 / 24
     series = series * x + 1.0 / 6
     series = series * x + 0.5
-    # Below -87 exp(x) is lost beside 1, and its power of two would leave the normal floats.
-    far = exponential(tl.where(x < -87.0, -87.0, x)) - 1.0 - x
-    return tl.where(tl.abs(x) < 1.0, series * x * x, far)
+    return tl.where(tl.abs(x) < 1.0, series * x * x, root * root - 1.0 - x)
 
 
 @triton.jit
-def clip_logvar(v):
-    v = tl.where(v < MIN_LOGVAR, MIN_LOGVAR, v)  # comparisons keep NaN, which tl.clamp would drop
-    return tl.where(v > MAX_LOGVAR, MAX_LOGVAR, v)
+def limited(v):
+    """The log-variance limited to its range, and how far it lies below it (negative); NaN stays."""
+    above = tl.maximum(v, MIN_LOGVAR, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(above, MAX_LOGVAR, propagate_nan=tl.PropagateNan.ALL), v - above
 
 
 @triton.jit
-def kl_of_element(m, v, clipped):
-    """(exp(clip(v)) - 1 - min(v, 80) + m^2) / 2, in nats."""
-    below = tl.where(v < MIN_LOGVAR, v - MIN_LOGVAR, 0.0)  # the linear term alone goes on below the range
-    return 0.5 * (expm1_minus(clipped) - below + m * m)
+def kl_of_element(m, below, excess):
+    """(exp(clip(v)) - 1 - min(v, 80) + m^2) / 2, in nats; excess: `expm1_minus` of the clipped v.
+
+    The linear term alone goes on below the range.
+    """
+    return 0.5 * (excess - below + m * m)
+
+
+@triton.jit
+def radius_of(word):
+    """sqrt(-2 log u) of a random 32-bit word, u = (word + 1/2) / 2^32: at most 6.8."""
+    uniform = word.to(tl.uint32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    # u = 2^k * (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), and -2 log(1 + f) / f as a polynomial, to 2e-7 of it.
+    bits = uniform.to(tl.int32, bitcast=True)
+    k = (bits - 0x3F3504F3) >> 23
+    f = (bits - (k << 23)).to(tl.float32, bitcast=True) - 1.0
+    series = 0.20268139 * f - 0.32468414
+    series = series * f + 0.34494033
+    series = series * f - 0.39797127
+    series = series * f + 0.49940142
+    series = series * f - 0.66670227
+    series = series * f + 1.0000073
+    series = series * f - 1.9999999
+    return tl.sqrt(series * f - 1.3862943611198906 * k.to(tl.float32))
 
 
 @triton.jit
@@ -72,8 +98,7 @@ def box_muller(word0, word1):
     The angle is one of four quarter turns plus one in [-pi/4, pi/4), where short series reach float32 precision; the
     library's cosine would bring a slow path for huge angles that spills registers.
     """
-    uniform = word0.to(tl.uint32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-    radius = tl.sqrt(-2.0 * tl.log(uniform))
+    radius = radius_of(word0)
     turn = word1.to(tl.int32, bitcast=True)
     angle = turn.to(tl.float32) * 3.657291918165171e-10  # pi / 4 / 2^31
     q = angle * angle
@@ -86,9 +111,12 @@ def box_muller(word0, word1):
 
 @triton.jit
 def tile_noise(seed, row, column, columns):
-    """Standard normals for rows (ROWS, 1) and the first columns (1, COLS / 4) of groups of four: (ROWS, COLS)."""
+    """Standard normals for rows (ROWS, 1) and the first columns (1, COLS / 4) of groups of four: (ROWS, COLS).
+
+    Seven rounds of Philox are the fewest that pass BigCrush (Salmon et al. 2011, table 2).
+    """
     counter = row * ((columns + 3) // 4) + column // 4
-    word0, word1, word2, word3 = tl.randint4x(seed, counter)
+    word0, word1, word2, word3 = tl.randint4x(seed, counter, n_rounds=7)
     n0, n1 = box_muller(word0, word1)
     n2, n3 = box_muller(word2, word3)
     grouped = tl.join(tl.join(n0, n2), tl.join(n1, n3))
@@ -147,11 +175,12 @@ def reparameterize_kl_forward_kernel(
         else:
             at_eps = tile_offsets(row, column, inner, eps_row_stride, eps_outer_stride, eps_inner_stride, FLAT)
             eps = tl.load(eps_ptr + at_eps, inside, other=0.0).to(tl.float32)
-        clipped = clip_logvar(v)
-        z = m + exponential(0.5 * clipped) * eps
+        clipped, below = limited(v)
+        scale = exponential(0.5 * clipped)
+        z = m + scale * eps
         tl.store(z_ptr + row * columns + column, z.to(z_ptr.dtype.element_ty), inside)
-        kl = kl_of_element(m, v, clipped)
-        kl = tl.where(kl < free_bits, free_bits, kl)
+        kl = kl_of_element(m, below, expm1_minus(clipped, scale))
+        kl = tl.maximum(kl, free_bits, propagate_nan=tl.PropagateNan.ALL)
         total += tl.where(inside, kl, 0.0)
     part = tl.sum(total, axis=1)
     part = tl.where(part > MAX_FLOAT, MAX_FLOAT, part)
@@ -222,7 +251,8 @@ def reparameterize_kl_backward_kernel(
         at_logvar = tile_offsets(row, column, inner, logvar_row_stride, logvar_outer_stride, logvar_inner_stride, FLAT)
         m = tl.load(mu_ptr + at_mu, inside, other=0.0).to(tl.float32)
         v = tl.load(logvar_ptr + at_logvar, inside, other=0.0).to(tl.float32)
-        clipped = clip_logvar(v)
+        clipped, below = limited(v)
+        scale = exponential(0.5 * clipped)
         grad_mu = tl.zeros((ROWS, COLS), tl.float32)
         grad_logvar = tl.zeros((ROWS, COLS), tl.float32)
         at = row * columns + column
@@ -231,7 +261,7 @@ def reparameterize_kl_backward_kernel(
                 row, column, inner, grad_z_row_stride, grad_z_outer_stride, grad_z_inner_stride, FLAT
             )
             grad_mu = tl.load(grad_z_ptr + at_grad, inside, other=0.0).to(tl.float32)
-            grad_eps = grad_mu * exponential(0.5 * clipped)
+            grad_eps = grad_mu * scale
             if grad_eps_ptr is not None:
                 tl.store(grad_eps_ptr + at, grad_eps.to(grad_eps_ptr.dtype.element_ty), inside)
             if grad_logvar_ptr is not None:
@@ -245,9 +275,10 @@ def reparameterize_kl_backward_kernel(
                 grad_logvar = tl.where(clipped == v, 0.5 * grad_eps * eps, 0.0)
         if grad_kl_ptr is not None:
             # Outside the range the slope of its end goes on, so that the KL can pull the log-variance back.
-            counts = kl_of_element(m, v, clipped) >= free_bits
+            excess = expm1_minus(clipped, scale)
+            counts = kl_of_element(m, below, excess) >= free_bits
             grad_mu += tl.where(counts, grad_of_row * m, 0.0)
-            grad_logvar += tl.where(counts, grad_of_row * 0.5 * (expm1_minus(clipped) + clipped), 0.0)
+            grad_logvar += tl.where(counts, grad_of_row * 0.5 * (excess + clipped), 0.0)
         if grad_mu_ptr is not None:
             tl.store(grad_mu_ptr + at, grad_mu.to(grad_mu_ptr.dtype.element_ty), inside)
         if grad_logvar_ptr is not None:
@@ -269,64 +300,75 @@ TILE = 1024  # 8 elements a thread: two 16-byte loads of each fp32 input in flig
 PROGRAMS = 1024  # enough to fill the chip; fixed, so that sums do not depend on the device
 
 
+@functools.lru_cache(4096)
 def launch_configuration(rows: int, columns: int) -> Launch:
     """Wide rows get a tile each, short ones share it. Rows are split where there are too few of them for the chip."""
-    tile_columns = min(triton.next_power_of_2(max(columns, 4)), TILE)
+    tile_columns = min(next_power_of_2(max(columns, 4)), TILE)
     tile_rows = TILE // tile_columns
-    tiles = triton.cdiv(columns, tile_columns)
-    splits = min(triton.cdiv(PROGRAMS, triton.cdiv(rows, tile_rows)), tiles)
-    per_program = triton.cdiv(tiles, splits)
-    return Launch(tile_rows, tile_columns, triton.cdiv(tiles, per_program), per_program)
+    tiles = cdiv(columns, tile_columns)
+    splits = min(cdiv(PROGRAMS, cdiv(rows, tile_rows)), tiles)
+    per_program = cdiv(tiles, splits)
+    return Launch(tile_rows, tile_columns, cdiv(tiles, per_program), per_program)
 
 
-def as_rows(*tensors: Tensor | None) -> tuple[int, bool, list[tuple[Any, tuple[int, int, int]]]]:
-    """Views tensors of one shape (B, D...) as rows of at most two dimensions (outer, inner), shared by all of them.
+Strides = tuple[int, ...]
+
+
+@functools.lru_cache(4096)
+def rows_of(shape: tuple[int, ...], *strides: Strides | None) -> tuple[int, bool, tuple[Strides, ...]] | None:
+    """Tensors of one shape (B, D...) as rows of at most two dimensions (outer, inner), shared by all of them.
 
     Returns:
-        The inner length, whether one dimension is enough, and each tensor with its (row, outer, inner) strides.
-        Tensors are copied only if their layouts together need more than two dimensions.
+        The inner length, whether one dimension is enough, and (row, outer, inner) strides of each tensor (zeros for an
+        absent one); or None where their layouts together need more than two dimensions.
     """
-    present = [tensor for tensor in tensors if tensor is not None]
-    shape = present[0].shape
+    present = [stride for stride in strides if stride is not None]
     merged: list[tuple[int, list[int]]] = []
     for axis in range(1, len(shape)):
-        strides = [tensor.stride(axis) for tensor in present]
+        steps = [stride[axis] for stride in present]
         if shape[axis] == 1:
             continue
-        if merged and all(last == s * shape[axis] for last, s in zip(merged[-1][1], strides, strict=True)):
-            merged[-1] = (merged[-1][0] * shape[axis], strides)
+        if merged and all(last == s * shape[axis] for last, s in zip(merged[-1][1], steps, strict=True)):
+            merged[-1] = (merged[-1][0] * shape[axis], steps)
         else:
-            merged.append((shape[axis], strides))
+            merged.append((shape[axis], steps))
     if len(merged) > 2:
-        return as_rows(*(None if tensor is None else tensor.contiguous() for tensor in tensors))
+        return None
     (_, outer), (inner_length, inner) = ([(1, [0] * len(present))] * 2 + merged)[-2:]
-    strides_of = iter(zip([tensor.stride(0) for tensor in present], outer, inner, strict=True))
-    views = [(tensor, (0, 0, 0) if tensor is None else next(strides_of)) for tensor in tensors]
-    return inner_length, len(merged) <= 1, views
+    found = iter(zip([stride[0] for stride in present], outer, inner, strict=True))
+    return inner_length, len(merged) <= 1, tuple((0, 0, 0) if stride is None else next(found) for stride in strides)
+
+
+def as_rows(*tensors: Tensor | None) -> tuple[tuple[Tensor | None, ...], int, bool, tuple[Strides, ...]]:
+    """The tensors, copied only if their layouts together need more than two dimensions, and their `rows_of`."""
+    shape = next(tensor.shape for tensor in tensors if tensor is not None)
+    found = rows_of(tuple(shape), *(None if tensor is None else tensor.stride() for tensor in tensors))
+    if found is None:
+        return as_rows(*(None if tensor is None else tensor.contiguous() for tensor in tensors))
+    return tensors, *found
 
 
 def forward(mu: Tensor, logvar: Tensor, eps: Tensor | None, seed: Tensor, free_bits: float) -> tuple[Tensor, Tensor]:
     """z like mu (contiguous) and kl (B,) fp32, of mu, logvar and eps (B, D...)."""
-    z = torch.empty(mu.shape, dtype=torch.promote_types(mu.dtype, logvar.dtype), device=mu.device)
+    dtype = mu.dtype if mu.dtype == logvar.dtype else torch.promote_types(mu.dtype, logvar.dtype)
+    z = torch.empty(mu.shape, dtype=dtype, device=mu.device)
     rows = mu.shape[0]
     if mu.numel() == 0:
         return z, torch.zeros(rows, dtype=torch.float32, device=mu.device)
     columns = mu.numel() // rows
-    launch = launch_configuration(rows, columns)
-    inner, flat, views = as_rows(mu, logvar, eps)
-    (mu, mu_strides), (logvar, logvar_strides), (eps, eps_strides) = views
-    grid = (triton.cdiv(rows, launch.ROWS), launch.splits)
-    parts = torch.empty(rows, launch.splits, dtype=torch.float32, device=z.device)
-    reparameterize_kl_forward_kernel[grid](
-        mu, logvar, eps, seed, z, parts, rows, columns, inner, *mu_strides, *logvar_strides, *eps_strides,
-        launch.tiles, float(free_bits), FLAT=flat, ROWS=launch.ROWS, COLS=launch.COLS, num_warps=launch.num_warps,
-    )  # fmt: skip
-    if launch.splits == 1:
+    choice = launch_configuration(rows, columns)
+    inputs, inner, flat, strides = as_rows(mu, logvar, eps)
+    parts = torch.empty(rows, choice.splits, dtype=torch.float32, device=z.device)
+    constants = {"FLAT": flat, "ROWS": choice.ROWS, "COLS": choice.COLS, "num_warps": choice.num_warps}
+    args = (*inputs, seed, z, parts, rows, columns, inner, *itertools.chain(*strides), choice.tiles, float(free_bits))
+    launch(reparameterize_kl_forward_kernel, (cdiv(rows, choice.ROWS), choice.splits), args, constants)
+    if choice.splits == 1:
         return z, parts.view(rows)
     kl = torch.empty(rows, dtype=torch.float32, device=z.device)
-    width = triton.next_power_of_2(launch.splits)
+    width = next_power_of_2(choice.splits)
     height = max(1, TILE // width)
-    reparameterize_kl_sum_kernel[(triton.cdiv(rows, height),)](parts, kl, rows, launch.splits, ROWS=height, PARTS=width)
+    args = (parts, kl, rows, choice.splits)
+    launch(reparameterize_kl_sum_kernel, (cdiv(rows, height),), args, {"ROWS": height, "PARTS": width})
     return z, kl
 
 
@@ -338,7 +380,7 @@ def backward(
     eps: Tensor | None,
     seed: Tensor,
     free_bits: float,
-    needs: list[bool],
+    needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of mu, logvar and eps, contiguous, None where `needs` says that they are not asked for."""
     rows = mu.shape[0]
@@ -352,15 +394,13 @@ def backward(
     if grad_z is None and grads[2] is not None:
         grads[2].zero_()
     columns = mu.numel() // rows
-    launch = launch_configuration(rows, columns)
-    inner, flat, views = as_rows(grad_z, mu, logvar, eps)
-    (grad_z, grad_z_strides), (mu, mu_strides), (logvar, logvar_strides), (eps, eps_strides) = views
-    grid = (triton.cdiv(rows, launch.ROWS), launch.splits)
-    reparameterize_kl_backward_kernel[grid](
-        grad_z, grad_kl, mu, logvar, eps, seed, *grads, rows, columns, inner,
-        *grad_z_strides, 0 if grad_kl is None else grad_kl.stride(0), *mu_strides, *logvar_strides, *eps_strides,
-        launch.tiles, float(free_bits), FLAT=flat, ROWS=launch.ROWS, COLS=launch.COLS, num_warps=launch.num_warps,
-    )  # fmt: skip
+    choice = launch_configuration(rows, columns)
+    tensors, inner, flat, strides = as_rows(grad_z, mu, logvar, eps)
+    constants = {"FLAT": flat, "ROWS": choice.ROWS, "COLS": choice.COLS, "num_warps": choice.num_warps}
+    of_kl = 0 if grad_kl is None else grad_kl.stride(0)
+    sizes = (rows, columns, inner, *strides[0], of_kl, *itertools.chain(*strides[1:]), choice.tiles, float(free_bits))
+    args = (tensors[0], grad_kl, *tensors[1:], seed, *grads, *sizes)
+    launch(reparameterize_kl_backward_kernel, (cdiv(rows, choice.ROWS), choice.splits), args, constants)
     return grads[0], grads[1], grads[2]
 
 

@@ -8,7 +8,7 @@ barrier of the program's threads. Cell states stay in registers, weights in shar
 end of its image begins with the next one at once, so that K images take K * W + H - 1 steps and no row idles between
 them. Backward is the same walk from the last pixel to the first, where the gradient of the gates is the state.
 
-Sizes whose weights or tiles do not fit go by `fastgen.kernels.lstm_tiles`.
+Sizes whose weights or tiles do not fit go by `fastgen.kernels.lstm.tiles`.
 
 Traffic a pixel, h units of s bytes: forward reads 4h and writes h, and to train 4h more and h floats; backward reads
 5h and 2h floats and writes 4h. All of it is bound by H + W - 1 dependent steps, not by rates.
@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgen.kernels.lstm_cell import (
+from fastgen.kernels.common import empty_map, launch
+from fastgen.kernels.lstm.cell import (
     cell_backward,
     cell_forward,
     load_saved,
@@ -29,16 +30,9 @@ from fastgen.kernels.lstm_cell import (
     store_gates,
     widened,
 )
-from fastgen.kernels.lstm_launch import (
-    ScanLaunch,
-    TileLaunch,
-    arithmetic,
-    choose,
-    empty_maps,
-    empty_results,
-    scan_entries,
-)
-from fastgen.kernels.lstm_tiles import backward_by_tiles, forward_by_tiles
+from fastgen.kernels.lstm.choice import ScanLaunch, TileLaunch, choose, constants_of, empty_results
+from fastgen.kernels.lstm.entries import scan_entries
+from fastgen.kernels.lstm.tiles import backward_by_tiles, forward_by_tiles
 
 
 @triton.jit
@@ -207,56 +201,56 @@ def diagonal_lstm_backward_kernel(
         store_gates(own, units, grads, mask)
 
 
-def diagonal_lstm_forward(
-    gates: Tensor, weight: Tensor, reverse: bool, save: bool, launch: ScanLaunch | TileLaunch | None = None
+def forward(
+    gates: Tensor, weight: Tensor, reverse: bool, *, save: bool, choice: ScanLaunch | TileLaunch | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """hidden (B, h, H, W), and to train the activated gates and the cell states, all channels-last.
 
     Args:
         gates: (B, 4h, H, W), any strides.
         weight: (4h, h, 2), any strides.
-        launch: None chooses.
+        choice: None chooses.
     """
     batch, _, height, width = gates.shape
     units = weight.shape[1]
     hidden, activated, cell = results = empty_results(gates, save)
     if batch == 0:
         return results
-    launch = launch or choose(gates, height, units)
-    if isinstance(launch, TileLaunch):
-        forward_by_tiles(gates, weight, hidden, activated, cell, launch, row_scan=False, reverse=reverse)
+    choice = choice or choose(gates, height, units)
+    if isinstance(choice, TileLaunch):
+        forward_by_tiles(gates, weight, hidden, activated, cell, choice, row_scan=False, reverse=reverse)
         return results
-    diagonal_lstm_forward_kernel[(launch.programs,)](
-        gates, weight, hidden, activated, cell, batch, height, width, units,
-        launch.images_of_a_program(batch) * width + height - 1, *gates.stride(), *weight.stride(), REVERSE=reverse,
-        **arithmetic(gates), **launch.tile, **launch.options,
-    )  # fmt: skip
+    steps = choice.images_of_a_program(batch) * width + height - 1
+    sizes = (batch, height, width, units, steps, *gates.stride(), *weight.stride())
+    constants = {"REVERSE": reverse, **constants_of(choice, gates)}
+    launch(diagonal_lstm_forward_kernel, (choice.programs,), (gates, weight, *results, *sizes), constants)
     return results
 
 
-def diagonal_lstm_backward(
+def backward(
     grad_hidden: Tensor,
     activated: Tensor,
     cell: Tensor,
     weight: Tensor,
     reverse: bool,
-    launch: ScanLaunch | TileLaunch | None = None,
+    *,
+    choice: ScanLaunch | TileLaunch | None = None,
 ) -> Tensor:
     """Gradient of the gates (B, 4h, H, W), channels-last, from what the forward has saved."""
     batch, units, height, width = grad_hidden.shape
     activated, cell = (saved.contiguous(memory_format=torch.channels_last) for saved in (activated, cell))
-    grad_gates = empty_maps(grad_hidden, 4 * units, grad_hidden.dtype)
+    grad_gates = empty_map(grad_hidden, 4 * units, height, width)
     if batch == 0:
         return grad_gates
-    launch = launch or choose(grad_hidden, height, units)
-    if isinstance(launch, TileLaunch):
-        backward_by_tiles(grad_hidden, activated, cell, weight, grad_gates, launch, row_scan=False, reverse=reverse)
+    choice = choice or choose(grad_hidden, height, units)
+    if isinstance(choice, TileLaunch):
+        backward_by_tiles(grad_hidden, activated, cell, weight, grad_gates, choice, row_scan=False, reverse=reverse)
         return grad_gates
-    diagonal_lstm_backward_kernel[(launch.programs,)](
-        grad_hidden, activated, cell, weight, grad_gates, batch, height, width, units,
-        launch.images_of_a_program(batch) * width + height - 1, *grad_hidden.stride(), *weight.stride(),
-        REVERSE=reverse, AHEAD=launch.ahead, **arithmetic(grad_hidden), **launch.tile, **launch.options,
-    )  # fmt: skip
+    steps = choice.images_of_a_program(batch) * width + height - 1
+    sizes = (batch, height, width, units, steps, *grad_hidden.stride(), *weight.stride())
+    constants = {"REVERSE": reverse, "AHEAD": choice.ahead, **constants_of(choice, grad_hidden)}
+    pointers = (grad_hidden, activated, cell, weight, grad_gates)
+    launch(diagonal_lstm_backward_kernel, (choice.programs,), (*pointers, *sizes), constants)
     return grad_gates
 
 

@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgen.kernels.lstm_cell import (
+from fastgen.kernels.common import cdiv, prepare
+from fastgen.kernels.lstm.cell import (
     cell_backward,
     cell_forward,
     load_gates,
@@ -34,7 +35,8 @@ from fastgen.kernels.lstm_cell import (
     store_gates,
     widened,
 )
-from fastgen.kernels.lstm_launch import TileLaunch, arithmetic, tile_entries
+from fastgen.kernels.lstm.choice import TileLaunch, constants_of
+from fastgen.kernels.lstm.entries import tile_entries
 
 COUNTERS = tl.constexpr(32)  # ints from the counter of one group to that of the next: each has a cache line
 VARYING = ("begin", "end", "patience", "batch", "images")  # else compiled anew for 1, and for multiples of 16, of each
@@ -230,17 +232,17 @@ def lstm_tiles_backward_kernel(
         finish_step(arrivals_ptr, (back + 1 - begin) * tl.num_programs(0), patience)
 
 
-def launches_of(launch: TileLaunch, sizes: list[int], batch: int, units: int) -> Iterator[tuple[Any, ...]]:
+def launches_of(choice: TileLaunch, sizes: list[int], batch: int, units: int) -> Iterator[tuple[Any, ...]]:
     """(grid, begin, end, images of a group) of every launch; sizes: pixels of an image in each step."""
-    if launch.groups:
-        images = triton.cdiv(batch, launch.groups)
-        yield (launch.programs, triton.cdiv(batch, images)), 0, len(sizes), images
+    if choice.groups:
+        images = cdiv(batch, choice.groups)
+        yield (choice.programs, cdiv(batch, images)), 0, len(sizes), images
         return
     for step, count in enumerate(sizes):
-        yield (triton.cdiv(batch * count, launch.M) * triton.cdiv(units, launch.U), 1), step, step + 1, batch
+        yield (cdiv(batch * count, choice.M) * cdiv(units, choice.U), 1), step, step + 1, batch
 
 
-def walk(kernel: Any, pointers: tuple[Tensor | None, ...], maps: Tensor, strides: tuple[int, ...], launch: TileLaunch,
+def walk(kernel: Any, pointers: tuple[Tensor | None, ...], maps: Tensor, strides: tuple[int, ...], choice: TileLaunch,
          *, units: int, row_scan: bool, **constants: Any) -> None:  # fmt: skip
     """Launches `kernel` for all steps; maps (B, ..., H, W) is the argument that the first of its strides are of."""
     batch, height, width = maps.shape[0], *maps.shape[2:]
@@ -248,13 +250,15 @@ def walk(kernel: Any, pointers: tuple[Tensor | None, ...], maps: Tensor, strides
     diagonals = height + width - 1
     sizes = [width] * height if row_scan else [min(d + 1, height, width, diagonals - d) for d in range(diagonals)]
     arrivals = None
-    if launch.programs > 1:
-        arrivals = torch.zeros(launch.groups, COUNTERS.value, dtype=torch.int32, device=maps.device)
-    for grid, begin, end, images in launches_of(launch, sizes, batch, units):
-        kernel[grid](
-            *pointers, arrivals, begin, end, launch.patience, batch, images, height, width, units, *maps.stride(),
-            *strides, ROW_SCAN=row_scan, **arithmetic(maps), M=launch.M, U=launch.U, **constants, **launch.options,
-        )  # fmt: skip
+    if choice.programs > 1:
+        arrivals = torch.zeros(choice.groups, COUNTERS.value, dtype=torch.int32, device=maps.device)
+    constants = {"ROW_SCAN": row_scan, **constants_of(choice, maps), **constants}
+    first, last = (*pointers, arrivals), (height, width, units, *maps.stride(), *strides)
+    step = None
+    for grid, begin, end, images in launches_of(choice, sizes, batch, units):
+        args = (*first, begin, end, choice.patience, batch, images, *last)
+        step = step or prepare(kernel, args, constants)  # all steps are of one kind: what differs is in VARYING
+        step(grid, args)
 
 
 def forward_by_tiles(
@@ -263,7 +267,7 @@ def forward_by_tiles(
     hidden: Tensor,
     activated: Tensor | None,
     cell: Tensor | None,
-    launch: TileLaunch,
+    choice: TileLaunch,
     *,
     row_scan: bool,
     reverse: bool = False,
@@ -278,8 +282,8 @@ def forward_by_tiles(
         cell = gates.new_empty((batch, lanes, units), dtype=torch.float32)
         strides = (lanes * units, 0, units) if row_scan else (lanes * units, units, 0)
     walk(
-        lstm_tiles_forward_kernel, (gates, packed, hidden, activated, cell), gates, strides, launch,
-        units=units, row_scan=row_scan, REVERSE=reverse, TAPS=taps, K=launch.K,
+        lstm_tiles_forward_kernel, (gates, packed, hidden, activated, cell), gates, strides, choice,
+        units=units, row_scan=row_scan, REVERSE=reverse, TAPS=taps, K=choice.K,
     )  # fmt: skip
 
 
@@ -289,7 +293,7 @@ def backward_by_tiles(
     cell: Tensor,
     weight: Tensor,
     grad_gates: Tensor,
-    launch: TileLaunch,
+    choice: TileLaunch,
     *,
     row_scan: bool,
     reverse: bool = False,
@@ -300,7 +304,7 @@ def backward_by_tiles(
     grad_cell = cell.new_empty(batch, width if row_scan else height, units)
     walk(
         lstm_tiles_backward_kernel, (grad_hidden, activated, cell, packed, grad_gates, grad_cell), grad_hidden, (),
-        launch, units=units, row_scan=row_scan, REVERSE=reverse, TAPS=weight.shape[2], K=2 * launch.K,
+        choice, units=units, row_scan=row_scan, REVERSE=reverse, TAPS=weight.shape[2], K=2 * choice.K,
     )  # fmt: skip
 
 

@@ -6,25 +6,14 @@ Tiles are (M, U): M pixels, of `image`, `row` and `x`, and U units `u`. Four til
 import triton
 import triton.language as tl
 
+from fastgen.kernels.common import tanh
+
 
 @triton.jit
 def sigmoid(x, FAST: tl.constexpr):
     if FAST:
         return 0.5 + 0.5 * tanh(0.5 * x, FAST)
     return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def tanh(x, FAST: tl.constexpr):
-    """FAST: one instruction of NVIDIA's special function unit, to 2^-11. Else to float32's precision, also near 0."""
-    if FAST:
-        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-    size = tl.abs(x)
-    e = tl.exp(-2.0 * size)
-    far = (1.0 - e) / (1.0 + e)
-    q = x * x
-    near = x * (1.0 + q * (-1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835 + q * (-1382 / 155925))))))
-    return tl.where(size < 0.3, near, tl.where(x < 0, -far, far))
 
 
 @triton.jit

@@ -1,0 +1,193 @@
+"""How a scan is launched: what there is, and what is chosen."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen.kernels.common import cdiv, empty_map, next_power_of_2, processors_of, tf32_allowed
+
+ASSERTING = {"debug": True, "sanitize_overflow": False}
+
+
+@dataclass(frozen=True)
+class ScanLaunch:
+    """One launch: each program scans images of up to LANES rows (or columns), IMAGES side by side, one after the other.
+
+    U: units, padded. ahead: registers hold what the next step of the backward reads.
+    """
+
+    IMAGES: int
+    LANES: int
+    U: int
+    programs: int
+    num_warps: int
+    ahead: bool = False
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """num_stages: the pipeliner would load states before they are written."""
+        tile = {"IMAGES": self.IMAGES, "LANES": self.LANES, "U": self.U}
+        return {**tile, "num_warps": self.num_warps, "num_stages": 1, **registers()}
+
+    def images_of_a_program(self, batch: int) -> int:
+        """One after the other."""
+        return cdiv(batch, self.programs * self.IMAGES)
+
+
+@dataclass(frozen=True)
+class TileLaunch:
+    """Scans by tiles of M pixels and U units, in parts of K (a backward, with one product instead of four: 2K).
+
+    groups: of images, each scanned in one launch by so many programs; 0 launches every step for itself, a tile a
+    program. More than one program wait for each other, and each looks `patience` times (seconds) before it fails.
+    """
+
+    M: int
+    U: int
+    K: int
+    num_warps: int = 4
+    groups: int = 0
+    programs: int = 1
+    patience: int = 2**22
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """To wait, all programs must run at the same time; what never arrives is an assertion, so compiled in."""
+        options = {"M": self.M, "U": self.U, "num_warps": self.num_warps, "num_stages": 3, **registers()}
+        return {**options, "launch_cooperative_grid": True, **ASSERTING} if self.programs > 1 else options
+
+
+@functools.cache
+def registers() -> dict[str, int]:
+    """ptxas stops at a power of two of its choice, and spills, where it is not told that it may use them all."""
+    return {"maxnreg": 255} if torch.version.hip is None else {}
+
+
+@functools.cache
+def full_tiles(device: torch.device) -> bool:
+    """Whether a tile of 4096 numbers fits the registers: on Hopper and data-centre Blackwell, whose tensor cores read
+    both factors from shared memory."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def constants_of(launch: ScanLaunch | TileLaunch, x: Tensor) -> dict[str, Any]:
+    """Tile, options of the compiler, and arithmetic for the dtype and chip of x."""
+    return _constants(launch, **arithmetic(x))
+
+
+@functools.lru_cache(1024)
+def _constants(launch: ScanLaunch | TileLaunch, PRECISION: str, FAST: bool) -> dict[str, Any]:
+    return {"PRECISION": PRECISION, "FAST": FAST, **launch.constants}
+
+
+def arithmetic(x: Tensor) -> dict[str, Any]:
+    """PRECISION and FAST for this dtype and chip.
+
+    float32 keeps its precision on tensor cores by three TF32 products, or one where PyTorch's setting allows TF32.
+    bfloat16 has 8 bits of precision: the fast hyperbolic tangent is good to 11.
+    """
+    if not x.is_cuda:
+        return {"PRECISION": "float32", "FAST": False}
+    nvidia = torch.version.hip is None
+    if x.dtype != torch.float32 or not nvidia:
+        return {"PRECISION": "ieee", "FAST": nvidia and x.dtype == torch.bfloat16}
+    return {"PRECISION": "tf32" if tf32_allowed() else "tf32x3", "FAST": False}
+
+
+def choose(x: Tensor, lanes: int, units: int) -> ScanLaunch | TileLaunch:
+    """The launch for x (B, ...) with `lanes` pixels side by side in an image, by what was compiled without spills.
+
+    Weights and cell states stay with a program where they fit its registers and its shared memory: in half precision
+    up to 64 units and 64 lanes (128 lanes of 32 units), or half of that on chips without `full_tiles`; in float32 up to
+    32 and 32 where PyTorch's setting allows TF32, else 16 units and 32 lanes. Other sizes go by tiles. All of it is one
+    launch a scan: 2 * N launches of a step would cost the host more than the GPU.
+
+    Units that are no multiple of 16 are loaded one by one, which takes more registers: they get half of the largest
+    tile, and still spill some words (on sm_90 72 bytes at most).
+    """
+    device = x.device
+    single = arithmetic(x)["PRECISION"] if x.dtype == torch.float32 else ""
+    return _choose(x.shape[0], lanes, units, single, full_tiles(device), processors_of(device))
+
+
+@functools.lru_cache(1024)
+def _choose(batch: int, lanes: int, units: int, single: str, full: bool, processors: int) -> ScanLaunch | TileLaunch:
+    """single: the precision of float32, "" in half precision."""
+    most, widest = (4096 if full and units % 16 == 0 else 2048), 64
+    if single:
+        most, widest = (1024, 32) if single == "tf32" else (512, 16)
+    if torch.version.hip is not None:
+        most, widest = min(most, 1024), min(widest, 32)
+    padded = max(16, next_power_of_2(units))
+    slots = next_power_of_2(lanes)
+    if slots * padded > most or slots > 128 or padded > widest:
+        return _by_tiles(batch, lanes, units, bool(single), processors)
+    images = max(1, 16 // slots)  # tensor cores multiply 16 rows at least
+    while 2 * images * slots <= 64 and 2 * images * slots * padded <= most and batch > images * processors:
+        images *= 2  # a step of a larger tile takes hardly longer
+    num_warps = 4 if images * slots * padded <= 512 else 8
+    # Registers hold two programs of 4 warps at least, and one of 8; a further program would only begin later.
+    programs = min(cdiv(batch, images), processors * 8 // num_warps)
+    return ScanLaunch(
+        images, slots, padded, programs, num_warps, ahead(bool(single), images * slots * padded, num_warps)
+    )
+
+
+def ahead(single: bool, tile: int, num_warps: int) -> bool:
+    """Not in float32, and not for 16 numbers of a tile a thread: the registers are full."""
+    return not single and tile // (32 * num_warps) < 16
+
+
+def scan_by_tiles(x: Tensor, lanes: int, units: int) -> TileLaunch:
+    """One launch, a program an image or more, for any number of units."""
+    return _by_tiles(x.shape[0], lanes, units, x.dtype == torch.float32, processors_of(x.device))
+
+
+def _by_tiles(batch: int, lanes: int, units: int, single: bool, processors: int) -> TileLaunch:
+    """The tile is the largest without spills, so that weights are read least often."""
+    padded = min(64, max(16, next_power_of_2(units)))
+    num_warps = 8
+    if not single:
+        M = 64 if padded < 64 or torch.version.hip is not None else 32
+        U, K = padded, min(32, padded)
+    elif padded == 16:
+        M, U, K = 64, 16, 16
+    elif torch.version.hip is None:
+        M, U, K = 32, 64, 16
+    else:
+        M, U, K, num_warps = 16, 32, 16, 4
+    groups = min(cdiv(batch, max(1, M // lanes)), processors)
+    return TileLaunch(M, U, K, num_warps, groups=max(1, groups))
+
+
+def step_by_step(x: Tensor) -> TileLaunch:
+    """A launch a step, for any number of units: tiles are small, for many programs. Not chosen by `choose`: for CUDA
+    graphs, which take the host out, it may be the faster one; not yet measured."""
+    return TileLaunch(16, 32, K=16) if x.dtype == torch.float32 else TileLaunch(32, 32, K=32)
+
+
+def shared_scan(x: Tensor, lanes: int, units: int) -> TileLaunch:
+    """One launch in which programs share the units and pixels of an image, one program a processor.
+
+    Not chosen by `choose`: not yet measured.
+    """
+    launch = step_by_step(x)
+    batch, processors = x.shape[0], processors_of(x.device)
+    across = cdiv(units, launch.U)
+    images = cdiv(batch, max(1, min(batch, processors // across)))
+    groups = cdiv(batch, images)
+    programs = max(1, min(across * cdiv(images * lanes, launch.M), processors // groups))
+    return TileLaunch(launch.M, launch.U, launch.K, launch.num_warps, groups, programs)
+
+
+def empty_results(gates: Tensor, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """For hidden states, and to train for activated gates and cell states (float32)."""
+    channels, height, width = gates.shape[1:]
+    hidden = empty_map(gates, channels // 4, height, width)
+    if not save:
+        return hidden, None, None
+    activated = empty_map(gates, channels, height, width)
+    return hidden, activated, empty_map(gates, channels // 4, height, width, torch.float32)

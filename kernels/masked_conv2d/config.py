@@ -1,0 +1,266 @@
+"""What runs a product of a masked convolution: a kernel with a launch configuration, or cuDNN.
+
+By rules that hold on every chip, until a GPU was measured: `python -m fastgen.kernels.masked_conv2d.tune` times the
+candidates of a layer and cuDNN on this machine's GPU and saves them as `<GPU>.json`, in the folder FASTGEN_TUNED
+(default ~/.cache/fastgen/masked_conv2d), which is looked up first, or in `tuned/` beside this file, which ships. A
+measured row overrides the rule. No GPU has been measured yet: that folder is empty.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+SHIPPED = Path(__file__).parent / "tuned"
+PROVIDERS = ("triton", "dense", "cropped")
+
+
+class Tile(NamedTuple):
+    """M pixels by N channels (both halves of a gate together) in steps of K columns; of the weight's gradient N rows by
+    K columns in steps of M pixels. tma: by tensor descriptors."""
+
+    M: int
+    N: int
+    K: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+
+
+class Choice(NamedTuple):
+    """provider: one of PROVIDERS, cuDNN with dense or cropped kernels but for "triton". why: for people."""
+
+    provider: str
+    tile: Tile
+    why: str
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a choice depends on. `pixels` is the number of results of a channel, B * H' * W'.
+
+    direction: "out" (the result), "in" (the gradient of the input), "weight" (its gradient).
+    """
+
+    direction: str
+    dtype: torch.dtype
+    rows: int  # channels written, of both halves with a gate
+    channels: int  # channels read
+    taps: int  # live ones
+    pixels: int
+    step: int  # product of the strides
+    gated: bool  # whether the product passes a gate
+    tma: bool  # whether tensor descriptors can address the maps
+
+    @property
+    def key(self) -> str:
+        """Name in the tables. Pixels are rounded to a power of two: a choice holds for similar batches."""
+        size = 1 << max(self.pixels - 1, 1).bit_length()
+        kind = str(self.dtype).removeprefix("torch.")
+        gate = " gated" if self.gated else ""
+        return (
+            f"{self.direction} {kind} {self.channels}->{self.rows}{gate} taps {self.taps} step {self.step} "
+            f"pixels {size}"
+        )
+
+    @property
+    def gathers(self) -> bool:
+        """Below 16 channels a block of one tap would be mostly padding, as a matrix product needs 16 columns."""
+        return self.channels < 16
+
+
+EMULATED: str | None = None  # "sm_90", say: what CPU tensors count as where kernels are compiled and emulated
+
+
+@functools.cache
+def _chip_of_gpu(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def chip_of(device: torch.device) -> str:
+    """ "sm_90" and the like, "gfx942" and the like, or "interpreter" for the CPU."""
+    if device.type != "cuda":
+        return EMULATED or "interpreter"
+    return _chip_of_gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def precision_of(device: torch.device, dtype: torch.dtype) -> str:
+    """The products' `input_precision`: TF32 for float32 where PyTorch's setting for convolutions allows it."""
+    if chip_of(device) == "interpreter":
+        return "float32"
+    if dtype != torch.float32:
+        return "ieee"
+    settings = getattr(torch.backends.cudnn, "conv", None)  # of PyTorch 2.9 and later; the older one warns there
+    allowed = torch.backends.cudnn.allow_tf32 if settings is None else settings.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
+
+
+@functools.cache
+def has_tma(chip: str) -> bool:
+    """Hopper and later, where this Triton takes descriptors made on the host. The interpreter plays them as well."""
+    if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
+        return False
+    return chip == "interpreter" or (chip.startswith("sm_") and int(chip[3:]) >= 90)
+
+
+def power_of_two(n: int, low: int, high: int) -> int:
+    """The smallest power of two that is at least n, kept in [low, high]."""
+    return min(max(1 << max(n - 1, 0).bit_length(), low), high)
+
+
+def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
+    """128 pixels by 128 channels in 8 warps, less where there is less to do.
+
+    - K: 128 bytes of each pixel (64 channels in half precision, 32 in float32): a whole cache line, and the swizzle that
+      wgmma likes. Less where there are fewer channels. Gathered: 32 columns, or 16 where that pads less.
+    - 64 pixels in 4 warps where 128 would leave most of a hundred multiprocessors without a tile.
+    - without tensor cores (float32 where TF32 is off): 64 x 64 in steps of 16, within the registers of 4 warps.
+    - three stages: 96 KiB of shared memory, two programs on a Hopper multiprocessor. Two on AMD (64 KiB).
+    - of the weight's gradient: 128 bytes of each row of pixels.
+    - the interpreter: tiny tiles, so that small tests have several.
+    """
+    if chip == "interpreter":
+        return Tile(32, 16, 16, 4, 1, layer.tma and not layer.gathers)
+    stages = 3 if chip.startswith("sm_") else 2
+    wide = power_of_two(layer.rows, 16, 128)
+    scalar = precision == "ieee" and layer.dtype == torch.float32
+    line = 128 // layer.dtype.itemsize
+    if layer.direction == "weight":
+        if scalar:
+            return Tile(16, min(wide, 64), 32, 4, 2)
+        deep = 32 if layer.gathers else power_of_two(layer.channels, 16, 128)
+        return Tile(line, wide, deep, 8 if wide * deep > 64 * 64 else 4, stages, layer.tma and deep >= 32)
+    if scalar:
+        return Tile(64, min(wide, 64), 16, 4, 2)
+    deep = power_of_two(layer.channels, 16, line)
+    if layer.gathers:
+        deep = 16 if 0 < layer.taps * layer.channels % 32 <= 16 else 32
+    tiles = -(-layer.pixels // 128) * -(-layer.rows // wide)
+    if tiles < 100 or wide < 32:
+        return Tile(64, min(wide, 64), deep, 4, stages)
+    return Tile(128, wide, deep, 8, stages, layer.tma and not layer.gathers and deep == line)
+
+
+def candidates(chip: str, layer: Layer, precision: str) -> list[Tile]:
+    """What the search tries, eight at most: the default, smaller and larger ones, by descriptors and without."""
+    base = default_tile(chip, layer, precision)
+    found = [base, base._replace(tma=False), base._replace(num_stages=base.num_stages + 1)]
+    found += [base._replace(M=64, N=min(base.N, 64), num_warps=4), base._replace(M=64, num_warps=4)]
+    if layer.direction == "weight":
+        found += [base._replace(M=2 * base.M), base._replace(K=max(base.K // 2, 16), num_warps=4)]
+    else:
+        found += [base._replace(M=256, num_stages=max(base.num_stages - 1, 2))]
+    return list(dict.fromkeys(found))
+
+
+def impossible(layer: Layer) -> str:
+    """Why the kernels cannot compute a layer, "" where they can."""
+    return "no gradient of the input with a stride" if layer.direction == "in" and layer.step > 1 else ""
+
+
+def rule(chip: str, layer: Layer, precision: str, boxed: int) -> str:
+    """Why cuDNN is expected to be faster than the kernels, "" where it is not; nothing here was measured on a GPU.
+
+    boxed: taps of the smallest box around the live ones, which is what cropped cuDNN multiplies.
+    """
+    if chip == "interpreter":
+        return ""
+    if layer.dtype == torch.float32 and precision == "ieee":
+        return "float32 without TF32: cuDNN's own kernels keep the arithmetic units busier"
+    if layer.dtype == torch.float32 and layer.direction == "weight":
+        return "gradient of a float32 weight: TF32 products want its pixels side by side"
+    unit = 16 // layer.dtype.itemsize
+    if layer.channels >= 16 and (layer.channels % unit or (layer.direction == "weight" and layer.rows % unit)):
+        return f"{layer.channels} channels are no multiple of {unit}, so that loads are narrow"
+    if layer.channels >= 16 and layer.taps >= 25 and 1.15 * layer.taps > boxed:
+        return f"{layer.taps} of {boxed} taps are live: little is skipped"
+    return ""
+
+
+# --- measured choices
+
+
+def folder() -> Path:
+    """Where this machine's measurements are kept."""
+    return Path(os.environ.get("FASTGEN_TUNED") or Path.home() / ".cache/fastgen/masked_conv2d")
+
+
+def file_name(gpu: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", gpu).strip("-") + ".json"
+
+
+@functools.cache
+def measured(gpu: str) -> dict[str, Any]:
+    """Measured choices by `Layer.key`: {"provider": one of PROVIDERS, "tile": fields of Tile, "ms": {name: time}}.
+
+    Raises:
+        ValueError: the file is not what the search writes.
+    """
+    found: dict[str, Any] = {}
+    for place in (SHIPPED, folder()):
+        path = place / file_name(gpu)
+        if not path.exists():
+            continue
+        try:
+            layers = json.loads(path.read_text())["layers"]
+            for key, row in layers.items():
+                if row["provider"] not in PROVIDERS:
+                    raise ValueError(f"unknown provider {row['provider']!r} for {key!r}")
+                found[key] = {**row, "tile": Tile(**row["tile"])}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no table of measured masked convolutions: {error}; remove it") from error
+    return found
+
+
+def choose(device: torch.device, layer: Layer, precision: str, boxed: int) -> Choice:
+    """As measured for this GPU where it was, by the rule and the default otherwise."""
+    chip = chip_of(device)
+    tile = default_tile(chip, layer, precision)
+    if why := impossible(layer):
+        return Choice("cropped", tile, f"the kernels have {why}")
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else chip
+    row = measured(gpu).get(layer.key) if chip != "interpreter" else None
+    if row is not None:
+        times = ", ".join(f"{name} {ms:.4g} ms" for name, ms in row["ms"].items())
+        tile = row["tile"] if layer.tma else row["tile"]._replace(tma=False)
+        return Choice(row["provider"], tile, f"measured: {times}")
+    if why := rule(chip, layer, precision, boxed):
+        return Choice("cropped", tile, f"by rule, not measured: {why}")
+    return Choice("triton", tile, "by rule, not measured")
+
+
+def save(gpu: str, layers: dict[str, Any], versions: dict[str, str]) -> Path:
+    """Adds rows to this machine's table of the GPU; a reader sees the old file or the new one, never a part."""
+    path = folder() / file_name(gpu)
+    found: dict[str, Any] = {}
+    if path.exists():
+        found = json.loads(path.read_text())["layers"]
+    found |= {key: {**row, "tile": row["tile"]._asdict()} for key, row in layers.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        json.dump({"gpu": gpu, **versions, "layers": dict(sorted(found.items()))}, file, indent=1)
+    os.replace(file.name, path)
+    measured.cache_clear()
+    return path
+
+
+def describe(gpu: str) -> str:
+    """One line a measured layer: what "auto" runs there and why. For reports."""
+    rows = measured(gpu)
+    if not rows:
+        return f"masked_conv2d on {gpu}: not yet measured, what runs is chosen by rule"
+    lines = [f"masked_conv2d on {gpu}, measured:"]
+    for key, row in sorted(rows.items()):
+        times = ", ".join(f"{name} {ms:.4g} ms" for name, ms in row["ms"].items())
+        lines.append(f"  {key}: {row['provider']} ({times})")
+    return "\n".join(lines)

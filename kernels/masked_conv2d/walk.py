@@ -1,0 +1,120 @@
+"""Which weights of a masked convolution are visited, as a few integers that are read from the mask once.
+
+Taps are counted in raster order within the smallest box that holds all live ones; all from the first to the last live
+tap are visited. That is exact for the masks of autoregressive models, which show what comes before a pixel; between,
+zero weights are multiplied. Of the last tap a colour sees a prefix of the channels alone (`causal_mask`), so that a
+tile of rows (output channels) walks through as many of them as its last row sees.
+"""
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Geometry(NamedTuple):
+    """Of a convolution, (height, width) each."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+
+POINTWISE = Geometry((1, 1), (0, 0), (1, 1))
+
+
+class Walk(NamedTuple):
+    """What is known of a mask (O, I, kh, kw).
+
+    Attributes:
+        box: (top, bottom, left, right) around the live taps.
+        first, taps: the first visited tap of the box in raster order, and how many (one at least).
+        live: number of live taps, 0 where all is masked.
+        group_rows, group_channels, shown: row n of the last tap sees no channel from
+            (n // group_rows + shown) * group_channels on; rows counted within each of `parts`.
+        parts: 2 where the rows are the two halves of a gate.
+    """
+
+    box: tuple[int, int, int, int]
+    first: int
+    taps: int
+    live: int
+    group_rows: int
+    group_channels: int
+    shown: int
+    parts: int
+
+    @property
+    def width(self) -> int:
+        return self.box[3] - self.box[2]
+
+
+def walk_of(live: Tensor, parts: int) -> Walk:
+    """Of a mask (O, I, kh, kw) on the CPU."""
+    rows, channels = live.shape[0] // parts, live.shape[1]
+    occupied = live.any(0).any(0)
+    if not occupied.any():
+        return Walk((0, 1, 0, 1), 0, 1, 0, rows, channels, 1, parts)
+    sides = [occupied.any(1 - axis).nonzero().flatten().tolist() for axis in range(2)]
+    box = (sides[0][0], sides[0][-1] + 1, sides[1][0], sides[1][-1] + 1)
+    taps = occupied[box[0] : box[1], box[2] : box[3]].flatten().nonzero().flatten().tolist()
+    first, last = taps[0], taps[-1]
+    width = box[3] - box[2]
+    seen = live[:, :, box[0] + last // width, box[2] + last % width].unflatten(0, (parts, rows)).any(0)
+    found = (rows, channels, 1)
+    fewest = rows * channels
+    for groups in (2, 3, 4):
+        if rows % groups or channels % groups:
+            continue
+        for shown in (0, 1):
+            limit = (torch.arange(groups) + shown) * (channels // groups)
+            allowed = torch.arange(channels) < limit.repeat_interleave(rows // groups)[:, None]
+            if not (seen & ~allowed).any() and int(allowed.sum()) < fewest:
+                found, fewest = (rows // groups, channels // groups, shown), int(allowed.sum())
+    return Walk(box, first, last - first + 1, len(taps), *found, parts)
+
+
+_known: dict[int, tuple[Any, int, dict[int, Walk]]] = {}  # by id: the mask (weak), its version, walks by parts
+_all_live: dict[tuple[int, ...], Walk] = {}
+
+
+def known_walk(mask: Tensor | None, shape: torch.Size, parts: int) -> Walk:
+    """Of a mask; None: all of `shape` (O, I, kh, kw) is live.
+
+    The first call with a mask tensor, and each after it was written into, waits for the GPU to read it. Writing
+    through `.data` is not seen.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, and the mask was not read before.
+    """
+    if mask is None:
+        key = (*shape, parts)
+        if key not in _all_live:
+            _all_live[key] = walk_of(torch.ones(shape, dtype=torch.bool), parts)
+        return _all_live[key]
+    version = 0 if mask.is_inference() else mask._version
+    entry = _known.get(id(mask))
+    if entry is not None and entry[0]() is mask and entry[1] == version:
+        return entry[2][parts]
+    refuse_in_capture(mask, "reads a mask once, the first time that it sees it, and cannot do so", "the same mask")
+    live = mask.detach().cpu()
+    walks = {parts: walk_of(live, parts) for parts in (1, 2) if live.shape[0] % parts == 0}
+    key_of = id(mask)
+    _known[key_of] = (weakref.ref(mask, lambda _: _known.pop(key_of, None)), version, walks)
+    return walks[parts]
+
+
+def refuse_in_capture(x: Tensor, what: str, how: str) -> None:
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"masked_conv2d {what} while a CUDA graph is captured: run the model once before the capture, with {how}"
+        )
+
+
+def walk_arguments(walk: Walk, geometry: Geometry, mirrored: bool) -> tuple[int, ...]:
+    """`WALK` of the kernels; mirrored: for the gradient of the input."""
+    sign = -1 if mirrored else 1
+    origins = [walk.box[2 * a] * geometry.dilation[a] - geometry.padding[a] for a in range(2)]
+    places = (sign * origins[0], sign * origins[1], sign * geometry.dilation[0], sign * geometry.dilation[1])
+    return (walk.taps, walk.first, walk.width, *places, walk.group_rows, walk.group_channels, walk.shown)
