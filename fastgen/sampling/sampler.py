@@ -316,7 +316,8 @@ class Sampler:
                 size = stop - start
                 try:
                     with self._backends.kept():
-                        part = backend.run(replace(whole.of(slice(start, stop)), progress=partial(advance, size)))
+                        told = partial(advance, size) if progress else None
+                        part = backend.run(replace(whole.of(slice(start, stop)), progress=told))
                 except RuntimeError as error:
                     if size == 1 or not _is_out_of_memory(error):
                         raise

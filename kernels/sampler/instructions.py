@@ -8,14 +8,12 @@ import triton.language as tl
 
 from fastgen.kernels.common import tanh
 from fastgen.kernels.sampler.words import (
-    A,
     ABS,
     ADD,
     ADDED,
     ALONG,
     ALONG_B,
     AMAX,
-    B,
     COLUMNS,
     COPY_INT64,
     DEPTH,
@@ -59,6 +57,8 @@ from fastgen.kernels.sampler.words import (
     SUM,
     TANH,
     WEIGHT,
+    A,
+    B,
 )
 
 
@@ -95,7 +95,11 @@ def product(
     PRECISION: tl.constexpr,
 ):
     """out = rows @ weight + added; the weight as panels (depth, BN), depth filled up with zeros to a multiple of BK."""
-    rows, columns, depth = rows_in(code, images), tl.load(code + COLUMNS).to(tl.int32), tl.load(code + DEPTH).to(tl.int32)
+    rows, columns, depth = (
+        rows_in(code, images),
+        tl.load(code + COLUMNS).to(tl.int32),
+        tl.load(code + DEPTH).to(tl.int32),
+    )
     parts, panels = tl.cdiv(depth, BK), tl.cdiv(columns, BN)
     k = tl.arange(0, BK)
     for tile in range(0, tl.cdiv(rows, BM) * panels):
@@ -131,7 +135,11 @@ def contract(
     BK: tl.constexpr,
 ):
     """out = rows @ weight + added, each row with a weight of its own that has been computed."""
-    rows, columns, depth = rows_in(code, images), tl.load(code + COLUMNS).to(tl.int32), tl.load(code + DEPTH).to(tl.int32)
+    rows, columns, depth = (
+        rows_in(code, images),
+        tl.load(code + COLUMNS).to(tl.int32),
+        tl.load(code + DEPTH).to(tl.int32),
+    )
     along_a, along_b = tl.load(code + ALONG), tl.load(code + ALONG_B)
     panels = tl.cdiv(columns, BJ)
     for tile in range(0, tl.cdiv(rows, ROWS) * panels):
@@ -230,7 +238,7 @@ def pointwise(memory_ptr, integers_ptr, code, offsets, first_image, images, BM: 
         inside = real[:, None] & (j < columns)[None, :]
         m = tl.where(real, m, 0)
         a_at = places(code, A, offsets, first_image, m)[:, None] + j[None, :] * tl.load(code + A + 6)
-        b_at = places(code, B, offsets, first_image, m)
+        of_row = places(code, B, offsets, first_image, m)
         out_at = places(code, OUT, offsets, first_image, m)[:, None] + j[None, :] * tl.load(code + OUT + 6)
         if op == MOVE_INT64:
             moved = tl.load(integers_ptr + a_at, mask=inside, other=0)
@@ -242,10 +250,10 @@ def pointwise(memory_ptr, integers_ptr, code, offsets, first_image, images, BM: 
                 a = tl.load(integers_ptr + a_at, mask=inside, other=0).to(tl.float32)
             else:
                 if op == LOOKUP:
-                    a_at += (tl.load(integers_ptr + b_at, mask=real, other=0) * tl.load(code + ALONG))[:, None]
+                    a_at += (tl.load(integers_ptr + of_row, mask=real, other=0) * tl.load(code + ALONG))[:, None]
                 a = tl.load(memory_ptr + a_at, mask=inside, other=0.0)
             if op < COPY_INT64:
-                b_at = b_at[:, None] + j[None, :] * tl.load(code + B + 6)
+                b_at = of_row[:, None] + j[None, :] * tl.load(code + B + 6)
                 a = apply(op, a, tl.load(memory_ptr + b_at, mask=inside, other=1.0))
             if tl.load(code + IN_ORDER) != 0:
                 tl.debug_barrier()
@@ -287,6 +295,7 @@ def rowwise(memory_ptr, code, offsets, first_image, images, BM: tl.constexpr, BP
                 inside = real[:, None] & (start + k < depth)[None, :]
                 a = tl.load(a_ptr[:, None] + ((start + k) * along)[None, :], mask=inside, other=0.0) - shift[:, None]
                 total += tl.sum(tl.where(inside, tl.where(exponential, tl.exp(a), a * a), 0.0), 1)
+            total = tl.where(real, total, 1.0)
             scale = tl.div_rn(1.0, tl.where(op == NORMALIZED, tl.sqrt_rn(total / depth + eps), total))
             for start in range(0, depth, BP):
                 inside = real[:, None] & (start + k < depth)[None, :]

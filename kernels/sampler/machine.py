@@ -7,12 +7,13 @@ Activations lie in one arena of float32, levels and indices in one of int64.
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastgen.kernels.catalogue_entry import Entry
-from fastgen.kernels.common import cdiv, launch
+from fastgen.kernels.common import cdiv, launch, processors_of
 from fastgen.kernels.sampler.draws import draw
 from fastgen.kernels.sampler.instructions import contract, pointwise, product, rowwise
 from fastgen.kernels.sampler.words import (
@@ -89,6 +90,9 @@ def step_machine_kernel(
                     pointwise(memory_ptr, integers_ptr, code, offsets, first_image, images, BM, BP)
 
 
+OPTIONS: dict[str, Any] = {"num_warps": 8, "num_stages": 2}
+
+
 class Tiles(NamedTuple):
     """Images of a program and rows of a tile (BM); columns (BN) and depth (BK) of a part of a product; columns of other
     instructions (BP); images (ROWS) and levels that are drawn at once."""
@@ -99,6 +103,14 @@ class Tiles(NamedTuple):
     BP: int = 64
     ROWS: int = 4
     LEVELS: int = 256
+
+
+def tiles_for(images: int, device: torch.device) -> Tiles:
+    """Larger tiles read the weights less often; they pay where smaller ones would not all run at the same time."""
+    for BM in (16, 32):
+        if cdiv(images, BM) <= processors_of(device):
+            return Tiles(BM)
+    return Tiles(64)
 
 
 def play(
@@ -119,9 +131,32 @@ def play(
         first, last, until, drawing: see the kernel.
         images: from the first to before the last.
     """
-    constants: dict[str, Any] = {**tiles._asdict(), "PRECISION": precision, "num_warps": 8, "num_stages": 2}
+    constants: dict[str, Any] = {**tiles._asdict(), "PRECISION": precision, **OPTIONS}
     args = (*tensors, first, last, until, int(drawing), *images)
     launch(step_machine_kernel, (cdiv(images[1] - images[0], tiles.BM),), args, constants)
 
 
-CATALOGUE: list[Entry] = []
+KINDS = {"memory_ptr": "*fp32", "weights_ptr": "*fp32", "noise_ptr": "*fp32", "mask_ptr": "*u8", "bad_ptr": "*i32"}
+NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+
+
+def entry(tiles: Tiles, precision: str, skips: dict[str, str]) -> Entry:
+    fixed = {**tiles._asdict(), "PRECISION": precision}
+    kinds = {name: "*i64" if name.endswith("_ptr") else "i32" for name in step_machine_kernel.arg_names}
+    signature = {name: KINDS.get(name, kind) for name, kind in kinds.items() if name not in fixed}
+    return Entry(
+        step_machine_kernel,
+        f"fp32 {precision}, {tiles.BM} images",
+        signature,
+        fixed,
+        unaligned=tuple(GIVEN),
+        requires=dict.fromkeys(NVIDIA, "mma") if precision == "tf32x3" else {},
+        skips=skips,
+        **OPTIONS,
+    )
+
+
+CATALOGUE: list[Entry] = [
+    *(entry(Tiles(BM=images), "tf32x3", {"gfx942": "has no TF32"}) for images in (16, 32, 64)),
+    entry(Tiles(), "ieee", dict.fromkeys(NVIDIA, "takes tf32x3")),
+]

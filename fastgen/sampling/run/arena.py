@@ -27,7 +27,8 @@ class ArenaMemory(PlanMemory):
         sizes = dict.fromkeys((torch.float32, torch.int64), ALIGNED)
         for size, dtype in zip(plan.scratch.sizes, plan.scratch.dtypes, strict=True):
             sizes[dtype] = sizes.get(dtype, 0) + _room(n * size)
-        lasting = (plan.levels, *plan.leaves, *plan.output.values)
+        stored = (plan.timed.graph.values[index] for index in plan.storage.stored)
+        lasting = (plan.levels, *plan.leaves, *plan.output.values, *stored)
         memories = {*plan.storage.memories.values(), *(plan.storage.memory(value) for value in lasting)}
         for memory in (one for one in memories if one.kind == "stored"):
             sizes[memory.dtype] = sizes.get(memory.dtype, 0) + _room(n * plan.rings.get(memory, memory).numel)

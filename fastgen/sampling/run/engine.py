@@ -150,6 +150,7 @@ class Engine:
         self.verify = verify
         self.most = _images_at_once(name, plan, next(model.parameters(), torch.empty(0)).device)
         self.margin = Margin()
+        self._launched: int | None = None  # of a kernel, for the images of `run`
         self._players: dict[int, Player] = {}  # by number of images, the latest last
 
     @property
@@ -192,12 +193,14 @@ class Engine:
 
     def run(self, request: SampleRequest) -> SampleResult:
         with self._all_or_nothing():
+            self._launched = None
             levels, params, bad = self._draw(request, self._size(request.n))
             result = SampleResult(levels.clone(), None, bad)
             if self.verify == "always" or (self.verify == "auto" and not self.half):
                 params = self._make_sure(request, result, params)
             if request.return_log_prob and result.log_prob is None:
                 result.log_prob = image_log_prob(request.distribution, params, result.levels)
+            result.launches = self._launched
             if bool(result.bad):
                 self._players.clear()  # what is NaN stays nowhere
             return result
@@ -232,7 +235,10 @@ class Engine:
             levels, params, bad = self._draw(request.of(numbers), size)
             return levels[: request.n], params[: request.n], bad
         player = self._player(size, request.noise.device)
+        before = getattr(player, "launches", None)
         bad = draw_batch(player, request)
+        if before is not None:
+            self._launched = (self._launched or 0) + player.launches - before  # type: ignore[attr-defined]
         return player.levels, player.params(), bad
 
     def _size(self, n: int) -> int:

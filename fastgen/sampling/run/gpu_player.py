@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.kernels.sampler.machine import Tiles, play
+from fastgen.kernels.sampler.machine import Tiles, play, tiles_for
 from fastgen.sampling.machine.gpu.draws import Draws, unknown_draws
 from fastgen.sampling.machine.gpu.tables import Linker, with_views
 from fastgen.sampling.machine.language import View
@@ -18,9 +18,12 @@ from fastgen.sampling.run.memory import PlanMemory
 from fastgen.sampling.run.torch_player import TorchPlayer
 from fastgen.sampling.run.torch_program import TorchProgram
 
+
 def precision_on(device: torch.device) -> str:
     """Of products: TF32 thrice where there is such a unit, which is as near to the truth as float32."""
-    tensor_cores = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    tensor_cores = (
+        device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
     return "tf32x3" if tensor_cores else "ieee"
 
 
@@ -31,7 +34,7 @@ class GPUPlayer(TorchPlayer):
         launches: of the kernel, so far.
     """
 
-    tiles = Tiles()
+    tiles: Tiles | None = None
 
     def allocated(self) -> PlanMemory:
         numbers: dict[float, View] = {}
@@ -47,11 +50,12 @@ class GPUPlayer(TorchPlayer):
     def bound(self) -> list[Callable[[Step], None]]:
         self.launches = 0
         self.precision = precision_on(self.device)
+        tiles = self.tiles = self.tiles or tiles_for(self.n, self.device)
         programs = [
             None if parts is None else (parts, {view: k for k, view in enumerate(program.moving())})
             for program, parts in zip(self.plan.programs, self._parts, strict=True)
         ]
-        linker = Linker(self.memory, self.tiles.BN, self.tiles.BK)
+        linker = Linker(self.memory, tiles.BN, tiles.BK)
         self.tables = linker.link(programs, self.plan.steps, self.memory.moves, self.device)
         return [TorchProgram(self.plan, number, self.memory) for number in range(len(programs))]
 
@@ -92,6 +96,10 @@ class GPUPlayer(TorchPlayer):
         return draws.bad[0] != 0
 
     def _launch(self, draws: Draws | None, first: int, last: int, until: int) -> None:
+        self._launch_part(draws, first, last, until, (0, self.n))
+
+    def _launch_part(self, draws: Draws | None, first: int, last: int, until: int, images: tuple[int, int]) -> None:
+        assert self.tiles is not None
         tables, (floats, integers) = self.tables, (self._arena.arenas[one] for one in (torch.float32, torch.int64))
         none = tables.steps  # nothing is read there
         of_request: tuple[Any, ...] = (none, none, floats, none, none.view(torch.uint8)[0], none.view(torch.int32)[0])
@@ -99,6 +107,4 @@ class GPUPlayer(TorchPlayer):
             of_request = (draws.code, draws.places, draws.noise, draws.known, draws.mask, draws.bad)
         tensors = (floats, integers, tables.weights, tables.codes, tables.programs, tables.steps, tables.offsets)
         self.launches += 1
-        play(
-            (*tensors, *of_request), self.tiles, self.precision, first, last, until, draws is not None, (0, self.n)
-        )
+        play((*tensors, *of_request), self.tiles, self.precision, first, last, until, draws is not None, images)

@@ -22,8 +22,7 @@ class PlanMemory:
         self.plan, self.n, self.device = plan, n, device
         self._blocks: dict[Memory, Tensor] = {}
         self._scratch = [
-            self.allocate(n * size, dtype)
-            for size, dtype in zip(plan.scratch.sizes, plan.scratch.dtypes, strict=True)
+            self.allocate(n * size, dtype) for size, dtype in zip(plan.scratch.sizes, plan.scratch.dtypes, strict=True)
         ]
         self._initial: list[tuple[Tensor, Tensor]] = []  # values, and what they begin with
         self.moves: dict[int, list[tuple[Tensor, Tensor]]] = {}
@@ -60,7 +59,7 @@ class PlanMemory:
         begins in its storage."""
         block = self.block(view.memory, program)
         rows = 0 if view.memory.kind == "constant" else block.stride(0)
-        return block, (self.n, *view.sizes), (rows, *view.strides), block.storage_offset()
+        return block, (self.n, *view.sizes), (rows, *view.strides), int(block.storage_offset())
 
     def inner(self, value: Value) -> Tensor:
         """A stored value, (n, *shape)."""

@@ -85,13 +85,14 @@ class Linker:
         offsets = [0]
         rows: list[Words] = []
         for number, step in enumerate(steps):
-            moved = [self._move(target, source) for target, source in moves.get(number, ())]
+            moved = [self._move(target, source) for target, source in moves.get(number, ()) if target.shape[1]]
             rows.append([step.program, len(offsets), len(codes), len(moved)])
             codes += moved
             offsets += [0, *step.offsets.tolist()]
         weights = torch.cat(self._weights) if self._weights else torch.zeros(ALIGNED)
         tables = [np.array(one or [[0]], dtype=np.int64) for one in (codes, ranges, rows, offsets)]
-        return Tables(*(torch.from_numpy(one).to(device) for one in tables), weights.to(device))
+        codes_, programs_, steps_, offsets_ = (torch.from_numpy(one).to(device) for one in tables)
+        return Tables(codes_, programs_, steps_, offsets_, weights.to(device))
 
     def _code(self, part: Part, program: int, slots: Mapping[View, int]) -> Words:
         code = [0] * words.WORDS.value
@@ -108,6 +109,8 @@ class Linker:
                 assert isinstance(one, Side)
                 self._put(code, place, one, next(rest), program, slots)
                 code[words.HAS_ADDED.value] |= place == words.ADDED.value
+        if part.op == "lookup":
+            code[words.A.value + words.SIDE - 1] = part.along[1]
         if part.weight is not None:
             code[words.WEIGHT.value] = self._pack(part.weight)
         return code
@@ -117,7 +120,7 @@ class Linker:
     ) -> None:
         view = side.view
         block = self.memory.block(view.memory, program)
-        start = block.storage_offset() + (0 if view.moves else view.offset.at(()))
+        start = int(block.storage_offset()) + (0 if view.moves else view.offset.at(()))
         images = 0 if view.memory.kind == "constant" else block.stride(0)
         inner = [0] * (DIMS - 1 - len(strides)) + list(strides)
         code[place : place + words.SIDE] = [start, slots[view] + 1 if view.moves else 0, images, *inner]
@@ -129,12 +132,12 @@ class Linker:
         code[words.IN_ORDER.value] = 1
         code[words.S1.value : words.COLUMNS.value + 1] = [1] * (DIMS - 2) + [target.shape[1]]
         for place, one in ((words.OUT.value, target), (words.A.value, source)):
-            code[place : place + words.SIDE] = [one.storage_offset(), 0, one.stride(0), 0, 0, 0, 1]
+            code[place : place + words.SIDE] = [int(one.storage_offset()), 0, one.stride(0), 0, 0, 0, 1]
         return code
 
     def _pack(self, weight: View) -> int:
-        """Where the weight (depth, columns) begins among the packed ones: panels of columns, one after the other, filled
-        up with zeros."""
+        """Where the weight (depth, columns) begins among the packed ones: panels of columns, one after the other, with
+        zeros for what is missing."""
         if weight not in self._packed:
             data = weight.memory.data
             assert data is not None
