@@ -3,6 +3,7 @@
 from fastgen._version import __version__
 from fastgen.checkpoint import load, save
 from fastgen.distributions import Bernoulli, Categorical, LogisticMixture
+from fastgen.gaussian import Gaussian, GaussianMixture
 from fastgen.nn.patch import patch
 from fastgen.sampling import CausalityReport, NotCausalError, accelerate, check_causality
 
@@ -10,6 +11,8 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "CausalityReport",
+    "Gaussian",
+    "GaussianMixture",
     "LogisticMixture",
     "NotCausalError",
     "__version__",

@@ -10,6 +10,7 @@ where, at one pixel, params (n, ...) is the model's output, noise (n, U) float32
 the channel to draw and previous (n, channel) the levels already drawn there. `log_prob` of the
 three below accepts any further trailing dimensions (a whole image) as well, so that an image is scored in one call.
 
+A distribution of real values (see `gaussian`) says so by `dtype`, a floating-point type, and draws values of it.
 Four further methods are used where they are present:
 
     tempered(temperature, top_k, top_p) -> the distribution with these sampling options
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LAYOUTS = ("BKCHW", "BCKHW", "B(KC)HW", "B(CK)HW")
+LAYOUTS = ("BKCHW", "BCKHW", "B(KC)HW", "B(CK)HW", "BTK", "BKT", "BHWK")
 MIN_LOG_SCALE = -7.0  # PixelCNN++ (Salimans et al. 2017) bounds the log-scales from below here
 
 
@@ -115,7 +116,8 @@ class Categorical:
         levels: number of levels K, at least 2.
         layout: where the model puts the K logits of the C channels: "BKCHW", "BCKHW", or one axis that
             holds both, "B(KC)HW" (channel fastest) or "B(CK)HW" (level fastest). With C = 1, a model that
-            gives (B, K, H, W) fits either of the last two.
+            gives (B, K, H, W) fits either of the last two. Of sequences (B, T) "BTK" or "BKT", of grids (B, H, W)
+            "BHWK"; at one place all three are (B, K).
     """
 
     levels: int
@@ -144,6 +146,11 @@ class Categorical:
             ValueError: the output has no axes of this layout.
         """
         expected = f"expected K = {self.levels} logits in the layout {self.layout}"
+        if self.layout in ("BTK", "BKT", "BHWK"):
+            axis = -1 if self.layout != "BKT" else 1
+            if params.dim() not in (2, len(self.layout)) or params.shape[axis] != self.levels:
+                raise ValueError(f"params has the shape {tuple(params.shape)}; {expected}")
+            return params.movedim(axis, 1).unsqueeze(2)
         if self.layout in ("BKCHW", "BCKHW"):
             axis = 1 if self.layout == "BKCHW" else 2
             if params.dim() < 3 or params.shape[axis] != self.levels:
@@ -169,8 +176,8 @@ class Categorical:
             kept[:, self.top_k :] = False
         if self.top_p is not None:
             ranked = ranked * kept
-            before = ranked.cumsum(1) - ranked
-            kept &= before < self.top_p * ranked.sum(1, keepdim=True)
+            sums = ranked.cumsum(1)  # the last is the sum of all, in one order everywhere
+            kept &= sums - ranked < self.top_p * sums[:, -1:]
         return torch.zeros_like(ranked).scatter(1, order, ranked * kept)
 
     def draw(self, params: Tensor, noise: Tensor, channel: int, previous: Tensor) -> Tensor:
@@ -216,6 +223,8 @@ class Categorical:
 
     def log_prob(self, params: Tensor, levels: Tensor) -> Tensor:
         log_probabilities = _precise(self.logits(params)).log_softmax(1)
+        if levels.dim() == log_probabilities.dim() - 2:
+            levels = levels.unsqueeze(1)  # a sequence or a grid has no axis of channels
         return _sum_all_but_batch(log_probabilities.gather(1, levels.unsqueeze(1)).squeeze(1))
 
 

@@ -1,20 +1,21 @@
 """Which backend draws for which condition: made when it is first asked for, made again when the model has changed."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgen.distributions import Bernoulli, Distribution
+from fastgen.sampling.adapter import Adapter, casts_to_integers
 from fastgen.sampling.causality.drawing_order import NotByReadyTimes, drawing_order
 from fastgen.sampling.causality.draws import Order
 from fastgen.sampling.draws import draw_image
 from fastgen.sampling.model_state import ModelState
-from fastgen.sampling.request import Backend, SampleRequest, example, kind, levels_of, tell
+from fastgen.sampling.request import Backend, SampleRequest, dtype_of, example, kind, levels_of, tell
 from fastgen.sampling.run.engine import Engine, build_engine
 from fastgen.sampling.trace.graph import Unsupported
 from fastgen.sampling.whole_pass import FixedPoint, Naive, whole_pass
@@ -36,24 +37,25 @@ class Backends:
     """The backends of one model, the latest last: one for each kind of condition and each dtype of the levels.
 
     Args:
-        model, shape, distribution, encode: as in `accelerate`.
+        model: which says of what shape its images are.
+        distribution, encode: as in `accelerate`.
         choice: the `backend` of `accelerate`.
         verify: as in `accelerate`.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        shape: tuple[int, int, int],
+        model: Adapter,
         distribution: Distribution,
         encode: Callable[[Tensor], Tensor] | None,
         choice: str,
         verify: str,
     ) -> None:
         self.model = model
-        self.shape = shape
+        self.shape = model.shape
         self.distribution = distribution
         self.custom_encode = encode
+        self.integers = False  # whether the model takes levels as they are
         self.choice = choice
         self.verify = verify
         self.made: list[Made] = []
@@ -73,6 +75,10 @@ class Backends:
         assert self._state is not None
         return self._state.kept()
 
+    def calling(self, backend: Backend) -> AbstractContextManager[Any]:
+        """`kept` around a backend that calls the model again and again; an engine does so where it calls the model."""
+        return nullcontext() if isinstance(backend, Engine) else self.kept()
+
     def get(self, condition: Any, dtype: torch.dtype = torch.long, blank: Tensor | None = None) -> Backend:
         """The backend for this kind of condition, and the model as it now is. `blank`: of `blank_pass`."""
         self._notice_changes()
@@ -83,7 +89,7 @@ class Backends:
         key = (kind(condition), dtype, cast)
         made = next((made for made in self.made if made.key == key), None)
         if made is None:
-            if blank is None and not dtype.is_floating_point:
+            if blank is None and dtype == dtype_of(self.distribution):
                 blank = self.blank_pass(condition)
             with self.kept():
                 made = self._make(key, condition, dtype, blank)
@@ -91,11 +97,35 @@ class Backends:
         return made.backend
 
     def blank_pass(self, condition: Any) -> Tensor:
-        """The model's output for two blank images. Whatever does not fit together fails here, with a plain error."""
+        """The model's output for two blank images. Whatever does not fit together fails here, with a plain error.
+
+        Without an `encode` it is found out here whether the model takes integers, as one of tokens does.
+        """
         self._notice_changes()
-        levels = torch.zeros((2, *self.shape), dtype=torch.long, device=self.device)
-        with self.kept():
-            return whole_pass(self.model, self._encode(torch.long), levels, example(condition, self.device))
+        condition = example(condition, self.device)
+        dtype = dtype_of(self.distribution)
+        levels = torch.zeros((2, *self.shape), dtype=dtype, device=self.device)
+
+        def blank(integers: bool) -> Tensor:
+            self.integers = integers
+            with self.kept():
+                return whole_pass(self.model, self._encode(dtype), levels, condition)
+
+        if self.custom_encode is not None or dtype.is_floating_point:
+            return blank(False)
+        if len(self.model.outer) < 3:  # tokens or codes, perhaps; a model that casts floats to them does not fail
+            with self.kept():
+                call = self.model if condition is None else partial(self.model, condition=condition)
+                integers = casts_to_integers(call, _scaled(self.model.outward(levels), 3, self._dtype))
+            with suppress(Exception):
+                return blank(integers)
+        try:
+            return blank(False)
+        except Exception:
+            with suppress(Exception):
+                return blank(True)
+            self.integers = False
+            raise
 
     def explain(self) -> str:
         """About the latest backend; nothing where there is none."""
@@ -103,10 +133,9 @@ class Backends:
             return ""
         made = self.made[-1]
         backend: Any = made.backend
-        unmeasured = isinstance(backend, Engine) and backend.half and backend.margin.error is None
+        unmeasured = isinstance(backend, Engine) and not backend.decidable and backend.margin.error is None
         if unmeasured and self._state is not None and self._state.change() == "nothing":
-            with self.kept():
-                backend.measure()
+            backend.measure()
         return "\n".join([*([made.remark] if made.remark else []), backend.explain()])
 
     def _notice_changes(self) -> None:
@@ -126,13 +155,13 @@ class Backends:
             if check_params is not None:
                 check_params(blank[..., 0, 0], self.shape[0])
             noise = torch.zeros(self.distribution.noise_shape(2, self.shape), device=blank.device)
-            draw_image(SampleRequest(2, self.shape, noise, self.distribution), blank)
+            draw_image(SampleRequest(2, self.shape, noise, self.distribution, dtype=dtype), blank)
         given = (self.model, self.shape, self.distribution, encode, condition)
         order: Order | None = None
         remark = None
         try:
             if self.choice not in WHOLE_PASSES:
-                return Made(key, build_engine(*given, dtype, self.choice, self.verify), None)
+                return Made(key, build_engine(*given, dtype, self.choice, self.verify, self.kept), None)
             order = drawing_order(*given, levels_of(self.distribution) or 2)
         except Unsupported as reason:
             if self.choice in WHOLE_PASSES:
@@ -144,17 +173,26 @@ class Backends:
         kind_of = Naive if self.choice == "naive" else FixedPoint
         return Made(key, kind_of(self.model, self.shape, encode, order), remark)
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
     def _encode(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        own = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-        if dtype.is_floating_point:
-            return partial(_encode_levels, levels=None, dtype=own)
-        if self.custom_encode is not None:
-            return self.custom_encode
-        levels = None if isinstance(self.distribution, Bernoulli) else levels_of(self.distribution)
-        return partial(_encode_levels, levels=levels, dtype=own)
+        """Levels (n, C, H, W) of that dtype -> the model's input."""
+        real = dtype_of(self.distribution).is_floating_point
+        if dtype.is_floating_point and (self.custom_encode is None or not real):
+            encode: Callable[[Tensor], Tensor] = partial(_scaled, levels=None, dtype=self._dtype)
+        elif self.custom_encode is not None:
+            encode = self.custom_encode
+        elif self.integers:
+            encode = torch.clone
+        else:
+            levels = None if isinstance(self.distribution, Bernoulli) else levels_of(self.distribution)
+            encode = partial(_scaled, levels=levels, dtype=self._dtype)
+        return lambda levels: encode(self.model.outward(levels))
 
 
-def _encode_levels(x: Tensor, levels: int | None, dtype: torch.dtype) -> Tensor:
+def _scaled(x: Tensor, levels: int | None, dtype: torch.dtype) -> Tensor:
     """Levels as floats: in [-1, 1], or as they are where `levels` is None."""
     x = x.to(dtype)
     return x if levels is None else x / (levels - 1) * 2 - 1

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastgen.distributions import Distribution
-from fastgen.sampling.request import SampleRequest
+from fastgen.sampling.request import SampleRequest, dtype_of
 
 
 def draw_channel(
@@ -28,19 +28,22 @@ def draw_channel(
         known_mask: (n,) bool, where to keep them; None: nowhere.
 
     Returns:
-        levels (n,) int64, and a bool scalar: the parameters of some row that was drawn, not kept, hold a NaN.
+        levels (n,) int64, or of the distribution's `dtype`, and a bool scalar: the parameters of some row that was
+        drawn, not kept, hold a NaN.
 
     Raises:
         TypeError: the distribution draws real numbers.
     """
     params = params.contiguous()  # sums are then taken in one order, whatever the layout of the model's output
     levels = distribution.draw(params, noise, channel, previous)
-    if levels.is_floating_point() or levels.is_complex():
+    dtype = dtype_of(distribution)
+    if levels.is_complex() or (levels.is_floating_point() and not dtype.is_floating_point):
         raise TypeError(
             f"distribution.draw must return integer levels, got {levels.dtype} from {type(distribution).__name__}: "
-            "real values would be cut to integers (levels that are whole numbers: return them as int64)"
+            "real values would be cut to integers. Return whole numbers as int64; real values need an attribute "
+            "`dtype` of the distribution, torch.float32"
         )
-    levels = levels.long()
+    levels = levels.to(dtype)
     nan = params.isnan()
     if known is not None and known_mask is not None:
         levels = torch.where(known_mask, known, levels)
@@ -50,13 +53,13 @@ def draw_channel(
 
 def draw_image(request: SampleRequest, params: Tensor) -> tuple[Tensor, Tensor]:
     """Every pixel of every image at once, from the model's output (n, ..., H, W): levels (n, C, H, W) and bad."""
-    levels = torch.empty((request.n, *request.shape), dtype=torch.long, device=params.device)
+    levels = torch.empty((request.n, *request.shape), dtype=request.dtype, device=params.device)
     bad = torch.zeros((), dtype=torch.bool, device=params.device)
     for row in range(request.shape[1]):  # a row at a time: float64 probabilities of whole images would be large
         at, noise = _pixels(params[..., row, :]), _pixels(request.noise[..., row, :])
         known = None if request.known is None else _pixels(request.known[..., row, :])
         mask = None if request.known_mask is None else _pixels(request.known_mask[..., row, :])
-        drawn = torch.empty((len(noise), request.shape[0]), dtype=torch.long, device=params.device)
+        drawn = torch.empty((len(noise), request.shape[0]), dtype=request.dtype, device=params.device)
         for channel in range(request.shape[0]):
             keep = (None, None) if known is None or mask is None else (known[:, channel], mask[:, channel])
             drawn[:, channel], nan = draw_channel(request.distribution, at, noise, channel, drawn[:, :channel], *keep)

@@ -167,9 +167,11 @@ def _unequal(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:
     """Which pairs of tensors of one shape differ anywhere."""
     if not pairs:
         return []
-    # One read for all tensors: on a GPU each would wait for the device.
     device = pairs[0][0].device
-    equal = torch.stack([(a == b).all().to(device) for a, b in pairs]).tolist()
+    if all(a.device.type == "cpu" for a, _ in pairs):
+        equal = [torch.equal(*pair) for pair in pairs]
+    else:  # one read for all tensors: on a GPU each would wait for the device
+        equal = torch.stack([(a == b).all().to(device) for a, b in pairs]).tolist()
     return [not same and bool(_differs(*pair).any()) for same, pair in zip(equal, pairs, strict=True)]
 
 

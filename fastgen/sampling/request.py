@@ -149,12 +149,20 @@ def checked_count(name: str, count: Any, least: int) -> int:
     return value
 
 
-def checked_shape(shape: Any) -> tuple[int, int, int]:
+def checked_sizes(shape: Any) -> tuple[int, ...]:
+    """(C, H, W), (H, W) or (T,)."""
     try:
         sizes = tuple(operator.index(size) for size in shape)
     except TypeError:
         sizes = ()
-    if len(sizes) != 3 or min(sizes) < 1:
+    if not 1 <= len(sizes) <= 3 or min(sizes) < 1:
+        raise ValueError(f"shape must be positive ints (C, H, W), (H, W) or (T,), got {shape!r}")
+    return sizes
+
+
+def checked_shape(shape: Any) -> tuple[int, int, int]:
+    sizes = checked_sizes(shape)
+    if len(sizes) != 3:
         raise ValueError(f"shape must be three positive ints (C, H, W), got {shape!r}")
     return sizes[0], sizes[1], sizes[2]
 
@@ -239,8 +247,19 @@ def levels_of(distribution: Distribution) -> int | None:
     return levels if isinstance(levels, int) else None
 
 
+def dtype_of(distribution: Distribution) -> torch.dtype:
+    """Of what it draws: int64 levels, or real values of its floating-point `dtype`."""
+    found = getattr(distribution, "dtype", None)
+    return found if isinstance(found, torch.dtype) and found.is_floating_point else torch.long
+
+
 def checked_known(
-    known: Tensor | None, known_mask: Tensor | None, size: tuple[int, ...], levels: int | None, device: torch.device
+    known: Tensor | None,
+    known_mask: Tensor | None,
+    size: tuple[int, ...],
+    levels: int | None,
+    device: torch.device,
+    dtype: torch.dtype = torch.long,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Both broadcast to (n, C, H, W), levels 0 where not known."""
     if (known is None) != (known_mask is None):
@@ -248,20 +267,21 @@ def checked_known(
         raise ValueError(f"known and known_mask go together, but {missing} is missing")
     if known is None or known_mask is None:
         return None, None
-    if not isinstance(known, Tensor) or known.is_floating_point() or known.is_complex():
+    real = dtype.is_floating_point
+    if not isinstance(known, Tensor) or known.is_complex() or (known.is_floating_point() and not real):
         got = known.dtype if isinstance(known, Tensor) else type(known).__name__
         raise TypeError(f"known must be a tensor of integer levels, got {got}")
     if not isinstance(known_mask, Tensor) or known_mask.dtype != torch.bool:
         got = known_mask.dtype if isinstance(known_mask, Tensor) else type(known_mask).__name__
         raise TypeError(f"known_mask must be a bool tensor, got {got}")
-    known = _broadcast("known", known, size).to(device, torch.long)
+    known = _broadcast("known", known, size).to(device, dtype)
     known_mask = _broadcast("known_mask", known_mask, size).to(device)
     known = known.masked_fill(~known_mask, 0)
     check_range("known, where known_mask is True,", known, levels)
     return known, known_mask
 
 
-def checked_levels(levels: Any, shape: tuple[int, int, int], count: int | None) -> Tensor:
+def checked_levels(levels: Any, shape: tuple[int, ...], count: int | None) -> Tensor:
     """Images (n, *shape): integer levels 0..count-1, or real values."""
     if not isinstance(levels, Tensor) or levels.is_complex() or levels.dtype == torch.bool:
         got = levels.dtype if isinstance(levels, Tensor) else type(levels).__name__

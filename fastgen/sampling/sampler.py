@@ -1,6 +1,7 @@
 """`accelerate` and the `Sampler` it returns: arguments, batches, changed parameters; the drawing is the backends'."""
 
 import inspect
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.distributions import Distribution
+from fastgen.sampling.adapter import Adapter
 from fastgen.sampling.backends import Backends
 from fastgen.sampling.precision import ieee_float32
 from fastgen.sampling.request import (
@@ -26,7 +28,7 @@ from fastgen.sampling.request import (
     checked_distribution,
     checked_known,
     checked_levels,
-    checked_shape,
+    dtype_of,
     levels_of,
     rows_for,
     tempered_distribution,
@@ -45,6 +47,7 @@ def accelerate(
     distribution: Distribution,
     encode: Callable[[Tensor], Tensor] | None = None,
     condition: Any = None,
+    output: Callable[[Any], Tensor] | None = None,
     backend: str = "auto",
     verify: str = "auto",
 ) -> "Sampler":
@@ -53,13 +56,19 @@ def accelerate(
     Args:
         model: any module, model(x (B, C, H, W)[, condition]) -> params (B, ..., H, W). Analysed as it is: call
             `model.eval()` first.
-        shape: (C, H, W) of an image.
+        shape: (C, H, W) of an image; (H, W) of a grid of codes or (T,) of a sequence: x is then (B, H, W) or (B, T),
+            params (B, ..., H, W), (B, ..., T), or with the levels last, as the distribution's layout says. Wherever
+            (n, C, H, W) is written, (n, H, W) or (n, T) is meant for these.
         distribution: of a pixel given the model's output there: `fastgen.Categorical`, `fastgen.Bernoulli`,
-            `fastgen.LogisticMixture` or an object as described in `fastgen.distributions`.
+            `fastgen.LogisticMixture`, `fastgen.Gaussian`, `fastgen.GaussianMixture` or an object as described in
+            `fastgen.distributions`.
         encode: int64 levels (B, C, H, W) -> the model's input. Default: levels as floats of the model's dtype in
-            [-1, 1], and for Bernoulli 0. and 1.
-        condition: an example of the model's second argument, and what `sample` takes where it is given none. Where
-            the model needs one and there is none here, it is analysed at the first `sample`.
+            [-1, 1], for Bernoulli 0. and 1., real values as they are; int64 levels where the model takes integers
+            only, as one that begins with an embedding does.
+        condition: an example of the model's second argument, of its further arguments (a tuple) or keyword arguments
+            (a dict), and what `sample` takes where it is given none. Where the model needs one and there is none
+            here, it is analysed at the first `sample`.
+        output: what the model returns -> params, for models that return a tuple, a dict or a dataclass.
         backend: "auto", or how to run: "naive" (a whole forward pass a draw), "fixed_point" (whole passes until
             nothing changes), or the schedule that computes each activation once, "eager", "compiled", "cuda_graph" or
             "persistent". All give the same images for the same noise.
@@ -67,14 +76,15 @@ def accelerate(
             which sums in another order than the model. "always": once a batch at least, and again until no draw
             differs: the images of "naive", guaranteed. "auto": where an error of 1.5 times the largest that was seen
             so far could have changed a draw (the first batch always); a measured margin, which `explain` states. A
-            model that computes in half precision has no such truth (two of its own passes may differ), and is
-            drawn of the schedule's output without a pass. "never": no whole pass.
+            model that computes in half precision has no such truth (two of its own passes may differ), and real
+            values differ in their last bits anyway: both are drawn of the schedule's output without a pass. "never":
+            no whole pass.
 
     Raises:
         fastgen.NotCausalError: a parameter depends on a pixel that is drawn later.
         TypeError, ValueError: an argument is wrong, or the model's output does not fit the distribution.
     """
-    return Sampler(model, shape, distribution, encode, condition, backend, verify)
+    return Sampler(model, shape, distribution, encode, condition, output, backend, verify)
 
 
 class Sampler:
@@ -95,6 +105,7 @@ class Sampler:
         distribution: Distribution,
         encode: Callable[[Tensor], Tensor] | None,
         condition: Any,
+        output: Callable[[Any], Tensor] | None,
         backend: str,
         verify: str,
     ) -> None:
@@ -103,10 +114,13 @@ class Sampler:
         for name, value, known in (("backend", backend, BACKENDS), ("verify", verify, VERIFY)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        if output is not None and not callable(output):
+            raise TypeError(f"output must be callable, got {type(output).__name__}")
         self.model = model
-        self.shape = checked_shape(shape)
-        self.distribution = checked_distribution(distribution, self.shape)
-        if encode is None and levels_of(distribution) is None:
+        self._adapter = Adapter(model, shape, getattr(distribution, "layout", None), output)
+        self.shape = self._adapter.outer
+        self.distribution = checked_distribution(distribution, self._adapter.shape)
+        if encode is None and levels_of(distribution) is None and not dtype_of(distribution).is_floating_point:
             raise ValueError(
                 f"encode must be given for {type(distribution).__name__}: it does not say how many levels there are"
             )
@@ -115,7 +129,7 @@ class Sampler:
         self.condition = condition
         self.stats: SampleStats | None = None
         self._options: dict[Any, Distribution] = {}
-        self._backends = Backends(model, self.shape, distribution, encode, backend, verify)
+        self._backends = Backends(self._adapter, self._adapter.inner(distribution), encode, backend, verify)
         self._waits = "not analysed since it was copied"
         self._most: int | None = None
         with _turn():
@@ -127,11 +141,15 @@ class Sampler:
                     raise
                 self._waits = f"not analysed yet, the model fails without a condition: {error}"
             else:
-                self._backends.get(condition, blank=blank)
+                self._backends.get(condition, dtype_of(distribution), blank)
 
     def noise_shape(self, n: int) -> tuple[int, ...]:
-        """The shape of `noise` for n images, (n, U, H, W)."""
-        return tuple(self.distribution.noise_shape(checked_count("n", n, 0), self.shape))
+        """The shape of `noise` for n images: (n, U, H, W), or (n, *shape) for a grid or a sequence with one uniform a
+        draw."""
+        n = checked_count("n", n, 0)
+        found = tuple(self.distribution.noise_shape(n, self._adapter.shape))
+        plain = len(self.shape) < 3 and found == (n, *self._adapter.shape)
+        return (n, *self.shape) if plain else found
 
     @property
     def work_ratio(self) -> float:
@@ -186,8 +204,9 @@ class Sampler:
                 runs out, and so on.
 
         Returns:
-            int64 levels (n, C, H, W) on the model's device; with return_log_prob, and (n,) float64 nats: of the
-            whole images, known pixels included, under the model as it is (temperature 1).
+            int64 levels (n, C, H, W) on the model's device, or real values of the distribution's dtype; with
+            return_log_prob, and (n,) float64 nats: of the whole images, known pixels included, under the model as it
+            is (temperature 1).
 
         Raises:
             TypeError, ValueError: an argument is wrong.
@@ -204,23 +223,28 @@ class Sampler:
             raise ValueError(f"seed and noise exclude each other, got seed={seed!r} and a noise tensor")
         else:
             check_noise(noise, self.noise_shape(n))
-        known, known_mask = checked_known(known, known_mask, (n, *self.shape), levels_of(self.distribution), device)
+        dtype = dtype_of(self.distribution)
+        known, known_mask = checked_known(
+            known, known_mask, (n, *self.shape), levels_of(self.distribution), device, dtype
+        )
         condition = self._condition(condition, n)
+        inward, shape = self._adapter.inward, self._adapter.shape
         with _turn():
             distribution = self._tempered(temperature, top_k, top_p)
             if n == 0:
                 self.stats = SampleStats(self._backends.made[-1].backend.name if self._backends.made else "none")
-                nothing = torch.empty((0, *self.shape), dtype=torch.long, device=device)
+                nothing = torch.empty((0, *self.shape), dtype=dtype, device=device)
                 return (nothing, torch.empty(0, dtype=torch.float64, device=device)) if return_log_prob else nothing
-            backend = self._backends.get(condition)
-            whole = SampleRequest(
-                n, self.shape, noise.to(device), distribution, known, known_mask, condition, return_log_prob
-            )
+            backend = self._backends.get(condition, dtype)
+            known, known_mask = (None if one is None else inward(one) for one in (known, known_mask))
+            noise = inward(noise.to(device))
+            whole = SampleRequest(n, shape, noise, distribution, known, known_mask, condition, return_log_prob)
+            whole = replace(whole, dtype=dtype)
             self.stats = stats = SampleStats(backend.name)
             parts = self._run(backend, whole, batch_size, progress)
             for part in parts:
                 stats.add(part)
-            levels = torch.cat([part.levels for part in parts])
+            levels = self._adapter.outward(torch.cat([part.levels for part in parts]))
             stats.seconds = time.perf_counter() - start
         if not return_log_prob:
             return levels
@@ -251,7 +275,7 @@ class Sampler:
             raise TypeError(f"draw must be callable, got {type(draw).__name__}")
         if not isinstance(dtype, torch.dtype) or dtype.is_complex or dtype == torch.bool:
             raise TypeError(f"dtype must be an integer or a floating-point type, got {dtype!r}")
-        return self._decode(draw, n, condition, dtype)[0]
+        return self._adapter.outward(self._decode(draw, n, condition, dtype)[0])
 
     def params(self, levels: Tensor, *, condition: Any = None) -> Tensor:
         """The model's output for given images as `decode` sees it: bit for bit, on the same machine, by the same
@@ -264,24 +288,27 @@ class Sampler:
         Returns:
             (n, ..., H, W)
         """
-        levels = checked_levels(levels, self.shape, levels_of(self.distribution))
+        levels = self._adapter.inward(checked_levels(levels, self.shape, levels_of(self.distribution)))
 
         def draw(params: Tensor, place: tuple[int | None, int, int]) -> Tensor:
             channel, i, j = place
             return levels[:, slice(None) if channel is None else channel, i, j]
 
-        return self._decode(draw, len(levels), condition, levels.dtype)[1]
+        return self._adapter.params(self._decode(draw, len(levels), condition, levels.dtype)[1])
 
     def _decode(self, draw: Draw, n: int, condition: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         condition = self._condition(condition, max(n, 1))
         held = dtype if dtype.is_floating_point else torch.long
         with _turn():
             backend = self._backends.get(condition, held)
-            blank = torch.empty((max(n, 1), 0, *self.shape[1:]), device=self._backends.device)
-            request = SampleRequest(len(blank), self.shape, blank, self.distribution, condition=condition, dtype=held)
-            zeros = torch.zeros(1, self.shape[0], dtype=held)  # one image tells the shapes of none
+            shape = self._adapter.shape
+            blank = torch.empty((max(n, 1), 0, *shape[1:]), device=self._backends.device)
+            request = SampleRequest(
+                len(blank), shape, blank, self._backends.distribution, condition=condition, dtype=held
+            )
+            zeros = torch.zeros(1, shape[0], dtype=held)  # one image tells the shapes of none
             asked = draw if n else lambda _, place: zeros if place[0] is None else zeros[:, 0]
-            with self._backends.kept():
+            with self._backends.calling(backend):
                 levels, params = backend.decode(asked, request)
         return levels[:n].to(dtype), params[:n]
 
@@ -291,7 +318,7 @@ class Sampler:
     def _tempered(self, temperature: float, top_k: int | None, top_p: float | None) -> Distribution:
         key = (temperature, top_k, top_p)
         if key not in self._options:
-            found = tempered_distribution(self.distribution, *key)
+            found = tempered_distribution(self._backends.distribution, *key)
             if len(self._options) >= MOST_OPTIONS:
                 self._options.pop(next(iter(self._options)))
             self._options[key] = found
@@ -302,7 +329,7 @@ class Sampler:
     ) -> list[SampleResult]:
         from tqdm.auto import tqdm
 
-        draws = self.shape[0] * self.shape[1] * self.shape[2]
+        draws = math.prod(self.shape)
         parts: list[SampleResult] = []
         start, most = 0, min(size for size in (whole.n, batch_size, self._most, backend.most) if size is not None)
         most = -(-whole.n // -(-whole.n // most))  # parts of about one size
@@ -315,7 +342,7 @@ class Sampler:
                 stop = min(start + most, whole.n)
                 size = stop - start
                 try:
-                    with self._backends.kept():
+                    with self._backends.calling(backend):
                         told = partial(advance, size) if progress else None
                         part = backend.run(replace(whole.of(slice(start, stop)), progress=told))
                 except RuntimeError as error:

@@ -41,19 +41,20 @@ def choose(params, step, count, u, temperature, free, BLOCK: tl.constexpr):
     the greatest. params: pointers (rows,)."""
     v = tl.arange(0, BLOCK)
     minus_infinity = float("-inf")
-    best = tl.full(u.shape, minus_infinity, tl.float64)
+    greatest = tl.full((u.shape[0], BLOCK), minus_infinity, tl.float32)
     for start in range(0, count, BLOCK):
         real = free[:, None] & (start + v < count)[None, :]
         logits = tl.load(params[:, None] + ((start + v) * step)[None, :], mask=real, other=minus_infinity)
-        best = tl.maximum(best, tl.max(logits.to(tl.float64), 1))
-    best = tl.where(free, best, 0.0)
+        greatest = tl.maximum(greatest, logits)
+    best = tl.where(free, tl.max(greatest, 1), 0.0).to(tl.float64)
     scale = 1 / tl.where(temperature == 0, 1.0, temperature)
-    total = tl.zeros(u.shape, tl.float64)
+    total = tl.zeros((u.shape[0], BLOCK), tl.float64)
     for start in range(0, count, BLOCK):
         real = free[:, None] & (start + v < count)[None, :]
         logits = tl.load(params[:, None] + ((start + v) * step)[None, :], mask=real, other=minus_infinity)
-        total += tl.sum(tl.exp((logits.to(tl.float64) - best[:, None]) * scale), 1)
-    found = tl.zeros(u.shape, tl.int32) + (count - 1)
+        total += tl.exp((logits.to(tl.float64) - best[:, None]) * scale)
+    threshold = u * tl.sum(total, 1)
+    found = tl.zeros((u.shape[0], BLOCK), tl.int32) + (count - 1)
     before = tl.zeros(u.shape, tl.float64)
     for start in range(0, count, BLOCK):
         real = free[:, None] & (start + v < count)[None, :]
@@ -62,22 +63,22 @@ def choose(params, step, count, u, temperature, free, BLOCK: tl.constexpr):
         shares = tl.exp((logits - best[:, None]) * scale)
         sums = before[:, None] + tl.cumsum(shares, 1)
         # Sums are rounded in no fixed order: of two equal ones the latter may be greater.
-        hit = (sums > (u * total)[:, None]) & (shares > 0)
+        hit = (sums > threshold[:, None]) & (shares > 0)
         hit = tl.where(temperature == 0, logits == best[:, None], hit)
-        found = tl.minimum(found, tl.min(tl.where(hit, (start + v)[None, :], count - 1), 1))
-        before += tl.sum(shares, 1)
-    return found
+        found = tl.where(hit, tl.minimum(found, (start + v)[None, :]), found)
+        before = tl.max(sums, 1)
+    return tl.min(found, 1)
 
 
 @triton.jit
 def has_nan(params, step, count, free, BLOCK: tl.constexpr):
     v = tl.arange(0, BLOCK)
-    found = 0
+    found = tl.zeros((free.shape[0], BLOCK), tl.int32)
     for start in range(0, count, BLOCK):
         real = free[:, None] & (start + v < count)[None, :]
         x = tl.load(params[:, None] + ((start + v) * step)[None, :], mask=real, other=0.0)
-        found += tl.sum(tl.sum((x != x).to(tl.int32), 1), 0)
-    return found > 0
+        found |= (x != x).to(tl.int32)
+    return tl.max(tl.max(found, 1), 0) > 0
 
 
 @triton.jit

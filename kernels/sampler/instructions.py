@@ -149,14 +149,15 @@ def contract(
         m = tl.where(real, m, 0)
         a_ptr = memory_ptr + places(code, A, offsets, first_image, m)
         b_ptr = (memory_ptr + places(code, B, offsets, first_image, m))[:, None] + j[None, :] * tl.load(code + B + 6)
-        total = tl.zeros((ROWS, BJ), tl.float32)
+        products = tl.zeros((ROWS, BK, BJ), tl.float32)
         for start in range(0, depth, BK):
             k = start + tl.arange(0, BK)
             kept = real[:, None] & (k < depth)[None, :]
             a = tl.load(a_ptr[:, None] + (k * along_a)[None, :], mask=kept, other=0.0)
             both = kept[:, :, None] & inside[:, None, :]
             b = tl.load(b_ptr[:, None, :] + (k * along_b)[None, :, None], mask=both, other=0.0)
-            total += tl.sum(a[:, :, None] * b, 1)
+            products += a[:, :, None] * b
+        total = tl.sum(products, 1)
         if tl.load(code + HAS_ADDED) != 0:
             at = places(code, ADDED, offsets, first_image, m)[:, None] + j[None, :] * tl.load(code + ADDED + 6)
             total += tl.load(memory_ptr + at, mask=inside, other=0.0)
@@ -227,13 +228,13 @@ def apply(op, a, b):
 
 
 @triton.jit
-def pointwise(memory_ptr, integers_ptr, code, offsets, first_image, images, BM: tl.constexpr, BP: tl.constexpr):
+def pointwise(memory_ptr, integers_ptr, code, offsets, first_image, images, BR: tl.constexpr, BP: tl.constexpr):
     """out = op(a, b); copies; out = table[index], with the table in A and the index in B."""
     op = tl.load(code + OP)
     rows, columns = rows_in(code, images), tl.load(code + COLUMNS).to(tl.int32)
     panels = tl.cdiv(columns, BP)
-    for tile in range(0, tl.cdiv(rows, BM) * panels):  # of a row from left to right
-        j, m = tile % panels * BP + tl.arange(0, BP), tile // panels * BM + tl.arange(0, BM)
+    for tile in range(0, tl.cdiv(rows, BR) * panels):  # of a row from left to right
+        j, m = tile % panels * BP + tl.arange(0, BP), tile // panels * BR + tl.arange(0, BR)
         real = m < rows
         inside = real[:, None] & (j < columns)[None, :]
         m = tl.where(real, m, 0)
@@ -261,41 +262,41 @@ def pointwise(memory_ptr, integers_ptr, code, offsets, first_image, images, BM: 
 
 
 @triton.jit
-def rowwise(memory_ptr, code, offsets, first_image, images, BM: tl.constexpr, BP: tl.constexpr):
+def rowwise(memory_ptr, code, offsets, first_image, images, BR: tl.constexpr, BP: tl.constexpr):
     """Along a row of A: its sum, mean, greatest number; its softmax, logarithm of that, or the row normalized."""
     op, along, across = tl.load(code + OP), tl.load(code + ALONG), tl.load(code + OUT + 6)
     rows, depth = rows_in(code, images), tl.load(code + DEPTH).to(tl.int32)
     eps = tl.load(code + NUMBER).to(tl.int32).to(tl.float32, bitcast=True)
     k = tl.arange(0, BP)
-    for tile in range(0, tl.cdiv(rows, BM)):
-        m = tile * BM + tl.arange(0, BM)
+    for tile in range(0, tl.cdiv(rows, BR)):
+        m = tile * BR + tl.arange(0, BR)
         real = m < rows
         m = tl.where(real, m, 0)
         a_ptr = memory_ptr + places(code, A, offsets, first_image, m)
         out_ptr = memory_ptr + places(code, OUT, offsets, first_image, m)
         exponential = (op == SOFTMAX) | (op == LOG_SOFTMAX)
-        # What is taken off each number: the greatest one, or the mean.
-        shift = tl.full((BM,), float("-inf"), tl.float32)
-        total = tl.zeros((BM,), tl.float32)
-        nan = tl.zeros((BM,), tl.int32)
+        greatest = tl.full((BR, BP), float("-inf"), tl.float32)
+        sums = tl.zeros((BR, BP), tl.float32)
+        nan = tl.zeros((BR, BP), tl.int32)
         for start in range(0, depth, BP):
             inside = real[:, None] & (start + k < depth)[None, :]
             a = tl.load(a_ptr[:, None] + ((start + k) * along)[None, :], mask=inside, other=0.0)
-            shift = tl.maximum(shift, tl.max(tl.where(inside, a, float("-inf")), 1))
-            total += tl.sum(a, 1)
-            nan += tl.sum((a != a).to(tl.int32), 1)
+            greatest = tl.maximum(greatest, tl.where(inside, a, float("-inf")))
+            sums += a
+            nan |= (a != a).to(tl.int32)
+        shift, total = tl.max(greatest, 1), tl.sum(sums, 1)
         if op == AMAX:
-            tl.store(out_ptr, tl.where(nan > 0, float("nan"), shift), mask=real)
+            tl.store(out_ptr, tl.where(tl.max(nan, 1) > 0, float("nan"), shift), mask=real)
         elif (op == SUM) | (op == MEAN):
             tl.store(out_ptr, tl.where(op == MEAN, total / depth, total), mask=real)
         else:
-            shift = tl.where(exponential, shift, total / depth)
-            total = tl.zeros((BM,), tl.float32)
+            shift = tl.where(exponential, shift, total / depth)  # what is taken off each number
+            sums = tl.zeros((BR, BP), tl.float32)
             for start in range(0, depth, BP):
                 inside = real[:, None] & (start + k < depth)[None, :]
                 a = tl.load(a_ptr[:, None] + ((start + k) * along)[None, :], mask=inside, other=0.0) - shift[:, None]
-                total += tl.sum(tl.where(inside, tl.where(exponential, tl.exp(a), a * a), 0.0), 1)
-            total = tl.where(real, total, 1.0)
+                sums += tl.where(inside, tl.where(exponential, tl.exp(a), a * a), 0.0)
+            total = tl.where(real, tl.sum(sums, 1), 1.0)
             scale = tl.div_rn(1.0, tl.where(op == NORMALIZED, tl.sqrt_rn(total / depth + eps), total))
             for start in range(0, depth, BP):
                 inside = real[:, None] & (start + k < depth)[None, :]

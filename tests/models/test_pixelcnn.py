@@ -216,3 +216,35 @@ def test_weight_norm_keeps_the_model():
 def test_bad_arguments_are_named(make, named):
     with pytest.raises(ValueError, match=named):
         make()
+
+
+def test_classes_that_a_model_does_not_have_are_named():
+    model = GatedPixelCNN((1, 4, 4), 4, channels=8, layers=1, n_classes=3).eval()
+    x = torch.randint(4, (2, 1, 4, 4))
+    for classes, got in (([0, 5], r"0\.\.5"), ([0, -1], r"-1\.\.0")):
+        condition = torch.tensor(classes)
+        for call in (
+            lambda c=condition: model(x, c),
+            lambda c=condition: model.log_prob(x, c),
+            lambda c=condition: model.loss(x, c),
+            lambda c=condition: model.sample(2, seed=0, condition=c),
+        ):
+            with pytest.raises(ValueError, match=rf"condition must hold classes in 0\.\.2, got {got}"):
+                call()
+    with pytest.raises(ValueError, match=r"got 7\.\.7"):
+        model.sample(2, seed=0, condition=7)
+    for wrong in ([0, 1], torch.tensor([0.0, 1.0])):
+        with pytest.raises(TypeError, match="condition must be an int64 tensor"):
+            model.sample(2, seed=0, condition=wrong)
+    assert torch.equal(model.sample(2, seed=0, condition=1), model.sample(2, seed=0, condition=torch.tensor([1, 1])))
+
+
+def test_a_model_is_analysed_once_however_often_it_draws(monkeypatch):
+    from fastgen.sampling import backends
+
+    built, build = [], backends.build_engine
+    monkeypatch.setattr(backends, "build_engine", lambda *given: (built.append(1), build(*given))[1])
+    model = GatedPixelCNN((1, 4, 4), 4, channels=8, layers=1).eval()
+    for _ in range(3):
+        model.sample(2, seed=0)
+    assert len(built) == 1

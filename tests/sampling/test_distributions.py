@@ -240,7 +240,7 @@ def test_other_bad_arguments_are_named():
     with pytest.raises(ValueError, match="levels"):
         Categorical(1)
     with pytest.raises(ValueError, match="layout"):
-        Categorical(4, "BHWK")
+        Categorical(4, "BKHW")
     with pytest.raises(ValueError, match="n_mix"):
         LogisticMixture(0)
     for distribution in (Bernoulli(), LogisticMixture()):

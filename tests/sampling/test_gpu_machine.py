@@ -56,6 +56,8 @@ def test_functions_are_as_near_to_the_truth_as_torch_is(op):
     assert torch.equal(found.isinf() & told, theirs.isinf() & told)
     fine = truth.isfinite() & theirs.isfinite()
     bound = 4e-7 * truth.abs() + 1.2e-38 + (theirs - truth).abs()  # three units in the last place more than torch's
+    if op in ("exp", "expm1", "sigmoid", "silu", "gate"):  # compiled, exp(x) is 2 to the power of a rounded product
+        bound = bound + 1.2e-7 * (operands[-1].abs() * truth.abs()).nan_to_num(0)
     if op.startswith("gelu"):
         bound = bound + 1e-7 * operands[0].abs()  # far below zero it is the small difference of 1 and 1
     assert ((found - truth).abs() <= bound)[fine].all()

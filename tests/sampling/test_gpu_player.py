@@ -101,7 +101,7 @@ def test_tiles_of_images_in_any_order_and_the_machine_of_the_cpu_draw_the_same(m
     class InReverse(GPUPlayer):
         """Tiles of two images, the last one first; products in tiles that nothing is a multiple of."""
 
-        tiles = Tiles(BM=2, BN=16, BK=16, BP=16, ROWS=1, LEVELS=2)
+        tiles = Tiles(BM=2, BN=16, BK=16, BR=2, BP=16, ROWS=1, LEVELS=2)
 
         def _launch(self, draws, first, last, until):
             for begin in reversed(range(0, self.n, 2)):

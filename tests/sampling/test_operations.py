@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastgen import Categorical
-from fastgen.sampling.causality.draws import places_of, raster
+from fastgen.sampling.causality.draws import draw_index_of, raster
 from fastgen.sampling.causality.ready_times import ready_times
 from fastgen.sampling.trace.recorder import trace
 from tests.sampling.exactness import assert_exact, pair
@@ -154,9 +154,9 @@ def test_nothing_moves_a_result_after_its_ready_time(name):
     """By changing every level, in double precision, of the operation itself behind one masked layer."""
     model = Between(OPERATIONS[name]).double().eval() if name not in FLOATS else Between(OPERATIONS[name]).eval()
     x = torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(0)).to(model.out.weight.dtype) * 2 - 1
-    places = places_of(raster(SHAPE, False), SHAPE)
+    draw_index = draw_index_of(raster(SHAPE, False), SHAPE)
     with torch.no_grad():
-        ready = ready_times(trace(model, model, x), places).output_ready()
+        ready = ready_times(trace(model, model, x), draw_index).output_ready()
         count = math.prod(SHAPE)
         changed = x.repeat(count, 1, 1, 1)
         changed.view(count, count).diagonal().add_(0.7)

@@ -175,19 +175,27 @@ def test_a_condition_given_to_accelerate_is_the_default(backend):
         assert torch.equal(accelerate(model, (1, 4, 4), condition=condition, **options).sample(4, seed=0), expected)
 
 
-def test_a_condition_may_be_any_pytree(backend):
+@pytest.mark.parametrize("as_what", ["second argument", "arguments", "keyword arguments"])
+def test_a_condition_may_be_arguments_or_any_pytree(backend, as_what):
     class Conditioned(nn.Module):
         def __init__(self):
             super().__init__()
             self.model = Stranger(1, 1)
 
-        def forward(self, x, condition):
-            assert condition["name"] == "a name" and condition["scale"].dim() == 0
-            return self.model(x) + condition["scale"] * sum(condition["bias"])[:, :, None, None]
+        def forward(self, x, bias, name="no name", scale=1):
+            if as_what == "second argument":
+                bias, scale, name = bias[0]["bias"], bias[0]["scale"], bias[1]
+            assert name == "a name" and scale.dim() == 0
+            return self.model(x) + scale * sum(bias)[:, :, None, None]
 
     sampler = accelerate(Conditioned().eval(), (1, 3, 3), distribution=Bernoulli(), backend=backend)
     far = torch.tensor([[-50.0], [50.0], [50.0]])
-    condition = {"name": "a name", "scale": torch.tensor(2.0), "bias": (far, torch.ones(1, 1))}
+    bias, scale = (far, torch.ones(1, 1)), torch.tensor(2.0)
+    condition = {
+        "second argument": [{"scale": scale, "bias": bias}, "a name"],
+        "arguments": (bias, "a name", scale),
+        "keyword arguments": {"name": "a name", "scale": scale, "bias": bias},
+    }[as_what]
     images = sampler.sample(3, condition=condition, batch_size=2)
     assert torch.equal(images, (far > 0).long()[:, :, None, None].expand(3, 1, 3, 3))
 

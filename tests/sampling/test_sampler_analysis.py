@@ -22,7 +22,7 @@ def engines(monkeypatch):
     """A stand-in for the engine, which counts what is built and refuses for the reason `refused`."""
     state = types.SimpleNamespace(built=[], refused=None)
 
-    def build_engine(model, shape, distribution, encode, condition_example, dtype, backend, verify):
+    def build_engine(model, shape, distribution, encode, condition_example, dtype, backend, verify, kept):
         if state.refused is not None:
             raise Unsupported(state.refused)
         state.built.append(condition_example)

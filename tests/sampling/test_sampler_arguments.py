@@ -51,7 +51,13 @@ def test_bad_arguments_of_accelerate_are_named():
     model, shape, distribution = small("grey")
     for error, name, arguments in (
         (TypeError, "model", {"model": model.forward}),
-        (ValueError, "shape", {"shape": (5, 4)}),
+        (ValueError, "shape", {"shape": (1, 1, 5, 4)}),
+        (ValueError, "shape", {"shape": ()}),
+        (ValueError, "layout BTK does not fit", {"distribution": Categorical(5, "BTK")}),
+        (ValueError, "layout BHWK does not fit", {"distribution": Categorical(5, "BHWK"), "shape": (3, 5, 4)}),
+        (ValueError, "layout must be 'BTK'", {"shape": (20,)}),
+        (TypeError, "output must be callable", {"output": 0}),
+        (ValueError, "verify", {"verify": "sometimes"}),
         (ValueError, "shape", {"shape": (1, 0, 4)}),
         (ValueError, "shape", {"shape": 3}),
         (ValueError, "shape", {"shape": (1, 2.5, 4)}),

@@ -1,13 +1,16 @@
 """Operations that may hide what they read, so that ready times claim too much.
 
 A weight that is not zero, a relu, a product or a softmax lets through what it reads for some input: what reaches the
-output through such operations alone is a dependence for certain. Three kinds of operations are not so:
+output through such operations alone is a dependence for certain. Four kinds of operations are not so:
 
 - a difference or a quotient of two things that depend on the same level, as in `x.cumsum(-1) - x`;
 - a comparison, a rounding, an argmax, whose result may be the same for all inputs, as in `x.mean() > 9`, and what is
-  multiplied by it;
-- a choice by computed indices or conditions, or an operator that is not known.
+  multiplied by it, or by a share of a softmax that is next to nothing;
+- a choice by computed indices or conditions, or an operator that is not known;
+- a Fourier transform, whose inverse may put all in its place again, as in a causal convolution by FFT.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,9 +24,9 @@ DISCRETE = {
     "bitwise_or", "bitwise_xor", "bitwise_not", "floor", "ceil", "round", "trunc", "frac", "fmod", "remainder", "sign",
     "sgn", "signbit", "argmax", "argmin", "isnan", "isinf", "any", "all", "max", "min", "heaviside", "floor_divide",
 }  # fmt: skip
-DIFFERENCES = {"sub", "rsub", "div", "add"}
 CHOICES = {"where", "masked_fill", "index", "masked_scatter"}
-ALONG_ONLY = {"linalg_cross", "_fft_r2c", "_fft_c2r", "_fft_c2c", "view_as_real_copy"}  # no choices among `Slicewise`
+CLEAR = {"linalg_cross", "view_as_real_copy"}  # those of `Slicewise` that hide nothing
+CHAIN = 4  # operations on one operand, between a negation and the sum that it takes part in
 
 
 def erased(value: Value, bound: Analysis, certain: Analysis, ready: Tensor) -> Tensor | None:
@@ -35,8 +38,8 @@ def erased(value: Value, bound: Analysis, certain: Analysis, ready: Tensor) -> T
     """
     name = value.op._schema.name.split("::")[1]
     variable = [one for one in value.operands if not constant_operand(one)]
-    if name in DIFFERENCES:
-        return _difference(value, variable, bound, certain, ready, name)
+    if len(variable) > 1 and _may_cancel(value, variable, name):
+        return _difference(value, variable, bound, certain, ready)
     everywhere = torch.ones((), dtype=torch.bool)
     if name == "eq" and all(not one.dtype.is_floating_point for one in variable):
         return None  # a level is equal to one of the levels sometimes: one_hot
@@ -47,32 +50,57 @@ def erased(value: Value, bound: Analysis, certain: Analysis, ready: Tensor) -> T
     if name in CHOICES and _chooses(value, name):
         return everywhere
     kind = rule_kind(value)
-    if kind is Opaque or (kind is Slicewise and name not in ALONG_ONLY):
+    if kind is Opaque or (kind is Slicewise and name not in CLEAR):
         return everywhere
     return None
 
 
+def _may_cancel(value: Value, variable: list[Operand], name: str) -> bool:
+    """Whether an operation takes one of its operands from another, or divides by it."""
+    if name in ("sub", "rsub", "div"):
+        return True
+    if name == "add":
+        alpha = value.kwargs.get("alpha", 1)
+        return (not isinstance(alpha, complex) and alpha < 0) or any(_passes(one, _negates) for one in variable)
+    return name == "mul" and any(_passes(one, _inverts) for one in variable)
+
+
+def _passes(operand: Operand, through: Callable[[Value, str], bool]) -> bool:
+    """Whether such an operation is the last on the way to an operand, or others with one operand come after it."""
+    for _ in range(CHAIN):
+        if len(operand.values) != 1 or operand.values[0].kind != "computed":
+            return False
+        value = operand.values[0]
+        if through(value, value.op._schema.name.split("::")[1]):
+            return True
+        variable = [one for one in value.operands if not constant_operand(one)]
+        if len(variable) != 1:
+            return False
+        operand = variable[0]
+    return False
+
+
+def _negates(value: Value, name: str) -> bool:
+    if name in ("mul", "div"):
+        factors = [one for one in value.args if not isinstance(one, Operand)]
+        factors += [one.graph.data_of(one) for one in value.operands if constant_operand(one)]
+        return any(bool((torch.as_tensor(one) < 0).any()) for one in factors if not isinstance(one, complex))
+    return name in ("neg", "rsub") or (name == "sub" and constant_operand(value.args[0]))
+
+
+def _inverts(value: Value, name: str) -> bool:
+    return name in ("reciprocal", "rsqrt", "exp", "pow") or (name == "div" and constant_operand(value.args[0]))
+
+
 def _difference(
-    value: Value, variable: list[Operand], bound: Analysis, certain: Analysis, ready: Tensor, name: str
+    value: Value, variable: list[Operand], bound: Analysis, certain: Analysis, ready: Tensor
 ) -> Tensor | None:
     """Of two operands that may depend on the same level: unless one of them is ready before the other's last."""
-    if len(variable) < 2:
-        return None
-    if name == "add" and not _subtracts(value, variable):
-        return None
-    first, second = variable[:2]
-    shape = value.shape
+    shape, (first, second) = value.shape, variable[:2]
     times = [certain.ready(one).expand(shape) for one in (first, second)]
     latest = [bound.ready(one).expand(shape) for one in (first, second)]
     apart = ((times[0] > latest[1]) & (ready == times[0])) | ((times[1] > latest[0]) & (ready == times[1]))
     return ~apart
-
-
-def _subtracts(value: Value, variable: list[Operand]) -> bool:
-    alpha = value.kwargs.get("alpha", 1)
-    sources = [one.map.value for one in variable if one.map is not None]
-    negated = any(one.op is not None and one.op._schema.name == "aten::neg" for one in sources)
-    return negated or (not isinstance(alpha, complex) and alpha < 0)
 
 
 def _chooses(value: Value, name: str) -> bool:

@@ -28,16 +28,16 @@ def raster(shape: Sequence[int], channels_ordered: bool) -> Order:
     return [(c, i, j) for i in range(shape[1]) for j in range(shape[2]) for c in channels]
 
 
-def places_of(order: Order, shape: Sequence[int]) -> Tensor:
+def draw_index_of(order: Order, shape: Sequence[int]) -> Tensor:
     """Draw index of every level, (1, C, H, W) int32."""
-    places = torch.full((1, *shape), -1, dtype=torch.int32)
+    draw_index = torch.full((1, *shape), -1, dtype=torch.int32)
     index = torch.tensor(order)
     numbers = torch.arange(len(order), dtype=torch.int32)
     if len(order) == shape[1] * shape[2]:
-        places[0, :, index[:, 1], index[:, 2]] = numbers
+        draw_index[0, :, index[:, 1], index[:, 2]] = numbers
     else:
-        places[0, index[:, 0], index[:, 1], index[:, 2]] = numbers
-    return places
+        draw_index[0, index[:, 0], index[:, 1], index[:, 2]] = numbers
+    return draw_index
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class Draws:
 
     def of_levels(self) -> Tensor:
         """Draw index of every level, (1, C, H, W) int32."""
-        return places_of(self.order, self.shape)
+        return draw_index_of(self.order, self.shape)
 
     def of_outputs(self) -> Tensor:
         """Draw index at which each output element is needed first, of the output's shape (1, ..., H, W)."""

@@ -75,7 +75,7 @@ class NotCausalError(ValueError):
 def leaks_of(timed: Timed, draws: Draws, model: nn.Module) -> list[Leak]:
     """The leaks that ready times show, one for each output position."""
     modules = dict(model.named_modules())
-    places, needed = draws.of_levels(), draws.of_outputs()
+    draw_index, needed = draws.of_levels(), draws.of_outputs()
     late = timed.output_ready() >= needed
     found: list[Leak] = []
     if not late.any():
@@ -86,7 +86,7 @@ def leaks_of(timed: Timed, draws: Draws, model: nn.Module) -> list[Leak]:
         first = tuple(torch.nonzero(here)[0].tolist())
         element = (*first, i, j)
         path = path_to_input(timed, timed.graph.output, element)
-        node, module = _first_to_see(timed, path, places, int(needed[element]))
+        node, module = _first_to_see(timed, path, draw_index, int(needed[element]))
         value, place = path[-1]
         source = (int(place[-3]), int(place[-2]), int(place[-1])) if value.kind == "levels" else (0, i, j)
         on_path = [modules[one.module] for one, _ in path if one.module in modules]
@@ -96,8 +96,8 @@ def leaks_of(timed: Timed, draws: Draws, model: nn.Module) -> list[Leak]:
 
 def leaks_seen(moved: Tensor, draws: Draws, model: nn.Module) -> list[Leak]:
     """The leaks among the changes of outputs with levels that were seen, (C*H*W, *output of one image)."""
-    needed, places = draws.of_outputs()[0], draws.of_levels()
-    late = moved & (places.view(-1, *[1] * needed.dim()) >= needed)
+    needed, draw_index = draws.of_outputs()[0], draws.of_levels()
+    late = moved & (draw_index.view(-1, *[1] * needed.dim()) >= needed)
     hint = hint_for(model.modules())
     found: dict[tuple[int, int], Leak] = {}
     for place in torch.nonzero(late).tolist():
@@ -127,18 +127,19 @@ def hint_for(modules: Iterable[nn.Module]) -> str:
     return BATCH_HINT if any(one.running_mean is None for one in of_batch) else ""
 
 
-def _first_to_see(timed: Timed, path: list[Any], places: Tensor, needed: int) -> tuple[str, str]:
+def _first_to_see(timed: Timed, path: list[Any], draw_index: Tensor, needed: int) -> tuple[str, str]:
     """The operation nearest to the input that knows more than its own position may; else the first that mixes."""
-    height, width = places.shape[-2:]
+    height, width = draw_index.shape[-2:]
     mixing = None
     for value, place in reversed(path):
         if value.kind != "computed":
             continue
-        named = (value.name.split(" in ")[0], value.module)
+        operation = value.name.split(" in ")[0]
+        named = ("moved elements" if operation == "clone" else operation, value.module)
         if mixing is None and torch.Tag.pointwise not in value.op.tags:
             mixing = named
         if len(value.shape) >= 3 and value.shape[-2:] == (height, width):
-            own = int(places[0, :, place[-2], place[-1]].max())
+            own = int(draw_index[0, :, place[-2], place[-1]].max())
             if int(timed.analysis.ready_of(value)[place]) > own:
                 return named
         elif int(timed.analysis.ready_of(value)[place]) > needed and mixing is not None:

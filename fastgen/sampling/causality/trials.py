@@ -69,9 +69,10 @@ def changes(run: Callable[[Tensor], Tensor], start: Tensor, end: Tensor, walk: T
         walk: the numbers of the levels in the order in which they change one after the other; None: each by itself.
     """
     end = torch.where(end == start, _other(start), end)
-    base = run(torch.cat((start, start)))[:1]
-    alone = not torch.allclose(base, run(torch.cat((start, end)))[:1], rtol=1e-5, atol=1e-6, equal_nan=True)
-    scale = base[base.isfinite()].abs().max().clamp(min=1e-30) if base.isfinite().any() else torch.tensor(1.0)
+    base, ends = run(torch.cat((start, start)))[:1], run(torch.cat((start, end)))
+    alone = not torch.allclose(base, ends[:1], rtol=1e-5, atol=1e-6, equal_nan=True)
+    finite = ends[ends.isfinite()].abs()
+    scale = finite.max().clamp(min=1e-30) if len(finite) else torch.ones(())
     order = torch.arange(start.numel()) if walk is None else walk
     found = torch.zeros((start.numel(), *base.shape[1:]), dtype=torch.bool)
     flat, other = start.reshape(1, -1), end.reshape(-1)

@@ -74,6 +74,7 @@ class Memory:
         number: which one of its kind; of "scratch", which one of its program.
         numel: numbers for one image.
         data: of a constant, flat.
+        source: of a constant, the tensor that `data` was copied from.
     """
 
     kind: str
@@ -81,6 +82,7 @@ class Memory:
     numel: int
     dtype: torch.dtype
     data: Tensor | None = field(default=None, compare=False)
+    source: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -157,11 +159,12 @@ class View:
 _numbers = itertools.count()
 
 
-def constant(data: Tensor) -> View:
-    """All of a tensor that is the same for all images and steps."""
-    data = data.clone(memory_format=torch.contiguous_format)  # at the beginning of a storage of its own
-    memory = Memory("constant", next(_numbers), data.numel(), data.dtype, data.reshape(-1))
-    return View(memory, tuple(data.shape), dense_strides(data.shape), AffineOffset(0), 0)
+def constant(source: Tensor, sizes: Sequence[int] | None = None) -> View:
+    """All of a tensor that is the same for all images and steps, with other sizes where some are given."""
+    sizes = source.shape if sizes is None else sizes
+    data = source.clone(memory_format=torch.contiguous_format)  # at the beginning of a storage of its own
+    memory = Memory("constant", next(_numbers), data.numel(), data.dtype, data.reshape(-1), source)
+    return View(memory, tuple(sizes), dense_strides(sizes), AffineOffset(0), 0)
 
 
 def dense_strides(sizes: Sequence[int], order: Sequence[int] | None = None) -> tuple[int, ...]:

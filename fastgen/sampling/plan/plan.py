@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from fastgen.distributions import Distribution
 from fastgen.sampling.causality.drawing_order import Ordered, ordered
-from fastgen.sampling.causality.draws import Order, places_of
+from fastgen.sampling.causality.draws import Order, draw_index_of
 from fastgen.sampling.causality.ready_times import Timed
 from fastgen.sampling.machine.language import Memory, Program
 from fastgen.sampling.plan.builder import Builder, NeedsStorage, Storage
 from fastgen.sampling.plan.layout import Box, Layout, layout
+from fastgen.sampling.plan.renewal import Traced, renew
 from fastgen.sampling.plan.schedule import Schedule, running_times, schedule
 from fastgen.sampling.plan.sliding_rows import Ring, make_rings
 from fastgen.sampling.plan.split_convolution import split_rows
@@ -57,11 +58,17 @@ class Plan:
     whole_pixels: bool
     output: Operand
     leaves: list[Value]
+    network: Network
+    traced: list[Traced]
     programs: list[Program] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     scratch: Scratch = field(default_factory=Scratch)
     rings: dict[Memory, Ring] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+
+    def renew(self) -> bool:
+        """Takes over the model's weights as they are now; False, and nothing changed, where that needs another plan."""
+        return renew(self.network, self.traced, self.timed, self.programs)
 
     @property
     def levels(self) -> Value:
@@ -119,7 +126,9 @@ def make_plan(
     levels: int | torch.dtype,
 ) -> Plan:
     """Raises NotCausalError, or Unsupported where the engine cannot take the model."""
-    found: Ordered = ordered(Network(model, shape, encode, condition, levels), distribution)
+    network = Network(model, shape, encode, condition, levels)
+    found: Ordered = ordered(network, distribution)
+    traced = Traced.all_of(found.graph)
     output = found.graph.output
     deadlines = [(output, (found.needed - 1).expand(output.shape))]
     times = running_times(found.timed, found.order, deadlines)
@@ -128,7 +137,8 @@ def make_plan(
     when = schedule(found.timed, len(found.order), times, deadlines)
     storage = _storage(found.timed, when, found.order, shape)
     whole_pixels = len(found.order) == shape[1] * shape[2]
-    plan = Plan(found.timed, when, storage, found.order, whole_pixels, output, found.conditions, remarks=found.remarks)
+    plan = Plan(found.timed, when, storage, found.order, whole_pixels, output, found.conditions, network, traced)
+    plan.remarks = found.remarks
     groups = _alike(plan)
     built: Built = {}
     while not _write_programs(plan, groups, built):
@@ -173,7 +183,7 @@ def _storage(timed: Timed, when: Schedule, order: Order, shape: Sequence[int]) -
     feature_maps = _feature_maps(timed)
     for value in graph.values:
         if value.kind != "constant":
-            times = places_of(order, shape) if value.kind == "levels" else when.times.of(value)
+            times = draw_index_of(order, shape) if value.kind == "levels" else when.times.of(value)
             layouts[value.index] = layout(
                 value, times, maps.get(value.index, []), 1 if value.index in feature_maps else None
             )

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastgen.sampling.causality.ready_times import Timed
 from fastgen.sampling.plan.layout import Box
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, READY, ElementTimes, Operand, Value, compact, shrunk
+from fastgen.sampling.trace.element_times import ElementTimes, compact, shrunk
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, READY, Operand, Value
 
 
 @dataclass(eq=False)

@@ -8,12 +8,13 @@ from torch import Tensor
 from fastgen.sampling.causality.draws import Order
 from fastgen.sampling.causality.ready_times import Timed
 from fastgen.sampling.plan.schedule import at_row_end, row_ends
-from fastgen.sampling.rules import Rule
+from fastgen.sampling.rules import Analysis, Rule
 from fastgen.sampling.rules.convolution import Convolution
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, ElementTimes, Map, Operand, Value, compact
+from fastgen.sampling.trace.element_times import ElementTimes, compact
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Map, Operand, Value
 
 
-class Onto:
+class ConvolutionPlusMap:
     """A convolution added to a map."""
 
     def __call__(self, x: Tensor, weight: Tensor, onto: Tensor, *rest: Any) -> Tensor:
@@ -34,7 +35,7 @@ def split_rows(timed: Timed, order: Order, times: ElementTimes) -> bool:
     """
     graph, analysis, ends = timed.graph, timed.analysis, row_ends(order)
     known = list(graph.values)
-    earlier: dict[int, tuple[Convolution, Tensor]] = {}
+    earlier: dict[int, tuple[Convolution, Operand]] = {}
     for value in known:
         rule = timed.rules.get(value.index)
         if isinstance(rule, Convolution):
@@ -52,7 +53,7 @@ def split_rows(timed: Timed, order: Order, times: ElementTimes) -> bool:
             first, last_row = earlier[value.index]
             analysis.set(first.value, *first.ready())
             onto = Operand(graph, value.shape, map=Map.identity(first.value))
-            value.op, value.args = Onto(), (value.args[0], analysis.constant(last_row), onto, *value.args[3:])
+            value.op, value.args = ConvolutionPlusMap(), (value.args[0], last_row, onto, *value.args[3:])
             values.append(first.value)
             rules.append(first)
             rule = Convolution(value, analysis)
@@ -65,7 +66,7 @@ def split_rows(timed: Timed, order: Order, times: ElementTimes) -> bool:
     return True
 
 
-def _earlier_rows(timed: Timed, rule: Convolution, ends: Tensor, times: Tensor) -> tuple[Convolution, Tensor] | None:
+def _earlier_rows(timed: Timed, rule: Convolution, ends: Tensor, times: Tensor) -> tuple[Convolution, Operand] | None:
     """The convolution by all rows of the kernel but its last live one, and the weights of that one; None where it would
     not run at fewer steps, or there is one row alone."""
     value, graph, analysis = rule.value, timed.graph, timed.analysis
@@ -74,16 +75,28 @@ def _earlier_rows(timed: Timed, rule: Convolution, ends: Tensor, times: Tensor) 
     live = torch.nonzero(rule.live.movedim(2, 0).flatten(1).any(1)).flatten().tolist()
     if len(live) < 2:
         return None
-    weights = [rule.weight.clone(), rule.weight.clone()]
-    weights[0][:, :, live[-1] :] = 0
-    weights[1][:, :, : live[-1]] = 0
+    rows, last_row = (_rows(analysis, rule.weight, kept) for kept in (slice(live[-1]), slice(live[-1], None)))
     x, _, bias, *rest = value.args
-    first = Value("computed", value.shape, value.data, value.op, (x, analysis.constant(weights[0]), bias, *rest))
+    first = Value("computed", value.shape, value.data, value.op, (x, rows, bias, *rest))
     first.module = value.module
-    first.data = first.compute(*(graph.data_of(one) for one in first.operands)).contiguous()
+    first.derive = lambda: first.compute(*(graph.data_of(one) for one in first.operands)).contiguous()
+    first.data = first.derive()
     found = Convolution(first, analysis)
     fewer = 2 * _steps(at_row_end(ends, found.ready()[0], times)) <= _steps(times)
-    return (found, weights[1]) if fewer else None
+    return (found, last_row) if fewer else None
+
+
+def _rows(analysis: Analysis, weight: Tensor, kept: slice) -> Operand:
+    """Some rows of a kernel, zeros in the place of the others."""
+
+    def derive() -> Tensor:
+        found = torch.zeros_like(weight)
+        found[:, :, kept] = weight[:, :, kept]
+        return found
+
+    operand = analysis.constant(derive())
+    operand.values[0].derive = derive
+    return operand
 
 
 def _steps(times: Tensor) -> int:

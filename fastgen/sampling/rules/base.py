@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, ElementTimes, Graph, Map, Operand, Value, compact, shrunk
+from fastgen.sampling.trace.element_times import ElementTimes, compact, shrunk
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Graph, Map, Operand, Value
 
 if TYPE_CHECKING:
     from fastgen.sampling.plan.builder import Builder
     from fastgen.sampling.plan.layout import Box
 
 SOFTMAX_ZERO = -1e4  # what is below by this much vanishes in a softmax
+NEXT_TO_NOTHING = 1e-20  # a share of a softmax that may be taken for a mask's, where only what is certain counts
 NOWHERE = torch.zeros((), dtype=torch.bool)
 
 
@@ -41,12 +43,23 @@ class Analysis:
             known.pop(value, None)
         constant = compact(ready) < 0 if self.certain else compact(ready) == CONSTANT
         if constant.any():
-            self._zero[value] = shrunk(constant & (value.data == 0))
+            least = NEXT_TO_NOTHING if self.certain and value.data.is_floating_point() else 0
+            self._zero[value] = shrunk(constant & (value.data.abs() <= least if least else value.data == 0))
             if value.data.is_floating_point():
                 very_low = constant & (value.data <= SOFTMAX_ZERO)
                 softmax_zero = very_low if softmax_zero is None else softmax_zero | very_low
         if softmax_zero is not None and softmax_zero.any():
             self._softmax_zero[value] = shrunk(softmax_zero.expand(value.shape))
+
+    def holds(self, value: Value, data: Tensor) -> bool:
+        """Whether a computed value, with other data, would have the same zeros among its constants."""
+        constant = compact(self.ready_of(value)) == CONSTANT
+        if value.kind != "computed" or not constant.any():
+            return True
+        pairs = [(value.data == 0, data == 0)]
+        if data.is_floating_point():
+            pairs.append((value.data <= SOFTMAX_ZERO, data <= SOFTMAX_ZERO))
+        return all(torch.equal(old & constant, new & constant) for old, new in pairs)
 
     def coarsen(self, draws: int) -> None:
         """Ready times in an order in which so many draws that follow each other are one."""

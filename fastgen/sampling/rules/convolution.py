@@ -20,7 +20,8 @@ from fastgen.sampling.machine.language import AffineOffset, View, constant, dens
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
 from fastgen.sampling.rules.base import Analysis, Rule, groups_of, never
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported, Value, compact
+from fastgen.sampling.trace.element_times import compact
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported, Value
 
 WIDE = 32  # numbers in a row from which a product of its own costs less than a copy
 FEW_RUNS = 4  # runs of taps up to which that holds at a single place
@@ -36,13 +37,17 @@ class Part:
         first: where the box begins along each dimension of the kernel.
         taps: its sizes.
         channels: (first, count) of the input channels that it sees.
-        matrix: (taps * count, output channels), the channels of a tap side by side.
+        weight: (taps * count, output channels), the channels of a tap side by side.
     """
 
     first: tuple[int, ...]
     taps: tuple[int, ...]
     channels: tuple[int, int]
-    matrix: Tensor
+    weight: View
+
+    def rows(self, first: int, count: int) -> View:
+        """Some rows of the weight."""
+        return self.weight.narrow(0, first, count)
 
 
 class Convolution(Rule):
@@ -97,19 +102,10 @@ class Convolution(Rule):
 
     def _transposed_room(self) -> tuple[list[int], tuple[slice, ...]]:
         """Size of all that a transpose reaches, and where the output lies in it."""
-        sizes = [
-            max(stride * (size - 1) + dilation * (kernel - 1) + 1, pad + out)
-            for stride, size, dilation, kernel, pad, out in zip(
-                self.stride,
-                self.x.shape[2:],
-                self.dilation,
-                self.kernel,
-                self.padding,
-                self.value.shape[2:],
-                strict=True,
-            )
-        ]
-        inner = tuple(slice(p, p + out) for p, out in zip(self.padding, self.value.shape[2:], strict=True))
+        inputs, outputs = self.x.shape[2:], self.value.shape[2:]
+        options = zip(self.stride, inputs, self.dilation, self.kernel, self.padding, outputs, strict=True)
+        sizes = [max(s * (n - 1) + d * (k - 1) + 1, pad + out) for s, n, d, k, pad, out in options]
+        inner = tuple(slice(p, p + out) for p, out in zip(self.padding, outputs, strict=True))
         return sizes, inner
 
     def ready(self) -> tuple[Tensor, Tensor | None]:
@@ -123,17 +119,11 @@ class Convolution(Rule):
             inputs = x[:, ins].transpose(0, 1)
             for numbers, kind in groups_of(live[outs]):
                 found.append((outs.start + numbers, self._latest(inputs, kind.flatten(1), len(x))))
-        if len(found) == 1:
-            out = found[0][1].unsqueeze(1)
-        else:
-            out = torch.empty(self.value.shape, dtype=torch.int32)
-            for numbers, times in found:
-                out[:, numbers] = times.unsqueeze(1)
-        along = (1, -1, *[1] * self.rank)
-        added = [] if self.bias is None else [self.analysis.ready(self.bias).view(along)]
-        added += [] if self.onto is None else [self.analysis.ready(self.onto)]
-        for times in added:
-            out = torch.maximum(out, compact(times))
+        out = _of_channels(found, self.value.shape)
+        if self.bias is not None:
+            out = torch.maximum(compact(out), compact(self.analysis.ready(self.bias)).view(1, -1, *[1] * self.rank))
+        if self.onto is not None:
+            out = torch.maximum(compact(out), compact(self.analysis.ready(self.onto)))
         return out.expand(self.value.shape), None
 
     def _latest(self, inputs: Tensor, live: Tensor, images: int) -> Tensor:
@@ -168,13 +158,7 @@ class Convolution(Rule):
             results = times[:, outs].transpose(0, 1)
             for numbers, kind in groups_of(live[outs].transpose(0, 1)):
                 found.append((ins.start + numbers, self._first(results, kind.flatten(1), len(times))))
-        if len(found) == 1:
-            yield self.x, found[0][1].unsqueeze(1).expand(self.x.shape)
-            return
-        wanted = torch.empty(self.x.shape, dtype=torch.int32)
-        for numbers, first in found:
-            wanted[:, numbers] = first.unsqueeze(1)
-        yield self.x, wanted
+        yield self.x, _of_channels(found, self.x.shape)
 
     def _first(self, results: Tensor, live: Tensor, images: int) -> Tensor:
         """When what the taps see is needed for results (channels, images, ...): (images, ...)."""
@@ -266,7 +250,8 @@ class Convolution(Rule):
             if live.any():
                 inputs, *taps = (extent(live.movedim(1 + d, 0).flatten(1).any(1)) for d in range(1 + self.rank))
                 cut = tuple(slice(a, b) for a, b in (inputs, *taps))
-                matrix = self.weight[(channels, *cut)].flatten(2).permute(2, 1, 0).flatten(0, 1).contiguous()
+                weight = self.weight[(channels, *cut)].permute(*range(2, 2 + self.rank), 1, 0)
+                matrix = constant(weight, (weight[..., 0].numel(), weight.shape[-1]))
                 seen = (group * live.shape[1] + inputs[0], inputs[1] - inputs[0])
                 found = Part(tuple(a for a, _ in taps), tuple(b - a for a, b in taps), seen, matrix)
             self._parts[key] = found
@@ -301,25 +286,23 @@ class Convolution(Rule):
             sizes=(*part.taps, part.channels[1]),
             strides=(*(s * dilation for s, dilation in zip(along, self.dilation, strict=True)), seen.strides[1]),
         ).collapse()
-        name = (channels.start, channels.stop, channels.step)
-        depth = len(part.matrix)
+        depth, dtype = part.weight.sizes[0], part.weight.memory.dtype
         run, stride = (taps.sizes[-1], taps.strides[-1]) if taps.sizes else (1, 1)
         runs = depth // run
-        several = part.matrix.dtype in PRECISE and run >= WIDE and (runs <= FEW_RUNS or places.numel > 1)
+        several = dtype in PRECISE and run >= WIDE and (runs <= FEW_RUNS or places.numel > 1)
         if stride == 1 and (runs == 1 or several):
             for k, index in enumerate(product(*(range(size) for size in taps.sizes[:-1]))):
                 offset = places.offset + sum(i * s for i, s in zip(index, taps.strides, strict=False))
                 rows = replace(places, sizes=(*places.sizes, run), strides=(*places.strides, 1), offset=offset)
-                weight = self._weights((*name, k, run), part.matrix[k * run : (k + 1) * run])
-                builder.product(out, rows, weight, added if k == 0 else out)
+                builder.product(out, rows, part.rows(k * run, run), added if k == 0 else out)
             return
-        rows = builder.scratch((*places.sizes, depth), part.matrix.dtype)
+        rows = builder.scratch((*places.sizes, depth), dtype)
         inner = replace(
             rows, sizes=(*places.sizes, *taps.sizes), strides=(*rows.strides[:-1], *dense_strides(taps.sizes))
         )
         both = replace(places, sizes=inner.sizes, strides=(*places.strides, *taps.strides))
         builder.pointwise("copy", inner, both)
-        builder.product(out, rows, self._weights((*name, 0, depth), part.matrix), added)
+        builder.product(out, rows, part.weight, added)
 
     def _emit_transposed(
         self, builder: Builder, box: Box, out: View, added: View | None, channels: slice, group: int
@@ -337,7 +320,8 @@ class Convolution(Rule):
             summed = False
             choices: list[list[int]] = [one[3] for one in alike]
             for taps in product(*choices):
-                weight = self.weight[group * size : (group + 1) * size, self._own(channels, group)][(..., *taps)]
+                index: Any = (slice(group * size, (group + 1) * size), self._own(channels, group), *taps)
+                weight = self.weight[index]
                 if not bool((weight != 0).any()):
                     continue
                 region = [(starts[0], box.sizes[0], box.steps[0]), (AffineOffset(group * size), size, 1)]
@@ -407,3 +391,13 @@ class BatchedConv:
         no = [0] * len(self.stride)
         found = torch.convolution(x.flatten(0, 1), weight, bias, self.stride, no, self.dilation, False, no, self.groups)
         return found[:, slice(*self.kept)].unflatten(0, x.shape[:2])
+
+
+def _of_channels(found: list[tuple[Tensor, Tensor]], shape: tuple[int, ...]) -> Tensor:
+    """Times (1, C, ...) from those (1, ...) of some channels each."""
+    if len(found) == 1:
+        return found[0][1].unsqueeze(1).expand(shape)
+    out = torch.empty(shape, dtype=torch.int32)
+    for numbers, times in found:
+        out[:, numbers] = times.unsqueeze(1)
+    return out

@@ -13,7 +13,8 @@ from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
 from fastgen.sampling.rules.base import Analysis, Rule, constant_operand, few_groups_of, reduce_to
 from fastgen.sampling.rules.pointwise import ONE
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Value, compact
+from fastgen.sampling.trace.element_times import compact
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Value
 
 PATTERNS = 64  # kinds of columns up to which they are treated kind by kind
 CHUNK = 2**24

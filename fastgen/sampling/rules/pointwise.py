@@ -13,7 +13,8 @@ from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
 from fastgen.sampling.rules.base import NOWHERE, SOFTMAX_ZERO, Rule, constant_operand, reduce_to, result_of
 from fastgen.sampling.rules.out_variants import out_variant
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, compact, map_arguments, shrunk
+from fastgen.sampling.trace.element_times import compact, shrunk
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, map_arguments
 
 SWALLOWS = 1e6  # what rounding of a sum has to take away, for its smaller part to count as nothing
 CONSTANT_TIME = torch.tensor(CONSTANT, dtype=torch.int32)

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
 from fastgen.sampling.rules.base import Analysis, Rule
-from fastgen.sampling.trace.graph import NEVER, Operand, Value, compact
+from fastgen.sampling.trace.element_times import compact
+from fastgen.sampling.trace.graph import NEVER, Operand, Value
 
 
 class MaxPool2d(Rule):

@@ -11,6 +11,7 @@ from fastgen.sampling.machine.language import AffineOffset, View, constant
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
 from fastgen.sampling.rules.base import (
+    NEXT_TO_NOTHING,
     SOFTMAX_ZERO,
     Analysis,
     Rule,
@@ -20,7 +21,8 @@ from fastgen.sampling.rules.base import (
     reduced,
     result_of,
 )
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported, Value, compact, shrunk
+from fastgen.sampling.trace.element_times import compact, shrunk
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported, Value
 
 
 def whole(shape: Sequence[int]) -> list[tuple[AffineOffset, int, int]]:
@@ -53,6 +55,8 @@ class Softmax(Rule):
         unseen = _beside_others(analysis.softmax_zero(value.args[0]), [self.dim])
         if unseen is not None:
             unseen = shrunk(unseen & (value.data <= SOFTMAX_ZERO if self._is_log else value.data == 0))
+        if analysis.certain and not self._is_log:
+            unseen = shrunk(value.data <= NEXT_TO_NOTHING)
         self._hidden = compact(unseen) if unseen is not None and unseen.any() else None
         self.unseen = None if self._hidden is None else analysis.constant(self._hidden.expand(value.shape).float())
 

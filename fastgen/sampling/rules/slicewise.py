@@ -20,7 +20,8 @@ from fastgen.sampling.rules.base import (
     result_of,
 )
 from fastgen.sampling.rules.reduction import cut
-from fastgen.sampling.trace.graph import CONSTANT, Operand, Value, compact, map_arguments
+from fastgen.sampling.trace.element_times import compact
+from fastgen.sampling.trace.graph import CONSTANT, Operand, Value, map_arguments
 
 # Along the dimension `dim` of their schema, or several.
 ALONG = {

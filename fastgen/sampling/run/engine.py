@@ -4,7 +4,7 @@ import importlib.util
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from fastgen.sampling.draws import draw_image, image_log_prob
 from fastgen.sampling.machine.cpu.build import NoMachine, machine
 from fastgen.sampling.machine.parts import unknown_in
 from fastgen.sampling.plan.plan import Plan, make_plan
-from fastgen.sampling.request import Draw, SampleRequest, SampleResult, levels_of, tell, uniforms
+from fastgen.sampling.request import Draw, SampleRequest, SampleResult, dtype_of, levels_of, tell, uniforms
 from fastgen.sampling.run.arena import images_that_fit
 from fastgen.sampling.run.cpu_player import CPUPlayer, images_at_once
 from fastgen.sampling.run.cuda_graph_player import CudaGraphPlayer
@@ -25,6 +25,7 @@ from fastgen.sampling.run.margin import Margin
 from fastgen.sampling.run.torch_player import TorchPlayer
 from fastgen.sampling.whole_pass import FixedPoint, whole_pass
 
+Kept = Callable[[], AbstractContextManager[Any]]
 PLAYERS: dict[str, Callable[..., Player]] = {"eager": TorchPlayer, "compiled": CPUPlayer, "cuda_graph": CudaGraphPlayer}
 MOST_UNKNOWN = 0.1  # of the steps, that torch plays between launches of the persistent kernel
 MOST_CORRECTIONS = 20
@@ -40,6 +41,7 @@ def build_engine(
     dtype: torch.dtype,
     backend: str,
     verify: str,
+    kept: Kept = nullcontext,
 ) -> "Engine":
     """The engine of a causal model, for levels of `dtype`.
 
@@ -62,7 +64,7 @@ def build_engine(
         reason = {"persistent": unfit, "compiled": why}.get(backend, f"the model is on {device.type}")
         tell(f"sampling falls back from the {backend} to the {chosen} backend: {reason}")
         plan.remarks.append(f"fallback: {chosen} instead of {backend}, because {reason}")
-    return Engine(model, shape, distribution, encode, condition, plan, chosen, verify)
+    return Engine(model, shape, distribution, encode, condition, plan, chosen, verify, kept)
 
 
 def _best(plan: Plan, device: torch.device) -> tuple[str, str]:
@@ -127,6 +129,7 @@ class Engine:
         plan: of the model.
         name: of the player, as `accelerate` takes it.
         verify: as in `accelerate`.
+        kept: makes the context in which the model is called.
     """
 
     def __init__(
@@ -139,6 +142,7 @@ class Engine:
         plan: Plan,
         name: str,
         verify: str,
+        kept: Kept = nullcontext,
     ) -> None:
         self.model = model
         self.shape = shape
@@ -148,6 +152,7 @@ class Engine:
         self.plan = plan
         self.name = name
         self.verify = verify
+        self.kept = kept
         self.most = _images_at_once(name, plan, next(model.parameters(), torch.empty(0)).device)
         self.margin = Margin()
         self._launched: int | None = None  # of a kernel, for the images of `run`
@@ -159,6 +164,16 @@ class Engine:
         return self.plan.computes_in_half
 
     @property
+    def real(self) -> bool:
+        """Whether real values are drawn, each of which rounding changes in its last bits."""
+        return dtype_of(self.distribution).is_floating_point
+
+    @property
+    def decidable(self) -> bool:
+        """Whether whole passes of the model decide about single draws."""
+        return not (self.half or self.real)
+
+    @property
     def work_ratio(self) -> float:
         return self.plan.work_ratio
 
@@ -168,8 +183,9 @@ class Engine:
             sure = "after every batch whole passes of the model until no draw differs: the images of naive, guaranteed"
         elif self.verify == "never":
             sure = "no whole pass of the model: what rounding changes stays changed"
-        elif self.half:
-            sure = "half precision has no one truth: images are drawn from this output, without a whole pass"
+        elif not self.decidable:
+            what = "half precision has no one truth" if self.half else "real values differ in their last bits"
+            sure = f"{what}: images are drawn from this output, without a whole pass"
         else:
             sure = "a whole pass of the model decides where the margin, a measured one, could change a draw"
         lines = [
@@ -183,20 +199,18 @@ class Engine:
         return "\n".join([*lines, *plan.remarks])
 
     def takes_weights(self) -> bool:
-        with_weights = getattr(self.plan, "with_weights", None)
-        plan = None if with_weights is None else with_weights(self.model, self.encode, self.condition)
-        if plan is None:
-            return False
-        self.plan, self.margin = plan, Margin()
         self._players.clear()
-        return True
+        self.margin = Margin()
+        return self.plan.renew()
 
     def run(self, request: SampleRequest) -> SampleResult:
         with self._all_or_nothing():
             self._launched = None
+            if self.real and self.verify == "always":
+                return self._settled(request)
             levels, params, bad = self._draw(request, self._size(request.n))
             result = SampleResult(levels.clone(), None, bad)
-            if self.verify == "always" or (self.verify == "auto" and not self.half):
+            if self.verify == "always" or (self.verify == "auto" and self.decidable):
                 params = self._make_sure(request, result, params)
             if request.return_log_prob and result.log_prob is None:
                 result.log_prob = image_log_prob(request.distribution, params, result.levels)
@@ -212,13 +226,14 @@ class Engine:
             return player.levels.clone(), player.params().clone()
 
     def measure(self) -> None:
-        """Measures the margin by a batch of two, for models in half precision: their own batches make no whole pass."""
+        """Measures the margin by a batch of two, where batches make no whole pass."""
         device = next((t.device for t in (*self.model.parameters(), *self.model.buffers())), torch.device("cpu"))
         noise = uniforms(self.distribution.noise_shape(2, self.shape), 0, device)
-        request = SampleRequest(2, self.shape, noise, self.distribution, condition=self.condition)
+        dtype = dtype_of(self.distribution)
+        request = SampleRequest(2, self.shape, noise, self.distribution, condition=self.condition, dtype=dtype)
         with self._all_or_nothing():
             levels, params, _ = self._draw(request, 2)
-            self.margin.measure(request, params, whole_pass(self.model, self.encode, levels, self.condition), self.half)
+            self.margin.measure(request, params, self._truth(request, levels), self.half)
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -262,7 +277,7 @@ class Engine:
         for _ in range(MOST_CORRECTIONS):
             if self.verify == "auto" and not self.margin.could_change(asked, asked_params, asked_levels):
                 return params
-            truth = whole_pass(self.model, self.encode, result.levels, request.condition)
+            truth = self._truth(request, result.levels)
             result.passes += 1
             result.error = max(self.margin.measure(request, params, truth, self.half), result.error or 0.0)
             right = draw_image(request, truth)[0]
@@ -278,10 +293,18 @@ class Engine:
             asked_levels, asked_params, bad = self._draw(asked, min(size, max(request.n, len(rows))))
             result.bad = result.bad | bad
             params[rows], result.levels[rows] = asked_params, asked_levels
-        settled = FixedPoint(self.model, self.shape, self.encode).run(replace(request, progress=None))
+        settled = self._settled(replace(request, progress=None))
         result.levels, result.log_prob, result.bad = settled.levels, settled.log_prob, settled.bad
         result.passes += settled.passes
         return params
+
+    def _truth(self, request: SampleRequest, levels: Tensor) -> Tensor:
+        with self.kept():
+            return whole_pass(self.model, self.encode, levels, request.condition)
+
+    def _settled(self, request: SampleRequest) -> SampleResult:
+        with self.kept():
+            return FixedPoint(self.model, self.shape, self.encode).run(request)
 
     def _from_first_wrong(self, request: SampleRequest, right: Tensor, wrong: Tensor) -> SampleRequest:
         """The request with the levels up to and including the first wrong place of each image known.

@@ -54,12 +54,11 @@ class PlanMemory:
             self._blocks[memory] = found
         return self._blocks[memory]
 
-    def strided(self, view: View, program: int) -> tuple[Tensor, tuple[int, ...], tuple[int, ...], int]:
-        """The block that a view is part of, its sizes and strides, those of the images first, and where the block
-        begins in its storage."""
+    def strided(self, view: View, program: int) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+        """The block that a view is part of, and its sizes and strides, those of the images first."""
         block = self.block(view.memory, program)
         rows = 0 if view.memory.kind == "constant" else block.stride(0)
-        return block, (self.n, *view.sizes), (rows, *view.strides), int(block.storage_offset())
+        return block, (self.n, *view.sizes), (rows, *view.strides)
 
     def inner(self, value: Value) -> Tensor:
         """A stored value, (n, *shape)."""

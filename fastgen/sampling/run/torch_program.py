@@ -50,8 +50,8 @@ class TorchProgram:
 
     def __call__(self, step: Step) -> None:
         views = {
-            view: block.as_strided(sizes, strides, origin + int(step.offsets[k]))
-            for k, view, block, sizes, strides, origin in self._moving
+            view: block.as_strided(sizes, strides, block.storage_offset() + int(step.offsets[k]))
+            for k, view, block, sizes, strides in self._moving
         }
         state = _State(views)
         for play in self._plays:
@@ -95,8 +95,8 @@ class TorchProgram:
         if isinstance(argument, View):
             if argument.moves:
                 return lambda state: state.views[argument]
-            block, sizes, strides, offset = self.memory.strided(argument, self.number)
-            offset += argument.offset.at(())
+            block, sizes, strides = self.memory.strided(argument, self.number)
+            offset = block.storage_offset() + argument.offset.at(())
             if shared:
                 sizes, strides = sizes[1:], strides[1:]
             tensor = block.as_strided(sizes, strides, offset)

@@ -48,6 +48,7 @@ class Value:
         module: qualified name of the module whose forward computed it.
         base: number of its first element; elements are numbered in row-major order. 0 for a constant none of whose
             elements is moved one by one, which has no numbers.
+        derive: how `data` is made of that of other values, for values that planning has added.
     """
 
     kind: str
@@ -60,6 +61,7 @@ class Value:
     module: str = ""
     index: int = -1
     base: int = 0
+    derive: Callable[[], Tensor] | None = None
 
     @property
     def numel(self) -> int:
@@ -168,51 +170,6 @@ class Map:
         steps = [sum(k * t for k, t in zip(step, strides, strict=True)) for step in self.steps]
         return source.as_strided(self.shape, steps, offset)
 
-    def scatter_min(self, target: Tensor, wanted: Tensor) -> Tensor:
-        """min(target, wanted) of the value's shape, each element of `wanted` at the element of the value it reads."""
-        shape = list(self.shape)
-        for d in range(len(shape)):  # several elements that read one: the least of them
-            if shape[d] > 1 and not any(self.steps[d]):
-                shape[d] = 1
-                wanted = compact(wanted).amin(d, keepdim=True).expand(shape)
-        if 0 in shape:
-            return target
-        narrowed = Map(self.value, tuple(shape), self.start, self.steps)
-        along = narrowed._dimension_of_each()
-        if along is None:
-            ids = narrowed.read(torch.arange(1, target.numel() + 1).view(self.value.shape), 0)
-            flat = torch.cat((target.new_zeros(1), target.reshape(-1)))
-            flat.scatter_reduce_(0, ids.reshape(-1), wanted.reshape(-1), "amin")
-            return flat[1:].view(target.shape)
-        region = []
-        for k, by in enumerate(along):
-            first, size = self.start[k], self.value.shape[k]
-            step = 1 if by is None else self.steps[by][k]
-            low = max(0, -(first // step))  # elements before `low` and from `high` on read zeros around the value
-            high = min(1 if by is None else shape[by], (size - 1 - first) // step + 1)
-            if low >= high:
-                return target
-            if by is not None and (low > 0 or high < shape[by]):
-                wanted = wanted.narrow(by, low, high - low)
-            begin = first + low * step
-            region.append(slice(begin, begin + (high - low - 1) * step + 1, step))
-        moved = [one for one in along if one is not None]
-        wanted = wanted.permute([*moved, *(k for k in range(len(shape)) if k not in moved)])  # the rest have size 1
-        wanted = wanted[(slice(None),) * len(moved) + (0,) * (len(shape) - len(moved))]
-        return _minimum(target, wanted[tuple(None if one is None else slice(None) for one in along)], region)
-
-    def _dimension_of_each(self) -> list[int | None] | None:
-        """For each dimension of the value the one of the operand that steps along it; None where two do, or one steps
-        along two, or backwards."""
-        found: list[int | None] = [None] * len(self.start)
-        for d, (size, step) in enumerate(zip(self.shape, self.steps, strict=True)):
-            along = [k for k, s in enumerate(step) if s] if size > 1 else []
-            if len(along) > 1 or any(found[k] is not None or step[k] < 0 for k in along):
-                return None
-            for k in along:
-                found[k] = d
-        return found
-
 
 @dataclass(frozen=True, eq=False)
 class Operand:
@@ -314,77 +271,6 @@ class Graph:
     def data_of(self, operand: Operand) -> Tensor:
         """The operand's elements in the traced run."""
         return operand.read(lambda value: value.data, 0)
-
-
-class ElementTimes:
-    """A time for each element of each value, expanded where it is the same along a dimension.
-
-    Args:
-        fill: the time of all elements of values that have been given none.
-    """
-
-    def __init__(self, fill: int) -> None:
-        self._fill = torch.tensor(fill, dtype=torch.int32)
-        self._known: dict[Value, Tensor] = {}
-
-    def of(self, value: Value) -> Tensor:
-        return self._known[value] if value in self._known else self._fill.expand(value.shape)
-
-    def set(self, value: Value, times: Tensor) -> None:
-        self._known[value] = times.expand(value.shape)
-
-    def change(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Changes each time by itself."""
-        self._known = {value: change(compact(times)).expand(value.shape) for value, times in self._known.items()}
-
-    def read(self, operand: Operand, fill: int) -> Tensor:
-        return operand.read(self.of, fill, torch.int32)
-
-    def scatter_min(self, operand: Operand, wanted: Tensor) -> None:
-        """times = min(times, wanted) at the elements of computed values that the operand reads."""
-        wanted = wanted.expand(operand.shape)
-        if operand.map is not None:
-            value = operand.map.value
-            if value.kind == "computed":
-                self.set(value, operand.map.scatter_min(self.of(value), wanted))
-            return
-        for value, places, numbers in operand.parts:
-            if value.kind == "computed":
-                flat = self.of(value).reshape(-1).clone()
-                flat.scatter_reduce_(0, numbers, wanted.reshape(-1)[places], "amin")
-                self.set(value, flat.view(value.shape))
-
-
-def compact(tensor: Tensor) -> Tensor:
-    """The tensor with size 1 along all dimensions along which it is expanded (has stride 0), to be broadcast."""
-    if 0 not in tensor.stride():
-        return tensor
-    return tensor[tuple(slice(0, 1) if t == 0 else slice(None) for t in tensor.stride())]
-
-
-def shrunk(tensor: Tensor) -> Tensor:
-    """The tensor, expanded along each dimension along which its elements are the same."""
-    shape, tensor = tensor.shape, compact(tensor)
-    for d, size in enumerate(tensor.shape):
-        first = tensor.narrow(d, 0, min(1, size))
-        if size > 1 and bool((tensor == first).all()):
-            tensor = first
-    return tensor.expand(shape)
-
-
-def _minimum(target: Tensor, wanted: Tensor, region: Sequence[slice]) -> Tensor:
-    """The target with min(target, wanted) in a region of it."""
-    shape = target.shape
-    target, wanted = compact(target), compact(wanted)
-    sizes = [len(range(*one.indices(size))) for one, size in zip(region, shape, strict=True)]
-    whole = [n == size for n, size in zip(sizes, shape, strict=True)]
-    if all(whole):
-        return torch.minimum(target, wanted).expand(shape)
-    grown = [1 if w and target.shape[k] == wanted.shape[k] == 1 else shape[k] for k, w in enumerate(whole)]
-    target = target.expand(grown).clone(memory_format=torch.contiguous_format)
-    inner = target[tuple(slice(None) if w else one for w, one in zip(whole, region, strict=True))]
-    inner.copy_(torch.minimum(inner, wanted))
-    return target.expand(shape)
 
 
 def map_arguments(arguments: Any, change: Callable[[Operand], Any]) -> Any:

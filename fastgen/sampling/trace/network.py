@@ -38,6 +38,7 @@ class Network:
         self.shape = tuple(shape)
         self.encode = encode
         self._conditional = condition is not None
+        self._traced_beside = False
         self._leaves, self._structure = tree_flatten(condition)
         self._rows = [k for k, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor) and leaf.dim()]
         while True:
@@ -95,7 +96,7 @@ class Network:
             graph = self._checked(self._call, [0, 1])
         except Unsupported as reason:
             try:
-                graph = self._checked(self._beside, [0, 1, 2])
+                graph, self._traced_beside = self._checked(self._beside, [0, 1, 2]), True
             except Unsupported:
                 raise reason from None
             graph.remarks.append(f"traced beside a second image, because alone {reason}")
@@ -110,6 +111,18 @@ class Network:
         if graph.output.shape != expected:
             raise Unsupported(f"one image gives the shape {graph.output.shape}, two give {self.output_shape}")
         return graph, [value for value in graph.values if value.kind == "condition"]
+
+    def once_more(self) -> Graph:
+        """The graph of the model as it is now, not checked against other images."""
+        rows = [self._leaves[k][:1] for k in self._rows]
+        call = self._beside if self._traced_beside else self._call
+        try:
+            with unchanged(self.model):
+                return trace(call, self.model, self.samples[:1], rows)
+        except Unsupported:
+            raise
+        except Exception as error:
+            raise Unsupported(f"tracing one image fails: {type(error).__name__}: {error}") from error
 
     def _checked(self, call: Callable[..., Tensor], images: list[int]) -> Graph:
         """The graph of call(levels, *rows of the condition) for one image; the same for several, as in a batch."""

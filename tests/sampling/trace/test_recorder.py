@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fastgen.sampling.trace.element_times import scatter_min
 from fastgen.sampling.trace.graph import Map, RandomNumbers, Value
 from fastgen.sampling.trace.recorder import trace
 
@@ -60,7 +61,7 @@ def test_least_times_reach_the_elements_that_were_read():
     graph = trace(lambda x: x[:, :, 1:, ::2] + 0, None, x)
     map = graph.values[1].operands[0].map if graph.values[1].operands else graph.values[-1].operands[0].map
     wanted = torch.tensor([[[[5, 3], [4, 7]]]], dtype=torch.int32)
-    found = map.scatter_min(torch.full((), 9, dtype=torch.int32).expand(1, 1, 3, 4), wanted)
+    found = scatter_min(map, torch.full((), 9, dtype=torch.int32).expand(1, 1, 3, 4), wanted)
     expected = torch.tensor([[9, 9, 9, 9], [5, 9, 3, 9], [4, 9, 7, 9]], dtype=torch.int32)
     assert torch.equal(found[0, 0], expected)
 

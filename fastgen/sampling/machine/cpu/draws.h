@@ -20,7 +20,15 @@ Number* at(const Placed& one, int64_t place, int64_t image, int64_t channel) {
     return reinterpret_cast<Number*>(one.base) + one.at[place] + image * one.image + channel * one.channel;
 }
 
-// x = k ln 2 + r with |r| <= ln 2 / 2, where 13 terms of the series of exp are exact to the last bit or two.
+inline double power_of_two64(int64_t k) {
+    int64_t bits = (k + 1023) << 52;
+    double out;
+    std::memcpy(&out, &bits, 8);
+    return out;
+}
+
+// x = k ln 2 + r with |r| <= ln 2 / 2, where 13 terms of the series of exp are exact to the last bit or two. 0 comes of
+// x <= -746 alone: a level of the least probability is drawn where the noise is 0. Of two scales neither underflows.
 inline double exp64(double x) {
     double k = (x * 1.4426950408889634 + 6755399441055744.0) - 6755399441055744.0;  // rounded to an integer
     double r = (x - k * 6.93147180369123816490e-01) - k * 1.90821492927058770002e-10;
@@ -29,10 +37,8 @@ inline double exp64(double x) {
                                 1.0 / 720,       1.0 / 120,      1.0 / 24,      1.0 / 6,      0.5,         1,
                                 1};
     for (double term : terms) sum = term + r * sum;
-    int64_t bits = (static_cast<int64_t>(k) + 1023) << 52;
-    double scale;
-    std::memcpy(&scale, &bits, 8);
-    return sum * scale;
+    int64_t whole = static_cast<int64_t>(k), half = whole / 2;
+    return sum * power_of_two64(half) * power_of_two64(whole - half);
 }
 
 // Probabilities of logits[0..n), step apart, in `found`; whether one of them is NaN.
@@ -50,7 +56,7 @@ bool softmax64(const float* logits, int64_t step, int64_t n, double temperature,
     }
     for (int64_t k = 0; k < n; k++) {
         double x = (found[k] - most) / temperature;
-        found[k] = exp64(x < -708 ? -708 : x) * (x < -708 ? 0 : 1);
+        found[k] = exp64(x < -746 ? -746 : x);
     }
     double sum = 0;
     for (int64_t k = 0; k < n; k++) sum += found[k];
@@ -86,10 +92,14 @@ void keep_top(double* probabilities, int64_t n, int64_t top_k, double top_p, std
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return probabilities[a] > probabilities[b]; });
     int64_t kept = top_k > 0 ? std::min(top_k, n) : n;
     if (top_p > 0) {
-        double total = 0, before = 0;
+        double total = 0, sum = 0;
         for (int64_t k = 0; k < kept; k++) total += probabilities[order[k]];
         int64_t k = 0;
-        for (; k < kept && before < top_p * total; k++) before += probabilities[order[k]];
+        for (; k < kept; k++) {
+            double one = probabilities[order[k]];
+            sum += one;
+            if (!(sum - one < top_p * total)) break;
+        }
         kept = k;
     }
     for (int64_t k = kept; k < n; k++) probabilities[order[k]] = 0;

@@ -2,13 +2,14 @@
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastgen.sampling.machine.cpu.build import Machine
-from fastgen.sampling.machine.language import Memory, View
+from fastgen.sampling.machine.language import View
 from fastgen.sampling.machine.parts import DIMS, Blocks, Part, Side
 
 Key = tuple[Any, ...]
@@ -38,7 +39,7 @@ class Linker:
 
     def __init__(self, machine: Machine, n: int, memory: Blocks) -> None:
         self.machine, self.n, self.memory = machine, n, memory
-        self._packed: dict[Memory, Tensor] = {}
+        self._packed: dict[View, Tensor] = {}
         self._numbers: dict[float, Tensor] = {}
 
     def link(self, parts: Sequence[Part], program: int, slots: dict[View, int]) -> "ctypes.Array[Code]":
@@ -76,15 +77,16 @@ class Linker:
 
     def _pack(self, weight: View) -> Tensor:
         """Weights (depth, columns) as panels of columns, one after the other, the last filled up with zeros."""
-        if weight.memory not in self._packed:
+        weight = replace(weight, task=0)
+        if weight not in self._packed:
             panel = self.machine.panel
             depth, columns = weight.sizes
             panels = -(-columns // panel)
             wide = torch.zeros(depth, panels * panel)
             data = self.memory.block(weight.memory)[0]
             wide[:, :columns] = data.as_strided(weight.sizes, weight.strides, weight.offset.at(()))
-            self._packed[weight.memory] = wide.view(depth, panels, panel).transpose(0, 1).contiguous()
-        return self._packed[weight.memory]
+            self._packed[weight] = wide.view(depth, panels, panel).transpose(0, 1).contiguous()
+        return self._packed[weight]
 
     def _waits(self, parts: Sequence[Part], program: int) -> list[bool]:
         """Before which parts the threads wait for each other.

@@ -138,6 +138,7 @@ class Linker:
     def _pack(self, weight: View) -> int:
         """Where the weight (depth, columns) begins among the packed ones: panels of columns, one after the other, with
         zeros for what is missing."""
+        weight = replace(weight, task=0)
         if weight not in self._packed:
             data = weight.memory.data
             assert data is not None

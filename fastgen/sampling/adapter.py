@@ -1,0 +1,117 @@
+"""Models of other shapes as models of images: everything behind this sees x (B, C, H, W) -> params (B, ..., H, W).
+
+A sequence of T tokens is an image of one row, (1, 1, T), a grid of codes one of one channel, (1, H, W). For instance a
+language model tokens (B, T) -> logits (B, T, K) is given levels[:, 0, 0], and gives its logits as (B, K, 1, T).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastgen.distributions import Categorical, Distribution
+from fastgen.sampling.request import checked_sizes
+
+
+class Adapter(nn.Module):
+    """model(x[, condition]) with the output of a model of images, with the modules and parameters of the model itself.
+
+    Args:
+        model: the user's. A condition that is a tuple is its further arguments, a dict its keyword arguments, anything
+            else its second argument.
+        shape: (C, H, W), (H, W) or (T,).
+        layout: of the distribution, where it has one; with K last, the output is (B, T, K) or (B, H, W, K).
+        output: what the model returns -> params; None where it returns these.
+
+    Attributes:
+        outer: the shape as the user has it.
+        shape: (C, H, W), of what is drawn.
+    """
+
+    model: nn.Module
+
+    def __init__(
+        self, model: nn.Module, shape: Sequence[int], layout: str | None, output: Callable[[Any], Any] | None
+    ) -> None:
+        super().__init__()
+        self.__dict__["model"] = model  # no submodule: names are those of the model itself
+        self.outer = checked_sizes(shape)
+        channels, height, width = (1,) * (3 - len(self.outer)) + self.outer
+        self.shape = (channels, height, width)
+        self.output = output
+        self.levels_last = layout in ("BTK", "BHWK")
+        sizes = {"BTK": 1, "BKT": 1, "BHWK": 2}.get(layout or "", len(self.outer))
+        if sizes != len(self.outer) and not (layout == "BHWK" and self.outer[0] == 1):
+            raise ValueError(f"layout {layout} does not fit shape={self.outer}")
+        if len(self.outer) == 1 and layout is not None and not layout.endswith(("T", "TK")):
+            raise ValueError(f"layout must be 'BTK' or 'BKT' for shape={self.outer}, got {layout!r}")
+
+    def inner(self, distribution: Distribution) -> Distribution:
+        """The distribution for params as they are inside, (n, K, H, W)."""
+        if isinstance(distribution, Categorical) and distribution.layout in ("BTK", "BKT", "BHWK"):
+            return replace(distribution, layout="B(KC)HW")
+        return distribution
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Those of the model, from which parameters and buffers follow."""
+        return self.model.named_modules(*args, **kwargs)
+
+    def forward(self, x: Tensor, condition: Any = None) -> Any:
+        if condition is None:
+            found = self.model(x)
+        elif type(condition) is tuple:
+            found = self.model(x, *condition)
+        elif type(condition) is dict:
+            found = self.model(x, **condition)
+        else:
+            found = self.model(x, condition)
+        if self.output is not None:
+            found = self.output(found)
+        if not isinstance(found, Tensor):
+            return found
+        if self.levels_last:
+            found = found.movedim(-1, 1)
+        if len(self.outer) == 1:
+            found = found.unsqueeze(-2)
+        return found.unsqueeze(1) if len(self.outer) < 3 and found.dim() == 3 else found
+
+    def inward(self, levels: Tensor) -> Tensor:
+        """Levels or noise of a user's shape, or (n, ..., H, W) already, as that."""
+        return levels if levels.dim() == 4 else levels.reshape(len(levels), 1, *self.shape[1:])
+
+    def outward(self, levels: Tensor) -> Tensor:
+        """Levels (n, C, H, W) in the user's shape, as `encode` takes them."""
+        return levels if len(self.outer) == 3 else levels.reshape(len(levels), *self.outer)
+
+    def params(self, params: Tensor) -> Tensor:
+        """Params (n, ..., H, W) as the model itself has them, but for an axis of one channel."""
+        if len(self.outer) == 1:
+            params = params.squeeze(-2)
+        return params.movedim(1, -1) if self.levels_last else params
+
+
+class _Casts(TorchDispatchMode):
+    """Notes whether a floating-point tensor of one size is cast to integers."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.found = numel, False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and args[0].numel() == self.numel:
+            self.found = self.found or (args[0].is_floating_point() and not made.dtype.is_floating_point)
+        return made
+
+
+def casts_to_integers(run: Callable[[Tensor], Any], floats: Tensor) -> bool:
+    """Whether a model casts its input to integers, or fails on floats: as one that begins with an embedding does."""
+    with _Casts(floats.numel()) as casts:
+        try:
+            run(floats)
+        except Exception:
+            return True
+    return casts.found

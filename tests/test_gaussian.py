@@ -1,0 +1,125 @@
+"""Real-valued pixels: quantiles and densities by hand, and images of models by every backend."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Categorical, MixtureSameFamily, Normal
+
+from fastgen import Gaussian, GaussianMixture, accelerate
+from tests.sampling.zoo_case import DataMask
+
+SHAPES = {"grey": (1, 4, 5), "colours": (3, 3, 4)}
+
+
+def network(shape, outputs):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        DataMask(shape[0], 12, 3, True), nn.ELU(), DataMask(12, 12, 3), nn.ELU(), nn.Conv2d(12, outputs, 1)
+    )
+    return model.eval()
+
+
+def test_draws_are_quantiles():
+    params = torch.tensor([[0.5, -2.0, 0.0, math.log(9)]])
+    below = torch.tensor([[0.0, 0.5, 1 - 2**-24]])
+    for channel, (mean, deviation) in enumerate(((0.5, 1.0), (-2.0, 3.0))):
+        for u in (0.1, 0.5, 0.977):
+            noise = torch.full((1, 2), u)
+            drawn = Gaussian().draw(params, noise, channel, torch.zeros(1, channel))
+            assert drawn.dtype == torch.float32
+            torch.testing.assert_close(drawn, Normal(mean, deviation).icdf(torch.tensor([u])), atol=1e-4, rtol=1e-4)
+            cold = Gaussian(temperature=0).draw(params, noise, channel, torch.zeros(1, channel))
+            assert cold.item() == mean
+    for u in below[0]:
+        assert Gaussian().draw(params, u.expand(1, 2), 0, torch.zeros(1, 0)).isfinite()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_densities_by_hand(channels):
+    values, m = torch.randn(6, channels, 4, dtype=torch.float64), 3
+    params = torch.randn(6, 2 * channels, 4, dtype=torch.float64)
+    expected = Normal(params[:, :channels], (params[:, channels:] / 2).exp()).log_prob(values).sum((1, 2))
+    torch.testing.assert_close(Gaussian().log_prob(params, values), expected)
+    params = torch.randn(6, m * (1 + 2 * channels), 4, dtype=torch.float64)
+    means, log_variances = params[:, m:].view(6, channels, 2, m, 4).permute(2, 0, 4, 3, 1)  # (2, n, 4, M, C)
+    components = torch.distributions.Independent(Normal(means, (log_variances / 2).exp()), 1)
+    mixture = MixtureSameFamily(Categorical(logits=params[:, :m].mT), components)
+    torch.testing.assert_close(GaussianMixture(m).log_prob(params, values), mixture.log_prob(values.mT).sum(1))
+
+
+def test_a_mixture_draws_its_components_as_often_as_its_logits_say():
+    params = torch.tensor([[math.log(0.2), math.log(0.8), -5.0, 5.0, -4.0, -4.0]]).expand(5000, -1)
+    grid = (torch.arange(5000) + 0.5) / 5000
+    noise = torch.stack((grid, grid[torch.randperm(5000)]), 1)
+    drawn = GaussianMixture(2).draw(params, noise, 0, torch.zeros(5000, 0))
+    assert (drawn < 0).float().mean() == pytest.approx(0.2, abs=1e-3)
+    assert drawn[drawn > 0].mean() == pytest.approx(5, abs=0.01)
+    assert drawn[drawn > 0].std() == pytest.approx(math.exp(-2), abs=0.01)
+    assert (GaussianMixture(2, temperature=0).draw(params, noise, 0, torch.zeros(5000, 0)) == 5).all()
+
+
+@torch.no_grad()
+def plain_loop(model, shape, distribution, noise):
+    images = torch.zeros(len(noise), *shape)
+    for i in range(shape[1]):
+        for j in range(shape[2]):
+            for c in range(shape[0]):
+                at = model(images)[..., i, j]
+                images[:, c, i, j] = distribution.draw(at, noise[..., i, j], c, images[:, :c, i, j])
+    return images
+
+
+@pytest.mark.parametrize("backend", ["naive", "fixed_point", "eager", "compiled"])
+@pytest.mark.parametrize("kind", ["gaussian", "mixture"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_images_of_real_values(name, kind, backend):
+    shape = SHAPES[name]
+    distribution = Gaussian() if kind == "gaussian" else GaussianMixture(2)
+    model = network(shape, 2 * shape[0] if kind == "gaussian" else 2 * (1 + 2 * shape[0]))
+    sampler = accelerate(model, shape, distribution=distribution, backend=backend)
+    noise = torch.rand(sampler.noise_shape(3))
+    expected = plain_loop(model, shape, distribution, noise)
+    images, nats = sampler.sample(3, noise=noise, return_log_prob=True)
+    assert images.dtype == torch.float32 and images.std() > 0.3
+    if backend in ("naive", "fixed_point"):
+        assert torch.equal(images, expected)
+    else:
+        torch.testing.assert_close(images, expected, atol=1e-4, rtol=1e-4)
+        assert sampler.stats.passes == 0
+        text = sampler.explain()
+        assert "real values differ in their last bits" in text and "not measured" not in text
+    with torch.no_grad():
+        torch.testing.assert_close(nats, distribution.log_prob(model(images), images), atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(sampler.params(images), model(images), atol=1e-5, rtol=1e-5)
+    mask = torch.rand(3, *shape) < 0.3
+    kept = sampler.sample(3, noise=noise, known=images, known_mask=mask)
+    assert torch.equal(kept[mask], images[mask])
+    torch.testing.assert_close(kept, images, atol=1e-4, rtol=1e-4)
+    assert sampler.sample(3, noise=noise, temperature=0).abs().max() < images.abs().max()
+    if backend == "eager":
+        always = accelerate(model, shape, distribution=distribution, backend=backend, verify="always")
+        assert torch.equal(always.sample(3, noise=noise), expected)
+
+
+def test_encode_may_scale_real_values():
+    shape, model = (1, 3, 4), network((1, 3, 4), 2)
+    scaled = accelerate(model, shape, distribution=Gaussian(), encode=lambda x: 0.1 * x)
+    noise = torch.rand(scaled.noise_shape(3))
+    expected = plain_loop(lambda x: model(0.1 * x), shape, Gaussian(), noise)
+    torch.testing.assert_close(scaled.sample(3, noise=noise), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_bad_arguments_are_named():
+    three = network((1, 3, 3), 3)
+    for name, call in (
+        ("temperature", lambda: Gaussian(temperature=-1)),
+        ("n_mix", lambda: GaussianMixture(0)),
+        ("top_k", lambda: Gaussian().tempered(1.0, 3, None)),
+        ("top_p", lambda: GaussianMixture(2).tempered(1.0, None, 0.5)),
+        ("expected 2 parameters", lambda: accelerate(three, (1, 3, 3), distribution=Gaussian())),
+        ("expected 6 parameters", lambda: accelerate(three, (1, 3, 3), distribution=GaussianMixture(2))),
+    ):
+        with pytest.raises(ValueError, match=name):
+            call()
