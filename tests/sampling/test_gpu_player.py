@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastgen import Categorical, accelerate
+from fastgen import Bernoulli, Categorical, LogisticMixture, accelerate
 from fastgen.kernels.sampler import words
 from fastgen.kernels.sampler.machine import Tiles
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelCNNPP, PixelRNN
@@ -87,31 +87,82 @@ def test_a_transformer_in_one_launch():
     assert only_launch(fast).launches == 2
 
 
-def played(player_class, plan, model, request):
+def played(player_class, plan, request):
     player = player_class(plan, request.n, torch.device("cpu"))
     assert not draw_batch(player, request)
     return player.levels.clone(), player.params().clone()
 
 
-def test_tiles_of_images_in_any_order_and_the_machine_of_the_cpu_draw_the_same(monkeypatch):
-    model = lively(GatedPixelCNN((1, 3, 3), 4, channels=6, layers=1))
-    plan = make_plan(model, model.shape, model.distribution, model.encode, None, model.levels)
-    request = SampleRequest(5, model.shape, torch.rand(5, *model.shape), model.distribution)
+SMALL = {
+    "gated": (lambda: GatedPixelCNN((1, 3, 3), 4, channels=6, layers=1), None),
+    "plain, colours": (lambda: PixelCNN((3, 2, 2), 3, channels=6, layers=1), None),
+    "black and white": (lambda: GatedPixelCNN((1, 3, 3), 2, channels=4, layers=1), Bernoulli()),
+    "mixture of logistics": (lambda: PixelCNN((1, 2, 3), 6, channels=4, layers=1), LogisticMixture(2)),
+}
+
+
+class OneOfTwo(nn.Module):
+    """A logit for level 1 from the logits of both."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        logits = self.model(x)[:, :, 0]
+        return (logits[:, 1:] - logits[:, :1]) * 1.5
+
+
+class Flat(nn.Module):
+    """The logits of one channel as the parameters of a pixel."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x)[:, :, 0]
+
+
+def small(name):
+    model = lively(SMALL[name][0]())
+    distribution = SMALL[name][1] or model.distribution
+    wrap = {Bernoulli: OneOfTwo, LogisticMixture: Flat}.get(type(distribution), lambda model: model)
+    encode = (lambda x: x / 127.5 - 1) if isinstance(distribution, LogisticMixture) else model.encode
+    levels = 256 if isinstance(distribution, LogisticMixture) else model.levels
+    return make_plan(wrap(model).eval(), model.shape, distribution, encode, None, levels), distribution
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
+@pytest.mark.parametrize("name", SMALL)
+def test_the_machine_of_the_cpu_draws_the_same(name, temperature):
+    plan, distribution = small(name)
+    distribution = distribution.tempered(temperature, None, None)
+    shape = tuple(plan.levels.shape[1:])
+    noise = torch.rand(distribution.noise_shape(3, shape))
+    known, mask = torch.randint(2, (3, *shape)), torch.rand(3, *shape) < 0.2
+    request = SampleRequest(3, shape, noise, distribution, known, mask)
+    (levels, params), (expected, expected_params) = (played(one, plan, request) for one in (GPUPlayer, CPUPlayer))
+    assert torch.equal(levels, expected) and torch.equal(levels[mask], known[mask])
+    torch.testing.assert_close(params, expected_params, atol=1e-5, rtol=1e-5)
+
+
+def test_tiles_of_images_in_any_order_draw_the_same():
+    plan, distribution = small("gated")
+    request = SampleRequest(20, (1, 3, 3), torch.rand(20, 1, 3, 3), distribution)
 
     class InReverse(GPUPlayer):
-        """Tiles of two images, the last one first; products in tiles that nothing is a multiple of."""
+        """The last tile of images first; tiles of instructions that nothing is a multiple of."""
 
-        tiles = Tiles(BM=2, BN=16, BK=16, BR=2, BP=16, ROWS=1, LEVELS=2)
+        tiles = Tiles(BM=16, BN=16, BK=16, BR=8, BP=16, ROWS=2, LEVELS=2)
 
         def _launch(self, draws, first, last, until):
-            for begin in reversed(range(0, self.n, 2)):
-                self._launch_part(draws, first, last, until, (begin, min(begin + 2, self.n)))
+            for begin in (16, 0):
+                self._launch_part(draws, first, last, until, (begin, min(begin + 16, self.n)))
 
-    levels, params = played(GPUPlayer, plan, model, request)
-    for other in (InReverse, CPUPlayer):
-        found = played(other, plan, model, request)
-        assert torch.equal(found[0], levels)
-        torch.testing.assert_close(found[1], params, atol=1e-5, rtol=1e-5)
+    found, expected = played(InReverse, plan, request), played(CPUPlayer, plan, request)
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], atol=1e-5, rtol=1e-5)
 
 
 def test_known_levels_are_kept():
