@@ -170,8 +170,17 @@ def test_known_levels_are_kept():
     fast, naive = pair(model, model.shape, "persistent", **arguments(model))
     known = torch.randint(4, (3, *model.shape))
     mask = torch.rand(3, *model.shape) < 0.4
+    mask[:, :, 0] = True  # a row that is filled in one pass
     images = assert_exact(fast, naive, 3, error=1e-5, seed=1, known=known, known_mask=mask)
     assert torch.equal(images[mask], known[mask])
+
+
+def test_what_it_does_not_draw_torch_draws():
+    model = lively(GatedPixelCNN((1, 2, 2), 4, channels=4, layers=1))
+    fast, naive = pair(model, model.shape, "persistent", **arguments(model))
+    assert "with top_k, top_p or a distribution of your own torch draws" in fast.explain()
+    assert_exact(fast, naive, 3, error=1e-5, seed=1, top_k=2, top_p=0.9)
+    assert fast.stats.launches == 5  # before the draws, and after each
 
 
 def test_progress_is_told_row_by_row():

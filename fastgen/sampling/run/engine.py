@@ -106,12 +106,17 @@ def _unfit_for_one_launch(plan: Plan, device: torch.device) -> str:
     served = Counter(step.program for step in plan.steps)
     unknown = {number: unknown_in(plan.programs[number]) for number in served}
     by_torch = sum(served[number] for number, names in unknown.items() if names)
-    if by_torch == 0:
-        return ""
     names = ", ".join(sorted({name for found in unknown.values() for name in found}))
     if by_torch > MOST_UNKNOWN * len(plan.steps):
         return f"the kernel does not know {names}, which {by_torch} of {len(plan.steps)} steps need"
-    plan.remarks.append(f"persistent: torch plays {by_torch} of {len(plan.steps)} steps, for {names}")
+    if by_torch:
+        plan.remarks.append(
+            f"persistent: torch plays {by_torch} of {len(plan.steps)} steps, between launches, for {names}"
+        )
+    plan.remarks.append(
+        "persistent: images are drawn in one launch; with top_k, top_p or a distribution of your own torch draws, and "
+        "each step is a launch"
+    )
     return ""
 
 
