@@ -29,6 +29,8 @@ from fastgen.kernels.sampler.words import (
     PARAMS_IMAGE,
     PARAMS_LEVEL,
     TEMPERATURE,
+    TOP_K,
+    TOP_P,
 )
 
 MIN_LOG_SCALE = tl.constexpr(-7.0)
@@ -68,6 +70,30 @@ def choose(params, step, count, u, temperature, free, BLOCK: tl.constexpr):
         found = tl.where(hit, tl.minimum(found, (start + v)[None, :]), found)
         before = tl.max(sums, 1)
     return tl.min(found, 1)
+
+
+@triton.jit
+def choose_of_top(params, step, count, u, temperature, free, top_k, top_p, BLOCK: tl.constexpr):
+    """As `choose`, for up to BLOCK logits, among the most probable: top_k of them, of these the fewest that together
+    have top_p of their sum."""
+    v = tl.arange(0, BLOCK)
+    minus_infinity = float("-inf")
+    real = free[:, None] & (v < count)[None, :]
+    logits = tl.load(params[:, None] + (v * step)[None, :], mask=real, other=minus_infinity).to(tl.float64)
+    best = tl.where(free, tl.max(logits, 1), 0.0)
+    shares = tl.exp((logits - best[:, None]) / temperature)
+    rank = tl.zeros((u.shape[0], BLOCK), tl.int32)
+    before = tl.zeros((u.shape[0], BLOCK), tl.float64)  # the sum of all that are more probable
+    for j in range(0, count):
+        other = tl.load(params + j * step, mask=free, other=minus_infinity).to(tl.float64)
+        share = tl.exp((other - best) / temperature)[:, None]
+        ahead = (share > shares) | ((share == shares) & (j < v)[None, :])
+        rank += ahead.to(tl.int32)
+        before += tl.where(ahead, share, 0.0)
+    shares = tl.where(rank < top_k, shares, 0.0)
+    shares = tl.where(before < (top_p * tl.sum(shares, 1))[:, None], shares, 0.0)
+    hit = (tl.cumsum(shares, 1) > (u * tl.sum(shares, 1))[:, None]) & (shares > 0)
+    return tl.min(tl.where(hit, v[None, :], count - 1), 1)
 
 
 @triton.jit
@@ -162,7 +188,12 @@ def draw(
                 warmth = tl.where(temperature == 0, 1.0, temperature)
                 level = tl.where(temperature == 0, logit > 0, u >= 1 / (1 + tl.exp(logit / warmth))).to(tl.int32)
             else:
-                level = choose(params, step, count, u, temperature, free, BLOCK)
+                top_k = tl.load(draws + TOP_K)
+                if top_k > 0:
+                    top_p = tl.load(draws + TOP_P).to(tl.float64, bitcast=True)
+                    level = choose_of_top(params, step, count, u, temperature, free, top_k, top_p, BLOCK)
+                else:
+                    level = choose(params, step, count, u, temperature, free, BLOCK)
                 if kind == MIXTURE:
                     own = tl.load(noise + (channel + 1) * to_channel, mask=free, other=0.5).to(tl.float64)
                     level = mixture_level(params, step, draws, level, channel, own, temperature, drawn, free)

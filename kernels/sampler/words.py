@@ -34,12 +34,13 @@ SIDE, WORDS = 7, tl.constexpr(40)
 # instruction, number.
 PROGRAM, OFFSETS, MOVES, MOVES_COUNT, STEP_WORDS = map(tl.constexpr, range(5))
 
-# Of the draws of a request. TEMPERATURE: bits of a float64. Strides by images, channels, levels.
+# Of the draws of a request. TEMPERATURE, TOP_P: bits of a float64. TOP_K: 0 without both. Then
+# strides by images, channels, levels.
 (
     KIND, CHANNELS, LEVELS, PARAMETERS, HAS_KNOWN, TEMPERATURE,
     PARAMS_IMAGE, PARAMS_CHANNEL, PARAMS_LEVEL, DRAWN_IMAGE, DRAWN_CHANNEL, NOISE_IMAGE, NOISE_CHANNEL,
-    KNOWN_IMAGE, KNOWN_CHANNEL, MASK_IMAGE, MASK_CHANNEL,
-) = map(tl.constexpr, range(17))  # fmt: skip
+    KNOWN_IMAGE, KNOWN_CHANNEL, MASK_IMAGE, MASK_CHANNEL, TOP_K, TOP_P, DRAWS_WORDS,
+) = map(tl.constexpr, range(20))  # fmt: skip
 CATEGORICAL, BERNOULLI, MIXTURE = map(tl.constexpr, range(3))  # kinds
 
 # Of a place that is drawn: where its parameters, level, noise, known level and mask lie, and its first channel.

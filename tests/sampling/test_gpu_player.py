@@ -11,6 +11,7 @@ from fastgen.models import GatedPixelCNN, PixelCNN, PixelCNNPP, PixelRNN
 from fastgen.sampling.machine.cpu.build import machine
 from fastgen.sampling.plan.plan import make_plan
 from fastgen.sampling.request import SampleRequest
+from fastgen.sampling.run import gpu_player
 from fastgen.sampling.run.cpu_player import CPUPlayer
 from fastgen.sampling.run.draw_loop import draw_batch
 from fastgen.sampling.run.gpu_player import GPUPlayer
@@ -133,11 +134,16 @@ def small(name):
     return make_plan(wrap(model).eval(), model.shape, distribution, encode, None, levels), distribution
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
+OPTIONS = [(1.0, None, None), (0.6, None, None), (0.0, None, None), (1.0, 2, None), (0.7, None, 0.8), (1.5, 3, 0.6)]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", SMALL)
-def test_the_machine_of_the_cpu_draws_the_same(name, temperature):
+def test_the_machine_of_the_cpu_draws_the_same(name, options):
     plan, distribution = small(name)
-    distribution = distribution.tempered(temperature, None, None)
+    if options[1:] != (None, None) and not isinstance(distribution, Categorical):
+        pytest.skip("top_k and top_p are of levels")
+    distribution = distribution.tempered(*options)
     shape = tuple(plan.levels.shape[1:])
     noise = torch.rand(distribution.noise_shape(3, shape))
     known, mask = torch.randint(2, (3, *shape)), torch.rand(3, *shape) < 0.2
@@ -147,7 +153,9 @@ def test_the_machine_of_the_cpu_draws_the_same(name, temperature):
     torch.testing.assert_close(params, expected_params, atol=1e-5, rtol=1e-5)
 
 
-def test_tiles_of_images_in_any_order_draw_the_same():
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])  # the interpreter knows the first alone
+def test_tiles_of_images_in_any_order_draw_the_same(precision, monkeypatch):
+    monkeypatch.setattr(gpu_player, "precision_on", lambda device: precision)
     plan, distribution = small("gated")
     request = SampleRequest(20, (1, 3, 3), torch.rand(20, 1, 3, 3), distribution)
 
@@ -175,10 +183,11 @@ def test_known_levels_are_kept():
     assert torch.equal(images[mask], known[mask])
 
 
-def test_what_it_does_not_draw_torch_draws():
+def test_what_it_does_not_draw_torch_draws(monkeypatch):
     model = lively(GatedPixelCNN((1, 2, 2), 4, channels=4, layers=1))
     fast, naive = pair(model, model.shape, "persistent", **arguments(model))
-    assert "with top_k, top_p or a distribution of your own torch draws" in fast.explain()
+    assert "top_k or top_p of more than 256 levels, torch draws" in fast.explain()
+    monkeypatch.setattr(GPUPlayer, "tiles", Tiles(LEVELS=2))
     assert_exact(fast, naive, 3, error=1e-5, seed=1, top_k=2, top_p=0.9)
     assert fast.stats.launches == 5  # before the draws, and after each
 

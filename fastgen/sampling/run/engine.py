@@ -114,8 +114,8 @@ def _unfit_for_one_launch(plan: Plan, device: torch.device) -> str:
             f"persistent: torch plays {by_torch} of {len(plan.steps)} steps, between launches, for {names}"
         )
     plan.remarks.append(
-        "persistent: images are drawn in one launch; with top_k, top_p or a distribution of your own torch draws, and "
-        "each step is a launch"
+        "persistent: images are drawn in one launch; with a distribution of your own, or top_k or top_p of more than "
+        "256 levels, torch draws, and each step is a launch"
     )
     return ""
 

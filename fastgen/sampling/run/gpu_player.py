@@ -77,7 +77,9 @@ class GPUPlayer(TorchPlayer):
     def play(self, request: SampleRequest, first: int) -> Tensor | None:
         """Draws all places from number `first` on; whether a parameter was NaN. None: the machine cannot draw these."""
         plan, count = self.plan, len(self.plan.order)
-        if unknown_draws(request, self.params(), self._arena.arenas[torch.float32]) is not None:
+        assert self.tiles is not None
+        arena = self._arena.arenas[torch.float32]
+        if unknown_draws(request, self.params(), arena, self.tiles.LEVELS) is not None:
             return None
         draws = Draws(request, self.params(), self.levels, plan.order, plan.whole_pixels)
         row = self.levels.shape[-1] * (1 if plan.whole_pixels else self.levels.shape[1])

@@ -31,13 +31,16 @@ class Draws:
     ) -> None:
         distribution: Any = request.distribution
         device = params.device
-        code = [0] * (words.MASK_CHANNEL.value + 1)
+        code = [0] * words.DRAWS_WORDS.value
         code[words.KIND.value] = KINDS[type(distribution)].value
         code[words.CHANNELS.value] = levels.shape[1] if whole_pixels else 1
-        code[words.TEMPERATURE.value] = struct.unpack("<q", struct.pack("<d", distribution.temperature))[0]
+        code[words.TEMPERATURE.value] = _bits(distribution.temperature)
         count = parameters = 1
         if isinstance(distribution, Categorical):
             count = parameters = distribution.levels
+            if distribution.temperature > 0 and (distribution.top_k, distribution.top_p) != (None, None):
+                code[words.TOP_K.value] = count if distribution.top_k is None else distribution.top_k
+                code[words.TOP_P.value] = _bits(2.0 if distribution.top_p is None else distribution.top_p)
             params = distribution.logits(params).transpose(1, 2)  # (n, C, K, H, W)
         elif isinstance(distribution, Bernoulli):
             params = params.unsqueeze(2)
@@ -75,13 +78,18 @@ class Draws:
         self.code, self.places = torch.tensor(code).to(device), places.to(device)
 
 
-def unknown_draws(request: SampleRequest, params: Tensor, arena: Tensor) -> str | None:
-    """What the machine cannot draw of a request, None where it can."""
+def _bits(number: float) -> int:
+    return int(struct.unpack("<q", struct.pack("<d", number))[0])
+
+
+def unknown_draws(request: SampleRequest, params: Tensor, arena: Tensor, most: int) -> str | None:
+    """What the machine cannot draw of a request, None where it can; most: levels with top_k or top_p."""
     distribution: Any = request.distribution
     if type(distribution) not in KINDS:
         return f"distribution {type(distribution).__name__}"
-    if isinstance(distribution, Categorical) and (distribution.top_k is not None or distribution.top_p is not None):
-        return "top_k and top_p"
+    options = (getattr(distribution, "top_k", None), getattr(distribution, "top_p", None))
+    if options != (None, None) and distribution.levels > most:
+        return f"top_k and top_p of more than {most} levels"
     if request.noise.dtype != torch.float32:
         return f"noise of {request.noise.dtype}"
     if params.dtype != torch.float32 or params.untyped_storage().data_ptr() != arena.untyped_storage().data_ptr():
