@@ -106,3 +106,13 @@ def test_cuda_graphs_equal_naive(name):
     for seed in range(3):
         given = {"known": known, "known_mask": mask}
         assert torch.equal(graph.sample(3, seed=seed, **given), naive.sample(3, seed=seed, **given))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in MODELS if name.split(",")[0] not in ("diagonal", "row")])
+def test_the_persistent_kernel_equals_naive(name):
+    model = make(name, "cuda")
+    fast, naive = samplers(model, "persistent", "naive")
+    for seed in range(2):
+        assert torch.equal(fast.sample(3, seed=seed), naive.sample(3, seed=seed))
+        assert fast.stats.backend == "persistent" and fast.stats.redrawn == 0

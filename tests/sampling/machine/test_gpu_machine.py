@@ -9,7 +9,7 @@ import torch
 from fastgen.kernels.sampler import words
 from fastgen.sampling.machine import definitions
 from fastgen.sampling.machine.language import AffineOffset, Lookup, Pointwise, Product, Rowwise, View, constant
-from tests.sampling.machine_case import Blocks, N, run
+from tests.sampling.machine.gpu_case import Blocks, N, run
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, where a number is not finite
 
