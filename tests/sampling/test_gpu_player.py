@@ -199,6 +199,16 @@ def test_progress_is_told_row_by_row():
     assert sampler.stats.launches == 3
 
 
+def test_changed_weights_are_noticed():
+    model = lively(GatedPixelCNN((1, 2, 2), 4, channels=4, layers=1))
+    fast, naive = pair(model, model.shape, "persistent", **arguments(model))
+    before = assert_exact(fast, naive, 3, error=1e-5, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    assert not torch.equal(assert_exact(fast, naive, 3, error=1e-5, seed=0), before)
+
+
 def test_a_parameter_that_is_nan_is_an_error():
     model = lively(GatedPixelCNN((1, 2, 2), 3, channels=4, layers=1))
     sampler = accelerate(model, model.shape, distribution=model.distribution, backend="persistent")
