@@ -53,7 +53,8 @@ class Batches:
                 size = stop - start
                 try:
                     with calling():
-                        part = backend.run(replace(whole.of(slice(start, stop)), progress=partial(advance, size)))
+                        told = partial(advance, size) if progress else None
+                        part = backend.run(replace(whole.of(slice(start, stop)), progress=told))
                 except RuntimeError as error:
                     if size == 1 or not _is_out_of_memory(error):
                         raise

@@ -82,7 +82,8 @@ def test_without_a_compiler_eager_takes_its_place(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["persistent", "cuda_graph"])
-def test_what_cannot_run_here_is_said_and_replaced(backend):
+def test_what_cannot_run_here_is_said_and_replaced(backend, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # in the interpreter the persistent kernel runs anywhere
     model = make("gated")
     with pytest.warns(UserWarning, match=f"from the {backend} to the compiled backend"):
         (sampler,) = samplers(model, backend)
@@ -105,3 +106,13 @@ def test_cuda_graphs_equal_naive(name):
     for seed in range(3):
         given = {"known": known, "known_mask": mask}
         assert torch.equal(graph.sample(3, seed=seed, **given), naive.sample(3, seed=seed, **given))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in MODELS if name.split(",")[0] not in ("diagonal", "row")])
+def test_the_persistent_kernel_equals_naive(name):
+    model = make(name, "cuda")
+    fast, naive = samplers(model, "persistent", "naive")
+    for seed in range(2):
+        assert torch.equal(fast.sample(3, seed=seed), naive.sample(3, seed=seed))
+        assert fast.stats.backend == "persistent" and fast.stats.redrawn == 0

@@ -3,8 +3,6 @@
 import ctypes
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -12,8 +10,9 @@ from torch import Tensor
 
 from fastgen.sampling.machine.cpu.build import machine
 from fastgen.sampling.machine.cpu.draws import Draws, DrawsCode, knows
-from fastgen.sampling.machine.cpu.tables import Linker, Part, Unknown, part_of
-from fastgen.sampling.machine.language import Call, Instruction, Program, Temporary, views_of
+from fastgen.sampling.machine.cpu.tables import Linker
+from fastgen.sampling.machine.language import Program, views_of
+from fastgen.sampling.machine.parts import Part, sections
 from fastgen.sampling.plan.plan import Plan, Step
 from fastgen.sampling.request import SampleRequest
 from fastgen.sampling.run.torch_player import TorchPlayer
@@ -64,14 +63,6 @@ def images_at_once(plan: Plan) -> int:
     left = CACHE - sum(memory.numel * memory.dtype.itemsize for memory in weights)
     of_image = sum(view.numel * view.memory.dtype.itemsize for view in views if view.memory not in weights)
     return max(FULL_TILES, left // max(1, of_image))
-
-
-@dataclass
-class Section:
-    """Instructions in a row, as `parts` where the machine knows them, or else as they are."""
-
-    parts: list[Part] = field(default_factory=list)
-    instructions: list[Instruction] = field(default_factory=list)
 
 
 class CPUPlayer(TorchPlayer):
@@ -154,27 +145,3 @@ class CPUPlayer(TorchPlayer):
                 moves.append(MoveCode(target.data_ptr(), source.data_ptr(), target.stride(0) * size, bytes_of_image))
             self._steps[k] = StepCode(step.program, step.offsets.ctypes.data, first, len(moves))
         self._moves = (MoveCode * max(1, len(moves)))(*moves)
-
-
-def sections(program: Program) -> list[Section]:
-    """A program cut into sections; what a call makes anew lives within one."""
-    last_use: dict[Temporary, int] = {}
-    for k, one in enumerate(program.instructions):
-        for leaf in one.leaves if isinstance(one, Call) else ():
-            if isinstance(leaf, Temporary):
-                last_use[leaf] = k
-    found: list[Section] = []
-    open_until = -1
-    for k, one in enumerate(program.instructions):
-        if isinstance(one, Call) and one.result is not None:
-            open_until = max(open_until, last_use.get(one.result, k))
-        parts: list[Part] = []
-        if k > open_until:
-            with suppress(Unknown):
-                parts = [part_of(one)]
-        if not found or bool(parts) != bool(found[-1].parts):
-            found.append(Section())
-        found[-1].parts += parts
-        if not parts:
-            found[-1].instructions.append(one)
-    return found

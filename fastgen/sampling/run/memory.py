@@ -22,8 +22,7 @@ class PlanMemory:
         self.plan, self.n, self.device = plan, n, device
         self._blocks: dict[Memory, Tensor] = {}
         self._scratch = [
-            torch.empty(n * size, dtype=dtype, device=device)
-            for size, dtype in zip(plan.scratch.sizes, plan.scratch.dtypes, strict=True)
+            self.allocate(n * size, dtype) for size, dtype in zip(plan.scratch.sizes, plan.scratch.dtypes, strict=True)
         ]
         self._initial: list[tuple[Tensor, Tensor]] = []  # values, and what they begin with
         self.moves: dict[int, list[tuple[Tensor, Tensor]]] = {}
@@ -36,6 +35,10 @@ class PlanMemory:
         self.levels = self.inner(plan.levels)[:, 0]
         self.params = self._output()
 
+    def allocate(self, size: int, dtype: torch.dtype) -> Tensor:
+        """(size,) zeros."""
+        return torch.zeros(size, dtype=dtype, device=self.device)
+
     def block(self, memory: Memory, program: int = 0) -> Tensor:
         """(n, numel), or (1, numel) of a constant; of scratch memory, that of a program."""
         if memory.kind == "scratch":
@@ -47,7 +50,7 @@ class PlanMemory:
             else:
                 ring = self.plan.rings.get(memory)
                 size = memory.numel if ring is None else ring.numel
-                found = torch.zeros((self.n, size), dtype=memory.dtype, device=self.device)
+                found = self.allocate(self.n * size, memory.dtype).view(self.n, size)
             self._blocks[memory] = found
         return self._blocks[memory]
 
@@ -96,7 +99,7 @@ class PlanMemory:
         if view.value.kind == "constant":
             block = block.expand(self.n, -1)
         along = [sum(s * t for s, t in zip(step, strides, strict=True)) for step in view.steps]
-        offset = origin + sum(s * t for s, t in zip(view.start, strides, strict=True))
+        offset = block.storage_offset() + origin + sum(s * t for s, t in zip(view.start, strides, strict=True))
         found: Any = block.as_strided((self.n, *view.shape), (block.stride(0), *along), offset)
         return found[:, 0]
 

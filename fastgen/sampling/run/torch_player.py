@@ -18,9 +18,12 @@ class TorchPlayer:
 
     def __init__(self, plan: Plan, n: int, device: torch.device) -> None:
         self.plan, self.n, self.device = plan, n, device
-        self.memory = PlanMemory(plan, n, device)
+        self.memory = self.allocated()
         self.levels = self.memory.levels
         self.programs = self.bound()
+
+    def allocated(self) -> PlanMemory:
+        return PlanMemory(self.plan, self.n, self.device)
 
     def bound(self) -> list[Callable[[Step], None]]:
         """The plan's programs, ready to run on this batch."""

@@ -50,7 +50,7 @@ class TorchProgram:
 
     def __call__(self, step: Step) -> None:
         views = {
-            view: block.as_strided(sizes, strides, int(step.offsets[k]))
+            view: block.as_strided(sizes, strides, block.storage_offset() + int(step.offsets[k]))
             for k, view, block, sizes, strides in self._moving
         }
         state = _State(views)
@@ -97,7 +97,7 @@ class TorchProgram:
             if argument.moves:
                 return lambda state: state.views[argument]
             block, sizes, strides = self.memory.strided(argument, self.number)
-            offset = argument.offset.at(())
+            offset = block.storage_offset() + argument.offset.at(())
             if shared:
                 sizes, strides = sizes[1:], strides[1:]
             tensor = block.as_strided(sizes, strides, offset)

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from fastgen.sampling.machine.cpu.build import machine
-from fastgen.sampling.machine.cpu.tables import Linker, part_of
+from fastgen.sampling.machine.cpu.tables import Linker
 from fastgen.sampling.machine.language import AffineOffset, Memory, Program, View, dense_strides
+from fastgen.sampling.machine.parts import part_of
 from fastgen.sampling.plan.plan import Step
 from fastgen.sampling.run.cpu_player import ProgramCode
 from fastgen.sampling.run.torch_program import TorchProgram

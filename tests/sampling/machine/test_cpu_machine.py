@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from fastgen.sampling.machine import definitions
 from fastgen.sampling.machine.cpu.build import machine
-from fastgen.sampling.machine.cpu.tables import Unknown, part_of
 from fastgen.sampling.machine.language import (
     AffineOffset,
     Call,
@@ -21,6 +20,7 @@ from fastgen.sampling.machine.language import (
     View,
     constant,
 )
+from fastgen.sampling.machine.parts import Unknown, part_of
 from tests.sampling.machine.played import Blocks, N, by_machine, by_torch
 
 VALUES = torch.tensor(

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from fastgen.sampling.machine.cpu.tables import Unknown, part_of
 from fastgen.sampling.machine.language import (
     AffineOffset,
     Lookup,
@@ -20,6 +19,7 @@ from fastgen.sampling.machine.language import (
     constant,
     dense_strides,
 )
+from fastgen.sampling.machine.parts import Unknown, part_of
 from tests.sampling.machine.played import Blocks, N, by_machine, by_torch
 
 SMOOTH = ("copy", "neg", "relu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "elu", "leaky_relu", "abs", "square")

@@ -1,0 +1,226 @@
+"""Instructions as the machines, of the CPU and of GPUs, take them: sizes and strides in few dimensions."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastgen.sampling.machine.language import (
+    Call,
+    Instruction,
+    Lookup,
+    Memory,
+    Pointwise,
+    Product,
+    Program,
+    Rowwise,
+    Temporary,
+    View,
+)
+
+DIMS = 5  # images, three more, columns
+
+
+class Blocks(Protocol):
+    """Where memory is; `run.memory.PlanMemory` is one."""
+
+    def block(self, memory: Memory, program: int = 0) -> Tensor: ...
+
+
+class Unknown(Exception):
+    """The machines have no such instruction."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A view of an instruction, with a stride for every dimension of the result; columns come last."""
+
+    view: View
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """An instruction in the machine's terms. All sides have the sizes of the result.
+
+    Attributes:
+        inputs: sides or numbers; None where there is none.
+        weight: (depth, columns), packed, takes the place of the second input.
+        depth: terms of each sum, or numbers of a row; `along` holds the strides of the first two inputs along it.
+        whole_rows: whether threads share it by rows alone.
+    """
+
+    op: str
+    out: Side
+    sizes: tuple[int, ...]
+    inputs: tuple[Side | float | None, ...]
+    weight: View | None = None
+    depth: int = 0
+    along: tuple[int, int] = (0, 0)
+    number: float = 0.0
+    whole_rows: bool = False
+
+    @property
+    def sides(self) -> list[Side]:
+        return [self.out, *(one for one in self.inputs if isinstance(one, Side))]
+
+    def collapsed(self) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+        """Sizes of the result with the least dimensions, columns last, and strides of all sides along them."""
+        sides, last = self.sides, len(self.sizes) - 1
+        sizes: list[int] = []
+        strides: list[list[int]] = [[] for _ in sides]
+        for d, size in enumerate(self.sizes):
+            if size == 1 and d != last:
+                continue
+            here = [side.strides[d] for side in sides]
+            # Columns stay by themselves, so that all parts that compute a map share it among threads in one way.
+            mergeable = sizes and d != last
+            if mergeable and all(old[-1] == size * new for old, new in zip(strides, here, strict=True)):
+                sizes[-1] *= size
+                for old, new in zip(strides, here, strict=True):
+                    old[-1] = new
+            else:
+                sizes.append(size)
+                for old, new in zip(strides, here, strict=True):
+                    old.append(new)
+        if not sizes:
+            sizes, strides = [1], [[0] for _ in sides]
+        return tuple(sizes), [tuple(one) for one in strides]
+
+
+def part_of(one: Instruction) -> Part:
+    """Raises Unknown."""
+    if isinstance(one, Pointwise):
+        found = _pointwise(one)
+    elif isinstance(one, Product):
+        shared = len(one.weight.sizes) == 2 and one.weight.memory.kind == "constant"
+        found = _product(one) if shared else _contraction(one)
+    elif isinstance(one, Rowwise):
+        out, strides = one.out, one.out.strides
+        sizes = (*out.sizes[:-1], 1)
+        source = Side(one.source, (*one.source.strides[:-1], 0))
+        depth, along = one.source.sizes[-1], (one.source.strides[-1], 0)
+        number = one.numbers[0] if one.numbers else 0.0
+        found = Part(one.op, Side(out, strides), sizes, (source,), None, depth, along, number, True)
+    elif isinstance(one, Lookup):
+        if len(one.table.sizes) != 2:
+            raise Unknown
+        index = Side(one.index, (*one.index.strides, 0))
+        table = Side(one.table, (0,) * len(one.out.sizes))
+        along = (one.table.strides[0], one.table.strides[1])
+        found = Part("lookup", Side(one.out, one.out.strides), one.out.sizes, (table, index), None, 0, along, 0.0, True)
+    else:
+        raise Unknown
+    _check(found)
+    return found
+
+
+def _broadcast(view: View, sizes: Sequence[int]) -> Side:
+    if len(view.sizes) > len(sizes):
+        raise Unknown
+    return Side(view, view.expand(sizes).strides)
+
+
+def _pointwise(one: Pointwise) -> Part:
+    out, sizes = one.out, one.out.sizes
+    inputs = tuple(_broadcast(x, sizes) if isinstance(x, View) else float(x) for x in one.operands)
+    op = one.op
+    if op == "copy" and isinstance(one.operands[0], View) and one.operands[0].memory.dtype == torch.int64:
+        op = "move_int64" if out.memory.dtype == torch.int64 else "copy_int64"
+    return Part(op, Side(out, out.strides), sizes, inputs)
+
+
+def _product(one: Product) -> Part:
+    out, rows, weight = one.out, one.rows, one.weight
+    depth = weight.sizes[0]
+    if (rows.strides[-1] != 1 and depth > 1) or out.strides[-1] != 1 < out.sizes[-1]:
+        raise Unknown
+    added = None if one.added is None else _broadcast(one.added, out.sizes)
+    if added is not None and added.strides[-1] != 1 < out.sizes[-1]:
+        raise Unknown
+    shared = Side(rows, (*rows.strides[:-1], 0))
+    return Part("product", Side(out, out.strides), out.sizes, (shared, None, added), weight, depth)
+
+
+def _contraction(one: Product) -> Part:
+    out, rows, weight = one.out, one.rows, one.weight
+    every = out.sizes[:-2]
+    of_rows = rows.expand((*every, *rows.sizes[-2:])).strides
+    of_weight = weight.expand((*every, *weight.sizes[-2:])).strides
+    added = None if one.added is None else _broadcast(one.added, out.sizes)
+    sides = Side(rows, (*of_rows[:-1], 0)), Side(weight, (*of_weight[:-2], 0, of_weight[-1])), added
+    along = (of_rows[-1], of_weight[-2])
+    return Part("contract", Side(out, out.strides), out.sizes, sides, None, rows.sizes[-1], along, 0.0, True)
+
+
+def _check(part: Part) -> None:
+    """Raises Unknown for other numbers than float32, and for more dimensions than the machine has."""
+    for k, side in enumerate(part.sides):
+        integers = part.op == "move_int64" or (part.op, k) in (("copy_int64", 1), ("lookup", 2))
+        if side.view.memory.dtype != (torch.int64 if integers else torch.float32):
+            raise Unknown
+    if part.weight is not None and part.weight.memory.dtype != torch.float32:
+        raise Unknown
+    if len(part.collapsed()[0]) > DIMS - 1:
+        raise Unknown
+
+
+@dataclass
+class Section:
+    """Instructions in a row, as `parts` where the machine knows them, or else as they are."""
+
+    parts: list[Part] = field(default_factory=list)
+    instructions: list[Instruction] = field(default_factory=list)
+
+
+def sections(program: Program) -> list[Section]:
+    """A program cut into sections; what a call makes anew lives within one."""
+    last_use: dict[Temporary, int] = {}
+    for k, one in enumerate(program.instructions):
+        for leaf in one.leaves if isinstance(one, Call) else ():
+            if isinstance(leaf, Temporary):
+                last_use[leaf] = k
+    found: list[Section] = []
+    open_until = -1
+    for k, one in enumerate(program.instructions):
+        if isinstance(one, Call) and one.result is not None:
+            open_until = max(open_until, last_use.get(one.result, k))
+        parts: list[Part] = []
+        if k > open_until:
+            with suppress(Unknown):
+                parts = [part_of(one)]
+        if not found or bool(parts) != bool(found[-1].parts):
+            found.append(Section())
+        found[-1].parts += parts
+        if not parts:
+            found[-1].instructions.append(one)
+    return found
+
+
+def parts_of(program: Program) -> list[Part] | None:
+    """None where not all of it is known."""
+    try:
+        return [part_of(one) for one in program.instructions]
+    except Unknown:
+        return None
+
+
+def unknown_in(program: Program) -> list[str]:
+    """What the machines do not know, by name, each once."""
+    found: dict[str, None] = {}
+    for one in program.instructions:
+        try:
+            part_of(one)
+        except Unknown:
+            found[_name(one)] = None
+    return list(found)
+
+
+def _name(one: Instruction) -> str:
+    if isinstance(one, Call):
+        return getattr(one.function, "__qualname__", type(one.function).__name__)
+    name = one.op if isinstance(one, (Pointwise, Rowwise)) else type(one).__name__.lower()
+    return f"{name} of {'x'.join(map(str, one.out.sizes))} {str(one.out.memory.dtype).removeprefix('torch.')}"

@@ -1,0 +1,63 @@
+"""All memory of a plan in two blocks, of float32 and of int64: an address is a number of one of them."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fastgen.sampling.machine.language import Memory
+from fastgen.sampling.plan.plan import Plan
+from fastgen.sampling.run.memory import PlanMemory
+
+ALIGNED = 16  # numbers
+SHARE_OF_MEMORY = 0.5  # of a device's free memory that one batch may take
+
+
+class ArenaMemory(PlanMemory):
+    """Attributes:
+    arenas: by dtype. The first numbers are 0 and belong to nothing.
+
+    Args:
+        plan, n, device: as in `PlanMemory`.
+        constants: that lie in the arenas, too; others lie where they like.
+    """
+
+    def __init__(self, plan: Plan, n: int, device: torch.device, constants: Iterable[Memory]) -> None:
+        self._shared = {one for one in constants if one.dtype in (torch.float32, torch.int64)}
+        sizes = dict.fromkeys((torch.float32, torch.int64), ALIGNED)
+        for size, dtype in zip(plan.scratch.sizes, plan.scratch.dtypes, strict=True):
+            sizes[dtype] = sizes.get(dtype, 0) + _room(n * size)
+        stored = (plan.timed.graph.values[index] for index in plan.storage.stored)
+        lasting = (plan.levels, *plan.leaves, *plan.output.values, *stored)
+        memories = {*plan.storage.memories.values(), *(plan.storage.memory(value) for value in lasting)}
+        for memory in (one for one in memories if one.kind == "stored"):
+            sizes[memory.dtype] = sizes.get(memory.dtype, 0) + _room(n * plan.rings.get(memory, memory).numel)
+        for memory in self._shared:
+            sizes[memory.dtype] += _room(memory.numel)
+        self.arenas = {dtype: torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes.items()}
+        self._taken = dict.fromkeys(self.arenas, ALIGNED)
+        super().__init__(plan, n, device)
+
+    def allocate(self, size: int, dtype: torch.dtype) -> Tensor:
+        begin = self._taken[dtype]
+        self._taken[dtype] += _room(size)
+        return self.arenas[dtype][begin : begin + size]
+
+    def block(self, memory: Memory, program: int = 0) -> Tensor:
+        if memory in self._shared and memory not in self._blocks:
+            assert memory.data is not None
+            self._blocks[memory] = self.allocate(memory.numel, memory.dtype).view(1, -1)
+            self._blocks[memory].copy_(memory.data.view(1, -1))
+        return super().block(memory, program)
+
+
+def _room(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
+
+
+def images_that_fit(plan: Plan, device: torch.device) -> int | None:
+    """The most images whose memory the device has; None where nothing is known of it."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, int(SHARE_OF_MEMORY * free) // max(1, plan.bytes_of_image))

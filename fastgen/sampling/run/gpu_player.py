@@ -1,0 +1,112 @@
+"""Plays a plan with the step machine of GPUs: draws and steps of whole images in one launch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen.kernels.sampler.machine import Tiles, play, tiles_for
+from fastgen.sampling.machine.gpu.draws import Draws, unknown_draws
+from fastgen.sampling.machine.gpu.tables import Linker, with_views
+from fastgen.sampling.machine.language import View
+from fastgen.sampling.machine.parts import Part, parts_of
+from fastgen.sampling.plan.plan import Step
+from fastgen.sampling.request import SampleRequest
+from fastgen.sampling.run.arena import ArenaMemory
+from fastgen.sampling.run.memory import PlanMemory
+from fastgen.sampling.run.torch_player import TorchPlayer
+from fastgen.sampling.run.torch_program import TorchProgram
+
+
+def precision_on(device: torch.device) -> str:
+    """Of products: TF32 thrice where there is such a unit, which is as near to the truth as float32."""
+    tensor_cores = (
+        device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+    return "tf32x3" if tensor_cores else "ieee"
+
+
+class GPUPlayer(TorchPlayer):
+    """A `Player`. Steps whose programs the machine does not know are played by torch between launches.
+
+    Attributes:
+        launches: of the kernel, so far.
+    """
+
+    tiles: Tiles | None = None
+
+    def allocated(self) -> PlanMemory:
+        numbers: dict[float, View] = {}
+        self._parts: list[list[Part] | None] = []
+        for program in self.plan.programs:
+            parts = parts_of(program)
+            self._parts.append(None if parts is None else [with_views(part, numbers) for part in parts])
+        sides = [side for parts in self._parts for part in parts or () for side in part.sides]
+        constants = dict.fromkeys(side.view.memory for side in sides if side.view.memory.kind == "constant")
+        self._arena = ArenaMemory(self.plan, self.n, self.device, constants)
+        return self._arena
+
+    def bound(self) -> list[Callable[[Step], None]]:
+        self.launches = 0
+        self.precision = precision_on(self.device)
+        tiles = self.tiles = self.tiles or tiles_for(self.n, self.device)
+        programs = [
+            None if parts is None else (parts, {view: k for k, view in enumerate(program.moving())})
+            for program, parts in zip(self.plan.programs, self._parts, strict=True)
+        ]
+        linker = Linker(self.memory, tiles.BN, tiles.BK)
+        self.tables = linker.link(programs, self.plan.steps, self.memory.moves, self.device)
+        return [TorchProgram(self.plan, number, self.memory) for number in range(len(programs))]
+
+    def knows(self, step: int) -> bool:
+        return self._parts[self.plan.steps[step].program] is not None
+
+    def run(self, number: int) -> None:
+        if self.knows(number):
+            self._launch(None, number - 1, number, number)
+        else:
+            super().run(number)
+
+    def step(self, place: int) -> None:
+        if self.knows(place + 1):
+            self.run(place + 1)  # moves included
+        else:
+            super().step(place)
+
+    def play(self, request: SampleRequest, first: int) -> Tensor | None:
+        """Draws all places from number `first` on; whether a parameter was NaN. None: the machine cannot draw these."""
+        plan, count = self.plan, len(self.plan.order)
+        assert self.tiles is not None
+        arena = self._arena.arenas[torch.float32]
+        if unknown_draws(request, self.params(), arena, self.tiles.LEVELS) is not None:
+            return None
+        draws = Draws(request, self.params(), self.levels, plan.order, plan.whole_pixels)
+        row = self.levels.shape[-1] * (1 if plan.whole_pixels else self.levels.shape[1])
+        place = first
+        while place < count:
+            # All in one launch, where nobody wants to see how it goes.
+            last = count if request.progress is None else min(count, (place // row + 1) * row)
+            stop = next((k for k in range(place, last) if not self.knows(k + 1)), last)
+            self._launch(draws, place, min(stop + 1, last), stop)
+            if stop < last:
+                super().step(stop)
+                stop += 1
+            if request.progress is not None:
+                request.progress((stop - place) * (self.levels.shape[1] if plan.whole_pixels else 1))
+            place = stop
+        return draws.bad[0] != 0
+
+    def _launch(self, draws: Draws | None, first: int, last: int, until: int) -> None:
+        self._launch_part(draws, first, last, until, (0, self.n))
+
+    def _launch_part(self, draws: Draws | None, first: int, last: int, until: int, images: tuple[int, int]) -> None:
+        assert self.tiles is not None
+        tables, (floats, integers) = self.tables, (self._arena.arenas[one] for one in (torch.float32, torch.int64))
+        none = tables.steps  # nothing is read there
+        of_request: tuple[Any, ...] = (none, none, floats, none, none.view(torch.uint8)[0], none.view(torch.int32)[0])
+        if draws is not None:
+            of_request = (draws.code, draws.places, draws.noise, draws.known, draws.mask, draws.bad)
+        tensors = (floats, integers, tables.weights, tables.codes, tables.programs, tables.steps, tables.offsets)
+        self.launches += 1
+        play((*tensors, *of_request), self.tiles, self.precision, first, last, until, draws is not None, images)

@@ -1,0 +1,1 @@
+"""The step machine: draws and steps of whole images in one launch."""

@@ -1,0 +1,205 @@
+"""Draws of a place by inverse CDF, in float64, as `fastgen.distributions` defines them."""
+
+import triton
+import triton.language as tl
+
+from fastgen.kernels.sampler.words import (
+    BERNOULLI,
+    CHANNELS,
+    DRAWN_AT,
+    DRAWN_CHANNEL,
+    DRAWN_IMAGE,
+    FIRST_CHANNEL,
+    HAS_KNOWN,
+    KIND,
+    KNOWN_AT,
+    KNOWN_CHANNEL,
+    KNOWN_IMAGE,
+    LEVELS,
+    MASK_AT,
+    MASK_CHANNEL,
+    MASK_IMAGE,
+    MIXTURE,
+    NOISE_AT,
+    NOISE_CHANNEL,
+    NOISE_IMAGE,
+    PARAMETERS,
+    PARAMS_AT,
+    PARAMS_CHANNEL,
+    PARAMS_IMAGE,
+    PARAMS_LEVEL,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+)
+
+MIN_LOG_SCALE = tl.constexpr(-7.0)
+ROUNDS = tl.constexpr(6755399441055744.0)  # 1.5 * 2^52: x + it - it is x rounded to an integer, half to even
+
+
+@triton.jit
+def choose(params, step, count, u, temperature, free, BLOCK: tl.constexpr):
+    """The first of `count` logits of each row (`step` apart) whose cumulative probability exceeds u; at temperature 0
+    the greatest. params: pointers (rows,)."""
+    v = tl.arange(0, BLOCK)
+    minus_infinity = float("-inf")
+    greatest = tl.full((u.shape[0], BLOCK), minus_infinity, tl.float32)
+    for start in range(0, count, BLOCK):
+        real = free[:, None] & (start + v < count)[None, :]
+        logits = tl.load(params[:, None] + ((start + v) * step)[None, :], mask=real, other=minus_infinity)
+        greatest = tl.maximum(greatest, logits)
+    best = tl.where(free, tl.max(greatest, 1), 0.0).to(tl.float64)
+    scale = 1 / tl.where(temperature == 0, 1.0, temperature)
+    total = tl.zeros((u.shape[0], BLOCK), tl.float64)
+    for start in range(0, count, BLOCK):
+        real = free[:, None] & (start + v < count)[None, :]
+        logits = tl.load(params[:, None] + ((start + v) * step)[None, :], mask=real, other=minus_infinity)
+        total += tl.exp((logits.to(tl.float64) - best[:, None]) * scale)
+    threshold = u * tl.sum(total, 1)
+    found = tl.zeros((u.shape[0], BLOCK), tl.int32) + (count - 1)
+    before = tl.zeros(u.shape, tl.float64)
+    for start in range(0, count, BLOCK):
+        real = free[:, None] & (start + v < count)[None, :]
+        logits = tl.load(params[:, None] + ((start + v) * step)[None, :], mask=real, other=minus_infinity)
+        logits = logits.to(tl.float64)
+        shares = tl.exp((logits - best[:, None]) * scale)
+        sums = before[:, None] + tl.cumsum(shares, 1)
+        # Sums are rounded in no fixed order: of two equal ones the latter may be greater.
+        hit = (sums > threshold[:, None]) & (shares > 0)
+        hit = tl.where(temperature == 0, logits == best[:, None], hit)
+        found = tl.where(hit, tl.minimum(found, (start + v)[None, :]), found)
+        before = tl.max(sums, 1)
+    return tl.min(found, 1)
+
+
+@triton.jit
+def choose_of_top(params, step, count, u, temperature, free, top_k, top_p, BLOCK: tl.constexpr):
+    """As `choose`, for up to BLOCK logits, among the most probable: top_k of them, of these the fewest that together
+    have top_p of their sum."""
+    v = tl.arange(0, BLOCK)
+    minus_infinity = float("-inf")
+    real = free[:, None] & (v < count)[None, :]
+    logits = tl.load(params[:, None] + (v * step)[None, :], mask=real, other=minus_infinity).to(tl.float64)
+    best = tl.where(free, tl.max(logits, 1), 0.0)
+    shares = tl.exp((logits - best[:, None]) / temperature)
+    rank = tl.zeros((u.shape[0], BLOCK), tl.int32)
+    before = tl.zeros((u.shape[0], BLOCK), tl.float64)  # the sum of all that are more probable
+    for j in range(0, count):
+        other = tl.load(params + j * step, mask=free, other=minus_infinity).to(tl.float64)
+        share = tl.exp((other - best) / temperature)[:, None]
+        ahead = (share > shares) | ((share == shares) & (j < v)[None, :])
+        rank += ahead.to(tl.int32)
+        before += tl.where(ahead, share, 0.0)
+    shares = tl.where(rank < top_k, shares, 0.0)
+    shares = tl.where(before < (top_p * tl.sum(shares, 1))[:, None], shares, 0.0)
+    hit = (tl.cumsum(shares, 1) > (u * tl.sum(shares, 1))[:, None]) & (shares > 0)
+    return tl.min(tl.where(hit, v[None, :], count - 1), 1)
+
+
+@triton.jit
+def has_nan(params, step, count, free, BLOCK: tl.constexpr):
+    v = tl.arange(0, BLOCK)
+    found = tl.zeros((free.shape[0], BLOCK), tl.int32)
+    for start in range(0, count, BLOCK):
+        real = free[:, None] & (start + v < count)[None, :]
+        x = tl.load(params[:, None] + ((start + v) * step)[None, :], mask=real, other=0.0)
+        found |= (x != x).to(tl.int32)
+    return tl.max(tl.max(found, 1), 0) > 0
+
+
+@triton.jit
+def tanh64(x):
+    shrunk = tl.exp(-2 * tl.abs(x))
+    size = (1 - shrunk) / (1 + shrunk)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def of_component(params, step, mixtures, kinds, component, colour, kind, free):
+    at = mixtures + (colour * kinds + kind) * mixtures + component
+    return tl.load(params + at * step, mask=free, other=0.0).to(tl.float64)
+
+
+@triton.jit
+def mixture_level(params, step, draws, component, channel, u, temperature, drawn, free):
+    """Of a logistic of the mixture. Parameters of a pixel: logits, then means, log-scales (and, for colours,
+    coefficients) of each channel. drawn: pointers to the levels of the pixel."""
+    m = tl.load(draws + LEVELS)
+    kinds = tl.where(tl.load(draws + PARAMETERS) == 10 * m, 3, 2)
+    x = of_component(params, step, m, kinds, component, channel, 0, free)
+    if (kinds == 3) & (channel > 0):
+        red = tl.load(drawn, mask=free, other=0).to(tl.float64) / 127.5 - 1
+        coefficient = of_component(params, step, m, kinds, component, channel - 1, 2, free)
+        x += tanh64(coefficient) * red
+        if channel == 2:
+            green = tl.load(drawn + tl.load(draws + DRAWN_CHANNEL), mask=free, other=0).to(tl.float64) / 127.5 - 1
+            x += tanh64(of_component(params, step, m, kinds, component, 2, 2, free)) * green
+    if temperature > 0:
+        log_scale = of_component(params, step, m, kinds, component, channel, 1, free)
+        scale = tl.exp(tl.maximum(log_scale, MIN_LOG_SCALE)) * temperature
+        x += scale * (tl.log(u) - tl.log(1 - u))
+    x = (tl.minimum(tl.maximum(x, -1.0), 1.0) + 1) * 127.5
+    x = (x + ROUNDS) - ROUNDS
+    return tl.where(x == x, x, 0.0).to(tl.int32)
+
+
+@triton.jit
+def draw(
+    memory_ptr,
+    integers_ptr,
+    noise_ptr,
+    known_ptr,
+    mask_ptr,
+    bad_ptr,
+    draws,
+    place,
+    first_image,
+    images,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The levels of a place, channel after channel; `bad` where a parameter of a level that is not known is NaN."""
+    kind, step = tl.load(draws + KIND), tl.load(draws + PARAMS_LEVEL)
+    temperature = tl.load(draws + TEMPERATURE).to(tl.float64, bitcast=True)
+    count, parameters = tl.load(draws + LEVELS).to(tl.int32), tl.load(draws + PARAMETERS).to(tl.int32)
+    first = tl.load(place + FIRST_CHANNEL).to(tl.int32)
+    for channel in range(first, first + tl.load(draws + CHANNELS).to(tl.int32)):
+        tl.debug_barrier()  # the parameters are there; so are the levels of the channels before
+        of_pixel = kind == MIXTURE  # parameters, of all channels together
+        for begin in range(0, images, ROWS):
+            image = begin + tl.arange(0, ROWS)
+            real = image < images
+            image = (first_image + tl.where(real, image, 0)).to(tl.int64)
+            free = real
+            if tl.load(draws + HAS_KNOWN) != 0:
+                at = tl.load(place + MASK_AT) + image * tl.load(draws + MASK_IMAGE)
+                mask = tl.load(mask_ptr + at + channel * tl.load(draws + MASK_CHANNEL), mask=real, other=0)
+                free = real & (mask == 0)
+            at = tl.load(place + PARAMS_AT) + image * tl.load(draws + PARAMS_IMAGE)
+            params = memory_ptr + at + tl.where(of_pixel, 0, channel) * tl.load(draws + PARAMS_CHANNEL)
+            noise = noise_ptr + tl.load(place + NOISE_AT) + image * tl.load(draws + NOISE_IMAGE)
+            to_channel = tl.load(draws + NOISE_CHANNEL)
+            u = tl.load(noise + tl.where(of_pixel, 0, channel) * to_channel, mask=free, other=0.0).to(tl.float64)
+            drawn = integers_ptr + tl.load(place + DRAWN_AT) + image * tl.load(draws + DRAWN_IMAGE)
+            if has_nan(params, step, parameters, free, BLOCK):
+                tl.store(bad_ptr, 1)
+            if kind == BERNOULLI:
+                logit = tl.load(params, mask=free, other=0.0).to(tl.float64)
+                warmth = tl.where(temperature == 0, 1.0, temperature)
+                level = tl.where(temperature == 0, logit > 0, u >= 1 / (1 + tl.exp(logit / warmth))).to(tl.int32)
+            else:
+                top_k = tl.load(draws + TOP_K)
+                if top_k > 0:
+                    top_p = tl.load(draws + TOP_P).to(tl.float64, bitcast=True)
+                    level = choose_of_top(params, step, count, u, temperature, free, top_k, top_p, BLOCK)
+                else:
+                    level = choose(params, step, count, u, temperature, free, BLOCK)
+                if kind == MIXTURE:
+                    own = tl.load(noise + (channel + 1) * to_channel, mask=free, other=0.5).to(tl.float64)
+                    level = mixture_level(params, step, draws, level, channel, own, temperature, drawn, free)
+            level = level.to(tl.int64)
+            if tl.load(draws + HAS_KNOWN) != 0:
+                at = tl.load(place + KNOWN_AT) + image * tl.load(draws + KNOWN_IMAGE)
+                known = tl.load(known_ptr + at + channel * tl.load(draws + KNOWN_CHANNEL), mask=real, other=0)
+                level = tl.where(free, level, known)
+            tl.store(drawn + channel * tl.load(draws + DRAWN_CHANNEL), level, mask=real)

@@ -1,0 +1,308 @@
+"""Instructions of the step machine, each played by one program (CTA) for its images, tile after tile.
+
+A row is an image and a place in the three dimensions after it. No tile of an instruction reads what another one writes.
+"""
+
+import triton
+import triton.language as tl
+
+from fastgen.kernels.common import tanh
+from fastgen.kernels.sampler.words import (
+    ABS,
+    ADD,
+    ADDED,
+    ALONG,
+    ALONG_B,
+    AMAX,
+    COLUMNS,
+    COPY_INT64,
+    DEPTH,
+    DIV,
+    ELU,
+    ERASE,
+    EXP,
+    EXPM1,
+    GATE,
+    GELU,
+    GELU_TANH,
+    HAS_ADDED,
+    HIDE,
+    IN_ORDER,
+    LEAKY_RELU,
+    LOG,
+    LOG_SOFTMAX,
+    LOOKUP,
+    MAXIMUM,
+    MEAN,
+    MINIMUM,
+    MOVE_INT64,
+    MUL,
+    NEG,
+    NORMALIZED,
+    NUMBER,
+    OP,
+    OUT,
+    RECIPROCAL,
+    RELU,
+    RSQRT,
+    S1,
+    S2,
+    S3,
+    SIGMOID,
+    SILU,
+    SOFTMAX,
+    SQRT,
+    SQUARE,
+    SUB,
+    SUM,
+    TANH,
+    WEIGHT,
+    A,
+    B,
+)
+
+
+@triton.jit
+def rows_in(code, images):
+    return (images * tl.load(code + S1) * tl.load(code + S2) * tl.load(code + S3)).to(tl.int32)
+
+
+@triton.jit
+def places(code, SIDE: tl.constexpr, offsets, first_image, m):
+    """Where rows m of a side begin."""
+    start = tl.load(code + SIDE) + tl.load(offsets + tl.load(code + SIDE + 1))
+    of_image = tl.load(code + SIDE + 2)
+    s2, s3 = tl.load(code + S2).to(tl.int32), tl.load(code + S3).to(tl.int32)
+    inner = tl.load(code + S1).to(tl.int32) * s2 * s3
+    found = start + (first_image + m // inner) * of_image
+    if inner > 1:
+        d1, d2, d3 = tl.load(code + SIDE + 3), tl.load(code + SIDE + 4), tl.load(code + SIDE + 5)
+        found += m % s3 * d3 + m // s3 % s2 * d2 + m // (s2 * s3) % tl.load(code + S1).to(tl.int32) * d1
+    return found
+
+
+@triton.jit
+def product(
+    memory_ptr,
+    weights_ptr,
+    code,
+    offsets,
+    first_image,
+    images,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out = rows @ weight + added; the weight as panels (depth, BN), depth filled up with zeros to a multiple of BK."""
+    rows, columns, depth = (
+        rows_in(code, images),
+        tl.load(code + COLUMNS).to(tl.int32),
+        tl.load(code + DEPTH).to(tl.int32),
+    )
+    parts, panels = tl.cdiv(depth, BK), tl.cdiv(columns, BN)
+    k = tl.arange(0, BK)
+    for tile in range(0, tl.cdiv(rows, BM) * panels):
+        panel, m = tile % panels, tile // panels * BM + tl.arange(0, BM)
+        real = m < rows
+        m = tl.where(real, m, 0)
+        a_ptr = memory_ptr + places(code, A, offsets, first_image, m)[:, None] + k[None, :]
+        start = tl.multiple_of(tl.load(code + WEIGHT) + panel.to(tl.int64) * parts * (BK * BN), 16)
+        w_ptr = weights_ptr + start + (k[:, None] * BN + tl.arange(0, BN)[None, :])
+        total = tl.zeros((BM, BN), tl.float32)
+        for part in range(0, parts):
+            a = tl.load(a_ptr, mask=real[:, None] & (part * BK + k < depth)[None, :], other=0.0)
+            total = tl.dot(a, tl.load(w_ptr), total, input_precision=PRECISION)
+            a_ptr += BK
+            w_ptr += BK * BN
+        j = panel * BN + tl.arange(0, BN)
+        inside = real[:, None] & (j < columns)[None, :]
+        if tl.load(code + HAS_ADDED) != 0:
+            at = places(code, ADDED, offsets, first_image, m)
+            total += tl.load(memory_ptr + at[:, None] + j[None, :], mask=inside, other=0.0)
+        tl.store(memory_ptr + places(code, OUT, offsets, first_image, m)[:, None] + j[None, :], total, mask=inside)
+
+
+@triton.jit
+def contract(
+    memory_ptr,
+    code,
+    offsets,
+    first_image,
+    images,
+    ROWS: tl.constexpr,
+    BJ: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """out = rows @ weight + added, each row with a weight of its own that has been computed."""
+    rows, columns, depth = (
+        rows_in(code, images),
+        tl.load(code + COLUMNS).to(tl.int32),
+        tl.load(code + DEPTH).to(tl.int32),
+    )
+    along_a, along_b = tl.load(code + ALONG), tl.load(code + ALONG_B)
+    panels = tl.cdiv(columns, BJ)
+    for tile in range(0, tl.cdiv(rows, ROWS) * panels):
+        j, m = tile % panels * BJ + tl.arange(0, BJ), tile // panels * ROWS + tl.arange(0, ROWS)
+        real = m < rows
+        inside = real[:, None] & (j < columns)[None, :]
+        m = tl.where(real, m, 0)
+        a_ptr = memory_ptr + places(code, A, offsets, first_image, m)
+        b_ptr = (memory_ptr + places(code, B, offsets, first_image, m))[:, None] + j[None, :] * tl.load(code + B + 6)
+        products = tl.zeros((ROWS, BK, BJ), tl.float32)
+        for start in range(0, depth, BK):
+            k = start + tl.arange(0, BK)
+            kept = real[:, None] & (k < depth)[None, :]
+            a = tl.load(a_ptr[:, None] + (k * along_a)[None, :], mask=kept, other=0.0)
+            both = kept[:, :, None] & inside[:, None, :]
+            b = tl.load(b_ptr[:, None, :] + (k * along_b)[None, :, None], mask=both, other=0.0)
+            products += a[:, :, None] * b
+        total = tl.sum(products, 1)
+        if tl.load(code + HAS_ADDED) != 0:
+            at = places(code, ADDED, offsets, first_image, m)[:, None] + j[None, :] * tl.load(code + ADDED + 6)
+            total += tl.load(memory_ptr + at, mask=inside, other=0.0)
+        at = places(code, OUT, offsets, first_image, m)[:, None] + j[None, :] * tl.load(code + OUT + 6)
+        tl.store(memory_ptr + at, total, mask=inside)
+
+
+@triton.jit
+def expm1(x):
+    half = tanh(0.5 * x)
+    return tl.where(x < 1, 2 * half / (1 - half), tl.exp(x) - 1)
+
+
+@triton.jit
+def apply(op, a, b):
+    """What the op makes of numbers a and b."""
+    if op == ADD:
+        a = a + b
+    elif op == SUB:
+        a = a - b
+    elif op == MUL:
+        a = a * b
+    elif op == DIV:
+        a = tl.div_rn(a, b)
+    elif op == MAXIMUM:
+        a = tl.where((a > b) | (a != a), a, b)
+    elif op == MINIMUM:
+        a = tl.where((a < b) | (a != a), a, b)
+    elif op == NEG:
+        a = -a
+    elif op == RELU:
+        a = tl.where(a < 0, 0.0, a)
+    elif op == TANH:
+        a = tanh(a)
+    elif (op == SIGMOID) | (op == SILU):
+        a = tl.sigmoid(a) * tl.where(op == SILU, a, 1.0)
+    elif op == EXP:
+        a = tl.exp(a)
+    elif op == EXPM1:
+        a = expm1(a)
+    elif op == LOG:
+        a = tl.log(a)
+    elif op == GELU:
+        a = 0.5 * a * (1 + tl.erf(a * 0.7071067811865476))
+    elif op == GELU_TANH:
+        a = 0.5 * a * (1 + tanh(0.7978845608028654 * (a + 0.044715 * a * a * a)))
+    elif op == ELU:
+        a = tl.where(a > 0, a, b * expm1(a))
+    elif op == LEAKY_RELU:
+        a = tl.where(a > 0, a, b * a)
+    elif op == SQUARE:
+        a = a * a
+    elif op == ABS:
+        a = tl.abs(a)
+    elif op == SQRT:
+        a = tl.sqrt_rn(a)
+    elif op == RSQRT:
+        a = tl.div_rn(1.0, tl.sqrt_rn(a))
+    elif op == RECIPROCAL:
+        a = tl.div_rn(1.0, a)
+    elif op == GATE:
+        a = tanh(a) * tl.sigmoid(b)
+    elif op == HIDE:
+        a = tl.where(b != 0, float("-inf"), a)
+    elif op == ERASE:
+        a = tl.where(b != 0, 0.0, a)
+    return a
+
+
+@triton.jit
+def pointwise(memory_ptr, integers_ptr, code, offsets, first_image, images, BR: tl.constexpr, BP: tl.constexpr):
+    """out = op(a, b); copies; out = table[index], with the table in A and the index in B."""
+    op = tl.load(code + OP)
+    rows, columns = rows_in(code, images), tl.load(code + COLUMNS).to(tl.int32)
+    panels = tl.cdiv(columns, BP)
+    for tile in range(0, tl.cdiv(rows, BR) * panels):  # of a row from left to right
+        j, m = tile % panels * BP + tl.arange(0, BP), tile // panels * BR + tl.arange(0, BR)
+        real = m < rows
+        inside = real[:, None] & (j < columns)[None, :]
+        m = tl.where(real, m, 0)
+        a_at = places(code, A, offsets, first_image, m)[:, None] + j[None, :] * tl.load(code + A + 6)
+        of_row = places(code, B, offsets, first_image, m)
+        out_at = places(code, OUT, offsets, first_image, m)[:, None] + j[None, :] * tl.load(code + OUT + 6)
+        if op == MOVE_INT64:
+            moved = tl.load(integers_ptr + a_at, mask=inside, other=0)
+            if tl.load(code + IN_ORDER) != 0:
+                tl.debug_barrier()
+            tl.store(integers_ptr + out_at, moved, mask=inside)
+        else:
+            if op == COPY_INT64:
+                a = tl.load(integers_ptr + a_at, mask=inside, other=0).to(tl.float32)
+            else:
+                if op == LOOKUP:
+                    a_at += (tl.load(integers_ptr + of_row, mask=real, other=0) * tl.load(code + ALONG))[:, None]
+                a = tl.load(memory_ptr + a_at, mask=inside, other=0.0)
+            if op < COPY_INT64:
+                b_at = of_row[:, None] + j[None, :] * tl.load(code + B + 6)
+                a = apply(op, a, tl.load(memory_ptr + b_at, mask=inside, other=1.0))
+            if tl.load(code + IN_ORDER) != 0:
+                tl.debug_barrier()
+            tl.store(memory_ptr + out_at, a, mask=inside)
+
+
+@triton.jit
+def rowwise(memory_ptr, code, offsets, first_image, images, BR: tl.constexpr, BP: tl.constexpr):
+    """Along a row of A: its sum, mean, greatest number; its softmax, logarithm of that, or the row normalized."""
+    op, along, across = tl.load(code + OP), tl.load(code + ALONG), tl.load(code + OUT + 6)
+    rows, depth = rows_in(code, images), tl.load(code + DEPTH).to(tl.int32)
+    eps = tl.load(code + NUMBER).to(tl.int32).to(tl.float32, bitcast=True)
+    k = tl.arange(0, BP)
+    for tile in range(0, tl.cdiv(rows, BR)):
+        m = tile * BR + tl.arange(0, BR)
+        real = m < rows
+        m = tl.where(real, m, 0)
+        a_ptr = memory_ptr + places(code, A, offsets, first_image, m)
+        out_ptr = memory_ptr + places(code, OUT, offsets, first_image, m)
+        exponential = (op == SOFTMAX) | (op == LOG_SOFTMAX)
+        greatest = tl.full((BR, BP), float("-inf"), tl.float32)
+        sums = tl.zeros((BR, BP), tl.float32)
+        nan = tl.zeros((BR, BP), tl.int32)
+        for start in range(0, depth, BP):
+            inside = real[:, None] & (start + k < depth)[None, :]
+            a = tl.load(a_ptr[:, None] + ((start + k) * along)[None, :], mask=inside, other=0.0)
+            greatest = tl.maximum(greatest, tl.where(inside, a, float("-inf")))
+            sums += a
+            nan |= (a != a).to(tl.int32)
+        shift, total = tl.max(greatest, 1), tl.sum(sums, 1)
+        if op == AMAX:
+            tl.store(out_ptr, tl.where(tl.max(nan, 1) > 0, float("nan"), shift), mask=real)
+        elif (op == SUM) | (op == MEAN):
+            tl.store(out_ptr, tl.where(op == MEAN, total / depth, total), mask=real)
+        else:
+            shift = tl.where(exponential, shift, total / depth)  # what is taken off each number
+            sums = tl.zeros((BR, BP), tl.float32)
+            for start in range(0, depth, BP):
+                inside = real[:, None] & (start + k < depth)[None, :]
+                a = tl.load(a_ptr[:, None] + ((start + k) * along)[None, :], mask=inside, other=0.0) - shift[:, None]
+                sums += tl.where(inside, tl.where(exponential, tl.exp(a), a * a), 0.0)
+            total = tl.where(real, tl.sum(sums, 1), 1.0)
+            scale = tl.div_rn(1.0, tl.where(op == NORMALIZED, tl.sqrt_rn(total / depth + eps), total))
+            for start in range(0, depth, BP):
+                inside = real[:, None] & (start + k < depth)[None, :]
+                a = tl.load(a_ptr[:, None] + ((start + k) * along)[None, :], mask=inside, other=0.0) - shift[:, None]
+                if op == LOG_SOFTMAX:
+                    a -= tl.log(total)[:, None]
+                else:
+                    a = tl.where(exponential, tl.exp(a), a) * scale[:, None]
+                tl.store(out_ptr[:, None] + ((start + k) * across)[None, :], a, mask=inside)

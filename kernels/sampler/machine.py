@@ -1,0 +1,164 @@
+"""The step machine: one kernel that reads instruction tables and plays draws and steps, compiled once for all models.
+
+A program (CTA) owns BM images and plays them from the first place to the last by itself: programs share nothing but
+weights, so nothing has to be synchronized between them. Between two instructions its threads wait for each other.
+Activations lie in one arena of float32, levels and indices in one of int64.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgen.kernels.catalogue_entry import Entry
+from fastgen.kernels.common import cdiv, launch, processors_of
+from fastgen.kernels.sampler.draws import draw
+from fastgen.kernels.sampler.instructions import contract, pointwise, product, rowwise
+from fastgen.kernels.sampler.words import (
+    CONTRACT,
+    MOVES,
+    MOVES_COUNT,
+    OFFSETS,
+    OP,
+    PLACE_WORDS,
+    PRODUCT,
+    PROGRAM,
+    SOFTMAX,
+    STEP_WORDS,
+    WORDS,
+)
+
+COUNTS = ["first", "last", "until", "drawing", "first_image", "n"]
+GIVEN = ["noise_ptr", "known_ptr", "mask_ptr"]  # by the caller, at any address
+
+
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=GIVEN)
+def step_machine_kernel(
+    memory_ptr,  # float32 arena; its first number is 0 and stays so
+    integers_ptr,  # int64 arena
+    weights_ptr,  # packed
+    codes_ptr,  # instructions
+    programs_ptr,  # (programs, 2): first instruction, number of instructions
+    steps_ptr,  # (steps, STEP_WORDS)
+    offsets_ptr,
+    draws_ptr,  # of the request
+    places_ptr,  # (places, PLACE_WORDS)
+    noise_ptr,
+    known_ptr,  # int64
+    mask_ptr,  # uint8
+    bad_ptr,  # int32 (1,), set where a parameter is NaN
+    first,  # places from here
+    last,  # to before this one are drawn,
+    until,  # those before this one are followed by their steps;
+    drawing,  # 0: steps alone
+    first_image,
+    n,  # images
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+    BP: tl.constexpr,
+    ROWS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    first_image = (first_image + tl.program_id(0) * BM).to(tl.int64)
+    images = tl.minimum(n - first_image, BM).to(tl.int32)
+    for place in range(first, last):
+        if drawing != 0:
+            at = places_ptr + place * PLACE_WORDS
+            draw(memory_ptr, integers_ptr, noise_ptr, known_ptr, mask_ptr, bad_ptr, draws_ptr, at, first_image, images,
+                 ROWS, LEVELS)  # fmt: skip
+        if place < until:
+            step = steps_ptr + (place + 1) * STEP_WORDS
+            program = programs_ptr + 2 * tl.load(step + PROGRAM)
+            offsets = offsets_ptr + tl.load(step + OFFSETS)
+            moves = tl.load(step + MOVES_COUNT).to(tl.int32)
+            for k in range(0, moves + tl.load(program + 1).to(tl.int32)):
+                number = tl.where(k < moves, tl.load(step + MOVES) + k, tl.load(program) + k - moves)
+                code = codes_ptr + number * WORDS
+                op = tl.load(code + OP)
+                tl.debug_barrier()
+                if op == PRODUCT:
+                    product(memory_ptr, weights_ptr, code, offsets, first_image, images, BM, BN, BK, PRECISION)
+                elif op == CONTRACT:
+                    contract(memory_ptr, code, offsets, first_image, images, ROWS, 32, 16)
+                elif op >= SOFTMAX:
+                    rowwise(memory_ptr, code, offsets, first_image, images, BR, BP)
+                else:
+                    pointwise(memory_ptr, integers_ptr, code, offsets, first_image, images, BR, BP)
+
+
+OPTIONS: dict[str, Any] = {"num_warps": 8, "num_stages": 2}
+
+
+class Tiles(NamedTuple):
+    """Images of a program, which are the rows (BM), columns (BN) and depth (BK) of a part of a product; rows (BR) and
+    columns (BP) of other instructions; images (ROWS) and levels that are drawn at once."""
+
+    BM: int = 16
+    BN: int = 64
+    BK: int = 32
+    BR: int = 16
+    BP: int = 64
+    ROWS: int = 4
+    LEVELS: int = 256
+
+
+def tiles_for(images: int, device: torch.device) -> Tiles:
+    """Larger tiles read the weights less often; they pay where smaller ones would not all run at the same time."""
+    for BM in (16, 32):
+        if cdiv(images, BM) <= processors_of(device):
+            return Tiles(BM)
+    return Tiles(64, BK=16)
+
+
+def play(
+    tensors: tuple[Tensor, ...],
+    tiles: Tiles,
+    precision: str,
+    first: int,
+    last: int,
+    until: int,
+    drawing: bool,
+    images: tuple[int, int],
+) -> None:
+    """One launch.
+
+    Args:
+        tensors: the kernel's first 13 arguments.
+        precision: of products, "ieee" or "tf32x3".
+        first, last, until, drawing: see the kernel.
+        images: from the first to before the last.
+    """
+    constants: dict[str, Any] = {**tiles._asdict(), "PRECISION": precision, **OPTIONS}
+    args = (*tensors, first, last, until, int(drawing), *images)
+    launch(step_machine_kernel, (cdiv(images[1] - images[0], tiles.BM),), args, constants)
+
+
+KINDS = {"memory_ptr": "*fp32", "weights_ptr": "*fp32", "noise_ptr": "*fp32", "mask_ptr": "*u8", "bad_ptr": "*i32"}
+NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+
+
+def entry(tiles: Tiles, precision: str, skips: dict[str, str]) -> Entry:
+    fixed = {**tiles._asdict(), "PRECISION": precision}
+    kinds = {name: "*i64" if name.endswith("_ptr") else "i32" for name in step_machine_kernel.arg_names}
+    signature = {name: KINDS.get(name, kind) for name, kind in kinds.items() if name not in fixed}
+    return Entry(
+        step_machine_kernel,
+        f"fp32 {precision}, {tiles.BM} images",
+        signature,
+        fixed,
+        unaligned=tuple(GIVEN),
+        requires=dict.fromkeys(NVIDIA, "mma") if precision == "tf32x3" else {},
+        skips=skips,
+        **OPTIONS,
+    )
+
+
+CATALOGUE: list[Entry] = [
+    *(entry(tiles, "tf32x3", {"gfx942": "has no TF32"}) for tiles in (Tiles(), Tiles(32), Tiles(64, BK=16))),
+    entry(Tiles(), "ieee", dict.fromkeys(NVIDIA, "takes tf32x3")),
+]

@@ -1,0 +1,73 @@
+"""Programs written by hand, played by the step machine of GPUs over blocks of numbers."""
+
+import torch
+
+from fastgen.kernels.sampler.machine import Tiles, play
+from fastgen.sampling.machine.gpu.tables import Linker, with_views
+from fastgen.sampling.machine.language import AffineOffset, Memory, View, dense_strides
+from fastgen.sampling.machine.parts import part_of
+from fastgen.sampling.plan.plan import Step
+
+N = 3  # images
+
+
+class Blocks:
+    """Memories in two arenas, as `run.arena` has them; numbers that nobody has written are NaN."""
+
+    def __init__(self):
+        self.data = {}
+        self.blocks = {}
+
+    def view(self, data, strides=None):
+        """A memory for data (N, ...), and the view of it."""
+        memory = Memory("stored", len(self.data), data[0].numel(), data.dtype)
+        self.data[memory] = data.reshape(N, -1)
+        sizes = tuple(data.shape[1:])
+        return View(memory, sizes, strides or dense_strides(sizes), AffineOffset(0), 0)
+
+    def empty(self, *sizes, dtype=torch.float32):
+        return self.view(torch.full((N, *sizes), float("nan") if dtype.is_floating_point else -1).to(dtype))
+
+    def add_constants(self, parts):
+        for part in parts:
+            for side in part.sides:
+                if side.view.memory.kind == "constant":
+                    self.data.setdefault(side.view.memory, side.view.memory.data.view(1, -1))
+
+    def place(self):
+        self.arenas = {}
+        for dtype in (torch.float32, torch.int64):
+            here = {memory: data for memory, data in self.data.items() if data.dtype == dtype}
+            arena = torch.zeros(16 + sum(data.numel() for data in here.values()), dtype=dtype)
+            start = 16
+            for memory, data in here.items():
+                self.blocks[memory] = arena[start : start + data.numel()].view(data.shape)
+                self.blocks[memory].copy_(data)
+                start += data.numel()
+            self.arenas[dtype] = arena
+
+    def block(self, memory, program=0):
+        return self.blocks[memory]
+
+    def read(self, view):
+        """What a view holds, (N, ...)."""
+        return self.blocks[view.memory].view(N, *view.sizes)
+
+
+def run(blocks, instructions, offsets=None, moves=(), slots=None):
+    """Plays instructions as the program of one step; moves: (target, source) columns as slices of a view's block."""
+    numbers, tiles = {}, Tiles()
+    parts = [with_views(part_of(one), numbers) for one in instructions]
+    blocks.add_constants(parts)
+    blocks.place()
+    step = Step(0, torch.tensor(offsets or [], dtype=torch.int64).numpy())
+    moved = [
+        (blocks.block(view.memory)[:, target], blocks.block(view.memory)[:, source]) for view, target, source in moves
+    ]
+    linker = Linker(blocks, tiles.BN, tiles.BK)
+    tables = linker.link([(parts, slots or {})], [step], {0: moved}, torch.device("cpu"))
+    floats, integers = blocks.arenas[torch.float32], blocks.arenas[torch.int64]
+    none = tables.steps
+    tensors = (floats, integers, tables.weights, tables.codes, tables.programs, tables.steps, tables.offsets)
+    nothing = (none, none, floats, none, none.view(torch.uint8)[0], none.view(torch.int32)[0])
+    play((*tensors, *nothing), tiles, "ieee", -1, 0, 0, False, (0, N))
