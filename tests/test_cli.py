@@ -279,7 +279,7 @@ def test_doctor(capsys):
     assert cli.main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert f"fastgen {fastgen.__version__}" in shown and f"torch {torch.__version__}" in shown
-    assert "reparameterize_kl.reparameterize_kl_forward_kernel: " in shown
+    assert "vae.reparameterize_kl_forward_kernel: " in shown
     assert "catalogue" not in shown
 
 
@@ -293,7 +293,7 @@ def test_doctor_says_why_not(monkeypatch):
     real = doctor.importlib.util.find_spec
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "triton" else real(name))
     assert "triton is not installed" in doctor.why_no_kernels()
-    assert ("reparameterize_kl", "no Triton") in doctor.kernels(doctor.why_no_kernels())
+    assert ("vae", "no Triton") in doctor.kernels(doctor.why_no_kernels())
 
 
 def test_doctor_of_other_gpus(monkeypatch):
@@ -304,7 +304,7 @@ def test_doctor_of_other_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert doctor.why_no_kernels() == ""
     found = dict(doctor.kernels(""))
-    assert found["reparameterize_kl.reparameterize_kl_forward_kernel"] == ""
+    assert found["vae.reparameterize_kl_forward_kernel"] == ""
 
 
 def test_bench_runs_the_benchmarks(monkeypatch):

@@ -20,6 +20,6 @@ def test_every_command_is_there():
 
     parser = build_parser()
     lines = re.findall(r"^fastgen (train|evaluate|sample|complete) (.*?)(?:  +#.*)?$", README, re.M)
-    assert len(lines) == 5
+    assert len(lines) == 6
     for command, rest in lines:
         parser.parse_args([command, *rest.replace("[", "").replace("]", "").split()])

@@ -104,19 +104,20 @@ def why_no_kernels() -> str:
 
 
 def kernels(reason: str) -> list[tuple[str, str]]:
-    """Each kernel as MODULE.NAME with why it cannot run here, "" where it can. Without Triton, which kernels a module
-    has is not known, and the module stands for them."""
+    """Each kernel as FAMILY.NAME with why it cannot run here, "" where it can. Without Triton, which kernels a family
+    has is not known, and the family stands for them."""
     from fastgen import kernels as package
 
     if importlib.util.find_spec("triton") is None:
-        folders = [Path(folder) for folder in package.__path__]
-        files = sorted(file for folder in folders for file in folder.glob("*.py") if "@triton.jit" in file.read_text())
-        return [(file.stem, "no Triton") for file in files]
+        files = [file for folder in package.__path__ for file in Path(folder).glob("*/*.py")]
+        families = {file.parent.name for file in files if "@triton.jit" in file.read_text()}
+        return [(family, "no Triton") for family in sorted(families)]
     short = reason.partition(" (")[0]
     found = []
-    for name in sorted(info.name for info in pkgutil.iter_modules(package.__path__)):
+    for full in sorted(info.name for info in pkgutil.walk_packages(package.__path__, "fastgen.kernels.")):
+        name = full.split(".")[2]
         try:
-            module = importlib.import_module(f"fastgen.kernels.{name}")
+            module = importlib.import_module(full)
         except Exception as error:  # whatever stops a kernel from being defined is what the reader wants to know
             found.append((name, f"cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}"))
             continue

@@ -25,9 +25,10 @@ class Rebuildable(nn.Module):
 
     def note_argument(self, name: str, value: Any) -> None:
         """What a constructor makes of a keyword argument is what a file says, if that is not what was given: rules by
-        which it is found may change."""
+        which it is found may change. A subclass whose constructor has no such argument says what it was given."""
         _, given = self.__dict__["_built_with"]
-        if given.get(name, inspect.signature(type(self).__init__).parameters[name].default) != value:
+        known = inspect.signature(type(self).__init__).parameters.get(name)
+        if known is not None and given.get(name, known.default) != value:
             given[name] = value
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:

@@ -229,12 +229,12 @@ def test_classes_that_a_model_does_not_have_are_named():
             lambda c=condition: model.loss(x, c),
             lambda c=condition: model.sample(2, seed=0, condition=c),
         ):
-            with pytest.raises(ValueError, match=rf"condition must hold classes in 0\.\.2, got {got}"):
+            with pytest.raises(ValueError, match=rf"condition must hold classes 0\.\.2, got {got}"):
                 call()
     with pytest.raises(ValueError, match=r"got 7\.\.7"):
         model.sample(2, seed=0, condition=7)
     for wrong in ([0, 1], torch.tensor([0.0, 1.0])):
-        with pytest.raises(TypeError, match="condition must be an int64 tensor"):
+        with pytest.raises(TypeError, match="condition must be an integer tensor"):
             model.sample(2, seed=0, condition=wrong)
     assert torch.equal(model.sample(2, seed=0, condition=1), model.sample(2, seed=0, condition=torch.tensor([1, 1])))
 

@@ -60,7 +60,7 @@ def test_layouts_need_no_copies(likelihood, device):
         )
 
 
-@pytest.mark.parametrize("layout", fastgen.distributions.LAYOUTS)
+@pytest.mark.parametrize("layout", fastgen.distributions.LAYOUTS[:4])
 def test_logits_in_every_layout_are_read_where_they_are(layout, device, monkeypatch):
     """The four places that models put the levels and the colours in: views, gradients in the model's own layout."""
     logits, target = make("categorical", 2, 3, 4, 5)
