@@ -352,33 +352,42 @@ void fastgen_run(const Program* program, const int64_t* offsets, int64_t threads
     }
 }
 
-// Draws places from `first` to before `last`, each followed by its step. Stops at a step whose program is not all of
-// the machine's, with its level drawn, and returns the number of that place; else `last`.
-int64_t fastgen_play(const Play* play, int64_t first, int64_t last) {
-    int64_t stop = first, most = 1;
-    for (; stop < last && play->programs[play->steps[stop + 1].program].code; stop++)
-        most = std::max(most, play->programs[play->steps[stop + 1].program].threads);
-    int64_t end = stop < last ? stop + 1 : last;  // places to be drawn
-    Barrier barrier, inner;  // of all threads, and of those that share a program
-#pragma omp parallel num_threads(most)
+// Draws places from `first` to before `last`, each followed by its step, with so many threads, which are as many as each
+// of these programs asks for.
+void play_alike(const Play* play, int64_t first, int64_t last, int64_t threads) {
+    Barrier barrier;
+#pragma omp parallel num_threads(threads)
     {
         int thread = 0, all = 1;
 #ifdef _OPENMP
         thread = omp_get_thread_num(), all = omp_get_num_threads();
 #endif
-        for (int64_t place = first; place < end; place++) {
+        for (int64_t place = first; place < last; place++) {
             if (all > 1) barrier.wait(all);
             draw_place(*play->draws, place, images_of(play->images, thread, all),
-                         images_of(play->images, thread + 1, all));
-            if (place == stop) break;
+                       images_of(play->images, thread + 1, all));
             const Step& step = play->steps[place + 1];
             for (int64_t k = step.moves; k < step.moves_end; k++) move_rows(play->moves[k], play->images, thread, all);
             if (all > 1) barrier.wait(all);
-            const Program& program = play->programs[step.program];
-            int threads = static_cast<int>(std::min<int64_t>(all, program.threads));
-            if (thread < threads) run_program(program, step.offsets, thread, threads, inner);
+            run_program(play->programs[step.program], step.offsets, thread, all, barrier);
         }
     }
-    return stop;
+}
+
+// Draws places from `first` to before `last`, each followed by its step. Stops at a step whose program is not all of
+// the machine's, with its level drawn, and returns the number of that place; else `last`.
+int64_t fastgen_play(const Play* play, int64_t first, int64_t last) {
+    auto program_of = [&](int64_t place) -> const Program& { return play->programs[play->steps[place + 1].program]; };
+    for (int64_t place = first; place < last;) {
+        if (!program_of(place).code) {
+            draw_place(*play->draws, place, 0, play->images);
+            return place;
+        }
+        int64_t end = place + 1, threads = program_of(place).threads;
+        while (end < last && program_of(end).code && program_of(end).threads == threads) end++;
+        play_alike(play, place, end, threads);
+        place = end;
+    }
+    return last;
 }
 }
