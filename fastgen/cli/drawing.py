@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
         "a folder of samples by the torch-fidelity package: fidelity --fid --input1 SAMPLES --input2 IMAGES.",
     )
     add_run(sample, run_sample)
-    sample.add_argument("--n", type=positive_int, default=64, help="number of images (default 64)")
+    sample.add_argument("--n", "--count", type=positive_int, default=64, help="number of images (default 64)")
     sample.add_argument("--label", type=natural, help="class of a conditional model (default: all, in turns)")
     sample.add_argument(
         "--out",
@@ -42,7 +42,9 @@ def add(commands: Any) -> None:
     complete.add_argument("--images", metavar="FILE", help="images instead: an image file, a folder, an .npy or .npz")
     complete.add_argument("--mask", metavar="FILE", help="white (or not 0) is kept: an image file, an .npy or .npz")
     complete.add_argument("--label", type=natural, help="class of all images of --images, for a conditional model")
-    complete.add_argument("--n", type=positive_int, help="number of images (default 8 of --data, all of --images)")
+    complete.add_argument(
+        "--n", "--count", type=positive_int, help="number of images (default 8 of --data, all of --images)"
+    )
     complete.add_argument("--out", default="completions.png", help="the PNG to write (default completions.png)")
     _add_drawing(complete)
 

@@ -27,7 +27,9 @@ def add(commands: Any) -> None:
 def _add(parser: Any, run: Any, out: str) -> None:
     add_run(parser, run)
     add_data(parser)
-    parser.add_argument("--n", type=positive_int, default=8, help="number of images, or of pairs (default 8)")
+    parser.add_argument(
+        "--n", "--count", type=positive_int, default=8, help="number of images, or of pairs (default 8)"
+    )
     parser.add_argument("--out", default=out, help=f"the PNG to write (default {out})")
 
 

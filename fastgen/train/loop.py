@@ -100,6 +100,8 @@ def train(
             print(note, flush=True)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder = Path(folder)
+    if not resume and (folder / state.STATE).exists():
+        raise ValueError(f"folder {str(folder)!r} holds a run already: resume=True goes on with it")
     found = state.read(folder) if resume else None
     if distributed.rank() == 0:
         make_folder(folder)
@@ -113,7 +115,7 @@ def train(
     callbacks = [*_own_callbacks(run), *callbacks]
     with Interrupts() as interrupts:
         reason = _loop(run, interrupts, callbacks, progress, started)
-        best = _finish(run, interrupts, reason)
+        best = _finish(run, interrupts, reason, callbacks)
         notify(callbacks, "on_end", run)
     return Result(run.step, reason, best, run.metric, time.monotonic() - started)
 
@@ -189,7 +191,7 @@ def _measured(run: Run, interrupts: Interrupts) -> float | None:
         return None
 
 
-def _finish(run: Run, interrupts: Interrupts, reason: str) -> float:
+def _finish(run: Run, interrupts: Interrupts, reason: str, callbacks: list[Any]) -> float:
     """Leaves the model with its best weights, saved. Where training ended between two scheduled validations, the last
     weights are validated too; a resumed run will not know of it, so that it equals one that never ended. An interrupted
     run is not validated. Returns the best validation figure."""
@@ -199,6 +201,7 @@ def _finish(run: Run, interrupts: Interrupts, reason: str) -> float:
         value = None if reason == "interrupted" else _measured(run, interrupts)
         if value is not None:
             run.add_validation(value)
+            notify(callbacks, "on_validation", run)
         if not weights or (value is not None and value < best):
             best, weights = float("inf") if value is None else value, run.averaged()
             if distributed.rank() == 0:

@@ -247,8 +247,18 @@ def test_callbacks_are_told(tmp_path):
         ("validation", 3, found[0]["validation_bits_per_dim"]),
         ("part", 3, None),
         ("step", 4, True),
+        ("validation", 4, found[1]["validation_bits_per_dim"]),  # of the last weights
+        ("part", 4, None),
         ("end", 4, False),
     ]
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    train(pixelcnn(), dataset(), tmp_path, QUICK)
+    before = rows(tmp_path)
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(pixelcnn(), dataset(), tmp_path, QUICK)
+    assert rows(tmp_path) == before
 
 
 def test_augmentation_is_for_training_alone(tmp_path):
