@@ -25,7 +25,8 @@ def add(commands: Any) -> None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
-    from fastgen import baselines, checkpoint, likelihood
+    from fastgen import checkpoint, likelihood
+    from fastgen.demos import baselines
     from fastgen.models import VAE, Autoencoder
     from fastgen.train import images_at_once, mean_loss, unit
 

@@ -2,38 +2,29 @@
 
 from collections.abc import Sequence
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-PAPER, INK, GRID = (255, 255, 255), (20, 20, 20), (215, 215, 215)
+from fastgen.plots import INK, PAPER, grid
+
+GRID = (215, 215, 215)
 # One colour a class, told apart also without green (after Tableau's ten).
 COLOURS = [
     (31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189),
     (140, 86, 75), (227, 119, 194), (127, 127, 127), (188, 189, 34), (23, 190, 207),
 ]  # fmt: skip
-GAP, LINE = 3, 18  # pixels between images, and of a line of text
+LINE = 18  # pixels of a line of text
 FONT = ImageFont.load_default(size=13)
 
 
-def tiles(images: Tensor, levels: int, scale: int = 4) -> Image.Image:
-    """Images (rows, columns, C, H, W) in levels, C = 1 or 3, as a grid; each pixel is scale x scale."""
-    rows, columns, _, height, width = images.shape
-    bytes_ = (images.double() / (levels - 1) * 255).round().clamp(0, 255).to(torch.uint8)
-    bytes_ = bytes_.repeat_interleave(scale, 3).repeat_interleave(scale, 4)
-    high, wide = height * scale + GAP, width * scale + GAP
-    page = Image.new("RGB", (columns * wide - GAP, rows * high - GAP), PAPER)
-    for row in range(rows):
-        for column in range(columns):
-            pixels = bytes_[row, column].expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
-            page.paste(Image.fromarray(pixels), (column * wide, row * high))
-    return page
+def rows_of(images: Tensor, levels: int) -> Image.Image:
+    """Images (rows, columns, C, H, W) in levels as a grid; see `fastgen.plots.grid`."""
+    return grid(images.flatten(0, 1), levels, columns=images.shape[1])
 
 
-def sheet(parts: Sequence[tuple[str, Image.Image | None]]) -> Image.Image:
+def sheet(*parts: tuple[str, Image.Image | None]) -> Image.Image:
     """Captions, one line each, with the picture that belongs to it below, one after the other."""
-    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    widths = [max(draw.textlength(text, FONT), 0 if picture is None else picture.width) for text, picture in parts]
+    widths = [max(FONT.getlength(text), 0 if picture is None else picture.width) for text, picture in parts]
     height = sum(LINE + (0 if picture is None else picture.height + LINE // 2) for _, picture in parts)
     page = Image.new("RGB", (int(max(widths)) + 2 * LINE, height + 2 * LINE), PAPER)
     draw, top = ImageDraw.Draw(page), LINE

@@ -1,16 +1,18 @@
 """The demonstrations run, leave a picture, and their numbers mean what they say. Few steps: nothing is learnt well."""
 
+import importlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
-from fastgen import demonstrations
-from fastgen.demonstrations.__main__ import main
-from fastgen.demonstrations.pictures import GAP, Axes, sheet, tiles
-from fastgen.demonstrations.vae import LinearVAE
-from fastgen.models import VAE
+from fastgen import cli, data, demos
+from fastgen.demos.bounds import LinearVAE
+from fastgen.demos.common import digits_vae, fit
+from fastgen.demos.pictures import Axes, rows_of, sheet
+from fastgen.plots import GAP
 
 pytest.importorskip("sklearn")
 
@@ -18,13 +20,14 @@ pytest.importorskip("sklearn")
 @pytest.fixture
 def written(tmp_path, monkeypatch):
     """Runs one and returns its numbers, after a look at what it wrote."""
-    monkeypatch.setattr("fastgen.demonstrations.likelihoods.IMPORTANCE_SAMPLES", 4)
+    for module in ("bayes", "outliers"):
+        monkeypatch.setattr(f"fastgen.demos.{module}.IMPORTANCE_SAMPLES", 4)
 
     def run(name, **options):
         before = torch.get_rng_state()
-        numbers = demonstrations.DEMONSTRATIONS[name](tmp_path / "new", **options)
+        numbers = demos.perform(name, tmp_path / "new", **options)
         assert torch.equal(torch.get_rng_state(), before)
-        with Image.open(numbers.pop("picture")) as picture:
+        with Image.open(tmp_path / "new" / f"{name}.png") as picture:
             assert picture.width > 300 and len(set(picture.convert("L").getdata())) > 10
         assert json.loads((tmp_path / "new" / f"{name}.json").read_text()) == numbers
         return numbers
@@ -84,45 +87,48 @@ def test_outliers(written):
     assert numbers["auroc"]["unlikely"]["noise"] > 0.9
 
 
-def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    numbers = demonstrations.run_bounds(samples=2)
-    assert "picture" not in numbers and not list(tmp_path.iterdir())
-
-
 def test_the_command(tmp_path, capsys, monkeypatch):
     calls = []
-    monkeypatch.setitem(demonstrations.DEMONSTRATIONS, "vae", lambda out, seed: calls.append((out, seed)) or {"x": 1})
-    assert main(["vae", "--out", str(tmp_path), "--seed", "3"]) == 0
-    assert calls == [(tmp_path, 3)] and '"x": 1' in capsys.readouterr().out
+    monkeypatch.setattr(demos, "perform", lambda name, folder, seed: calls.append((name, folder, seed)) or {"x": 1})
+    assert cli.main(["demo", "vae", "--out", "here", "--seed", "3"]) == 0
+    assert calls == [("vae", "here", 3)] and '"x": 1' in capsys.readouterr().out
+    assert cli.main(["demo", "vae", "--device", "mps"]) == 2 and "--device" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
-        main(["nothing"])
+        cli.main(["demo", "nothing"])
     assert stopped.value.code == 2
+
+
+def test_every_demonstration_is_there_and_a_bad_folder_is_known_first(tmp_path):
+    for name in demos.DEMOS:
+        assert callable(importlib.import_module(f"fastgen.demos.{name}").run)
     (tmp_path / "file").write_text("")
-    assert main(["bounds", "--out", str(tmp_path / "file")]) == 2
-    assert "file" in capsys.readouterr().err
+    with pytest.raises(OSError, match="file"):
+        demos.perform("bounds", tmp_path / "file")
+
+
+def test_training_is_that_of_the_library_and_keeps_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    digits = data.load("digits")
+    fit(digits_vae(digits), replace(digits, train=digits.train[:64]), 1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_pictures_show_levels():
     images = torch.tensor([[[[[0.0, 4.0], [2.0, 9.0]]], [[[4.0, 4.0], [0.0, 0.0]]]]])  # one row of two, C = 1
-    page = tiles(images, 5, scale=2)
-    assert page.size == (8 + GAP, 4)
-    assert [page.getpixel(at)[0] for at in ((0, 0), (3, 1), (0, 2), (3, 3), (5, 0), (4 + GAP, 3))] == [
-        0, 255, 128, 255, 255, 0,
-    ]  # fmt: skip
-    assert tiles(torch.rand(2, 1, 3, 4, 5), 2, scale=1).size == (5, 2 * (4 + GAP) - GAP)
-    assert sheet([("a", page), ("b", None)]).height > page.height
+    page = rows_of(images, 5)
+    side = (page.height - 2 * GAP) // 2  # of a pixel
+    places = [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (2, 1)]  # column and row of a pixel
+    shown = [page.getpixel((GAP * (1 + x // 2) + x * side + side // 2, GAP + y * side + side // 2)) for x, y in places]
+    assert [pixel[0] for pixel in shown] == [0, 255, 128, 255, 255, 0]
+    assert sheet(("a", page), ("b", None)).height > page.height
     axes = Axes((0, 2), (-1, 1), (200, 100))
     assert axes.place(0, -1) == (axes.left, axes.bottom) and axes.place(2, 1) == (axes.right, axes.top)
 
 
-def test_a_vae_of_digits_learns(tmp_path):
+def test_a_vae_of_digits_learns():
     """The demonstration's model and training, briefly: a good way below a histogram of each pixel."""
-    from fastgen import data
-    from fastgen.demonstrations.vae import MIXTURE, fit
-
     digits = data.load("digits")
-    model = VAE(digits.shape, 8, levels=digits.levels, **MIXTURE)
-    fit(model, digits.train.images, 150)
+    model = digits_vae(digits)
+    fit(model, digits, 150)
     with torch.no_grad():
         assert model.elbo(digits.test.images).bits_per_dim.mean() < 2.6

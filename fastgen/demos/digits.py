@@ -5,15 +5,16 @@ import json
 import os
 import platform
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgen import accelerate, baselines, completions, data, likelihood, plots
+from fastgen import accelerate, data, likelihood, plots
 from fastgen._version import __version__
-from fastgen.demonstrations import run_vae
+from fastgen.demos import baselines, completions, perform
 from fastgen.files import write_atomically
 from fastgen.models import GatedPixelCNN
 from fastgen.train import METRICS, Settings, train
@@ -28,7 +29,7 @@ VAE_STEPS = 1500
 REPEATS = 3  # of the accelerated sampling; the median counts
 
 
-def run(folder: str | os.PathLike, device: torch.device) -> int:
+def run(folder: str | os.PathLike, device: torch.device, *, seed: int = 0) -> int:
     """Writes everything to the folder and returns the exit status: 1 where fast and naive samples differ, 130 where
     training was interrupted.
 
@@ -40,13 +41,13 @@ def run(folder: str | os.PathLike, device: torch.device) -> int:
     digits = data.load("digits")
     count = f"{len(digits.train)} to train, {len(digits.validation)} for validation, {len(digits.test)} for test"
     print(f"scikit-learn's handwritten digits, 8x8, 17 grey levels: {count}", flush=True)
-    torch.manual_seed(SETTINGS.seed)
+    torch.manual_seed(seed)
     model = GatedPixelCNN(digits.shape, digits.levels, n_classes=digits.n_classes, **SIZES)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"Training a class-conditional Gated PixelCNN ({parameters:,} parameters) on {device}", flush=True)
     if device.type == "cpu":
         torch.set_num_threads(_fastest_thread_count(model, digits.train))
-    trained = train(model, digits, folder, SETTINGS, device=device)
+    trained = train(model, digits, folder, replace(SETTINGS, seed=seed), device=device)
     if trained.reason == "interrupted":
         print(f"interrupted at step {trained.steps}; the model so far is in {folder}")
         return 130
@@ -59,7 +60,7 @@ def run(folder: str | os.PathLike, device: torch.device) -> int:
         f"{report['test_accuracy']:.1%} of the digits",
         flush=True,
     )
-    report |= _draw(model, digits, folder)
+    report |= _draw(model, digits, folder, seed)
     same = "identical, pixel for pixel" if report["samples_identical"] else "DIFFERENT"
     print(
         f"samples of fastgen.accelerate and of the naive loop from the same noise: {same}; "
@@ -68,7 +69,7 @@ def run(folder: str | os.PathLike, device: torch.device) -> int:
     )
     _curves(folder, report)
     print("Training a VAE on the same images", flush=True)
-    report["vae"] = run_vae(folder, steps=VAE_STEPS, seed=SETTINGS.seed)
+    report["vae"] = perform("vae", folder, steps=VAE_STEPS, seed=seed)
     print(f"test: at most {report['vae']['bits_per_dim']['importance']:.3f} bits/dim", flush=True)
     report["seconds"] = time.monotonic() - started
     report["versions"] = {"fastgen": __version__, "python": platform.python_version(), **_versions()}
@@ -130,13 +131,13 @@ def _scores(model: GatedPixelCNN, digits: data.Dataset) -> dict[str, Any]:
     }
 
 
-def _draw(model: GatedPixelCNN, digits: data.Dataset, folder: Path) -> dict[str, Any]:
+def _draw(model: GatedPixelCNN, digits: data.Dataset, folder: Path, seed: int) -> dict[str, Any]:
     """Samples of each class, fast and naive from the same noise, timed side by side; completions."""
     device = next(model.parameters()).device
     classes = torch.arange(model.n_classes or 0, device=device).repeat_interleave(SAMPLES)
     options: dict[str, Any] = {"distribution": model.distribution, "condition": classes[:1]}
     fast, naive = (accelerate(model, model.shape, backend=backend, **options) for backend in ("auto", "naive"))
-    generator = torch.Generator().manual_seed(SETTINGS.seed)
+    generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(fast.noise_shape(len(classes)), generator=generator).to(device)
     _timed(fast, noise, classes)  # builds and compiles what there is to build
     runs = sorted((_timed(fast, noise, classes) for _ in range(REPEATS)), key=lambda pair: pair[1])
@@ -147,7 +148,7 @@ def _draw(model: GatedPixelCNN, digits: data.Dataset, folder: Path) -> dict[str,
     completed = digits.test[:COMPLETED]
     known = completions.upper_half(digits.shape)
     path = folder / "completions.png"
-    completions.complete(fast, completed.images, known, path, condition=completed.labels, seed=SETTINGS.seed)
+    completions.complete(fast, completed.images, known, path, condition=completed.labels, seed=seed)
     return {
         "samples_identical": all(torch.equal(drawn, naive_images) for drawn, _ in runs),
         "speedup_vs_naive": naive_seconds / fast_seconds,
