@@ -2,6 +2,7 @@
 
 from fastgen._version import __version__
 from fastgen.checkpoint import load, save
+from fastgen.compression import compress, decompress
 from fastgen.distributions import Bernoulli, Categorical, LogisticMixture
 from fastgen.gaussian import Gaussian, GaussianMixture
 from fastgen.nn.patch import patch
@@ -18,6 +19,8 @@ __all__ = [
     "__version__",
     "accelerate",
     "check_causality",
+    "compress",
+    "decompress",
     "load",
     "patch",
     "save",
