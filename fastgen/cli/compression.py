@@ -81,9 +81,9 @@ def run_compress(arguments: argparse.Namespace) -> int:
         print(f"{name:38} {count:12,.0f} {8 * count / images.numel():9.3f}")
     naive = 1 / (images[0].numel() * _seconds_of_a_pass(model, images, classes))
     print(
-        f"images a second: {len(images) / there:.1f} compressed, {len(images) / back:.1f} decoded (the model's analysis is "
-        f"part of the first); the naive loop, a whole pass of the model for each of {images[0].numel()} levels, "
-        f"would decode {naive:.3g} (computed from the time of one pass)"
+        f"images a second: {len(images) / there:.1f} compressed (the model's analysis is part of it), "
+        f"{len(images) / back:.1f} decoded; the naive loop, a whole pass of the model for each of {images[0].numel()} "
+        f"levels, would decode {naive:.3g} (computed from the time of one pass)"
     )
     return 0
 

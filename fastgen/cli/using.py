@@ -26,6 +26,7 @@ def add(commands: Any) -> None:
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
     from fastgen import checkpoint, likelihood
+    from fastgen.classification import calibration
     from fastgen.demos import baselines
     from fastgen.models import VAE, Autoencoder
     from fastgen.train import images_at_once, mean_loss, unit
@@ -56,6 +57,6 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         f"{baselines.histogram_bits_per_dim(dataset, split):.3f}"
     )
     if labels is not None:
-        named = likelihood.class_posterior(model, split.images.long(), **options).labels
-        print(f"classified by Bayes' rule: {(named == labels).double().mean():.1%} right")
+        posterior = likelihood.class_posterior(model, split.images.long(), **options)
+        print(f"classified by Bayes' rule: {calibration(posterior.log_probs, labels)}")
     return 0

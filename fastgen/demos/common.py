@@ -18,8 +18,8 @@ def digits_vae(digits: Dataset, latent_dim: int = LATENT, n_classes: int | None 
     return VAE(digits.shape, latent_dim, levels=digits.levels, n_classes=n_classes, **options)
 
 
-def fit(model: nn.Module, dataset: Dataset, steps: int, seed: int = 0) -> None:
-    """Trains a model on the CPU and keeps no file. The learning rate rises for a tenth of the steps and falls
+def fit(model: nn.Module, dataset: Dataset, steps: int, seed: int = 0, device: Any = "cpu") -> None:
+    """Trains a model and keeps no file. The learning rate rises for a tenth of the steps and falls
     afterwards; the weight of a VAE's KL rises to 1 in the first fifth.
 
     Raises:
@@ -35,6 +35,6 @@ def fit(model: nn.Module, dataset: Dataset, steps: int, seed: int = 0) -> None:
         seed=seed,
     )
     with tempfile.TemporaryDirectory() as folder:
-        result = train(model, dataset, folder, settings, progress=False, device="cpu")
+        result = train(model, dataset, folder, settings, progress=False, device=device)
     if result.reason == "interrupted":
         raise KeyboardInterrupt

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastgen import data, likelihood
+from fastgen import data, likelihood, scores
 from fastgen.demos.common import digits_vae, fit
 from fastgen.demos.pictures import rows_of, sheet
 from fastgen.models import VAE
@@ -17,14 +17,10 @@ IMPORTANCE_SAMPLES = 32
 
 def strangers(images: Tensor, levels: int) -> dict[str, Tensor]:
     """Inputs that are no digits, as many of each kind as there are images."""
-    flat = images.flatten(1)
-    order = torch.rand(flat.shape).argsort(1)
     half = images.shape[3] // 2
     return {
-        "noise": torch.randint(levels, images.shape).to(images.dtype),
+        **scores.strangers(images, levels),
         "flat": torch.randint(levels, (len(images), 1, 1, 1)).to(images.dtype).expand_as(images).contiguous(),
-        "inverted": levels - 1 - images,
-        "shuffled": flat.gather(1, order).view_as(images),
         "upside down": images.flip(2),
         "halves of two": torch.cat((images[..., :half], images.roll(1, 0)[..., half:]), 3),
     }
@@ -51,13 +47,13 @@ def run(*, steps: int = 1200, seed: int = 0) -> tuple[dict[str, Any], Image.Imag
         _log_probs(model, background, split.images) for split in (digits.train[:300], digits.validation)
     )
     log_probs = {name: _log_probs(model, background, x) for name, x in inputs.items()}
-    scores = {
+    rules = {
         "unlikely": lambda log_p, log_background: -log_p,
         "likelihood ratio": likelihood.likelihood_ratio,
         "typicality": lambda log_p, log_background: likelihood.typicality(log_p, training[0]),
     }
     numbers: dict[str, Any] = {"rejected": {}, "auroc": {}}
-    for score, rule in scores.items():
+    for score, rule in rules.items():
         threshold = likelihood.rejection_threshold(rule(*held_out), 0.05)
         values = {name: rule(*pair) for name, pair in log_probs.items()}
         numbers["rejected"][score] = {name: (x > threshold).double().mean().item() for name, x in values.items()}
