@@ -1,4 +1,4 @@
-"""Demonstrations on scikit-learn's handwritten digits, each a picture and its numbers, on a CPU.
+"""Demonstrations, most on scikit-learn's handwritten digits, each a picture and its numbers, on a CPU.
 
     python -m fastgen demo [NAME] --out FOLDER
 
@@ -20,6 +20,8 @@ DEMOS = {
     "bayes": "classification by p(x | y)",
     "outliers": "rejecting unlikely inputs",
     "autoencoder": "features for a classifier with few labels",
+    "code_prior": "a VQ-VAE of photographs, and a PixelCNN that draws and completes its codes",
+    "ising": "free energies of a spin lattice from exact samples, beside the exact ones",
 }
 
 

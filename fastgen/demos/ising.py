@@ -38,7 +38,7 @@ def kaufman(height: int, width: int, temperature: float) -> float:
     most = max(terms)
     four = most + math.log(sum(sign * math.exp(term - most) for sign, term in zip(signs, terms, strict=True)))
     log_z = -math.log(2) + height * width / 2 * math.log(2 * math.sinh(2 * k)) + four
-    return -temperature * log_z / (height * width)
+    return float(-temperature * log_z / (height * width))
 
 
 def onsager(temperature: float) -> float:
@@ -48,7 +48,7 @@ def onsager(temperature: float) -> float:
     points = 20_000
     phi = (np.arange(points) + 0.5) * (math.pi / 2 / points)
     mean = np.log((1 + np.sqrt(np.maximum(0, 1 - (kappa * np.sin(phi)) ** 2))) / 2).mean()
-    return -temperature * (math.log(2 * math.cosh(2 * k)) + mean / 2)
+    return float(-temperature * (math.log(2 * math.cosh(2 * k)) + mean / 2))
 
 
 def energy(spins: Tensor) -> Tensor:
