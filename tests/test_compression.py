@@ -313,6 +313,15 @@ def test_other_weights_and_other_shapes_are_named(small, stream):
         model.head[1].bias[0] -= 1
 
 
+def test_buffers_are_weights():
+    model = nn.Sequential(nn.BatchNorm2d(1), Spins()).eval()
+    sampler = fastgen.accelerate(model, (1, 4, 4), distribution=fastgen.Bernoulli())
+    packed = fastgen.compress(sampler, sampler.sample(3, seed=0))
+    model[0].running_mean += 0.5
+    with pytest.raises(ValueError, match="other weights"):
+        fastgen.decompress(sampler, packed)
+
+
 def test_other_arithmetic_is_named(small, stream, monkeypatch):
     model, _ = small
     with pytest.raises(ValueError, match=r"other arithmetic.*backend compiled.*here by backend eager"):
