@@ -5,7 +5,7 @@ from fastgen.checkpoint import load, save
 from fastgen.distributions import Bernoulli, Categorical, LogisticMixture
 from fastgen.gaussian import Gaussian, GaussianMixture
 from fastgen.nn.patch import patch
-from fastgen.sampling import CausalityReport, NotCausalError, accelerate, check_causality
+from fastgen.sampling import CausalityReport, NotCausalError, accelerate, check_causality, shift_right
 
 __all__ = [
     "Bernoulli",
@@ -21,4 +21,5 @@ __all__ = [
     "load",
     "patch",
     "save",
+    "shift_right",
 ]

@@ -5,6 +5,7 @@ language model tokens (B, T) -> logits (B, T, K) is given levels[:, 0, 0], and g
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgen.distributions import Categorical, Distribution
+from fastgen.sampling.condition import rows_of
 from fastgen.sampling.request import checked_sizes
+
+BATCHES = (1, *range(3, 17), 20, 24, 25, 32, 48, 50, 64, 100, 128, 256)
 
 
 class Adapter(nn.Module):
@@ -29,6 +33,7 @@ class Adapter(nn.Module):
     Attributes:
         outer: the shape as the user has it.
         shape: (C, H, W), of what is drawn.
+        batch: the one number of images that the model takes; None: it takes any.
     """
 
     model: nn.Module
@@ -42,6 +47,7 @@ class Adapter(nn.Module):
         channels, height, width = (1,) * (3 - len(self.outer)) + self.outer
         self.shape = (channels, height, width)
         self.output = output
+        self.batch: int | None = None
         self.levels_last = layout in ("BTK", "BHWK")
         sizes = {"BTK": 1, "BKT": 1, "BHWK": 2}.get(layout or "", len(self.outer))
         if sizes != len(self.outer) and not (layout == "BHWK" and self.outer[0] == 1):
@@ -60,6 +66,20 @@ class Adapter(nn.Module):
         return self.model.named_modules(*args, **kwargs)
 
     def forward(self, x: Tensor, condition: Any = None) -> Any:
+        if self.batch is None:
+            return self._params(x, condition)
+        parts = []
+        for start in range(0, len(x), self.batch):
+            # Constants fill a batch: of all its images, a trace then follows those that are asked for.
+            filled = torch.cat((x[start : start + self.batch], x.new_zeros((self.batch, *x.shape[1:]))))[: self.batch]
+            rows = torch.arange(start, start + self.batch, device=x.device).clamp(max=len(x) - 1)
+            found = self._params(filled, rows_of(condition, rows))
+            if not isinstance(found, Tensor):
+                return found
+            parts.append(found)
+        return torch.cat(parts)[: len(x)]
+
+    def _params(self, x: Tensor, condition: Any) -> Any:
         if condition is None:
             found = self.model(x)
         elif type(condition) is tuple:
@@ -91,6 +111,15 @@ class Adapter(nn.Module):
         if len(self.outer) == 1:
             params = params.squeeze(-2)
         return params.movedim(1, -1) if self.levels_last else params
+
+    def find_batch(self, run: Callable[[], Tensor]) -> Tensor | None:
+        """Sets `batch` to the one size that the model takes, where it does not take two images; what `run`, a pass of
+        two images, returns then. None: it fails at each size."""
+        for self.batch in BATCHES:
+            with suppress(Exception):
+                return run()
+        self.batch = None
+        return None
 
 
 class _Casts(TorchDispatchMode):

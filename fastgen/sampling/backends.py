@@ -13,7 +13,7 @@ from fastgen.distributions import Bernoulli, Distribution
 from fastgen.sampling.adapter import Adapter, casts_to_integers
 from fastgen.sampling.causality.drawing_order import NotByReadyTimes, drawing_order
 from fastgen.sampling.causality.draws import Order
-from fastgen.sampling.condition import example, kind
+from fastgen.sampling.condition import example, kind, wants_condition
 from fastgen.sampling.draws import draw_image
 from fastgen.sampling.model_state import ModelState
 from fastgen.sampling.request import Backend, SampleRequest, dtype_of, levels_of, tell
@@ -22,7 +22,7 @@ from fastgen.sampling.trace.graph import Unsupported
 from fastgen.sampling.whole_pass import FixedPoint, Naive, whole_pass
 
 WHOLE_PASSES = ("naive", "fixed_point")
-MOST_KINDS = 4  # of conditions that have a backend each
+MOST_KINDS = 8  # of conditions (prompts of another length, for instance) that have a backend each
 
 
 @dataclass
@@ -100,10 +100,33 @@ class Backends:
     def blank_pass(self, condition: Any) -> Tensor:
         """The model's output for two blank images. Whatever does not fit together fails here, with a plain error.
 
-        Without an `encode` it is found out here whether the model takes integers, as one of tokens does.
+        It is found out here whether the model takes one number of images only, and, without an `encode`, whether it
+        takes integers, as one of tokens does.
         """
         self._notice_changes()
         condition = example(condition, self.device)
+        try:
+            return self._blank(condition)
+        except Exception as error:
+            waits = condition is None and wants_condition(self.model.model, error)
+            if self.model.batch is not None or waits or self._takes_two(condition):
+                raise
+            found = self.model.find_batch(partial(self._blank, condition))
+            if found is None:
+                raise
+            return found
+
+    def _takes_two(self, condition: Any) -> bool:
+        """Whether the model runs on two images, whatever it returns."""
+        dtype = dtype_of(self.distribution)
+        levels = torch.zeros((2, *self.shape), dtype=dtype, device=self.device)
+        for self.integers in (True, False):
+            with suppress(Exception), self.kept():
+                self.model(self._encode(dtype)(levels), condition)
+                return True
+        return False
+
+    def _blank(self, condition: Any) -> Tensor:
         dtype = dtype_of(self.distribution)
         levels = torch.zeros((2, *self.shape), dtype=dtype, device=self.device)
 
@@ -137,7 +160,8 @@ class Backends:
         unmeasured = isinstance(backend, Engine) and not backend.decidable and backend.margin.error is None
         if unmeasured and self._state is not None and self._state.change() == "nothing":
             backend.measure()
-        return "\n".join([*([made.remark] if made.remark else []), backend.explain()])
+        alone = f"the model takes {self.model.batch} images at a time, no other number" if self.model.batch else None
+        return "\n".join([*(one for one in (made.remark, alone) if one), backend.explain()])
 
     def _notice_changes(self) -> None:
         if self._state is None:

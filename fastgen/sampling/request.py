@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from fastgen.distributions import Bernoulli, Distribution, LogisticMixture
 from fastgen.ops._implementation import may_read_values
+from fastgen.sampling.condition import rows_of
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,7 @@ class SampleRequest:
         """The request for some of the images: a slice of them, or their numbers (m,)."""
         noise = self.noise[rows]
         known, mask = (None if one is None else one[rows] for one in (self.known, self.known_mask))
-        condition = tree_map(
-            lambda leaf: leaf[rows] if isinstance(leaf, Tensor) and leaf.dim() else leaf, self.condition
-        )
+        condition = rows_of(self.condition, rows)
         return replace(self, n=len(noise), noise=noise, known=known, known_mask=mask, condition=condition)
 
 
