@@ -2,8 +2,7 @@
 
 from fastgen._version import __version__
 from fastgen.checkpoint import load, save
-from fastgen.distributions import Bernoulli, Categorical, LogisticMixture
-from fastgen.gaussian import Gaussian, GaussianMixture
+from fastgen.distributions import Bernoulli, Categorical, Gaussian, GaussianMixture, Logistic, LogisticMixture
 from fastgen.nn.patch import patch
 from fastgen.sampling import CausalityReport, NotCausalError, accelerate, check_causality, shift_right
 
@@ -13,6 +12,7 @@ __all__ = [
     "CausalityReport",
     "Gaussian",
     "GaussianMixture",
+    "Logistic",
     "LogisticMixture",
     "NotCausalError",
     "__version__",

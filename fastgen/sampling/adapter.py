@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgen.distributions import Categorical, Distribution
+from fastgen.distributions import Categorical
 from fastgen.sampling.condition import rows_of
 from fastgen.sampling.request import checked_sizes
 
@@ -27,19 +27,20 @@ class Adapter(nn.Module):
         model: the user's. A condition that is a tuple is its further arguments, a dict its keyword arguments, anything
             else its second argument.
         shape: (C, H, W), (H, W) or (T,).
-        layout: of the distribution, where it has one; with K last, the output is (B, T, K) or (B, H, W, K).
+        distribution: of what is drawn. Where its layout has K last, the output is (B, T, K) or (B, H, W, K).
         output: what the model returns -> params; None where it returns these.
 
     Attributes:
         outer: the shape as the user has it.
         shape: (C, H, W), of what is drawn.
+        distribution: for params as they are inside, (n, ..., H, W).
         batch: the one number of images that the model takes; None: it takes any.
     """
 
     model: nn.Module
 
     def __init__(
-        self, model: nn.Module, shape: Sequence[int], layout: str | None, output: Callable[[Any], Any] | None
+        self, model: nn.Module, shape: Sequence[int], distribution: Any, output: Callable[[Any], Any] | None
     ) -> None:
         super().__init__()
         self.__dict__["model"] = model  # no submodule: names are those of the model itself
@@ -47,6 +48,7 @@ class Adapter(nn.Module):
         channels, height, width = (1,) * (3 - len(self.outer)) + self.outer
         self.shape = (channels, height, width)
         self.output = output
+        layout = getattr(distribution, "layout", None)
         self.batch: int | None = None
         self.levels_last = layout in ("BTK", "BHWK")
         sizes = {"BTK": 1, "BKT": 1, "BHWK": 2}.get(layout or "", len(self.outer))
@@ -55,7 +57,9 @@ class Adapter(nn.Module):
         if len(self.outer) == 1 and layout is not None and not layout.endswith(("T", "TK")):
             raise ValueError(f"layout must be 'BTK' or 'BKT' for shape={self.outer}, got {layout!r}")
 
-    def inner(self, distribution: Distribution) -> Distribution:
+        self.distribution = self._inner(distribution)
+
+    def _inner(self, distribution: Any) -> Any:
         """The distribution for params as they are inside, (n, K, H, W)."""
         if isinstance(distribution, Categorical) and distribution.layout in ("BTK", "BKT", "BHWK"):
             return replace(distribution, layout="B(KC)HW")
@@ -96,7 +100,10 @@ class Adapter(nn.Module):
             found = found.movedim(-1, 1)
         if len(self.outer) == 1:
             found = found.unsqueeze(-2)
-        return found.unsqueeze(1) if len(self.outer) < 3 and found.dim() == 3 else found
+        found = found.unsqueeze(1) if len(self.outer) < 3 and found.dim() == 3 else found
+        if isinstance(self.distribution, Categorical) and found.shape[-2:] == self.shape[1:]:
+            found = self.distribution.restricted(found, self.shape)
+        return found
 
     def inward(self, levels: Tensor) -> Tensor:
         """Levels or noise of a user's shape, or (n, ..., H, W) already, as that."""

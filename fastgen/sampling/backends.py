@@ -16,10 +16,10 @@ from fastgen.sampling.causality.draws import Order
 from fastgen.sampling.condition import example, kind, wants_condition
 from fastgen.sampling.draws import draw_image
 from fastgen.sampling.model_state import ModelState
-from fastgen.sampling.request import Backend, SampleRequest, dtype_of, levels_of, tell
+from fastgen.sampling.request import Backend, SampleRequest, dtype_of, known_levels, levels_of, tell
 from fastgen.sampling.run.engine import Engine, build_engine
 from fastgen.sampling.trace.graph import Unsupported
-from fastgen.sampling.whole_pass import FixedPoint, Naive, whole_pass
+from fastgen.sampling.whole_pass import FixedPoint, Naive, places_of, whole_pass
 
 WHOLE_PASSES = ("naive", "fixed_point")
 MOST_KINDS = 8  # of conditions (prompts of another length, for instance) that have a backend each
@@ -38,8 +38,8 @@ class Backends:
     """The backends of one model, the latest last: one for each kind of condition and each dtype of the levels.
 
     Args:
-        model: which says of what shape its images are.
-        distribution, encode: as in `accelerate`.
+        model: which says of what shape its images are, and what they are drawn from.
+        encode: as in `accelerate`.
         choice: the `backend` of `accelerate`.
         verify: as in `accelerate`.
     """
@@ -47,14 +47,13 @@ class Backends:
     def __init__(
         self,
         model: Adapter,
-        distribution: Distribution,
         encode: Callable[[Tensor], Tensor] | None,
         choice: str,
         verify: str,
     ) -> None:
         self.model = model
         self.shape = model.shape
-        self.distribution = distribution
+        self.distribution: Distribution = model.distribution
         self.custom_encode = encode
         self.integers = False  # whether the model takes levels as they are
         self.choice = choice
@@ -187,7 +186,7 @@ class Backends:
         try:
             if self.choice not in WHOLE_PASSES:
                 return Made(key, build_engine(*given, dtype, self.choice, self.verify, self.kept), None)
-            order = drawing_order(*given, levels_of(self.distribution) or 2)
+            order = drawing_order(*given, known_levels(self.distribution))
         except Unsupported as reason:
             if self.choice in WHOLE_PASSES:
                 remark = f"taken as causal, which could not be checked: {reason}"
@@ -196,7 +195,8 @@ class Backends:
                 remark = f"fallback: fixed_point, because {reason}"
                 tell(f"sampling falls back to the fixed_point backend: {reason}")
         kind_of = Naive if self.choice == "naive" else FixedPoint
-        return Made(key, kind_of(self.model, self.shape, encode, order), remark)
+        places = None if order is None else places_of(order, self.shape, self.distribution)
+        return Made(key, kind_of(self.model, self.shape, encode, places), remark)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -217,7 +217,9 @@ class Backends:
         return lambda levels: encode(self.model.outward(levels))
 
 
-def _scaled(x: Tensor, levels: int | None, dtype: torch.dtype) -> Tensor:
+def _scaled(x: Tensor, levels: int | Tensor | None, dtype: torch.dtype) -> Tensor:
     """Levels as floats: in [-1, 1], or as they are where `levels` is None."""
     x = x.to(dtype)
+    if isinstance(levels, Tensor):
+        levels = levels.to(x.device).clamp(min=2)
     return x if levels is None else x / (levels - 1) * 2 - 1

@@ -3,14 +3,15 @@
 import operator
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fastgen.distributions import Bernoulli, Distribution, LogisticMixture
+from fastgen.distributions import Bernoulli, Categorical, Distribution, LogisticMixture
+from fastgen.distributions.base import level_counts
 from fastgen.ops._implementation import may_read_values
 from fastgen.sampling.condition import rows_of
 
@@ -105,7 +106,8 @@ class SampleStats:
             self.launches = part.launches + (self.launches or 0)
 
 
-Draw = Callable[[Tensor, tuple[int | None, int, int]], Tensor]  # (params, place) -> levels, see `Sampler.decode`
+Place = tuple[int | None, int, int]  # (channel, row, column); channel None: all of them at once
+Draw = Callable[[Tensor, Place], Tensor]  # (params, place) -> levels, see `Sampler.decode`
 
 
 class Backend(Protocol):
@@ -179,30 +181,42 @@ def checked_distribution(distribution: Any, shape: tuple[int, int, int]) -> Dist
     return distribution
 
 
-def decoded_levels(drawn: Any, params: Tensor, channels: int | None, request: SampleRequest) -> Tensor:
-    """What the draw of `Sampler.decode` returned, as (n,), or (n, channels) where these come at once.
+def decoded_levels(drawn: Any, params: Tensor, place: Place, request: SampleRequest) -> Tensor:
+    """What the draw of `Sampler.decode` returned for a place, as (n,), or (n, C) where that has no channel.
 
     Raises:
         TypeError: real numbers where integer levels are drawn.
         ValueError: another shape, or no level of the distribution.
     """
     levels = torch.as_tensor(drawn, device=params.device)
-    n = len(params)
-    expected: list[tuple[int, ...]] = [(n,)] if channels is None else [(n, channels)]
+    n, channels = len(params), request.shape[0]
+    expected: list[tuple[int, ...]] = [(n, channels) if place[0] is None else (n,)]
     if channels == 1:
-        expected.append((n,))
+        expected += [(n,), (n, 1)]
     if tuple(levels.shape) not in expected:
         raise ValueError(f"draw must return levels of shape {expected[0]}, got {tuple(levels.shape)}")
     if not request.dtype.is_floating_point:
         if levels.is_floating_point():
             raise TypeError(f"draw must return integers, got {levels.dtype}: real values need dtype=torch.float32")
-        check_range("what draw returns", levels, levels_of(request.distribution))
+        count = levels_of(request.distribution)
+        if isinstance(count, Tensor):
+            channel, i, j = place
+            count = count.expand(request.shape)[slice(None) if channel is None else channel, i, j]
+        check_range("what draw returns", levels, count)
     return levels.to(request.dtype).view(expected[0])
 
 
-def check_range(name: str, levels: Tensor, count: int | None) -> None:
+def check_range(name: str, levels: Tensor, count: int | Tensor | None) -> None:
     """Raises ValueError where an integer level is not in 0..count-1; None: any may be."""
-    if count is not None and may_read_values(levels) and bool(((levels < 0) | (levels >= count)).any()):
+    if count is None or not may_read_values(levels):
+        return
+    if isinstance(count, Tensor):
+        count = count.to(levels.device)
+        wrong = (levels < 0) | (levels >= count)
+        if bool(wrong.any()):
+            level, most = levels[wrong][0], count.expand_as(levels)[wrong][0] - 1
+            raise ValueError(f"{name} must be levels in 0..{int(most)} at a place that has so many, got {int(level)}")
+    elif bool(((levels < 0) | (levels >= count)).any()):
         raise ValueError(f"{name} must be levels in 0..{count - 1}, got {int(levels.min())}..{int(levels.max())}")
 
 
@@ -235,14 +249,23 @@ def tempered_distribution(
     return tempered(temperature, top_k, top_p)
 
 
-def levels_of(distribution: Distribution) -> int | None:
-    """How many levels a channel has, where the distribution says so."""
+def levels_of(distribution: Distribution) -> int | Tensor | None:
+    """How many levels a channel has, where the distribution says so: ints that are broadcastable to (C, H, W), where
+    that depends on the place."""
     if isinstance(distribution, LogisticMixture):
         return 256
     if isinstance(distribution, Bernoulli):
         return 2
     levels = getattr(distribution, "levels", None)
-    return levels if isinstance(levels, int) else None
+    if isinstance(distribution, Categorical) and distribution.counts is not None:
+        return distribution.counts
+    return levels if levels is None or isinstance(levels, int) else level_counts(levels)
+
+
+def known_levels(distribution: Distribution) -> int | Tensor:
+    """`levels_of`, and two of each channel where the distribution does not say."""
+    levels = levels_of(distribution)
+    return 2 if levels is None else levels
 
 
 def dtype_of(distribution: Distribution) -> torch.dtype:
@@ -251,11 +274,23 @@ def dtype_of(distribution: Distribution) -> torch.dtype:
     return found if isinstance(found, torch.dtype) and found.is_floating_point else torch.long
 
 
+def check_levels(levels: int | Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raises ValueError where the numbers of levels are not one for each place."""
+    if isinstance(levels, Tensor) and not _fits(levels.shape, shape):
+        raise ValueError(f"distribution.levels must be broadcastable to {shape}, got the shape {tuple(levels.shape)}")
+
+
+def _fits(size: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether a tensor of this size can be expanded to a shape."""
+    ends = zip(reversed(size), reversed(shape), strict=False)
+    return len(size) <= len(shape) and all(a in (1, b) for a, b in ends)
+
+
 def checked_known(
     known: Tensor | None,
     known_mask: Tensor | None,
     size: tuple[int, ...],
-    levels: int | None,
+    levels: int | Tensor | None,
     device: torch.device,
     dtype: torch.dtype = torch.long,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -279,7 +314,7 @@ def checked_known(
     return known, known_mask
 
 
-def checked_levels(levels: Any, shape: tuple[int, ...], count: int | None) -> Tensor:
+def checked_levels(levels: Any, shape: tuple[int, ...], count: int | Tensor | None) -> Tensor:
     """Images (n, *shape): integer levels 0..count-1, or real values."""
     if not isinstance(levels, Tensor) or levels.is_complex() or levels.dtype == torch.bool:
         got = levels.dtype if isinstance(levels, Tensor) else type(levels).__name__

@@ -18,8 +18,10 @@ from fastgen.sampling.condition import rows_for, wants_condition
 from fastgen.sampling.precision import ieee_float32
 from fastgen.sampling.request import (
     Draw,
+    Place,
     SampleRequest,
     SampleStats,
+    check_levels,
     check_noise,
     checked_count,
     checked_distribution,
@@ -113,9 +115,10 @@ class Sampler:
         if output is not None and not callable(output):
             raise TypeError(f"output must be callable, got {type(output).__name__}")
         self.model = model
-        self._adapter = Adapter(model, shape, getattr(distribution, "layout", None), output)
+        self._adapter = Adapter(model, shape, distribution, output)
         self.shape = self._adapter.outer
         self.distribution = checked_distribution(distribution, self._adapter.shape)
+        check_levels(levels_of(distribution), self.shape)
         if encode is None and levels_of(distribution) is None and not dtype_of(distribution).is_floating_point:
             raise ValueError(
                 f"encode must be given for {type(distribution).__name__}: it does not say how many levels there are"
@@ -125,7 +128,7 @@ class Sampler:
         self.condition = condition
         self.stats: SampleStats | None = None
         self._options: dict[Any, Distribution] = {}
-        self._backends = Backends(self._adapter, self._adapter.inner(distribution), encode, backend, verify)
+        self._backends = Backends(self._adapter, encode, backend, verify)
         self._waits = "not analysed since it was copied"
         self._batches = Batches()
         with _turn():
@@ -286,7 +289,7 @@ class Sampler:
         """
         levels = self._adapter.inward(checked_levels(levels, self.shape, levels_of(self.distribution)))
 
-        def draw(params: Tensor, place: tuple[int | None, int, int]) -> Tensor:
+        def draw(params: Tensor, place: Place) -> Tensor:
             channel, i, j = place
             return levels[:, slice(None) if channel is None else channel, i, j]
 

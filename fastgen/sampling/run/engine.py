@@ -16,7 +16,7 @@ from fastgen.sampling.draws import draw_image, image_log_prob
 from fastgen.sampling.machine.cpu.build import NoMachine, machine
 from fastgen.sampling.machine.parts import unknown_in
 from fastgen.sampling.plan.plan import Plan, make_plan
-from fastgen.sampling.request import Draw, SampleRequest, SampleResult, dtype_of, levels_of, tell, uniforms
+from fastgen.sampling.request import Draw, SampleRequest, SampleResult, dtype_of, known_levels, tell, uniforms
 from fastgen.sampling.run.arena import images_that_fit
 from fastgen.sampling.run.cpu_player import CPUPlayer, images_at_once
 from fastgen.sampling.run.cuda_graph_player import CudaGraphPlayer
@@ -49,7 +49,7 @@ def build_engine(
         NotCausalError: the model is not causal in any order.
         Unsupported: the engine cannot take the model; the text says why.
     """
-    levels = dtype if dtype.is_floating_point else levels_of(distribution) or 2
+    levels = dtype if dtype.is_floating_point else known_levels(distribution)
     plan = make_plan(model, shape, distribution, encode, condition, levels)
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     best, why = _best(plan, device)
