@@ -136,19 +136,20 @@ class Backends:
 
         if self.custom_encode is not None or dtype.is_floating_point:
             return blank(False)
+        integers = False
         if len(self.model.outer) < 3:  # tokens or codes, perhaps; a model that casts floats to them does not fail
             with self.kept():
                 call = self.model if condition is None else partial(self.model, condition=condition)
                 integers = casts_to_integers(call, _scaled(self.model.outward(levels), 3, self._dtype))
-            with suppress(Exception):
-                return blank(integers)
-        try:
-            return blank(False)
-        except Exception:
-            with suppress(Exception):
-                return blank(True)
-            self.integers = False
-            raise
+        errors: list[Exception] = []
+        for one in (integers, not integers):
+            try:
+                return blank(one)
+            except Exception as error:
+                errors.append(error)
+        self.integers = False
+        # Of a model that takes the other type, torch says so by a RuntimeError, which is not what is wrong.
+        raise min(errors[::-1] if integers else errors, key=lambda error: isinstance(error, RuntimeError))
 
     def explain(self) -> str:
         """About the latest backend; nothing where there is none."""

@@ -75,8 +75,9 @@ def accelerate(
             differs: the images of "naive", guaranteed. "auto": where an error of 1.5 times the largest that was seen
             so far could have changed a draw (the first batch always); a measured margin, which `explain` states. A
             model that computes in half precision has no such truth (two of its own passes may differ), and real
-            values differ in their last bits anyway: both are drawn of the schedule's output without a pass. "never":
-            no whole pass.
+            values differ in their last bits anyway: both are drawn of the schedule's output without a pass, and
+            `explain` states 1.5 times the largest difference seen, of real values in their own units. "never": no
+            whole pass.
 
     Raises:
         fastgen.NotCausalError: a parameter depends on a pixel that is drawn later.

@@ -190,7 +190,7 @@ class Engine:
             sure = "no whole pass of the model: what rounding changes stays changed"
         elif not self.decidable:
             what = "half precision has no one truth" if self.half else "real values differ in their last bits"
-            sure = f"{what}: images are drawn from this output, without a whole pass"
+            sure = f"{what}: images are drawn from this output, without a whole pass; by how much, the margin says"
         else:
             sure = "a whole pass of the model decides where the margin, a measured one, could change a draw"
         lines = [
