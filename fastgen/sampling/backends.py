@@ -15,8 +15,9 @@ from fastgen.sampling.causality.drawing_order import NotByReadyTimes, drawing_or
 from fastgen.sampling.causality.draws import Order
 from fastgen.sampling.condition import example, kind, wants_condition
 from fastgen.sampling.draws import draw_image
+from fastgen.sampling.levels import dtype_of, known_levels, levels_of
 from fastgen.sampling.model_state import ModelState
-from fastgen.sampling.request import Backend, SampleRequest, dtype_of, known_levels, levels_of, tell
+from fastgen.sampling.request import Backend, SampleRequest, tell
 from fastgen.sampling.run.engine import Engine, build_engine
 from fastgen.sampling.trace.graph import Unsupported
 from fastgen.sampling.whole_pass import FixedPoint, Naive, places_of, whole_pass

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from fastgen.distributions import Distribution
 from fastgen.distributions.base import independent
-from fastgen.sampling.request import SampleRequest, dtype_of
+from fastgen.sampling.levels import dtype_of
+from fastgen.sampling.request import SampleRequest
 
 MOST_PARAMETERS = 2**22  # in a call of `draw`, which may take them as float64
 

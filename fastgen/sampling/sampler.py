@@ -15,20 +15,16 @@ from fastgen.sampling.adapter import Adapter
 from fastgen.sampling.backends import Backends
 from fastgen.sampling.batches import Batches
 from fastgen.sampling.condition import rows_for, wants_condition
+from fastgen.sampling.levels import check_levels, checked_known, checked_levels, dtype_of, levels_of
 from fastgen.sampling.precision import ieee_float32
 from fastgen.sampling.request import (
     Draw,
     Place,
     SampleRequest,
     SampleStats,
-    check_levels,
     check_noise,
     checked_count,
     checked_distribution,
-    checked_known,
-    checked_levels,
-    dtype_of,
-    levels_of,
     tempered_distribution,
     uniforms,
 )

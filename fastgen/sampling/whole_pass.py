@@ -10,7 +10,8 @@ from fastgen.distributions import Distribution
 from fastgen.distributions.base import independent
 from fastgen.sampling.condition import rows_for
 from fastgen.sampling.draws import draw_image, draw_pixel, image_log_prob
-from fastgen.sampling.request import Draw, Place, SampleRequest, SampleResult, decoded_levels
+from fastgen.sampling.levels import decoded_levels
+from fastgen.sampling.request import Draw, Place, SampleRequest, SampleResult
 
 
 class Naive:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fastgen.sampling.draws import draw_pixel
+from fastgen.sampling.levels import decoded_levels
 from fastgen.sampling.plan.plan import Plan
-from fastgen.sampling.request import Draw, SampleRequest, decoded_levels
+from fastgen.sampling.request import Draw, SampleRequest
 
 
 class Player(Protocol):

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from fastgen.distributions import Distribution
 from fastgen.sampling.draws import draw_image, image_log_prob
+from fastgen.sampling.levels import dtype_of, known_levels
 from fastgen.sampling.machine.cpu.build import NoMachine, machine
 from fastgen.sampling.machine.parts import unknown_in
 from fastgen.sampling.plan.plan import Plan, make_plan
-from fastgen.sampling.request import Draw, SampleRequest, SampleResult, dtype_of, known_levels, tell, uniforms
+from fastgen.sampling.request import Draw, SampleRequest, SampleResult, tell, uniforms
 from fastgen.sampling.run.arena import images_that_fit
 from fastgen.sampling.run.cpu_player import CPUPlayer, images_at_once
 from fastgen.sampling.run.cuda_graph_player import CudaGraphPlayer
