@@ -9,7 +9,7 @@ from torch import Tensor
 from fastgen.distributions import Bernoulli, Categorical, Distribution, LogisticMixture
 from fastgen.distributions.base import level_counts
 from fastgen.ops._implementation import may_read_values
-from fastgen.sampling.request import Place, SampleRequest
+from fastgen.sampling.request import Draw, Place, SampleRequest
 
 
 def levels_of(distribution: Distribution) -> int | Tensor | None:
@@ -108,6 +108,16 @@ def checked_levels(levels: Any, shape: tuple[int, ...], count: int | Tensor | No
     if not levels.is_floating_point():
         check_range("levels", levels, count)
     return levels
+
+
+def image_of(levels: Tensor) -> Draw:
+    """The draw of `Sampler.decode` that gives these levels (n, C, H, W)."""
+
+    def draw(params: Tensor, place: Place) -> Tensor:
+        channel, i, j = place
+        return levels[:, slice(None) if channel is None else channel, i, j]
+
+    return draw
 
 
 def decoded_levels(drawn: Any, params: Tensor, place: Place, request: SampleRequest) -> Tensor:

@@ -15,11 +15,10 @@ from fastgen.sampling.adapter import Adapter
 from fastgen.sampling.backends import Backends
 from fastgen.sampling.batches import Batches
 from fastgen.sampling.condition import rows_for, wants_condition
-from fastgen.sampling.levels import check_levels, checked_known, checked_levels, dtype_of, levels_of
+from fastgen.sampling.levels import check_levels, checked_known, checked_levels, dtype_of, image_of, levels_of
 from fastgen.sampling.precision import ieee_float32
 from fastgen.sampling.request import (
     Draw,
-    Place,
     SampleRequest,
     SampleStats,
     check_noise,
@@ -285,12 +284,7 @@ class Sampler:
             (n, ..., H, W)
         """
         levels = self._adapter.inward(checked_levels(levels, self.shape, levels_of(self.distribution)))
-
-        def draw(params: Tensor, place: Place) -> Tensor:
-            channel, i, j = place
-            return levels[:, slice(None) if channel is None else channel, i, j]
-
-        return self._adapter.params(self._decode(draw, len(levels), condition, levels.dtype)[1])
+        return self._adapter.params(self._decode(image_of(levels), len(levels), condition, levels.dtype)[1])
 
     def _decode(self, draw: Draw, n: int, condition: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         condition = self._condition(condition, max(n, 1))

@@ -174,3 +174,15 @@ def test_bad_arguments_are_named():
     ):
         with pytest.raises(ValueError, match=name):
             call()
+
+
+def test_the_margin_is_measured_where_what_is_drawn_runs_away():
+    """As for a codec's parameters, which nobody draws a Gaussian of."""
+    shape, model = (1, 4, 5), network((1, 4, 5), 2)
+    with torch.no_grad():
+        model[-1].weight.mul_(100)
+    sampler = accelerate(model, shape, distribution=Gaussian(), backend="eager")
+    with pytest.raises(FloatingPointError):
+        sampler.sample(2, seed=0)
+    scale = float(re.search(r"of parameters up to (\S+)\)", sampler.explain())[1])
+    assert 1 < scale < 1e4

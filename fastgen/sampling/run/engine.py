@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastgen.distributions import Distribution
 from fastgen.sampling.draws import draw_image, image_log_prob
-from fastgen.sampling.levels import dtype_of, known_levels
+from fastgen.sampling.levels import dtype_of, image_of, known_levels
 from fastgen.sampling.machine.cpu.build import NoMachine, machine
 from fastgen.sampling.machine.parts import unknown_in
 from fastgen.sampling.plan.plan import Plan, make_plan
@@ -239,7 +239,11 @@ class Engine:
         request = SampleRequest(2, self.shape, noise, self.distribution, condition=self.condition, dtype=dtype)
         with self._all_or_nothing():
             levels, params, _ = self._draw(request, 2)
-            self.margin.measure(request, params, self._truth(request, levels), self.half)
+            truth = self._truth(request, levels)
+            if self.real and not bool(truth.isfinite().all()):  # what is drawn of it, again and again, runs away
+                levels = torch.special.ndtri(noise[:, -self.shape[0] :].clamp(min=2**-24)).to(dtype)
+                params, truth = self.decode(image_of(levels), request)[1], self._truth(request, levels)
+            self.margin.measure(request, params, truth, self.half)
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
