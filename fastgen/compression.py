@@ -21,7 +21,7 @@ from fastgen.mixture import level_probabilities
 from fastgen.models.autoregressive import AutoregressiveModel
 from fastgen.sampling import Sampler
 from fastgen.sampling.condition import rows_for
-from fastgen.sampling.request import checked_levels, levels_of
+from fastgen.sampling.levels import checked_levels, levels_of
 from fastgen.stream_header import Header, digest, how_computed, plain, weights_digest
 
 BASE = 256  # of the digits of a level
@@ -135,6 +135,7 @@ class _Batch:
     def __init__(self, sampler: Sampler, levels: Tensor, code: Code) -> None:
         self.sampler = sampler
         self.levels = levels.view(len(levels), *(1,) * (4 - levels.dim()), *levels.shape[1:])
+        self.counts = _counts(sampler).expand(self.levels.shape[1:])
         self.code = code
         self.bits = 0.0
 
@@ -148,6 +149,7 @@ class _Batch:
             p = _probabilities(self.sampler.distribution, params, c, self.levels[:, :c, i, j], channels)
             if not np.isfinite(p).all():
                 raise FloatingPointError(f"the model's output at row {i}, column {j} is NaN or infinite")
+            p = p[:, : int(self.counts[c, i, j])]  # the levels of this place
             level = self._coded(p + LEAST, self.levels[:, c, i, j].numpy())
             if level.max() >= p.shape[1]:  # among the last digits are some that no level has
                 raise _other_images()
@@ -158,6 +160,8 @@ class _Batch:
     def _coded(self, p: np.ndarray, level: np.ndarray) -> np.ndarray:
         """Levels of probabilities p (n, K): the last digit by its probability given those before it."""
         n, count = p.shape
+        if count == 1:
+            return np.zeros(n, np.int64)
         if count <= BASE:
             return self.code(p, level.astype(np.int32)).astype(np.int64)
         p = np.pad(p, ((0, 0), (0, -count % BASE))).reshape(n, -1, BASE)
@@ -181,7 +185,7 @@ def _probabilities(
         logit = params[:, channel].double()
         found = torch.stack((torch.sigmoid(-logit), torch.sigmoid(logit)), 1)
     else:
-        found = level_probabilities(params.double(), previous, channels, levels_of(distribution) or 0)
+        found = level_probabilities(params.double(), previous, channels, 256)
     return found.numpy()
 
 
@@ -192,8 +196,13 @@ def _batches(sampler: Sampler, count: int) -> Iterator[slice]:
 
 
 def _batch_size(sampler: Sampler) -> int:
-    outputs = math.prod(sampler.shape) * (levels_of(sampler.distribution) or 1)
+    outputs = math.prod(sampler.shape) * int(_counts(sampler).max())
     return max(1, min(MOST_IMAGES, MOST_OUTPUTS // outputs))
+
+
+def _counts(sampler: Sampler) -> Tensor:
+    """How many levels there are, broadcastable to (C, H, W)."""
+    return torch.as_tensor(levels_of(sampler.distribution))
 
 
 def _condition(sampler: Sampler, condition: Any, n: int) -> Any:
@@ -223,7 +232,9 @@ def _header(sampler: Sampler, images: int, condition: Any, of_images: bytes, wor
         sampler.shape,
         images,
         words,
-        weights_digest(sampler.model, f"{type(sampler.model).__name__} {sampler.distribution}"),
+        weights_digest(
+            sampler.model, f"{type(sampler.model).__name__} {sampler.distribution} {_counts(sampler).tolist()}"
+        ),
         digest(*(plain(_one_row(leaf)) for leaf in tree_leaves(condition))),
         of_images,
         how_computed(sampler.model, backend, _batch_size(sampler)),

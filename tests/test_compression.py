@@ -112,6 +112,30 @@ def test_samplers_of_any_model(backend):
         assert backend == "auto" or f"backend {backend}" in Header.read(packed)[0].computed
 
 
+@pytest.mark.parametrize("counts", [torch.tensor([[3, 300, 2], [1, 5, 2]]), [2, 7, 300]], ids=["each", "columns"])
+def test_numbers_of_levels_that_depend_on_the_place(counts):
+    """Bits are spent on the levels of a place alone."""
+    distribution = fastgen.Categorical(counts, layout="B(KC)HW")
+    sampler = fastgen.accelerate(Grid(), (2, 3), distribution=distribution)
+    images, log_prob = sampler.sample(40, seed=0, return_log_prob=True)
+    packed = assert_round_trip(sampler, images, bits=-float(log_prob.sum()) / math.log(2))
+    other = fastgen.accelerate(Grid(), (2, 3), distribution=fastgen.Categorical(300, layout="B(KC)HW"))
+    other.model.load_state_dict(sampler.model.state_dict())
+    with pytest.raises(ValueError, match="another model"):
+        fastgen.decompress(other, packed)
+
+
+class Grid(nn.Module):
+    """Codes (B, H, W) -> logits (B, 300, H, W)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = fastgen.nn.MaskedConv2d(1, 300, 3, padding=1, mask_type="A")
+
+    def forward(self, x):
+        return self.conv(x.unsqueeze(1) / 100)
+
+
 # --- probabilities
 
 
@@ -153,7 +177,8 @@ def test_digits_are_coded_by_the_chain_rule(count):
         assert probabilities.shape[1] <= 256
         return digits
 
-    batch = compression._Batch(None, torch.zeros(3, 1, 1, 1, dtype=torch.long), code)
+    sampler = fastgen.accelerate(Spins(), (1, 1, 1), distribution=fastgen.Bernoulli())
+    batch = compression._Batch(sampler, torch.zeros(3, 1, 1, 1, dtype=torch.long), code)
     assert batch._coded(p, levels).tolist() == levels.tolist()
     assert len(coded) == 1 + (count > 256) + (count > 65536)
     np.testing.assert_allclose(np.prod(coded, 0), p[np.arange(3), levels], rtol=1e-12)
