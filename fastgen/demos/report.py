@@ -27,7 +27,7 @@ same images; these are {count}, a row for each class, of a model that this run t
 | **`fastgen.accelerate`** | **{numbers["fast_seconds"]:.3f}** | **{numbers["work_ratio"]:.3g}** |
 
 Measured side by side on {numbers["date"]}. Device: {numbers["device"]}, with {numbers["threads"]} of the CPU's threads;
-the median of several runs for `accelerate`, one for the loop. What was built and compiled beforehand is not counted.
+medians of runs in turns. What was built and compiled beforehand is not counted.
 
 ## How good the model is
 
