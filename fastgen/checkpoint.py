@@ -50,6 +50,7 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
 
     Raises:
         TypeError: the model is none of `fastgen.models`, or was built with an argument that JSON cannot say.
+        ValueError: there is a file of the folder's name.
         OSError: the folder cannot be written to.
     """
     model = unwrap(model)
