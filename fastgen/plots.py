@@ -108,6 +108,7 @@ def columns_of(count: int) -> int:
 
 
 def png(image: Image.Image) -> bytes:
+    """The bytes of a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()

@@ -11,7 +11,8 @@ from fastgen.nn import GatedMaskedBlock, MaskedConv2d
 
 
 class GatedPixelCNN(AutoregressiveModel):
-    """A 7x7 gated layer of mask type A, 3x3 layers of type B, two 1x1 layers, a softmax for every colour.
+    """A 7x7 gated layer of mask type A, 3x3 layers of type B, two 1x1 layers, a softmax for every colour: levels
+    (B, C, H, W) -> logits (B, K, C, H, W).
 
     Args:
         shape: (C, H, W); with C = 3 the colours are ordered R, G, B.
@@ -20,6 +21,9 @@ class GatedPixelCNN(AutoregressiveModel):
         layers: number of gated layers, the first included.
         n_classes: number of classes of a class-conditional model, None for an unconditional one.
         dropout: probability, before the output convolution of every layer.
+
+    Raises:
+        ValueError: an argument is not as above.
     """
 
     def __init__(

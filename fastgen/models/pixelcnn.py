@@ -9,7 +9,8 @@ from fastgen.nn.gated import ClassBias
 
 
 class PixelCNN(AutoregressiveModel):
-    """A 7x7 convolution of mask type A, residual blocks of type B, two 1x1 layers, a softmax for every colour.
+    """A 7x7 convolution of mask type A, residual blocks of type B, two 1x1 layers, a softmax for every colour: levels
+    (B, C, H, W) -> logits (B, K, C, H, W).
 
     Args:
         shape: (C, H, W); with C = 3 the colours are ordered R, G, B.
@@ -17,6 +18,9 @@ class PixelCNN(AutoregressiveModel):
         channels: h, feature maps of the 3x3 convolutions; the residual stream has 2h. Rounded as in `channels_of`.
         layers: number of residual blocks.
         n_classes: number of classes of a class-conditional model, None for an unconditional one.
+
+    Raises:
+        ValueError: an argument is not as above.
     """
 
     def __init__(
@@ -29,6 +33,8 @@ class PixelCNN(AutoregressiveModel):
         n_classes: int | None = None,
     ) -> None:
         super().__init__(shape, levels, Categorical(levels, layout="BKCHW"), n_classes)
+        if not isinstance(layers, int) or layers < 0:
+            raise ValueError(f"layers must be an int >= 0, got {layers!r}")
         colours = shape[0]
         h = channels_of(channels, colours, 32)
         self.note_argument("channels", h)
@@ -65,10 +71,14 @@ class ResidualBlock(nn.Module):
 
 
 def channels_of(channels: int, colours: int, unit: int = 1) -> int:
-    """Feature maps of which every colour has as many: `channels` if it is a multiple of the colours, else rounded up.
+    """The number of feature maps that is built: every colour gets an equal share of them.
 
-    unit: more than half of this a colour are rounded up to a multiple of it, which fills the blocks of the kernels: 128
-    for three colours and units of 32 become 192 (64 a colour), which takes no longer than 129 would.
+    `channels` itself if it is a multiple of the colours. Otherwise the share is rounded up, and, where it is more than
+    half a `unit`, up to a multiple of `unit`, so that it fills the kernels' blocks: with three colours and units of 32,
+    128 becomes 192 (64 a colour), which takes a kernel no longer than 129 would.
+
+    Raises:
+        ValueError: channels is no int >= 1.
     """
     if not isinstance(channels, int) or channels < 1:
         raise ValueError(f"channels must be an int >= 1, got {channels!r}")

@@ -14,7 +14,8 @@ KINDS = ("diagonal_bilstm", "row_lstm")
 
 
 class PixelRNN(AutoregressiveModel):
-    """A 7x7 convolution of mask type A, residual LSTM layers, two 1x1 layers, a softmax for every colour.
+    """A 7x7 convolution of mask type A, residual LSTM layers, two 1x1 layers, a softmax for every colour: levels
+    (B, C, H, W) -> logits (B, K, C, H, W).
 
     Args:
         shape: (C, H, W); with C = 3 the colours are ordered R, G, B.
@@ -25,6 +26,9 @@ class PixelRNN(AutoregressiveModel):
         n_classes: number of classes of a class-conditional model, None for an unconditional one.
         head_channels: feature maps of the last layers, rounded up to a multiple of C; None is 2h.
         skewed_padding: see `fastgen.nn.DiagonalLSTM`; only for "diagonal_bilstm".
+
+    Raises:
+        ValueError: an argument is not as above.
     """
 
     def __init__(
