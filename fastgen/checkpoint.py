@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from fastgen._version import __version__
 from fastgen.files import make_folder, write_atomically
-from fastgen.models.pixelcnn import channels_of
 from fastgen.models.rebuildable import Rebuildable
+from fastgen.models.softmax import channels_of
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
