@@ -17,6 +17,11 @@ GAP = 2  # pixels between images
 LEAST_SIZE = 48  # pixels; smaller images are enlarged by a whole factor
 HIDDEN = (70, 110, 180)  # the colour of what is hidden
 PAGE_IMAGES, PAGE_PIXELS = 400, 2**24  # of one picture at most
+UNITS = {  # of `fastgen.train.unit`
+    "bits_per_dim": "bits/dim",
+    "squared_error": "squared error a dimension",
+    "density_nats": "nats of the density, an image",
+}
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 
 
@@ -103,6 +108,7 @@ def columns_of(count: int) -> int:
 
 
 def png(image: Image.Image) -> bytes:
+    """The bytes of a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
@@ -135,7 +141,7 @@ def curves(rows: Sequence[dict[str, float]], path: str | os.PathLike, *, lines: 
             axes.plot(*zip(*found, strict=True), label=part, linewidth=1.2)
     for number, (name, value) in enumerate((lines or {}).items()):
         axes.axhline(value, label=f"{name}: {value:.3f}", color=f"C{number + 2}", linestyle="--", linewidth=1)
-    axes.set_ylabel({"bits_per_dim": "bits/dim", "squared_error": "squared error a dimension"}.get(unit, unit))
+    axes.set_ylabel(UNITS.get(unit, unit))
     _write_figure(axes, path)
     return True
 

@@ -102,7 +102,7 @@ def test_every_demonstration_is_there_and_a_bad_folder_is_known_first(tmp_path):
     for name in demos.DEMOS:
         assert callable(importlib.import_module(f"fastgen.demos.{name}").run)
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(ValueError, match="file is a file"):
         demos.perform("bounds", tmp_path / "file")
 
 
