@@ -121,7 +121,7 @@ def _train(model: nn.Module, loss: Callable[[Tensor], Tensor], images: int, step
     model.eval()
 
 
-def run(*, codes: int = 64, steps: int = 600, seed: int = 0) -> tuple[dict[str, Any], Image.Image]:
+def run(*, codes: int = 64, steps: int = 1500, seed: int = 0) -> tuple[dict[str, Any], Image.Image]:
     """Trains a VQ-VAE and its prior on `patches`; draws codes for the thumbnails of test patches, and completes codes
     of which the upper half is kept.
 
@@ -149,7 +149,8 @@ def run(*, codes: int = 64, steps: int = 600, seed: int = 0) -> tuple[dict[str, 
     with torch.no_grad():
         bits = [float(prior.loss(test_grids, x)) / math.log(2) for x in (test_thumbnails, test_thumbnails.roll(1, 0))]
     counts = torch.bincount(grids.flatten(), minlength=codes) + 1.0
-    shape, given = tuple(test_grids.shape[1:]), test_thumbnails[:SHOWN]
+    shape, chosen = tuple(test_grids.shape[1:]), torch.linspace(0, len(test) - 1, SHOWN).long()
+    given, kept_codes = test_thumbnails[chosen], test_grids[chosen]
     arguments: dict[str, Any] = {"distribution": Categorical(codes, layout="B(KC)HW"), "condition": given}
     sampler, naive = (accelerate(prior, shape, backend=backend, **arguments) for backend in ("auto", "naive"))
     noise = torch.rand(sampler.noise_shape(SHOWN), generator=torch.Generator().manual_seed(seed))
@@ -157,7 +158,7 @@ def run(*, codes: int = 64, steps: int = 600, seed: int = 0) -> tuple[dict[str, 
     slowly, naive_seconds = _timed(lambda: naive.sample(SHOWN, noise=noise))
     kept = torch.zeros(shape, dtype=torch.bool)
     kept[: shape[0] // 2] = True
-    completed = sampler.sample(SHOWN, noise=noise, known=test_grids[:SHOWN], known_mask=kept)
+    completed = sampler.sample(SHOWN, noise=noise, known=kept_codes, known_mask=kept)
     numbers = {
         "error": F.mse_loss(rebuilt, test).item(),
         "error_of_thumbnail": F.mse_loss(_enlarged(test_thumbnails, test), test).item(),
@@ -170,11 +171,11 @@ def run(*, codes: int = 64, steps: int = 600, seed: int = 0) -> tuple[dict[str, 
         "speedup": naive_seconds / seconds,
         "work_ratio": sampler.work_ratio,
     }
-    shown = test[:SHOWN]
+    shown = test[chosen]
     with torch.no_grad():
         rows = {
             "Test patches": shown,
-            f"Their codes, {shape[0]}x{shape[1]} of {codes}, decoded": rebuilt[:SHOWN],
+            f"Their codes, {shape[0]}x{shape[1]} of {codes}, decoded": rebuilt[chosen],
             "Thumbnails": _enlarged(given, shown),
             "Codes drawn for the thumbnails": model.decode(drawn),
             "The upper half of the codes kept, the lower drawn": model.decode(completed),
