@@ -76,6 +76,12 @@ def test_any_number_of_images(small, n):
     assert_round_trip(model, images.repeat(15, 1, 1, 1)[:n])
 
 
+def test_classes_of_several_batches(monkeypatch):
+    monkeypatch.setattr(compression, "MOST_IMAGES", 4)
+    model, classes = gated((1, 4, 3), 4, n_classes=3), torch.arange(10) % 3
+    assert_round_trip(model, model.sample(10, seed=0, condition=classes), classes)
+
+
 @pytest.mark.parametrize("condition", [1, torch.tensor([2]), torch.arange(9) % 3], ids=["int", "one", "each"])
 def test_classes(condition):
     model = gated((1, 4, 3), 4, n_classes=3)
