@@ -11,10 +11,11 @@ TRITON ?=
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: requirements.txt
+$(VENV)/.ready: requirements.txt requirements-others.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fastgen needs Python 3.10 or newer; found " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 test")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-others.txt
 	touch $@
 
 demo: setup

@@ -14,6 +14,7 @@ EXTRAS = {
     "data": ["datasets>=2.14"],
     "log": ["tensorboard"],
     "hub": ["huggingface_hub"],
+    "compress": ["constriction>=0.4"],
     "config": ['tomli; python_version < "3.11"'],
     "benchmarks": ["pytest>=7", "pytest-benchmark>=4", "matplotlib>=3.7"],
     "dev": ["pytest>=7", "pytest-benchmark>=4", "pytest-xdist", "hypothesis", "mpmath", "ruff", "mypy"],

@@ -2,10 +2,10 @@
 
 from fastgen._version import __version__
 from fastgen.checkpoint import load, save
-from fastgen.distributions import Bernoulli, Categorical, LogisticMixture
-from fastgen.gaussian import Gaussian, GaussianMixture
+from fastgen.compression import compress, decompress
+from fastgen.distributions import Bernoulli, Categorical, Gaussian, GaussianMixture, Logistic, LogisticMixture
 from fastgen.nn.patch import patch
-from fastgen.sampling import CausalityReport, NotCausalError, accelerate, check_causality
+from fastgen.sampling import CausalityReport, NotCausalError, accelerate, check_causality, shift_right
 
 __all__ = [
     "Bernoulli",
@@ -13,12 +13,16 @@ __all__ = [
     "CausalityReport",
     "Gaussian",
     "GaussianMixture",
+    "Logistic",
     "LogisticMixture",
     "NotCausalError",
     "__version__",
     "accelerate",
     "check_causality",
+    "compress",
+    "decompress",
     "load",
     "patch",
     "save",
+    "shift_right",
 ]

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from fastgen._version import __version__
 from fastgen.files import make_folder, write_atomically
-from fastgen.models.pixelcnn import channels_of
 from fastgen.models.rebuildable import Rebuildable
+from fastgen.models.softmax import channels_of
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -50,6 +50,7 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
 
     Raises:
         TypeError: the model is none of `fastgen.models`, or was built with an argument that JSON cannot say.
+        ValueError: there is a file of the folder's name.
         OSError: the folder cannot be written to.
     """
     model = unwrap(model)

@@ -49,8 +49,12 @@ def make_folder(folder: Path) -> None:
     """Makes a folder and its parents, and checks that files can be written to it.
 
     Raises:
+        ValueError: there is a file of that name.
         OSError: the folder cannot be made or written to; names it.
     """
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"folder must be a folder, {path} is a file")
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".probe.{os.getpid()}.tmp"
     try:

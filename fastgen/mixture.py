@@ -42,28 +42,56 @@ def component_mean(channel: int, means: Tensor, coefficients: Tensor | None, x: 
 
 
 def mixture_log_prob(params: Tensor, target: Tensor, levels: int) -> Tensor:
-    """log p of integer levels (B, C, ...), which a pixel's colours share: (B, 1, ...) nats.
-
-    Exact: log(sigmoid(a) - sigmoid(b)) = logsigmoid(a) + logsigmoid(-b) + log(1 - exp(b - a)), with the two ends of
-    a level's bin at a and b in units of the component's scale, so that no threshold is needed anywhere."""
-    half = (levels - 1) / 2
-    level = target.to(params.dtype).unsqueeze(2)
+    """log p of integer levels (B, C, ...), which a pixel's colours share: (B, 1, ...) nats."""
     logits, means, log_scales, coefficients = split_mixture(params, target.shape[1])
+    level = target.to(params.dtype).unsqueeze(2)
     log_joint = logits.log_softmax(1)
     for channel in range(target.shape[1]):
-        mean = component_mean(channel, means, coefficients, level / half - 1)
-        log_scale = log_scales[:, channel]
-        width = torch.exp(-log_scale) / half  # of a level, in scales
-        # Distance from the mean in levels. Where they are close, half * mean = (levels / 2 - 1 / 2) * mean taken in
-        # two steps keeps the digits that a level / half - 1 rounded to float32 has lost.
-        distance = (level[:, channel] - half - (levels / 2) * mean) + 0.5 * mean
-        upper = F.logsigmoid((distance + 0.5) * width)
-        lower = F.logsigmoid(-(distance - 0.5) * width)
-        # log(1 - exp(-width)); for wide scales as log(width) + log((1 - exp(-width)) / width), without underflow.
-        small = width.clamp(1e-30, 1)
-        wide = torch.log(-torch.expm1(-small) / small) - log_scale - math.log(half)
-        log_width = torch.where(width > 1, torch.log1p(-torch.exp(-width.clamp(min=1))), wide)
-        first, last = level[:, channel] == 0, level[:, channel] == levels - 1
-        log_probability = torch.where(first, upper, torch.where(last, lower, upper + lower + log_width))
-        log_joint = log_joint + log_probability
+        log_joint = log_joint + component_log_prob(channel, level, means, log_scales, coefficients, levels)
     return log_joint.logsumexp(1, keepdim=True)
+
+
+def level_probabilities(params: Tensor, previous: Tensor, channels: int, levels: int) -> Tensor:
+    """p of every level of one of `channels` colours, given those before it (B, channel) at the pixel: (B, levels).
+    params: (B, P)."""
+    logits, means, log_scales, coefficients = split_mixture(params, channels)
+    channel, level = previous.shape[1], previous.to(params.dtype).unsqueeze(2)
+    log_joint = logits.log_softmax(1)  # of a component and the levels before
+    for before in range(channel):
+        log_joint = log_joint + component_log_prob(before, level, means, log_scales, coefficients, levels)
+    every = torch.arange(levels, dtype=params.dtype, device=params.device).expand(len(params), 1, 1, -1)
+    level = torch.cat((level.unsqueeze(3).expand(-1, -1, -1, levels), every), 1)
+    means, log_scales = means.unsqueeze(3), log_scales.unsqueeze(3)
+    coefficients = None if coefficients is None else coefficients.unsqueeze(3)
+    of_level = component_log_prob(channel, level, means, log_scales, coefficients, levels)
+    log_joint = log_joint.unsqueeze(2) + of_level
+    return log_joint.logsumexp(1).softmax(1)
+
+
+def component_log_prob(
+    channel: int, level: Tensor, means: Tensor, log_scales: Tensor, coefficients: Tensor | None, levels: int
+) -> Tensor:
+    """log p of a colour's level under each component, given the colours before it: (B, M, ...) nats.
+
+    Exact: log(sigmoid(a) - sigmoid(b)) = logsigmoid(a) + logsigmoid(-b) + log(1 - exp(b - a)), with the two ends of
+    a level's bin at a and b in units of the component's scale, so that no threshold is needed anywhere.
+
+    Args:
+        level: (B, at least channel + 1, 1, ...) levels as floats.
+        means, log_scales, coefficients: as `split_mixture` gives them.
+    """
+    half = (levels - 1) / 2
+    mean = component_mean(channel, means, coefficients, level / half - 1)
+    log_scale = log_scales[:, channel]
+    width = torch.exp(-log_scale) / half  # of a level, in scales
+    # Distance from the mean in levels. Where they are close, half * mean = (levels / 2 - 1 / 2) * mean taken in
+    # two steps keeps the digits that a level / half - 1 rounded to float32 has lost.
+    distance = (level[:, channel] - half - (levels / 2) * mean) + 0.5 * mean
+    upper = F.logsigmoid((distance + 0.5) * width)
+    lower = F.logsigmoid(-(distance - 0.5) * width)
+    # log(1 - exp(-width)); for wide scales as log(width) + log((1 - exp(-width)) / width), without underflow.
+    small = width.clamp(1e-30, 1)
+    wide = torch.log(-torch.expm1(-small) / small) - log_scale - math.log(half)
+    log_width = torch.where(width > 1, torch.log1p(-torch.exp(-width.clamp(min=1))), wide)
+    first, last = level[:, channel] == 0, level[:, channel] == levels - 1
+    return torch.where(first, upper, torch.where(last, lower, upper + lower + log_width))

@@ -17,6 +17,11 @@ GAP = 2  # pixels between images
 LEAST_SIZE = 48  # pixels; smaller images are enlarged by a whole factor
 HIDDEN = (70, 110, 180)  # the colour of what is hidden
 PAGE_IMAGES, PAGE_PIXELS = 400, 2**24  # of one picture at most
+UNITS = {  # of `fastgen.train.unit`
+    "bits_per_dim": "bits/dim",
+    "squared_error": "squared error a dimension",
+    "density_nats": "nats of the density, an image",
+}
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 
 
@@ -103,6 +108,7 @@ def columns_of(count: int) -> int:
 
 
 def png(image: Image.Image) -> bytes:
+    """The bytes of a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
@@ -124,14 +130,9 @@ def curves(rows: Sequence[dict[str, float]], path: str | os.PathLike, *, lines: 
         OSError: the file cannot be written.
     """
     path = png_path(path)
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    axes = _axes("step", "", (7, 4))
+    if axes is None:
         return False
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
     unit = "loss"
     for part in ("train", "validation"):
         for name in dict.fromkeys(key for row in rows for key in row if key.startswith(f"{part}_")):
@@ -140,14 +141,54 @@ def curves(rows: Sequence[dict[str, float]], path: str | os.PathLike, *, lines: 
             axes.plot(*zip(*found, strict=True), label=part, linewidth=1.2)
     for number, (name, value) in enumerate((lines or {}).items()):
         axes.axhline(value, label=f"{name}: {value:.3f}", color=f"C{number + 2}", linestyle="--", linewidth=1)
-    axes.set_xlabel("step")
-    axes.set_ylabel({"bits_per_dim": "bits/dim", "squared_error": "squared error a dimension"}.get(unit, unit))
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    write_atomically({path: buffer.getvalue()})
+    axes.set_ylabel(UNITS.get(unit, unit))
+    _write_figure(axes, path)
     return True
+
+
+def reliability(results: dict[str, tuple[Tensor, Tensor]], path: str | os.PathLike) -> bool:
+    """Writes a PNG of how often classes named with a confidence are right, beside the diagonal of perfect calibration.
+    Returns False where matplotlib is not installed.
+
+    Args:
+        results: by name, mean confidences (n,) and shares that are right (n,), NaN for none.
+
+    Raises:
+        ValueError, OSError: as `curves`.
+    """
+    path = png_path(path)
+    axes = _axes("confidence", "share that is right", (5, 4.5))
+    if axes is None:
+        return False
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    for name, (confidence, right) in results.items():
+        there = ~right.isnan()
+        axes.plot(confidence[there].tolist(), right[there].tolist(), marker="o", markersize=4, label=name)
+    _write_figure(axes, path)
+    return True
+
+
+def _axes(x: str, y: str, size: tuple[float, float]) -> Any:
+    """Of a new figure of matplotlib, with the names of its axes; None where it is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def _write_figure(axes: Any, path: Path) -> None:
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    axes.figure.savefig(buffer, format="png", dpi=130)
+    write_atomically({path: buffer.getvalue()})
 
 
 def png_path(path: str | os.PathLike) -> Path:

@@ -14,7 +14,15 @@ import torch
 
 CUDA = torch.cuda.is_available()
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
-PACKAGES = ("hypothesis", "mpmath", "safetensors", "PIL", "sklearn", "matplotlib")  # not on every machine with a GPU
+PACKAGES = (
+    "hypothesis",
+    "mpmath",
+    "safetensors",
+    "PIL",
+    "sklearn",
+    "matplotlib",
+    "constriction",
+)  # not on every machine with a GPU
 HELD = 2e9  # bytes: what a test leaves cached beyond them goes back to the GPU
 
 if not CUDA:

@@ -226,5 +226,8 @@ def test_an_error_names_the_file_and_not_its_temporary_name(saved, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file"):
-        fastgen.save(MODELS["pixelcnn"](), tmp_path / "file" / "model")
+    for folder in (tmp_path / "file", tmp_path / "file" / "model"):
+        with pytest.raises(ValueError, match=r"folder must be a folder, .*file is a file"):
+            fastgen.save(MODELS["pixelcnn"](), folder)
+        with pytest.raises(ValueError, match=r"folder must be a folder, .*file is a file"):
+            MODELS["pixelcnn"]().save_pretrained(folder)

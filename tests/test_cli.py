@@ -15,11 +15,10 @@ import torch
 from PIL import Image
 
 import fastgen
-from fastgen import cli, data, demo
+from fastgen import cli, data
 from fastgen.cli import doctor
 from fastgen.cli.training import MODELS, new_model
 from fastgen.models import PixelCNN
-from fastgen.train import Settings
 
 TINY = ["--set", "channels=4", "--set", "layers=1", "--batch-size", "8", "--validate-every", "2", "--device", "cpu"]
 
@@ -318,45 +317,3 @@ def test_bench_runs_the_benchmarks(monkeypatch):
     assert cli.main(["bench", "--help"]) == 7
     assert [call[0][2:] for call in calls] == [["reparameterize_kl", "--dry-run", "--compare", "old"], ["--help"]]
     assert calls[0][0][:2] == ["-m", "benchmarks"] and (calls[0][1] / "benchmarks" / "__main__.py").is_file()
-
-
-# --- the demo
-
-
-def test_demo_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
-    digits = data.load("digits")
-    small = data.Dataset("digits", 17, 10, digits.train[:40], digits.validation[:10], digits.test[:16])
-    monkeypatch.setattr(data, "load", lambda name: small)
-    monkeypatch.setattr(demo, "SETTINGS", Settings(steps=12, batch_size=20, validate_every=6, lr=0.01))
-    monkeypatch.setattr(demo, "SIZES", {"channels": 6, "layers": 2})
-    monkeypatch.setattr(demo, "SAMPLES", 1)
-    monkeypatch.setattr(demo, "REPEATS", 1)
-    monkeypatch.setattr(demo, "VAE_STEPS", 5)
-    assert cli.main(["demo", "--out", str(tmp_path / "demo"), "--device", "cpu"]) == 0
-    files = {path.name for path in (tmp_path / "demo").iterdir()}
-    assert files >= {"samples.png", "completions.png", "curves.png", "metrics.jsonl", "model.safetensors"}
-    assert files >= {"config.json", "report.md", "report.json", "vae.png"}
-    report = json.loads((tmp_path / "demo" / "report.json").read_text())
-    assert report["samples_identical"] is True and report["speedup_vs_naive"] > 0 and report["device"] == "cpu"
-    assert report["versions"]["torch"] == torch.__version__ and report["seconds"] > 0
-    assert report["uniform_bits_per_dim"] == pytest.approx(4.087, abs=5e-4)
-    assert report["vae"]["bits_per_dim"]["importance"] > 0
-    model = fastgen.load(tmp_path / "demo")
-    nats = -model.log_prob(small.test.images.long(), small.test.labels).mean().item()
-    assert report["test_bits_per_dim"] == pytest.approx(nats / (64 * np.log(2)))
-    text = (tmp_path / "demo" / "report.md").read_text()
-    assert f"{report['test_bits_per_dim']:.3f}" in text and "identical, pixel for pixel" in text
-    assert "identical, pixel for pixel" in capsys.readouterr().out
-
-
-def test_the_baselines_are_those_of_the_digits():
-    from fastgen import baselines
-
-    digits = data.load("digits")
-    assert baselines.uniform_bits_per_dim(digits) == pytest.approx(4.0875, abs=1e-4)
-    assert baselines.histogram_bits_per_dim(digits, digits.test) == pytest.approx(2.3662, abs=1e-4)
-    seen = torch.cat((digits.train.images, digits.validation.images))[:, 0, 3, 4].tolist()
-    direct = [-np.log2((seen.count(value) + 1) / (1500 + 17)) for value in digits.test.images[:, 0, 3, 4].tolist()]
-    pixel = [data.Split(part.images[:, :, 3:4, 4:5]) for part in (digits.train, digits.validation, digits.test)]
-    cropped = data.Dataset("one pixel", 17, None, *pixel)
-    assert baselines.histogram_bits_per_dim(cropped, cropped.test) == pytest.approx(np.mean(direct))

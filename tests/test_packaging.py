@@ -56,7 +56,7 @@ def test_declares_what_it_needs(wheel):
     needs = re.findall(r"^Requires-Dist: ([\w-]+)(.*)$", metadata, re.M)
     assert {name for name, rest in needs if "extra" not in rest} == {"torch", "numpy", "safetensors", "tqdm", "pillow"}
     extras = set(re.findall(r"^Provides-Extra: (\w+)$", metadata, re.M))
-    assert extras == {"demo", "plots", "data", "log", "hub", "config", "benchmarks", "dev"}
+    assert extras == {"demo", "plots", "data", "log", "hub", "compress", "config", "benchmarks", "dev"}
     points = next(files.read(name).decode() for name in files.namelist() if name.endswith("entry_points.txt"))
     assert "fastgen = fastgen.cli:main" in points
 

@@ -48,12 +48,12 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> Parser:
     """All commands. Each module's `add` gives its parser `run(arguments) -> exit status`; torch is imported there.
     `bench` is only listed: `main` hands its arguments on."""
-    from fastgen.cli import bench, demo, doctor, drawing, latent, training, using
+    from fastgen.cli import bench, compression, demo, doctor, drawing, judging, latent, training, using
 
     parser = Parser(prog="fastgen", description="Train, evaluate and sample generative models of images.")
     parser.add_argument("--version", action="version", version=f"fastgen {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for module in (demo, training, using, drawing, latent, bench, doctor):
+    for module in (demo, training, using, drawing, latent, judging, compression, bench, doctor):
         module.add(commands)
     for name, command in commands.choices.items():
         command.set_defaults(parser=command, command=name)

@@ -17,6 +17,7 @@ OPTIONAL = {
     "matplotlib": "curves",
     "datasets": "hf:NAME",
     "tensorboard": "a log for TensorBoard",
+    "constriction": "fastgen compress, decompress",
     "huggingface_hub": "from_pretrained of a repository",
     **({"tomli": "--config, before Python 3.11"} if sys.version_info < (3, 11) else {}),
 }

@@ -147,7 +147,8 @@ def _label(arguments: argparse.Namespace, model: Any, count: int) -> "Tensor":
 
 
 def run_complete(arguments: argparse.Namespace) -> int:
-    from fastgen import checkpoint, completions
+    from fastgen import checkpoint
+    from fastgen.demos import completions
     from fastgen.models.autoregressive import AutoregressiveModel
 
     path = png_target(arguments.out)

@@ -1,7 +1,6 @@
 """fastgen evaluate."""
 
 import argparse
-import math
 from typing import Any
 
 from fastgen.cli.common import add_data, add_run, device_of, load_run_data, natural, positive_int
@@ -25,7 +24,9 @@ def add(commands: Any) -> None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
-    from fastgen import baselines, checkpoint, likelihood
+    from fastgen import checkpoint, likelihood
+    from fastgen.classification import calibration
+    from fastgen.demos import baselines
     from fastgen.models import VAE, Autoencoder
     from fastgen.train import images_at_once, mean_loss, unit
 
@@ -44,17 +45,11 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     labels = None if model.n_classes is None else split.labels
     score = likelihood.evaluate(model, split.images.long(), labels, **options)
     print(score)
-    if getattr(model, "likelihood", "") == "gaussian":
-        bits = math.log2((model.levels - 1) / 2)
-        print(
-            f"that is a density on -1..1 (uniform 1.000); counted in levels, which the following are, "
-            f"{'' if score.exact else '<= '}{score.bits_per_dim + bits:.3f} bits/dim"
-        )
     print(
         f"to compare: uniform {baselines.uniform_bits_per_dim(dataset):.3f} bits/dim, a histogram for each position "
         f"{baselines.histogram_bits_per_dim(dataset, split):.3f}"
     )
     if labels is not None:
-        named = likelihood.class_posterior(model, split.images.long(), **options).labels
-        print(f"classified by Bayes' rule: {(named == labels).double().mean():.1%} right")
+        posterior = likelihood.class_posterior(model, split.images.long(), **options)
+        print(f"classified by Bayes' rule: {calibration(posterior.log_probs, labels)}")
     return 0

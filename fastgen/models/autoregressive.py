@@ -1,6 +1,6 @@
 """What every autoregressive image model shares: levels in, parameters out, exact likelihood, exact samples."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -9,6 +9,9 @@ from fastgen import ops
 from fastgen.distributions import Categorical, Distribution
 from fastgen.models.arguments import check_condition, check_levels
 from fastgen.models.rebuildable import Rebuildable
+
+if TYPE_CHECKING:
+    from fastgen.sampling import Sampler
 
 
 class AutoregressiveModel(Rebuildable):
@@ -86,14 +89,24 @@ class AutoregressiveModel(Rebuildable):
     @torch.no_grad()
     def sample(self, n: int, **options: Any) -> Tensor:
         """Draws n images; options as in `fastgen.sampling.Sampler.sample`. Returns (n, C, H, W) levels."""
+        return self.sampler(options.get("condition")).sample(n, **options)
+
+    def sampler(self, condition: Any = None) -> "Sampler":
+        """The `fastgen.accelerate` of this model, made once.
+
+        Args:
+            condition: classes of a class-conditional model, or one class: an example.
+
+        Raises:
+            TypeError, ValueError: as `log_prob` for classes; the model is in training mode.
+        """
         from fastgen.sampling import accelerate
 
         if self.training:
             raise ValueError("model is in training mode (dropout is on): call model.eval() before sampling")
-        condition = options.get("condition")
         check_condition(condition, self.n_classes)
         if isinstance(condition, int):
             condition = torch.tensor([condition])
         if not self._samplers:
             self._samplers.append(accelerate(self, self.shape, distribution=self.distribution, condition=condition))
-        return self._samplers[0].sample(n, **options)
+        return self._samplers[0]

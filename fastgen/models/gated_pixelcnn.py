@@ -4,22 +4,24 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from fastgen.distributions import Categorical
-from fastgen.models.autoregressive import AutoregressiveModel
-from fastgen.models.pixelcnn import channels_of, logits_of_colours
-from fastgen.nn import GatedMaskedBlock, MaskedConv2d
+from fastgen.models.softmax import SoftmaxModel, channels_of, head_of, logits_of_colours
+from fastgen.nn import GatedMaskedBlock
 
 
-class GatedPixelCNN(AutoregressiveModel):
-    """A 7x7 gated layer of mask type A, 3x3 layers of type B, two 1x1 layers, a softmax for every colour.
+class GatedPixelCNN(SoftmaxModel):
+    """A 7x7 gated layer of mask type A, 3x3 layers of type B, two 1x1 layers, a softmax for every colour: levels
+    (B, C, H, W) -> logits (B, K, C, H, W).
 
     Args:
         shape: (C, H, W); with C = 3 the colours are ordered R, G, B.
         levels: number of levels of a channel.
-        channels: feature maps of each stack, rounded as in `channels_of` of PixelCNN.
+        channels: feature maps of each stack, rounded as in `channels_of`.
         layers: number of gated layers, the first included.
         n_classes: number of classes of a class-conditional model, None for an unconditional one.
         dropout: probability, before the output convolution of every layer.
+
+    Raises:
+        ValueError: an argument is not as above.
     """
 
     def __init__(
@@ -32,7 +34,7 @@ class GatedPixelCNN(AutoregressiveModel):
         n_classes: int | None = None,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(shape, levels, Categorical(levels, layout="BKCHW"), n_classes)
+        super().__init__(shape, levels, n_classes)
         if not isinstance(layers, int) or layers < 1:
             raise ValueError(f"layers must be an int >= 1, got {layers!r}")
         colours = shape[0]
@@ -41,11 +43,7 @@ class GatedPixelCNN(AutoregressiveModel):
         layer = partial(GatedMaskedBlock, data_channels=colours, n_classes=n_classes, dropout=dropout)
         rest = (layer(channels, channels) for _ in range(layers - 1))
         self.blocks = nn.ModuleList([layer(colours, channels, 7, mask_type="A"), *rest])
-        self.head = nn.Sequential(
-            nn.ReLU(),
-            MaskedConv2d(channels, channels, 1, mask_type="B", data_channels=colours, activation="relu"),
-            MaskedConv2d(channels, colours * levels, 1, mask_type="B", data_channels=colours),
-        )
+        self.head = head_of(channels, channels, colours, levels)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Levels (B, C, H, W), integers or floats in [-1, 1], and classes (B,) -> logits (B, K, C, H, W)."""

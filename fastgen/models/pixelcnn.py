@@ -2,14 +2,14 @@
 
 from torch import Tensor, nn
 
-from fastgen.distributions import Categorical
-from fastgen.models.autoregressive import AutoregressiveModel
+from fastgen.models.softmax import SoftmaxModel, channels_of, head_of
 from fastgen.nn import MaskedConv2d
 from fastgen.nn.gated import ClassBias
 
 
-class PixelCNN(AutoregressiveModel):
-    """A 7x7 convolution of mask type A, residual blocks of type B, two 1x1 layers, a softmax for every colour.
+class PixelCNN(SoftmaxModel):
+    """A 7x7 convolution of mask type A, residual blocks of type B, two 1x1 layers, a softmax for every colour: levels
+    (B, C, H, W) -> logits (B, K, C, H, W).
 
     Args:
         shape: (C, H, W); with C = 3 the colours are ordered R, G, B.
@@ -17,6 +17,9 @@ class PixelCNN(AutoregressiveModel):
         channels: h, feature maps of the 3x3 convolutions; the residual stream has 2h. Rounded as in `channels_of`.
         layers: number of residual blocks.
         n_classes: number of classes of a class-conditional model, None for an unconditional one.
+
+    Raises:
+        ValueError: an argument is not as above.
     """
 
     def __init__(
@@ -28,25 +31,15 @@ class PixelCNN(AutoregressiveModel):
         layers: int = 15,
         n_classes: int | None = None,
     ) -> None:
-        super().__init__(shape, levels, Categorical(levels, layout="BKCHW"), n_classes)
+        super().__init__(shape, levels, n_classes)
+        if not isinstance(layers, int) or layers < 0:
+            raise ValueError(f"layers must be an int >= 0, got {layers!r}")
         colours = shape[0]
         h = channels_of(channels, colours, 32)
         self.note_argument("channels", h)
         self.input = MaskedConv2d(colours, 2 * h, 7, padding=3, mask_type="A", data_channels=colours)
         self.blocks = nn.ModuleList(ResidualBlock(h, colours, n_classes) for _ in range(layers))
-        self.head = nn.Sequential(
-            nn.ReLU(),
-            MaskedConv2d(2 * h, 2 * h, 1, mask_type="B", data_channels=colours, activation="relu"),
-            MaskedConv2d(2 * h, colours * levels, 1, mask_type="B", data_channels=colours),
-        )
-
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Levels (B, C, H, W), integers or floats in [-1, 1], and classes (B,) -> logits (B, K, C, H, W)."""
-        self.check_condition(condition)
-        features = self.input(self.encode(x))
-        for block in self.blocks:
-            features = block(features, condition)
-        return logits_of_colours(self.head(features), self.shape[0])
+        self.head = head_of(2 * h, 2 * h, colours, levels)
 
 
 class ResidualBlock(nn.Module):
@@ -62,22 +55,3 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         own = None if self.condition is None else self.condition(condition).flatten(1)
         return self.expand(self.look(self.reduce(x.relu()), condition=own), residual=x)
-
-
-def channels_of(channels: int, colours: int, unit: int = 1) -> int:
-    """Feature maps of which every colour has as many: `channels` if it is a multiple of the colours, else rounded up.
-
-    unit: more than half of this a colour are rounded up to a multiple of it, which fills the blocks of the kernels: 128
-    for three colours and units of 32 become 192 (64 a colour), which takes no longer than 129 would.
-    """
-    if not isinstance(channels, int) or channels < 1:
-        raise ValueError(f"channels must be an int >= 1, got {channels!r}")
-    if channels % colours == 0:
-        return channels
-    share = -(-channels // colours)
-    return colours * (-(-share // unit) * unit if 2 * share > unit else share)
-
-
-def logits_of_colours(features: Tensor, colours: int) -> Tensor:
-    """(B, C*K, H, W), the colours' groups one after the other, as (B, K, C, H, W): a view."""
-    return features.unflatten(1, (colours, -1)).transpose(1, 2)

@@ -20,7 +20,8 @@ class PixelCNNPP(AutoregressiveModel):
     Both go through three resolutions, down by convolutions of stride 2 and up by transposed ones, and every layer on
     the way up sees the layer of its resolution on the way down. The order of the colours is the mixture's own: its
     means of green and blue are linear in the colours before them (equation 3), so that the network sees nothing of the
-    pixel that it describes. Images have 256 levels and any size.
+    pixel that it describes. Images have 256 levels and any size: levels (B, C, H, W) -> parameters
+    (B, 10 * n_mix, H, W) for C = 3, (B, 3 * n_mix, H, W) for C = 1, in the order of `fastgen.LogisticMixture`.
 
     Args:
         shape: (C, H, W), C = 1 or 3.
@@ -30,6 +31,9 @@ class PixelCNNPP(AutoregressiveModel):
         n_classes: number of classes of a class-conditional model, None for an unconditional one.
         dropout: probability, in every residual layer.
         weight_norm: all convolutions keep their weights as a length and a direction, as in the paper.
+
+    Raises:
+        ValueError: an argument is not as above.
     """
 
     def __init__(

@@ -4,17 +4,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastgen.distributions import Categorical
-from fastgen.models.autoregressive import AutoregressiveModel
-from fastgen.models.pixelcnn import channels_of, logits_of_colours
+from fastgen.models.softmax import SoftmaxModel, channels_of, head_of
 from fastgen.nn import DiagonalBiLSTM, MaskedConv2d, RowLSTM
 from fastgen.nn.gated import ClassBias
 
 KINDS = ("diagonal_bilstm", "row_lstm")
 
 
-class PixelRNN(AutoregressiveModel):
-    """A 7x7 convolution of mask type A, residual LSTM layers, two 1x1 layers, a softmax for every colour.
+class PixelRNN(SoftmaxModel):
+    """A 7x7 convolution of mask type A, residual LSTM layers, two 1x1 layers, a softmax for every colour: levels
+    (B, C, H, W) -> logits (B, K, C, H, W).
 
     Args:
         shape: (C, H, W); with C = 3 the colours are ordered R, G, B.
@@ -25,6 +24,9 @@ class PixelRNN(AutoregressiveModel):
         n_classes: number of classes of a class-conditional model, None for an unconditional one.
         head_channels: feature maps of the last layers, rounded up to a multiple of C; None is 2h.
         skewed_padding: see `fastgen.nn.DiagonalLSTM`; only for "diagonal_bilstm".
+
+    Raises:
+        ValueError: an argument is not as above.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class PixelRNN(AutoregressiveModel):
         head_channels: int | None = None,
         skewed_padding: bool = False,
     ) -> None:
-        super().__init__(shape, levels, Categorical(levels, layout="BKCHW"), n_classes)
+        super().__init__(shape, levels, n_classes)
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
         if skewed_padding and kind != "diagonal_bilstm":
@@ -61,11 +63,7 @@ class PixelRNN(AutoregressiveModel):
         self.blocks = nn.ModuleList(
             ResidualLSTM(scan(), MaskedConv2d(h, 2 * h, 1, **options), n_classes) for _ in range(layers)
         )
-        self.head = nn.Sequential(
-            nn.ReLU(),
-            MaskedConv2d(2 * h, head, 1, activation="relu", **options),
-            MaskedConv2d(head, colours * levels, 1, **options),
-        )
+        self.head = head_of(2 * h, head, colours, levels)
 
     @classmethod
     def mnist(cls, **options: Any) -> "PixelRNN":
@@ -79,14 +77,6 @@ class PixelRNN(AutoregressiveModel):
         The kernels load units in wide words where their number is a multiple of 16, as hidden_channels=144 is.
         """
         return cls((3, 32, 32), **{"hidden_channels": 128, "layers": 12, "head_channels": 1024, **options})
-
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Levels (B, C, H, W), integers or floats in [-1, 1], and classes (B,) -> logits (B, K, C, H, W)."""
-        self.check_condition(condition)
-        features = self.input(self.encode(x))
-        for block in self.blocks:
-            features = block(features, condition)
-        return logits_of_colours(self.head(features), self.shape[0])
 
 
 class ResidualLSTM(nn.Module):

@@ -1,4 +1,4 @@
-"""One layer of the Gated PixelCNN: its vertical and its horizontal stack."""
+"""One layer of the Gated PixelCNN, which has a vertical and a horizontal stack of feature maps."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,11 @@ from fastgen.ops.masked_conv2d import fused, gate, runs_triton, under_autocast
 
 
 class ClassBias(nn.Embedding):
-    """A bias for every class and channel: (B,) class indices -> (B, channels, 1, 1), small at the start."""
+    """A bias for every class and channel: classes (B,) -> (B, channels, 1, 1). Starts from N(0, 0.1^2).
+
+    Raises:
+        ValueError: n_classes is no int >= 1.
+    """
 
     def __init__(self, n_classes: int, channels: int) -> None:
         if not isinstance(n_classes, int) or n_classes < 1:
@@ -24,7 +28,8 @@ class ClassBias(nn.Embedding):
 
 
 class GatedMaskedBlock(nn.Module):
-    """Van den Oord et al. 2016b ("Conditional Image Generation with PixelCNN Decoders"), figure 2.
+    """A layer of the Gated PixelCNN (van den Oord et al. 2016b, "Conditional Image Generation with PixelCNN Decoders",
+    figure 2): two stacks (B, in_channels, H, W) -> two stacks (B, channels, H, W).
 
     The vertical stack sees all rows above a pixel, the horizontal stack the pixels to its left in its row; together
     they see every pixel before it, without the blind spot of stacked masked convolutions. Colours are ordered in the
@@ -38,6 +43,10 @@ class GatedMaskedBlock(nn.Module):
         data_channels: number of colours; in_channels and channels are multiples of it.
         n_classes: number of classes of a class-conditional bias, None for none.
         dropout: probability, before the output convolution of the horizontal stack.
+
+    Raises:
+        ValueError: kernel_size is even or below 3, mask_type is unknown, channels are no multiples of data_channels, or
+            n_classes is below 1.
     """
 
     def __init__(
@@ -69,10 +78,9 @@ class GatedMaskedBlock(nn.Module):
         self.residual = mask_type == "B" and in_channels == channels
 
     def forward(self, vertical: Tensor, horizontal: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Both stacks (B, in_channels, H, W) -> (B, channels, H, W); condition (B,) class indices.
+        """Both stacks (B, in_channels, H, W) -> both (B, channels, H, W); condition: classes (B,).
 
-        Every row of the vertical output depends on rows above it alone, so that it may enter the horizontal stack
-        without a shift.
+        A row of the vertical output depends on the rows above it alone, so it enters the horizontal stack unshifted.
         """
         if self._fuses(vertical):
             return self.fused(vertical, horizontal, condition)
@@ -86,7 +94,8 @@ class GatedMaskedBlock(nn.Module):
         return gate(above), out + horizontal if self.residual else out
 
     def _fuses(self, x: Tensor) -> bool:
-        """Where the kernels run; not past a hook, which would miss its layer, nor past a layer of another kind."""
+        """Whether `fused` can run: on a GPU, where no layer has a hook (which would not be called) and none has been
+        replaced by one of another class."""
         if not runs_triton("auto", x) or x.dim() != 4:
             return False
         layers = (self.vertical, self.horizontal, self.output, self.across)

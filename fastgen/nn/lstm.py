@@ -14,7 +14,7 @@ CLOSED = -1e4  # a gate that is exactly 0 after its sigmoid, in every float type
 
 @functools.cache
 def second_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all layers of a device: their memory comes from one pool."""
+    """The stream on which the scans from the right run: one for all layers of a device, which share its memory pool."""
     return torch.cuda.Stream(device)
 
 
@@ -55,7 +55,8 @@ class _ScanLSTM(nn.Module):
 
 
 class DiagonalLSTM(_ScanLSTM):
-    """A diagonal LSTM over the image: a pixel sees what is above and to the left of it, its quadrant.
+    """An LSTM that sweeps the image diagonal by diagonal (van den Oord et al. 2016, section 3.2): a pixel sees its
+    quadrant, what is above and to the left of it. (B, in_channels, H, W) -> (B, hidden_channels, H, W).
 
     The input-to-state convolution is the paper's 1x1 for mask type "B". For "A", where a 1x1 convolution would see
     nothing, it is 3x3. State-to-state weights (4h, h, 2) are those of `fastgen.ops.diagonal_lstm`, one tap for the
@@ -66,8 +67,8 @@ class DiagonalLSTM(_ScanLSTM):
         hidden_channels: units h, the channels of the output.
         mask_type: "A" hides the pixel itself (a first layer, on the image), "B" shows it.
         data_channels: number of colours, see `fastgen.ops.causal_mask`; in_channels and hidden_channels are multiples.
-        reverse: scan from the right: a pixel then sees what is above and to the right of it, so that the layer alone
-            is not causal. Input to a scan from the right should be masked for what `DiagonalBiLSTM` does with it.
+        reverse: scan from the right: a pixel then sees what is above and to the right of it, which is not causal.
+            `DiagonalBiLSTM` shifts the result down by a row, which makes it so.
         skewed_padding: states as in implementations that skew a zero-padded image (row i shifted right by i): there
             the LSTM runs through the padding as well, where its input is the bias, so that the state to the left of
             column 0 is not 0 but that of i steps on the bias alone. Loads their checkpoints, the biases of their two
@@ -118,7 +119,8 @@ class DiagonalLSTM(_ScanLSTM):
 
 
 class DiagonalBiLSTM(nn.Module):
-    """The Diagonal BiLSTM: one scan from the left, one from the right; together a pixel sees all pixels before it.
+    """The Diagonal BiLSTM (van den Oord et al. 2016, section 3.2): one scan from the left, one from the right; together
+    a pixel sees all pixels before it. (B, in_channels, H, W) -> (B, hidden_channels, H, W).
 
     The scan from the right sees the rest of a pixel's own row. Its states are therefore shifted down by one row before
     they are added to the others (section 3.2): what is added to a pixel comes from the rows above it. For the same
@@ -126,6 +128,9 @@ class DiagonalBiLSTM(nn.Module):
 
     Args:
         in_channels, hidden_channels, mask_type, data_channels, skewed_padding: as in `DiagonalLSTM`.
+
+    Raises:
+        ValueError: as in `DiagonalLSTM`.
     """
 
     def __init__(
@@ -168,7 +173,8 @@ class DiagonalBiLSTM(nn.Module):
 
 
 class RowLSTM(_ScanLSTM):
-    """The Row LSTM: all pixels of a row at once from the row above; a pixel sees a triangle above it.
+    """The Row LSTM (van den Oord et al. 2016, section 3.1): all pixels of a row at once from the row above; a pixel
+    sees a triangle above it. (B, in_channels, H, W) -> (B, hidden_channels, H, W).
 
     The input-to-state convolution is the paper's 1x3, masked, for mask type "B", and 3x3 for "A". State-to-state
     weights (4h, h, kernel_size) are those of `fastgen.ops.row_lstm`.

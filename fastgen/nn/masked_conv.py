@@ -12,7 +12,9 @@ from fastgen.ops.masked_conv2d import ACTIVATIONS
 
 
 class MaskedConv2d(nn.Conv2d):
-    """`activation(conv2d(x, weight * mask, bias))` with the mask of `fastgen.ops.causal_mask`.
+    """`activation(conv2d(x, weight * mask, bias))`, with the mask of `fastgen.ops.causal_mask` (van den Oord et al.
+    2016, "Pixel Recurrent Neural Networks", section 3.4): (B, in_channels, H, W) -> (B, out_channels, H', W') in any
+    float dtype, H' and W' as of `nn.Conv2d`.
 
     Parameters have the names, shapes and initial values of `nn.Conv2d`. The mask is a buffer that state_dict does not
     hold; a checkpoint that has a "mask" key loads too, if its mask is the same. On the CPU the kernel is cropped to the
@@ -27,7 +29,8 @@ class MaskedConv2d(nn.Conv2d):
         mask: any BoolTensor (out_channels, in_channels, kh, kw) instead; mask_type is not given then.
 
     Raises:
-        ValueError: arguments that `causal_mask` or `masked_conv2d` do not take.
+        ValueError: an argument that `causal_mask` or `masked_conv2d` does not take; both or none of mask_type and mask;
+            an odd out_channels with "gated".
     """
 
     mask: Tensor

@@ -5,6 +5,7 @@ language model tokens (B, T) -> logits (B, T, K) is given levels[:, 0, 0], and g
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgen.distributions import Categorical, Distribution
+from fastgen.distributions import Categorical
+from fastgen.sampling.condition import rows_of
 from fastgen.sampling.request import checked_sizes
+
+BATCHES = (1, *range(3, 17), 20, 24, 25, 32, 48, 50, 64, 100, 128, 256)
 
 
 class Adapter(nn.Module):
@@ -23,18 +27,20 @@ class Adapter(nn.Module):
         model: the user's. A condition that is a tuple is its further arguments, a dict its keyword arguments, anything
             else its second argument.
         shape: (C, H, W), (H, W) or (T,).
-        layout: of the distribution, where it has one; with K last, the output is (B, T, K) or (B, H, W, K).
+        distribution: of what is drawn. Where its layout has K last, the output is (B, T, K) or (B, H, W, K).
         output: what the model returns -> params; None where it returns these.
 
     Attributes:
         outer: the shape as the user has it.
         shape: (C, H, W), of what is drawn.
+        distribution: for params as they are inside, (n, ..., H, W).
+        batch: the one number of images that the model takes; None: it takes any.
     """
 
     model: nn.Module
 
     def __init__(
-        self, model: nn.Module, shape: Sequence[int], layout: str | None, output: Callable[[Any], Any] | None
+        self, model: nn.Module, shape: Sequence[int], distribution: Any, output: Callable[[Any], Any] | None
     ) -> None:
         super().__init__()
         self.__dict__["model"] = model  # no submodule: names are those of the model itself
@@ -42,6 +48,8 @@ class Adapter(nn.Module):
         channels, height, width = (1,) * (3 - len(self.outer)) + self.outer
         self.shape = (channels, height, width)
         self.output = output
+        layout = getattr(distribution, "layout", None)
+        self.batch: int | None = None
         self.levels_last = layout in ("BTK", "BHWK")
         sizes = {"BTK": 1, "BKT": 1, "BHWK": 2}.get(layout or "", len(self.outer))
         if sizes != len(self.outer) and not (layout == "BHWK" and self.outer[0] == 1):
@@ -49,7 +57,9 @@ class Adapter(nn.Module):
         if len(self.outer) == 1 and layout is not None and not layout.endswith(("T", "TK")):
             raise ValueError(f"layout must be 'BTK' or 'BKT' for shape={self.outer}, got {layout!r}")
 
-    def inner(self, distribution: Distribution) -> Distribution:
+        self.distribution = self._inner(distribution)
+
+    def _inner(self, distribution: Any) -> Any:
         """The distribution for params as they are inside, (n, K, H, W)."""
         if isinstance(distribution, Categorical) and distribution.layout in ("BTK", "BKT", "BHWK"):
             return replace(distribution, layout="B(KC)HW")
@@ -60,6 +70,20 @@ class Adapter(nn.Module):
         return self.model.named_modules(*args, **kwargs)
 
     def forward(self, x: Tensor, condition: Any = None) -> Any:
+        if self.batch is None:
+            return self._params(x, condition)
+        parts = []
+        for start in range(0, len(x), self.batch):
+            # Constants fill a batch: of all its images, a trace then follows those that are asked for.
+            filled = torch.cat((x[start : start + self.batch], x.new_zeros((self.batch, *x.shape[1:]))))[: self.batch]
+            rows = torch.arange(start, start + self.batch, device=x.device).clamp(max=len(x) - 1)
+            found = self._params(filled, rows_of(condition, rows))
+            if not isinstance(found, Tensor):
+                return found
+            parts.append(found)
+        return torch.cat(parts)[: len(x)]
+
+    def _params(self, x: Tensor, condition: Any) -> Any:
         if condition is None:
             found = self.model(x)
         elif type(condition) is tuple:
@@ -76,7 +100,10 @@ class Adapter(nn.Module):
             found = found.movedim(-1, 1)
         if len(self.outer) == 1:
             found = found.unsqueeze(-2)
-        return found.unsqueeze(1) if len(self.outer) < 3 and found.dim() == 3 else found
+        found = found.unsqueeze(1) if len(self.outer) < 3 and found.dim() == 3 else found
+        if isinstance(self.distribution, Categorical) and found.shape[-2:] == self.shape[1:]:
+            found = self.distribution.restricted(found, self.shape)
+        return found
 
     def inward(self, levels: Tensor) -> Tensor:
         """Levels or noise of a user's shape, or (n, ..., H, W) already, as that."""
@@ -91,6 +118,15 @@ class Adapter(nn.Module):
         if len(self.outer) == 1:
             params = params.squeeze(-2)
         return params.movedim(1, -1) if self.levels_last else params
+
+    def find_batch(self, run: Callable[[], Tensor]) -> Tensor | None:
+        """Sets `batch` to the one size that the model takes, where it does not take two images; what `run`, a pass of
+        two images, returns then. None: it fails at each size."""
+        for self.batch in BATCHES:
+            with suppress(Exception):
+                return run()
+        self.batch = None
+        return None
 
 
 class _Casts(TorchDispatchMode):

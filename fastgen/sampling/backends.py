@@ -13,16 +13,17 @@ from fastgen.distributions import Bernoulli, Distribution
 from fastgen.sampling.adapter import Adapter, casts_to_integers
 from fastgen.sampling.causality.drawing_order import NotByReadyTimes, drawing_order
 from fastgen.sampling.causality.draws import Order
-from fastgen.sampling.condition import example, kind
+from fastgen.sampling.condition import example, kind, wants_condition
 from fastgen.sampling.draws import draw_image
+from fastgen.sampling.levels import dtype_of, known_levels, levels_of
 from fastgen.sampling.model_state import ModelState
-from fastgen.sampling.request import Backend, SampleRequest, dtype_of, levels_of, tell
+from fastgen.sampling.request import Backend, SampleRequest, tell
 from fastgen.sampling.run.engine import Engine, build_engine
 from fastgen.sampling.trace.graph import Unsupported
-from fastgen.sampling.whole_pass import FixedPoint, Naive, whole_pass
+from fastgen.sampling.whole_pass import FixedPoint, Naive, places_of, whole_pass
 
 WHOLE_PASSES = ("naive", "fixed_point")
-MOST_KINDS = 4  # of conditions that have a backend each
+MOST_KINDS = 8  # of conditions (prompts of another length, for instance) that have a backend each
 
 
 @dataclass
@@ -38,8 +39,8 @@ class Backends:
     """The backends of one model, the latest last: one for each kind of condition and each dtype of the levels.
 
     Args:
-        model: which says of what shape its images are.
-        distribution, encode: as in `accelerate`.
+        model: which says of what shape its images are, and what they are drawn from.
+        encode: as in `accelerate`.
         choice: the `backend` of `accelerate`.
         verify: as in `accelerate`.
     """
@@ -47,14 +48,13 @@ class Backends:
     def __init__(
         self,
         model: Adapter,
-        distribution: Distribution,
         encode: Callable[[Tensor], Tensor] | None,
         choice: str,
         verify: str,
     ) -> None:
         self.model = model
         self.shape = model.shape
-        self.distribution = distribution
+        self.distribution: Distribution = model.distribution
         self.custom_encode = encode
         self.integers = False  # whether the model takes levels as they are
         self.choice = choice
@@ -100,10 +100,33 @@ class Backends:
     def blank_pass(self, condition: Any) -> Tensor:
         """The model's output for two blank images. Whatever does not fit together fails here, with a plain error.
 
-        Without an `encode` it is found out here whether the model takes integers, as one of tokens does.
+        It is found out here whether the model takes one number of images only, and, without an `encode`, whether it
+        takes integers, as one of tokens does.
         """
         self._notice_changes()
         condition = example(condition, self.device)
+        try:
+            return self._blank(condition)
+        except Exception as error:
+            waits = condition is None and wants_condition(self.model.model, error)
+            if self.model.batch is not None or waits or self._takes_two(condition):
+                raise
+            found = self.model.find_batch(partial(self._blank, condition))
+            if found is None:
+                raise
+            return found
+
+    def _takes_two(self, condition: Any) -> bool:
+        """Whether the model runs on two images, whatever it returns."""
+        dtype = dtype_of(self.distribution)
+        levels = torch.zeros((2, *self.shape), dtype=dtype, device=self.device)
+        for self.integers in (True, False):
+            with suppress(Exception), self.kept():
+                self.model(self._encode(dtype)(levels), condition)
+                return True
+        return False
+
+    def _blank(self, condition: Any) -> Tensor:
         dtype = dtype_of(self.distribution)
         levels = torch.zeros((2, *self.shape), dtype=dtype, device=self.device)
 
@@ -114,19 +137,20 @@ class Backends:
 
         if self.custom_encode is not None or dtype.is_floating_point:
             return blank(False)
+        integers = False
         if len(self.model.outer) < 3:  # tokens or codes, perhaps; a model that casts floats to them does not fail
             with self.kept():
                 call = self.model if condition is None else partial(self.model, condition=condition)
                 integers = casts_to_integers(call, _scaled(self.model.outward(levels), 3, self._dtype))
-            with suppress(Exception):
-                return blank(integers)
-        try:
-            return blank(False)
-        except Exception:
-            with suppress(Exception):
-                return blank(True)
-            self.integers = False
-            raise
+        errors: list[Exception] = []
+        for one in (integers, not integers):
+            try:
+                return blank(one)
+            except Exception as error:
+                errors.append(error)
+        self.integers = False
+        # Of a model that takes the other type, torch says so by a RuntimeError, which is not what is wrong.
+        raise min(errors[::-1] if integers else errors, key=lambda error: isinstance(error, RuntimeError))
 
     def explain(self) -> str:
         """About the latest backend; nothing where there is none."""
@@ -137,7 +161,8 @@ class Backends:
         unmeasured = isinstance(backend, Engine) and not backend.decidable and backend.margin.error is None
         if unmeasured and self._state is not None and self._state.change() == "nothing":
             backend.measure()
-        return "\n".join([*([made.remark] if made.remark else []), backend.explain()])
+        alone = f"the model takes {self.model.batch} images at a time, no other number" if self.model.batch else None
+        return "\n".join([*(one for one in (made.remark, alone) if one), backend.explain()])
 
     def _notice_changes(self) -> None:
         if self._state is None:
@@ -163,7 +188,7 @@ class Backends:
         try:
             if self.choice not in WHOLE_PASSES:
                 return Made(key, build_engine(*given, dtype, self.choice, self.verify, self.kept), None)
-            order, remark = drawing_order(*given, levels_of(self.distribution) or 2)
+            order, remark = drawing_order(*given, known_levels(self.distribution))
         except Unsupported as reason:
             if self.choice in WHOLE_PASSES:
                 remark = f"taken as causal, which could not be checked: {reason}"
@@ -172,7 +197,8 @@ class Backends:
                 remark = f"fallback: fixed_point, because {reason}"
                 tell(f"sampling falls back to the fixed_point backend: {reason}")
         kind_of = Naive if self.choice == "naive" else FixedPoint
-        return Made(key, kind_of(self.model, self.shape, encode, order), remark)
+        places = None if order is None else places_of(order, self.shape, self.distribution)
+        return Made(key, kind_of(self.model, self.shape, encode, places), remark)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -193,7 +219,9 @@ class Backends:
         return lambda levels: encode(self.model.outward(levels))
 
 
-def _scaled(x: Tensor, levels: int | None, dtype: torch.dtype) -> Tensor:
+def _scaled(x: Tensor, levels: int | Tensor | None, dtype: torch.dtype) -> Tensor:
     """Levels as floats: in [-1, 1], or as they are where `levels` is None."""
     x = x.to(dtype)
+    if isinstance(levels, Tensor):
+        levels = levels.to(x.device).clamp(min=2)
     return x if levels is None else x / (levels - 1) * 2 - 1

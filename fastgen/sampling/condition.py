@@ -34,6 +34,11 @@ def rows_for(condition: Any, n: int, device: torch.device | None = None) -> Any:
     return tree_map(rows, condition)
 
 
+def rows_of(condition: Any, rows: slice | Tensor) -> Any:
+    """The condition of some of its images: a slice of them, or their numbers."""
+    return tree_map(lambda leaf: leaf[rows] if isinstance(leaf, Tensor) and leaf.dim() else leaf, condition)
+
+
 def kind(condition: Any) -> Any:
     """What two conditions have in common that differ in nothing but the rows' values."""
     leaves, structure = tree_flatten(condition)
@@ -50,7 +55,7 @@ def example(condition: Any, device: torch.device) -> Any:
     """The condition of two images, from that of any number."""
     counts = {leaf.shape[0] for leaf in tree_leaves(condition) if isinstance(leaf, Tensor) and leaf.dim()}
     if counts - {1} and min(counts - {1}) >= 2:
-        condition = tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) and leaf.dim() else leaf, condition)
+        condition = rows_of(condition, slice(2))
     return rows_for(condition, 2, device)
 
 

@@ -4,51 +4,81 @@ import torch
 from torch import Tensor
 
 from fastgen.distributions import Distribution
-from fastgen.sampling.request import SampleRequest, dtype_of
+from fastgen.distributions.base import independent
+from fastgen.sampling.levels import dtype_of
+from fastgen.sampling.request import SampleRequest
+
+MOST_PARAMETERS = 2**22  # in a call of `draw`, which may take them as float64
 
 
-def draw_channel(
+def channels_at_once(distribution: Distribution, params: Tensor, channels: int) -> list[int] | list[Tensor]:
+    """What to give `draw` as its channel, one call after the other, for all channels of some pixels.
+
+    Args:
+        params: (pixels, ...) of as many pixels as are drawn in a call.
+    """
+    if channels == 1 or not independent(distribution):
+        return list(range(channels))
+    of_channel = max(1, params.numel() // channels)
+    return list(torch.arange(channels, device=params.device).split(max(1, MOST_PARAMETERS // of_channel)))
+
+
+def draw_pixel(
     distribution: Distribution,
     params: Tensor,
     noise: Tensor,
-    channel: int,
-    previous: Tensor,
+    channel: int | None,
+    levels: Tensor,
     known: Tensor | None = None,
     known_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One channel at one pixel a row; rows are independent, and may be images or pixels.
+) -> Tensor:
+    """Draws one channel, or all of them where that is None, of one pixel a row; rows may be images or pixels.
 
     Args:
         distribution: of a pixel.
         params: (n, ...) the model's output at the pixel.
         noise: (n, U) the pixel's uniforms.
-        channel: which channel to draw.
-        previous: (n, channel) int64, the levels of the channels before it.
-        known: (n,) int64, the levels to keep.
-        known_mask: (n,) bool, where to keep them; None: nowhere.
+        channel: which to draw.
+        levels: (n, C) int64, or of the distribution's `dtype`; those drawn before are read, those drawn now written.
+        known: (n, C), the levels to keep.
+        known_mask: (n, C) bool, where to keep them; None: nowhere.
 
     Returns:
-        levels (n,) int64, or of the distribution's `dtype`, and a bool scalar: the parameters of some row that was
-        drawn, not kept, hold a NaN.
+        A bool scalar: the parameters of some row that was drawn, not kept, hold a NaN.
 
     Raises:
         TypeError: the distribution draws real numbers.
+        ValueError: it does not draw a level for each row (and channel).
     """
     params = params.contiguous()  # sums are then taken in one order, whatever the layout of the model's output
-    levels = distribution.draw(params, noise, channel, previous)
-    dtype = dtype_of(distribution)
-    if levels.is_complex() or (levels.is_floating_point() and not dtype.is_floating_point):
+    nan = params.isnan()
+    bad = torch.zeros((), dtype=torch.bool, device=params.device)
+    for one in channels_at_once(distribution, params, levels.shape[1]) if channel is None else [channel]:
+        drawn = distribution.draw(params, noise, one, levels[:, : one if isinstance(one, int) else 0])
+        _check_drawn(distribution, drawn, levels[:, one].shape)
+        drawn = drawn.to(dtype_of(distribution))
+        if known is not None and known_mask is not None:
+            mask = known_mask[:, one]
+            drawn = torch.where(mask, known[:, one], drawn)
+            bad = bad | (nan.flatten(1).any(1) & ~mask.view(len(mask), -1).all(1)).any()
+        else:
+            bad = bad | nan.any()
+        levels[:, one] = drawn
+    return bad
+
+
+def _check_drawn(distribution: Distribution, drawn: Tensor, shape: torch.Size) -> None:
+    if drawn.shape != shape:
+        raise ValueError(
+            f"distribution.draw must return levels of shape {tuple(shape)}, got {tuple(drawn.shape)} from "
+            f"{type(distribution).__name__}"
+        )
+    if drawn.is_complex() or (drawn.is_floating_point() and not dtype_of(distribution).is_floating_point):
         raise TypeError(
-            f"distribution.draw must return integer levels, got {levels.dtype} from {type(distribution).__name__}: "
+            f"distribution.draw must return integer levels, got {drawn.dtype} from {type(distribution).__name__}: "
             "real values would be cut to integers. Return whole numbers as int64; real values need an attribute "
             "`dtype` of the distribution, torch.float32"
         )
-    levels = levels.to(dtype)
-    nan = params.isnan()
-    if known is not None and known_mask is not None:
-        levels = torch.where(known_mask, known, levels)
-        nan = nan.flatten(1).any(1) & ~known_mask
-    return levels, nan.any()
 
 
 def draw_image(request: SampleRequest, params: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,10 +90,7 @@ def draw_image(request: SampleRequest, params: Tensor) -> tuple[Tensor, Tensor]:
         known = None if request.known is None else _pixels(request.known[..., row, :])
         mask = None if request.known_mask is None else _pixels(request.known_mask[..., row, :])
         drawn = torch.empty((len(noise), request.shape[0]), dtype=request.dtype, device=params.device)
-        for channel in range(request.shape[0]):
-            keep = (None, None) if known is None or mask is None else (known[:, channel], mask[:, channel])
-            drawn[:, channel], nan = draw_channel(request.distribution, at, noise, channel, drawn[:, :channel], *keep)
-            bad = bad | nan
+        bad = bad | draw_pixel(request.distribution, at, noise, None, drawn, known, mask)
         levels[..., row, :] = drawn.unflatten(0, (request.n, -1)).movedim(1, -1)
     return levels, bad
 
@@ -97,11 +124,11 @@ def uncertain_image(request: SampleRequest, params: Tensor, levels: Tensor, erro
     for row in range(request.shape[1]):
         at, noise, drawn = (_pixels(one[..., row, :]) for one in (params, request.noise, levels))
         at = at.contiguous()
-        for channel in range(request.shape[0]):
+        for channel in channels_at_once(request.distribution, at, request.shape[0]):
             if shift is None or steps is None:
-                unsure = check(at, noise, channel, drawn[:, :channel], error)
+                unsure = check(at, noise, channel, drawn[:, : channel if isinstance(channel, int) else 0], error)
             else:
-                unsure = ((steps(at, channel) - noise[:, channel, None]).abs() <= shift).any(1)
+                unsure = ((steps(at, channel) - noise[:, channel].unsqueeze(-1)).abs() <= shift).any(-1)
             if request.known_mask is not None:
                 unsure = unsure & ~_pixels(request.known_mask[..., row, :])[:, channel]
             if bool(unsure.any()):
@@ -114,11 +141,9 @@ def greatest_shift(request: SampleRequest, params: Tensor, other: Tensor) -> flo
     steps = getattr(request.distribution, "steps", None)
     greatest = 0.0
     for row in range(request.shape[1]):
-        for channel in range(request.shape[0]):
-            ours, theirs = (
-                None if steps is None else steps(_pixels(one[..., row, :]).contiguous(), channel)
-                for one in (params, other)
-            )
+        at = [_pixels(one[..., row, :]).contiguous() for one in (params, other)]
+        for channel in channels_at_once(request.distribution, at[0], request.shape[0]):
+            ours, theirs = (None if steps is None else steps(one, channel) for one in at)
             if ours is None or theirs is None:
                 return None
             greatest = max(greatest, float((ours - theirs).abs().nan_to_num(0).max()))

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-from fastgen.distributions import Bernoulli, Distribution, LogisticMixture
+from fastgen.distributions import Distribution
 from fastgen.ops._implementation import may_read_values
+from fastgen.sampling.condition import rows_of
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,7 @@ class SampleRequest:
         """The request for some of the images: a slice of them, or their numbers (m,)."""
         noise = self.noise[rows]
         known, mask = (None if one is None else one[rows] for one in (self.known, self.known_mask))
-        condition = tree_map(
-            lambda leaf: leaf[rows] if isinstance(leaf, Tensor) and leaf.dim() else leaf, self.condition
-        )
+        condition = rows_of(self.condition, rows)
         return replace(self, n=len(noise), noise=noise, known=known, known_mask=mask, condition=condition)
 
 
@@ -107,7 +105,8 @@ class SampleStats:
             self.launches = part.launches + (self.launches or 0)
 
 
-Draw = Callable[[Tensor, tuple[int | None, int, int]], Tensor]  # (params, place) -> levels, see `Sampler.decode`
+Place = tuple[int | None, int, int]  # (channel, row, column); channel None: all of them at once
+Draw = Callable[[Tensor, Place], Tensor]  # (params, place) -> levels, see `Sampler.decode`
 
 
 class Backend(Protocol):
@@ -181,46 +180,12 @@ def checked_distribution(distribution: Any, shape: tuple[int, int, int]) -> Dist
     return distribution
 
 
-def decoded_levels(drawn: Any, params: Tensor, channels: int | None, request: SampleRequest) -> Tensor:
-    """What the draw of `Sampler.decode` returned, as (n,), or (n, channels) where these come at once.
-
-    Raises:
-        TypeError: real numbers where integer levels are drawn.
-        ValueError: another shape, or no level of the distribution.
-    """
-    levels = torch.as_tensor(drawn, device=params.device)
-    n = len(params)
-    expected: list[tuple[int, ...]] = [(n,)] if channels is None else [(n, channels)]
-    if channels == 1:
-        expected.append((n,))
-    if tuple(levels.shape) not in expected:
-        raise ValueError(f"draw must return levels of shape {expected[0]}, got {tuple(levels.shape)}")
-    if not request.dtype.is_floating_point:
-        if levels.is_floating_point():
-            raise TypeError(f"draw must return integers, got {levels.dtype}: real values need dtype=torch.float32")
-        check_range("what draw returns", levels, levels_of(request.distribution))
-    return levels.to(request.dtype).view(expected[0])
-
-
-def check_range(name: str, levels: Tensor, count: int | None) -> None:
-    """Raises ValueError where an integer level is not in 0..count-1; None: any may be."""
-    if count is not None and may_read_values(levels) and bool(((levels < 0) | (levels >= count)).any()):
-        raise ValueError(f"{name} must be levels in 0..{count - 1}, got {int(levels.min())}..{int(levels.max())}")
-
-
 def tell(message: str) -> None:
     """Warns the first caller outside of this package."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fastgen."):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
-
-
-def _broadcast(name: str, tensor: Tensor, size: tuple[int, ...]) -> Tensor:
-    try:
-        return tensor.expand(size)
-    except RuntimeError:
-        raise ValueError(f"{name} must be broadcastable to {size}, got the shape {tuple(tensor.shape)}") from None
 
 
 def tempered_distribution(
@@ -235,62 +200,6 @@ def tempered_distribution(
             f"`tempered`: got temperature={temperature!r}, top_k={top_k!r}, top_p={top_p!r}"
         )
     return tempered(temperature, top_k, top_p)
-
-
-def levels_of(distribution: Distribution) -> int | None:
-    """How many levels a channel has, where the distribution says so."""
-    if isinstance(distribution, LogisticMixture):
-        return 256
-    if isinstance(distribution, Bernoulli):
-        return 2
-    levels = getattr(distribution, "levels", None)
-    return levels if isinstance(levels, int) else None
-
-
-def dtype_of(distribution: Distribution) -> torch.dtype:
-    """Of what it draws: int64 levels, or real values of its floating-point `dtype`."""
-    found = getattr(distribution, "dtype", None)
-    return found if isinstance(found, torch.dtype) and found.is_floating_point else torch.long
-
-
-def checked_known(
-    known: Tensor | None,
-    known_mask: Tensor | None,
-    size: tuple[int, ...],
-    levels: int | None,
-    device: torch.device,
-    dtype: torch.dtype = torch.long,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Both broadcast to (n, C, H, W), levels 0 where not known."""
-    if (known is None) != (known_mask is None):
-        missing = "known" if known is None else "known_mask"
-        raise ValueError(f"known and known_mask go together, but {missing} is missing")
-    if known is None or known_mask is None:
-        return None, None
-    real = dtype.is_floating_point
-    if not isinstance(known, Tensor) or known.is_complex() or (known.is_floating_point() and not real):
-        got = known.dtype if isinstance(known, Tensor) else type(known).__name__
-        raise TypeError(f"known must be a tensor of integer levels, got {got}")
-    if not isinstance(known_mask, Tensor) or known_mask.dtype != torch.bool:
-        got = known_mask.dtype if isinstance(known_mask, Tensor) else type(known_mask).__name__
-        raise TypeError(f"known_mask must be a bool tensor, got {got}")
-    known = _broadcast("known", known, size).to(device, dtype)
-    known_mask = _broadcast("known_mask", known_mask, size).to(device)
-    known = known.masked_fill(~known_mask, 0)
-    check_range("known, where known_mask is True,", known, levels)
-    return known, known_mask
-
-
-def checked_levels(levels: Any, shape: tuple[int, ...], count: int | None) -> Tensor:
-    """Images (n, *shape): integer levels 0..count-1, or real values."""
-    if not isinstance(levels, Tensor) or levels.is_complex() or levels.dtype == torch.bool:
-        got = levels.dtype if isinstance(levels, Tensor) else type(levels).__name__
-        raise TypeError(f"levels must be a tensor of integers or real numbers, got {got}")
-    if tuple(levels.shape[1:]) != shape:
-        raise ValueError(f"levels must have the shape (n, {', '.join(map(str, shape))}), got {tuple(levels.shape)}")
-    if not levels.is_floating_point():
-        check_range("levels", levels, count)
-    return levels
 
 
 def uniforms(shape: tuple[int, ...], seed: int | torch.Generator | None, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ from fastgen.sampling.adapter import Adapter
 from fastgen.sampling.backends import Backends
 from fastgen.sampling.batches import Batches
 from fastgen.sampling.condition import rows_for, wants_condition
+from fastgen.sampling.levels import check_levels, checked_known, checked_levels, dtype_of, image_of, levels_of
 from fastgen.sampling.precision import ieee_float32
 from fastgen.sampling.request import (
     Draw,
@@ -23,10 +24,6 @@ from fastgen.sampling.request import (
     check_noise,
     checked_count,
     checked_distribution,
-    checked_known,
-    checked_levels,
-    dtype_of,
-    levels_of,
     tempered_distribution,
     uniforms,
 )
@@ -73,8 +70,9 @@ def accelerate(
             differs: the images of "naive", guaranteed. "auto": where an error of 1.5 times the largest that was seen
             so far could have changed a draw (the first batch always); a measured margin, which `explain` states. A
             model that computes in half precision has no such truth (two of its own passes may differ), and real
-            values differ in their last bits anyway: both are drawn of the schedule's output without a pass. "never":
-            no whole pass.
+            values differ in their last bits anyway: both are drawn of the schedule's output without a pass, and
+            `explain` states 1.5 times the largest difference seen, of real values in their own units. "never": no
+            whole pass.
 
     Raises:
         fastgen.NotCausalError: a parameter depends on a pixel that is drawn later.
@@ -113,9 +111,10 @@ class Sampler:
         if output is not None and not callable(output):
             raise TypeError(f"output must be callable, got {type(output).__name__}")
         self.model = model
-        self._adapter = Adapter(model, shape, getattr(distribution, "layout", None), output)
+        self._adapter = Adapter(model, shape, distribution, output)
         self.shape = self._adapter.outer
         self.distribution = checked_distribution(distribution, self._adapter.shape)
+        check_levels(levels_of(distribution), self.shape)
         if encode is None and levels_of(distribution) is None and not dtype_of(distribution).is_floating_point:
             raise ValueError(
                 f"encode must be given for {type(distribution).__name__}: it does not say how many levels there are"
@@ -125,7 +124,7 @@ class Sampler:
         self.condition = condition
         self.stats: SampleStats | None = None
         self._options: dict[Any, Distribution] = {}
-        self._backends = Backends(self._adapter, self._adapter.inner(distribution), encode, backend, verify)
+        self._backends = Backends(self._adapter, encode, backend, verify)
         self._waits = "not analysed since it was copied"
         self._batches = Batches()
         with _turn():
@@ -285,12 +284,7 @@ class Sampler:
             (n, ..., H, W)
         """
         levels = self._adapter.inward(checked_levels(levels, self.shape, levels_of(self.distribution)))
-
-        def draw(params: Tensor, place: tuple[int | None, int, int]) -> Tensor:
-            channel, i, j = place
-            return levels[:, slice(None) if channel is None else channel, i, j]
-
-        return self._adapter.params(self._decode(draw, len(levels), condition, levels.dtype)[1])
+        return self._adapter.params(self._decode(image_of(levels), len(levels), condition, levels.dtype)[1])
 
     def _decode(self, draw: Draw, n: int, condition: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         condition = self._condition(condition, max(n, 1))

@@ -1,14 +1,17 @@
 """Sampling by whole passes of the model: `Naive`, the definition, and `FixedPoint`, the same images in fewer passes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastgen.distributions import Distribution
+from fastgen.distributions.base import independent
 from fastgen.sampling.condition import rows_for
-from fastgen.sampling.draws import draw_channel, draw_image, image_log_prob
-from fastgen.sampling.request import Draw, SampleRequest, SampleResult, decoded_levels
+from fastgen.sampling.draws import draw_image, draw_pixel, image_log_prob
+from fastgen.sampling.levels import decoded_levels
+from fastgen.sampling.request import Draw, Place, SampleRequest, SampleResult
 
 
 class Naive:
@@ -18,8 +21,8 @@ class Naive:
         model: called as model(encode(levels)[, condition]), as it is.
         shape: (C, H, W).
         encode: levels (n, C, H, W) int64 -> the model's input.
-        order: of the draws, each (channel, row, column), the channels of a pixel in order. Default: pixels in raster
-            order, all channels of a pixel before the next.
+        order: of the draws, each (channel, row, column), the channels of a pixel in order; channel None where all come
+            in one draw. Default: pixels in raster order, all channels of a pixel before the next.
     """
 
     name = "naive"
@@ -30,13 +33,13 @@ class Naive:
         model: nn.Module,
         shape: tuple[int, int, int],
         encode: Callable[[Tensor], Tensor],
-        order: Sequence[tuple[int, int, int]] | None = None,
+        order: Sequence[Place] | None = None,
     ) -> None:
         self.model = model
         self.encode = encode
         channels, height, width = shape
-        raster = ((c, i, j) for i in range(height) for j in range(width) for c in range(channels))
-        self.order = list(raster if order is None else order)
+        raster: Iterator[Place] = ((c, i, j) for i in range(height) for j in range(width) for c in range(channels))
+        self.order: list[Place] = list(raster if order is None else order)
 
     @property
     def work_ratio(self) -> float:
@@ -51,12 +54,13 @@ class Naive:
     def decode(self, draw: Draw, request: SampleRequest) -> tuple[Tensor, Tensor]:
         levels = first_levels(request)
         found: Tensor | None = None
-        for channel, i, j in self.order:
+        for place in self.order:
+            channel, i, j = place
             params = whole_pass(self.model, self.encode, levels, request.condition)
             found = torch.empty_like(params) if found is None else found
             found[..., i, j] = params[..., i, j]
-            drawn = draw(params[..., i, j].clone(), (channel, i, j))
-            levels[:, channel, i, j] = decoded_levels(drawn, params, 1, request)[:, 0]
+            drawn = decoded_levels(draw(params[..., i, j].clone(), place), params, place, request)
+            levels[:, slice(None) if channel is None else channel, i, j] = drawn
         assert found is not None
         return levels, found
 
@@ -71,31 +75,41 @@ class Naive:
         passes = 0
         params = None
         for channel, i, j in self.order:
-            if to_draw[channel, i, j]:
+            at = slice(None) if channel is None else slice(channel, channel + 1)
+            if to_draw[at, i, j].any():
                 params = whole_pass(self.model, self.encode, levels, request.condition)
                 passes += 1
-                known = None if request.known is None else request.known[:, channel, i, j]
-                mask = None if request.known_mask is None else request.known_mask[:, channel, i, j]
-                levels[:, channel, i, j], nan = draw_channel(
+                bad |= draw_pixel(
                     request.distribution,
                     params[..., i, j],
                     request.noise[..., i, j],
                     channel,
-                    levels[:, :channel, i, j],
-                    known,
-                    mask,
+                    levels[..., i, j],
+                    None if request.known is None else request.known[..., i, j],
+                    None if request.known_mask is None else request.known_mask[..., i, j],
                 )
-                bad |= nan
             if request.progress is not None:
-                request.progress(1)
+                request.progress(len(levels[0, at, i, j]))
         log_prob = None
         if request.return_log_prob:
             # A pass for the very last draw has seen all other levels, and no parameters depend on this one.
-            if params is None or not to_draw[self.order[-1]]:
+            if params is None or not to_draw[at, i, j].any():
                 params = whole_pass(self.model, self.encode, levels, request.condition)
                 passes += 1
             log_prob = image_log_prob(request.distribution, params, levels)
         return SampleResult(levels, log_prob, bad, passes)
+
+
+def places_of(
+    order: Sequence[tuple[int, int, int]], shape: tuple[int, int, int], distribution: Distribution
+) -> list[Place]:
+    """The draws of whole passes in the order of a causal model: all channels of a pixel at once where neither the model
+    nor the distribution makes them depend on each other."""
+    channels, height, width = shape
+    if channels == 1 or len(order) > height * width:
+        return list(order)
+    together: list[int | None] = [None] if independent(distribution) else list(range(channels))
+    return [(c, i, j) for _, i, j in order for c in together]
 
 
 def first_levels(request: SampleRequest) -> Tensor:
@@ -158,7 +172,7 @@ class FixedPoint:
         model: nn.Module,
         shape: tuple[int, int, int],
         encode: Callable[[Tensor], Tensor],
-        order: Sequence[tuple[int, int, int]] | None = None,
+        order: Sequence[Place] | None = None,
     ) -> None:
         self.model = model
         self.encode = encode

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 from fastgen import data
 from fastgen.data import Dataset, Split
@@ -64,6 +64,8 @@ class Loaded:
 
     def __init__(self, loader: DataLoader) -> None:
         self.loader = loader
+        if not isinstance(loader.dataset, IterableDataset) and len(loader) == 0:
+            raise ValueError("data must have batches, this DataLoader has none")
         self._batches: Iterator[Any] = iter(())
         self._next = -1  # step that the iterator would give
 
@@ -83,12 +85,9 @@ class Loaded:
 
     def _length(self) -> int:
         try:
-            length = len(self.loader)
+            return len(self.loader)
         except TypeError as error:
             raise TypeError("data must be a DataLoader with a length: a run finds its place by it") from error
-        if length == 0:
-            raise ValueError("data must have batches, this DataLoader has none")
-        return length
 
 
 class Data:
@@ -135,6 +134,8 @@ def _check_indexed(source: Any) -> None:
             "data must be a fastgen.data.Dataset, a torch Dataset with a length, a DataLoader, or a pair of those for "
             f"training and validation, got {type(source).__name__}"
         )
+    if len(source) == 0:
+        raise ValueError(f"data must have images, this {type(source).__name__} has none")
 
 
 def _sha256(source: Any) -> str:

@@ -80,7 +80,9 @@ def train(
         device: None is the GPU where there is one.
 
     Raises:
-        ValueError: model and data do not fit; the folder has no run to resume, or another one.
+        ValueError: model and data do not fit; nothing of the model can be trained; its loss has another shape; the
+            optimizer is of other parameters; data are empty; the folder is a file, has no run to resume, or another
+            one, or one that has gone further than `steps`.
         TypeError: model or data are none of the above, or cannot be saved.
         OSError: the folder cannot be written to, the disk is full. What was saved before stays.
         FloatingPointError: the loss is not finite.

@@ -46,10 +46,20 @@ class Loss(nn.Module):
             self.conditional = len(places) > 1 and places[1].name not in self.options
 
     def forward(self, x: Tensor, condition: Tensor | None = None, **options: Any) -> Tensor:
+        """The mean over the batch, (). Raises ValueError where the model's method gives another shape."""
         given = () if condition is None else (condition,)
         if self._is_loss:
-            return self.model.loss(x, *given, **options)  # type: ignore[operator]
-        return -self.model.log_prob(x, *given, **options).mean()  # type: ignore[operator]
+            loss = self.model.loss(x, *given, **options)  # type: ignore[operator]
+            self._check("loss", loss, (), "the mean over the batch")
+            return loss
+        log_prob = self.model.log_prob(x, *given, **options)  # type: ignore[operator]
+        self._check("log_prob", log_prob, (len(x),), "one an image")
+        return -log_prob.mean()
+
+    def _check(self, method: str, value: Any, shape: tuple[int, ...], meaning: str) -> None:
+        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if found != shape:
+            raise ValueError(f"model.{method} must return a tensor of the shape {shape}, {meaning}, got {found}")
 
     def batch(self, batch: Batch, device: torch.device) -> Batch:
         """Images (integers as int64) and the classes that the model asks for, on the device."""
@@ -59,16 +69,20 @@ class Loss(nn.Module):
         return x if x.is_floating_point() else x.long(), labels
 
 
-def unit(model: Any, shape: tuple[int, ...] | None = None) -> tuple[str, float]:
+def unit(model: Any, shape: tuple[int, ...] | None = None, floats: bool = False) -> tuple[str, float]:
     """What the loss of a model is shown as, and the factor to it: bits/dim; the squared error a dimension of an
-    autoencoder; the loss as it is where a model's own `loss` may be anything.
+    autoencoder; nats an image of the density that a Gaussian VAE has of floats; the loss as it is where a model's own
+    `loss` may be anything.
 
     Args:
         shape: of an image; None is the model's.
+        floats: whether images are floats, and not levels.
     """
     dims = math.prod(model.shape if shape is None else shape)
     if isinstance(model, Autoencoder):
         return "squared_error", 1 / dims
+    if floats and isinstance(model, VAE) and model.likelihood == "gaussian":
+        return "density_nats", 1.0
     if isinstance(model, (AutoregressiveModel, VAE)) or not hasattr(model, "loss"):
         return "bits_per_dim", 1 / (dims * math.log(2))
     return "loss", 1.0
@@ -77,7 +91,12 @@ def unit(model: Any, shape: tuple[int, ...] | None = None) -> tuple[str, float]:
 def check_fit(model: Any, dataset: Dataset) -> None:
     """Raises ValueError where the images are not what the model is for."""
     if model.shape != dataset.shape:
-        raise ValueError(f"the images of {dataset.name} have the shape {dataset.shape}, the model's are {model.shape}")
+        advice = (
+            "" if model.shape[1:] == dataset.shape[1:] else "; resize=N and crop=N (--resize N --crop N) cut images"
+        )
+        raise ValueError(
+            f"the images of {dataset.name} have the shape {dataset.shape}, the model's are {model.shape}{advice}"
+        )
     if model.levels != dataset.levels:
         raise ValueError(f"the images of {dataset.name} have {dataset.levels} levels, the model has {model.levels}")
     if model.n_classes is not None and (dataset.n_classes is None or dataset.n_classes > model.n_classes):

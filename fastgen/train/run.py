@@ -51,7 +51,8 @@ class Run:
     ) -> None:
         self.model = model.to(device).train()
         self.data, self.folder, self.settings, self.device, self.augment = data, folder, settings, device, augment
-        self.metric, self.factor = unit(model, data.first()[0].shape[1:])
+        x, _ = data.first()
+        self.metric, self.factor = unit(model, x.shape[1:], x.is_floating_point())
         self.configuration = checkpoint.configuration(model)
         self.average = copy.deepcopy(model).eval()
         if parallel.sharded(settings):
@@ -193,10 +194,19 @@ class Run:
 
 
 def _optimizer(model: nn.Module, settings: Settings, given: Optimizer | None) -> torch.optim.Optimizer:
-    if isinstance(given, torch.optim.Optimizer):
-        return given
+    """Raises ValueError where nothing can be trained, or the optimizer given is of other parameters."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"model must have parameters that require a gradient, this {type(model).__name__} has none")
     if given is not None:
-        return given(model.parameters())
+        optimizer = given if isinstance(given, torch.optim.Optimizer) else given(model.parameters())
+        own = set(map(id, model.parameters()))
+        foreign = sum(id(tensor) not in own for group in optimizer.param_groups for tensor in group["params"])
+        if foreign:
+            raise ValueError(
+                f"optimizer must be of the model's own parameters, {foreign} of its tensors are not: make it after the "
+                "model has its final form, or give a function of the parameters"
+            )
+        return optimizer
     decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     others = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -73,6 +73,10 @@ def restore(run: Run, state: dict[str, Any]) -> list[str]:
     for name, value, other in differences:
         if value != other:
             raise ValueError(f"{path}: this run has {name} = {value}, and cannot be resumed with {other}")
+    if run.settings.steps < state["step"]:
+        raise ValueError(
+            f"steps must be at least {state['step']}, which this run has reached, got {run.settings.steps}"
+        )
     changed = [name for name in ("steps", "patience", "lr") if before[name] != given[name]]
     try:
         parallel.load_model(run.model, state["weights"])

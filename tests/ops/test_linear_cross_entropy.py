@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastgen.models.pixelcnn import logits_of_colours
+from fastgen.models.softmax import logits_of_colours
 from fastgen.ops import linear_cross_entropy, reconstruction_nll
 
 # By torch's own operation where it exists, and by checkpointing as on an older torch.

@@ -7,8 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastgen import Categorical
+from fastgen.sampling.levels import levels_of
 from fastgen.sampling.plan.plan import make_plan
-from fastgen.sampling.request import SampleRequest, levels_of, uniforms
+from fastgen.sampling.request import SampleRequest, uniforms
 
 
 class Attention(nn.Module):

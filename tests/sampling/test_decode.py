@@ -150,7 +150,7 @@ def test_wrong_arguments_and_answers_are_named():
         (TypeError, "draw must be callable", lambda: sampler.decode(1, 2)),
         (ValueError, "n must", lambda: sampler.decode(lambda *_: 0, -1)),
         (TypeError, "dtype must", lambda: sampler.decode(lambda *_: 0, 2, dtype=torch.bool)),
-        (ValueError, r"shape \(2, 1\), got \(3,\)", lambda: sampler.decode(lambda *_: torch.zeros(3).long(), 2)),
+        (ValueError, r"shape \(2,\), got \(3,\)", lambda: sampler.decode(lambda *_: torch.zeros(3).long(), 2)),
         (
             TypeError,
             "draw must return integers, .* dtype=torch.float32",

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fastgen import Bernoulli, Categorical, LogisticMixture
-from fastgen.distributions import _first_exceeding
+from fastgen.distributions.base import first_exceeding
 
 NONE = torch.zeros(1, 0, dtype=torch.long)  # no earlier channel
 
@@ -112,9 +112,9 @@ def test_the_greatest_noise_gives_the_last_possible_level(dtype):
     """Whatever the sum of the weights: its product with the noise must not round up to it."""
     total = torch.cat((1 + torch.arange(64) * 2.0**-23, torch.rand(2000) * 2))
     weights = torch.stack((torch.zeros_like(total), total / 2, total - total / 2, torch.zeros_like(total)), 1)
-    drawn = _first_exceeding(weights.to(dtype), torch.full((len(total),), 1 - 2**-24))
+    drawn = first_exceeding(weights.to(dtype), torch.full((len(total),), 1 - 2**-24))
     assert bool((drawn == 2).all())
-    assert _first_exceeding(torch.full((1, 3), math.nan, dtype=dtype), torch.zeros(1)).item() in range(3)
+    assert first_exceeding(torch.full((1, 3), math.nan, dtype=dtype), torch.zeros(1)).item() in range(3)
 
 
 def test_bernoulli_is_one_from_one_minus_p_on():

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fastgen
-from fastgen.models import GatedPixelCNN, PixelCNN
+from fastgen.models import VAE, GatedPixelCNN, PixelCNN
 from fastgen.train import METRICS, Callback, read_state
 from fastgen.train.batches import Loaded
 from fastgen.weights import load_weights
@@ -211,12 +211,41 @@ class Stream(IterableDataset):
         (TensorDataset(images(1)), ValueError, "too few to hold some out"),
         (TensorDataset(images().transpose(2, 3)), ValueError, r"x must have the shape \(B, 1, 4, 3\)"),
         (TensorDataset(images() / 3), TypeError, "integer levels"),
+        (DataLoader(TensorDataset(images(3)), 8, drop_last=True), ValueError, "data must have batches"),
+        ((TensorDataset(images()), DataLoader(TensorDataset(images(0)))), ValueError, "data must have batches"),
+        ((TensorDataset(images()), TensorDataset(images(0))), ValueError, "data must have images"),
     ],
-    ids=["tensor", "name", "stream", "loader without a length", "dicts", "one image", "other shape", "floats"],
+    ids=["tensor", "name", "stream", "loader without a length", "dicts", "one image", "other shape", "floats"]
+    + ["no batch", "no batch of validation", "no validation image"],
 )
 def test_data_that_is_none_is_refused(source, kind, named, tmp_path):
     with pytest.raises(kind, match=named):
         train(pixelcnn(), source, tmp_path, QUICK)
+
+
+@pytest.mark.parametrize("method", ["loss", "log_prob"])
+def test_a_loss_of_another_shape_is_named(method, tmp_path):
+    model = Own() if method == "loss" else Likelihood()
+    shape = r"\(8,\)" if method == "loss" else r"\(8, 1\)"
+    values = {"loss": lambda x: x.float().sum((1, 2, 3)) * model.mean.sum()}
+    values["log_prob"] = lambda x: x.float().sum((2, 3)) * model.logits.sum()
+    setattr(model, method, values[method])
+    with pytest.raises(ValueError, match=rf"model.{method} must return a tensor of the shape .*got {shape}"):
+        train(model, dataset(), tmp_path, QUICK)
+
+
+def test_a_model_that_is_frozen_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="model must have parameters that require a gradient, this PixelCNN has none"):
+        train(pixelcnn().requires_grad_(False), dataset(), tmp_path, QUICK)
+    assert not list(tmp_path.iterdir())
+
+
+def test_floats_of_a_gaussian_have_a_density_and_no_bits(tmp_path):
+    model = VAE((1, 4, 3), 2, likelihood="gaussian", levels=4, channels=4, hidden=8)
+    train(model, TensorDataset(images() / 1.5 - 1), tmp_path / "floats", QUICK)
+    train(model, TensorDataset(images()), tmp_path / "levels", QUICK)
+    assert "validation_density_nats" in rows(tmp_path / "floats")[0]
+    assert "validation_bits_per_dim" in rows(tmp_path / "levels")[0]
 
 
 # --- callbacks, augmentation, optimizers, schedules
@@ -282,6 +311,16 @@ def test_an_optimizer_of_ones_own_keeps_its_rate(kind, tmp_path):
     resumes_exactly(pixelcnn, dataset(), tmp_path, optimizer=make)
     group = read_state(tmp_path / "whole")["optimizer"]["param_groups"][0]
     assert (group["lr"], group["momentum"]) == (0.03, 0.9)
+
+
+def test_an_optimizer_of_another_model_is_refused(tmp_path):
+    other = pixelcnn()
+    for optimizer in (torch.optim.SGD(other.parameters(), lr=0.1), lambda _: torch.optim.SGD(other.parameters(), 0.1)):
+        with pytest.raises(ValueError, match="optimizer must be of the model's own parameters, 12 of its tensors"):
+            train(pixelcnn(), dataset(), tmp_path, QUICK, optimizer=optimizer)
+    model = pixelcnn()
+    some = [parameter for parameter in model.parameters() if parameter.dim() == 1]  # a part of them is fine
+    train(model, dataset(), tmp_path, QUICK, optimizer=torch.optim.SGD(some, lr=0.1))
 
 
 def test_a_schedule_of_ones_own(tmp_path):

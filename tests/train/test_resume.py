@@ -221,6 +221,15 @@ def test_refuses_to_resume_another_run(change, named, stripes, tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_refuses_fewer_steps_than_were_made(stripes, tmp_path):
+    train(gated(), stripes, tmp_path, replace(QUICK, steps=3), progress=False)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="steps must be at least 3, which this run has reached, got 2"):
+        train(gated(), stripes, tmp_path, replace(QUICK, steps=2), resume=True, progress=False)
+    assert contents(tmp_path) == before
+    assert train(gated(), stripes, tmp_path, replace(QUICK, steps=3), resume=True, progress=False).steps == 3
+
+
 class Evil:
     def __reduce__(self):
         return (os.mkdir, ("evil",))

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen.distributions import Bernoulli, Categorical, Distribution
+from fastgen.distributions import Distribution
+from fastgen.distributions.base import independent
 from fastgen.sampling.causality.draws import Draws, Order, layouts_of, possible_draws, possible_layouts
 from fastgen.sampling.causality.ready_times import Timed, ready_times
 from fastgen.sampling.causality.report import CausalityReport, Leak, NotCausalError, leaks_of, leaks_seen
@@ -57,18 +58,14 @@ def drawing_order(
     distribution: Distribution,
     encode: Callable[[Tensor], Tensor],
     condition: Any,
-    levels: int,
+    levels: int | Tensor,
 ) -> tuple[Order, str | None]:
     """(channel, row, column) of all draws, in an order in which the model is causal, and why that is not proven (None
     where it is). Raises NotCausalError."""
-    doubt = None
     try:
-        order = ordered(Network(model, shape, encode, condition, levels), distribution).order
+        return ordered(Network(model, shape, encode, condition, levels), distribution).order, None
     except NotByReadyTimes as found:
-        order, doubt = found.order, str(found)
-    if len(order) == shape[0] * shape[1] * shape[2]:
-        return order, doubt
-    return [(c, i, j) for _, i, j in order for c in range(shape[0])], doubt
+        return found.order, str(found)
 
 
 def ordered(network: Network, distribution: Distribution) -> Ordered:
@@ -126,7 +123,7 @@ def _in_raster(graph: Graph, candidates: Sequence[Draws]) -> tuple[Timed, Draws]
 def _channels_in_order(draws: Draws, distribution: Distribution) -> Tensor:
     """depends[a, b] for the channels of a pixel, where the distribution reads those drawn before."""
     depends = torch.zeros((len(draws), len(draws)), dtype=torch.bool)
-    if len(draws) > draws.shape[1] * draws.shape[2] and not isinstance(distribution, (Categorical, Bernoulli)):
+    if len(draws) > draws.shape[1] * draws.shape[2] and not independent(distribution):
         number = draws.of_levels()[0].long()
         depends[number[1:].reshape(-1), number[:-1].reshape(-1)] = True
     return depends

@@ -11,6 +11,10 @@ from fastgen.sampling.causality.draws import Draws
 from fastgen.sampling.causality.ready_times import Timed, path_to_input
 
 TRAINING_HINT = "the model is in training mode: call model.eval() first"
+SHIFT_HINT = (
+    "outputs that are of the next token, as those of language models are, need "
+    "encode=fastgen.shift_right(start), which gives the model the tokens before each"
+)
 BATCH_HINT = "the module takes the mean and the variance of its batch, in eval mode, too: it keeps no statistics"
 MOST_LEAKS = 16
 
@@ -90,7 +94,8 @@ def leaks_of(timed: Timed, draws: Draws, model: nn.Module) -> list[Leak]:
         value, place = path[-1]
         source = (int(place[-3]), int(place[-2]), int(place[-1])) if value.kind == "levels" else (0, i, j)
         on_path = [modules[one.module] for one, _ in path if one.module in modules]
-        found.append(Leak((_channel(draws, here), i, j), source, node, module, hint_for(on_path)))
+        hint = hint_for(on_path) or _shift_hint(draws, source, i, j)
+        found.append(Leak((_channel(draws, here), i, j), source, node, module, hint))
     return found
 
 
@@ -105,7 +110,8 @@ def leaks_seen(moved: Tensor, draws: Draws, model: nn.Module) -> list[Leak]:
         if (i, j) not in found:
             c, row, column = (int(k) for k in torch.unravel_index(torch.tensor(place[0]), draws.shape))
             channel = _channel(draws, late[(place[0], ..., i, j)].unsqueeze(0))
-            found[i, j] = Leak((channel, i, j), (c, row, column), "model", "", hint)
+            source = c, row, column
+            found[i, j] = Leak((channel, i, j), source, "model", "", hint or _shift_hint(draws, source, i, j))
         if len(found) == MOST_LEAKS:
             break
     return list(found.values())
@@ -125,6 +131,11 @@ def hint_for(modules: Iterable[nn.Module]) -> str:
         return TRAINING_HINT
     of_batch = (one for one in found if isinstance(one, nn.modules.batchnorm._BatchNorm))
     return BATCH_HINT if any(one.running_mean is None for one in of_batch) else ""
+
+
+def _shift_hint(draws: Draws, source: tuple[int, int, int], i: int, j: int) -> str:
+    """For a sequence whose output at a place reads the token there, and none after it."""
+    return SHIFT_HINT if draws.shape[:2] == (1, 1) and source[1:] == (i, j) else ""
 
 
 def _first_to_see(timed: Timed, path: list[Any], draw_index: Tensor, needed: int) -> tuple[str, str]:

@@ -40,7 +40,8 @@ def _trials(network: Network, trials: int) -> Iterator[tuple[Tensor, Tensor, Ten
     generator = torch.Generator().manual_seed(1)
     least, most = network.extremes
     shape = network.samples[:1].shape
-    blank, full = torch.full_like(network.samples[:1], least), torch.full_like(network.samples[:1], most)
+    nothing = torch.zeros_like(network.samples[:1])
+    blank, full = nothing + least, nothing + (most.to(nothing.device) if isinstance(most, Tensor) else most)
     numbers = torch.arange(blank.numel())
     for k in range(trials):
         by_chance = torch.randperm(len(numbers), generator=generator)

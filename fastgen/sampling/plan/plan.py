@@ -123,7 +123,7 @@ def make_plan(
     distribution: Distribution,
     encode: Callable[[Tensor], Tensor],
     condition: Any,
-    levels: int | torch.dtype,
+    levels: int | Tensor | torch.dtype,
 ) -> Plan:
     """Raises NotCausalError, or Unsupported where the engine cannot take the model."""
     network = Network(model, shape, encode, condition, levels)

@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastgen.sampling.draws import draw_channel
+from fastgen.sampling.draws import draw_pixel
+from fastgen.sampling.levels import decoded_levels
 from fastgen.sampling.plan.plan import Plan
-from fastgen.sampling.request import Draw, SampleRequest, decoded_levels
+from fastgen.sampling.request import Draw, SampleRequest
 
 
 class Player(Protocol):
@@ -94,34 +95,28 @@ def draw_batch(player: Player, request: SampleRequest) -> Tensor:
 def draw_place(player: Player, request: SampleRequest, place: int, bad: Tensor) -> None:
     """Draws one place of the order and computes what it decides; `bad` notes parameters that are NaN."""
     c, i, j = player.plan.order[place]
-    for channel in range(request.shape[0]) if player.plan.whole_pixels else (c,):
-        drawn, nan = draw_channel(
-            request.distribution,
-            player.params()[..., i, j],
-            request.noise[..., i, j],
-            channel,
-            player.levels[:, :channel, i, j],
-            None if request.known is None else request.known[:, channel, i, j],
-            None if request.known_mask is None else request.known_mask[:, channel, i, j],
-        )
-        player.levels[:, channel, i, j] = drawn
-        bad |= nan
+    bad |= draw_pixel(
+        request.distribution,
+        player.params()[..., i, j],
+        request.noise[..., i, j],
+        None if player.plan.whole_pixels else c,
+        player.levels[..., i, j],
+        None if request.known is None else request.known[..., i, j],
+        None if request.known_mask is None else request.known_mask[..., i, j],
+    )
     player.step(place)
 
 
 def decode_batch(player: Player, draw: Draw, request: SampleRequest) -> None:
     """Fills all images with levels that `draw` gives, as `Sampler.decode` says; they stay in `player.levels`."""
     player.begin(request)
-    channels = request.shape[0]
-    together = channels if player.plan.whole_pixels else None
-    for place, (c, i, j) in enumerate(player.plan.order):
+    together = player.plan.whole_pixels and request.shape[0] > 1
+    for number, (c, i, j) in enumerate(player.plan.order):
+        place = (None if together else c, i, j)
         params = player.params()[..., i, j].clone()  # the caller may keep them
-        drawn = draw(params, (None if together and channels > 1 else c, i, j))
-        if together:
-            player.levels[:, :, i, j] = decoded_levels(drawn, params, together, request)
-        else:
-            player.levels[:, c, i, j] = decoded_levels(drawn, params, None, request)
-        player.step(place)
+        at = slice(None) if together else c
+        player.levels[:, at, i, j] = decoded_levels(draw(params, place), params, place, request)
+        player.step(number)
 
 
 def known_everywhere(plan: Plan, request: SampleRequest) -> list[bool]:

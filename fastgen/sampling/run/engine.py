@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from fastgen.distributions import Distribution
 from fastgen.sampling.draws import draw_image, image_log_prob
+from fastgen.sampling.levels import dtype_of, image_of, known_levels
 from fastgen.sampling.machine.cpu.build import NoMachine, machine
 from fastgen.sampling.machine.parts import unknown_in
 from fastgen.sampling.plan.plan import Plan, make_plan
-from fastgen.sampling.request import Draw, SampleRequest, SampleResult, dtype_of, levels_of, tell, uniforms
+from fastgen.sampling.request import Draw, SampleRequest, SampleResult, tell, uniforms
 from fastgen.sampling.run.arena import images_that_fit
 from fastgen.sampling.run.cpu_player import CPUPlayer, images_at_once
 from fastgen.sampling.run.cuda_graph_player import CudaGraphPlayer
@@ -49,7 +50,7 @@ def build_engine(
         NotCausalError: the model is not causal in any order.
         Unsupported: the engine cannot take the model; the text says why.
     """
-    levels = dtype if dtype.is_floating_point else levels_of(distribution) or 2
+    levels = dtype if dtype.is_floating_point else known_levels(distribution)
     plan = make_plan(model, shape, distribution, encode, condition, levels)
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     best, why = _best(plan, device)
@@ -190,7 +191,7 @@ class Engine:
             sure = "no whole pass of the model: what rounding changes stays changed"
         elif not self.decidable:
             what = "half precision has no one truth" if self.half else "real values differ in their last bits"
-            sure = f"{what}: images are drawn from this output, without a whole pass"
+            sure = f"{what}: images are drawn from this output, without a whole pass; by how much, the margin says"
         else:
             sure = "a whole pass of the model decides where the margin, a measured one, could change a draw"
         lines = [
@@ -238,7 +239,11 @@ class Engine:
         request = SampleRequest(2, self.shape, noise, self.distribution, condition=self.condition, dtype=dtype)
         with self._all_or_nothing():
             levels, params, _ = self._draw(request, 2)
-            self.margin.measure(request, params, self._truth(request, levels), self.half)
+            truth = self._truth(request, levels)
+            if self.real and not bool(truth.isfinite().all()):  # what is drawn of it, again and again, runs away
+                levels = torch.special.ndtri(noise[:, -self.shape[0] :].clamp(min=2**-24)).to(dtype)
+                params, truth = self.decode(image_of(levels), request)[1], self._truth(request, levels)
+            self.margin.measure(request, params, truth, self.half)
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:

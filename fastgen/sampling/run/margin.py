@@ -4,7 +4,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from fastgen.sampling.draws import greatest_shift, uncertain_image
+from fastgen.sampling.draws import draw_image, greatest_shift, uncertain_image
 from fastgen.sampling.request import SampleRequest, tell
 
 # Times the largest difference that was seen. `uncertain` takes that difference for every parameter at once, with the
@@ -43,11 +43,14 @@ class Margin:
     Attributes:
         error: the largest difference of a parameter; None before the first pass.
         scale: the largest parameter of the pass that showed it.
+        of_values: the largest difference of a real value, drawn of the same noise after the same values; None where
+            levels are drawn.
     """
 
     def __init__(self) -> None:
         self.error: float | None = None
         self.scale = 0.0
+        self.of_values: float | None = None
         self._shifts = Held[float](MOST_SHIFTS)  # of cumulative probabilities, by distribution
 
     def measure(self, request: SampleRequest, params: Tensor, truth: Tensor, half: bool) -> float:
@@ -61,6 +64,9 @@ class Margin:
                     f"the engine's output differs from the model's by {self.error:.1e}, more than rounding: please "
                     "report this model; the images are right, but took more passes than they should"
                 )
+        if request.dtype.is_floating_point:
+            drawn = draw_image(request, params)[0].double() - draw_image(request, truth)[0].double()
+            self.of_values = max(self.of_values or 0.0, float(drawn.abs().nan_to_num(0, posinf=0).max()))
         shift = greatest_shift(request, params, truth)
         if shift is not None:
             self._shifts.put(request.distribution, max(self._shifts.get(request.distribution) or 1e-12, shift))
@@ -78,6 +84,8 @@ class Margin:
             return "not measured yet"
         shift = max(self._shifts.values(), default=None)
         steps = "" if shift is None else f", {SHIFT_MARGIN * shift:.1e} in a cumulative probability"
+        if self.of_values is not None:
+            steps = f", {MARGIN * self.of_values:.1e} in a value that is drawn"
         return (
             f"{MARGIN * self.error:.1e} in a parameter{steps} (the model's and this output differed by "
             f"{self.error:.1e} at most, of parameters up to {self.scale:.1e})"

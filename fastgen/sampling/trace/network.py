@@ -30,10 +30,10 @@ class Network:
         shape: Sequence[int],
         encode: Callable[[Tensor], Tensor] | None,
         condition: Any,
-        levels: int | torch.dtype,
+        levels: int | Tensor | torch.dtype,
     ) -> None:
-        """levels: of a channel, or the dtype of real values. Without `encode` the images are floats in [-1, 1], which
-        the model is given as they are."""
+        """levels: how many a channel has, or each place, or the dtype of real values. Without `encode` the images are
+        floats in [-1, 1], which the model is given as they are."""
         self.model = model
         self.shape = tuple(shape)
         self.encode = encode
@@ -42,26 +42,30 @@ class Network:
         self._leaves, self._structure = tree_flatten(condition)
         self._rows = [k for k, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor) and leaf.dim()]
         while True:
-            self.extremes = (0, levels - 1) if isinstance(levels, int) and encode is not None else (-1, 1)
+            self.extremes: tuple[int, int | Tensor] = (-1, 1)
+            if encode is not None and not isinstance(levels, torch.dtype):
+                self.extremes = (0, levels - 1)
             self.samples = self._images(levels)
             try:
                 self._of_two = self._together([0, 1])
                 break
             except Exception:  # some places may have fewer levels than others, as columns of a table have
-                if encode is None or isinstance(levels, torch.dtype) or levels <= 2:
+                if encode is None or not isinstance(levels, int) or levels <= 2:
                     raise
                 levels = (levels + 1) // 2
         self.output_shape = tuple(self._of_two.shape)
 
-    def _images(self, levels: int | torch.dtype) -> Tensor:
+    def _images(self, levels: int | Tensor | torch.dtype) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         tensors = (*self.model.parameters(), *self.model.buffers())
         device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         size = (5, *self.shape)
         if isinstance(levels, torch.dtype):
             return torch.randn(size, generator=generator).to(levels).to(device)
-        if self.encode is not None:
+        if self.encode is not None and isinstance(levels, int):
             return torch.randint(levels, size, generator=generator).to(device)
+        if self.encode is not None:
+            return (torch.randint(2**32, size, generator=generator) % levels).to(device)
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.get_default_dtype())
         return (torch.rand(size, generator=generator) * 2 - 1).to(dtype).to(device)
 

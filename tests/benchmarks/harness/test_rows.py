@@ -146,10 +146,19 @@ def test_a_gpu_has_its_table_beside_its_rows(tmp_path):
 
 
 def test_without_gpu_rows_nothing_is_claimed_of_a_gpu():
-    sampling = row(op="sampling", gpu=None, threads=1, shape="m", baseline="forward pass", times_baseline=1.0)
-    saved = [sampling | {"provider": "forward pass"}, sampling | {"provider": "eager", "times_baseline": 3.7}]
+    of_cpu = {"op": "sampling", "gpu": None, "cpu": "C", "baseline": "forward pass"}
+    times = {("m 1x2x3", 1): {"forward pass": 1.0, "eager": 3.7, "fastgen": 2.0}}
+    times |= {("m 1x2x3", 2): {"forward pass": 1.0, "fastgen": 1.5}, ("n 1x4x4", 1): {"naive": 20.0, "fastgen": 0.5}}
+    saved = [
+        row(**of_cpu, shape=shape, threads=threads, provider=name, times_baseline=value)
+        for (shape, threads), group in times.items()
+        for name, value in group.items()
+    ]
     section = report.performance_section([*saved, row(gpu=None)])
-    assert report.NOT_MEASURED in section and "| m | 1 | 3.7 |" in section
+    assert report.NOT_MEASURED in section
+    assert r"| m 1x2x3 | 2 | 6\* | 1.5 | 4 | 2" in section and "| n 1x4x4 | 1 | 20 | 0.5 | 40 | 2" in section
+    table = report.cpu_table("C", saved)
+    assert "| m 1x2x3 | 1 | 3.7 | 2 | - | 2" in table and "| n 1x4x4 | 1 | - | 0.5 | 20 | 2" in table
 
 
 def test_the_readme_is_what_the_rows_say():

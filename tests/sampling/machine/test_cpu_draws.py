@@ -9,7 +9,7 @@ import torch
 
 from fastgen import Bernoulli, Categorical, LogisticMixture
 from fastgen.distributions import LAYOUTS
-from fastgen.sampling.draws import draw_channel
+from fastgen.sampling.draws import draw_pixel
 from fastgen.sampling.machine.cpu.build import machine
 from fastgen.sampling.machine.cpu.draws import Draws, knows
 from fastgen.sampling.request import SampleRequest
@@ -43,16 +43,9 @@ def by_definition(request, params, whole_pixels=True):
         for channel in range(request.shape[0]) if whole_pixels else (first,):
             known = (None, None)
             if request.known is not None:
-                known = request.known[:, channel, i, j], request.known_mask[:, channel, i, j]
-            levels[:, channel, i, j], nan = draw_channel(
-                request.distribution,
-                params[..., i, j],
-                request.noise[..., i, j],
-                channel,
-                levels[:, :channel, i, j],
-                *known,
-            )
-            bad |= bool(nan)
+                known = request.known[..., i, j], request.known_mask[..., i, j]
+            given = request.distribution, params[..., i, j], request.noise[..., i, j]
+            bad |= bool(draw_pixel(*given, channel, levels[..., i, j], *known))
     return levels, bad
 
 

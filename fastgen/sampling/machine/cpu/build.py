@@ -56,7 +56,7 @@ def machine() -> Machine:
         try:
             make_folder(folder)
             write_atomically({folder / path.name: path.read_bytes()})
-        except OSError:
+        except (OSError, ValueError):
             built += f", not kept, since {folder} cannot be written to"
     try:
         library = ctypes.CDLL(str(path))

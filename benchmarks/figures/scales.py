@@ -1,0 +1,119 @@
+"""How sampling grows with the image and the batch: time, work, set-up.
+
+Times are CPU seconds of one thread, which other work on the machine changes little.
+
+    python -m benchmarks.figures.scales measure    appends to rows/scales.jsonl, in about five minutes
+    python -m benchmarks.figures.scales draw       docs/scales.png of these rows
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.cases.sampling import scale
+from benchmarks.figures.style import COLOURS, figure
+from benchmarks.harness import machine, rows
+from fastgen import accelerate
+from fastgen.models import GatedPixelCNN
+
+ROWS = Path(__file__).parent / "rows" / "scales.jsonl"
+PICTURE = machine.ROOT / "docs" / "scales.png"
+SIDES, BATCHES = (8, 16, 32, 64), (1, 4, 16, 64)
+LEVELS, SIZES = 16, {"channels": 32, "layers": 4}
+REPEATS = 3
+PLACES = 2**16  # images of so many pixels in all are drawn at once, not more
+
+
+def measure(sides: tuple[int, ...] = SIDES, batches: tuple[int, ...] = BATCHES) -> Iterator[dict[str, Any]]:
+    """A row for each side and batch: `pass_s` of the model over the batch, `sample_s` of drawing it, `setup_s` from the
+    call of `accelerate` to a plan; `passes` of the fixed point; `work_ratio`."""
+    torch.set_num_threads(1)
+    about = {**machine.facts("cpu"), "time": rows.now(), "threads": 1}
+    for side in sides:
+        shape = (1, side, side)
+        torch.manual_seed(0)
+        model = GatedPixelCNN(shape, LEVELS, **SIZES).eval().requires_grad_(False)
+        scale(model, torch.randint(LEVELS, (4, *shape)))
+        _planned(model)  # loads and compiles what there is to load, once a process
+        setup, sampler = _seconds(lambda: _planned(model))  # noqa: B023
+        for batch in (batch for batch in batches if batch * side * side <= PLACES):
+            x, noise = torch.randint(LEVELS, (batch, *shape)), torch.rand(batch, *shape)
+            sampler.sample(batch, noise=noise)  # measures the rounding
+            sampled = [_seconds(lambda: sampler.sample(batch, noise=noise))[0] for _ in range(REPEATS)]  # noqa: B023
+            passed = [_seconds(lambda: model(x))[0] for _ in range(REPEATS)]  # noqa: B023
+            row = {"model": f"GatedPixelCNN levels={LEVELS} {SIZES}", "side": side, "batch": batch, "setup_s": setup}
+            row |= {"pass_s": median(passed), "sample_s": median(sampled), "work_ratio": sampler.work_ratio}
+            yield {**row, "passes": sampler.stats.passes, **about}
+
+
+def _planned(model: Any) -> Any:
+    sampler = accelerate(model, model.shape, distribution=model.distribution)
+    sampler.explain()  # which plans
+    return sampler
+
+
+def _seconds(call: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.process_time()
+    result = call()
+    return time.process_time() - started, result
+
+
+def draw(saved: list[dict[str, Any]], target: Path = PICTURE) -> Path:
+    """Time of a batch beside the naive loop's (a pass for each pixel); work and set-up over the side of the image."""
+    latest = {(row["side"], row["batch"]): row for row in saved}
+    sides = sorted({side for side, _ in latest})
+    with figure(target, (13, 4)) as page:
+        time_axes, work_axes, setup_axes = page.subplots(1, 3)
+        for number, side in enumerate(sides):
+            own = [latest[key] for key in sorted(latest) if key[0] == side]
+            batches, style = [row["batch"] for row in own], {"color": COLOURS[number]}
+            time_axes.plot(batches, [row["sample_s"] for row in own], label=f"{side}x{side}", **style)
+            naive = [row["pass_s"] * side**2 for row in own]
+            time_axes.plot(batches, naive, linestyle="--", **style)
+        time_axes.set(xlabel="images a batch", ylabel="CPU seconds a batch", title="drawn, and (dashed) by the loop")
+        time_axes.set_xscale("log", base=2)
+        time_axes.legend(frameon=False, title="image")
+        first = [next(latest[key] for key in sorted(latest) if key[0] == side) for side in sides]
+        work_axes.plot(sides, [side**2 for side in sides], label="the loop", color=COLOURS[7])
+        work_axes.plot(sides, [row["work_ratio"] for row in first], label="accelerate", color=COLOURS[0])
+        work_axes.set(ylabel="multiply-adds an image, in passes", title="work, counted", ylim=(0.5, None))
+        work_axes.legend(frameon=False)
+        setup_axes.plot(sides, [row["setup_s"] for row in first], label="set-up", color=COLOURS[1])
+        setup_axes.plot(sides, [row["pass_s"] * side**2 for row, side in zip(first, sides, strict=True)],
+                        label="one image by the loop", color=COLOURS[7])  # fmt: skip
+        setup_axes.set(ylabel="CPU seconds", title="set-up of a sampler, once")
+        setup_axes.legend(frameon=False)
+        for axes in (work_axes, setup_axes):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sides, [f"{side}" for side in sides])
+            axes.set_xlabel("side of the image")
+        for axes in (time_axes, work_axes, setup_axes):
+            axes.set_yscale("log")
+        page.suptitle(f"{first[0]['model']}, one thread of {first[0]['cpu']}, {first[0]['time'][:10]}", fontsize=9)
+    return target
+
+
+def append(row: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["measure"]:
+        for found in measure():
+            append(found, ROWS)
+            seconds = {name: round(value, 4) for name, value in found.items() if name.endswith("_s")}
+            print(found["side"], found["batch"], seconds, math.ceil(found["work_ratio"]), flush=True)
+    print(draw(read(ROWS)))

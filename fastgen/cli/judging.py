@@ -1,0 +1,205 @@
+"""fastgen classify, score: classes by Bayes' rule, and how unlikely images are."""
+
+import argparse
+import csv
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastgen.cli.common import add_data, add_run, device_of, load_run_data, natural, number, positive_int
+from fastgen.cli.pictures import png_target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastgen.classification import Calibration
+
+BRIGHTEST = 255  # a picture of maps has so many levels above black
+
+
+def add(commands: Any) -> None:
+    classify = commands.add_parser(
+        "classify",
+        help="classify images by Bayes' rule",
+        description="p(y | x), proportional to p(x | y) p(y), of a class-conditional model, all classes equally "
+        "probable: accuracy and calibration, beside a discriminative network with as many parameters that is trained "
+        "here on the same images.",
+    )
+    _add_common(classify, run_classify, "of that network (default 600)", 600)
+    classify.add_argument("--out", metavar="FILE", help="a PNG: confidence against accuracy (needs matplotlib)")
+    score = commands.add_parser(
+        "score",
+        help="log p(x), bits/dim and outlier scores of images, and where they surprise",
+        description="Writes a row an image: log p(x), bits/dim, the likelihood ratio to a background model (Ren et al. "
+        "2019) and typicality (Nalisnick et al. 2019), and beside it a PNG of the least and the most likely images "
+        "with maps of the surprise at each pixel. Prints how well each score tells the images from inverted, "
+        "shuffled, noisy and letter-like ones (AUROC: 0.5 is chance).",
+    )
+    _add_common(score, run_score, "of the background model (default 300)", 300)
+    score.add_needed("--out", metavar="FILE", help="the .csv to write; the maps are its namesake in .png")
+    score.add_argument("--background", metavar="RUN", help="a background model, instead of training one here")
+    score.add_argument(
+        "--rate", type=number, default=0.3, help="of levels that are spoilt in the images it learns from (default 0.3)"
+    )
+    score.add_argument("--maps", type=positive_int, default=8, help="images at each end with a map (default 8)")
+
+
+def _add_common(parser: Any, run: Any, whose: str, steps: int) -> None:
+    add_run(parser, run)
+    add_data(parser)
+    parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="default: test")
+    parser.add_argument("--batch-size", type=positive_int, help="images at a time (default: up to 256)")
+    parser.add_argument("--samples", type=positive_int, default=64, help="draws of a VAE's latent (default 64)")
+    parser.add_argument("--steps", type=positive_int, default=steps, help=f"training steps {whose}")
+    parser.add_argument("--seed", type=natural, default=0, help="of all that is random (default 0)")
+
+
+def _loaded(arguments: argparse.Namespace) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """The model, the data set, its split, and options for `likelihood.log_likelihoods`."""
+    from fastgen import checkpoint
+    from fastgen.models import VAE, Autoencoder
+    from fastgen.train import images_at_once
+
+    model = checkpoint.load(arguments.folder).to(device_of(arguments))
+    if isinstance(model, Autoencoder):
+        raise ValueError(f"{arguments.folder}: an Autoencoder has no likelihood")
+    dataset = load_run_data(arguments, model)
+    options: dict[str, Any] = {"batch_size": arguments.batch_size or images_at_once(model)}
+    if isinstance(model, VAE):
+        options |= {"n_samples": arguments.samples, "seed": arguments.seed}
+    return model, dataset, getattr(dataset, arguments.split), options
+
+
+def _size(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def run_classify(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from fastgen import likelihood, plots
+    from fastgen.classification import calibration, classifier_of_size
+    from fastgen.demos.common import fit
+
+    path = None if arguments.out is None else png_target(arguments.out)
+    model, dataset, split, options = _loaded(arguments)
+    if model.n_classes is None:
+        raise ValueError(f"{arguments.folder}: the model is not class-conditional, and has no p(x | y)")
+    device = next(model.parameters()).device
+    torch.manual_seed(arguments.seed)
+    rival = classifier_of_size(_size(model), model.shape, model.levels, model.n_classes)
+    fit(rival, dataset, arguments.steps, arguments.seed, device)
+    images = split.images.long()
+    with torch.no_grad():
+        direct = torch.cat([rival(part.to(device)).cpu() for part in images.split(options["batch_size"])])
+    found = {
+        f"{type(model).__name__} by Bayes' rule": likelihood.class_posterior(model, images, **options).log_probs,
+        "discriminative network": direct,
+    }
+    print(f"{len(images)} {arguments.split} images of {dataset.name}, {model.n_classes} classes")
+    judged = {name: calibration(log_probs, split.labels) for name, log_probs in found.items()}
+    for (name, result), size in zip(judged.items(), (_size(model), _size(rival)), strict=True):
+        print(f"{name} ({size:,} parameters): {result}")
+        print(_reliability(result))
+    if path is not None:
+        curves = {name: (result.confidence, result.right) for name, result in judged.items()}
+        if plots.reliability(curves, path):
+            print(f"confidence against accuracy in {path}")
+        else:
+            print(f"{path} needs matplotlib: pip install matplotlib")
+    return 0
+
+
+def _reliability(result: "Calibration") -> str:
+    """Of the bins that have images: their confidence, the share that is right, their number."""
+    bins = zip(result.confidence.tolist(), result.right.tolist(), result.images.tolist(), strict=True)
+    parts = [f"{confidence:.2f}: {right:.2f} ({images})" for confidence, right, images in bins if images]
+    return f"  confidence: share right (images)  {'  '.join(parts)}"
+
+
+def run_score(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from fastgen import files
+    from fastgen.likelihood import bits_per_dim
+    from fastgen.models.autoregressive import AutoregressiveModel
+    from fastgen.scores import SCORES, Scorer, aurocs, strangers
+
+    path = Path(arguments.out)
+    if path.suffix.lower() != ".csv":
+        raise ValueError(f"--out {arguments.out}: must end in .csv")
+    if not 0 < arguments.rate <= 1:
+        raise ValueError(f"--rate must be in (0, 1], got {arguments.rate}")
+    files.make_folder(path.parent)
+    model, dataset, split, options = _loaded(arguments)
+    background = _background(arguments, model, dataset)
+    scorer = Scorer(model, background, dataset, **options)
+    found = scorer(split.images)
+    buffer = io.StringIO()
+    rows = csv.writer(buffer, lineterminator="\n")
+    rows.writerow(["image", "label", "log_p_nats", "bits_per_dim", "likelihood_ratio_nats", "typicality_nats"])
+    labels = [""] * len(split) if split.labels is None else split.labels.tolist()
+    columns = (found.log_prob, bits_per_dim(-found.log_prob, model.shape), found.likelihood_ratio, found.typicality)
+    values = zip(*(column.tolist() for column in columns), strict=True)
+    for place, (label, of_image) in enumerate(zip(labels, values, strict=True)):
+        rows.writerow([place, label, *(f"{value:.6g}" for value in of_image)])
+    files.write_atomically({path: buffer.getvalue().encode()})
+    mean = -found.log_prob.mean()
+    print(
+        f"{len(split)} {arguments.split} images of {dataset.name} in {path}: {mean:.2f} nats an image, "
+        f"{bits_per_dim(mean, model.shape):.3f} bits/dim"
+    )
+    if isinstance(model, AutoregressiveModel):
+        maps = path.with_suffix(".png")
+        _write_maps(model, split, found.log_prob.argsort(), min(arguments.maps, len(split)), maps)
+        print(f"the least likely images and the most likely, with the surprise at each pixel, in {maps}")
+    generator = torch.Generator().manual_seed(arguments.seed)
+    others = {kind: scorer(images) for kind, images in strangers(split.images, model.levels, generator).items()}
+    print("AUROC against " + "".join(f"{name:>18}" for name in SCORES))
+    for kind, row in aurocs(found, others).items():
+        print(f"{kind:<14}" + "".join(f"{value:18.3f}" for value in row.values()))
+    return 0
+
+
+def _background(arguments: argparse.Namespace, model: Any, dataset: Any) -> Any:
+    """The background model: of a run, or trained here on spoilt images."""
+    import torch
+
+    from fastgen import checkpoint, data, likelihood
+    from fastgen.demos.common import fit
+    from fastgen.train import check_fit
+
+    device = next(model.parameters()).device
+    if arguments.background is not None:
+        background = checkpoint.load(arguments.background).to(device)
+        if type(background) is not type(model):
+            kinds = type(background).__name__, type(model).__name__
+            raise ValueError(f"--background {arguments.background}: is a {kinds[0]}, and the model a {kinds[1]}")
+        check_fit(background, dataset)
+        return background
+    torch.manual_seed(arguments.seed)
+    background = type(model)(**{**model.constructor_arguments(), "n_classes": None})
+    spoilt = likelihood.perturb(dataset.train.images.repeat(4, 1, 1, 1), model.levels, arguments.rate)
+    learnt = data.Dataset(dataset.name, dataset.levels, None, data.Split(spoilt), dataset.validation, dataset.test)
+    fit(background, learnt, arguments.steps, arguments.seed, device)
+    return background
+
+
+def _write_maps(model: Any, split: Any, order: "Tensor", count: int, path: Path) -> None:
+    """The `count` first and the last of an order, each row of images above its row of maps."""
+    import torch
+
+    from fastgen import plots
+    from fastgen.scores import surprise
+
+    device = next(model.parameters()).device
+    chosen = torch.cat((order[:count], order[-count:]))
+    images = split.images[chosen].long()
+    labels = None if model.n_classes is None else split.labels[chosen].to(device)
+    bits = surprise(model, images.to(device), labels).cpu()
+    most = float(bits.max())
+    maps = (bits / max(most, 1e-9) * BRIGHTEST).unsqueeze(1).expand(-1, model.shape[0], -1, -1)
+    shown = images.double() * (BRIGHTEST / (model.levels - 1))
+    rows = torch.stack((shown.unflatten(0, (2, count)), maps.double().unflatten(0, (2, count))), 1)
+    names = ["least likely", f"bits (white: {most:.1f})", "most likely", "bits"]
+    plots.image_grid(rows.flatten(0, 2), BRIGHTEST + 1, path, columns=count, row_names=names)

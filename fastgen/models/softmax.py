@@ -1,0 +1,64 @@
+"""What the models share that end in a softmax for every colour: PixelCNN, Gated PixelCNN, PixelRNN."""
+
+from torch import Tensor, nn
+
+from fastgen.distributions import Categorical
+from fastgen.models.autoregressive import AutoregressiveModel
+from fastgen.nn import MaskedConv2d
+
+
+class SoftmaxModel(AutoregressiveModel):
+    """Base class: `input` makes feature maps of the image, each of `blocks` changes them, `head` gives the logits.
+
+    Args:
+        shape: (C, H, W); with C = 3 the colours are ordered R, G, B.
+        levels: number of levels K of a channel.
+        n_classes: number of classes of a class-conditional model, None for an unconditional one.
+    """
+
+    input: nn.Module
+    blocks: nn.ModuleList  # (features, condition) -> features
+    head: nn.Module
+
+    def __init__(self, shape: tuple[int, int, int], levels: int, n_classes: int | None) -> None:
+        super().__init__(shape, levels, Categorical(levels, layout="BKCHW"), n_classes)
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Levels (B, C, H, W), integers or floats in [-1, 1], and classes (B,) -> logits (B, K, C, H, W)."""
+        self.check_condition(condition)
+        features = self.input(self.encode(x))
+        for block in self.blocks:
+            features = block(features, condition)
+        return logits_of_colours(self.head(features), self.shape[0])
+
+
+def head_of(channels: int, hidden: int, colours: int, levels: int) -> nn.Sequential:
+    """The last two 1x1 layers: features (B, channels, H, W) -> (B, C*K, H, W)."""
+    return nn.Sequential(
+        nn.ReLU(),
+        MaskedConv2d(channels, hidden, 1, mask_type="B", data_channels=colours, activation="relu"),
+        MaskedConv2d(hidden, colours * levels, 1, mask_type="B", data_channels=colours),
+    )
+
+
+def channels_of(channels: int, colours: int, unit: int = 1) -> int:
+    """The number of feature maps that is built: every colour gets an equal share of them.
+
+    `channels` itself if it is a multiple of the colours. Otherwise the share is rounded up, and, where it is more than
+    half a `unit`, up to a multiple of `unit`, so that it fills the kernels' blocks: with three colours and units of 32,
+    128 becomes 192 (64 a colour), which takes a kernel no longer than 129 would.
+
+    Raises:
+        ValueError: channels is no int >= 1.
+    """
+    if not isinstance(channels, int) or channels < 1:
+        raise ValueError(f"channels must be an int >= 1, got {channels!r}")
+    if channels % colours == 0:
+        return channels
+    share = -(-channels // colours)
+    return colours * (-(-share // unit) * unit if 2 * share > unit else share)
+
+
+def logits_of_colours(features: Tensor, colours: int) -> Tensor:
+    """(B, C*K, H, W), the colours' groups one after the other, as (B, K, C, H, W): a view."""
+    return features.unflatten(1, (colours, -1)).transpose(1, 2)

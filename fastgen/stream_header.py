@@ -1,0 +1,127 @@
+"""The header of a compressed stream (`fastgen.compression`): what it holds, and what it can be decoded by."""
+
+import hashlib
+import struct
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastgen._version import __version__
+
+MAGIC = b"fastgenZ"
+VERSION = 1
+# Magic, version, dimensions of an image, its sizes, images, words, digests of weights, condition and images, and how
+# many bytes of text follow. Little-endian.
+_FIXED = struct.Struct("<8sHH3IQQ16s16s16sH")
+DIGEST = 16  # bytes
+
+
+class Header(NamedTuple):
+    """Of a stream of images of one shape.
+
+    Attributes:
+        shape: of an image, one to three sizes.
+        images: their number.
+        words: of 32 bits, that follow.
+        of_weights, of_condition, of_images: digests.
+        computed: how the model was computed, as text.
+    """
+
+    shape: tuple[int, ...]
+    images: int
+    words: int
+    of_weights: bytes
+    of_condition: bytes
+    of_images: bytes
+    computed: str
+
+    def stream(self, words: bytes) -> bytes:
+        """The whole stream: header, words, seal."""
+        text = self.computed.encode()
+        sizes = (*self.shape, 0, 0)[:3]
+        digests = (self.of_weights, self.of_condition, self.of_images)
+        fixed = _FIXED.pack(MAGIC, VERSION, len(self.shape), *sizes, self.images, self.words, *digests, len(text))
+        body = fixed + text + words
+        return body + digest(body)
+
+    @classmethod
+    def read(cls, data: Any) -> tuple["Header", np.ndarray]:
+        """The header and the words of a stream that is whole. Nothing is allocated that is larger than the data.
+
+        Raises:
+            TypeError: data is no bytes.
+            ValueError: it is foreign, truncated or damaged.
+        """
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise TypeError(f"data must be bytes, got {type(data).__name__}")
+        data = bytes(data)
+        if not data or not MAGIC.startswith(data[: len(MAGIC)]):
+            raise ValueError("data: is foreign: no stream of fastgen.compress begins so")
+        if len(data) < _FIXED.size:
+            raise ValueError(f"data: is truncated: {len(data)} bytes, and a header alone has {_FIXED.size}")
+        _, number, dims, *sizes, images, words, weights, condition, of_images, text = _FIXED.unpack_from(data)
+        if number != VERSION:
+            raise ValueError(f"data: is of version {number} of the format, this fastgen reads version {VERSION}")
+        start = _FIXED.size + text
+        end = start + 4 * words
+        if len(data) < end + DIGEST:
+            raise ValueError(f"data: is truncated: {len(data)} bytes of {end + DIGEST}")
+        if digest(data[:end]) != data[end:]:
+            raise ValueError("data: is damaged: its seal does not fit what it holds")
+        computed = data[_FIXED.size : start].decode(errors="replace")
+        header = cls(tuple(sizes[:dims]), images, words, weights, condition, of_images, computed)
+        return header, np.frombuffer(data, "<u4", words, start).astype(np.uint32)
+
+    def check(self, here: "Header") -> None:
+        """Raises ValueError where a stream cannot be decoded by the model and condition that `here` describes."""
+        if self.shape != here.shape:
+            raise ValueError(f"data: holds images of the shape {self.shape}, the model's are {here.shape}")
+        if self.of_weights != here.of_weights:
+            raise ValueError("data: was compressed by another model, or with other weights")
+        if self.computed != here.computed:
+            raise ValueError(
+                "data: was compressed by other arithmetic, which rounds otherwise: "
+                f"it was computed by {self.computed}; here by {here.computed}"
+            )
+        if self.of_condition != here.of_condition:
+            raise ValueError("data: was compressed with another condition (the classes of a class-conditional model)")
+
+
+def how_computed(model: nn.Module, backend: str, batch: int) -> str:
+    """What the bits of a model's output depend on, besides its weights and its input."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    device = parameter.device.type
+    name = torch.cuda.get_device_name(parameter.device) if device == "cuda" else torch.backends.cpu.get_cpu_capability()
+    cast = f" (autocast to {torch.get_autocast_dtype(device)})" if torch.is_autocast_enabled(device) else ""
+    return (
+        f"backend {backend}, {parameter.dtype}{cast}, batch {batch}, threads {torch.get_num_threads()}, {device} {name}"
+        f", torch {torch.__version__}, constriction {version('constriction')}, fastgen {__version__}"
+    )
+
+
+def weights_digest(model: nn.Module, more: str) -> bytes:
+    """Of all parameters and buffers, by name, and of a text."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return digest(more.encode(), *(part for name, tensor in sorted(tensors) for part in (name.encode(), plain(tensor))))
+
+
+def plain(leaf: Any) -> bytes:
+    """A tensor's type, shape and numbers, or whatever else a condition holds."""
+    if not isinstance(leaf, Tensor):
+        return repr(leaf).encode()
+    content = (
+        leaf.detach().cpu().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).numpy().tobytes()
+    )
+    return f"{leaf.dtype} {tuple(leaf.shape)}\n".encode() + content
+
+
+def digest(*parts: bytes) -> bytes:
+    """DIGEST bytes that other parts would not have."""
+    found = hashlib.blake2b(digest_size=DIGEST)
+    for part in parts:
+        found.update(struct.pack("<Q", len(part)))
+        found.update(part)
+    return found.digest()
