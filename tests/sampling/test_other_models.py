@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastgen import Categorical, NotCausalError, accelerate, check_causality, shift_right
+from tests.sampling.other_packages import other_package
 
 K, T, START = 11, 9, 3
 
@@ -65,7 +66,7 @@ def small_gpt():
 
 
 def gpt2():
-    transformers = pytest.importorskip("transformers", reason="the package transformers is not installed")
+    transformers = other_package("transformers")
     sizes = {"vocab_size": K, "n_positions": T, "n_embd": 16, "n_layer": 2, "n_head": 2}
     config = transformers.GPT2Config(**sizes, bos_token_id=START, eos_token_id=START, initializer_range=0.3)
     return transformers.GPT2LMHeadModel(config).eval(), lambda out: out.logits
