@@ -25,18 +25,17 @@ from benchmarks.harness.pieces import Piece
 from benchmarks.harness.rows import Row
 from benchmarks.harness.session import OUT_OF_MEMORY, Session
 
+LAYER = "128x32x32 to 256, 3x3 B gated"
+SAMPLING = "GatedPixelCNN 1x28x28 levels=256 B="
 # Benchmark, dtype, size; all of "probes".
 HEADLINES = (
-    ("masked_conv2d", "bfloat16", "128x128x32x32 to 256, 3x3 B gated"),
-    ("masked_conv2d", "bfloat16", "16x128x32x32 to 256, 3x3 B gated"),
-    ("diagonal_lstm", "bfloat16", "B=16 h=64 32x32"),
-    ("diagonal_lstm", "bfloat16", "B=16 h=128 32x32"),
+    *(("masked_conv2d", "bfloat16", f"{batch}x{LAYER}") for batch in (128, 16)),
+    *(("diagonal_lstm", "bfloat16", f"B=16 h={units} 32x32") for units in (64, 128)),
     ("reparameterize_kl", "bfloat16", "1024x4096"),
     ("reconstruction_nll", "bfloat16", "logistic_mixture 64x3x32x32"),
-    ("sampling", "float32", "GatedPixelCNN 1x28x28 levels=256 B=16"),
-    ("sampling", "float32", "GatedPixelCNN 1x28x28 levels=256 B=256"),
+    *(("sampling", "float32", f"{SAMPLING}{batch}") for batch in (16, 256)),
     ("probes", None, None),
-    ("masked_conv2d", "float32", "128x128x32x32 to 256, 3x3 B gated"),
+    ("masked_conv2d", "float32", f"128x{LAYER}"),
     ("reparameterize_kl", "float32", "1024x4096"),
     ("reconstruction_nll", "float32", "logistic_mixture 64x3x32x32"),
 )
@@ -143,7 +142,9 @@ def _preload() -> None:
     os.environ.setdefault("TORCH_WARM_POOL", "0")  # no processes of the compiler's beside this one
     importlib.import_module("torch._inductor.compile_fx")
     launches.catalogue()
-    if pieces.in_a_process(lambda: getattr(torch.cuda, "_is_in_bad_fork", bool)()):
-        print("an import uses CUDA: once more, without what is imported beforehand", flush=True)
+    try:
+        pieces.in_a_process(torch.cuda.init)
+    except ValueError as problem:
+        print(f"an import uses CUDA: once more, without what is imported beforehand ({problem})", flush=True)
         os.environ[LEAN] = "1"
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]])

@@ -20,9 +20,6 @@ def _programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-# In plain PyTorch
-
-
 def add_ones(x: Tensor, parts: int) -> Tensor:
     for _ in range(parts):
         x = x + 1
@@ -41,9 +38,6 @@ def products(x: Tensor, weights: Tensor, parts: int) -> Tensor:
     for part in range(parts):
         x = (x.double() @ weights[part % len(weights)].double()).relu().to(x.dtype)
     return x
-
-
-# By kernels of Triton
 
 
 def add_ones_by_kernels(x: Tensor, parts: int) -> Tensor:

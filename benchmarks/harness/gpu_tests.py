@@ -15,8 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.harness import launches, machine, pieces, rows
-from benchmarks.harness.rows import Row
+from benchmarks.harness.case import Case
+from benchmarks.harness.compare import Checked
+from benchmarks.harness.runner import empty_row
+from benchmarks.harness.session import Session
 
 PROCESSES = 16  # each compiles its kernels, and holds some gigabytes of the GPU
 PATIENCE = 180.0  # seconds that one test may take
@@ -29,18 +34,16 @@ class Share:
     def __init__(self, index: int, count: int, arguments: list[str], folder: Path) -> None:
         self.file = folder / f"{index}.jsonl"
         self.log = folder / f"{index}.log"
-        command = [sys.executable, "-m", "pytest", *arguments, "-p", "no:cacheprovider", "-p", "no:xdist"]
-        self.command = [*command, "-p", "benchmarks.harness.pytest_share", f"--share={index}/{count}"]
-        self.command.append(f"--outcomes={self.file}")
+        self.command = [sys.executable, "-m", "pytest", *arguments, "-p", "no:cacheprovider", "-p", "no:xdist"]
+        self.command += ["-p", "benchmarks.harness.pytest_share", f"--share={index}/{count}", f"--outcomes={self.file}"]
         self.start()
 
     def start(self) -> None:
         self.since, self._seen, self._before = time.monotonic(), 0, len(self.outcomes())
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                self.command, cwd=machine.ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
+            options = {"cwd": machine.ROOT, "env": environment, "stdout": log, "stderr": subprocess.STDOUT}
+            self.process = subprocess.Popen(self.command, **options)
 
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
@@ -65,8 +68,7 @@ class Share:
             return False  # not even one test: it would be the same once more
         why = f"no result within {PATIENCE:.0f} s" if hangs else f"the process ended with status {status}"
         with self.file.open("a") as file:
-            for name in at:
-                file.write(json.dumps({"test": name, "outcome": "failed", "text": why}) + "\n")
+            file.writelines(json.dumps({"test": name, "outcome": "failed", "text": why}) + "\n" for name in at)
         self.start()
         return True
 
@@ -81,7 +83,7 @@ def run(folder: Path, paths: Sequence[str], budget: float | None, command: str, 
     Raises:
         ValueError: there is no GPU.
     """
-    facts = pieces.in_a_process(lambda: machine.facts("cuda"))
+    session = Session(pieces.in_a_process(lambda: machine.facts("cuda")), command)
     chosen = "gpu" if full else "gpu and not slow"
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
@@ -98,12 +100,15 @@ def run(folder: Path, paths: Sequence[str], budget: float | None, command: str, 
         found = counts([line for share in shares for line in share.lines()])
         broken = [share for share in shares if not share.lines()]
         logs = "\n".join(share.log.read_text() for share in broken or shares)
-    folder = folder if os.environ.get("OUT") else folder / machine.folder_name(facts)
+    folder = folder if os.environ.get("OUT") else folder / machine.folder_name(session.facts)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tests.txt").write_text(logs)
     problem = f"{len(broken)} processes ran no test" if broken else f"{found['failed']} failed" * bool(found["failed"])
-    made = row(" ".join([chosen, *paths]), problem, {**found, "seconds": seconds}, facts, command)
-    rows.save([made], folder)
+    case = Case(rows.TESTS, " ".join([chosen, *paths]), torch.float32, lambda device: {}, {"pytest": list}, None)
+    row = empty_row(case, session, "pytest", "full", Checked(problem, launched=list(launches.catalogue())))
+    # Of the kernels it keeps the source, and claims of no single one that it was launched.
+    row |= {"dtype": "all", "launched": [], "died_in": None, "verdict": None, **found, "seconds": seconds}
+    rows.save([row | {"sanitizer": shutil.which("compute-sanitizer") is not None}], folder)
     print("\n".join(found["failures"]) if not broken else logs[-3000:])
     print(", ".join(f"{found[word]} {word}" for word in ("passed", "failed", "skipped", "not_run")), f"{seconds:.0f} s")
     return 1 if problem else 0
@@ -117,23 +122,3 @@ def counts(lines: list[dict[str, Any]]) -> dict[str, Any]:
     found = {word: words.count(word) for word in ("passed", "failed", "skipped")}
     failures = [f"{name}: {one['text']}" for name, one in outcomes.items() if one["outcome"] == "failed"]
     return {**found, "not_run": collected - sum(found.values()), "failures": failures[:50]}
-
-
-def row(what: str, problem: str, found: dict[str, Any], facts: dict[str, Any], command: str) -> Row:
-    kernels = machine.sources(sorted(set(launches.catalogue().values())))
-    return {
-        "op": rows.TESTS,
-        "kernels": kernels,
-        "shape": what,
-        "dtype": "all",
-        "provider": "pytest",
-        "mode": "full",
-        **dict.fromkeys(("ms_p20", "ms_p50", "ms_p80", "host_us", "peak_mb", "error", "threads", "batch", "verdict")),
-        "problem": problem,
-        **found,
-        "sanitizer": shutil.which("compute-sanitizer") is not None,
-        **facts,
-        "kernel_sha256": machine.kernel_sha256(kernels),
-        "time": rows.now(),
-        "command": command,
-    }

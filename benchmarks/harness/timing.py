@@ -62,10 +62,9 @@ class CpuTimer:
     def turn(self, call: Call, count: int, samples: Samples) -> None:
         wall, cpu = [], []
         for _ in range(count):
-            cpu_start, start = time.process_time(), time.perf_counter()
-            call()
-            wall.append(1e3 * (time.perf_counter() - start))
-            cpu.append(1e3 * (time.process_time() - cpu_start))
+            start = time.process_time()
+            wall.append(1e3 * self.once(call))
+            cpu.append(1e3 * (time.process_time() - start))
         if torch.get_num_threads() == 1:
             undisturbed = [w for w, c in zip(wall, cpu, strict=True) if w <= 1.1 * c + 0.01]
             samples.add("disturbed_p50", [1 - len(undisturbed) / count])
@@ -185,10 +184,10 @@ def _median_seconds(clock: CpuTimer | CudaTimer, call: Call) -> float:
 
 def copy_rate(clock: CpuTimer | CudaTimer) -> float:
     """Measured copy bandwidth in 10^9 bytes a second, reads and writes counted."""
-    size = 2**30 if clock.device.type == "cuda" else 2**27
-    source = torch.randint(256, (size,), dtype=torch.uint8, device=clock.device)
+    source = torch.empty(2**30 if clock.device.type == "cuda" else 2**27, dtype=torch.uint8, device=clock.device)
+    source.random_(256)
     target = torch.empty_like(source)
-    return 2 * size / _median_seconds(clock, lambda: target.copy_(source)) / 1e9
+    return 2 * len(source) / _median_seconds(clock, lambda: target.copy_(source)) / 1e9
 
 
 def matmul_rate(clock: CpuTimer | CudaTimer, dtype: torch.dtype) -> float:
