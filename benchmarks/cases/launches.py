@@ -6,7 +6,7 @@ likelihood, direction and tap count, with and without what is optional.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -91,6 +91,7 @@ def _kl_alone(mu: Tensor, logvar: Tensor, *, call: Callable[..., tuple[Tensor, T
 def operations(tables: Tables) -> Iterator[Operation]:
     """Everything that is launched, at these sizes."""
     of = functools.partial
+    both: Iterable[Callable[..., Any]]
     for sizes, kernel, mask_type, activation, more in tables.convolutions:
         options = {"activation": activation, **{k: v for k, v in more.items() if k != "data_channels"}}
         given = {"kernel": kernel, "mask_type": mask_type, "data_channels": more.get("data_channels", 1)}
@@ -103,8 +104,8 @@ def operations(tables: Tables) -> Iterator[Operation]:
             of(masked_conv2d.convolve, call=ops.masked_conv2d, **options),
         )
     for block in tables.blocks:
-        inputs, both = of(masked_conv2d.block_inputs, sizes=block), (gated_block_cropped, masked_conv2d.run_block)
-        yield Operation("masked_conv2d", f"gated block {'x'.join(map(str, block))}", inputs, *both)
+        inputs, name = of(masked_conv2d.block_inputs, sizes=block), f"gated block {'x'.join(map(str, block))}"
+        yield Operation("masked_conv2d", name, inputs, gated_block_cropped, masked_conv2d.run_block)
     for sizes in tables.scans:
         name = "x".join(map(str, sizes))
         for word, reverse in (("", False), (" reverse", True)):
@@ -115,7 +116,7 @@ def operations(tables: Tables) -> Iterator[Operation]:
             yield Operation("row_lstm", f"{name} k={taps}", inputs, row_lstm_reference, ops.row_lstm)
     for shape in tables.latents:
         name = "x".join(map(str, shape))
-        calls = (reparameterize_kl_reference, ops.reparameterize_kl)
+        calls: tuple[Callable[..., Any], ...] = (reparameterize_kl_reference, ops.reparameterize_kl)
         for free_bits in (0.0, 0.1):
             both = (of(call, free_bits=free_bits) for call in calls)
             yield Operation("reparameterize_kl", f"{name} free_bits={free_bits}", of(_latent, shape=shape), *both)
@@ -142,7 +143,7 @@ FAR = 1e-4  # of a parameter from that of the model's own pass
 
 def _model(device: torch.device, machine: Machine) -> dict[str, Any]:
     build, shape, size, n = machine
-    model = build(shape, **size).to(device).eval().requires_grad_(False)
+    model: Any = build(shape, **size).to(device).eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.mul_(2)  # else its levels are all but equally probable
@@ -213,7 +214,6 @@ SMALL = Tables(
 def of_host() -> Iterator[Operation]:
     """One or two small sizes of every public operation."""
     yield from operations(SMALL)
-    given = {"likelihood": "bernoulli", "image": (8, 1, 8, 8), "latent": 20}
     call = functools.partial(elbo.fused, likelihood="bernoulli")
-    inputs = functools.partial(elbo.inputs, **given)
+    inputs = functools.partial(elbo.inputs, likelihood="bernoulli", image=(8, 1, 8, 8), latent=20)
     yield Operation("elbo", "bernoulli 8x1x8x8 D=20", inputs, elbo.definition_of("bernoulli"), call)

@@ -27,7 +27,8 @@ OTHERS: dict[str, Rivals] = {
     "logistic_mixture": {},
 }
 Image = tuple[int, ...]  # (B, C, H, W); the parameters follow from the likelihood
-CPU = [("bernoulli", (256, 1, 28, 28)), ("categorical", (8, 3, 32, 32)), ("logistic_mixture", (8, 3, 32, 32))]
+CPU: list[tuple[str, Image]] = [("bernoulli", (256, 1, 28, 28))]
+CPU += [("categorical", (8, 3, 32, 32)), ("logistic_mixture", (8, 3, 32, 32))]
 IMAGES: dict[str, list[tuple[str, Image]]] = {
     "toy": [(likelihood, (2, 3, 3, 5)) for likelihood in RIVALS],
     "cpu": CPU,

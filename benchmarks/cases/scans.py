@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.harness.case import Case, Rivals, contenders
 
-Scan = Callable[..., Tensor]
+Scan = Callable[..., Any]
 # (B, h, N): h hidden units on N x N maps.
 SIZES: dict[str, list[tuple[int, int, int]]] = {
     "toy": [(2, 4, 5)],

@@ -136,7 +136,7 @@ def steps(
 
 
 def cases(size: str, device: torch.device) -> list[Case]:
-    rivals = {"eager": plain_loss, "compiled": references.compiled(plain_loss)}
+    rivals: Rivals = {"eager": plain_loss, "compiled": references.compiled(plain_loss)}
     found: list[Case] = []
     for job in JOBS[size]:
         sizes = " ".join(f"{key}={value}" for key, value in job.size.items())

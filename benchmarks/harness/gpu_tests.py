@@ -42,8 +42,9 @@ class Share:
         self.since, self._seen, self._before = time.monotonic(), 0, len(self.outcomes())
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with self.log.open("a") as log:
-            options = {"cwd": machine.ROOT, "env": environment, "stdout": log, "stderr": subprocess.STDOUT}
-            self.process = subprocess.Popen(self.command, **options)
+            self.process = subprocess.Popen(
+                self.command, cwd=machine.ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
 
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
@@ -104,7 +105,7 @@ def run(folder: Path, paths: Sequence[str], budget: float | None, command: str, 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tests.txt").write_text(logs)
     problem = f"{len(broken)} processes ran no test" if broken else f"{found['failed']} failed" * bool(found["failed"])
-    case = Case(rows.TESTS, " ".join([chosen, *paths]), torch.float32, lambda device: {}, {"pytest": list}, None)
+    case = Case(rows.TESTS, " ".join([chosen, *paths]), torch.float32, lambda device: {}, {"pytest": tuple}, None)
     row = empty_row(case, session, "pytest", "full", Checked(problem, launched=list(launches.catalogue())))
     # Of the kernels it keeps the source, and claims of no single one that it was launched.
     row |= {"dtype": "all", "launched": [], "died_in": None, "verdict": None, **found, "seconds": seconds}

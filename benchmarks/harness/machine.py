@@ -18,7 +18,7 @@ KERNELS = ROOT / "kernels"
 PACKAGE = "fastgen.kernels."
 SMI_FIELDS = (
     *("pstate", "clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw", "power.limit"),
-    *("ecc.mode.current", "mig.mode.current", "clocks_throttle_reasons.active"),
+    *("ecc.mode.current", "mig.mode.current", "clocks_event_reasons.active"),
 )
 
 
@@ -35,10 +35,7 @@ def _smi(*fields: str) -> list[str]:
     uuid = getattr(torch.cuda.get_device_properties("cuda"), "uuid", None)  # older versions of torch do not say it
     query = ("nvidia-smi", "--format=csv,noheader", "-i", "0" if uuid is None else f"GPU-{uuid}")
     values = [value.strip() for value in _output(*query, f"--query-gpu={','.join(fields)}").split(",")]
-    if len(values) == len(fields) and all(values):
-        return values
-    # One field that this driver does not know makes the whole query fail.
-    return [_output(*query, f"--query-gpu={field}") or "unknown" for field in fields]
+    return values if len(values) == len(fields) and all(values) else ["unknown"] * len(fields)
 
 
 def power_state(device: torch.device) -> dict[str, str]:

@@ -227,7 +227,7 @@ def run(
         start_until, end: of `time.monotonic()`: no piece starts after the first, and none runs after the second.
         log: file descriptor that what the processes print goes to.
     """
-    waiting, running, late = deque(pieces), set[_Running](), []
+    waiting, running, late = deque(pieces), set[_Running](), list[Piece]()
     try:
         while True:
             while waiting and len(running) < lanes and time.monotonic() < min(start_until, end):
