@@ -44,8 +44,8 @@ PATIENCE = 60.0  # seconds of one step of one provider: its comparison with all 
 FOR_LAUNCHES = 0.45  # of the time, at most
 LEAN = "BENCHMARKS_IMPORT_NOTHING_BEFOREHAND"  # environment variable
 TOGETHER = 6  # cases of one process: to start one takes seconds
-# What takes minutes to compile, and what is slower than its neighbour by another way.
-NOT_FIRST = ("compiled, skewed", "naive, compiled", "distributions", "by diagonals", "split")
+# What takes minutes to compile, what is slower than its neighbour by another way, what fastgen does not choose.
+NOT_FIRST = ("compiled, skewed", "unrolled", "naive, compiled", "distributions", "by diagonals", "split", "launched")
 
 
 def headlines(session: Session) -> list[Case]:
@@ -106,11 +106,11 @@ def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     every, first = cases.load("launches", SIZE, session.device), headlines(session)
 
-    def phase(name: str, todo: list[Piece], lanes: int = 1, until: float = end) -> list[Piece]:
+    def phase(name: str, todo: list[Piece], lanes: int = 1, until: float = end) -> None:
         count = sum(len(piece.cases) for piece in todo)
         print(f"\n--- {time.monotonic() - start:.0f} s: {name}, {count} cases", flush=True)
         results.brief = lanes > 1
-        return pieces.run(todo, session, results.save, lanes=lanes, end=until, log=log.fileno())
+        pieces.run(todo, session, results.save, lanes=lanes, end=until, log=log.fileno())
 
     with (folder / "log.txt").open("ab", buffering=0) as log:
         todo = _together(_left(every, session, known, timed=False))
@@ -121,10 +121,12 @@ def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
         small = {rows.key(row) for row in results.rows if row["problem"] == OUT_OF_MEMORY}
         large = {key: row for key, row in known.items() if key not in small}
         phase("headlines", _alone(_left(first, session, large, timed=True)))
-        todo = _together(_left(every, session, known, timed=False))
-        rest = cases.in_turns(cases.ON_A_GPU, SIZE, session.device)
-        late = phase("the rest", [*todo, *_alone(_left(rest, session, known, timed=True))])
-    report.footer(results.rows, [], [case for piece in late for case in piece.cases], folder)
+        for name, words in (("the rest", NOT_FIRST), ("the rest, what takes long", ())):
+            rest = (case.without(*words) for case in cases.in_turns(cases.ON_A_GPU, SIZE, session.device))
+            todo = _together(_left(every, session, known, timed=False))
+            phase(name, [*todo, *_alone(_left(rest, session, known, timed=True))])
+    late = _left(cases.in_turns(cases.ON_A_GPU, SIZE, session.device), session, known, timed=True)
+    report.footer(results.rows, [], [*_left(every, session, known, timed=False), *late], folder)
     verdicts = report.verdicts(list(known.values()))
     table = report.gpu_table(session.facts["gpu"], list(known.values()))
     (folder / report.TABLE).write_text(f"{table}\n{verdicts}\n")
