@@ -1,5 +1,6 @@
 """What all cases have to be, at every size; and what some of them promise."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -43,6 +44,40 @@ def test_the_launches_are_right_and_launch_every_kernel_but_those_of_some_chips_
     others = {name for name in every if "tiles" in name or "tma" in name}
     others |= {"reparameterize_kl_sum_kernel"}
     assert others >= every - launched
+
+
+def off(play, *arguments):
+    """Plays with weights that are 1 % larger."""
+    tensors, *rest = arguments
+    play((*tensors[:2], 1.01 * tensors[2], *tensors[3:]), *rest)
+
+
+def crash(play, *arguments):
+    play(*arguments)
+    raise RuntimeError("CUDA error: misaligned address")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("fault", "verdict", "died_in"), [(off, "wrong", None), (crash, "dead", "step_machine_kernel")]
+)
+def test_a_fault_of_the_step_machine_is_seen(fault, verdict, died_in, monkeypatch):
+    """Though a whole pass of the model puts its images right."""
+    pytest.importorskip("triton")
+    from fastgen.sampling.run import gpu_player
+
+    monkeypatch.setattr(gpu_player, "play", functools.partial(fault, gpu_player.play))
+    (case,) = (case for case in cases.load("launches", "toy", CPU) if "step machine" in case.shape)
+    (row,) = measure(case, Session(machine.facts("cpu"), "", timing=False))
+    assert (row["verdict"], row["died_in"], row["launched"]) == (verdict, died_in, ["step_machine_kernel"])
+
+
+def test_a_step_machine_that_is_not_played_is_no_success(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    (case,) = (case for case in cases.load("launches", "toy", CPU) if "step machine" in case.shape)
+    with pytest.warns(UserWarning, match="falls back from the persistent"):
+        (row,) = measure(case, Session(machine.facts("cpu"), "", timing=False))
+    assert row["verdict"] == "dead" and "not played by persistent" in row["problem"]
 
 
 # Without those that take seconds for a pass here.
