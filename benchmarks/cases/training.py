@@ -4,6 +4,7 @@ The rivals hold the same parameters in plain PyTorch. On a GPU bfloat16 means au
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,10 +13,31 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import references
-from benchmarks.cases.images import AVAILABLE, LEVELS, SHAPES, Shape, images
 from benchmarks.harness.case import Case, Rivals
+from fastgen.data import load
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelRNN
 from fastgen.ops import reconstruction_nll
+
+Shape = tuple[int, int, int]
+SHAPES: dict[str, Shape] = {"digits": (1, 8, 8), "patches": (3, 32, 32), "random": (3, 32, 32)}
+LEVELS = {"digits": 17, "patches": 256, "random": 256}
+# The first two are scikit-learn's. Without it there are only random images.
+AVAILABLE = [name for name in SHAPES if name == "random" or importlib.util.find_spec("sklearn")]
+
+
+def images(data: str, shape: Shape, levels: int, batch: int, device: torch.device) -> Tensor:
+    """The first images to train on, or random levels: uint8 (batch, C, H, W).
+
+    Raises:
+        ValueError: the data set has fewer images, or others.
+    """
+    if data == "random":
+        return torch.randint(levels, (batch, *shape), dtype=torch.uint8, device=device)
+    found = load(data).train.images[:batch]
+    if tuple(found.shape) != (batch, *shape):
+        raise ValueError(f"{data} has no {batch} images {shape}, found {tuple(found.shape)}")
+    return found.to(device)
+
 
 DIAGONAL, ROW = (functools.partial(PixelRNN, kind=kind) for kind in ("diagonal_bilstm", "row_lstm"))
 CONVOLUTIONS: dict[str, Any] = {"GatedPixelCNN": GatedPixelCNN, "PixelCNN": PixelCNN}

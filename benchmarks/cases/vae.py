@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import references
-from benchmarks.cases.images import AVAILABLE, LEVELS, SHAPES, Shape, images
 from benchmarks.cases.reconstruction_nll import RIVALS
-from benchmarks.cases.training import autocast, steps
+from benchmarks.cases.training import AVAILABLE, LEVELS, SHAPES, Shape, autocast, images, steps
 from benchmarks.harness.case import Case
 from fastgen import ops
 from fastgen.models import VAE

@@ -143,9 +143,9 @@ def _time(case: Case, session: Session, mode: str, inputs: dict[str, Any], rows:
         with session.doing(name) as problems:
             # The first call may compile. What is slow even so is not run once more for its memory.
             call = calls[name]()
-            row["warmup_s"] = once = clock.once(call)
+            row["warmup_s"] = once = clock.once(call)[0]
             if once < clock.LONG:
-                once, memory = clock.once_with_memory(call)
+                once, memory = clock.once(call)
                 row["peak_mb"] = None if replays_graphs(name) else memory
             plans[name] = plan(once, session.budget, clock.LONG)
             del call  # a backward keeps its forward's memory

@@ -53,17 +53,17 @@ class CpuTimer:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def once(self, call: Call) -> float:
-        """Seconds of one call."""
+    def once(self, call: Call) -> tuple[float, float | None]:
+        """Seconds of one call; no memory: torch does not count that of a CPU."""
         start = time.perf_counter()
         call()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, None
 
     def turn(self, call: Call, count: int, samples: Samples) -> None:
         wall, cpu = [], []
         for _ in range(count):
             start = time.process_time()
-            wall.append(1e3 * self.once(call))
+            wall.append(1e3 * self.once(call)[0])
             cpu.append(1e3 * (time.process_time() - start))
         if torch.get_num_threads() == 1:
             undisturbed = [w for w, c in zip(wall, cpu, strict=True) if w <= 1.1 * c + 0.01]
@@ -71,10 +71,6 @@ class CpuTimer:
             wall = undisturbed or wall
         samples.ms += wall
         samples.add("cpu_ms_p50", cpu)
-
-    def once_with_memory(self, call: Call) -> tuple[float, float | None]:
-        """Seconds of one call; no memory: torch does not count that of a CPU."""
-        return self.once(call), None
 
     def graph(self, make: Callable[[], Call], samples: Samples) -> str:
         """There are no CUDA graphs here."""
@@ -103,12 +99,15 @@ class CudaTimer:
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         self.flush = torch.empty(max(4 * cache, self.FLUSH), dtype=torch.uint8, device=device)
 
-    def once(self, call: Call) -> float:
+    def once(self, call: Call) -> tuple[float, float | None]:
+        """Seconds of one call, and its memory beyond what stood before it, in 10^6 bytes."""
         torch.cuda.synchronize(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
         start = time.perf_counter()
         call()
         torch.cuda.synchronize(self.device)
-        return time.perf_counter() - start
+        return time.perf_counter() - start, (torch.cuda.max_memory_allocated(self.device) - before) / 1e6
 
     def _events(self, call: Call, count: int, cold: bool) -> list[float]:
         pairs = []
@@ -136,14 +135,6 @@ class CudaTimer:
         torch.cuda.synchronize(self.device)
         samples.add("wall_ms_p50", [1e3 * (time.perf_counter() - start) / count])
         samples.add("host_us", [1e6 * enqueued / count])
-
-    def once_with_memory(self, call: Call) -> tuple[float, float | None]:
-        """Seconds of one call, and its memory beyond what stood before it, in 10^6 bytes."""
-        torch.cuda.synchronize(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        seconds = self.once(call)
-        return seconds, (torch.cuda.max_memory_allocated(self.device) - before) / 1e6
 
     def graph(self, make: Callable[[], Call], samples: Samples) -> str:
         """The graph time, where the call can be captured; else why not. `make` makes the call, on the stream that is
