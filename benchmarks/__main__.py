@@ -83,7 +83,7 @@ def _run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
     """Raises ValueError for what the user can mend."""
     from benchmarks import cases, first_contact, host, measure
     from benchmarks.figures import plots
-    from benchmarks.harness import gpu_tests, machine, report, rows
+    from benchmarks.harness import machine, report, rows
 
     # On a machine that is lent, what is under $OUT comes back.
     out = arguments.results or Path(os.environ.get("OUT") or folder)
@@ -91,6 +91,8 @@ def _run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
         case "first-contact":
             return first_contact.run(arguments, out, command)
         case "gpu-tests":
+            from benchmarks.harness import gpu_tests  # needs pytest
+
             return gpu_tests.run(out, arguments.names, arguments.budget, command, full=arguments.full)
         case "host":
             return host.run(folder, command)

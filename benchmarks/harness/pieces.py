@@ -78,6 +78,7 @@ class Child:
         if log is not None:
             os.dup2(log, 1)
             os.dup2(log, 2)
+            sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1, closefd=False)  # whatever they were here
             faulthandler.enable(log)
         try:
             work(lambda kind, value: news.send((kind, value)))
