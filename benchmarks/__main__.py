@@ -83,35 +83,36 @@ def _run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
     """Raises ValueError for what the user can mend."""
     from benchmarks import cases, first_contact, host, measure
     from benchmarks.figures import plots
-    from benchmarks.harness import gpu_tests, machine, report, rows
+    from benchmarks.harness import machine, report, rows
 
-    if arguments.command == "measure":
-        for name in arguments.names:
-            if name not in cases.NAMES:
-                raise ValueError(
-                    f"unknown benchmark {name!r}: expected one of {', '.join(cases.NAMES)}, or one of the commands "
-                    f"{', '.join(COMMANDS)} alone"
-                )
-        return measure.run(arguments, folder, command)
     # On a machine that is lent, what is under $OUT comes back.
     out = arguments.results or Path(os.environ.get("OUT") or folder)
-    if arguments.command == "first-contact":
-        return first_contact.run(arguments, out, command)
-    if arguments.command == "gpu-tests":
-        return gpu_tests.run(out, arguments.names, arguments.budget, command, full=arguments.full)
-    if arguments.command == "host":
-        return host.run(folder, command)
-    if arguments.command == "status":
-        return report.status(folder)
-    if arguments.command == "readme-tables":
-        return report.readme_tables(folder, check=arguments.check)
-    if arguments.command == "adopt":
-        for name in arguments.names:
-            rows.adopt(rows.load(Path(name)), folder)
-        return 0
-    for file in plots.draw(rows.load(folder), machine.ROOT / "runs" / "benchmarks"):
-        print(file)
-    return 0
+    match arguments.command:
+        case "first-contact":
+            return first_contact.run(arguments, out, command)
+        case "gpu-tests":
+            from benchmarks.harness import gpu_tests  # needs pytest
+
+            return gpu_tests.run(out, arguments.names, arguments.budget, command, full=arguments.full)
+        case "host":
+            return host.run(folder, command)
+        case "status":
+            return report.status(folder)
+        case "readme-tables":
+            return report.readme_tables(folder, check=arguments.check)
+        case "adopt":
+            for name in arguments.names:
+                rows.adopt(rows.load(Path(name)), folder)
+            return 0
+        case "plots":
+            for file in plots.draw(rows.load(folder), machine.ROOT / "runs" / "benchmarks"):
+                print(file)
+            return 0
+    for name in arguments.names:
+        if name not in cases.NAMES:
+            known = f"one of {', '.join(cases.NAMES)}, or one of the commands {', '.join(COMMANDS)} alone"
+            raise ValueError(f"unknown benchmark {name!r}: expected {known}")
+    return measure.run(arguments, folder, command)
 
 
 if __name__ == "__main__":

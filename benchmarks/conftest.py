@@ -5,13 +5,14 @@ import os
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must be chosen before kernels are defined
 
 
 def pytest_addoption(parser):
-    parser.addoption("--size", default=None, help="toy, cpu, cpu-full, gpu or gpu-full (default: cpu or gpu)")
-    parser.addoption("--op", default=None, help="only this benchmark")
+    parser.addoption("--size", help="toy, cpu, cpu-full, gpu or gpu-full (default: cpu or gpu)")
+    parser.addoption("--op", help="only this benchmark")
 
 
 def pytest_generate_tests(metafunc):
@@ -19,17 +20,15 @@ def pytest_generate_tests(metafunc):
     from benchmarks.cases import NAMES, load
     from benchmarks.harness.case import INTERPRETED, SIZES, name_of
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    size = metafunc.config.getoption("--size") or ("gpu" if device.type == "cuda" else "cpu")
-    if size not in SIZES:
-        raise pytest.UsageError(f"--size must be one of {', '.join(SIZES)}, got {size!r}")
+    size = metafunc.config.getoption("--size") or DEVICE.type.replace("cuda", "gpu")
     only = metafunc.config.getoption("--op")
-    if only not in (None, *NAMES):
-        raise pytest.UsageError(f"--op must be one of {', '.join(NAMES)}, got {only!r}")
+    for option, value, known in (("--size", size, SIZES), ("--op", only, (None, *NAMES))):
+        if value not in known:
+            raise pytest.UsageError(f"{option} must be one of {', '.join(filter(None, known))}, got {value!r}")
     parameters = [
         pytest.param(case, provider, mode, id=f"{name}-{case.shape}-{name_of(case.dtype)}-{provider}-{mode}")
         for name in ([only] if only else NAMES)
-        for case in load(name, size, device)
+        for case in load(name, size, DEVICE)
         for provider in case.providers
         for mode in case.timed_modes(provider)
         if INTERPRETED not in provider

@@ -25,18 +25,17 @@ from benchmarks.harness.pieces import Piece
 from benchmarks.harness.rows import Row
 from benchmarks.harness.session import OUT_OF_MEMORY, Session
 
+LAYER = "128x32x32 to 256, 3x3 B gated"
+SAMPLING = "GatedPixelCNN 1x28x28 levels=256 B="
 # Benchmark, dtype, size; all of "probes".
 HEADLINES = (
-    ("masked_conv2d", "bfloat16", "128x128x32x32 to 256, 3x3 B gated"),
-    ("masked_conv2d", "bfloat16", "16x128x32x32 to 256, 3x3 B gated"),
-    ("diagonal_lstm", "bfloat16", "B=16 h=64 32x32"),
-    ("diagonal_lstm", "bfloat16", "B=16 h=128 32x32"),
+    *(("masked_conv2d", "bfloat16", f"{batch}x{LAYER}") for batch in (128, 16)),
+    *(("diagonal_lstm", "bfloat16", f"B=16 h={units} 32x32") for units in (64, 128)),
     ("reparameterize_kl", "bfloat16", "1024x4096"),
     ("reconstruction_nll", "bfloat16", "logistic_mixture 64x3x32x32"),
-    ("sampling", "float32", "GatedPixelCNN 1x28x28 levels=256 B=16"),
-    ("sampling", "float32", "GatedPixelCNN 1x28x28 levels=256 B=256"),
+    *(("sampling", "float32", f"{SAMPLING}{batch}") for batch in (16, 256)),
     ("probes", None, None),
-    ("masked_conv2d", "float32", "128x128x32x32 to 256, 3x3 B gated"),
+    ("masked_conv2d", "float32", f"128x{LAYER}"),
     ("reparameterize_kl", "float32", "1024x4096"),
     ("reconstruction_nll", "float32", "logistic_mixture 64x3x32x32"),
 )
@@ -45,8 +44,8 @@ PATIENCE = 60.0  # seconds of one step of one provider: its comparison with all 
 FOR_LAUNCHES = 0.45  # of the time, at most
 LEAN = "BENCHMARKS_IMPORT_NOTHING_BEFOREHAND"  # environment variable
 TOGETHER = 6  # cases of one process: to start one takes seconds
-# What takes minutes to compile, and what is slower than its neighbour by another way.
-NOT_FIRST = ("compiled, skewed", "naive, compiled", "distributions", "by diagonals", "split")
+# What takes minutes to compile, what is slower than its neighbour by another way, what fastgen does not choose.
+NOT_FIRST = ("compiled, skewed", "unrolled", "naive, compiled", "distributions", "by diagonals", "split", "launched")
 
 
 def headlines(session: Session) -> list[Case]:
@@ -107,11 +106,11 @@ def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     every, first = cases.load("launches", SIZE, session.device), headlines(session)
 
-    def phase(name: str, todo: list[Piece], lanes: int = 1, until: float = end) -> list[Piece]:
+    def phase(name: str, todo: list[Piece], lanes: int = 1, until: float = end) -> None:
         count = sum(len(piece.cases) for piece in todo)
         print(f"\n--- {time.monotonic() - start:.0f} s: {name}, {count} cases", flush=True)
         results.brief = lanes > 1
-        return pieces.run(todo, session, results.save, lanes=lanes, end=until, log=log.fileno())
+        pieces.run(todo, session, results.save, lanes=lanes, end=until, log=log.fileno())
 
     with (folder / "log.txt").open("ab", buffering=0) as log:
         todo = _together(_left(every, session, known, timed=False))
@@ -122,10 +121,12 @@ def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
         small = {rows.key(row) for row in results.rows if row["problem"] == OUT_OF_MEMORY}
         large = {key: row for key, row in known.items() if key not in small}
         phase("headlines", _alone(_left(first, session, large, timed=True)))
-        todo = _together(_left(every, session, known, timed=False))
-        rest = cases.in_turns(cases.ON_A_GPU, SIZE, session.device)
-        late = phase("the rest", [*todo, *_alone(_left(rest, session, known, timed=True))])
-    report.footer(results.rows, [], [case for piece in late for case in piece.cases], folder)
+        for name, words in (("the rest", NOT_FIRST), ("the rest, what takes long", ())):
+            rest = (case.without(*words) for case in cases.in_turns(cases.ON_A_GPU, SIZE, session.device))
+            todo = _together(_left(every, session, known, timed=False))
+            phase(name, [*todo, *_alone(_left(rest, session, known, timed=True))])
+    late = _left(cases.in_turns(cases.ON_A_GPU, SIZE, session.device), session, known, timed=True)
+    report.footer(results.rows, [], [*_left(every, session, known, timed=False), *late], folder)
     verdicts = report.verdicts(list(known.values()))
     table = report.gpu_table(session.facts["gpu"], list(known.values()))
     (folder / report.TABLE).write_text(f"{table}\n{verdicts}\n")
@@ -143,7 +144,9 @@ def _preload() -> None:
     os.environ.setdefault("TORCH_WARM_POOL", "0")  # no processes of the compiler's beside this one
     importlib.import_module("torch._inductor.compile_fx")
     launches.catalogue()
-    if pieces.in_a_process(lambda: getattr(torch.cuda, "_is_in_bad_fork", bool)()):
-        print("an import uses CUDA: once more, without what is imported beforehand", flush=True)
+    try:
+        pieces.in_a_process(torch.cuda.init)
+    except ValueError as problem:
+        print(f"an import uses CUDA: once more, without what is imported beforehand ({problem})", flush=True)
         os.environ[LEAN] = "1"
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]])

@@ -29,8 +29,7 @@ def begin(kind: str | None, command: str, budget: float = 0.1, threads: tuple[in
         ValueError: there is no such device.
     """
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU then initializes nothing
-    facts = pieces.in_a_process(lambda: machine.facts(kind))
-    session = Session(facts, command, budget)
+    session = Session(pieces.in_a_process(lambda: machine.facts(kind)), command, budget)
     report.header(session)
 
     def rates(count: int | None) -> dict[str, float]:
@@ -38,7 +37,7 @@ def begin(kind: str | None, command: str, budget: float = 0.1, threads: tuple[in
         machine.allow_tf32()
         return timing.rates(session.device)
 
-    for count in (None,) if facts["gpu"] else threads:
+    for count in (None,) if session.facts["gpu"] else threads:
         try:
             session.rates[count] = pieces.in_a_process(functools.partial(rates, count))
         except ValueError as problem:
@@ -100,18 +99,13 @@ def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
             else:
                 todo.append(Piece([one], patience=PATIENCE[arguments.full], threads=count))
     results = Results(folder)
-    until = time.monotonic() + _budget(arguments)
+    budget = BUDGET if arguments.budget is None and not (arguments.names or arguments.full) else arguments.budget
+    until = time.monotonic() + (float("inf") if budget is None else budget)
     late = pieces.run(todo, session, results.save, start_until=until, end=until + LAST_CASE)
     if arguments.compare:
         report.changes(old, results.rows)
     report.footer(results.rows, kept, [case for piece in late for case in piece.cases], folder)
     return 1 if any(runner.went_wrong(row) for row in (*results.rows, *kept)) else 0
-
-
-def _budget(arguments: argparse.Namespace) -> float:
-    if arguments.budget is not None:
-        return arguments.budget
-    return float("inf") if arguments.names or arguments.full else BUDGET
 
 
 def _dry_run(names: Sequence[str], kind: str | None, command: str) -> int:

@@ -122,6 +122,7 @@ def compile_entry(module_name: str, index: int, target: Target) -> Resources:
         row.shared = compiled.metadata.shared
         read = _read_cubin if target.backend == "cuda" else _read_amdgcn
         static_shared = read(compiled, row)
+        serialized = _serialized(compiled, target)
     except Exception as error:  # the compiler raises many kinds: any of them is a finding, not a crash
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]
         row.problem = f"does not compile: {type(error).__name__}: {lines[-1].strip()}"
@@ -135,8 +136,7 @@ def compile_entry(module_name: str, index: int, target: Target) -> Resources:
         problems.append(f"{row.shared} bytes of shared memory, the chip has {target.shared_limit}")
     if required and required not in _assembly(compiled, target):
         problems.append(f"no {required} instruction")
-    problems += _serialized(compiled, target)
-    row.problem = "; ".join(problems)
+    row.problem = "; ".join(problems + serialized)
     return row
 
 

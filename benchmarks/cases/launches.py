@@ -6,16 +6,17 @@ likelihood, direction and tap count, with and without what is optional.
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.cases import reconstruction_nll as likelihoods
+from benchmarks.cases import elbo, masked_conv2d, reconstruction_nll, reparameterize_kl, scans
+from benchmarks.cases.references import gated_block_cropped
 from benchmarks.harness.case import INTERPRETED, Case
-from fastgen import ops
-from fastgen.nn import GatedMaskedBlock
+from fastgen import accelerate, ops
+from fastgen.models import GatedPixelCNN, PixelCNN, PixelCNNPP
 from fastgen.ops.diagonal_lstm import diagonal_lstm_reference
 from fastgen.ops.masked_conv2d import masked_conv2d_reference
 from fastgen.ops.reconstruction_nll import reconstruction_nll_reference
@@ -24,7 +25,7 @@ from fastgen.ops.row_lstm import row_lstm_reference
 
 # dtype, and whether products of float32 may be TF32
 MODES = [(torch.bfloat16, True), (torch.float32, True), (torch.float32, False), (torch.float16, True)]
-PRODUCTS = ("masked", "gated", "diagonal", "row")  # what has any
+PRODUCTS = ("masked_conv2d", "diagonal_lstm", "row_lstm")  # what has any
 # (B, I, O, N), kernel, mask type, activation, further arguments
 Convolution = tuple[tuple[int, int, int, int], int, str, str, dict[str, Any]]
 CONVOLUTIONS: list[Convolution] = [
@@ -45,55 +46,41 @@ CONVOLUTIONS: list[Convolution] = [
     ((1, 128, 256, 1), 1, "B", "none", {}),
     ((2, 3, 6, 7), 1, "B", "gated", {}),
 ]
+BLOCKS = [(3, 128, 28), (2, 32, 9)]
 # B, units, height, width
 SCANS = [(3, 16, 28, 28), (2, 32, 32, 32), (2, 64, 32, 32), (2, 128, 32, 32), (1, 64, 64, 64), (2, 20, 7, 13)]
 SCANS += [(1, 32, 128, 5), (2, 7, 1, 1), (2, 96, 9, 40)]
 LATENTS = [(3, 37), (128, 20), (256, 1024), (3, 70001), (16, 4, 32, 32), (1, 1)]
 IMAGES = [(3, 1, 28, 28), (2, 3, 32, 32), (2, 3, 5, 7)]
-BLOCKS = [(3, 128, 28), (2, 32, 9)]
-Tables = dict[str, list[Any]]
-TOY: Tables = {"convolutions": CONVOLUTIONS[-1:], "scans": [(1, 3, 2, 3)]}
-TOY |= {"latents": LATENTS[:1], "images": [(1, 3, 2, 3)]}
-ALL: Tables = {"convolutions": CONVOLUTIONS, "scans": SCANS, "latents": LATENTS, "images": IMAGES}
 
 
-def convolution(
-    device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...], kernel: int, mask_type: str, of_mask: int
-) -> dict[str, Any]:
-    batch, of, to, n = sizes
-    x = torch.randn(batch, of, n, n, device=device).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(to, of, kernel, kernel, device=device) / (of * kernel**2 / 2) ** 0.5
-    floats = {"x": x, "weight": weight, "bias": torch.randn(to, device=device)}
-    mask = ops.causal_mask(mask_type, to, of, kernel, of_mask).to(device)
-    return {**{name: one.to(dtype).requires_grad_() for name, one in floats.items()}, "mask": mask}
+class Tables(NamedTuple):
+    """Sizes of convolutions, of gated blocks (B, channels, N), of scans, of latents and of images."""
+
+    convolutions: list[Convolution] = CONVOLUTIONS
+    blocks: list[tuple[int, int, int]] = BLOCKS
+    scans: list[tuple[int, int, int, int]] = SCANS
+    latents: list[tuple[int, ...]] = LATENTS
+    images: list[tuple[int, int, int, int]] = IMAGES
 
 
-def convolve(
-    x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor, *, call: Callable[..., Tensor], **options: Any
-) -> Tensor:
-    return call(x, weight, mask, bias, padding=weight.shape[2] // 2, **options)
+# The benchmark masked_conv2d compares a block's kernels in the interpreter.
+TOY = Tables(CONVOLUTIONS[-1:], [], [(1, 3, 2, 3)], LATENTS[:1], [(1, 3, 2, 3)])
 
 
-def _block(device: torch.device, dtype: torch.dtype, batch: int, channels: int, n: int) -> dict[str, Any]:
-    maps = [torch.randn(batch, channels, n, n, device=device).to(dtype).requires_grad_() for _ in range(2)]
-    block = GatedMaskedBlock(channels, channels).to(device, dtype)
-    return {"block": block, "vertical": maps[0], "horizontal": maps[1]}
+class Operation(NamedTuple):
+    """inputs: device, dtype -> arguments; call: takes `impl` as well."""
+
+    op: str
+    shape: str
+    inputs: Callable[..., dict[str, Any]]
+    definition: Callable[..., Any]
+    call: Callable[..., Any]
 
 
-def _gated(block: GatedMaskedBlock, vertical: Tensor, horizontal: Tensor) -> tuple[Tensor, Tensor]:
-    return block(vertical, horizontal)
-
-
-def scan(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...], taps: int) -> dict[str, Tensor]:
-    batch, units, height, width = sizes
-    gates = torch.randn(batch, 4 * units, height, width, device=device).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(4 * units, units, taps, device=device) / (taps * units) ** 0.5
-    return {"gates": gates.to(dtype).requires_grad_(), "weight": weight.to(dtype).requires_grad_()}
-
-
-def _latent(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], given: bool) -> dict[str, Tensor]:
-    mu, logvar = (torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(2))
-    return {"mu": mu, "logvar": logvar, **({"eps": torch.randn(shape, device=device).to(dtype)} if given else {})}
+def _latent(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+    found = reparameterize_kl.inputs(device, shape, dtype)
+    return found | reparameterize_kl.noise(found)
 
 
 def _kl_alone(mu: Tensor, logvar: Tensor, *, call: Callable[..., tuple[Tensor, Tensor]], **options: Any) -> Tensor:
@@ -101,86 +88,132 @@ def _kl_alone(mu: Tensor, logvar: Tensor, *, call: Callable[..., tuple[Tensor, T
     return call(mu, logvar, **options)[1]
 
 
-def _nats(device: torch.device, dtype: torch.dtype, likelihood: str, image: tuple[int, ...]) -> dict[str, Tensor]:
-    found = likelihoods.likelihood_inputs(device, likelihood, image, dtype)
-    if likelihood == "logistic_mixture" and image[1] == 1:
-        found["params"] = found["params"].detach()[:, :30].clone().requires_grad_()
-    return found
-
-
-def _of_all(tables: Tables, size: str) -> Iterator[Any]:
-    """(name, inputs, definition, operation by name of `impl`) of everything that is launched."""
-    for sizes, kernel, mask_type, activation, more in tables["convolutions"]:
+def operations(tables: Tables) -> Iterator[Operation]:
+    """Everything that is launched, at these sizes."""
+    of = functools.partial
+    both: Iterable[Callable[..., Any]]
+    for sizes, kernel, mask_type, activation, more in tables.convolutions:
         options = {"activation": activation, **{k: v for k, v in more.items() if k != "data_channels"}}
-        given = {"sizes": sizes, "kernel": kernel, "mask_type": mask_type, "of_mask": more.get("data_channels", 1)}
-        what = " ".join(f"{key}={value}" for key, value in more.items())
-        yield (
-            f"masked_conv2d {'x'.join(map(str, sizes))} {kernel}x{kernel} {mask_type} {activation} {what}".strip(),
-            functools.partial(convolution, **given),
-            functools.partial(convolve, call=masked_conv2d_reference, **options),
-            functools.partial(convolve, call=ops.masked_conv2d, **options),
+        given = {"kernel": kernel, "mask_type": mask_type, "data_channels": more.get("data_channels", 1)}
+        what = "".join(f" {key}={value}" for key, value in more.items())
+        yield Operation(
+            "masked_conv2d",
+            f"{'x'.join(map(str, sizes))} {kernel}x{kernel} {mask_type} {activation}{what}",
+            of(masked_conv2d.inputs, sizes=sizes, **given),
+            of(masked_conv2d.convolve, call=masked_conv2d_reference, **options),
+            of(masked_conv2d.convolve, call=ops.masked_conv2d, **options),
         )
-    for sizes in tables["scans"]:
+    for block in tables.blocks:
+        inputs, name = of(masked_conv2d.block_inputs, sizes=block), f"gated block {'x'.join(map(str, block))}"
+        yield Operation("masked_conv2d", name, inputs, gated_block_cropped, masked_conv2d.run_block)
+    for sizes in tables.scans:
         name = "x".join(map(str, sizes))
-        for reverse in (False, True):
-            yield (
-                f"diagonal_lstm {name}{' reverse' if reverse else ''}",
-                functools.partial(scan, sizes=sizes, taps=2),
-                functools.partial(diagonal_lstm_reference, reverse=reverse),
-                functools.partial(ops.diagonal_lstm, reverse=reverse),
-            )
+        for word, reverse in (("", False), (" reverse", True)):
+            both = (of(call, reverse=reverse) for call in (diagonal_lstm_reference, ops.diagonal_lstm))
+            yield Operation("diagonal_lstm", name + word, of(scans.inputs, sizes=sizes, taps=2), *both)
         for taps in (1, 3, 5):
-            inputs = functools.partial(scan, sizes=sizes, taps=taps)
-            yield f"row_lstm {name} k={taps}", inputs, row_lstm_reference, ops.row_lstm
-    for shape in tables["latents"]:
+            inputs = of(scans.inputs, sizes=sizes, taps=taps)
+            yield Operation("row_lstm", f"{name} k={taps}", inputs, row_lstm_reference, ops.row_lstm)
+    for shape in tables.latents:
         name = "x".join(map(str, shape))
+        calls: tuple[Callable[..., Any], ...] = (reparameterize_kl_reference, ops.reparameterize_kl)
         for free_bits in (0.0, 0.1):
-            yield (
-                f"reparameterize_kl {name} free_bits={free_bits}",
-                functools.partial(_latent, shape=shape, given=True),
-                functools.partial(reparameterize_kl_reference, free_bits=free_bits),
-                functools.partial(ops.reparameterize_kl, free_bits=free_bits),
-            )
-        yield (
-            f"reparameterize_kl {name} own noise",
-            functools.partial(_latent, shape=shape, given=False),
-            functools.partial(_kl_alone, call=reparameterize_kl_reference),
-            functools.partial(_kl_alone, call=ops.reparameterize_kl),
+            both = (of(call, free_bits=free_bits) for call in calls)
+            yield Operation("reparameterize_kl", f"{name} free_bits={free_bits}", of(_latent, shape=shape), *both)
+        inputs = of(reparameterize_kl.inputs, shape=shape)
+        yield Operation("reparameterize_kl", f"{name} own noise", inputs, *(of(_kl_alone, call=c) for c in calls))
+    for image in tables.images:
+        for likelihood in reconstruction_nll.RIVALS:
+            inputs = of(reconstruction_nll.inputs, likelihood=likelihood, image=image)
+            both = (of(c, likelihood=likelihood) for c in (reconstruction_nll_reference, ops.reconstruction_nll))
+            yield Operation("reconstruction_nll", f"{likelihood} {'x'.join(map(str, image))}", inputs, *both)
+
+
+# The model, its image, its size, images at once: 3,000 and 6,000 are rows enough for the larger tiles on 94 to 187
+# multiprocessors.
+Machine = tuple[Callable[..., nn.Module], tuple[int, int, int], dict[str, Any], int]
+MACHINES: list[Machine] = [
+    *((GatedPixelCNN, (1, 4, 5), {"levels": 5, "channels": 24, "layers": 2}, n) for n in (3, 3000, 6000)),
+    (PixelCNN, (3, 3, 4), {"levels": 256, "channels": 48, "layers": 2}, 5),
+    (PixelCNNPP, (3, 4, 4), {"channels": 12, "layers": 1, "n_mix": 2}, 5),
+]
+TOY_MACHINES: list[Machine] = [(GatedPixelCNN, (1, 2, 3), {"levels": 3, "channels": 4, "layers": 1}, 2)]
+FAR = 1e-4  # of a parameter from that of the model's own pass
+
+
+def _model(device: torch.device, machine: Machine) -> dict[str, Any]:
+    build, shape, size, n = machine
+    model: Any = build(shape, **size).to(device).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(2)  # else its levels are all but equally probable
+    return {"model": model, "noise": torch.rand(model.distribution.noise_shape(n, shape), device=device)}
+
+
+def _images(model: Any, noise: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """Images, and 1 for each that was right before a whole pass of the model looked at it.
+
+    Raises:
+        RuntimeError: another backend was taken.
+    """
+    sampler = accelerate(model, model.shape, distribution=model.distribution, backend=backend, verify="always")
+    levels = sampler.sample(len(noise), noise=noise)
+    stats = sampler.stats
+    if stats is None or stats.backend != backend:
+        raise RuntimeError(f"not played by {backend}: {sampler.explain()}")
+    # Rounding alone changes a draw in 10^5 or so.
+    wrong = (stats.error or 0.0) > FAR or stats.redrawn > len(noise) / 100
+    return levels, torch.full((len(noise),), float(not wrong))
+
+
+def step_machines(machines: list[Machine], own: str) -> Iterator[Case]:
+    """The kernel that draws whole images, held to the naive loop: what is drawn, and the parameters it is drawn of."""
+    for machine in machines:
+        build, shape, _, n = machine
+        yield Case(
+            op="launches",
+            shape=f"step machine, {build.__name__} {'x'.join(map(str, shape))} B={n}",
+            dtype=torch.float32,
+            inputs=functools.partial(_model, machine=machine),
+            providers={own: functools.partial(_images, backend="persistent")},
+            truth=functools.partial(_images, backend="naive"),
+            modes=("fwd",),
+            exact=True,
         )
-    for image in tables["images"]:
-        for likelihood in likelihoods.RIVALS:
-            yield (
-                f"reconstruction_nll {likelihood} {'x'.join(map(str, image))}",
-                functools.partial(_nats, likelihood=likelihood, image=image),
-                functools.partial(reconstruction_nll_reference, likelihood=likelihood),
-                functools.partial(ops.reconstruction_nll, likelihood=likelihood),
-            )
-    if size != "toy":  # its kernels on a CPU are compared by the benchmark masked_conv2d
-        for batch, channels, n in BLOCKS:
-            inputs = functools.partial(_block, batch=batch, channels=channels, n=n)
-            yield f"gated block {batch}x{channels}x{n}x{n}", inputs, _gated, _gated
 
 
 def cases(size: str, device: torch.device) -> list[Case]:
     """Each with what plain PyTorch loses in that dtype, which the tolerance is taken from."""
-    cuda = device.type == "cuda"
-    found = []
-    modes = [(torch.float32, True)] if size == "toy" else MODES
-    for dtype, tf32 in modes:
-        for shape, inputs, definition, operation in _of_all(TOY if size == "toy" else ALL, size):
-            if not (tf32 or shape.startswith(PRODUCTS)):
-                continue
-            own = operation if operation is _gated else functools.partial(operation, impl="triton")
-            found.append(
-                Case(
-                    op="launches",
-                    shape=shape if tf32 else f"{shape} IEEE",
-                    dtype=dtype,
-                    inputs=functools.partial(inputs, dtype=dtype),
-                    providers={"definition": definition, "fastgen" if cuda else f"fastgen, {INTERPRETED}": own},
-                    truth=definition,
-                    modes=("full",),
-                    tf32=tf32,
+    toy = size == "toy"
+    own = "fastgen" if device.type == "cuda" else f"fastgen, {INTERPRETED}"
+    found = list(step_machines(TOY_MACHINES if toy else MACHINES, own))
+    for dtype, tf32 in [(torch.float32, True)] if toy else MODES:
+        for one in operations(TOY if toy else Tables()):
+            if tf32 or one.op in PRODUCTS:
+                found.append(
+                    Case(
+                        op="launches",
+                        shape=f"{one.op} {one.shape}{'' if tf32 else ' IEEE'}",
+                        dtype=dtype,
+                        inputs=functools.partial(one.inputs, dtype=dtype),
+                        providers={"definition": one.definition, own: functools.partial(one.call, impl="triton")},
+                        truth=one.definition,
+                        modes=("full",),
+                        tf32=tf32,
+                    )
                 )
-            )
     return found
+
+
+# For the host's time: small, for what the operations leave to PyTorch is computed.
+SMALL = Tables(
+    [((2, 32, 64, 8), 3, "B", "gated", {})], [], [(2, 16, 8, 8), (2, 128, 8, 8)], [(128, 20)], [(2, 3, 8, 8)]
+)
+
+
+def of_host() -> Iterator[Operation]:
+    """One or two small sizes of every public operation."""
+    yield from operations(SMALL)
+    call = functools.partial(elbo.fused, likelihood="bernoulli")
+    inputs = functools.partial(elbo.inputs, likelihood="bernoulli", image=(8, 1, 8, 8), latent=20)
+    yield Operation("elbo", "bernoulli 8x1x8x8 D=20", inputs, elbo.definition_of("bernoulli"), call)

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.cases import references
@@ -18,6 +18,7 @@ Size = tuple[tuple[int, int, int, int], int]
 SIZES: dict[str, list[Size]] = {
     "toy": [((2, 5, 3, 4), 7)],
     "cpu": [((16, 128, 32, 32), 256)],
+    "cpu-full": [((16, 128, 32, 32), 256)],
     "gpu": [((64, 128, 32, 32), 256), ((64, 1024, 32, 32), 256)],
     "gpu-full": [((64, 128, 32, 32), 256), ((64, 1024, 32, 32), 256), ((64, 128, 64, 64), 256)],
 }
@@ -44,10 +45,10 @@ def summed(nats: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def cases(size: str, device: torch.device) -> list[Case]:
     found = []
-    for features, levels in SIZES.get(size, SIZES[size.removesuffix("-full")]):
+    for features, levels in SIZES[size]:
         eager = summed(references.convolution_cross_entropy)
         providers: Rivals = {"eager": eager, "compiled": references.compiled(eager)}
-        if hasattr(F, "linear_cross_entropy"):
+        if hasattr(F, "linear_cross_entropy") and hasattr(nn, "LinearCrossEntropyOptions"):  # since torch 2.13
             by_torch = references.linear_cross_entropy_torch
             providers["F.linear_cross_entropy"] = summed(by_torch)
             providers["F.linear_cross_entropy, chunked"] = summed(functools.partial(by_torch, chunked=True))

@@ -1,6 +1,7 @@
 """A convolution with masked weights, bias and activation. Bound by operations, of which the mask leaves about half."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,89 +13,29 @@ from fastgen.nn import GatedMaskedBlock
 from fastgen.ops import causal_mask, masked_conv2d
 from fastgen.ops.masked_conv2d import masked_conv2d_reference
 
-# (B, I, O, N, kernel, mask type, activation) on N x N maps.
-Layer = tuple[int, int, int, int, int, str, str]
-GATED, PLAIN = (256, 32, 3, "B", "gated"), (128, 32, 3, "B", "relu")  # 128 features in, as in both papers
+Sizes = tuple[int, int, int, int]  # (B, I, O, N): N x N maps
+Layer = tuple[Sizes, int, str, str]  # and kernel, mask type, activation
+GATED, PLAIN = (3, "B", "gated"), (3, "B", "relu")
+SMALL: list[Layer] = [((16, 32, 64, 28), *GATED), ((16, 1, 64, 28), 7, "A", "none")]
 LAYERS: dict[str, list[Layer]] = {
-    "toy": [(2, 4, 6, 5, 3, "B", "gated"), (2, 3, 4, 5, 5, "A", "relu"), (1, 17, 4, 4, 1, "B", "none")],
-    "cpu": [(16, 32, 64, 28, 3, "B", "gated"), (16, 1, 64, 28, 7, "A", "none")],
-    "cpu-full": [
-        (16, 32, 64, 28, 3, "B", "gated"),
-        (16, 1, 64, 28, 7, "A", "none"),
-        (16, 128, *GATED),
+    "toy": [((2, 4, 6, 5), *GATED), ((2, 3, 4, 5), 5, "A", "relu"), ((1, 17, 4, 4), 1, "B", "none")],
+    "cpu": SMALL,
+    "cpu-full": [*SMALL, ((16, 128, 256, 32), *GATED)],
+    "gpu": [  # 128 features in, as in both papers
+        *(((b, 128, 256, 32), *GATED) for b in (16, 128)),
+        ((128, 128, 128, 32), *PLAIN),
+        ((128, 128, 256, 32), 7, "B", "gated"),
+        ((128, 3, 256, 32), 7, "A", "none"),
     ],
-    "gpu": [
-        (16, 128, *GATED),
-        (128, 128, *GATED),
-        (128, 128, *PLAIN),
-        (128, 128, 256, 32, 7, "B", "gated"),
-        (128, 3, 256, 32, 7, "A", "none"),
+    "gpu-full": [
+        *(((b, c, 2 * c, n), *GATED) for b in (16, 128) for c in (64, 128, 256) for n in (28, 32)),
+        *(((b, 128, 128, 32), k, "B", "relu") for b in (16, 128) for k in (1, 3)),
+        *(((b, i, o, 32), 1, "B", a) for b in (16, 128) for i, o, a in ((256, 128, "relu"), (128, 256, "none"))),
+        *(((128, 128, 256, 32), k, "B", "gated") for k in (1, 5, 7)),
+        *(((b, c, 256, n), 7, "A", "none") for b, c, n in ((128, 1, 28), (16, 3, 32), (128, 3, 32))),
+        ((64, 128, 256, 64), *GATED),
     ],
-    "gpu-full": [(b, c, 2 * c, n, 3, "B", "gated") for b in (16, 128) for c in (64, 128, 256) for n in (28, 32)]
-    + [(b, 128, 128, 32, k, "B", "relu") for b in (16, 128) for k in (1, 3)]
-    + [(b, i, o, 32, 1, "B", a) for b in (16, 128) for i, o, a in ((256, 128, "relu"), (128, 256, "none"))]
-    + [(128, 128, 256, 32, k, "B", "gated") for k in (1, 5, 7)]
-    + [(b, c, 256, n, 7, "A", "none") for b, c, n in ((128, 1, 28), (16, 3, 32), (128, 3, 32))]
-    + [(64, 128, 256, 64, 3, "B", "gated")],
 }
-
-
-def name_of(layer: Layer) -> str:
-    batch, of, to, n, kernel, mask_type, activation = layer
-    return f"{batch}x{of}x{n}x{n} to {to}, {kernel}x{kernel} {mask_type} {activation}"
-
-
-def _inputs(device: torch.device, layer: Layer, dtype: torch.dtype) -> dict[str, Any]:
-    """Channels-last, the layout that cuDNN is fastest in; the mask of a grey image."""
-    batch, of, to, n, kernel, mask_type, activation = layer
-    x = torch.randn(batch, of, n, n, device=device).contiguous(memory_format=torch.channels_last)
-    mask = causal_mask(mask_type, to, of, kernel).to(device)
-    weight = torch.randn(to, of, kernel, kernel, device=device) / (of * kernel**2 / 2) ** 0.5
-    bias = torch.randn(to, device=device)
-    tensors = {"x": x, "weight": weight.contiguous(memory_format=torch.channels_last), "bias": bias}
-    floats = {name: tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()}
-    return {**floats, "mask": mask, "activation": activation}
-
-
-def _operation(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor, activation: str, **options: Any) -> Tensor:
-    return masked_conv2d(x, weight, mask, bias, padding=weight.shape[2] // 2, activation=activation, **options)
-
-
-def _definition(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor, activation: str) -> Tensor:
-    return masked_conv2d_reference(x, weight, mask, bias, padding=weight.shape[2] // 2, activation=activation)
-
-
-def _case(size: str, device: torch.device, layer: Layer, dtype: torch.dtype) -> Case:
-    batch, of, to, n, kernel, mask_type, activation = layer
-    rivals: Rivals = {
-        "eager, dense": references.masked_conv2d_dense,
-        "eager, cropped": references.masked_conv2d_cropped,
-        "eager, split": references.masked_conv2d_split,
-        "compiled, dense": references.compiled(references.masked_conv2d_dense),
-        "compiled, cropped": references.compiled(references.masked_conv2d_cropped),
-    }
-    if size.startswith("gpu"):  # a CPU has nothing to tune there
-        for name, call in (("dense", references.masked_conv2d_dense), ("cropped", references.masked_conv2d_cropped)):
-            rivals[f"compiled max-autotune, {name}"] = references.compiled(call, "max-autotune-no-cudagraphs")
-    taps = int(causal_mask(mask_type, 1, 1, kernel).sum())
-    flops = 2 * taps * of * to * batch * n * n
-    results = to // 2 if activation == "gated" else to
-    fwd = dtype.itemsize * (batch * n * n * (of + results) + taps * of * to)
-    # The backward reads x, the convolution's result and the incoming gradient, and writes the gradient of x.
-    bwd = dtype.itemsize * (batch * n * n * (2 * of + to + results) + 2 * taps * of * to)
-    return Case(
-        op="masked_conv2d",
-        shape=name_of(layer),
-        dtype=dtype,
-        inputs=functools.partial(_inputs, layer=layer, dtype=dtype),
-        providers=contenders(size, device, rivals, _operation, _definition),
-        truth=_definition,
-        bytes={"fwd": fwd, "bwd": bwd, "full": fwd + bwd},
-        flops={"fwd": flops, "bwd": 2 * flops, "full": 3 * flops},
-        batch=batch,
-    )
-
-
 # (B, channels, N): layers of the Gated PixelCNN, both stacks, 3x3, one colour.
 BLOCKS: dict[str, list[tuple[int, int, int]]] = {
     "toy": [(2, 17, 4)],
@@ -105,46 +46,96 @@ BLOCKS: dict[str, list[tuple[int, int, int]]] = {
 }
 
 
-def _block_inputs(device: torch.device, size: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]:
-    batch, channels, n = size
+def inputs(
+    device: torch.device, sizes: Sizes, kernel: int, mask_type: str, dtype: torch.dtype, data_channels: int = 1
+) -> dict[str, Tensor]:
+    """Channels-last, the layout that cuDNN is fastest in."""
+    batch, of, to, n = sizes
+    tensors = {"x": torch.randn(batch, of, n, n, device=device)}
+    tensors["weight"] = torch.randn(to, of, kernel, kernel, device=device) / (of * kernel**2 / 2) ** 0.5
+    tensors = {name: x.contiguous(memory_format=torch.channels_last) for name, x in tensors.items()}
+    tensors["bias"] = torch.randn(to, device=device)
+    mask = causal_mask(mask_type, to, of, kernel, data_channels).to(device)
+    return {**{name: x.to(dtype).requires_grad_() for name, x in tensors.items()}, "mask": mask}
+
+
+def convolve(
+    x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor, *, call: Callable[..., Tensor], **options: Any
+) -> Tensor:
+    return call(x, weight, mask, bias, padding=weight.shape[2] // 2, **options)
+
+
+def _layer(size: str, device: torch.device, layer: Layer, dtype: torch.dtype) -> Case:
+    (batch, of, to, n), kernel, mask_type, activation = layer
+    plain = {name: getattr(references, f"masked_conv2d_{name}") for name in ("dense", "cropped", "split")}
+    plain = {name: functools.partial(call, activation=activation) for name, call in plain.items()}
+    rivals: Rivals = {f"eager, {name}": call for name, call in plain.items()}
+    for word, mode in (("compiled", None), ("compiled max-autotune", "max-autotune-no-cudagraphs")):
+        rivals |= {f"{word}, {name}": references.compiled(plain[name], mode) for name in ("dense", "cropped")}
+    definition = functools.partial(convolve, call=masked_conv2d_reference, activation=activation)
+    operation = functools.partial(convolve, call=masked_conv2d, activation=activation)
+    taps = int(causal_mask(mask_type, 1, 1, kernel).sum())
+    results = to // 2 if activation == "gated" else to
+    weights, pixels = taps * of * to, batch * n * n
+    return Case(
+        op="masked_conv2d",
+        shape=f"{batch}x{of}x{n}x{n} to {to}, {kernel}x{kernel} {mask_type} {activation}",
+        dtype=dtype,
+        inputs=functools.partial(inputs, sizes=layer[0], kernel=kernel, mask_type=mask_type, dtype=dtype),
+        providers=contenders(size, device, rivals, operation, definition),
+        truth=definition,
+        # The backward reads x, the convolution's result and the incoming gradient, and writes the gradient of x.
+        **_floor(dtype, pixels * (of + results) + weights, pixels * (2 * of + to + results) + 2 * weights),
+        **_operations(weights * pixels),
+        batch=batch,
+    )
+
+
+def _floor(dtype: torch.dtype, forward: int, backward: int) -> dict[str, Any]:
+    """Of so many numbers read and written."""
+    fwd, bwd = dtype.itemsize * forward, dtype.itemsize * backward
+    return {"bytes": {"fwd": fwd, "bwd": bwd, "full": fwd + bwd}}
+
+
+def _operations(multiply_adds: int) -> dict[str, Any]:
+    return {"flops": {"fwd": 2 * multiply_adds, "bwd": 4 * multiply_adds, "full": 6 * multiply_adds}}
+
+
+def block_inputs(device: torch.device, sizes: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]:
+    batch, channels, n = sizes
     maps = [torch.randn(batch, n, n, channels, device=device).permute(0, 3, 1, 2).to(dtype) for _ in range(2)]
     vertical, horizontal = (one.requires_grad_() for one in maps)
-    return {
-        "block": GatedMaskedBlock(channels, channels).to(device, dtype),
-        "vertical": vertical,
-        "horizontal": horizontal,
-    }
+    block = GatedMaskedBlock(channels, channels).to(device, dtype)
+    return {"block": block, "vertical": vertical, "horizontal": horizontal}
 
 
-def _block(block: GatedMaskedBlock, vertical: Tensor, horizontal: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor]:
+def run_block(
+    block: GatedMaskedBlock, vertical: Tensor, horizontal: Tensor, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """impl="triton": the kernels also on a CPU, in the interpreter."""
     return block.fused(vertical, horizontal) if impl == "triton" else block(vertical, horizontal)
 
 
-def _block_case(size: str, device: torch.device, of_block: tuple[int, int, int], dtype: torch.dtype) -> Case:
-    batch, c, n = of_block
-    rivals: Rivals = {
-        "eager, cropped": references.gated_block_cropped,
-        "compiled, cropped": references.compiled(references.gated_block_cropped),
-    }
+def _block(size: str, device: torch.device, sizes: tuple[int, int, int], dtype: torch.dtype) -> Case:
+    batch, c, n = sizes
+    cropped = references.gated_block_cropped
+    rivals: Rivals = {"eager, cropped": cropped, "compiled, cropped": references.compiled(cropped)}
     pixels, weights = batch * n * n, 2 * c * c * (6 + 2) + 4 * c * c + c * c
-    # Two maps in, two out; the backward reads the maps and both gradients and writes the gradients of the maps.
-    moved = {"fwd": dtype.itemsize * (4 * c * pixels + weights), "bwd": dtype.itemsize * (6 * c * pixels + 2 * weights)}
-    flops = 2 * weights * pixels
     return Case(
         op="masked_conv2d",
         shape=f"gated block {batch}x{c}x{n}x{n}",
         dtype=dtype,
-        inputs=functools.partial(_block_inputs, size=of_block, dtype=dtype),
-        providers=contenders(size, device, rivals, _block, _block),
-        truth=_block,
-        bytes={**moved, "full": moved["fwd"] + moved["bwd"]},
-        flops={"fwd": flops, "bwd": 2 * flops, "full": 3 * flops},
+        inputs=functools.partial(block_inputs, sizes=sizes, dtype=dtype),
+        providers=contenders(size, device, rivals, run_block, run_block),
+        truth=run_block,
+        # Two maps in, two out; the backward reads the maps and both gradients and writes the gradients of the maps.
+        **_floor(dtype, 4 * c * pixels + weights, 6 * c * pixels + 2 * weights),
+        **_operations(weights * pixels),
         batch=batch,
     )
 
 
 def cases(size: str, device: torch.device) -> list[Case]:
     dtypes = [torch.float32, torch.bfloat16] if size.startswith("gpu") else [torch.float32]
-    found = [_case(size, device, layer, dtype) for layer in LAYERS[size] for dtype in dtypes]
-    return found + [_block_case(size, device, block, dtype) for block in BLOCKS[size] for dtype in dtypes]
+    found = [_layer(size, device, layer, dtype) for layer in LAYERS[size] for dtype in dtypes]
+    return found + [_block(size, device, block, dtype) for block in BLOCKS[size] for dtype in dtypes]

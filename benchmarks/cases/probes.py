@@ -2,6 +2,7 @@
 sampler. The time of one is `us_a_part` of a row, of a graph's replay where it was captured."""
 
 import functools
+import importlib
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ ROWS = 16  # of a product: the least that tensor cores take
 WIDTHS = {"toy": (16,), "gpu": (128, 256), "gpu-full": (64, 128, 256)}
 
 
+def kernels() -> Any:
+    """They need Triton, which is not everywhere."""
+    return importlib.import_module("benchmarks.cases.probe_kernels")
+
+
 def _programs(device: torch.device) -> int:
     """One a multiprocessor, so that all of them run at the same time; in the interpreter they run one by one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-# In plain PyTorch
 
 
 def add_ones(x: Tensor, parts: int) -> Tensor:
@@ -43,33 +46,24 @@ def products(x: Tensor, weights: Tensor, parts: int) -> Tensor:
     return x
 
 
-# By kernels of Triton
-
-
 def add_ones_by_kernels(x: Tensor, parts: int) -> Tensor:
-    from benchmarks.cases.probe_kernels import add_one
-
-    out = x.clone()
+    out, add_one = x.clone(), kernels().add_one
     for _ in range(parts):
         add_one[(1,)](out, SIZE=len(x), num_warps=1)
     return out
 
 
 def pass_around_in_one_launch(x: Tensor, parts: int) -> Tensor:
-    from benchmarks.cases.probe_kernels import pass_to_the_neighbour
-
     out, arrived = torch.stack((x, torch.empty_like(x))), torch.zeros(1, dtype=torch.int32, device=x.device)
     together = {"launch_cooperative_grid": True} if x.is_cuda and torch.version.hip is None else {}
-    pass_to_the_neighbour[(len(x),)](out, arrived, parts, len(x), num_warps=4, **together)
+    kernels().pass_to_the_neighbour[(len(x),)](out, arrived, parts, len(x), num_warps=4, **together)
     return out[parts % 2]
 
 
 def products_in_one_program(x: Tensor, weights: Tensor, parts: int) -> Tensor:
-    from benchmarks.cases.probe_kernels import instructions
-
     out = x.clone()
     options = {"ROWS": len(x), "K": x.shape[1], "DISTINCT": len(weights), "num_warps": 4, "num_stages": 1}
-    instructions[(1,)](out, weights, parts, **options)
+    kernels().instructions[(1,)](out, weights, parts, **options)
     return out
 
 

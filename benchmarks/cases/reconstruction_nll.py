@@ -16,9 +16,8 @@ RIVALS = {
     "categorical": references.categorical_nll,
     "logistic_mixture": references.logistic_mixture_nll,
 }
-OTHERS: dict[
-    str, Rivals
-] = {  # the same by torch.distributions, and by torch's own loss where that is not what the first rival is
+# The same by torch.distributions, and by torch's own loss where that is not what the first rival is.
+OTHERS: dict[str, Rivals] = {
     "bernoulli": {"distributions": references.bernoulli_nll_distributions},
     "gaussian": {
         "distributions": references.gaussian_nll_distributions,
@@ -27,20 +26,17 @@ OTHERS: dict[
     "categorical": {"distributions": references.categorical_nll_distributions},
     "logistic_mixture": {},
 }
-# (B, C, H, W) images; the parameters follow from the likelihood.
-Image = tuple[int, ...]
-CONFIGURATIONS: dict[str, list[tuple[str, Image]]] = {
+Image = tuple[int, ...]  # (B, C, H, W); the parameters follow from the likelihood
+CPU: list[tuple[str, Image]] = [("bernoulli", (256, 1, 28, 28))]
+CPU += [("categorical", (8, 3, 32, 32)), ("logistic_mixture", (8, 3, 32, 32))]
+IMAGES: dict[str, list[tuple[str, Image]]] = {
     "toy": [(likelihood, (2, 3, 3, 5)) for likelihood in RIVALS],
-    "cpu": [
-        ("bernoulli", (256, 1, 28, 28)),
-        ("categorical", (8, 3, 32, 32)),
-        ("logistic_mixture", (8, 3, 32, 32)),
-    ],
+    "cpu": CPU,
+    "cpu-full": CPU,
     "gpu": [
         ("bernoulli", (256, 1, 28, 28)),
         ("gaussian", (256, 3, 32, 32)),
-        ("categorical", (64, 3, 32, 32)),
-        ("logistic_mixture", (64, 3, 32, 32)),
+        *((likelihood, (64, 3, 32, 32)) for likelihood in ("categorical", "logistic_mixture")),
     ],
     "gpu-full": [
         (likelihood, (batch, 3, side, side)) for likelihood in RIVALS for side in (32, 64) for batch in (64, 256)
@@ -48,50 +44,37 @@ CONFIGURATIONS: dict[str, list[tuple[str, Image]]] = {
 }
 
 
-def _parameters(likelihood: str, image: Image) -> tuple[int, ...]:
+def inputs(device: torch.device, likelihood: str, image: Image, dtype: torch.dtype) -> dict[str, Tensor]:
     batch, channels, height, width = image
-    if likelihood == "categorical":
-        return (batch, 256, channels, height, width)
-    per_pixel = {"bernoulli": channels, "gaussian": 2 * channels, "logistic_mixture": 100}[likelihood]
-    return (batch, per_pixel, height, width)
-
-
-def likelihood_inputs(device: torch.device, likelihood: str, image: Image, dtype: torch.dtype) -> dict[str, Tensor]:
-    params = torch.randn(_parameters(likelihood, image), device=device)
+    per_pixel = {"bernoulli": channels, "gaussian": 2 * channels, "logistic_mixture": 100 if channels == 3 else 30}
+    sizes = (256, channels) if likelihood == "categorical" else (per_pixel[likelihood],)
+    params = torch.randn(batch, *sizes, height, width, device=device)
     if likelihood == "logistic_mixture":  # log-scales of a trained model; wider than a pixel, narrower than the range
-        params[:, 10:].view(image[0], 3, 3, 10, *image[2:])[:, :, 1] -= 3
-    top = {"bernoulli": 2, "gaussian": 256}.get(likelihood, 256)
-    target = torch.randint(top, image, device=device, dtype=torch.uint8)
+        params[:, 10:].view(batch, channels, -1, 10, height, width)[:, :, 1] -= 3
+    target = torch.randint(2 if likelihood == "bernoulli" else 256, image, device=device, dtype=torch.uint8)
     if likelihood == "gaussian":
-        return {"params": params.to(dtype).requires_grad_(), "target": target.float() / 127.5 - 1}
+        target = target.float() / 127.5 - 1
     return {"params": params.to(dtype).requires_grad_(), "target": target}
 
 
 def cases(size: str, device: torch.device) -> list[Case]:
     dtypes = [torch.float32, torch.bfloat16] if size.startswith("gpu") else [torch.float32]
     found = []
-    for likelihood, image in CONFIGURATIONS.get(size, CONFIGURATIONS[size.removesuffix("-full")]):
+    for likelihood, image in IMAGES[size]:
+        operation = functools.partial(reconstruction_nll, likelihood=likelihood)
+        definition = functools.partial(reconstruction_nll_reference, likelihood=likelihood)
         for dtype in dtypes:
-            rival = RIVALS[likelihood]
-            rivals: Rivals = {"eager": rival, "compiled": references.compiled(rival), **OTHERS[likelihood]}
-            if device.type == "cuda":
-                rivals["compiled reduce-overhead"] = references.compiled(rival, "reduce-overhead")
-            params = torch.Size(_parameters(likelihood, image)).numel() * dtype.itemsize
-            target = torch.Size(image).numel() * (4 if likelihood == "gaussian" else 1)
+            of_case = functools.partial(inputs, likelihood=likelihood, image=image, dtype=dtype)
+            params, target = (x.numel() * x.dtype.itemsize for x in of_case(torch.device("meta")).values())
+            rivals = {**references.rivals_of(RIVALS[likelihood]), **OTHERS[likelihood]}
             found.append(
                 Case(
                     op="reconstruction_nll",
                     shape=f"{likelihood} {'x'.join(map(str, image))}",
                     dtype=dtype,
-                    inputs=functools.partial(likelihood_inputs, likelihood=likelihood, image=image, dtype=dtype),
-                    providers=contenders(
-                        size,
-                        device,
-                        rivals,
-                        functools.partial(reconstruction_nll, likelihood=likelihood),
-                        functools.partial(reconstruction_nll_reference, likelihood=likelihood),
-                    ),
-                    truth=functools.partial(reconstruction_nll_reference, likelihood=likelihood),
+                    inputs=of_case,
+                    providers=contenders(size, device, rivals, operation, definition),
+                    truth=definition,
                     # The backward reads the parameters again and writes their gradient.
                     bytes={"fwd": params + target, "bwd": 2 * params + target, "full": 3 * params + 2 * target},
                     batch=image[0],

@@ -25,6 +25,15 @@ def compiled(call: Callable, mode: str | None = None) -> Callable:
     return step
 
 
+def rivals_of(eager: Callable) -> dict[str, Callable]:
+    """The same eager, compiled, and compiled into CUDA graphs."""
+    return {
+        "eager": eager,
+        "compiled": compiled(eager),
+        "compiled reduce-overhead": compiled(eager, "reduce-overhead"),
+    }
+
+
 # Reparameterization and KL
 
 
@@ -137,23 +146,6 @@ def linear_cross_entropy_torch(
     by_level = weights.transpose(0, 1), biases.transpose(0, 1)
     nats = F.linear_cross_entropy(rows, by_level[0], levels, linear_bias=by_level[1], reduction="none")
     return nats.view(len(features), -1).sum(1)
-
-
-# Sampling
-
-
-def one_draw(forward: Callable[[Tensor], Tensor], noise: Tensor, draw: Callable[..., Tensor]) -> Tensor:
-    """The first of the C * H * W draws of images (n, C, H, W), as most code draws them: for each, a whole forward pass.
-
-    Args:
-        forward: levels (n, C, H, W) -> parameters (n, ..., H, W).
-        noise: uniforms (n, C, H, W).
-        draw: (parameters at a pixel, noise, channel, the pixel's levels so far) -> levels (n,) of one channel.
-    """
-    levels = torch.zeros_like(noise, dtype=torch.long)
-    params = forward(levels)[..., 0, 0]
-    levels[:, 0, 0, 0] = draw(params, noise[..., 0, 0], 0, levels[:, :0, 0, 0])
-    return levels
 
 
 # Scans

@@ -12,19 +12,15 @@ from fastgen.ops import reparameterize_kl
 from fastgen.ops.reparameterize_kl import reparameterize_kl_reference
 
 # The latents of an MLP, large ones for the bandwidth, latent maps (few long rows), those of a convolutional network.
-GPU = [
-    ((128, 20), torch.float32),
-    ((1024, 4096), torch.float32),
-    ((16, 4, 64, 64), torch.float32),
-    ((256, 128), torch.float32),
-]
-SHAPES: dict[str, list[tuple[tuple[int, ...], torch.dtype]]] = {
-    "toy": [((3, 37), torch.float32), ((3, 37), torch.bfloat16), ((1, 1025), torch.float32)],
-    "cpu": [((128, 20), torch.float32), ((1024, 1024), torch.float32)],
-    "cpu-full": [((128, 20), torch.float32), ((256, 128), torch.float32), ((1024, 4096), torch.float32)],
-    "gpu": [*GPU, ((1024, 4096), torch.bfloat16)],
-    "gpu-full": [*GPU, ((1024, 4096), torch.bfloat16), ((4096, 4096), torch.float32)],
+GPU: list[tuple[int, ...]] = [(128, 20), (1024, 4096), (16, 4, 64, 64), (256, 128)]
+SHAPES: dict[str, list[tuple[int, ...]]] = {
+    "toy": [(3, 37), (1, 1025)],
+    "cpu": [(128, 20), (1024, 1024)],
+    "cpu-full": [(128, 20), (256, 128), (1024, 4096)],
+    "gpu": GPU,
+    "gpu-full": [*GPU, (4096, 4096)],
 }
+HALF = [(3, 37), (1024, 4096)]  # in bfloat16, too
 
 
 def inputs(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -32,23 +28,19 @@ def inputs(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> 
     return {name: x.to(dtype).requires_grad_() for name, x in (("mu", mu), ("logvar", logvar))}
 
 
-def _noise(inputs: dict[str, Any]) -> dict[str, Tensor]:
+def noise(inputs: dict[str, Any]) -> dict[str, Tensor]:
     """The same noise for all where they are compared; while timed, each draws its own."""
     return {"eps": torch.randn_like(inputs["mu"])}
 
 
 def cases(size: str, device: torch.device) -> list[Case]:
-    textbook = references.reparameterize_kl_textbook
+    rivals: Rivals = references.rivals_of(references.reparameterize_kl_textbook)
+    rivals["distributions"] = references.reparameterize_kl_distributions
+    jobs = [(shape, torch.float32) for shape in SHAPES[size]]
+    jobs += [(shape, torch.bfloat16) for shape in SHAPES[size] if shape in HALF and not size.startswith("cpu")]
     found = []
-    for shape, dtype in SHAPES[size]:
-        elements, storage = torch.Size(shape).numel(), dtype.itemsize
-        rivals: Rivals = {
-            "eager": textbook,
-            "compiled": references.compiled(textbook),
-            "distributions": references.reparameterize_kl_distributions,
-        }
-        if device.type == "cuda":
-            rivals["compiled reduce-overhead"] = references.compiled(textbook, "reduce-overhead")
+    for shape, dtype in jobs:
+        moved = dtype.itemsize * torch.Size(shape).numel()
         found.append(
             Case(
                 op="reparameterize_kl",
@@ -58,8 +50,8 @@ def cases(size: str, device: torch.device) -> list[Case]:
                 providers=contenders(size, device, rivals, reparameterize_kl, reparameterize_kl_reference),
                 truth=reparameterize_kl_reference,
                 # Read mu, logvar, write z; read dz, mu, logvar, write dmu, dlogvar; the noise is not stored.
-                bytes={"fwd": 3 * storage * elements, "bwd": 5 * storage * elements, "full": 8 * storage * elements},
-                given=_noise,
+                bytes={"fwd": 3 * moved, "bwd": 5 * moved, "full": 8 * moved},
+                given=noise,
                 batch=shape[0],
             )
         )

@@ -4,7 +4,8 @@ The rivals hold the same parameters in plain PyTorch. On a GPU bfloat16 means au
 """
 
 import functools
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,10 +13,35 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import references
-from benchmarks.cases.images import AVAILABLE, LEVELS, SHAPES, Shape, images
 from benchmarks.harness.case import Case, Rivals
+from fastgen.data import load
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelRNN
 from fastgen.ops import reconstruction_nll
+
+Shape = tuple[int, int, int]
+SHAPES: dict[str, Shape] = {"digits": (1, 8, 8), "patches": (3, 32, 32), "random": (3, 32, 32)}
+LEVELS = {"digits": 17, "patches": 256, "random": 256}
+# The first two are scikit-learn's. Without it there are only random images.
+AVAILABLE = [name for name in SHAPES if name == "random" or importlib.util.find_spec("sklearn")]
+
+
+def images(data: str, shape: Shape, levels: int, batch: int, device: torch.device) -> Tensor:
+    """The first images to train on, or random levels: uint8 (batch, C, H, W).
+
+    Raises:
+        ValueError: the data set has fewer images, or others.
+    """
+    if data == "random":
+        return torch.randint(levels, (batch, *shape), dtype=torch.uint8, device=device)
+    found = load(data).train.images[:batch]
+    if tuple(found.shape) != (batch, *shape):
+        raise ValueError(f"{data} has no {batch} images {shape}, found {tuple(found.shape)}")
+    return found.to(device)
+
+
+DIAGONAL, ROW = (functools.partial(PixelRNN, kind=kind) for kind in ("diagonal_bilstm", "row_lstm"))
+CONVOLUTIONS: dict[str, Any] = {"GatedPixelCNN": GatedPixelCNN, "PixelCNN": PixelCNN}
+SCANS: dict[str, Any] = {"PixelRNN diagonal_bilstm": DIAGONAL, "PixelRNN row_lstm": ROW}
 
 
 @dataclass(frozen=True)
@@ -26,27 +52,22 @@ class Job:
     build: Callable[..., nn.Module]
     size: dict[str, int]
     data: str
+    batch: int
     shape: Shape
     levels: int
-    batch: int
+
+
+def _of(models: dict[str, Any], data: str, batch: int, **size: int) -> list[Job]:
+    about = (size, data, batch, SHAPES[data], LEVELS[data])
+    return [Job(name, build, *about) for name, build in models.items() if data in AVAILABLE]
 
 
 def _convolutions(data: str, batch: int, channels: int, layers: int) -> list[Job]:
-    size = {"channels": channels, "layers": layers}
-    models = (("GatedPixelCNN", GatedPixelCNN), ("PixelCNN", PixelCNN))
-    return [
-        Job(name, model, size, data, SHAPES[data], LEVELS[data], batch) for name, model in models if data in AVAILABLE
-    ]
+    return _of(CONVOLUTIONS, data, batch, channels=channels, layers=layers)
 
 
 def _scans(data: str, batch: int, hidden_channels: int, layers: int) -> list[Job]:
-    """PixelRNN of both kinds."""
-    size = {"hidden_channels": hidden_channels, "layers": layers}
-    return [
-        Job(f"PixelRNN {kind}", functools.partial(PixelRNN, kind=kind), size, data, SHAPES[data], LEVELS[data], batch)
-        for kind in ("diagonal_bilstm", "row_lstm")
-        if data in AVAILABLE
-    ]
+    return _of(SCANS, data, batch, hidden_channels=hidden_channels, layers=layers)
 
 
 def _mnist(batch: int) -> list[Job]:
@@ -59,33 +80,34 @@ def _toy() -> list[Job]:
     return [replace(job, shape=(1, 3, 4), levels=3) for job in jobs]
 
 
+COLOURS = ("patches", "random")
 JOBS: dict[str, list[Job]] = {
     "toy": _toy(),
     "cpu": _convolutions("digits", 64, 32, 3) + _convolutions("patches", 2, 32, 3) + _convolutions("random", 2, 32, 3),
     "cpu-full": [
-        *(
-            job
-            for data, batch in (("digits", 64), ("patches", 4), ("random", 4))
-            for job in _convolutions(data, batch, 48, 6)
-        ),
+        *(job for data, n in (("digits", 64), ("patches", 4), ("random", 4)) for job in _convolutions(data, n, 48, 6)),
         *_scans("digits", 64, 16, 3),
-        *(job for data in ("patches", "random") for job in _scans(data, 2, 12, 1)),
+        *(job for data in COLOURS for job in _scans(data, 2, 12, 1)),
     ],
     "gpu": [
         *_convolutions("digits", 256, 128, 10),
         *_mnist(16),
         *_scans("digits", 64, 16, 7),
-        *(job for data in ("patches", "random") for job in _convolutions(data, 32, 128, 10)),
-        *(job for data in ("patches", "random") for job in _scans(data, 16, 48, 7)),
+        *(job for data in COLOURS for job in _convolutions(data, 32, 128, 10)),
+        *(job for data in COLOURS for job in _scans(data, 16, 48, 7)),
     ],
     "gpu-full": [
         *_convolutions("digits", 256, 128, 15),
         *_mnist(64),
         *_scans("digits", 256, 16, 7),
-        *(job for data in ("patches", "random") for job in _convolutions(data, 128, 128, 15)),
-        *(job for data in ("patches", "random") for job in _scans(data, 64, 96, 7)),
+        *(job for data in COLOURS for job in _convolutions(data, 128, 128, 15)),
+        *(job for data in COLOURS for job in _scans(data, 64, 96, 7)),
     ],
 }
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def _inputs(device: torch.device, job: Job, dtype: torch.dtype) -> dict[str, Any]:
@@ -94,13 +116,8 @@ def _inputs(device: torch.device, job: Job, dtype: torch.dtype) -> dict[str, Any
         for parameter in model.parameters():
             if parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    return {
-        "model": model,
-        "plain": references.plain(model),
-        "x": images(job.data, job.shape, job.levels, job.batch, device).long(),
-        "autocast": autocast,
-    }
+    x = images(job.data, job.shape, job.levels, job.batch, device).long()
+    return {"model": model, "plain": references.plain(model), "x": x, "autocast": autocast(device, dtype)}
 
 
 def _few_images(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -127,30 +144,26 @@ def truth(model: nn.Module, plain: nn.Module, x: Tensor, autocast: Any) -> Tenso
     return nn.functional.cross_entropy(plain(x), x, reduction="none").flatten(1).sum(1).mean()
 
 
-def cases(size: str, device: torch.device) -> list[Case]:
+def steps(
+    size: str, op: str, shape: str, inputs: Callable[..., Any], rivals: Rivals, own: Callable[..., Tensor], **more: Any
+) -> Iterator[Case]:
+    """Of one model in every dtype; `inputs` takes it."""
     dtypes = {"gpu": [torch.bfloat16], "gpu-full": [torch.float32, torch.bfloat16]}.get(size, [torch.float32])
-    found = []
+    providers = {**rivals, "fastgen": own}
+    if size.endswith("-full"):
+        providers["fastgen, compiled"] = references.compiled(own)
+    for dtype in dtypes:
+        of_case = functools.partial(inputs, dtype=dtype)
+        yield Case(op, shape, dtype, of_case, providers, modes=("full",), **more)
+
+
+def cases(size: str, device: torch.device) -> list[Case]:
+    found: list[Case] = []
     for job in JOBS[size]:
         sizes = " ".join(f"{key}={value}" for key, value in job.size.items())
-        image = "x".join(map(str, job.shape))
-        for dtype in dtypes:
-            providers: Rivals = {"eager": plain_loss}
-            if size != "toy":
-                providers["compiled"] = references.compiled(plain_loss)
-            providers["fastgen"] = fastgen_loss
-            if size.endswith("-full"):
-                providers["fastgen, compiled"] = references.compiled(fastgen_loss)
-            found.append(
-                Case(
-                    op="training",
-                    shape=f"{job.name} {job.data} {image} levels={job.levels} B={job.batch} {sizes}",
-                    dtype=dtype,
-                    inputs=functools.partial(_inputs, job=job, dtype=dtype),
-                    providers=providers,
-                    truth=truth,
-                    modes=("full",),
-                    given=_few_images,
-                    batch=job.batch,
-                )
-            )
+        shape = f"{job.name} {job.data} {'x'.join(map(str, job.shape))} levels={job.levels} B={job.batch} {sizes}"
+        inputs, more = functools.partial(_inputs, job=job), {"truth": truth, "given": _few_images, "batch": job.batch}
+        word = "compiled, unrolled" if job.name in SCANS else "compiled"  # the loops of a scan: it takes minutes
+        rivals: Rivals = {"eager": plain_loss, word: references.compiled(plain_loss)}
+        found += steps(size, "training", shape, inputs, rivals, fastgen_loss, **more)
     return found

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import references
-from benchmarks.cases.images import AVAILABLE, LEVELS, SHAPES, Shape, images
 from benchmarks.cases.reconstruction_nll import RIVALS
-from benchmarks.harness.case import Case, Rivals
+from benchmarks.cases.training import AVAILABLE, LEVELS, SHAPES, Shape, autocast, images, steps
+from benchmarks.harness.case import Case
 from fastgen import ops
 from fastgen.models import VAE
 from fastgen.ops.reconstruction_nll import reconstruction_nll_reference
@@ -18,27 +18,27 @@ from fastgen.ops.reparameterize_kl import reparameterize_kl_reference
 
 # Likelihood, data, batch, arguments of the VAE.
 Job = tuple[str, str, int, dict[str, Any]]
-MNIST = (1, 28, 28)  # random images of this shape, binary
-MLP = ("bernoulli", "binary", 128, {"latent_dim": 20, "network": "mlp", "hidden": 400})
+MLP: Job = ("bernoulli", "binary", 128, {"latent_dim": 20, "network": "mlp", "hidden": 400})
 
 
 def _on_all(of_digits: tuple[int, dict[str, Any]], of_colours: tuple[int, dict[str, Any]]) -> list[Job]:
     """A softmax over the levels of digits, a mixture of logistics for images with colours."""
     jobs: list[Job] = [("categorical", "digits", *of_digits)]
     jobs += [("logistic_mixture", data, *of_colours) for data in ("patches", "random")]
-    return [job for job in jobs if job[1] in AVAILABLE]
+    return [*(job for job in jobs if job[1] in AVAILABLE), MLP]
 
 
+CPU = _on_all((128, {"latent_dim": 16, "channels": 16}), (8, {"latent_dim": 64, "channels": 16}))
 JOBS: dict[str, list[Job]] = {
     "toy": [
         ("bernoulli", "binary 1x3x5", 2, {"latent_dim": 3, "network": "mlp", "hidden": 8}),
         ("logistic_mixture", "random 3x5x6", 2, {"latent_dim": 3, "channels": 4}),
     ],
-    "cpu": [*_on_all((128, {"latent_dim": 16, "channels": 16}), (8, {"latent_dim": 64, "channels": 16})), MLP],
-    "gpu": [*_on_all((256, {"latent_dim": 16, "channels": 64}), (256, {"latent_dim": 128, "channels": 64})), MLP],
+    "cpu": CPU,
+    "cpu-full": CPU,
+    "gpu": _on_all((256, {"latent_dim": 16, "channels": 64}), (256, {"latent_dim": 128, "channels": 64})),
     "gpu-full": [
         *_on_all((1024, {"latent_dim": 16, "channels": 64}), (512, {"latent_dim": 128, "channels": 64})),
-        MLP,
         ("categorical", "random", 64, {"latent_dim": 128, "channels": 64}),
         ("logistic_mixture", "random 3x64x64", 256, {"latent_dim": 256, "channels": 64}),
     ],
@@ -50,19 +50,15 @@ def _shape(data: str) -> Shape:
     if shape:
         channels, height, width = map(int, shape.split("x"))
         return channels, height, width
-    return MNIST if name == "binary" else SHAPES[name]
+    return (1, 28, 28) if name == "binary" else SHAPES[name]
 
 
 def _inputs(device: torch.device, job: Job, dtype: torch.dtype) -> dict[str, Any]:
     likelihood, data, batch, of_model = job
     shape, name = _shape(data), data.partition(" ")[0]
     model = VAE(shape, likelihood=likelihood, levels=LEVELS.get(name, 2), **of_model).to(device)
-    source = "random" if name == "binary" else name
-    return {
-        "model": model,
-        "x": images(source, shape, model.levels, batch, device),
-        "autocast": torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
-    }
+    x = images("random" if name == "binary" else name, shape, model.levels, batch, device)
+    return {"model": model, "x": x, "autocast": autocast(device, dtype)}
 
 
 def _noise(inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -94,32 +90,12 @@ def truth(model: VAE, x: Tensor, autocast: Any, eps: Tensor) -> Tensor:
 
 
 def cases(size: str, device: torch.device) -> list[Case]:
-    dtypes = {"gpu": [torch.bfloat16], "gpu-full": [torch.float32, torch.bfloat16]}.get(size, [torch.float32])
-    found = []
-    for job in JOBS.get(size, JOBS[size.removesuffix("-full")]):
+    rivals = references.rivals_of(plain_loss)
+    found: list[Case] = []
+    for job in JOBS[size]:
         likelihood, data, batch, of_model = job
-        image = "x".join(map(str, _shape(data)))
         sizes = " ".join(f"{key}={value}" for key, value in of_model.items())
-        for dtype in dtypes:
-            providers: Rivals = {"eager": plain_loss}
-            if size != "toy":
-                providers["compiled"] = references.compiled(plain_loss)
-            if device.type == "cuda" and size != "toy":
-                providers["compiled reduce-overhead"] = references.compiled(plain_loss, "reduce-overhead")
-            providers["fastgen"] = fastgen_loss
-            if size.endswith("-full"):
-                providers["fastgen, compiled"] = references.compiled(fastgen_loss)
-            found.append(
-                Case(
-                    op="vae",
-                    shape=f"{likelihood} {data.partition(' ')[0]} {image} B={batch} {sizes}",
-                    dtype=dtype,
-                    inputs=functools.partial(_inputs, job=job, dtype=dtype),
-                    providers=providers,
-                    truth=truth,
-                    modes=("full",),
-                    given=_noise,
-                    batch=batch,
-                )
-            )
+        shape = f"{likelihood} {data.partition(' ')[0]} {'x'.join(map(str, _shape(data)))} B={batch} {sizes}"
+        inputs, more = functools.partial(_inputs, job=job), {"truth": truth, "given": _noise, "batch": batch}
+        found += steps(size, "vae", shape, inputs, rivals, fastgen_loss, **more)
     return found

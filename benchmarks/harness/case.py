@@ -65,15 +65,12 @@ class Case:
     baseline: str = ""
 
     def __post_init__(self) -> None:
-        if not self.baseline:
-            object.__setattr__(self, "baseline", next(iter(self.providers)))
+        object.__setattr__(self, "baseline", self.baseline or next(iter(self.providers)))
 
     def timed_modes(self, provider: str) -> tuple[str, ...]:
         """The modes in which a provider is timed. CUDA graphs of torch.compile are recorded anew for every backward
         that follows another over the same forward, so that the backward alone has no time of its own."""
-        if "reduce-overhead" in provider:
-            return tuple(mode for mode in self.modes if mode != "bwd")
-        return self.modes
+        return tuple(mode for mode in self.modes if mode != "bwd" or "reduce-overhead" not in provider)
 
     def without(self, *words: str) -> "Case":
         """The same without the providers whose names contain one of the words."""
@@ -99,15 +96,22 @@ def replays_graphs(provider: str) -> bool:
     return "reduce-overhead" in provider or "CUDA graph" in provider
 
 
+def contenders(
+    size: str, device: torch.device, rivals: Rivals, operation: Callable[..., Outputs], definition: Callable[..., Any]
+) -> Rivals:
+    """The rivals and what fastgen runs there: its kernel on a GPU, its definition on a CPU, and at toy size its kernel
+    in Triton's interpreter."""
+    if device.type == "cuda":
+        return {**rivals, "fastgen": operation}
+    interpreted = {f"fastgen, {INTERPRETED}": functools.partial(operation, impl="triton")} if size == "toy" else {}
+    return {**rivals, "definition": definition, **interpreted}
+
+
 def leaves(inputs: Mapping[str, Any]) -> list[Tensor]:
     """The tensors to differentiate, each once."""
-    found: dict[int, Tensor] = {}
-    for value in inputs.values():
-        tensors = value.parameters() if isinstance(value, nn.Module) else [value]
-        for tensor in tensors:
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                found[id(tensor)] = tensor
-    return list(found.values())
+    values = (value.parameters() if isinstance(value, nn.Module) else [value] for value in inputs.values())
+    tensors = (x for some in values for x in some if isinstance(x, Tensor) and x.requires_grad)
+    return list({id(tensor): tensor for tensor in tensors}.values())
 
 
 def in_float64(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,34 +135,10 @@ def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
 def cotangents(outputs: tuple[Tensor, ...]) -> list[Tensor]:
     """What the backward starts from: every element of an output counts differently. In the layout of the output, as
     the gradient comes from a next layer."""
-    return [
-        torch.empty_like(output).copy_(
-            torch.linspace(0.5, 1.5, output.numel(), device=output.device).view(output.shape)
-        )
-        for output in outputs
-    ]
+    weights = (torch.linspace(0.5, 1.5, out.numel(), device=out.device).view(out.shape) for out in outputs)
+    return [torch.empty_like(out).copy_(weight) for out, weight in zip(outputs, weights, strict=True)]
 
 
 def gradients(outputs: tuple[Tensor, ...], variables: list[Tensor], seeds: list[Tensor], *, retain: bool = False):
     """Gradients of the variables, None for one that the outputs do not depend on."""
     return torch.autograd.grad(outputs, variables, seeds, retain_graph=retain, allow_unused=True)
-
-
-def contenders(
-    size: str,
-    device: torch.device,
-    rivals: Rivals,
-    operation: Callable[..., Outputs],
-    definition: Callable[..., Outputs],
-) -> Rivals:
-    """The rivals and what fastgen runs there: its kernel on a GPU, its definition on a CPU.
-
-    At toy size on a CPU the kernel runs in Triton's interpreter, and nothing is compiled.
-    """
-    found = {name: call for name, call in rivals.items() if size != "toy" or not name.startswith("compiled")}
-    if device.type == "cuda":
-        return {**found, "fastgen": operation}
-    found["definition"] = definition
-    if size == "toy":
-        found[f"fastgen, {INTERPRETED}"] = functools.partial(operation, impl="triton")
-    return found

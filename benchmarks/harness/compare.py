@@ -19,13 +19,6 @@ from benchmarks.harness.session import Session
 LIMIT = {torch.float64: 0.1, torch.float32: 0.1, torch.bfloat16: 0.5, torch.float16: 0.5}
 
 
-def verdict(error: float | None, problem: str) -> str | None:
-    """ "correct", "wrong", "dead" (no result), or None where nothing was compared."""
-    if problem:
-        return "wrong" if problem.startswith("wrong") else "dead"
-    return None if error is None else "correct"
-
-
 def relative_error(found: Tensor | None, expected: Tensor | None) -> float:
     """Largest difference over the largest expected size; a missing gradient counts as zeros."""
     if expected is None:
@@ -45,9 +38,7 @@ def evaluate(case: Case, call: Callable, inputs: dict[str, Any]) -> list[Tensor 
     variables = leaves(inputs) if case.modes != ("fwd",) else []
     with torch.set_grad_enabled(bool(variables)):
         outputs = as_tuple(call(**inputs))
-    if not variables:
-        return list(outputs)
-    return [*outputs, *gradients(outputs, variables, cotangents(outputs))]
+    return [*outputs, *(gradients(outputs, variables, cotangents(outputs)) if variables else ())]
 
 
 @dataclass
@@ -76,8 +67,8 @@ def compare(case: Case, inputs: dict[str, Any], session: Session) -> dict[str, C
     if problems:
         return {name: Checked(f"no truth to compare with: {problems[0]}") for name in case.providers}
     rounding = 0.0 if case.exact else 8 * torch.finfo(case.dtype).eps
-    lossy = case.baseline in case.providers or case.exact
-    allowed = [rounding if lossy else LIMIT[case.dtype]] * len(expected)
+    known = case.baseline in case.providers or case.exact
+    allowed = [rounding if known else LIMIT[case.dtype]] * len(expected)
     for name, call in case.providers.items():
         if name in case.not_compared | case.inexact:
             continue

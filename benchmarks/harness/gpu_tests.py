@@ -1,78 +1,110 @@
 """`python -m benchmarks gpu-tests`: the tests that a GPU is needed for, in several processes; how they went is a row.
 
-Each process is a pytest that runs its share (harness/pytest_share.py) and writes down each test before and after it
-runs. Where one dies or hangs, the test it was at has failed, and another goes on behind it.
+Each process is a pytest that runs its share and tells of each test before and after it runs. Where one dies or hangs,
+the test it was at has failed, and another goes on behind it.
 """
 
-import json
 import os
 import shutil
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from benchmarks.harness import launches, machine, pieces, rows
-from benchmarks.harness.rows import Row
+from benchmarks.harness.case import Case
+from benchmarks.harness.compare import Checked
+from benchmarks.harness.runner import empty_row
+from benchmarks.harness.session import Session
 
 PROCESSES = 16  # each compiles its kernels, and holds some gigabytes of the GPU
-PATIENCE = 180.0  # seconds that one test may take
+PATIENCE = 180.0  # seconds that one test may take, or the collection of all
+ALONE = "offsets_beyond"  # tests that take tens of gigabytes: one after the other, in the first share
 ENDED = (0, 1, 5)  # pytest's exit status: all passed, some failed, none there
+OUTCOMES = ("passed", "failed", "skipped", "not_run")
+
+
+class Plugin:
+    """Of pytest: leaves a share of the tests, and tells of each."""
+
+    def __init__(self, share: "Share", tell: Callable[[str, Any], None]) -> None:
+        self.share, self.tell = share, tell
+
+    @pytest.hookimpl(trylast=True)  # what `-m` leaves, in the order of conftest.py
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        alone = [item for item in items if ALONE in item.name] if self.share.index == 0 else []
+        others = [item for item in items if ALONE not in item.name]
+        own = [*others[self.share.index :: self.share.count], *alone]
+        self.tell("collected", len(own))
+        items[:] = [item for item in own if item.nodeid not in self.share.outcomes]
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.tell("started", nodeid)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "call" or not report.passed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            text = getattr(crash, "message", report.longreprtext)[:500] if report.failed else ""
+            self.tell("outcome", (report.nodeid, report.outcome, text))
 
 
 class Share:
-    """One of the processes, and what it has written."""
+    """Every `count`-th test from number `index` on, in a process.
 
-    def __init__(self, index: int, count: int, arguments: list[str], folder: Path) -> None:
-        self.file = folder / f"{index}.jsonl"
-        self.log = folder / f"{index}.log"
-        command = [sys.executable, "-m", "pytest", *arguments, "-p", "no:cacheprovider", "-p", "no:xdist"]
-        self.command = [*command, "-p", "benchmarks.harness.pytest_share", f"--share={index}/{count}"]
-        self.command.append(f"--outcomes={self.file}")
+    Attributes:
+        outcomes: (word, text) of each test that has ended.
+        collected: how many tests there are; None before the first process has found them.
+    """
+
+    def __init__(self, index: int, count: int, arguments: list[str], log: Path) -> None:
+        self.index, self.count, self.log = index, count, log
+        self.arguments = [*arguments, "-p", "no:cacheprovider", "-p", "no:xdist"]
+        self.outcomes: dict[str, tuple[str, str]] = {}
+        self.collected: int | None = None
         self.start()
 
     def start(self) -> None:
-        self.since, self._seen, self._before = time.monotonic(), 0, len(self.outcomes())
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                self.command, cwd=machine.ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
+        self.at: str | None = None
+        self.seen, self.until = False, time.monotonic() + PATIENCE
+        with self.log.open("ab") as log:
+            self.child = pieces.Child(self._run, log.fileno())
 
-    def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
-
-    def outcomes(self) -> dict[str, dict[str, Any]]:
-        """By test; "started" is the outcome of one that has not ended."""
-        return {line["test"]: line for line in self.lines() if "test" in line}
+    def _run(self, tell: Callable[[str, Any], None]) -> None:
+        torch.set_num_threads(1)
+        status = int(pytest.main(self.arguments, plugins=[Plugin(self, tell)]))
+        tell(*(("done", None) if status in ENDED else ("failed", f"pytest ended with status {status}")))
 
     def goes_on(self) -> bool:
         """Whether to wait for it once more. Where it died or hangs, the test it was at fails, and it starts anew."""
-        status = self.process.poll()
-        if status in ENDED:
-            return False
-        if (seen := len(self.lines())) > self._seen:
-            self._seen, self.since = seen, time.monotonic()
-        hangs = time.monotonic() - self.since > PATIENCE
-        if status is None and not hangs:
+        why = ""
+        for kind, value in self.child.heard():
+            self.until = time.monotonic() + PATIENCE
+            if kind == "done":
+                return False
+            if kind == "collected":
+                self.collected = value
+            elif kind == "started":
+                self.at, self.seen = value, True
+            elif kind == "outcome":
+                name, word, text = value
+                self.outcomes[name] = word, text
+            else:
+                why = why or str(value)
+        if not why and time.monotonic() > self.until:
+            why = f"no result within {PATIENCE:.0f} s"
+        if not why:
             return True
-        self.stop()
-        at = [name for name, one in self.outcomes().items() if one["outcome"] == "started"]
-        if not at and len(self.outcomes()) == self._before:
+        self.child.kill()
+        if not self.seen:
             return False  # not even one test: it would be the same once more
-        why = f"no result within {PATIENCE:.0f} s" if hangs else f"the process ended with status {status}"
-        with self.file.open("a") as file:
-            for name in at:
-                file.write(json.dumps({"test": name, "outcome": "failed", "text": why}) + "\n")
+        if self.at is not None:
+            self.outcomes.setdefault(self.at, ("failed", why))
         self.start()
         return True
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 def run(folder: Path, paths: Sequence[str], budget: float | None, command: str, *, full: bool) -> int:
@@ -81,59 +113,39 @@ def run(folder: Path, paths: Sequence[str], budget: float | None, command: str, 
     Raises:
         ValueError: there is no GPU.
     """
-    facts = pieces.in_a_process(lambda: machine.facts("cuda"))
-    chosen = "gpu" if full else "gpu and not slow"
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory() as place:
-        count = min(PROCESSES, os.cpu_count() or 1)
-        shares = [Share(i, count, ["-m", chosen, *(paths or ["tests"])], Path(place)) for i in range(count)]
-        going = shares
-        while going := [share for share in going if share.goes_on()]:
-            if budget is not None and time.monotonic() - start > budget:
-                for share in going:
-                    share.stop()
-                break
-            time.sleep(0.2)
-        seconds = time.monotonic() - start
-        found = counts([line for share in shares for line in share.lines()])
-        broken = [share for share in shares if not share.lines()]
-        logs = "\n".join(share.log.read_text() for share in broken or shares)
-    folder = folder if os.environ.get("OUT") else folder / machine.folder_name(facts)
+    session = Session(pieces.in_a_process(lambda: machine.facts("cuda")), command)
+    folder = folder if os.environ.get("OUT") else folder / machine.folder_name(session.facts)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tests.txt").write_text(logs)
-    problem = f"{len(broken)} processes ran no test" if broken else f"{found['failed']} failed" * bool(found["failed"])
-    made = row(" ".join([chosen, *paths]), problem, {**found, "seconds": seconds}, facts, command)
-    rows.save([made], folder)
-    print("\n".join(found["failures"]) if not broken else logs[-3000:])
-    print(", ".join(f"{found[word]} {word}" for word in ("passed", "failed", "skipped", "not_run")), f"{seconds:.0f} s")
+    log = folder / "tests.txt"
+    log.write_text("")
+    chosen = "gpu" if full else "gpu and not slow"
+    start, count = time.monotonic(), min(PROCESSES, os.cpu_count() or 1)
+    shares = [Share(i, count, ["-m", chosen, *(paths or ["tests"])], log) for i in range(count)]
+    going = shares
+    while going and (budget is None or time.monotonic() - start < budget):
+        time.sleep(0.2)
+        going = [share for share in going if share.goes_on()]
+    for share in shares:
+        share.child.kill()
+    seconds = time.monotonic() - start
+    found = counts(shares)
+    broken = sum(share.collected is None for share in shares)
+    problem = f"{broken} processes found no test" if broken else f"{found['failed']} failed" * bool(found["failed"])
+    case = Case(rows.TESTS, " ".join([chosen, *paths]), torch.float32, lambda device: {}, {"pytest": tuple}, None)
+    row = empty_row(case, session, "pytest", "full", Checked(problem, launched=list(launches.catalogue())))
+    # Of the kernels it keeps the source, and claims of no single one that it was launched.
+    row |= {"dtype": "all", "launched": [], "died_in": None, "verdict": None, **found, "seconds": seconds}
+    rows.save([row | {"sanitizer": shutil.which("compute-sanitizer") is not None}], folder)
+    print("\n".join(found["failures"]) if not broken else log.read_text()[-3000:])
+    print(", ".join(f"{found[word]} {word}" for word in OUTCOMES), f"{seconds:.0f} s")
     return 1 if problem else 0
 
 
-def counts(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """passed, failed, skipped, not_run of what the processes wrote; and the first failures, each with its last line."""
-    outcomes = {line["test"]: line for line in lines if "test" in line}
-    words = [one["outcome"] for one in outcomes.values()]
-    collected = sum({line["share"]: line["collected"] for line in lines if "collected" in line}.values())
-    found = {word: words.count(word) for word in ("passed", "failed", "skipped")}
-    failures = [f"{name}: {one['text']}" for name, one in outcomes.items() if one["outcome"] == "failed"]
-    return {**found, "not_run": collected - sum(found.values()), "failures": failures[:50]}
-
-
-def row(what: str, problem: str, found: dict[str, Any], facts: dict[str, Any], command: str) -> Row:
-    kernels = machine.sources(sorted(set(launches.catalogue().values())))
-    return {
-        "op": rows.TESTS,
-        "kernels": kernels,
-        "shape": what,
-        "dtype": "all",
-        "provider": "pytest",
-        "mode": "full",
-        **dict.fromkeys(("ms_p20", "ms_p50", "ms_p80", "host_us", "peak_mb", "error", "threads", "batch", "verdict")),
-        "problem": problem,
-        **found,
-        "sanitizer": shutil.which("compute-sanitizer") is not None,
-        **facts,
-        "kernel_sha256": machine.kernel_sha256(kernels),
-        "time": rows.now(),
-        "command": command,
-    }
+def counts(shares: Sequence[Share]) -> dict[str, Any]:
+    """passed, failed, skipped, not_run; and the first failures, each with its last line."""
+    outcomes = {name: one for share in shares for name, one in share.outcomes.items()}
+    words = Counter(word for word, _ in outcomes.values())
+    failures = [f"{name}: {text}" for name, (word, text) in outcomes.items() if word == "failed"]
+    collected = sum(share.collected or 0 for share in shares)
+    found = {word: words[word] for word in OUTCOMES[:3]}
+    return {**found, "not_run": collected - len(outcomes), "failures": failures[:50]}

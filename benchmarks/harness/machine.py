@@ -15,17 +15,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels"
+PACKAGE = "fastgen.kernels."
 SMI_FIELDS = (
-    "pstate",
-    "clocks.sm",
-    "clocks.mem",
-    "clocks.max.sm",
-    "temperature.gpu",
-    "power.draw",
-    "power.limit",
-    "ecc.mode.current",
-    "mig.mode.current",
-    "clocks_throttle_reasons.active",
+    *("pstate", "clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw", "power.limit"),
+    *("ecc.mode.current", "mig.mode.current", "clocks_event_reasons.active"),
 )
 
 
@@ -42,10 +35,7 @@ def _smi(*fields: str) -> list[str]:
     uuid = getattr(torch.cuda.get_device_properties("cuda"), "uuid", None)  # older versions of torch do not say it
     query = ("nvidia-smi", "--format=csv,noheader", "-i", "0" if uuid is None else f"GPU-{uuid}")
     values = [value.strip() for value in _output(*query, f"--query-gpu={','.join(fields)}").split(",")]
-    if len(values) == len(fields) and all(values):
-        return values
-    # One field that this driver does not know makes the whole query fail.
-    return [_output(*query, f"--query-gpu={field}") or "unknown" for field in fields]
+    return values if len(values) == len(fields) and all(values) else ["unknown"] * len(fields)
 
 
 def power_state(device: torch.device) -> dict[str, str]:
@@ -79,15 +69,15 @@ def facts(kind: str | None = None) -> dict[str, Any]:
     Raises:
         ValueError: a GPU is asked for, and torch finds none.
     """
-    if kind == "cuda" and not torch.cuda.is_available():
+    name = None if kind == "cpu" else gpu()
+    if kind == "cuda" and name is None:
         raise ValueError("--device cuda: torch finds no CUDA GPU")
-    cuda = kind != "cpu" and torch.cuda.is_available()
     found = importlib.util.find_spec("triton")
     return {
-        "gpu": gpu() if cuda else None,
-        "driver": _smi("driver_version")[0] if cuda else None,
+        "gpu": name,
+        "driver": _smi("driver_version")[0] if name else None,
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if name else None,
         "torch": torch.__version__,
         "triton": importlib.import_module("triton").__version__ if found else None,
         "python": platform.python_version(),
@@ -124,17 +114,15 @@ def source_sha256() -> str:
 def _files(module: str) -> list[Path]:
     """Of a module (`lstm/cell`, `lstm.cell`) of the kernels package, or all of a family (`lstm`); [] if it is gone."""
     path = KERNELS / module.replace(".", "/")
-    if path.is_dir():
-        return sorted(path.glob("*.py"))
-    return [file for file in (path.with_suffix(".py"),) if file.exists()]
+    return sorted(path.glob("*.py")) if path.is_dir() else [file for file in [path.with_suffix(".py")] if file.exists()]
 
 
 def _imports(file: Path) -> list[str]:
     """Modules of the kernels package that a file of it imports, but for what only the compile gate reads."""
-    package, found = "fastgen.kernels", []
+    found = []
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith(f"{package}."):
-            names = [f"{node.module}.{alias.name}".removeprefix(f"{package}.") for alias in node.names]
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith(PACKAGE):
+            names = [f"{node.module}.{alias.name}".removeprefix(PACKAGE) for alias in node.names]
             found += [name if _files(name) else name.rpartition(".")[0] for name in names]
     return [name for name in found if name and "catalogue" not in name]
 
@@ -143,12 +131,10 @@ def sources(modules: Iterable[str]) -> list[str]:
     """The files of these modules and of those of the kernels package that they import, without ".py"; the modules' own
     first."""
     own = [file for module in modules for file in _files(module)]
-    found, waiting = list(own), list(own)
-    while waiting:
-        files = [file for module in _imports(waiting.pop()) for file in _files(module)]
-        new = [file for file in dict.fromkeys(files) if file not in found]
-        found += new
-        waiting += new
+    found = list(own)
+    for file in found:  # grows on the way
+        new = (other for module in _imports(file) for other in _files(module))
+        found += [other for other in dict.fromkeys(new) if other not in found]
     names = [file.relative_to(KERNELS).with_suffix("").as_posix() for file in found]
     return names[: len(own)] + sorted(names[len(own) :])
 
@@ -163,10 +149,9 @@ def kernel_sha256(kernels: list[str]) -> str | None:
 
 def lost(device: torch.device) -> bool:
     """Whether the GPU answers nothing more in this process, as after an illegal memory access."""
-    if device.type != "cuda":
-        return False
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return True
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError:
+            return True
     return False

@@ -31,6 +31,7 @@ from benchmarks.harness.runner import empty_row, measure
 from benchmarks.harness.session import DeviceLost, Session
 
 FORK = multiprocessing.get_context("fork")
+Save = Callable[[Case, list[Row]], Any]
 
 
 @dataclasses.dataclass
@@ -54,13 +55,9 @@ class Piece:
 
 def _end_with(parent: int) -> None:
     """Ends this process soon after its parent has ended, however that came."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 class Child:
@@ -77,10 +74,11 @@ class Child:
         os.setpgid(0, 0)  # with what it starts, as compilers
         gc.freeze()  # to look through all that was imported takes a second, each time
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its children
-        _end_with(parent)
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
         if log is not None:
             os.dup2(log, 1)
             os.dup2(log, 2)
+            sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1, closefd=False)  # whatever they were here
             faulthandler.enable(log)
         try:
             work(lambda kind, value: news.send((kind, value)))
@@ -139,18 +137,18 @@ def in_a_process(work: Callable[[], Any], patience: float = 120.0) -> Any:
 class _Running:
     """A piece in its process: what it is doing, and which rows are still to come."""
 
-    def __init__(self, piece: Piece, session: Session, log: int | None) -> None:
-        self.piece = piece
+    def __init__(self, piece: Piece, session: Session, save: Save, log: int | None) -> None:
+        self.piece, self.save, self.log = piece, save, log
         self.session = dataclasses.replace(session, timing=piece.timing, threads=piece.threads or session.threads)
-        self.index, self.provider = 0, None
-        self.kernels: list[str] = []  # launched by the provider, one a launch
-        self.rows: list[Row] = []  # of the case
+        self._begin(0)
         self.until = time.monotonic() + piece.patience
         self.child = Child(self._work, log)
 
-    @property
-    def case(self) -> Case:
-        return self.piece.cases[self.index]
+    def _begin(self, index: int) -> None:
+        self.index, self.case = index, self.piece.cases[index]
+        self.provider: str | None = None
+        self.kernels: list[str] = []  # launched by the provider, one a launch
+        self.done: set[tuple[str, str]] = set()  # providers and modes of the case that have their rows
 
     def _work(self, tell: Callable[[str, Any], None]) -> None:
         torch.set_num_threads(self.session.threads)
@@ -168,41 +166,55 @@ class _Running:
                 return
         tell("done", None)
 
-    def hear(self, kind: str, value: Any) -> None:
-        if kind == "case":
-            self.index, self.provider, self.kernels, self.rows = value, None, [], []
-        elif kind == "doing":
-            self.provider, self.kernels = value, []
-        elif kind == "kernel":
-            self.kernels.append(value)
-        elif kind == "row":
-            self.rows.append(value)
-        self.until = time.monotonic() + self.piece.patience
+    def listen(self) -> str | None:
+        """Takes in what the process has told. How it died; "" if it is done, None if it goes on."""
+        ended = None
+        for kind, value in self.child.heard():
+            self.until = time.monotonic() + self.piece.patience
+            if kind == "done":
+                ended = ""
+            elif kind in ("failed", "end"):
+                ended = value if ended is None else ended
+            elif kind == "log":
+                out = sys.stderr.fileno() if self.log is None else self.log
+                os.write(out, f"{self.case.title}\n{value}\n".encode())
+            elif kind == "case":
+                self._begin(value)
+            elif kind == "doing":
+                self.provider, self.kernels = value, []
+            elif kind == "kernel":
+                self.kernels.append(value)
+            elif kind == "row":
+                self.done.add((value["provider"], value["mode"]))
+                self.save(self.case, [value])
+        if ended is None and time.monotonic() > self.until:
+            ended = f"no result within {self.piece.patience:.0f} s"
+        if ended is not None:
+            self.child.kill()
+        return ended
 
-    def failed(self, problem: str) -> list[Row]:
-        """The rows of what it was doing when it died (of all providers, where it was none's), without those before."""
-        done = {(row["provider"], row["mode"]) for row in self.rows}
-        case, session = self.case, self.session
+    def failed(self, problem: str) -> None:
+        """Saves the rows of what it was doing when it died, or of all providers, where it was none's."""
         checked = Checked(problem, launched=self.kernels)
-        names = list(case.providers) if self.provider is None else [self.provider]
-        missing = [(n, mode) for n in names for mode in case.timed_modes(n) if (n, mode) not in done]
-        return [empty_row(case, session, name, mode, checked) for name, mode in missing]
+        for name in self.case.providers if self.provider is None else [self.provider]:
+            for mode in self.case.timed_modes(name):
+                if (name, mode) not in self.done:
+                    self.save(self.case, [empty_row(self.case, self.session, name, mode, checked)])
 
     def rest(self) -> Piece | None:
         """What is left to do without the provider that died: the providers that lack a row (of a mode, all or none)."""
-        case, later = self.case, self.piece.cases[self.index + 1 :]
-        done = {(row["provider"], row["mode"]) for row in self.rows}
-        others = [name for name in case.providers if self.provider not in (None, name)]
-        lacking = [name for name in others if any((name, mode) not in done for mode in case.timed_modes(name))]
+        later = self.piece.cases[self.index + 1 :]
+        others = [name for name in self.case.providers if self.provider not in (None, name)]
+        lacking = [name for name in others if {(name, mode) for mode in self.case.timed_modes(name)} - self.done]
         if lacking:
-            later = [case.only(lacking), *later]
+            later = [self.case.only(lacking), *later]
         return dataclasses.replace(self.piece, cases=later) if later else None
 
 
 def run(
     pieces: Iterable[Piece],
     session: Session,
-    save: Callable[[Case, list[Row]], Any],
+    save: Save,
     *,
     lanes: int = 1,
     start_until: float = float("inf"),
@@ -216,51 +228,27 @@ def run(
         start_until, end: of `time.monotonic()`: no piece starts after the first, and none runs after the second.
         log: file descriptor that what the processes print goes to.
     """
-    waiting, running, late = deque(pieces), set[_Running](), []
+    waiting, running, late = deque(pieces), set[_Running](), list[Piece]()
     try:
-        while waiting or running:
+        while True:
             while waiting and len(running) < lanes and time.monotonic() < min(start_until, end):
-                running.add(_Running(waiting.popleft(), session, log))
+                running.add(_Running(waiting.popleft(), session, save, log))
             if not running:
-                break
-            now = time.monotonic()
-            soonest = min(min(one.until for one in running), end)
-            wait([ready for one in running for ready in one.child.ends], timeout=min(max(soonest - now, 0.0), 1.0))
+                return [*late, *waiting]
+            soonest = min(end, *(one.until for one in running)) - time.monotonic()
+            wait([ready for one in running for ready in one.child.ends], timeout=min(max(soonest, 0.0), 1.0))
             for one in list(running):
-                ended = _listen(one, save, log)
-                if ended is None and time.monotonic() > min(one.until, end):
+                ended = one.listen()
+                if ended is None and time.monotonic() > end:
                     one.child.kill()
-                    if time.monotonic() > end:
-                        late.append(dataclasses.replace(one.piece, cases=one.piece.cases[one.index :]))
-                        running.remove(one)
-                        continue
-                    ended = f"no result within {one.piece.patience:.0f} s"
-                if ended is not None:
+                    late.append(dataclasses.replace(one.piece, cases=one.piece.cases[one.index :]))
+                    running.remove(one)
+                elif ended is not None:
                     running.remove(one)
                     if ended:
-                        save(one.case, one.failed(ended))
+                        one.failed(ended)
                         if rest := one.rest():
                             waiting.appendleft(rest)
-        return [*late, *waiting]
     finally:
         for one in running:
             one.child.kill()
-
-
-def _listen(one: _Running, save: Callable[[Case, list[Row]], Any], log: int | None) -> str | None:
-    """Takes in what the process has told. How it died; "" if it is done, None if it goes on."""
-    ended = None
-    for kind, value in one.child.heard():
-        if kind in ("done", "failed"):
-            ended = "" if kind == "done" else value
-        elif kind == "end":
-            ended = value if ended is None else ended
-        elif kind == "log":
-            os.write(sys.stderr.fileno() if log is None else log, f"{one.case.title}\n{value}\n".encode())
-        else:
-            one.hear(kind, value)
-            if kind == "row":
-                save(one.case, [value])
-    if ended is not None:
-        one.child.kill()
-    return ended

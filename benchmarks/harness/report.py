@@ -3,7 +3,7 @@
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import geometric_mean
 
@@ -41,30 +41,24 @@ def _number(value: float | None, form: str = ".4g") -> str:
     return "-" if value is None else format(value, form)
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.0f}%"
+def name_of(row: Row) -> str:
+    return f"{row['op']} {row['shape']} {row['dtype']} {row['mode']}"
 
 
 def line(row: Row) -> str:
     """Of a row, under COLUMNS; a problem and the time of a part last."""
-    cells = (
-        row["mode"],
-        _number(row["ms_p50"]),
-        f"{row['ms_p20']:.3g}..{row['ms_p80']:.3g}" if row["ms_p50"] else "-",
-        _number(row["times_baseline"], ".2f"),
-        _number(row.get("wall_ms_p50")),
-        _number(row.get("graph_ms_p50")),
-        _number(row.get("host_us"), ".3g"),
-        _number(row["peak_mb"]),
-        _percent(row.get("copy_fraction")),
-        _number(row["error"], ".1e"),
-    )
-    part = f"{row['us_a_part']:.3g} us each" if row.get("us_a_part") else ""
-    share = f"extrapolated from 1/{1 / row['share']:.0f} of it" if row.get("share") else ""
-    died_in = f"in {row['died_in']}" if row.get("died_in") else ""
-    about = "  ".join(word for word in (row["problem"], died_in, part, share) if word)
+    spread = f"{row['ms_p20']:.3g}..{row['ms_p80']:.3g}" if row["ms_p50"] else "-"
+    cells = [row["mode"], _number(row["ms_p50"]), spread, _number(row["times_baseline"], ".2f")]
+    cells += [_number(row.get("wall_ms_p50")), _number(row.get("graph_ms_p50")), _number(row.get("host_us"), ".3g")]
+    cells += [_number(row["peak_mb"]), _number(row.get("copy_fraction"), ".0%"), _number(row["error"], ".1e")]
+    about = [
+        row["problem"],
+        f"in {row['died_in']}" if row.get("died_in") else "",
+        f"{row['us_a_part']:.3g} us each" if row.get("us_a_part") else "",
+        f"extrapolated from 1/{1 / row['share']:.0f} of it" if row.get("share") else "",
+    ]
     joined = "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS.values(), strict=True))
-    return f"  {row['provider']:<34}{joined}  {about}".rstrip()
+    return f"  {row['provider']:<34}{joined}  {'  '.join(filter(None, about))}".rstrip()
 
 
 def footer(measured: list[Row], kept: list[Row], late: list[Case], folder: Path | None) -> None:
@@ -81,28 +75,28 @@ def footer(measured: list[Row], kept: list[Row], late: list[Case], folder: Path 
 
 
 def changes(old: list[Row], new: list[Row]) -> None:
-    found = rows.changes(old, new)
+    found, failing = rows.changes(old, new)
     print(f"\n{len(found)} changes beyond noise")
-    for ratio, before, after in found:
-        what = f"{after['op']} {after['shape']} {after['dtype']} {after['provider']} {after['mode']}"
-        word = "slower" if ratio > 1 else "faster"
-        print(f"  {what}: {before['ms_p50']:.4g} -> {after['ms_p50']:.4g} ms, {max(ratio, 1 / ratio):.2f} times {word}")
-    for row in rows.newly_failing(old, new):
-        what = f"{row['op']} {row['shape']} {row['dtype']} {row['provider']} {row['mode']}"
-        print(f"  {what}: had a time, and now: {row['problem']}")
+    for ratio, before, row in found:
+        how = f"{max(ratio, 1 / ratio):.2f} times {'slower' if ratio > 1 else 'faster'}"
+        print(
+            f"  {name_of(row)} {row['provider']} {row['mode']}: {before['ms_p50']:.4g} -> {row['ms_p50']:.4g} ms, {how}"
+        )
+    for row in failing:
+        print(f"  {name_of(row)} {row['provider']} {row['mode']}: had a time, and now: {row['problem']}")
 
 
 def speed_ups(saved: Iterable[Row]) -> str:
     """A line a case and mode in which fastgen was timed: its time, the best rival's, and how many times faster."""
     lines = []
-    for (op, shape, dtype, mode, _), group in _groups(saved).items():
+    for group in _groups(saved):
         rival = _best_rival(group)
         for row in group:
-            if row["provider"] == "fastgen" and row["ms_p50"]:
+            if row["provider"].startswith("fastgen") and row["ms_p50"]:
                 against = f"{_speed_up(row, group):.2f}x {rival['provider']}" if rival else "no rival"
                 host = f", host {row['host_us']:.0f} us" if row["host_us"] else ""
                 part = f", {row['us_a_part']:.3g} us each" if row.get("us_a_part") else ""
-                what = f"{op} {shape} {dtype} {mode}"
+                what = name_of(row) + row["provider"].removeprefix("fastgen")
                 lines.append(f"{what:<72} {row['ms_p50']:8.4g} ms  {against}{host}{part}")
     return "\n".join(lines)
 
@@ -118,8 +112,7 @@ def verdicts(saved: list[Row]) -> str:
         word = next((word for word, found in by.items() if found), "not launched")
         about = f"{len(by['correct'])} correct, {len(by['wrong'])} wrong, {len(by['dead'])} dead"
         if word in ("dead", "wrong"):
-            row = by[word][0]
-            about += f"; {row['op']} {row['shape']} {row['dtype']}: {row['problem']}"
+            about += f"; {name_of(by[word][0])}: {by[word][0]['problem']}"
         errors = [row["error"] for row in launched if row["error"] is not None]
         lines.append(f"{word:<12} {name:<44} largest error {_number(max(errors, default=None), '.1e'):>8}  {about}")
     return "\n".join(lines)
@@ -132,8 +125,8 @@ def status(folder: Path) -> int:
     width = max(len(row[1]) for row in table)
     for gpu, kernel, word, count, tested in table:
         print(f"{gpu}  {kernel:<{width}}  {word:<8} {count:>4} rows   tests {tested}")
-    counts = {word: sum(row[2] == word for row in table) for word in ("fresh", "stale", "missing")}
-    print(", ".join(f"{count} {word}" for word, count in counts.items()))
+    counts = Counter(row[2] for row in table)
+    print(", ".join(f"{counts[word]} {word}" for word in ("fresh", "stale", "missing")))
     return 0
 
 
@@ -144,11 +137,16 @@ def _best_rival(group: list[Row], figure: str = "ms_p50") -> Row | None:
     return min(timed, key=lambda r: r[figure], default=None)
 
 
-def _groups(selected: Iterable[Row]) -> dict[tuple, list[Row]]:
-    groups: dict[tuple, list[Row]] = {}
+def _groups(selected: Iterable[Row]) -> list[list[Row]]:
+    """The rows of all providers of a case and mode."""
+    groups: dict[str, list[Row]] = {}
     for row in selected:
-        groups.setdefault((row["op"], row["shape"], row["dtype"], row["mode"], row["threads"]), []).append(row)
-    return groups
+        groups.setdefault(str([row[name] for name in ("op", "shape", "dtype", "mode", "threads")]), []).append(row)
+    return list(groups.values())
+
+
+def _sorted_groups(selected: Iterable[Row]) -> list[list[Row]]:
+    return sorted(_groups(selected), key=lambda group: (name_of(group[0]), str(group[0]["threads"])))
 
 
 def _speed_up(row: Row, group: list[Row], figure: str = "ms_p50") -> float | None:
@@ -156,60 +154,49 @@ def _speed_up(row: Row, group: list[Row], figure: str = "ms_p50") -> float | Non
     return rival[figure] / row[figure] if rival and row.get(figure) else None
 
 
-def _gpu_summary(gpu: str, selected: list[Row]) -> list[str]:
+def _table(head: str, body: Iterable[Iterable[str]]) -> list[str]:
+    return [f"| {head} |", "|---" * len(head.split(" | ")) + "|", *(f"| {' | '.join(cells)} |" for cells in body), ""]
+
+
+def _gpu_summary(gpu: str, selected: list[Row]) -> Iterator[str]:
     """A line for each operation and mode: how much faster than the best rival of each size, none left out."""
     versions = sorted({f"torch {row['torch']}, Triton {row['triton']}, driver {row['driver']}" for row in selected})
-    lines = [
-        f"### {gpu}",
-        "",
-        f"{'; '.join(versions)}; TF32 allowed to all float32 products. Speed-up over the fastest",
-    ]
-    lines += [
-        "rival in plain PyTorch at each size, eager or compiled: single calls, L2 cache cleared, and replays of a"
-    ]
     folder = machine.folder_name({"gpu": gpu})
-    lines += [f"CUDA graph, which launch nothing. Every size: [{folder}](benchmarks/results/{folder}/{TABLE}).", ""]
-    lines += [
-        "| operation | mode | sizes | geometric mean | least | greatest | in CUDA graphs |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    yield f"### {gpu}\n"
+    yield f"{'; '.join(versions)}; TF32 allowed to all float32 products. Speed-up over the fastest"
+    yield "rival in plain PyTorch at each size, eager or compiled: single calls, L2 cache cleared, and replays of a"
+    yield f"CUDA graph, which launch nothing. Every size: [{folder}](benchmarks/results/{folder}/{TABLE}).\n"
     measured: dict[tuple[str, str], list[tuple[float, float | None]]] = {}
-    for (op, _, _, mode, _), group in sorted(_groups(selected).items(), key=str):
+    for group in _sorted_groups(selected):
         for row in group:
             if row["provider"] == "fastgen" and (faster := _speed_up(row, group)):
-                measured.setdefault((op, mode), []).append((faster, _speed_up(row, group, "graph_ms_p50")))
+                in_graphs = _speed_up(row, group, "graph_ms_p50")
+                measured.setdefault((row["op"], row["mode"]), []).append((faster, in_graphs))
+    body = []
     for (op, mode), found in measured.items():
         direct, graphs = [one for one, _ in found], [graph for _, graph in found if graph]
-        cells = [op, mode, str(len(found)), f"{geometric_mean(direct):.2f}", f"{min(direct):.2f}", f"{max(direct):.2f}"]
-        lines.append("| " + " | ".join([*cells, f"{geometric_mean(graphs):.2f}" if graphs else "-"]) + " |")
-    return [*lines, ""]
+        figures = [f"{value:.2f}" for value in (geometric_mean(direct), min(direct), max(direct))]
+        body.append([op, mode, str(len(found)), *figures, f"{geometric_mean(graphs):.2f}" if graphs else "-"])
+    yield from _table("operation | mode | sizes | geometric mean | least | greatest | in CUDA graphs", body)
 
 
 def gpu_table(gpu: str, saved: list[Row]) -> str:
     """Every size of every operation that was measured on a GPU, slower ones and failures among them."""
-    lines = [
-        f"# {gpu}",
-        "",
-        "Medians of single calls in ms, L2 cache cleared; (in brackets) of a replay as a CUDA graph.",
-        "",
-    ]
-    lines += [
-        "| operation | size | dtype | mode | provider | ms | best rival | speed-up | of copy | of matmul | MB | error |"
-    ]
-    lines += ["|" + "---|" * 12]
-    selected = [row for row in saved if row["gpu"] == gpu and row["op"] != rows.TESTS]
-    for (op, shape, dtype, mode, _), group in sorted(_groups(selected).items(), key=str):
+    body = []
+    for group in _sorted_groups(row for row in saved if row["gpu"] == gpu and row["op"] != rows.TESTS):
         rival = _best_rival(group)
         for row in group:
-            if not row["provider"].startswith("fastgen"):
-                continue
-            graph = f" ({row['graph_ms_p50']:.4g})" if row.get("graph_ms_p50") else ""
-            cells = [op, shape, dtype, mode, row["provider"], row["problem"] or _number(row["ms_p50"]) + graph]
-            cells += [f"{rival['provider']}: {rival['ms_p50']:.4g}" if rival else "-"]
-            cells += [_number(_speed_up(row, group), ".2f"), _percent(row.get("copy_fraction"))]
-            cells += [_percent(row.get("matmul_fraction")), _number(row["peak_mb"]), _number(row["error"], ".1e")]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
+            if row["provider"].startswith("fastgen"):
+                graph = f" ({row['graph_ms_p50']:.4g})" if row.get("graph_ms_p50") else ""
+                cells = [row[name] for name in ("op", "shape", "dtype", "mode", "provider")]
+                cells += [row["problem"] or _number(row["ms_p50"]) + graph]
+                cells += [f"{rival['provider']}: {rival['ms_p50']:.4g}" if rival else "-"]
+                cells += [_number(_speed_up(row, group), ".2f"), _number(row.get("copy_fraction"), ".0%")]
+                cells += [_number(row.get("matmul_fraction"), ".0%"), _number(row["peak_mb"])]
+                body.append([*cells, _number(row["error"], ".1e")])
+    head = "operation | size | dtype | mode | provider | ms | best rival | speed-up | of copy | of matmul | MB | error"
+    about = "Medians of single calls in ms, L2 cache cleared; (in brackets) of a replay as a CUDA graph."
+    return "\n".join([f"# {gpu}", "", about, "", *_table(head, body)])
 
 
 def performance_section(saved: list[Row]) -> str:

@@ -83,11 +83,9 @@ def still_true(
             row = saved.get(key({**facts, **wanted, "provider": provider, "threads": threads}))
             if row is None or any(row.get(name) != facts[name] for name in VERSIONS):
                 return None
-            if timed and not row["ms_p50"] and not row["problem"]:
-                return None
             rival = facts["gpu"] and not case.exact and not provider.startswith("fastgen")
             same = state(row) == "fresh" if row["kernels"] else row.get("source_sha256") == facts["source_sha256"]
-            if not (rival or same):
+            if not (rival or same) or (timed and not row["ms_p50"] and not row["problem"]):
                 return None
             found.append(row)
     return found
@@ -99,42 +97,32 @@ def state(row: Row) -> str:
     return "fresh" if current is not None and current == row.get("kernel_sha256") else "stale"
 
 
-def _word(about: list[Row]) -> str:
-    states = {state(row) for row in about}
-    return "stale" if "stale" in states else "fresh" if states else "missing"
-
-
 def status(rows: list[Row], kernels: list[str], gpus: list[str]) -> list[tuple[str, str, str, int, str]]:
     """(GPU, kernel, "fresh" | "stale" | "missing", rows, the same word of its tests, or "failed") for every kernel and
     GPU. The rows of a kernel are those that timed it."""
+
+    def word(about: list[Row]) -> str:
+        states = {state(row) for row in about}
+        return "stale" if "stale" in states else "fresh" if states else "missing"
+
     table = []
     for gpu in gpus:
         about = [row for row in rows if row.get("gpu") == gpu]
         tests = [row for row in about if row["op"] == TESTS]
-        tested = "failed" if any(row["problem"] for row in tests) else _word(tests)
+        tested = "failed" if any(row["problem"] for row in tests) else word(tests)
         for name in kernels:
             measured = [row for row in about if row.get("ms_p50") and name in row.get("launched", ())]
-            table.append((gpu, name, _word(measured), len(measured), tested))
+            table.append((gpu, name, word(measured), len(measured), tested))
     return table
 
 
-def changes(old: list[Row], new: list[Row]) -> list[tuple[float, Row, Row]]:
+def changes(old: list[Row], new: list[Row]) -> tuple[list[tuple[float, Row, Row]], list[Row]]:
     """(new / old median, old row, new row), slowest first, of what changed by more than noise: the ranges from the
-    20th to the 80th percentile are apart, and the medians differ by more than 3 %."""
+    20th to the 80th percentile are apart, and the medians differ by more than 3 %. And the rows that have a problem
+    instead of the time that they had."""
     before = {key(row): row for row in old if row.get("ms_p50")}
-    found = []
-    for row in new:
-        past = before.get(key(row))
-        if past is None or not row.get("ms_p50"):
-            continue
-        ratio = row["ms_p50"] / past["ms_p50"]
-        apart = row["ms_p20"] > past["ms_p80"] or row["ms_p80"] < past["ms_p20"]
-        if apart and abs(ratio - 1) > NOISE:
-            found.append((ratio, past, row))
-    return sorted(found, key=lambda change: -change[0])
-
-
-def newly_failing(old: list[Row], new: list[Row]) -> list[Row]:
-    """What had a time in the old rows and has a problem now."""
-    before = {key(row) for row in old if row.get("ms_p50")}
-    return [row for row in new if key(row) in before and not row.get("ms_p50") and row.get("problem")]
+    pairs = [(before[key(row)], row) for row in new if key(row) in before]
+    failing = [row for _, row in pairs if not row.get("ms_p50") and row.get("problem")]
+    found = [(row["ms_p50"] / past["ms_p50"], past, row) for past, row in pairs if row.get("ms_p50")]
+    apart = [one for one in found if one[2]["ms_p20"] > one[1]["ms_p80"] or one[2]["ms_p80"] < one[1]["ms_p20"]]
+    return sorted((one for one in apart if abs(one[0] - 1) > NOISE), key=lambda one: -one[0]), failing

@@ -14,7 +14,7 @@ import torch._functorch.config as functorch_config
 
 from benchmarks.harness import launches, machine
 from benchmarks.harness.case import INTERPRETED, Case, as_tuple, cotangents, gradients, leaves, name_of, replays_graphs
-from benchmarks.harness.compare import Checked, compare, verdict
+from benchmarks.harness.compare import Checked, compare
 from benchmarks.harness.rows import Row, now
 from benchmarks.harness.session import OUT_OF_MEMORY, Session
 from benchmarks.harness.timing import Samples
@@ -23,6 +23,17 @@ from benchmarks.harness.timing import Samples
 functorch_config.donated_buffer = False
 
 TURNS = 5  # a provider's samples are spread over as many turns, so that a disturbance meets all of them
+UNKNOWN = (  # fields of a row that only times fill in
+    *("ms_p20", "ms_p50", "ms_p80", "host_us", "peak_mb", "warmup_s", "graph_problem", "us_a_part", "times_baseline"),
+    *("copy_fraction", "matmul_fraction"),
+)
+
+
+def verdict(error: float | None, problem: str) -> str | None:
+    """ "correct", "wrong", "dead" (no result), or None where nothing was compared."""
+    if problem:
+        return "wrong" if problem.startswith("wrong") else "dead"
+    return None if error is None else "correct"
 
 
 def went_wrong(row: Row) -> bool:
@@ -34,12 +45,7 @@ def went_wrong(row: Row) -> bool:
 def prepare(case: Case, call: Callable, mode: str, inputs: dict[str, Any]) -> Callable[[], Any]:
     """The call that is timed. For "bwd" it runs the forward now and keeps its graph."""
     if mode == "fwd":
-
-        def evaluation() -> Any:
-            with torch.no_grad():
-                return call(**inputs)
-
-        return evaluation
+        return torch.no_grad()(functools.partial(call, **inputs))
     variables = leaves(inputs)
     outputs = as_tuple(call(**inputs))
     seeds = cotangents(outputs)
@@ -66,54 +72,48 @@ def measure(case: Case, session: Session) -> list[Row]:
     rows = []
     for mode in case.modes:
         names = [name for name in case.providers if mode in case.timed_modes(name)]
-        mode_rows = {name: empty_row(case, session, name, mode, gate[name]) for name in names}
+        of_mode = {name: empty_row(case, session, name, mode, gate[name]) for name in names}
+        timed = {n: row for n, row in of_mode.items() if not row["problem"] and INTERPRETED not in n}
         if session.timing:
-            timed = {n: row for n, row in mode_rows.items() if not row["problem"] and INTERPRETED not in n}
             _time(case, session, mode, inputs if timed else {}, timed)
-            power = machine.power_state(session.device)  # right after the work, not idle
-        base = mode_rows[case.baseline]["ms_p50"] if case.baseline in mode_rows else None
-        for row in mode_rows.values():
+        power = machine.power_state(session.device) if session.timing else {}  # right after the work, not idle
+        base = of_mode[case.baseline]["ms_p50"] if case.baseline in of_mode else None
+        for row in of_mode.values():
             row["times_baseline"] = row["ms_p50"] / base if base and row["ms_p50"] else None
-            row["power"] = power if session.timing else {}
-            row["verdict"] = verdict(row["error"], row["problem"])
+            row |= {"power": power, "verdict": verdict(row["error"], row["problem"])}
             session.tell("row", row)
-        rows += list(mode_rows.values())
+        rows += list(of_mode.values())
     return rows
 
 
 def empty_row(case: Case, session: Session, name: str, mode: str, checked: Checked) -> Row:
+    """Without times."""
     cuda = session.device.type == "cuda"
     threads = None if cuda else session.threads
     modules = [launches.catalogue().get(kernel) for kernel in checked.launched]
     kernels = machine.sources(dict.fromkeys(module for module in modules if module))
     rates = session.rates.get(threads, {})
+    word = verdict(checked.error, checked.problem)
     return {
         "op": case.op,
         "kernels": kernels,
         "launched": sorted(set(checked.launched)),
-        "died_in": checked.launched[-1] if checked.launched and verdict(None, checked.problem) == "dead" else None,
+        "died_in": checked.launched[-1] if checked.launched and word == "dead" else None,
         "shape": case.shape,
         "dtype": name_of(case.dtype),
         "provider": name,
         "mode": mode,
-        **Samples().figures(),
-        "host_us": None,
-        "peak_mb": None,
+        **dict.fromkeys(UNKNOWN),
+        "samples": 0,
         "error": checked.error,
-        "verdict": verdict(checked.error, checked.problem),
+        "verdict": word,
         "problem": checked.problem,
         "first_call_s": checked.first_call_s,
-        "warmup_s": None,
-        "graph_problem": None,
         "landmark": name in case.not_compared,
         "share": case.share.get(name),
-        "us_a_part": None,
         "baseline": case.baseline,
-        "times_baseline": None,
         "bytes": case.bytes.get(mode),
         "flops": case.flops.get(mode),
-        "copy_fraction": None,
-        "matmul_fraction": None,
         "copy_gb_s": rates.get("copy"),
         "matmul_tflop_s": rates.get(name_of(case.dtype)),
         "batch": case.batch,
@@ -121,7 +121,6 @@ def empty_row(case: Case, session: Session, name: str, mode: str, checked: Check
         "tf32": case.tf32 if cuda else None,
         **session.facts,
         "kernel_sha256": machine.kernel_sha256(kernels),
-        "power": {},
         "time": now(),
         "command": session.command,
     }
@@ -137,22 +136,32 @@ def plan(once: float, budget: float, long: float) -> tuple[int, int]:
 
 def _time(case: Case, session: Session, mode: str, inputs: dict[str, Any], rows: dict[str, Row]) -> None:
     """Warms every provider up, then samples them in turns; fills their rows in."""
-    plans: dict[str, tuple[int, int]] = {}
+    clock, plans = session.clock, dict[str, tuple[int, int]]()
     samples = {name: Samples() for name in rows}
+    calls = {name: functools.partial(prepare, case, case.providers[name], mode, inputs) for name in rows}
     for name, row in rows.items():
         with session.doing(name) as problems:
-            once = _warm_up(session, prepare(case, case.providers[name], mode, inputs), row)
-            plans[name] = plan(once, session.budget, session.clock.LONG)
+            # The first call may compile. What is slow even so is not run once more for its memory.
+            call = calls[name]()
+            row["warmup_s"] = once = clock.once(call)[0]
+            if once < clock.LONG:
+                once, memory = clock.once(call)
+                row["peak_mb"] = None if replays_graphs(name) else memory
+            plans[name] = plan(once, session.budget, clock.LONG)
+            del call  # a backward keeps its forward's memory
         row["problem"] = "".join(problems)
     for turn in range(TURNS):
         for name, (turns, count) in plans.items():
             if turn >= turns or rows[name]["problem"]:
                 continue
             with session.doing(name) as problems:
-                _sample(session, prepare(case, case.providers[name], mode, inputs), count, samples[name])
+                call = calls[name]()
+                if count > 1:
+                    clock.once(call)
+                clock.turn(call, count, samples[name])
+                del call
                 if turn == 0 and count > 1 and not replays_graphs(name):
-                    make = functools.partial(prepare, case, case.providers[name], mode, inputs)
-                    rows[name]["graph_problem"] = session.clock.graph(make, samples[name]) or None
+                    rows[name]["graph_problem"] = clock.graph(calls[name], samples[name]) or None
             rows[name]["problem"] = "".join(problems)
     for name in plans:
         if not rows[name]["problem"]:
@@ -161,32 +170,15 @@ def _time(case: Case, session: Session, mode: str, inputs: dict[str, Any], rows:
             rows[name].update(case.about(name, inputs))
 
 
-def _warm_up(session: Session, call: Callable[[], Any], row: Row) -> float:
-    """Seconds of a call after the first, which may compile. What is slow even so is not run once more for it."""
-    row["warmup_s"] = once = session.clock.once(call)
-    if once < session.clock.LONG:
-        once, memory = session.clock.once_with_memory(call)
-        row["peak_mb"] = None if replays_graphs(row["provider"]) else memory
-    return once
-
-
-def _sample(session: Session, call: Callable[[], Any], count: int, samples: Samples) -> None:
-    if count > 1:
-        session.clock.once(call)
-    session.clock.turn(call, count, samples)
-
-
 def _derive(row: Row, parts: int | None) -> None:
     """What follows from the times: those of the whole work, of one part, and which part of the measured copy bandwidth
     and matmul rate the floor's bytes and operations in this time are."""
     if row["share"]:
-        for name in [name for name in row if "ms_p" in name and row[name] is not None]:
-            row[name] /= row["share"]
+        row |= {name: row[name] / row["share"] for name in row if "ms_p" in name and row[name] is not None}
     best = row.get("graph_ms_p50") or row["ms_p50"]
     row["us_a_part"] = 1e3 * best / parts if parts else None
-    seconds = row["ms_p50"] / 1e3
-    for name, work, rate, unit in (
-        ("copy_fraction", "bytes", "copy_gb_s", 1e9),
-        ("matmul_fraction", "flops", "matmul_tflop_s", 1e12),
+    for name, work, rate in (
+        ("copy_fraction", row["bytes"], 1e9 * (row["copy_gb_s"] or 0.0)),
+        ("matmul_fraction", row["flops"], 1e12 * (row["matmul_tflop_s"] or 0.0)),
     ):
-        row[name] = row[work] / seconds / (row[rate] * unit) if row[work] and row[rate] and seconds else None
+        row[name] = 1e3 * work / row["ms_p50"] / rate if work and rate and row["ms_p50"] else None

@@ -53,29 +53,24 @@ class CpuTimer:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def once(self, call: Call) -> float:
-        """Seconds of one call."""
+    def once(self, call: Call) -> tuple[float, float | None]:
+        """Seconds of one call; no memory: torch does not count that of a CPU."""
         start = time.perf_counter()
         call()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, None
 
     def turn(self, call: Call, count: int, samples: Samples) -> None:
         wall, cpu = [], []
         for _ in range(count):
-            cpu_start, start = time.process_time(), time.perf_counter()
-            call()
-            wall.append(1e3 * (time.perf_counter() - start))
-            cpu.append(1e3 * (time.process_time() - cpu_start))
+            start = time.process_time()
+            wall.append(1e3 * self.once(call)[0])
+            cpu.append(1e3 * (time.process_time() - start))
         if torch.get_num_threads() == 1:
             undisturbed = [w for w, c in zip(wall, cpu, strict=True) if w <= 1.1 * c + 0.01]
             samples.add("disturbed_p50", [1 - len(undisturbed) / count])
             wall = undisturbed or wall
         samples.ms += wall
         samples.add("cpu_ms_p50", cpu)
-
-    def once_with_memory(self, call: Call) -> tuple[float, float | None]:
-        """Seconds of one call; no memory: torch does not count that of a CPU."""
-        return self.once(call), None
 
     def graph(self, make: Callable[[], Call], samples: Samples) -> str:
         """There are no CUDA graphs here."""
@@ -104,12 +99,15 @@ class CudaTimer:
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         self.flush = torch.empty(max(4 * cache, self.FLUSH), dtype=torch.uint8, device=device)
 
-    def once(self, call: Call) -> float:
+    def once(self, call: Call) -> tuple[float, float | None]:
+        """Seconds of one call, and its memory beyond what stood before it, in 10^6 bytes."""
         torch.cuda.synchronize(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
         start = time.perf_counter()
         call()
         torch.cuda.synchronize(self.device)
-        return time.perf_counter() - start
+        return time.perf_counter() - start, (torch.cuda.max_memory_allocated(self.device) - before) / 1e6
 
     def _events(self, call: Call, count: int, cold: bool) -> list[float]:
         pairs = []
@@ -137,14 +135,6 @@ class CudaTimer:
         torch.cuda.synchronize(self.device)
         samples.add("wall_ms_p50", [1e3 * (time.perf_counter() - start) / count])
         samples.add("host_us", [1e6 * enqueued / count])
-
-    def once_with_memory(self, call: Call) -> tuple[float, float | None]:
-        """Seconds of one call, and its memory beyond what stood before it, in 10^6 bytes."""
-        torch.cuda.synchronize(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        seconds = self.once(call)
-        return seconds, (torch.cuda.max_memory_allocated(self.device) - before) / 1e6
 
     def graph(self, make: Callable[[], Call], samples: Samples) -> str:
         """The graph time, where the call can be captured; else why not. `make` makes the call, on the stream that is
@@ -185,10 +175,10 @@ def _median_seconds(clock: CpuTimer | CudaTimer, call: Call) -> float:
 
 def copy_rate(clock: CpuTimer | CudaTimer) -> float:
     """Measured copy bandwidth in 10^9 bytes a second, reads and writes counted."""
-    size = 2**30 if clock.device.type == "cuda" else 2**27
-    source = torch.randint(256, (size,), dtype=torch.uint8, device=clock.device)
+    source = torch.empty(2**30 if clock.device.type == "cuda" else 2**27, dtype=torch.uint8, device=clock.device)
+    source.random_(256)
     target = torch.empty_like(source)
-    return 2 * size / _median_seconds(clock, lambda: target.copy_(source)) / 1e9
+    return 2 * len(source) / _median_seconds(clock, lambda: target.copy_(source)) / 1e9
 
 
 def matmul_rate(clock: CpuTimer | CudaTimer, dtype: torch.dtype) -> float:

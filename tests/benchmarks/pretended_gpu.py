@@ -84,7 +84,7 @@ def pretend(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, Stub)
     answers = {"is_available": True, "get_device_name": NAME, "get_device_properties": properties}
     answers |= {"memory_allocated": 1_000_000, "max_memory_allocated": 3_500_000, "is_bf16_supported": True}
-    answers |= dict.fromkeys(("synchronize", "reset_peak_memory_stats", "set_sync_debug_mode", "empty_cache"))
+    answers |= dict.fromkeys(("synchronize", "reset_peak_memory_stats", "set_sync_debug_mode", "empty_cache", "init"))
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, _answer(answer))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *args: 0)  # asked by tests/conftest.py
@@ -101,7 +101,7 @@ def pretend(monkeypatch):
         """Those of a dry run, with the providers that a GPU has."""
         for case in load(name, "toy", device)[: None if name == "launches" else 2]:
             own = (name for name in case.providers if name.startswith("fastgen, "))
-            yield case.without(*(name for name in own if not name.endswith(("CUDA graph", "compiled"))))
+            yield case.without(*(name for name in own if not name.endswith("persistent")))
 
     monkeypatch.setattr(cases, "load", lambda *arguments: list(small(*arguments)))
     names = dict.fromkeys(name for name, _, _ in first_contact.HEADLINES)

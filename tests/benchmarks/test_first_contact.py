@@ -121,10 +121,10 @@ def test_what_was_mended_is_run_again(planted, monkeypatch):
 def test_the_kernel_that_a_process_died_in_is_named(planted, monkeypatch, tmp_path, capsys):
     """The last that was launched."""
     pytest.importorskip("triton")
-    _, inputs, _, operation = next(one for one in launches._of_all(launches.TOY, "toy") if "kl 3x37" in one[0])
+    kl = next(one for one in launches.operations(launches.TOY) if one.op == "reparameterize_kl")
 
     def launch_and_crash(x):
-        operation(**inputs(torch.device("cpu"), torch.float32), impl="triton")
+        kl.call(**kl.inputs(torch.device("cpu"), dtype=torch.float32), impl="triton")
         os.kill(os.getpid(), signal.SIGSEGV)
 
     saved = planted(launch_and_crash)[1]
@@ -136,7 +136,11 @@ def test_the_kernel_that_a_process_died_in_is_named(planted, monkeypatch, tmp_pa
 def test_imports_that_use_cuda_are_done_without(monkeypatch, capsys):
     """A fork could not use it any more."""
     started = []
-    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+
+    def initialized():
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    monkeypatch.setattr(torch.cuda, "init", initialized)
     monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
     monkeypatch.setattr(sys, "argv", ["benchmarks", "first-contact", "--minutes", "3"])
     monkeypatch.setenv(first_contact.LEAN, "")

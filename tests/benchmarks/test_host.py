@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import host
 from benchmarks.harness import machine, rows
-from benchmarks.harness.mocked_launches import mocked
+from benchmarks.harness.launches import mocked
 
 pytest.importorskip("triton")
 
@@ -25,7 +25,7 @@ def test_every_operation_has_a_row_with_its_launches(tmp_path):
         assert 1 < row["host_us"] < 1e6 and row["provider"] == host.PROVIDER and row["ms_p50"] is None
         assert row["kernels"] and row["kernel_sha256"] and row["threads"] == 1, (op, mode)
         assert row["launches"] >= (2 if mode == "full" else 1) and row["launched"]
-    one, many = (found["diagonal_lstm", f"B=2 h={units} 8x8", "fwd"]["launches"] for units in (16, 128))
+    one, many = (found["diagonal_lstm", f"2x{units}x8x8", "fwd"]["launches"] for units in (16, 128))
     assert one == 1 and many >= one
 
 

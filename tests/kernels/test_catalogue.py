@@ -134,3 +134,31 @@ def test_the_real_kernels_are_all_in_the_catalogue():
 
 def test_wrong_usage_is_status_2():
     assert gate(ROOT, "--target", "sm_1").returncode == 2
+
+
+def test_make_gate_takes_another_triton(tmp_path):
+    """One that cannot be imported says that it is the one."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('the other')")
+    command = ["make", "--old-file=setup", "gate", f"TRITON={tmp_path}", f"RUN={sys.executable}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert done.returncode == 2 and "the compile gate needs Triton" in done.stderr
+
+
+def test_what_ptxas_refuses_is_a_row(monkeypatch):
+    """Of the second run, which only asks what ptxas says."""
+    from fastgen.kernels import catalogue
+    from fastgen.kernels.sampler import machine
+
+    def refuse(compiled, target):
+        raise subprocess.CalledProcessError(255, "ptxas")
+
+    class Compiled:
+        metadata = type("Metadata", (), {"shared": 0})
+
+    monkeypatch.setattr("triton.compile", lambda *arguments, **options: Compiled)
+    monkeypatch.setattr(catalogue, "_read_cubin", lambda compiled, row: 0)
+    monkeypatch.setattr(catalogue, "_serialized", refuse)
+    (target,) = (target for target in catalogue.TARGETS if target.name == "sm_90")
+    row = catalogue.compile_entry(machine.__name__, 0, target)
+    assert row.problem.startswith("does not compile: CalledProcessError: Command 'ptxas'")

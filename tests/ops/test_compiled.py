@@ -12,10 +12,6 @@ pytest.importorskip("triton")
 LEVELS = {"bernoulli": 2, "gaussian": 256, "categorical": 7, "logistic_mixture": 256}
 
 
-def scan(units, taps):
-    return torch.randn(4 * units, units, taps)
-
-
 def of_likelihood(likelihood, impl):
     def call(n):
         params, target = make(likelihood, n, 3, n + 1, n + 2)
@@ -47,9 +43,8 @@ def of_kl(impl, given):
 
 
 def of_scan(operation, taps, impl):
-    weight = scan(3, taps)
-
     def call(n):
+        weight = torch.randn(12, 3, taps)
         return (torch.randn(n, 12, n + 1, n + 2),), lambda gates: operation(gates, weight, impl=impl)
 
     return call
@@ -87,6 +82,26 @@ def test_sizes_may_vary(case):
         others = [x.clone().requires_grad_() for x in inputs]
         for one, other in zip(grads, torch.autograd.grad(run(*others).sum(), others), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [name for name in CASES if "triton" in name and "drawn" not in name])
+def test_works_in_cuda_graphs_of_inductor(case):
+    """Which refuse what an operator allocates and keeps."""
+    torch._dynamo.reset()
+    with torch.device("cuda"):
+        inputs, run = CASES[case](3)
+    compiled = torch.compile(run, fullgraph=True, mode="reduce-overhead")
+
+    def evaluated(call):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        found = call(*leaves)
+        return [x.clone() for x in (found, *torch.autograd.grad(found.sum(), leaves))]
+
+    expected = evaluated(run)
+    for _ in range(4):  # compiled, warmed up, captured, replayed
+        torch.compiler.cudagraph_mark_step_begin()
+        torch.testing.assert_close(evaluated(compiled), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_masks_are_made_for_sizes_that_vary():

@@ -95,11 +95,9 @@ def test_what_cannot_run_here_is_said_and_replaced(backend, monkeypatch):
 @pytest.mark.parametrize("name", MODELS)
 def test_cuda_graphs_equal_naive(name):
     model = make(name, "cuda")
-    graph, eager, naive = samplers(model, "cuda_graph", "eager", "naive")
+    graph, naive = samplers(model, "cuda_graph", "naive")
     for seed in range(4):  # the first batch runs eagerly, the second is captured, later ones are replayed
-        expected = naive.sample(3, seed=seed)
-        assert torch.equal(graph.sample(3, seed=seed), expected)
-        assert torch.equal(eager.sample(3, seed=seed), expected)
+        assert torch.equal(graph.sample(3, seed=seed), naive.sample(3, seed=seed))
     known = torch.zeros(3, *model.shape, dtype=torch.long, device="cuda")
     mask = torch.zeros(model.shape, dtype=torch.bool, device="cuda")
     mask[:, 2] = True

@@ -28,6 +28,9 @@ def test_crash():
 def test_hang():
     time.sleep(60)
 
+def test_lost(request):
+    request.session.shouldstop = "the GPU answers nothing more"
+
 def test_offsets_beyond():
     pass
 """
@@ -38,35 +41,35 @@ def shares(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_tests, "PATIENCE", 4.0)
     (tmp_path / "test_some.py").write_text(TESTS)
     arguments = [str(tmp_path / "test_some.py"), "--rootdir", str(tmp_path)]
-    made = [gpu_tests.Share(i, 2, arguments, tmp_path) for i in (0, 1)]
+    made = [gpu_tests.Share(i, 2, arguments, tmp_path / "log.txt") for i in (0, 1)]
     yield made
     for share in made:
-        share.stop()
+        share.child.kill()
 
 
 def test_a_process_that_dies_or_hangs_costs_the_test_it_was_at(shares):
     going = shares
     while going := [share for share in going if share.goes_on()]:
         time.sleep(0.1)
-    found = gpu_tests.counts([line for share in shares for line in share.lines()])
+    found = gpu_tests.counts(shares)
     assert {word: found[word] for word in ("passed", "failed", "skipped", "not_run")} == {
-        "passed": 8,
+        "passed": 9,
         "failed": 3,
         "skipped": 1,
         "not_run": 0,
     }
     problems = {line.partition("::")[2].partition(": ")[0]: line for line in found["failures"]}
-    assert "ended with status -11" in problems["test_crash"] and "no result within 4 s" in problems["test_hang"]
+    assert "killed by SIGSEGV" in problems["test_crash"] and "no result within 4 s" in problems["test_hang"]
     assert "assert 1 == 2" in problems["test_bad"]
-    beyond = next(share for share in shares for name in share.outcomes() if "offsets_beyond" in name)
+    beyond = next(share for share in shares for name in share.outcomes if "offsets_beyond" in name)
     assert beyond is shares[0]
 
 
 def test_a_process_that_never_runs_a_test_is_not_started_again(tmp_path):
-    share = gpu_tests.Share(0, 1, ["--no-such-option"], tmp_path)
+    share = gpu_tests.Share(0, 1, ["--no-such-option"], tmp_path / "log.txt")
     while share.goes_on():
         time.sleep(0.1)
-    assert share.lines() == [] and "no-such-option" in share.log.read_text()
+    assert share.collected is None and "no-such-option" in share.log.read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

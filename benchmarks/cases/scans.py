@@ -1,0 +1,125 @@
+"""What the benchmarks of the diagonal and the Row LSTM share: sizes, inputs, floor, and the ways to launch them."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness.case import Case, Rivals, contenders
+
+Scan = Callable[..., Any]
+# (B, h, N): h hidden units on N x N maps.
+SIZES: dict[str, list[tuple[int, int, int]]] = {
+    "toy": [(2, 4, 5)],
+    "cpu": [(16, 16, 28)],
+    "cpu-full": [(16, 16, 28), (16, 64, 32)],
+    "gpu": [(16, 16, 28), (16, 64, 32), (16, 128, 32), (64, 128, 32), (16, 64, 64)],
+    "gpu-full": [(batch, units, n) for n in (32, 64) for units in (16, 32, 64, 128) for batch in (16, 64)],
+}
+
+
+def inputs(device: torch.device, sizes: tuple[int, int, int, int], taps: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """sizes: batch, hidden units, height, width."""
+    batch, units, height, width = sizes
+    gates = torch.randn(batch, 4 * units, height, width, device=device).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(4 * units, units, taps, device=device) / (taps * units) ** 0.5
+    return {"gates": gates.to(dtype).requires_grad_(), "weight": weight.to(dtype).requires_grad_()}
+
+
+def cases_of(
+    size: str,
+    device: torch.device,
+    operation: Scan,
+    definition: Scan,
+    rivals: Callable[[int, int, torch.dtype], Rivals],
+    taps: int,
+    landmark: str = "",
+    suffix: str = "",
+) -> Iterator[Case]:
+    """Of all sizes and dtypes. The first of the `rivals` (of units, n, dtype) is a loop, which a GPU also captures in a
+    CUDA graph."""
+    for batch, units, n in SIZES[size]:
+        for dtype in [torch.float32] if size.startswith("cpu") else [torch.float32, torch.bfloat16]:
+            own = rivals(units, n, dtype)
+            own["CUDA graph of the eager loop"] = graph_captured(next(iter(own.values())))
+            own["fastgen, CUDA graph"] = graph_captured(operation)
+            own |= {f"fastgen, launched {how}": launched(operation, how) for how in LAUNCHES}
+            # Read 4h gates a pixel, write h; the backward reads the gates' activations, cells and dh, and writes 4h.
+            pixels, storage = batch * n * n, dtype.itemsize
+            fwd, bwd = 5 * units * storage * pixels, (9 * units * storage + 4 * units) * pixels
+            flops = 2 * taps * 4 * units**2 * pixels
+            yield Case(
+                op=operation.__name__,
+                shape=f"B={batch} h={units} {n}x{n}{suffix}",
+                dtype=dtype,
+                inputs=functools.partial(inputs, sizes=(batch, units, n, n), taps=taps, dtype=dtype),
+                providers=contenders(size, device, own, operation, operation),
+                truth=definition,
+                not_compared=frozenset({landmark}),
+                batch=batch,
+                bytes={"fwd": fwd, "bwd": bwd, "full": fwd + bwd},
+                flops={"fwd": flops, "bwd": 2 * flops, "full": 3 * flops},
+            )
+
+
+def graph_captured(call: Scan) -> Scan:
+    """The same with its launches in a CUDA graph, forward and backward; captured at the first call, for its tensors."""
+    made: dict[bool, Scan] = {}
+
+    def captured(*tensors: Tensor) -> Tensor:
+        training = torch.is_grad_enabled()
+        if not training:
+            tensors = tuple(tensor.detach() for tensor in tensors)
+        if training not in made:
+            made[training] = torch.cuda.make_graphed_callables(call, tensors)
+        return made[training](*tensors)
+
+    return lambda gates, weight: captured(gates, weight)
+
+
+# By name, the function of fastgen.kernels.lstm.choice that says so: what fastgen's own choice is to be judged by.
+LAUNCHES = {"once by tiles": "scan_by_tiles", "a step": "step_by_step", "once for several programs": "shared_scan"}
+
+
+@contextmanager
+def chosen(how: str) -> Iterator[None]:
+    """All scans inside are launched so."""
+    from unittest import mock
+
+    from fastgen.kernels.lstm import choice, diagonal, row
+
+    function = getattr(choice, LAUNCHES[how])
+    choose = (lambda x, lanes, units: function(x)) if how == "a step" else function
+    with ExitStack() as stack:
+        for module in (diagonal, row):
+            stack.enter_context(mock.patch.object(module, "choose", choose))
+        yield
+
+
+class Launched(torch.autograd.Function):
+    """A scan whose backward is launched in the same way."""
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, weight: Tensor, operation: Scan, how: str) -> Tensor:
+        ctx.how, ctx.inner = how, (gates.detach().requires_grad_(), weight.detach().requires_grad_())
+        with torch.enable_grad(), chosen(how):
+            ctx.out = operation(*ctx.inner)
+        return ctx.out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with chosen(ctx.how):
+            return *torch.autograd.grad(ctx.out, ctx.inner, grads, retain_graph=True), None, None
+
+
+def launched(operation: Scan, how: str) -> Scan:
+    def scan(gates: Tensor, weight: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return Launched.apply(gates, weight, operation, how)
+        with chosen(how):
+            return operation(gates, weight)
+
+    return scan
