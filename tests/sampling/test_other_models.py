@@ -72,7 +72,16 @@ def gpt2():
     return transformers.GPT2LMHeadModel(config).eval(), lambda out: out.logits
 
 
-MODELS = {"GPT-2 of transformers": gpt2, "a GPT that returns its loss": small_gpt}
+def llama():
+    """Rotary positions, grouped keys, gated units."""
+    transformers = other_package("transformers")
+    sizes = {"vocab_size": K, "hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": T}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(**sizes, **heads, bos_token_id=START, eos_token_id=START, initializer_range=0.3)
+    return transformers.LlamaForCausalLM(config).eval(), lambda out: out.logits
+
+
+MODELS = {"GPT-2 of transformers": gpt2, "Llama of transformers": llama, "a GPT that returns its loss": small_gpt}
 
 
 @torch.no_grad()
