@@ -160,6 +160,39 @@ def test_shift_right():
         shift_right(0)(torch.zeros(1, 3, 2, 2).long())
 
 
+class Captioned(nn.Module):
+    """A grid of codes under a text of any length, or one that is padded, as nn.Transformer has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.codes, self.places, self.out = nn.Embedding(K, 8), nn.Parameter(torch.randn(T, 8)), nn.Linear(8, K)
+        layer = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True)
+        self.decoder = nn.TransformerDecoder(layer, 2)
+
+    def forward(self, x, text, padding=None):
+        mask = nn.Transformer.generate_square_subsequent_mask(T)
+        hidden = self.codes(x.flatten(1)) + self.places
+        mixed = self.decoder(hidden, text, tgt_mask=mask, memory_key_padding_mask=padding)
+        return 4 * self.out(mixed).unflatten(1, x.shape[1:])
+
+
+def test_padded_texts_of_any_length_take_one_analysis(monkeypatch):
+    model, longest = Captioned().eval(), 6
+    options = {"distribution": Categorical(K, "BHWK"), "encode": shift_right(0)}
+    blank = torch.zeros(1, longest, 8), torch.zeros(1, longest, dtype=torch.bool)
+    sampler = accelerate(model, (3, 3), condition=blank, **options)
+    naive = accelerate(model, (3, 3), condition=blank[0], backend="naive", **options)
+    monkeypatch.setattr("fastgen.sampling.backends.build_engine", None)
+    noise = torch.rand(2, 3, 3)
+    for length in (2, 6, 3, 1):
+        text = 3 * torch.randn(2, length, 8)
+        padded = nn.functional.pad(text, (0, 0, 0, longest - length))
+        padding = (torch.arange(longest) >= length).expand(2, -1)
+        codes = sampler.sample(2, noise=noise, condition=(padded, padding))
+        assert torch.equal(codes, naive.sample(2, noise=noise, condition=text))
+        assert sampler.stats.backend in ("compiled", "eager") and sampler.stats.redrawn == 0
+
+
 class OneSize(nn.Module):
     """Keeps the state of `batch` sequences, and takes no other number, as exported models do."""
 
