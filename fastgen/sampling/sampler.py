@@ -62,7 +62,8 @@ def accelerate(
             a place is of the next one, as that of language models is.
         condition: an example of the model's second argument, of its further arguments (a tuple) or keyword arguments
             (a dict), and what `sample` takes where it is given none. Where the model needs one and there is none
-            here, it is analysed at the first `sample`.
+            here, it is analysed at the first `sample`. A tensor of another shape takes an analysis of its own: texts
+            of many lengths, padded to one and given with the model's mask for that, take one.
         output: what the model returns -> params, for models that return a tuple, a dict or a dataclass.
         backend: "auto", or how to run: "naive" (a whole forward pass a draw), "fixed_point" (whole passes until
             nothing changes), or the schedule that computes each activation once, "eager", "compiled", "cuda_graph" or
