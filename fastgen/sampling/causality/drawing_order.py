@@ -58,15 +58,17 @@ def drawing_order(
     encode: Callable[[Tensor], Tensor],
     condition: Any,
     levels: int,
-) -> Order:
-    """(channel, row, column) of all draws, in an order in which the model is causal. Raises NotCausalError."""
+) -> tuple[Order, str | None]:
+    """(channel, row, column) of all draws, in an order in which the model is causal, and why that is not proven (None
+    where it is). Raises NotCausalError."""
+    doubt = None
     try:
         order = ordered(Network(model, shape, encode, condition, levels), distribution).order
     except NotByReadyTimes as found:
-        order = found.order
+        order, doubt = found.order, str(found)
     if len(order) == shape[0] * shape[1] * shape[2]:
-        return order
-    return [(c, i, j) for _, i, j in order for c in range(shape[0])]
+        return order, doubt
+    return [(c, i, j) for _, i, j in order for c in range(shape[0])], doubt
 
 
 def ordered(network: Network, distribution: Distribution) -> Ordered:

@@ -1,4 +1,4 @@
-"""Convolutions of any kernel, stride, dilation, groups and padding, also transposed, are computed as torch computes them.
+"""Convolutions of any kernel, stride, dilation, groups and padding, also transposed, are those of torch.
 
 They reach along the rows of an image that has moved down by one row: whatever they look at there has been drawn.
 """
