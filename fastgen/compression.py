@@ -135,7 +135,6 @@ class _Batch:
     def __init__(self, sampler: Sampler, levels: Tensor, code: Code) -> None:
         self.sampler = sampler
         self.levels = levels.view(len(levels), *(1,) * (4 - levels.dim()), *levels.shape[1:])
-        self.counts = _counts(sampler).expand(self.levels.shape[1:])
         self.code = code
         self.bits = 0.0
 
@@ -149,7 +148,6 @@ class _Batch:
             p = _probabilities(self.sampler.distribution, params, c, self.levels[:, :c, i, j], channels)
             if not np.isfinite(p).all():
                 raise FloatingPointError(f"the model's output at row {i}, column {j} is NaN or infinite")
-            p = p[:, : int(self.counts[c, i, j])]  # the levels of this place
             level = self._coded(p + LEAST, self.levels[:, c, i, j].numpy())
             if level.max() >= p.shape[1]:  # among the last digits are some that no level has
                 raise _other_images()
@@ -160,8 +158,6 @@ class _Batch:
     def _coded(self, p: np.ndarray, level: np.ndarray) -> np.ndarray:
         """Levels of probabilities p (n, K): the last digit by its probability given those before it."""
         n, count = p.shape
-        if count == 1:
-            return np.zeros(n, np.int64)
         if count <= BASE:
             return self.code(p, level.astype(np.int32)).astype(np.int64)
         p = np.pad(p, ((0, 0), (0, -count % BASE))).reshape(n, -1, BASE)

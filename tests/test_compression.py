@@ -77,15 +77,21 @@ def test_any_number_of_images(small, n):
 
 
 def test_classes_of_several_batches(monkeypatch):
-    monkeypatch.setattr(compression, "MOST_IMAGES", 4)
-    model, classes = gated((1, 4, 3), 4, n_classes=3), torch.arange(10) % 3
-    assert_round_trip(model, model.sample(10, seed=0, condition=classes), classes)
+    """Each image with the probabilities of its own class: others would take many more bits."""
+    monkeypatch.setattr(compression, "MOST_IMAGES", 16)
+    model, classes = gated((1, 4, 3), 4, n_classes=3), torch.arange(90) % 3
+    with torch.no_grad():
+        for block in model.blocks:
+            block.condition.weight *= 20
+    images = model.sample(90, seed=0, condition=classes)
+    assert bits_of(model, images, classes.roll(1)) > bits_of(model, images, classes) + 100
+    assert_round_trip(model, images, classes)
 
 
 @pytest.mark.parametrize("condition", [1, torch.tensor([2]), torch.arange(9) % 3], ids=["int", "one", "each"])
 def test_classes(condition):
     model = gated((1, 4, 3), 4, n_classes=3)
-    classes = torch.as_tensor(condition).expand(9)
+    classes = torch.as_tensor(condition).expand(9).clone()
     images = model.sample(9, seed=0, condition=classes)
     packed = fastgen.compress(model, images, condition=condition)
     assert torch.equal(fastgen.decompress(model, packed, condition=classes), images)
@@ -118,11 +124,12 @@ def test_samplers_of_any_model(backend):
         assert backend == "auto" or f"backend {backend}" in Header.read(packed)[0].computed
 
 
+@pytest.mark.parametrize("backend", ["auto", "naive"])
 @pytest.mark.parametrize("counts", [torch.tensor([[3, 300, 2], [1, 5, 2]]), [2, 7, 300]], ids=["each", "columns"])
-def test_numbers_of_levels_that_depend_on_the_place(counts):
+def test_numbers_of_levels_that_depend_on_the_place(counts, backend):
     """Bits are spent on the levels of a place alone."""
     distribution = fastgen.Categorical(counts, layout="B(KC)HW")
-    sampler = fastgen.accelerate(Grid(), (2, 3), distribution=distribution)
+    sampler = fastgen.accelerate(Grid(), (2, 3), distribution=distribution, backend=backend)
     images, log_prob = sampler.sample(40, seed=0, return_log_prob=True)
     packed = assert_round_trip(sampler, images, bits=-float(log_prob.sum()) / math.log(2))
     other = fastgen.accelerate(Grid(), (2, 3), distribution=fastgen.Categorical(300, layout="B(KC)HW"))
@@ -188,6 +195,16 @@ def test_digits_are_coded_by_the_chain_rule(count):
     assert batch._coded(p, levels).tolist() == levels.tolist()
     assert len(coded) == 1 + (count > 256) + (count > 65536)
     np.testing.assert_allclose(np.prod(coded, 0), p[np.arange(3), levels], rtol=1e-12)
+
+
+def test_digits_of_no_level_are_refused():
+    """Of 300 levels the first digit is 0 or 1, and a damaged stream may hold 1 and then 255."""
+    sampler = fastgen.accelerate(Grid(), (2, 3), distribution=fastgen.Categorical(300, layout="B(KC)HW"))
+    last = compression._Batch(
+        sampler, torch.zeros(2, 2, 3, dtype=torch.long), lambda p, _: np.full(len(p), p.shape[1] - 1)
+    )
+    with pytest.raises(ValueError, match="other images"):
+        last.run(None)
 
 
 class Certain(nn.Module):
