@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from fastgen.kernels.masked_conv2d import config, launch, products, tune, walk
+from fastgen.kernels.masked_conv2d import check, config, launch, products, tune, walk
 from fastgen.kernels.masked_conv2d.config import Layer, Tile
 from fastgen.kernels.masked_conv2d.products import Convolve, box_of
 from fastgen.kernels.masked_conv2d.walk import Geometry, known_walk, walk_of
@@ -289,14 +289,18 @@ def test_a_layer_tells_what_will_run(monkeypatch):
 def test_the_search_refuses_wrong_numbers(direction, monkeypatch):
     """In the interpreter: a configuration that computes something else is not chosen, however fast."""
     monkeypatch.setattr(tune, "milliseconds", lambda call, device: 1.0)
-    product = tune.Product(tune.Problem(1, 17, 6, 3, 4, torch.float32, True), direction, CPU)
+    product = tune.Problem(1, 17, 6, 3, 4, torch.float32, True).product(direction, CPU)
     right, wrong = Tile(32, 16, 16, 4, 1), Tile(16, 16, 16, 4, 1)
-    run = product.run
-    product.run = lambda choice: [one * (1.01 if choice[:2] == ("triton", wrong) else 1) for one in run(choice)]
-    row = tune.search(product, CPU, [wrong, right])
+    name = "masked_conv2d_weight_kernel" if direction == "weight" else "masked_conv2d_kernel"
+    place = 3 if direction == "weight" else 6
+    broken = Broken(getattr(products, name), lambda a, c: c["IMAGES"] == 16 and a[place].mul_(1.01))
+    monkeypatch.setattr(products, name, broken)
+    with pytest.warns(UserWarning, match="gives wrong results"):
+        row = tune.search(product, CPU, [wrong, right])
     assert (row["tile"], row["refused"]) == (right, 1)
     assert set(row["ms"]) == {"dense", "cropped", "triton"}
-    row = tune.search(product, CPU, [wrong])
+    with pytest.warns(UserWarning, match="gives wrong results"):
+        row = tune.search(product, CPU, [wrong])
     assert row["provider"] != "triton" and row["refused"] == 1
     json.dumps(row["ms"])
 
@@ -310,7 +314,7 @@ class Broken:
     def __getitem__(self, grid):
         def run(*arguments, **constants):
             self.kernel[grid](*arguments, **constants)
-            self.spoil(arguments)
+            self.spoil(arguments, constants)
 
         return run
 
@@ -324,71 +328,95 @@ def layer_and_gradients(channels_last=True):
 
 
 def test_what_gives_right_numbers_is_tried_once(monkeypatch):
-    monkeypatch.setattr(launch, "can_be_wrong", lambda x: True)
+    monkeypatch.setattr(check, "can_be_wrong", lambda x: True)
     tried = []
-    whole = launch.gives_the_right_numbers
-    monkeypatch.setattr(launch, "gives_the_right_numbers", lambda *args: tried.append(args[0]) or whole(*args))
+    whole = check.is_right
+    monkeypatch.setattr(check, "is_right", lambda *args: tried.append(args[0]) or whole(*args))
     found = layer_and_gradients()
-    assert [one.__name__ for one in tried] == ["Convolve", "WeightGradient", "Convolve"]
+    assert [one.func.__name__ for one in tried] == ["Convolve", "WeightGradient", "Convolve"]
     layer_and_gradients()
     assert len(tried) == 3
     x, weight, mask, bias = problem("B", 5, 16, 16, 4, 4, (1, 1), dtype=torch.float32)
     masked_conv2d(x.detach(), weight.detach(), mask, bias.detach(), impl="triton")
     assert len(tried) == 3, "another batch is the same kernel"
-    monkeypatch.setattr(launch, "can_be_wrong", lambda x: False)
+    monkeypatch.setattr(check, "can_be_wrong", lambda x: False)
     launch.forget()
     assert all(torch.equal(one, two) for one, two in zip(found, layer_and_gradients(), strict=True))
 
 
+def spoiled(place, boxes):
+    """Multiplies an argument, a tensor or a descriptor, where a map is given by descriptors, or always."""
+
+    def spoil(arguments, constants):
+        if not boxes or constants["HEIGHT"] > 0:
+            getattr(arguments[place], "base", arguments[place]).mul_(1.1)
+
+    return spoil
+
+
 @pytest.mark.parametrize(
-    ("kernel", "spoil"),
+    ("kernel", "place"),
     [
-        ("masked_conv2d_tma_kernel", lambda arguments: arguments[6].base.mul_(1.1)),
+        ("masked_conv2d_kernel", 6),
         # The weight, while the sums for the bias stay right; and the other way round.
-        ("masked_conv2d_weight_tma_kernel", lambda arguments: arguments[2].mul_(1.1)),
-        ("masked_conv2d_weight_tma_kernel", lambda arguments: arguments[3].mul_(1.1)),
+        ("masked_conv2d_weight_kernel", 3),
+        ("masked_conv2d_weight_kernel", 4),
     ],
 )
-def test_what_gives_wrong_numbers_is_not_used(kernel, spoil, monkeypatch):
+def test_what_gives_wrong_numbers_is_not_used(kernel, place, monkeypatch):
     """By descriptors it is wrong, without it is right; then nothing is right."""
     expected = layer_and_gradients()
-    launch.forget()
-    monkeypatch.setattr(launch, "can_be_wrong", lambda x: True)
-    monkeypatch.setattr(products, kernel, Broken(getattr(products, kernel), spoil))
+    monkeypatch.setattr(check, "can_be_wrong", lambda x: True)
+    whole = getattr(products, kernel)
+    for boxes in (True, False):
+        launch.forget()
+        monkeypatch.setattr(products, kernel, Broken(whole, spoiled(place, boxes)))
+        with pytest.warns(UserWarning, match="gives wrong results"):
+            found = layer_and_gradients()
+        for one, two in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, two)
+    assert check.FAILED in reasons()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("direction", tune.DIRECTIONS)
+@pytest.mark.parametrize("tap", range(5))
+def test_a_wrong_tap_is_noticed(tap, direction, dtype, monkeypatch):
+    """One weight of 5 * 24 is taken from another place, or is missing in the gradient."""
+    make, tensors = tune.Problem(1, 24, 32, 3, 6, dtype, False).product(direction, CPU)
+    choice = make(*tensors).choice
+    assert check.is_right(make, tensors, choice)
+
+    def spoil(arguments, constants):
+        if direction == "weight":
+            arguments[3][:, 5, tap * 32 + 7] = 0
+        else:
+            column = tap * 32 + 7
+            arguments[2][5, column] = arguments[2][5, column + 1]
+
+    name = "masked_conv2d_weight_kernel" if direction == "weight" else "masked_conv2d_pack_kernel"
+    monkeypatch.setattr(products, name, Broken(getattr(products, name), spoil))
     with pytest.warns(UserWarning, match="gives wrong results"):
-        found = layer_and_gradients()
-    for one, two in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, two)
-    launch.forget()
-    pointers = kernel.replace("_tma", "")
-    places = {6: lambda a: a[6].mul_(1.1), 2: spoil, 3: spoil}
-    spoil_pointers = places[6] if kernel == "masked_conv2d_tma_kernel" else spoil
-    monkeypatch.setattr(products, pointers, Broken(getattr(products, pointers), spoil_pointers))
-    with pytest.warns(UserWarning, match="gives wrong results"):
-        found = layer_and_gradients()
-    for one, two in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, two)
-    assert any(choice == "the kernel failed its check" for choice in reasons())
+        assert not check.is_right(make, tensors, choice)
 
 
 def reasons():
-    for record in launch._records.values():
-        for product in (record, getattr(record, "of_weight", None), getattr(record, "of_x", None)):
-            if hasattr(product, "choice"):
-                yield product.choice.why
+    products = [getattr(one, name, one) for one in launch._records.values() for name in ("of_weight", "of_x")]
+    return [one.choice.why for one in products if hasattr(one, "choice")]
 
 
 def test_what_does_not_run_is_not_used_but_full_memory_is_told(monkeypatch):
-    monkeypatch.setattr(launch, "can_be_wrong", lambda x: True)
+    monkeypatch.setattr(check, "can_be_wrong", lambda x: True)
 
-    def fail(arguments):
-        raise error
+    def fail(arguments, constants):
+        if constants["HEIGHT"] > 0:
+            raise error
 
-    monkeypatch.setattr(products, "masked_conv2d_tma_kernel", Broken(products.masked_conv2d_tma_kernel, fail))
+    monkeypatch.setattr(products, "masked_conv2d_kernel", Broken(products.masked_conv2d_kernel, fail))
     error = torch.OutOfMemoryError("out of memory")
     with pytest.raises(torch.OutOfMemoryError):
         layer_and_gradients()
-    assert not launch._trusted
+    assert not check._trusted
     error = RuntimeError("out of shared memory")
     with pytest.warns(UserWarning, match="does not run and is not used: out of shared memory"):
         layer_and_gradients()
