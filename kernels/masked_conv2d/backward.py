@@ -63,7 +63,7 @@ def masked_conv2d_activation_backward_kernel(
     first_ptr,  # (B, height, width, rows) at `saved_pitch` a pixel; see `back`
     second_ptr,
     grad_sums_ptr,  # written: (B, height, width, parts * rows), or None
-    sums_ptr,  # written: (programs along the pixels, parts * rows) float32, or None
+    sums_ptr,  # written: (shares, groups, parts * rows) float32, or None
     group,  # pixels that share a bias: height * width for an image's own, all of them for none
     shares,  # programs of a group
     steps,  # blocks of pixels a program walks through
@@ -102,25 +102,11 @@ def masked_conv2d_activation_backward_kernel(
         first_sum += first
         second_sum += second
     if sums_ptr is not None:
-        at = sums_ptr + tl.program_id(0).to(tl.int64) * (parts * rows) + n
+        share, groups = tl.program_id(0) % shares, tl.num_programs(0) // shares
+        at = sums_ptr + (share * groups + tl.program_id(0) // shares).to(tl.int64) * (parts * rows) + n
         tl.store(at, tl.sum(first_sum, 0)[None, :], mask=n < rows)
         if parts == 2:
             tl.store(at + rows, tl.sum(second_sum, 0)[None, :], mask=n < rows)
-
-
-@kernel
-def masked_conv2d_bias_kernel(
-    sums_ptr,  # (groups, count, rows) float32
-    out_ptr,  # (groups, rows), written
-    count, rows,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    at = sums_ptr + tl.program_id(1).to(tl.int64) * count * rows + n
-    total = tl.zeros((ROWS,), tl.float32)
-    for index in range(count):
-        total += tl.load(at + tl.cast(index, tl.int64) * rows, mask=n < rows, other=0.0)
-    tl.store(out_ptr + tl.program_id(1) * rows + n, total.to(out_ptr.dtype.element_ty), mask=n < rows)
 
 
 # --- the gradient of the weight
@@ -152,8 +138,8 @@ def masked_conv2d_weight_kernel(
     x_map,  # (B, x_height, x_width, channels), strides below
     grad_ptr,  # the gradient as a pointer, also where grad_map is a descriptor
     partial_ptr,  # (shares, parts * rows, all_columns * 16) float32, written
-    sums_ptr,  # (shares, blocks of columns, parts * rows) float32, written: sums over pixels, or None
-    batch, height, width_out, x_height, x_width,
+    sums_ptr,  # (shares, blocks of columns, parts * rows) float32, written where `adds_up`: sums over pixels
+    adds_up, batch, height, width_out, x_height, x_width,
     across, down,  # boxes side by side
     step_y, step_x,  # the convolution's stride
     steps,  # blocks of pixels a program walks through
@@ -213,7 +199,7 @@ def masked_conv2d_weight_kernel(
             total = product(grad.T, seen_x, total, PRECISION)
         at = tl.program_id(1).to(tl.int64) * all_rows * all_columns + n.to(tl.int64)[:, None] * all_columns
         tl.store(partial_ptr + at + column * K + k, total, mask=(n < all_rows)[:, None])
-    if sums_ptr is not None:
+    if adds_up != 0:
         # The programs of a tile share its blocks of pixels among them, as each has them all in a cache nearby. A loop
         # of its own: where a product read the same buffers, one could be written over while it still does.
         added = tl.zeros((M, N), tl.float32)
@@ -226,38 +212,38 @@ def masked_conv2d_weight_kernel(
 
 
 @kernel
-def masked_conv2d_weight_sum_kernel(
-    partial_ptr,  # (shares, outputs, all_columns * 16) float32
-    mask_ptr,  # bool (outputs, inputs, size) contiguous, or None
+def masked_conv2d_sum_kernel(
+    partial_ptr,  # (shares, outputs, all_columns) float32
+    mask_ptr,  # bool (outputs, inputs, size) contiguous, or None, as in the packing
     out_ptr,  # the same shape, contiguous, written whole
-    shares, outputs, all_columns,
-    image_pitch,  # inputs * size, in units
-    pitch,  # columns of a tap, in units
+    masked, shares, outputs, all_columns,
+    image_pitch,  # inputs * size
+    pitch,  # columns of a tap
+    inputs,  # of a program
     size, taps, first, width, top, left, kernel_width,
-    UNIT: tl.constexpr,
-    FLAT: tl.constexpr,  # a power of two, INPUTS * size at least
+    FLAT: tl.constexpr,  # a power of two, inputs * size at least
     OUTPUTS: tl.constexpr,
-    INPUTS: tl.constexpr,
 ):  # fmt: skip
-    """As the packing, the other way round."""
+    """Adds shares of the gradient of a weight, and brings columns into the order of the weight: the packing, the other
+    way round. A bias is a weight of one output and one tap."""
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)[:, None]
-    start = tl.program_id(1) * INPUTS
+    start = tl.program_id(1) * inputs
     flat = tl.arange(0, FLAT)[None, :]
-    tap, i = flat // INPUTS, flat % INPUTS
-    column = tap * (pitch * UNIT) + start + i
-    there = (output < outputs) & (tap < taps) & (column < all_columns * 16)
-    at = output.to(tl.int64) * (all_columns * 16) + column
+    tap, i = flat // inputs, flat % inputs
+    column = tap * pitch + start + i
+    there = (output < outputs) & (tap < taps) & (column < all_columns)
+    at = output.to(tl.int64) * all_columns + column
     total = tl.zeros((OUTPUTS, FLAT), tl.float32)
     for _ in range(shares):
         total += tl.load(partial_ptr + at, mask=there, other=0.0)
-        at += outputs.to(tl.int64) * (all_columns * 16)
+        at += outputs.to(tl.int64) * all_columns
     ky, kx = flat % size // kernel_width - top, flat % size % kernel_width - left
     tap, i = ky * width + kx - first, flat // size
-    live = (kx >= 0) & (kx < width) & (tap >= 0) & (tap < taps) & (i < INPUTS)
-    there = (output < outputs) & (flat < INPUTS * size) & (start * size + flat < image_pitch * UNIT)
-    index = tl.arange(0, OUTPUTS)[:, None] * FLAT + tl.where(live, tap * INPUTS + i, 0)
+    live = (kx >= 0) & (kx < width) & (tap >= 0) & (tap < taps) & (i < inputs)
+    index = tl.arange(0, OUTPUTS)[:, None] * FLAT + tl.where(live, tap * inputs + i, 0)
     total = tl.where(live, picked(total, index), 0.0)
-    at = output.to(tl.int64) * (image_pitch * UNIT) + start * size + flat
+    there = (output < outputs) & (i < inputs) & (start * size + flat < image_pitch)
+    at = output.to(tl.int64) * image_pitch + start * size + flat
     if mask_ptr is not None:
-        total = tl.where(tl.load(mask_ptr + at, mask=there, other=0) != 0, total, 0.0)
+        total = tl.where(tl.load(mask_ptr + at, mask=there & (masked != 0), other=1) != 0, total, 0.0)
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=there)

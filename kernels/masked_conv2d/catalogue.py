@@ -31,8 +31,8 @@ def noted(chip: str) -> Iterator[dict[Kind, None]]:
         for name, value in zip(self.kernel.arg_names, tensors + self.arguments, strict=False):
             if value is None or (value == 1 if name in SPECIALIZED else False):
                 constants[name] = value
-            elif isinstance(value, int):
-                signature[name] = "i32"
+            elif isinstance(value, (int, float)):
+                signature[name] = "i32" if isinstance(value, int) else "fp32"
             elif isinstance(value, Tensor):
                 signature[name] = f"*{TYPES[value.dtype]}"
             else:

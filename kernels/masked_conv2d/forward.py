@@ -62,9 +62,10 @@ def tap_of_kernel(tap, first, width, corner, kernel_width):
 @kernel
 def masked_conv2d_pack_kernel(
     weight_ptr,  # (outputs, inputs, size) contiguous
-    mask_ptr,  # bool, the same, or None
+    mask_ptr,  # bool, the same; or None; where not `masked` it is not read, but spares another compilation
     packed_ptr,  # (packed_rows, packed_columns * 16), written from column first_column * 16 on
-    packed_rows, columns, packed_columns, first_column,  # columns: to be filled, in sixteens like the next two
+    masked, packed_rows,
+    columns, packed_columns, first_column,  # in sixteens; columns: to be filled
     pitch,  # columns of a tap, in units
     outputs,  # of a half of a gate
     image_pitch,  # inputs * size, in units
@@ -85,7 +86,7 @@ def masked_conv2d_pack_kernel(
     at = (half * outputs + output).to(tl.int64) * (image_pitch * UNIT) + start * size + flat
     values = tl.load(weight_ptr + at, mask=there, other=0.0)
     if mask_ptr is not None:
-        values = tl.where(tl.load(mask_ptr + at, mask=there, other=0) != 0, values, 0.0)
+        values = tl.where(tl.load(mask_ptr + at, mask=there & (masked != 0), other=1) != 0, values, 0.0)
     i = tl.arange(0, INPUTS)[None, :]
     pitch *= UNIT
     for tap in range(rounds):
@@ -123,35 +124,29 @@ def pixels_of(block, height, width, across, down, IMAGES: tl.constexpr, HEIGHT: 
 
 @triton.jit
 def steps_of(tile, N: tl.constexpr, K: tl.constexpr, taps, channels, part_blocks, parts_read, rows, group_rows,
-             group_channels, shown, MIRRORED: tl.constexpr):  # fmt: skip
+             group_channels, shown, mirrored):  # fmt: skip
     """(blocks of columns that a tile of N channels walks through, blocks of the last tap that it leaves out in front).
 
     Of the last tap a colour sees only the groups before it, so that the walk ends early. In the gradient of the input
     it is the later groups that have seen it, in both halves of a gate: there the first blocks are left out.
     """
     blocks = part_blocks * parts_read
-    skipped = 0
-    if MIRRORED:
-        start = tl.maximum(tile * N // group_channels + 1 - shown, 0) * group_rows
-        skipped = tl.minimum(start // K, part_blocks)
-        seen = parts_read * (part_blocks - skipped)
-    else:
-        end = (tl.minimum(tile * N + N, rows) - 1) // group_rows + shown
-        seen = tl.minimum((end * group_channels + K - 1) // K, blocks)
+    start = tl.maximum(tile * N // group_channels + 1 - shown, 0) * group_rows
+    skipped = tl.where(mirrored != 0, tl.minimum(start // K, part_blocks), 0)
+    end = (tl.minimum(tile * N + N, rows) - 1) // group_rows + shown
+    seen = tl.minimum((end * group_channels + K - 1) // K, blocks)
+    seen = tl.where(mirrored != 0, parts_read * (part_blocks - skipped), seen)
     return tl.maximum((taps - 1) * blocks + seen, 1), tl.minimum(skipped, part_blocks - 1)
 
 
 @triton.jit
 def place_of(step, skipped, K: tl.constexpr, taps, first, width, origin_y, origin_x, tap_y, tap_x, channels,
-             part_blocks, parts_read, MIRRORED: tl.constexpr):  # fmt: skip
+             part_blocks, parts_read):  # fmt: skip
     """Of a step: (dy, dx, first channel in the half that it reads, that half's first channel, first packed column)."""
     blocks = part_blocks * parts_read
     tap, block = step // blocks, step % blocks
-    part = 0
-    if MIRRORED:
-        last = tap == taps - 1
-        block += tl.where(last, skipped * (1 + block // (part_blocks - skipped)), 0)
-        part = block // part_blocks
+    block += tl.where(tap == taps - 1, skipped * (1 + block // (part_blocks - skipped)), 0)
+    part = block // part_blocks
     dy = origin_y + (first + tap) // width * tap_y
     dx = origin_x + (first + tap) % width * tap_x
     return dy, dx, (block - part * part_blocks) * K, part * channels, (tap * blocks + block) * K
@@ -170,10 +165,9 @@ def halves_of(sums):
 
 
 @triton.jit
-def add_biases(sums, image, n, inside, bias_ptr, condition_ptr, first, all_rows, rows):
+def add_biases(sums, image, n, inside, biased, bias_ptr, condition_ptr, first, all_rows, rows):
     """The bias of each channel, and an image's own (B, all_rows); first: 0, or rows for the second half of a gate."""
-    if bias_ptr is not None:
-        sums += tl.load(bias_ptr + first + n, mask=n < rows, other=0.0).to(tl.float32)
+    sums += tl.load(bias_ptr + first + n, mask=(n < rows) & (biased != 0), other=0.0).to(tl.float32)
     if condition_ptr is not None:
         own = condition_ptr + image * all_rows + first + n
         sums += tl.load(own, mask=inside, other=0.0).to(tl.float32)
@@ -181,17 +175,12 @@ def add_biases(sums, image, n, inside, bias_ptr, condition_ptr, first, all_rows,
 
 
 @triton.jit
-def activated(sums, valve, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
+def gate(signal, valve, FAST: tl.constexpr):
     """FAST: two special functions an output, to 2^-11: bfloat16 keeps 2^-9."""
-    if ACTIVATION == "gated":
-        if FAST:
-            return tanh(sums, True) * (0.5 + 0.5 * tanh(0.5 * valve, True))
-        else:
-            return tanh(sums) * tl.sigmoid(valve)
-    elif ACTIVATION == "relu":
-        return tl.where(sums < 0, 0.0, sums)  # keeps NaN
+    if FAST:
+        return tanh(signal, True) * (0.5 + 0.5 * tanh(0.5 * valve, True))
     else:
-        return sums
+        return tanh(signal) * tl.sigmoid(valve)
 
 
 @triton.jit
@@ -212,11 +201,14 @@ def masked_conv2d_kernel(
     x_map,  # (B, x_height, x_width, parts_read * channels), strides below
     packed_map,  # (row_tiles * N, packed_columns * 16)
     other_map,  # (B, out_height, out_width, other_channels) or None: a second map, seen at the pixel itself
-    bias_ptr,  # (all rows) or None
+    bias_ptr,  # (all rows), read where `biased`
     condition_ptr,  # (B, all rows) or None
-    residual_ptr,  # (B, out_height, out_width, rows), strides below, or None
+    residual_ptr,  # (B, out_height, out_width, rows), strides below, read where `added`
     out_map,  # (B, out_height, out_width, 1, rows) contiguous, written
     kept_map,  # written: KEEP "valve": as out; "both": with two halves; "sign": a pointer, bool, as out
+    biased, added,
+    floor,  # without a gate: what is less is raised to it; 0 for ReLU, else -inf
+    mirrored,  # for the gradient of the input
     batch, out_height, out_width, x_height, x_width,
     across, down,  # boxes side by side
     step_y, step_x,  # the convolution's stride
@@ -231,15 +223,14 @@ def masked_conv2d_kernel(
     x_channel,  # 1 but where gathered
     residual_channel,
     GATHER: tl.constexpr,  # columns of several taps in a block
-    MIRRORED: tl.constexpr,
     UNIT: tl.constexpr,  # of x, other and their channels
     OUT_UNIT: tl.constexpr,  # of rows and the residual
-    ACTIVATION: tl.constexpr, KEEP: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr, KEEP: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
     IMAGES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     BOXES: tl.constexpr = HEIGHT > 0
     M: tl.constexpr = IMAGES * HEIGHT * WIDTH if BOXES else IMAGES
-    C: tl.constexpr = N // 2 if ACTIVATION == "gated" else N  # channels written
+    C: tl.constexpr = N // 2 if GATED else N  # channels written
     rows, channels, other_channels = rows * OUT_UNIT, channels * UNIT, other_channels * UNIT
     tile, block = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
     first_image, first_y, first_x = corner_of(block, across, down, IMAGES, HEIGHT, WIDTH)
@@ -267,11 +258,11 @@ def masked_conv2d_kernel(
             sums = product(tl.load(weights + step * K), a, sums, PRECISION)
     else:
         steps, skipped = steps_of(tile, C, K, taps, channels, part_blocks, parts_read, rows, group_rows,
-                                  group_channels, shown, MIRRORED)  # fmt: skip
+                                  group_channels, shown, mirrored)  # fmt: skip
         tl.assume(steps > 0)
         for step in range(steps):
             dy, dx, channel, start, column = place_of(step, skipped, K, taps, first, width, origin_y, origin_x, tap_y,
-                                                      tap_x, channels, part_blocks, parts_read, MIRRORED)  # fmt: skip
+                                                      tap_x, channels, part_blocks, parts_read)  # fmt: skip
             if BOXES:
                 a = x_map.load([first_image, first_y + dy, first_x + dx, start + channel]).reshape(M, K).T
                 w = packed_map.load([tile * N, column])
@@ -301,24 +292,24 @@ def masked_conv2d_kernel(
     image, i, j = image.to(tl.int64)[None, :], i.to(tl.int64)[None, :], j.to(tl.int64)[None, :]
     pixel = (image * out_height + i) * out_width + j
     at = pixel * rows + n
-    if ACTIVATION == "gated":
+    if GATED:
         sums, valve = halves_of(sums)
-        sums = add_biases(sums, image, n, inside, bias_ptr, condition_ptr, 0, 2 * rows, rows)
-        valve = add_biases(valve, image, n, inside, bias_ptr, condition_ptr, rows, 2 * rows, rows)
+        sums = add_biases(sums, image, n, inside, biased, bias_ptr, condition_ptr, 0, 2 * rows, rows)
+        valve = add_biases(valve, image, n, inside, biased, bias_ptr, condition_ptr, rows, 2 * rows, rows)
         if KEEP == "valve":
             write(kept_map, valve, 0, at, inside, first_image, first_y, first_x, tile * C, HEIGHT, WIDTH)
         if KEEP == "both":
             half = pixel * (2 * rows) + n
             write(kept_map, sums, 0, half, inside, first_image, first_y, first_x, tile * C, HEIGHT, WIDTH)
             write(kept_map, valve, 1, half + rows, inside, first_image, first_y, first_x, tile * C, HEIGHT, WIDTH)
+        sums = gate(sums, valve, FAST)
     else:
-        sums = add_biases(sums, image, n, inside, bias_ptr, condition_ptr, 0, rows, rows)
-        valve = sums
+        sums = add_biases(sums, image, n, inside, biased, bias_ptr, condition_ptr, 0, rows, rows)
         if KEEP == "sign":
             tl.store(kept_map + at, (sums <= 0) == 0, mask=inside)  # a NaN passes
-    sums = activated(sums, valve, ACTIVATION, FAST)
-    if residual_ptr is not None:
-        added = (image * residual_image + i * residual_y + j * residual_x) * OUT_UNIT
-        added += n.to(tl.int64) * residual_channel
-        sums += tl.load(residual_ptr + added, mask=inside, other=0.0).to(tl.float32)
+        sums = tl.where(sums < floor, floor, sums)  # keeps NaN
+    if added != 0:
+        where = (image * residual_image + i * residual_y + j * residual_x) * OUT_UNIT
+        where += n.to(tl.int64) * residual_channel
+        sums += tl.load(residual_ptr + where, mask=inside, other=0.0).to(tl.float32)
     write(out_map, sums, 0, at, inside, first_image, first_y, first_x, tile * C, HEIGHT, WIDTH)

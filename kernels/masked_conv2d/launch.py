@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastgen.kernels.common import cdiv
 from fastgen.kernels.masked_conv2d import check
-from fastgen.kernels.masked_conv2d.backward import masked_conv2d_activation_backward_kernel, masked_conv2d_bias_kernel
+from fastgen.kernels.masked_conv2d.backward import masked_conv2d_activation_backward_kernel
 from fastgen.kernels.masked_conv2d.config import precision_of
 from fastgen.kernels.masked_conv2d.products import (
     Convolve,
@@ -25,6 +25,7 @@ from fastgen.kernels.masked_conv2d.products import (
     Weights,
     pixel_steps,
     side_by_side,
+    sum_of,
     unit_of,
 )
 from fastgen.kernels.masked_conv2d.walk import POINTWISE, Geometry, known_walk, refuse_in_capture
@@ -147,22 +148,21 @@ class Backward:
             make = partial(Convolve, weights=weights, size=tuple(x.shape[1:]), mirrored=True)
             self.of_x = check.tried(make, sums, weight, mask)
         if other is not None:
-            pointwise = Weights(other_weight.shape, known_walk(None, other_weight.shape, walk.parts), POINTWISE)
+            pointwise = Weights(other_weight.shape, known_walk(None, other_weight.shape, walk.parts), POINTWISE, False)
             if of_other:
                 make = partial(Convolve, weights=pointwise, size=tuple(other.shape[1:]), mirrored=True)
-                self.of_other = check.tried(make, sums, other_weight, None)
+                self.of_other = check.tried(make, sums, other_weight, mask)
             if of_other_weight:
                 make = partial(WeightGradient, weights=pointwise, adds_up=False)
-                self.of_other_weight = check.tried(make, sums, readable(other), other_weight, None)
+                self.of_other_weight = check.tried(make, sums, readable(other), other_weight, mask)
         added = self.of_weight is not None and self.of_weight.adds_up
         self.total = None if added or not (of_bias or of_condition) else "image" if of_condition else "all"
         if self.written or self.total:
             self._plan_pass(grad, grad_pre, batch if of_condition else 1)
         if of_bias or of_condition:
-            groups, count, rows = self.sums if self.total else self.of_weight.sums
-            grids, arguments = cdiv(rows, 128), (groups * count, rows)
-            self.bias = Launches(masked_conv2d_bias_kernel, (grids, 1), arguments, ROWS=128)
-            self.condition = Launches(masked_conv2d_bias_kernel, (grids, groups), (count, rows), ROWS=128)
+            shares, groups, rows = self.sums if self.total else self.of_weight.sums
+            self.bias = sum_of(shares * groups, rows, rows, (1, rows, 1, 1))
+            self.condition = sum_of(shares, rows, rows, (groups, rows, 1, 1))
 
     def _empty_sums(self, grad: Tensor) -> Tensor:
         return torch.empty(self.size, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
@@ -174,7 +174,7 @@ class Backward:
         shares = max(1, min(cdiv(group, pixels), PASS_PROGRAMS // (groups * row_blocks) or 1))
         steps = cdiv(cdiv(group, pixels), shares)
         shares = cdiv(group, steps * pixels)
-        self.sums = (groups, shares, self.rows)
+        self.sums = (shares, groups, self.rows)
         maps = [grad] if grad_pre is None else [grad, grad_pre]
         unit = min(unit_of(one, rows) for one in maps)
         strides = [*(pixel_steps(one, unit) for one in maps), (0, 0, 0)]
@@ -206,15 +206,15 @@ class Backward:
             found[1], added = self.of_weight(sums, readable(x), weight, mask)
             totals = added if totals is None else totals
         if of_other:
-            found[4] = self.of_other(sums, other_weight, None)[0]
+            found[4] = self.of_other(sums, other_weight, mask)[0]
         if of_other_weight:
-            found[5] = self.of_other_weight(sums, readable(other), other_weight, None)[0]
+            found[5] = self.of_other_weight(sums, readable(other), other_weight, mask)[0]
         if of_bias:
             found[2] = torch.empty(weight.shape[0], dtype=weight.dtype, device=weight.device)
-            self.bias(totals, found[2])
+            self.bias(totals, mask, found[2])
         if of_condition:
             found[3] = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
-            self.condition(totals, found[3])
+            self.condition(totals, mask, found[3])
         return found
 
 

@@ -5,6 +5,8 @@ All that depends on shapes, strides and dtypes alone is found once, in the const
 and launches. Sizes reach the kernels as plain integers, so that nothing lies on the device between calls.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from fastgen.kernels.common import cdiv, next_power_of_2, prepare
 from fastgen.kernels.masked_conv2d import cudnn
-from fastgen.kernels.masked_conv2d.backward import masked_conv2d_weight_kernel, masked_conv2d_weight_sum_kernel
+from fastgen.kernels.masked_conv2d.backward import masked_conv2d_sum_kernel, masked_conv2d_weight_kernel
 from fastgen.kernels.masked_conv2d.config import Choice, Layer, chip_of, choose, has_tma, precision_of
 from fastgen.kernels.masked_conv2d.forward import masked_conv2d_kernel, masked_conv2d_pack_kernel
 from fastgen.kernels.masked_conv2d.walk import Geometry, Walk, walk_arguments
@@ -104,6 +106,7 @@ class Weights:
     shape: torch.Size
     walk: Walk
     geometry: Geometry
+    masked: bool = True  # where False, the mask of a call is another weight's
 
     @property
     def size(self) -> int:
@@ -132,10 +135,10 @@ class Weights:
         unit = 16 // dtype.itemsize
         return unit if all(n % unit == 0 for n in (self.shape[1] * self.size, *counts)) else 1
 
-    @property
-    def flat(self) -> int:
-        """`FLAT` of the kernels; one value for most kernel sizes, so that few are compiled."""
-        return max(256, next_power_of_2(16 * self.size))
+    def flat(self, unit: int) -> int:
+        """`FLAT` of the kernels; one value for most kernel sizes, so that few are compiled: the first layers of models,
+        which have large kernels, have no unit."""
+        return max(256 if unit > 1 else 1024, next_power_of_2(16 * self.size))
 
 
 def blocks_of(choice: Choice, batch: int, height: int, width: int) -> tuple[dict[str, int], int, int, int]:
@@ -197,7 +200,7 @@ class Convolve:
         self.pack = self._packing(weights, columns, 0, pitch, halves, taps)
         self.pack_other = None
         if other_weight is not None:
-            rest, pointwise = self.packed[1] - columns, Weights(other_weight.shape, walk, weights.geometry)
+            rest, pointwise = self.packed[1] - columns, Weights(other_weight.shape, walk, weights.geometry, False)
             self.pack_other = self._packing(pointwise, rest, columns, rest, halves, (1, 1, 0, 1, 0))
         unit = 1 if layer.gathers else unit_of(x, channels)
         if other is not None and unit != unit_of(other, others):
@@ -207,6 +210,7 @@ class Convolve:
             out_unit = unit_of(residual, rows)
         box, across, down, blocks = blocks_of(choice, batch, height, width)
         arguments = (
+            int(bias is not None), int(residual is not None), 0.0 if activation == "relu" else -math.inf, int(mirrored),
             batch, height, width, *x.shape[2:], across, down, *((1, 1) if mirrored else weights.geometry.stride),
             *walk_arguments(walk, weights.geometry, mirrored), channels // unit, part_blocks, parts, rows // out_unit,
             row_tiles, columns, self.packed[1] // 16, others // unit, *pixel_steps(x, unit),
@@ -215,8 +219,8 @@ class Convolve:
             1 if residual is None or residual.shape[1] == 1 else residual.stride(1),
         )  # fmt: skip
         self.run = Launches(
-            masked_conv2d_kernel, (blocks * row_tiles,), arguments, GATHER=layer.gathers, MIRRORED=mirrored, UNIT=unit,
-            OUT_UNIT=out_unit, ACTIVATION=activation, KEEP=keep, PRECISION=precision_of(x.device, x.dtype),
+            masked_conv2d_kernel, (blocks * row_tiles,), arguments, GATHER=layer.gathers, UNIT=unit,
+            OUT_UNIT=out_unit, GATED=gated, KEEP=keep, PRECISION=precision_of(x.device, x.dtype),
             FAST=x.dtype == torch.bfloat16 and chip_of(x.device).startswith("sm_"), **box, N=tile.N, K=tile.K,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
@@ -237,12 +241,12 @@ class Convolve:
         unit = weights.unit(self.layer.dtype, pitch)
         places = (pitch, packed_rows) if self.mirrored else (packed_rows, pitch)
         arguments = (
-            packed_rows, columns // 16, packed_columns // 16, first // 16, pitch // unit, outputs // halves[1],
-            inputs * weights.size // unit, *halves, weights.size, *taps, weights.shape[3],
+            int(weights.masked), packed_rows, columns // 16, packed_columns // 16, first // 16, pitch // unit,
+            outputs // halves[1], inputs * weights.size // unit, *halves, weights.size, *taps, weights.shape[3],
         )  # fmt: skip
         return Launches(
             masked_conv2d_pack_kernel, tuple(cdiv(n, 16) for n in places), arguments, MIRRORED=self.mirrored, UNIT=unit,
-            FLAT=weights.flat, OUTPUTS=16, INPUTS=16,
+            FLAT=weights.flat(unit), OUTPUTS=16, INPUTS=16,
         )  # fmt: skip
 
     def results(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -264,21 +268,21 @@ class Convolve:
         packed = torch.empty(self.packed, dtype=x.dtype, device=x.device)
         self.pack(weight, mask, packed)
         if self.pack_other is not None:
-            self.pack_other(other_weight, None, packed)
+            self.pack_other(other_weight, mask, packed)
         read: tuple[Any, ...] = (x, packed, other)
         written: tuple[Any, ...] = (out, kept if self.keep else None)
         if self.boxes:
             of_x, of_packed, of_other, of_out, of_kept = self.boxes
             read = (of_x(x), of_packed(packed), None if of_other is None else of_other(other))
             written = (of_out(out), written[1] if of_kept is None else of_kept(kept))
-        self.run(*read, bias, condition, residual, *written)
+        self.run(*read, x if bias is None else bias, condition, x if residual is None else residual, *written)
         return out, kept
 
     def by_cudnn(
         self, x, weight, mask, bias=None, condition=None, residual=None, other=None, other_weight=None
     ) -> tuple[Tensor, Tensor]:
         """The sums by cuDNN, the finish by PyTorch."""
-        box = self.weights.box(self.choice)
+        box, mask = self.weights.box(self.choice), mask if self.weights.masked else None
         if self.mirrored:
             of_x = cudnn.input_gradient(x, self.size, weight, mask, box, self.weights.geometry)
             return of_x.contiguous(memory_format=torch.channels_last), of_x
@@ -288,10 +292,27 @@ class Convolve:
         )  # fmt: skip
 
 
+def sum_of(
+    shares: int, columns: int, pitch: int, shape: Sequence[int], taps: tuple[int, ...] = (1, 0, 1, 0, 0),
+    masked: bool = False,
+) -> Launches:  # fmt: skip
+    """Launches that add (shares, O, columns) and bring the columns, `pitch` for each tap, into a shape (O, I, kh, kw).
+
+    taps: the walk's number of taps, its first and its width, and where its box begins, (top, left).
+    """
+    outputs, inputs, height, width = shape
+    size, flat = height * width, max(256, next_power_of_2(height * width))
+    part = flat // size  # inputs of a program
+    part = part // 8 * 8 or part
+    arguments = (int(masked), shares, outputs, columns, inputs * size, pitch, part, size, *taps, width)
+    grid = (cdiv(outputs, 8), cdiv(inputs, part))
+    return Launches(masked_conv2d_sum_kernel, grid, arguments, FLAT=flat, OUTPUTS=8)
+
+
 class WeightGradient:
     """The gradient of the weight from that of the sums, channels side by side, and partial sums of that over pixels.
 
-    adds_up: also the latter, (1, shares, O) float32, where the kernel runs; else, and for cuDNN, None. Needs a dense
+    adds_up: also the latter, (shares, 1, O) float32, where the kernel runs; else, and for cuDNN, None. Needs a dense
     channels-last gradient.
     """
 
@@ -320,11 +341,11 @@ class WeightGradient:
         # 512 pixels a share at least: what a share of 128 x 128 sums writes is then half of what it loads.
         steps = cdiv(blocks, max(1, min(PROGRAMS // pairs, pixels // 512)))
         shares = cdiv(blocks, steps)
-        self.partial, self.sums = (shares, all_rows, columns), (1, shares * all_blocks, all_rows)
+        self.partial, self.sums = (shares, all_rows, columns), (shares * all_blocks, 1, all_rows)
         unit, grad_unit = 1 if layer.gathers else unit_of(x, channels), unit_of(grad, all_rows // walk.parts)
         arguments = (
-            batch, height, width, *x.shape[2:], across, down, *weights.geometry.stride, steps, channels // unit,
-            tap_blocks, all_rows // walk.parts // grad_unit, walk.parts, row_tiles, columns // 16,
+            int(self.adds_up), batch, height, width, *x.shape[2:], across, down, *weights.geometry.stride, steps,
+            channels // unit, tap_blocks, all_rows // walk.parts // grad_unit, walk.parts, row_tiles, columns // 16,
             *walk_arguments(walk, weights.geometry, False), *pixel_steps(grad, grad_unit), *pixel_steps(x, unit),
             x.stride(1) if layer.gathers else 1,
         )  # fmt: skip
@@ -338,15 +359,8 @@ class WeightGradient:
             self.boxes = tuple(
                 boxes_of_map(one, list(box.values()), side) for one, side in ((grad, tile.N), (x, tile.K))
             )
-        outputs, inputs = weights.shape[:2]
-        unit = weights.unit(layer.dtype, pitch)
-        arguments = (
-            shares, outputs, columns // 16, inputs * weights.size // unit, pitch // unit, weights.size,
-            walk.taps, walk.first, walk.width, walk.box[0], walk.box[2], weights.shape[3],
-        )  # fmt: skip
-        grid = (cdiv(outputs, 8), cdiv(inputs, 16))
-        blocks = {"UNIT": unit, "FLAT": weights.flat, "OUTPUTS": 8, "INPUTS": 16}
-        self.sum = Launches(masked_conv2d_weight_sum_kernel, grid, arguments, **blocks)
+        taps = (walk.taps, walk.first, walk.width, walk.box[0], walk.box[2])
+        self.sum = sum_of(shares, columns, pitch, weights.shape, taps, weights.masked)
 
     def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.choice.provider != "triton":
@@ -355,11 +369,11 @@ class WeightGradient:
         partial = torch.empty(self.partial, dtype=torch.float32, device=x.device)
         sums = torch.empty(self.sums, dtype=torch.float32, device=x.device) if self.adds_up else None
         of_grad, of_x = (self.boxes[0](grad), self.boxes[1](x)) if self.boxes else (grad, x)
-        self.run(of_grad, of_x, grad, partial, sums)
+        self.run(of_grad, of_x, grad, partial, partial if sums is None else sums)
         self.sum(partial, mask, out)
         return out, sums
 
     def by_cudnn(self, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        box = self.weights.box(self.choice)
+        box, mask = self.weights.box(self.choice), mask if self.weights.masked else None
         of_weight = cudnn.weight_gradient(grad, x, weight, mask, box, self.weights.geometry)
         return of_weight, grad.sum((0, 2, 3))[None, None] if self.adds_up else None

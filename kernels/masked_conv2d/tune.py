@@ -105,7 +105,7 @@ def milliseconds(call: Callable[[], Any], device: torch.device, budget: float = 
 
 
 def search(product: Product, device: torch.device, tiles: list[Tile]) -> dict[str, Any]:
-    """The row of a table: the fastest of the right ones, and the times of cuDNN, which is chosen where none is right."""
+    """The row of a table: the fastest of the right ones, and the times of cuDNN, which is taken where none is right."""
     make, tensors = product
 
     def timed(provider: str, tile: Tile) -> float:
