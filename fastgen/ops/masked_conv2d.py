@@ -412,7 +412,8 @@ def under_autocast(x: Tensor, weight: Tensor, *more: Tensor | None) -> list[Any]
     """All in the autocast dtype where autocast is on, as `F.conv2d` takes them; float64 stays."""
     tensors: list[Any] = [x, weight, *more]
     kind = x.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)  # which takes the host a microsecond
+    autocast = known and torch.is_autocast_enabled(kind)
     if not autocast or torch.float64 in (x.dtype, weight.dtype):
         return tensors
     dtype = torch.get_autocast_dtype(kind)

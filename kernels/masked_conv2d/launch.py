@@ -23,6 +23,8 @@ from fastgen.kernels.masked_conv2d.products import (
     Launches,
     WeightGradient,
     Weights,
+    channels_last,
+    contiguous,
     pixel_steps,
     side_by_side,
     sum_of,
@@ -77,18 +79,10 @@ def result_size(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, int
 
 
 def forward(
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    condition: Tensor | None,
-    residual: Tensor | None,
-    other: Tensor | None,
-    other_weight: Tensor | None,
-    geometry: tuple[tuple[int, int], ...],
-    activation: str,
-    keep: str,
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, condition: Tensor | None,
+    residual: Tensor | None, other: Tensor | None, other_weight: Tensor | None,
+    geometry: tuple[tuple[int, int], ...], activation: str, keep: str,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """activation(conv(x, weight) + conv1x1(other, other_weight) + bias + condition) + residual, and what is kept.
 
     x (B, I, H, W), weight (O, I, kh, kw), bias (O,), condition (B, O), residual like the result, other (B, C, H', W'),
@@ -102,12 +96,16 @@ def forward(
     x = readable(x)
     if other is not None and not side_by_side(other):
         other = other.contiguous(memory_format=torch.channels_last)
-    small = [None if one is None else one.contiguous() for one in (weight, mask, bias, condition, other_weight)]
+    weight, mask = weight.contiguous(), None if mask is None else mask.contiguous()
+    bias, condition = None if bias is None else bias.contiguous(), None if condition is None else condition.contiguous()
+    other_weight = None if other_weight is None else other_weight.contiguous()
     key = (
-        walk, geometry, activation, keep, weight.shape, kind_of(x), kind_of(residual), kind_of(other),
-        *[one is None or one.data_ptr() % 16 for one in small], x.get_device(), precision_of(x.device, x.dtype),
+        walk, geometry, activation, keep, weight.shape, x.get_device(), precision_of(x.device, x.dtype), kind_of(x),
+        kind_of(residual), kind_of(other), weight.data_ptr() % 16, mask is None or mask.data_ptr() % 16,
+        bias is None or bias.data_ptr() % 16, condition is None or condition.data_ptr() % 16,
+        other_weight is None or other_weight.data_ptr() % 16,
     )  # fmt: skip
-    tensors = (x, *small[:4], residual, other, small[4])
+    tensors = (x, weight, mask, bias, condition, residual, other, other_weight)
 
     def make() -> Convolve:
         weights = Weights(weight.shape, walk, Geometry(*geometry))
@@ -133,7 +131,8 @@ class Backward:
     ) -> None:
         of_x, of_weight, of_bias, of_condition, of_other, of_other_weight = self.wanted = wanted
         batch, rows, height, width = grad.shape
-        self.saved, self.rows, self.size = saved, walk.parts * rows, (batch, walk.parts * rows, height, width)
+        self.saved, self.rows = saved, walk.parts * rows
+        self.layout = channels_last(batch, self.rows, height, width)
         dense = grad.is_contiguous(memory_format=torch.channels_last) and grad.data_ptr() % 16 == 0
         products = of_x or of_weight or of_other or of_other_weight
         self.written = products and not (saved == "none" and side_by_side(grad) and (dense or not of_bias))
@@ -160,12 +159,12 @@ class Backward:
         if self.written or self.total:
             self._plan_pass(grad, grad_pre, batch if of_condition else 1)
         if of_bias or of_condition:
-            shares, groups, rows = self.sums if self.total else self.of_weight.sums
+            (shares, groups, rows), _ = self.sums if self.total else self.of_weight.sums
             self.bias = sum_of(shares * groups, rows, rows, (1, rows, 1, 1))
             self.condition = sum_of(shares, rows, rows, (groups, rows, 1, 1))
 
     def _empty_sums(self, grad: Tensor) -> Tensor:
-        return torch.empty(self.size, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
+        return torch.empty_strided(*self.layout, dtype=grad.dtype, device=grad.device)
 
     def _plan_pass(self, grad: Tensor, grad_pre: Tensor | None, groups: int) -> None:
         batch, rows, height, width = grad.shape
@@ -174,7 +173,7 @@ class Backward:
         shares = max(1, min(cdiv(group, pixels), PASS_PROGRAMS // (groups * row_blocks) or 1))
         steps = cdiv(cdiv(group, pixels), shares)
         shares = cdiv(group, steps * pixels)
-        self.sums = (shares, groups, self.rows)
+        self.sums = contiguous(shares, groups, self.rows)
         maps = [grad] if grad_pre is None else [grad, grad_pre]
         unit = min(unit_of(one, rows) for one in maps)
         strides = [*(pixel_steps(one, unit) for one in maps), (0, 0, 0)]
@@ -194,7 +193,7 @@ class Backward:
             if self.written:
                 sums = self._empty_sums(grad)
             if self.total:
-                totals = torch.empty(self.sums, dtype=torch.float32, device=grad.device)
+                totals = torch.empty_strided(*self.sums, dtype=torch.float32, device=grad.device)
             saved = self.saved
             maps = {"relu": (out, None), "sign": (kept, None), "valve": (out, kept)}.get(saved, (None, None))
             first, second = kept.chunk(2, 1) if saved == "both" else maps
@@ -210,7 +209,7 @@ class Backward:
         if of_other_weight:
             found[5] = self.of_other_weight(sums, readable(other), other_weight, mask)[0]
         if of_bias:
-            found[2] = torch.empty(weight.shape[0], dtype=weight.dtype, device=weight.device)
+            found[2] = torch.empty_strided((self.rows,), (1,), dtype=weight.dtype, device=weight.device)
             self.bias(totals, mask, found[2])
         if of_condition:
             found[3] = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
@@ -219,19 +218,10 @@ class Backward:
 
 
 def backward(
-    grad: Tensor | None,
-    grad_pre: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    kept: Tensor,
-    other: Tensor | None,
-    other_weight: Tensor | None,
-    geometry: tuple[tuple[int, int], ...],
-    saved: str,
-    wanted: tuple[bool, ...],
-) -> list[Tensor | None]:
+    grad: Tensor | None, grad_pre: Tensor | None, x: Tensor, weight: Tensor, mask: Tensor | None, out: Tensor,
+    kept: Tensor, other: Tensor | None, other_weight: Tensor | None, geometry: tuple[tuple[int, int], ...],
+    saved: str, wanted: tuple[bool, ...],
+) -> list[Tensor | None]:  # fmt: skip
     """Gradients of x, weight, bias, condition, other and other_weight, as `wanted`; the rest are None.
 
     grad: of the result, grad_pre: of the sums where these were kept and used; one is not None. saved: what the forward
@@ -245,13 +235,15 @@ def backward(
         assert grad_pre is not None, "autograd asks for no gradient of nothing"
         grad, grad_pre, saved = grad_pre, None, "none"
     walk = known_walk(mask, weight.shape, 2 if saved in ("valve", "both") else 1)
-    small = [None if one is None else one.contiguous() for one in (weight, mask, other_weight)]
+    weight, mask = weight.contiguous(), None if mask is None else mask.contiguous()
+    other_weight = None if other_weight is None else other_weight.contiguous()
     key = (
-        walk, geometry, saved, wanted, weight.shape, kind_of(grad), kind_of(grad_pre), kind_of(x), kind_of(other),
-        out.data_ptr() % 16, kept.data_ptr() % 16, *[one is None or one.data_ptr() % 16 for one in small],
-        x.get_device(), precision_of(x.device, x.dtype),
+        walk, geometry, saved, wanted, weight.shape, x.get_device(), precision_of(x.device, x.dtype), kind_of(grad),
+        kind_of(grad_pre), kind_of(x), kind_of(other), out.data_ptr() % 16, kept.data_ptr() % 16,
+        weight.data_ptr() % 16, mask is None or mask.data_ptr() % 16,
+        other_weight is None or other_weight.data_ptr() % 16,
     )  # fmt: skip
-    tensors = (grad, grad_pre, x, *small[:2], out, kept, other, small[2])
+    tensors = (grad, grad_pre, x, weight, mask, out, kept, other, other_weight)
     return _recorded(key, x, lambda: Backward(*tensors, walk, geometry, saved, wanted))(*tensors)
 
 

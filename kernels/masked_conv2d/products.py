@@ -99,6 +99,18 @@ def pixel_steps(x: Tensor, unit: int) -> tuple[int, ...]:
     return tuple(0 if x.shape[axis] == 1 else x.stride(axis) // unit for axis in (0, 2, 3))
 
 
+# Sizes and strides are found once for `torch.empty_strided`, which takes the host a third of what `torch.empty` takes.
+Layout = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def channels_last(batch: int, channels: int, height: int, width: int) -> Layout:
+    return (batch, channels, height, width), (height * width * channels, 1, width * channels, channels)
+
+
+def contiguous(*size: int) -> Layout:
+    return size, tuple(math.prod(size[axis + 1 :]) for axis in range(len(size)))
+
+
 @dataclass(frozen=True)
 class Weights:
     """A weight (O, I, kh, kw) as a product sees it: all but its values."""
@@ -182,7 +194,8 @@ class Convolve:
         layer = weights.layer("in" if mirrored else "out", read, all_rows, batch * height * width, gated, aligned)
         self.layer, self.weights, self.mirrored, self.activation, self.keep = layer, weights, mirrored, activation, keep
         self.terms = walk.taps * x.shape[1] + others
-        self.kept_size = (batch, 2 * rows if keep == "both" else rows, height, width)
+        self.layout = channels_last(*self.size)
+        self.kept_layout = channels_last(batch, 2 * rows if keep == "both" else rows, height, width)
         self.kept_dtype = torch.bool if keep == "sign" else x.dtype
         self.choice = choice = choice or weights.choose(layer, x.device)
         if choice.provider != "triton" or batch * rows * height * width == 0:
@@ -194,13 +207,14 @@ class Convolve:
             channels, part_blocks, parts = x.shape[1], 1, 1
         pitch = channels if layer.gathers else parts * part_blocks * tile.K
         columns = cdiv(walk.taps * pitch, tile.K) * tile.K
-        self.packed = (row_tiles * tile.N, columns + cdiv(others, tile.K) * tile.K)
+        packed_columns = columns + cdiv(others, tile.K) * tile.K
+        self.packed = contiguous(row_tiles * tile.N, packed_columns)
         taps = (walk.taps, cdiv(columns, pitch), walk.first, walk.width, walk.box[0] * weights.shape[3] + walk.box[2])
         halves = (pitch // parts, parts) if mirrored else (RUN, 2 if gated else 1)
         self.pack = self._packing(weights, columns, 0, pitch, halves, taps)
         self.pack_other = None
         if other_weight is not None:
-            rest, pointwise = self.packed[1] - columns, Weights(other_weight.shape, walk, weights.geometry, False)
+            rest, pointwise = packed_columns - columns, Weights(other_weight.shape, walk, weights.geometry, False)
             self.pack_other = self._packing(pointwise, rest, columns, rest, halves, (1, 1, 0, 1, 0))
         unit = 1 if layer.gathers else unit_of(x, channels)
         if other is not None and unit != unit_of(other, others):
@@ -213,7 +227,7 @@ class Convolve:
             int(bias is not None), int(residual is not None), 0.0 if activation == "relu" else -math.inf, int(mirrored),
             batch, height, width, *x.shape[2:], across, down, *((1, 1) if mirrored else weights.geometry.stride),
             *walk_arguments(walk, weights.geometry, mirrored), channels // unit, part_blocks, parts, rows // out_unit,
-            row_tiles, columns, self.packed[1] // 16, others // unit, *pixel_steps(x, unit),
+            row_tiles, columns, packed_columns // 16, others // unit, *pixel_steps(x, unit),
             *((0,) * 3 if other is None else pixel_steps(other, unit)),
             *((0,) * 3 if residual is None else pixel_steps(residual, out_unit)), x.stride(1) if layer.gathers else 1,
             1 if residual is None or residual.shape[1] == 1 else residual.stride(1),
@@ -229,7 +243,7 @@ class Convolve:
             block = list(box.values())
             out, kept = self.results(x)
             of_kept = boxes_of_result(kept, 2 if keep == "both" else 1, block, written) if gated and keep else None
-            of_packed = Boxes(x.new_empty(self.packed), list(self.packed), [self.packed[1], 1], [tile.N, tile.K])
+            of_packed = Boxes(x, *map(list, self.packed), [tile.N, tile.K])
             of_other = None if other is None else boxes_of_map(other, block, tile.K)
             of_out = boxes_of_result(out, 1, block, written)
             self.boxes = (boxes_of_map(x, block, tile.K), of_packed, of_other, of_out, of_kept)
@@ -237,7 +251,7 @@ class Convolve:
     def _packing(self, weights: Weights, columns: int, first: int, pitch: int, halves: Any, taps: Any) -> Launches:
         """Of a weight into as many columns from the first on, `pitch` for each tap."""
         outputs, inputs = weights.shape[:2]
-        packed_rows, packed_columns = self.packed
+        packed_rows, packed_columns = self.packed[0]
         unit = weights.unit(self.layer.dtype, pitch)
         places = (pitch, packed_rows) if self.mirrored else (packed_rows, pitch)
         arguments = (
@@ -251,11 +265,10 @@ class Convolve:
 
     def results(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Uninitialized: (B, C, H, W), and what is kept."""
-        out = torch.empty(self.size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        out = torch.empty_strided(*self.layout, dtype=x.dtype, device=x.device)
         if not self.keep:
             return out, out
-        kind = self.kept_dtype
-        return out, torch.empty(self.kept_size, dtype=kind, device=x.device, memory_format=torch.channels_last)
+        return out, torch.empty_strided(*self.kept_layout, dtype=self.kept_dtype, device=x.device)
 
     def __call__(
         self, x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None = None,
@@ -265,7 +278,7 @@ class Convolve:
         if self.choice.provider != "triton":
             return self.by_cudnn(x, weight, mask, bias, condition, residual, other, other_weight)
         out, kept = self.results(x)
-        packed = torch.empty(self.packed, dtype=x.dtype, device=x.device)
+        packed = torch.empty_strided(*self.packed, dtype=x.dtype, device=x.device)
         self.pack(weight, mask, packed)
         if self.pack_other is not None:
             self.pack_other(other_weight, mask, packed)
@@ -341,7 +354,8 @@ class WeightGradient:
         # 512 pixels a share at least: what a share of 128 x 128 sums writes is then half of what it loads.
         steps = cdiv(blocks, max(1, min(PROGRAMS // pairs, pixels // 512)))
         shares = cdiv(blocks, steps)
-        self.partial, self.sums = (shares, all_rows, columns), (shares * all_blocks, 1, all_rows)
+        self.out, self.partial = contiguous(*weights.shape), contiguous(shares, all_rows, columns)
+        self.sums = contiguous(shares * all_blocks, 1, all_rows)
         unit, grad_unit = 1 if layer.gathers else unit_of(x, channels), unit_of(grad, all_rows // walk.parts)
         arguments = (
             int(self.adds_up), batch, height, width, *x.shape[2:], across, down, *weights.geometry.stride, steps,
@@ -365,9 +379,9 @@ class WeightGradient:
     def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.choice.provider != "triton":
             return self.by_cudnn(grad, x, weight, mask)
-        out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-        partial = torch.empty(self.partial, dtype=torch.float32, device=x.device)
-        sums = torch.empty(self.sums, dtype=torch.float32, device=x.device) if self.adds_up else None
+        out = torch.empty_strided(*self.out, dtype=weight.dtype, device=weight.device)
+        partial = torch.empty_strided(*self.partial, dtype=torch.float32, device=x.device)
+        sums = torch.empty_strided(*self.sums, dtype=torch.float32, device=x.device) if self.adds_up else None
         of_grad, of_x = (self.boxes[0](grad), self.boxes[1](x)) if self.boxes else (grad, x)
         self.run(of_grad, of_x, grad, partial, partial if sums is None else sums)
         self.sum(partial, mask, out)

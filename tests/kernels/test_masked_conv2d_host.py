@@ -3,11 +3,12 @@
 import gc
 import itertools
 import json
+import sys
 
 import pytest
 import torch
 
-from fastgen.kernels.masked_conv2d import check, config, launch, products, tune, walk
+from fastgen.kernels.masked_conv2d import catalogue, check, config, launch, products, tune, walk
 from fastgen.kernels.masked_conv2d.config import Layer, Tile
 from fastgen.kernels.masked_conv2d.products import Convolve, box_of
 from fastgen.kernels.masked_conv2d.walk import Geometry, known_walk, walk_of
@@ -437,3 +438,16 @@ def test_the_search_wants_a_gpu(capsys):
         pytest.skip("there is one")
     assert tune.main([]) == 2
     assert "no CUDA GPU" in capsys.readouterr().err
+
+
+def test_a_training_step_of_the_gated_pixelcnn_compiles_few_kernels(monkeypatch):
+    """28x28 images, batch 64, bfloat16, as on an H100; the gradient of the logits lies as they do."""
+    for module in ("fastgen.ops.masked_conv2d", "fastgen.nn.masked_conv"):
+        monkeypatch.setattr(sys.modules[module], "uses_triton", lambda impl, x: True)
+    model = GatedPixelCNN((1, 28, 28), layers=3).bfloat16()
+    with catalogue.noted("sm_90") as found:
+        out = model(torch.zeros(64, 1, 28, 28, dtype=torch.long))
+        out.backward(torch.empty_like(out))
+    names = [kind[0].__name__ for kind in found]
+    assert names.count("masked_conv2d_kernel") == 5  # with what launches them, not the number of layers
+    assert len(found) <= 14
