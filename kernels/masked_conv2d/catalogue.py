@@ -17,7 +17,7 @@ from fastgen.kernels.masked_conv2d.forward import SPECIALIZED
 CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.bool: "i1"}
 SAME = ((1, 1), (1, 1), (1, 1))
-OLDEST = {"spills": {"sm_120": 8}, "reason": "8 bytes with Triton 3.6, none with 3.7 and 3.9"}
+OLDEST: dict[str, Any] = {"spills": {"sm_120": 8}, "reason": "8 bytes with Triton 3.6, none with 3.7 and 3.9"}
 Kind = tuple[Any, tuple[tuple[str, Any], ...], tuple[tuple[str, Any], ...]]  # kernel, signature, constants and options
 
 
@@ -49,19 +49,21 @@ def noted(chip: str) -> Iterator[dict[Kind, None]]:
         launch.forget()
 
 
-def run_layer(dtype: torch.dtype, activation: str, channels: int, *, batch: int = 128, adds: bool = False) -> None:
-    """Forward and backward of a masked 3x3 layer with 128 results of 32x32; adds: a second map or, without a gate, a
-    residual, and where the sums are used, too."""
+def run_layer(
+    dtype: torch.dtype, activation: str, channels: int, *, results: int = 128, batch: int = 128, adds: bool = False
+) -> None:
+    """Forward and backward of a masked 3x3 layer on maps of 32x32; adds: a second map or, without a gate, a residual,
+    and where the sums are used, too."""
 
     def feature_map(channels: int) -> Tensor:
         size = (batch, channels, 32, 32)
         return torch.empty(size, dtype=dtype, device="meta", memory_format=torch.channels_last)
 
     gated = activation == "gated"
-    outputs = 256 if gated else 128
+    outputs = 2 * results if gated else results
     mask = torch.zeros(outputs, channels, 3, 3, dtype=torch.bool)
     mask.view(outputs, channels, 9)[..., :5] = True
-    x, result, weight = feature_map(channels), feature_map(128), torch.empty(mask.shape, dtype=dtype, device="meta")
+    x, result, weight = feature_map(channels), feature_map(results), torch.empty(mask.shape, dtype=dtype, device="meta")
     bias, condition = weight.new_empty(outputs), weight.new_empty(batch, outputs) if gated else None
     other = feature_map(256) if adds and gated else None
     other_weight = weight.new_empty(outputs, 256, 1, 1) if adds and gated else None
@@ -79,6 +81,7 @@ def run_layers() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         run_layer(dtype, "gated", 128)
         run_layer(dtype, "none", 128, adds=True)
+        run_layer(dtype, "none", 192, results=192, adds=True)
     run_layer(torch.bfloat16, "gated", 128, adds=True)
     run_layer(torch.bfloat16, "gated", 128, batch=2)
     run_layer(torch.bfloat16, "relu", 128, adds=True)

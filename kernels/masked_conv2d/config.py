@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastgen.kernels.common import next_power_of_2
+from fastgen.kernels.common import cdiv, next_power_of_2
 
 SHIPPED = Path(__file__).parent / "tuned"
 PROVIDERS = ("triton", "dense", "cropped")
@@ -137,11 +137,19 @@ def power_of_two(n: int, low: int, high: int) -> int:
     return min(max(next_power_of_2(n), low), high)
 
 
+def side_of(channels: int, most: int) -> int:
+    """A tile's side: `most`, half of it where that pads the channels by a tenth less, or less for few channels."""
+    side = power_of_two(channels, 16, most)
+    half = side // 2
+    return half if half >= 64 and cdiv(channels, side) * side > 1.1 * cdiv(channels, half) * half else side
+
+
 def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
     """128 pixels by 128 channels in 8 warps, less where there is less to do.
 
     - K: 128 bytes of each pixel (64 channels in half precision, 32 in float32), a cache line, and the swizzle that
       wgmma likes. Less where there are fewer channels. Gathered: 32 columns, or 16 where that pads less.
+    - 64 channels in 4 warps where that pads less: 192, three groups of colours.
     - 64 pixels in 4 warps where 128 would leave most of a hundred multiprocessors without a tile.
     - without tensor cores (float32 where TF32 is off): 64 x 64 in steps of 16, within the registers of 4 warps.
     - three stages: 96 KiB of shared memory, two programs on a Hopper multiprocessor. Two on AMD (64 KiB).
@@ -151,7 +159,7 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
     if chip == "interpreter":
         return Tile(32, 16, 16, 4, 1, layer.tma and not layer.gathers)
     stages = 3 if chip.startswith("sm_") else 2
-    wide = power_of_two(layer.rows, 16, 128)
+    wide = side_of(layer.rows, 128)
     scalar = precision == "ieee" and layer.dtype == torch.float32
     line = 128 // layer.dtype.itemsize
     if layer.direction == "weight":
@@ -159,7 +167,7 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
             return Tile(16, min(wide, 64), 32, 4, 2)
         if layer.gathers:  # whose addresses take registers
             return Tile(line, min(wide, 64), 32, 4, stages)
-        deep = power_of_two(layer.channels, 16, 128)
+        deep = side_of(layer.channels, 128)
         return Tile(line, wide, deep, 8 if wide * deep > 64 * 64 else 4, stages, layer.tma and deep >= 32)
     if scalar:
         return Tile(64, min(wide, 64), 16, 4, 2)
@@ -169,7 +177,7 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
     tiles = -(-layer.pixels // 128) * -(-layer.rows // wide)
     if tiles < 100 or wide < 32:
         return Tile(64, min(wide, 64), deep, 4, stages)
-    return Tile(128, wide, deep, 8, stages, layer.tma and not layer.gathers and deep == line)
+    return Tile(128, wide, deep, 8 if wide > 64 else 4, stages, layer.tma and not layer.gathers and deep == line)
 
 
 def candidates(chip: str, layer: Layer, precision: str) -> list[Tile]:

@@ -126,6 +126,12 @@ class Backward:
     for all images, None for none; then the product for the weight may do that.
     """
 
+    of_x: Any = None
+    of_weight: Any = None
+    of_other: Any = None
+    of_other_weight: Any = None
+    passes: Any = None
+
     def __init__(
         self, grad, grad_pre, x, weight, mask, out, kept, other, other_weight, walk, geometry, saved, wanted
     ) -> None:
@@ -138,7 +144,6 @@ class Backward:
         self.written = products and not (saved == "none" and side_by_side(grad) and (dense or not of_bias))
         sums = self._empty_sums(grad) if self.written else grad
         weights = Weights(weight.shape, walk, Geometry(*geometry))
-        self.of_x = self.of_weight = self.of_other = self.of_other_weight = self.passes = self.bias = None
         if of_weight:
             adds_up = of_bias and saved == "none" and dense and not of_condition
             make: Any = partial(WeightGradient, weights=weights, adds_up=adds_up)

@@ -243,7 +243,7 @@ class Convolve:
             block = list(box.values())
             out, kept = self.results(x)
             of_kept = boxes_of_result(kept, 2 if keep == "both" else 1, block, written) if gated and keep else None
-            of_packed = Boxes(x, *map(list, self.packed), [tile.N, tile.K])
+            of_packed = Boxes(x, list(self.packed[0]), list(self.packed[1]), [tile.N, tile.K])
             of_other = None if other is None else boxes_of_map(other, block, tile.K)
             of_out = boxes_of_result(out, 1, block, written)
             self.boxes = (boxes_of_map(x, block, tile.K), of_packed, of_other, of_out, of_kept)
