@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from fastgen.kernels.common import tanh
-from fastgen.kernels.masked_conv2d.forward import corner_of, kernel, picked, pixels_of, product
+from fastgen.kernels.masked_conv2d.forward import corner_of, kernel, lies_in, picked, pixels_of, product
 
 
 @triton.jit
@@ -193,8 +193,7 @@ def masked_conv2d_weight_kernel(
                     grad_x, GRAD_UNIT, IMAGES, HEIGHT, WIDTH)  # fmt: skip
                 y, x = i * step_y, j * step_x
                 at = image.to(tl.int64) * x_image + y.to(tl.int64) * x_y + x.to(tl.int64) * x_x
-                y, x = y[:, None] + dy, x[:, None] + dx
-                seen = inside[:, None] & (y >= 0) & (y < x_height) & (x >= 0) & (x < x_width)
+                seen = inside[:, None] & lies_in(y[:, None] + dy, x[:, None] + dx, x_height, x_width)
                 seen_x = tl.load(read + (at * UNIT)[:, None], mask=seen & real, other=0.0)
             total = product(grad.T, seen_x, total, PRECISION)
         at = tl.program_id(1).to(tl.int64) * all_rows * all_columns + n.to(tl.int64)[:, None] * all_columns

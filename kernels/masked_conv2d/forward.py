@@ -105,6 +105,14 @@ def masked_conv2d_pack_kernel(
 
 
 @triton.jit
+def lies_in(y, x, height, width):
+    """Whether places lie in a map; negative ones are large without their sign, which spares half the comparisons."""
+    return (y.to(tl.uint32, bitcast=True) < height.to(tl.uint32)) & (
+        x.to(tl.uint32, bitcast=True) < width.to(tl.uint32)
+    )
+
+
+@triton.jit
 def corner_of(block, across, down, IMAGES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     """(image, y, x) of the first pixel of a box."""
     return block // (across * down) * IMAGES, block // across % down * HEIGHT, block % across * WIDTH
@@ -241,6 +249,7 @@ def masked_conv2d_kernel(
         inside = image < batch
         y, x = i * step_y, j * step_x
         base = image.to(tl.int64) * x_image + y.to(tl.int64) * x_y + x.to(tl.int64) * x_x
+        y = tl.where(inside, y, -(2**30))  # far from the map
         read = x_map + (base * UNIT)[None, :] + k[:, None]
         weights = packed_map + (tile * N + tl.arange(0, N)).to(tl.int64)[:, None] * (packed_columns * 16) + k[None, :]
     if GATHER:
@@ -250,9 +259,7 @@ def masked_conv2d_kernel(
             tap, channel = (step * K + k) // channels, (step * K + k) % channels
             dy = (origin_y + (first + tap) // width * tap_y)[:, None]
             dx = (origin_x + (first + tap) % width * tap_x)[:, None]
-            seen = inside[None, :] & (tap < taps)[:, None]
-            seen = seen & (y[None, :] + dy >= 0) & (y[None, :] + dy < x_height)
-            seen = seen & (x[None, :] + dx >= 0) & (x[None, :] + dx < x_width)
+            seen = (tap < taps)[:, None] & lies_in(y[None, :] + dy, x[None, :] + dx, x_height, x_width)
             at = (dy.to(tl.int64) * x_y + dx.to(tl.int64) * x_x) + channel.to(tl.int64)[:, None] * x_channel
             a = tl.load(x_map + base[None, :] + at, mask=seen, other=0.0)
             sums = product(tl.load(weights + step * K), a, sums, PRECISION)
@@ -267,7 +274,7 @@ def masked_conv2d_kernel(
                 a = x_map.load([first_image, first_y + dy, first_x + dx, start + channel]).reshape(M, K).T
                 w = packed_map.load([tile * N, column])
             else:
-                seen = inside & (y + dy >= 0) & (y + dy < x_height) & (x + dx >= 0) & (x + dx < x_width)
+                seen = lies_in(y + dy, x + dx, x_height, x_width)
                 at = (dy.to(tl.int64) * x_y + dx.to(tl.int64) * x_x) * UNIT + (start + channel)
                 a = tl.load(read + at, mask=seen[None, :] & (channel + k < channels)[:, None], other=0.0)
                 w = tl.load(weights + column)
