@@ -65,7 +65,7 @@ def masked_conv2d_activation_backward_kernel(
     grad_sums_ptr,  # written: (B, height, width, parts * rows), or None
     sums_ptr,  # written: (shares, groups, parts * rows) float32, or None
     group,  # pixels that share a bias: height * width for an image's own, all of them for none
-    shares,  # programs of a group
+    shares, groups,  # shares: programs of a group
     steps,  # blocks of pixels a program walks through
     height, width, rows, saved_pitch,
     grad_image, grad_y, grad_x, grad_pre_image, grad_pre_y, grad_pre_x, grad_channel, grad_pre_channel,
@@ -102,8 +102,8 @@ def masked_conv2d_activation_backward_kernel(
         first_sum += first
         second_sum += second
     if sums_ptr is not None:
-        share, groups = tl.program_id(0) % shares, tl.num_programs(0) // shares
-        at = sums_ptr + (share * groups + tl.program_id(0) // shares).to(tl.int64) * (parts * rows) + n
+        place = tl.program_id(0) % shares * groups + tl.program_id(0) // shares
+        at = sums_ptr + place.to(tl.int64) * (parts * rows) + n
         tl.store(at, tl.sum(first_sum, 0)[None, :], mask=n < rows)
         if parts == 2:
             tl.store(at + rows, tl.sum(second_sum, 0)[None, :], mask=n < rows)

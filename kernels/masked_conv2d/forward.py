@@ -211,7 +211,7 @@ def masked_conv2d_kernel(
     other_map,  # (B, out_height, out_width, other_channels) or None: a second map, seen at the pixel itself
     bias_ptr,  # (all rows), read where `biased`
     condition_ptr,  # (B, all rows) or None
-    residual_ptr,  # (B, out_height, out_width, rows), strides below, read where `added`
+    residual_ptr,  # (B, out_height, out_width, rows), strides below, read where `added`; or None
     out_map,  # (B, out_height, out_width, 1, rows) contiguous, written
     kept_map,  # written: KEEP "valve": as out; "both": with two halves; "sign": a pointer, bool, as out
     biased, added,
@@ -315,8 +315,8 @@ def masked_conv2d_kernel(
         if KEEP == "sign":
             tl.store(kept_map + at, (sums <= 0) == 0, mask=inside)  # a NaN passes
         sums = tl.where(sums < floor, floor, sums)  # keeps NaN
-    if added != 0:
+    if residual_ptr is not None:
         where = (image * residual_image + i * residual_y + j * residual_x) * OUT_UNIT
         where += n.to(tl.int64) * residual_channel
-        sums += tl.load(residual_ptr + where, mask=inside, other=0.0).to(tl.float32)
+        sums += tl.load(residual_ptr + where, mask=inside & (added != 0), other=0.0).to(tl.float32)
     write(out_map, sums, 0, at, inside, first_image, first_y, first_x, tile * C, HEIGHT, WIDTH)

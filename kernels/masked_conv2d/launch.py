@@ -184,7 +184,7 @@ class Backward:
         strides = [*(pixel_steps(one, unit) for one in maps), (0, 0, 0)]
         channels = [one.stride(1) for one in maps] + [1] * (2 - len(maps))
         pitch = 2 * rows if self.saved == "both" else rows
-        sizes = (group, shares, steps, height, width, rows // unit, pitch // unit)
+        sizes = (group, shares, groups, steps, height, width, rows // unit, pitch // unit)
         self.passes = Launches(
             masked_conv2d_activation_backward_kernel, (groups * shares, row_blocks),
             (*sizes, *strides[0], *strides[1], *channels), SAVED=self.saved, UNIT=unit, PIXELS=pixels,

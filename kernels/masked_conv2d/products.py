@@ -253,14 +253,15 @@ class Convolve:
         outputs, inputs = weights.shape[:2]
         packed_rows, packed_columns = self.packed[0]
         unit = weights.unit(self.layer.dtype, pitch)
+        rows = 16 if unit > 1 else 4
         places = (pitch, packed_rows) if self.mirrored else (packed_rows, pitch)
         arguments = (
             int(weights.masked), packed_rows, columns // 16, packed_columns // 16, first // 16, pitch // unit,
             outputs // halves[1], inputs * weights.size // unit, *halves, weights.size, *taps, weights.shape[3],
         )  # fmt: skip
         return Launches(
-            masked_conv2d_pack_kernel, tuple(cdiv(n, 16) for n in places), arguments, MIRRORED=self.mirrored, UNIT=unit,
-            FLAT=weights.flat(unit), OUTPUTS=16, INPUTS=16,
+            masked_conv2d_pack_kernel, (cdiv(places[0], rows), cdiv(places[1], 16)), arguments,
+            MIRRORED=self.mirrored, UNIT=unit, FLAT=weights.flat(unit), OUTPUTS=rows, INPUTS=16,
         )  # fmt: skip
 
     def results(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,7 +289,9 @@ class Convolve:
             of_x, of_packed, of_other, of_out, of_kept = self.boxes
             read = (of_x(x), of_packed(packed), None if of_other is None else of_other(other))
             written = (of_out(out), written[1] if of_kept is None else of_kept(kept))
-        self.run(*read, x if bias is None else bias, condition, x if residual is None else residual, *written)
+        # What is not there is not read; in its place x spares another compilation, but costs a gate registers.
+        absent = None if self.activation == "gated" else x
+        self.run(*read, x if bias is None else bias, condition, absent if residual is None else residual, *written)
         return out, kept
 
     def by_cudnn(
