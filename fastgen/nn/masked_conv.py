@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fastgen.ops import causal_mask, masked_conv2d
 from fastgen.ops._implementation import uses_triton
-from fastgen.ops.masked_conv2d import ACTIVATIONS
+from fastgen.ops._masked_conv2d_arguments import ACTIVATIONS
 
 
 class MaskedConv2d(nn.Conv2d):

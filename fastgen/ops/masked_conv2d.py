@@ -11,9 +11,7 @@ from torch.nn import functional as F
 
 from fastgen.kernels.maps import empty_map
 from fastgen.ops._implementation import is_plain, uses_triton
-
-Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # stride, padding, dilation
-ACTIVATIONS = ("none", "relu", "gated")
+from fastgen.ops._masked_conv2d_arguments import Geometry, as_pair, check_dtypes, checked_geometry, result_size
 
 
 def masked_conv2d_reference(
@@ -53,20 +51,10 @@ def gate(pre: Tensor) -> Tensor:
 
 @torch.library.custom_op("fastgen::masked_conv2d", mutates_args=())
 def _operator(
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    condition: Tensor | None,
-    residual: Tensor | None,
-    other: Tensor | None,
-    other_weight: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    activation: str,
-    keep: str,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, condition: Tensor | None,
+    residual: Tensor | None, other: Tensor | None, other_weight: Tensor | None,
+    stride: list[int], padding: list[int], dilation: list[int], activation: str, keep: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `fused` below, and what is kept: "", empty; "sign", with ReLU what passes, bool; "valve", the input of the
     gate's second half (B, O / 2, H', W'); "both" halves' (B, O, H', W'), differentiable."""
     tensors = (x, weight, mask, bias, condition, residual, other, other_weight)
@@ -84,7 +72,7 @@ def _launch() -> Any:
 
 @_operator.register_fake
 def _(x, weight, mask, bias, condition, residual, other, other_weight, stride, padding, dilation, activation, keep):
-    height, width = _result_size(x, weight, (stride, padding, dilation))
+    height, width = result_size(x, weight, (stride, padding, dilation))
     channels = weight.shape[0] // 2 if activation == "gated" else weight.shape[0]
     out = empty_map(x, channels, height, width)
     if not keep:
@@ -95,21 +83,10 @@ def _(x, weight, mask, bias, condition, residual, other, other_weight, stride, p
 
 @torch.library.custom_op("fastgen::masked_conv2d_backward", mutates_args=())
 def _backward_operator(
-    grad: Tensor | None,
-    grad_pre: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    kept: Tensor,
-    other: Tensor | None,
-    other_weight: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    saved: str,
-    wanted: list[bool],
-) -> list[Tensor]:
+    grad: Tensor | None, grad_pre: Tensor | None, x: Tensor, weight: Tensor, mask: Tensor | None, out: Tensor,
+    kept: Tensor, other: Tensor | None, other_weight: Tensor | None,
+    stride: list[int], padding: list[int], dilation: list[int], saved: str, wanted: list[bool],
+) -> list[Tensor]:  # fmt: skip
     """Gradients of x, weight, bias, condition, other and other_weight, empty where not wanted."""
     tensors = (grad, grad_pre, x, weight, mask, out, kept, other, other_weight)
     geometry = (tuple(stride), tuple(padding), tuple(dilation))
@@ -225,7 +202,7 @@ def fused(
     Raises:
         TypeError: dtypes differ.
     """
-    _check_dtypes(x, weight, bias, condition, residual, other, other_weight)
+    check_dtypes(x, weight, bias, condition, residual, other, other_weight)
     tensors = (x, weight, mask, bias, condition, residual, other, other_weight)
     keep = "both" if keep_pre else ""
     train = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
@@ -242,95 +219,6 @@ def fused(
 
 
 # --- the public function
-
-
-def as_pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
-    """(along the height, along the width); ValueError where it is no int >= least, nor a pair of them."""
-    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
-    if len(pair) != 2 or any(not isinstance(one, int) or one < least for one in pair):
-        raise ValueError(f"{name} must be an int >= {least} or a pair of them, got {value!r}")
-    return pair
-
-
-def _result_size(x: Tensor, weight: Tensor, geometry: Any) -> list[int]:
-    return [
-        (x.shape[a] + 2 * padding - dilation * (weight.shape[a] - 1) - 1) // stride + 1
-        for a, stride, padding, dilation in zip((-2, -1), *geometry, strict=True)
-    ]
-
-
-def _check_float(name: str, tensor: Any, device: torch.device | None = None) -> None:
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{name} must be a float tensor, got {kind}")
-    if device is not None and tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, x on {device}; expected the same device")
-
-
-def _check(x, weight, mask, bias, condition, residual, stride, padding, dilation, activation) -> Geometry:
-    """Stride, padding and dilation in pairs, if all arguments of `masked_conv2d` fit."""
-    _check_float("x", x)
-    _check_float("weight", weight, x.device)
-    if weight.dim() != 4:
-        raise ValueError(f"weight must have the shape (O, I, kh, kw), got {tuple(weight.shape)}")
-    if x.dim() not in (3, 4) or x.shape[-3] != weight.shape[1]:
-        raise ValueError(
-            f"x must have the shape (B, {weight.shape[1]}, H, W) or ({weight.shape[1]}, H, W) for a weight of the "
-            f"shape {tuple(weight.shape)}, got {tuple(x.shape)}"
-        )
-    if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"mask must be a bool tensor, True where the weight is used, got {kind}")
-        if mask.shape != weight.shape:
-            raise ValueError(f"mask must have the shape of weight, {tuple(weight.shape)}, got {tuple(mask.shape)}")
-        if mask.device != x.device:
-            raise ValueError(f"mask is on {mask.device}, x on {x.device}; expected the same device")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if activation == "gated" and weight.shape[0] % 2:
-        raise ValueError(
-            f"activation='gated' halves the channels: weight needs an even number, got {tuple(weight.shape)}"
-        )
-    geometry = (as_pair("stride", stride, 1), as_pair("padding", padding, 0), as_pair("dilation", dilation, 1))
-    for axis, side in ((-2, "height"), (-1, "width")):
-        reach = geometry[2][axis] * (weight.shape[axis] - 1) + 1
-        if x.shape[axis] + 2 * geometry[1][axis] < reach:
-            raise ValueError(
-                f"x has the {side} {x.shape[axis]}, with padding {x.shape[axis] + 2 * geometry[1][axis]}, which is "
-                f"less than the {reach} that the kernel covers"
-            )
-    channels = weight.shape[0] // 2 if activation == "gated" else weight.shape[0]
-    for name, tensor, shape in (
-        ("bias", bias, (weight.shape[0],)),
-        ("condition", condition, (*x.shape[:-3], weight.shape[0])),
-        ("residual", residual, (*x.shape[:-3], channels, *_result_size(x, weight, geometry))),
-    ):
-        if tensor is not None:
-            _check_float(name, tensor, x.device)
-            if tuple(tensor.shape) != shape:
-                raise ValueError(f"{name} must have the shape {shape}, got {tuple(tensor.shape)}")
-    return geometry
-
-
-_checked: dict[Any, Geometry] = {}  # by all that `_check` reads
-
-
-def _checked_geometry(*arguments: Any) -> Geometry:
-    """`_check`, once for each kind of call."""
-    if torch.compiler.is_compiling():
-        return _check(*arguments)
-    try:
-        key = tuple([(one.shape, one.dtype, one.device) if isinstance(one, Tensor) else one for one in arguments])
-        found = _checked.get(key)
-    except TypeError:  # what cannot be hashed
-        return _check(*arguments)
-    if found is None:
-        found = _check(*arguments)
-        if len(_checked) >= 4096:
-            _checked.clear()
-        _checked[key] = found
-    return found
 
 
 def masked_conv2d(
@@ -383,10 +271,10 @@ def masked_conv2d(
         RuntimeError: impl="triton" where it cannot run; a second derivative of the kernel; a mask or a shape that is
             seen for the first time while a CUDA graph is captured.
     """
-    geometry = _checked_geometry(x, weight, mask, bias, condition, residual, stride, padding, dilation, activation)
+    geometry = checked_geometry(x, weight, mask, bias, condition, residual, stride, padding, dilation, activation)
     x, weight, bias, condition, residual = under_autocast(x, weight, bias, condition, residual)
     if not runs_triton(impl, x):
-        _check_dtypes(x, weight, bias, condition, residual)
+        check_dtypes(x, weight, bias, condition, residual)
         options = dict(zip(("stride", "padding", "dilation"), geometry, strict=True))
         return masked_conv2d_reference(
             x, weight, mask, bias, activation=activation, condition=condition, residual=residual, **options
@@ -399,20 +287,12 @@ def masked_conv2d(
     return out.squeeze(0)
 
 
-def _check_dtypes(x: Tensor, *tensors: Tensor | None) -> None:
-    """tensors: weight, and so on as in `fused`."""
-    dtype = x.dtype
-    for place, tensor in enumerate(tensors):
-        if tensor is not None and tensor.dtype != dtype:
-            name = ("weight", "bias", "condition", "residual", "other", "other_weight")[place]
-            raise TypeError(f"x and {name} must have the same dtype, got {dtype} and {tensor.dtype}")
-
-
 def under_autocast(x: Tensor, weight: Tensor, *more: Tensor | None) -> list[Any]:
     """All in the autocast dtype where autocast is on, as `F.conv2d` takes them; float64 stays."""
     tensors: list[Any] = [x, weight, *more]
     kind = x.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)  # which takes the host a microsecond
+    autocast = known and torch.is_autocast_enabled(kind)
     if not autocast or torch.float64 in (x.dtype, weight.dtype):
         return tensors
     dtype = torch.get_autocast_dtype(kind)

@@ -1,4 +1,4 @@
-"""The gradients of a masked convolution: back through the activation, the weight's, the sums over pixels.
+"""The kernels of the gradients: back through the activation, the gradient of the weight, sums over pixels.
 
 What the forward keeps for it, beside its result (e bytes an element of x's dtype, R results a pixel):
 
@@ -24,28 +24,26 @@ import triton
 import triton.language as tl
 
 from fastgen.kernels.common import tanh
-from fastgen.kernels.masked_conv2d.forward import WALK, product
-
-STRIDES = tuple(f"{name}_{axis}" for name in ("grad", "grad_pre") for axis in ("image", "y", "x"))
+from fastgen.kernels.masked_conv2d.forward import corner_of, kernel, lies_in, picked, pixels_of, product
 
 
 @triton.jit
-def back(grad_ptr, first_ptr, second_ptr, at, first_at, inside, SAVED: tl.constexpr):
+def back(grad_ptr, first_ptr, second_ptr, at, saved_at, inside, SAVED: tl.constexpr):
     """The gradient of what entered the activation, of both its halves with a gate, float32; zero outside.
 
     SAVED and what its maps are: "none"; "relu": the result; "sign": what passed; "valve": the result, the second half;
-    "both": the halves. at: offsets into the gradient; first_at: into the maps.
+    "both": the halves. at: offsets into the gradient; saved_at: into the maps.
     """
     first = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
     second = first
     if SAVED == "relu":
-        out = tl.load(first_ptr + first_at, mask=inside, other=0.0).to(tl.float32)
+        out = tl.load(first_ptr + saved_at, mask=inside, other=0.0).to(tl.float32)
         first = tl.where(out > 0, first, tl.where(out == 0, 0.0, first * out))  # NaN stays NaN
     if SAVED == "sign":
-        first = tl.where(tl.load(first_ptr + first_at, mask=inside, other=0) != 0, first, 0.0)
+        first = tl.where(tl.load(first_ptr + saved_at, mask=inside, other=0) != 0, first, 0.0)
     if SAVED == "valve" or SAVED == "both":
-        known = tl.load(first_ptr + first_at, mask=inside, other=0.0).to(tl.float32)
-        s = tl.sigmoid(tl.load(second_ptr + first_at, mask=inside, other=0.0).to(tl.float32))
+        known = tl.load(first_ptr + saved_at, mask=inside, other=0.0).to(tl.float32)
+        s = tl.sigmoid(tl.load(second_ptr + saved_at, mask=inside, other=0.0).to(tl.float32))
         if SAVED == "both":
             t = tanh(known)
             out = t * s
@@ -58,34 +56,21 @@ def back(grad_ptr, first_ptr, second_ptr, at, first_at, inside, SAVED: tl.conste
     return first, second
 
 
-@triton.jit(do_not_specialize=["group", "shares", "steps", "height", "width", "rows", "kept_pitch", *STRIDES])
+@kernel
 def masked_conv2d_activation_backward_kernel(
     grad_ptr,  # (B, height, width, rows), strides below
     grad_pre_ptr,  # (B, height, width, parts * rows) or None: gradient of the sums themselves, added
-    first_ptr,  # (B, height, width, rows) at `kept_pitch` a pixel; see `back`
+    first_ptr,  # (B, height, width, rows) at `saved_pitch` a pixel; see `back`
     second_ptr,
     grad_sums_ptr,  # written: (B, height, width, parts * rows), or None
-    sums_ptr,  # written: (programs along the pixels, parts * rows) float32, or None
+    sums_ptr,  # written: (shares, groups, parts * rows) float32, or None
     group,  # pixels that share a bias: height * width for an image's own, all of them for none
-    shares,  # programs of a group
+    shares, groups,  # shares: programs of a group
     steps,  # blocks of pixels a program walks through
-    height,
-    width,
-    rows,
-    kept_pitch,
-    grad_image,
-    grad_y,
-    grad_x,
-    grad_pre_image,
-    grad_pre_y,
-    grad_pre_x,
-    grad_channel,
-    grad_pre_channel,
-    SAVED: tl.constexpr,
-    UNIT: tl.constexpr,
-    PIXELS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    height, width, rows, saved_pitch,
+    grad_image, grad_y, grad_x, grad_pre_image, grad_pre_y, grad_pre_x, grad_channel, grad_pre_channel,
+    SAVED: tl.constexpr, UNIT: tl.constexpr, PIXELS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     parts: tl.constexpr = 2 if SAVED == "valve" or SAVED == "both" else 1
     rows = rows * UNIT
     n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[None, :]
@@ -102,7 +87,7 @@ def masked_conv2d_activation_backward_kernel(
         x = (pixel % width).to(tl.int64)
         pixel = pixel.to(tl.int64)
         at = (image * grad_image + y * grad_y + x * grad_x) * UNIT + n.to(tl.int64) * grad_channel
-        first, second = back(grad_ptr, first_ptr, second_ptr, at, pixel * kept_pitch * UNIT + n, inside, SAVED)
+        first, second = back(grad_ptr, first_ptr, second_ptr, at, pixel * saved_pitch * UNIT + n, inside, SAVED)
         if grad_pre_ptr is not None:
             at = grad_pre_ptr + (image * grad_pre_image + y * grad_pre_y + x * grad_pre_x) * UNIT
             first += tl.load(at + n.to(tl.int64) * grad_pre_channel, mask=inside, other=0.0).to(tl.float32)
@@ -117,26 +102,11 @@ def masked_conv2d_activation_backward_kernel(
         first_sum += first
         second_sum += second
     if sums_ptr is not None:
-        at = sums_ptr + tl.program_id(0).to(tl.int64) * (parts * rows) + n
+        place = tl.program_id(0) % shares * groups + tl.program_id(0) // shares
+        at = sums_ptr + place.to(tl.int64) * (parts * rows) + n
         tl.store(at, tl.sum(first_sum, 0)[None, :], mask=n < rows)
         if parts == 2:
             tl.store(at + rows, tl.sum(second_sum, 0)[None, :], mask=n < rows)
-
-
-@triton.jit(do_not_specialize=["count", "rows"])
-def masked_conv2d_bias_kernel(
-    sums_ptr,  # (groups, count, rows) float32
-    out_ptr,  # (groups, rows), written
-    count,
-    rows,
-    ROWS: tl.constexpr,
-):
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    at = sums_ptr + tl.program_id(1).to(tl.int64) * count * rows + n
-    total = tl.zeros((ROWS,), tl.float32)
-    for index in range(count):
-        total += tl.load(at + tl.cast(index, tl.int64) * rows, mask=n < rows, other=0.0)
-    tl.store(out_ptr + tl.program_id(1) * rows + n, total.to(out_ptr.dtype.element_ty), mask=n < rows)
 
 
 # --- the gradient of the weight
@@ -151,224 +121,128 @@ def live_blocks(tile, N: tl.constexpr, K: tl.constexpr, taps, channels, blocks, 
     return tl.maximum((taps - 1) * blocks + tl.minimum((end + K - 1) // K, blocks), 1)
 
 
-SHARE = ("steps", "channels", "blocks", "rows", "parts", "row_tiles", "all_columns")
-
-
 @triton.jit
-def store_share(partial_ptr, total, tile, column, all_rows, all_columns, N: tl.constexpr,
-                                      K: tl.constexpr):  # fmt: skip
-    n = tile * N + tl.arange(0, N)
-    at = tl.program_id(1).to(tl.int64) * all_rows * all_columns + n.to(tl.int64)[:, None] * all_columns
-    tl.store(partial_ptr + at + (column * K + tl.arange(0, K))[None, :], total, mask=(n < all_rows)[:, None])
+def grad_block(grad_ptr, block, n, batch, height, width, across, down, all_rows, grad_image, grad_y, grad_x,
+               UNIT: tl.constexpr, IMAGES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """The gradients of a block of pixels (pixels, rows), and where its pixels lie."""
+    image, i, j = pixels_of(block, height, width, across, down, IMAGES, HEIGHT, WIDTH)
+    inside = (image < batch) & (i < height) & (j < width)
+    at = image.to(tl.int64) * grad_image + i.to(tl.int64) * grad_y + j.to(tl.int64) * grad_x
+    at = (at * UNIT)[:, None] + n[None, :]
+    return tl.load(grad_ptr + at, mask=inside[:, None] & (n < all_rows)[None, :], other=0.0), image, i, j, inside
 
 
-@triton.jit(do_not_specialize=["pixels", "height", "width_out", "x_height", "x_width", "step_y", "step_x", *SHARE,
-                               *WALK, "grad_image", "grad_y", "grad_x", "x_image", "x_y", "x_x"])  # fmt: skip
+@kernel
 def masked_conv2d_weight_kernel(
-    grad_ptr,  # (B, height, width_out, parts * rows), channels side by side: gradient of the sums
-    x_ptr,  # (B, x_height, x_width, channels)
+    grad_map,  # (B, height, width_out, parts * rows), channels side by side: gradient of the sums; strides below
+    x_map,  # (B, x_height, x_width, channels), strides below
+    grad_ptr,  # the gradient as a pointer, also where grad_map is a descriptor
     partial_ptr,  # (shares, parts * rows, all_columns * 16) float32, written
-    sums_ptr,  # (shares, blocks of columns, parts * rows) float32, written: sums over pixels, or None
-    pixels,
-    height,
-    width_out,
-    x_height,
-    x_width,
-    step_y,
-    step_x,
+    sums_ptr,  # (shares, blocks of columns, parts * rows) float32, written where `adds_up`: sums over pixels
+    adds_up, batch, height, width_out, x_height, x_width,
+    across, down,  # boxes side by side
+    step_y, step_x,  # the convolution's stride
     steps,  # blocks of pixels a program walks through
     channels,
     blocks,  # of columns, of a tap
     rows,  # of a half
-    parts,
-    row_tiles,
-    all_columns,
-    taps,
-    first,
-    width,
-    origin_y,
-    origin_x,
-    tap_y,
-    tap_x,
-    group_rows,
-    group_channels,
-    shown,
-    grad_image,
-    grad_y,
-    grad_x,
-    x_image,
-    x_y,
-    x_x,
-    x_channel,
-    GATHER: tl.constexpr,
+    parts, row_tiles, all_columns,
+    taps, first, width, origin_y, origin_x, tap_y, tap_x, group_rows, group_channels, shown,  # walk.py
+    grad_image, grad_y, grad_x, x_image, x_y, x_x, x_channel,
+    GATHER: tl.constexpr,  # columns of several taps in a block
     UNIT: tl.constexpr,  # of x and its channels
-    GRAD_UNIT: tl.constexpr,
+    GRAD_UNIT: tl.constexpr,  # of the gradient and rows
     PRECISION: tl.constexpr,
-    M: tl.constexpr,  # pixels a step
+    IMAGES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,  # as in the forward
     N: tl.constexpr,  # rows
     K: tl.constexpr,  # columns
-):
-    tile = tl.program_id(0) % row_tiles
-    column = tl.program_id(0) // row_tiles
-    all_rows = parts * rows * GRAD_UNIT
+):  # fmt: skip
+    BOXES: tl.constexpr = HEIGHT > 0
+    M: tl.constexpr = IMAGES * HEIGHT * WIDTH if BOXES else IMAGES
+    tile, column = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
+    all_columns, programs = all_columns * 16, tl.num_programs(0) // row_tiles
+    rows, channels = rows * GRAD_UNIT, channels * UNIT
+    all_rows = parts * rows
     n = tile * N + tl.arange(0, N)
-    k = tl.arange(0, K)
+    k = tl.arange(0, K)[None, :]
     if GATHER:
-        live = tl.num_programs(0) // row_tiles
+        live = programs
         tap, channel = (column * K + k) // channels, (column * K + k) % channels
-        dy = (origin_y + (first + tap) // width * tap_y)[None, :]
-        dx = (origin_x + (first + tap) % width * tap_x)[None, :]
         real = tap < taps
     else:
-        channels = channels * UNIT
-        live = live_blocks(tile, N, K, taps, channels, blocks, rows * GRAD_UNIT, parts, group_rows, group_channels,
-                           shown)  # fmt: skip
-        tap = column // blocks
-        channel = column % blocks * K + k
-        dy = origin_y + (first + tap) // width * tap_y
-        dx = origin_x + (first + tap) % width * tap_x
+        live = live_blocks(tile, N, K, taps, channels, blocks, rows, parts, group_rows, group_channels, shown)
+        tap, channel = column // blocks, column % blocks * K + k
         real = channel < channels
-    within = channel.to(tl.int64)[None, :] * x_channel + (dy.to(tl.int64) * x_y + dx.to(tl.int64) * x_x) * UNIT
-    start = tl.program_id(1) * steps * M
-    if column < live:
-        total = tl.zeros((N, K), tl.float32)
-        tl.assume(steps > 0)
-        for step in range(steps):
-            pixel = (start + step * M + tl.arange(0, M))[:, None]
-            image = (pixel // (height * width_out)).to(tl.int64)
-            i, j = pixel // width_out % height, pixel % width_out
-            at = (image * grad_image + i.to(tl.int64) * grad_y + j.to(tl.int64) * grad_x) * GRAD_UNIT + n[None, :]
-            grad = tl.load(grad_ptr + at, mask=(pixel < pixels) & (n < all_rows)[None, :], other=0.0)
-            y, x = i * step_y, j * step_x
-            seen = (pixel < pixels) & real[None, :]
-            seen = seen & (y + dy >= 0) & (y + dy < x_height) & (x + dx >= 0) & (x + dx < x_width)
-            at = (image * x_image + y.to(tl.int64) * x_y + x.to(tl.int64) * x_x) * UNIT + within
-            read = tl.load(x_ptr + at, mask=seen, other=0.0)
-            total = product(tl.trans(grad), read, total, PRECISION)
-        store_share(partial_ptr, total, tile, column, all_rows, all_columns * 16, N, K)
-    if sums_ptr is not None:
-        # The programs of a tile share its blocks of pixels among them, as each has them all in a cache nearby. A loop
-        # of its own: where a product read the same buffers, one could be written over while it still does.
-        added = tl.zeros((M, N), tl.float32)
-        for step in range(column, tl.where(column < live, steps, 0), live):
-            pixel = (start + step * M + tl.arange(0, M))[:, None]
-            image = (pixel // (height * width_out)).to(tl.int64)
-            i, j = (pixel // width_out % height).to(tl.int64), (pixel % width_out).to(tl.int64)
-            at = (image * grad_image + i * grad_y + j * grad_x) * GRAD_UNIT + n[None, :]
-            added += tl.load(grad_ptr + at, mask=(pixel < pixels) & (n < all_rows)[None, :], other=0.0).to(tl.float32)
-        at = tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // row_tiles) + column
-        tl.store(sums_ptr + at * all_rows + n, tl.sum(added, 0), mask=n < all_rows)
-
-
-@triton.jit(do_not_specialize=["batch", "across", "down", "height", "width_out", *SHARE, *WALK])
-def masked_conv2d_weight_tma_kernel(
-    grad_desc,  # (B, height, width_out, parts * rows), boxes (IMAGES, HEIGHT, WIDTH, N)
-    x_desc,  # (B, x_height, x_width, channels), boxes (IMAGES, HEIGHT, WIDTH, K)
-    partial_ptr,
-    sums_ptr,
-    grad_ptr,  # contiguous, for the sums; or None
-    batch,
-    across,  # boxes side by side
-    down,
-    height,
-    width_out,
-    steps,
-    channels,
-    blocks,
-    rows,
-    parts,
-    row_tiles,
-    all_columns,
-    taps,
-    first,
-    width,
-    origin_y,
-    origin_x,
-    tap_y,
-    tap_x,
-    group_rows,
-    group_channels,
-    shown,
-    GRAD_UNIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    IMAGES: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-):
-    """The same by the tensor memory accelerator: boxes of pixels, without addresses. Beyond the last image: zeros."""
-    M: tl.constexpr = IMAGES * HEIGHT * WIDTH
-    rows = rows * GRAD_UNIT
-    tile = tl.program_id(0) % row_tiles
-    column = tl.program_id(0) // row_tiles
-    all_rows = parts * rows
-    live = live_blocks(tile, N, K, taps, channels, blocks, rows, parts, group_rows, group_channels, shown)
-    tap, block = column // blocks, column % blocks
     dy = origin_y + (first + tap) // width * tap_y
     dx = origin_x + (first + tap) % width * tap_x
     start = tl.program_id(1) * steps
     if column < live:
+        if not BOXES:
+            moved = (dy.to(tl.int64) * x_y + dx.to(tl.int64) * x_x) * UNIT
+            read = x_map + moved + channel.to(tl.int64) * x_channel
         total = tl.zeros((N, K), tl.float32)
         tl.assume(steps > 0)
         for step in range(steps):
-            box = start + step
-            image = box // (across * down) * IMAGES
-            y = box // across % down * HEIGHT
-            x = box % across * WIDTH
-            grad = grad_desc.load([image, y, x, tile * N]).reshape(M, N)
-            read = x_desc.load([image, y + dy, x + dx, block * K]).reshape(M, K)
-            total = product(grad.T, read, total, PRECISION)
-        store_share(partial_ptr, total, tile, column, all_rows, all_columns * 16, N, K)
-    if sums_ptr is not None:
-        n = tile * N + tl.arange(0, N)
-        m = tl.arange(0, M)
+            if BOXES:
+                image, y, x = corner_of(start + step, across, down, IMAGES, HEIGHT, WIDTH)
+                grad = grad_map.load([image, y, x, tile * N]).reshape(M, N)
+                seen_x = x_map.load([image, y + dy, x + dx, column % blocks * K]).reshape(M, K)
+            else:
+                grad, image, i, j, inside = grad_block(
+                    grad_ptr, start + step, n, batch, height, width_out, across, down, all_rows, grad_image, grad_y,
+                    grad_x, GRAD_UNIT, IMAGES, HEIGHT, WIDTH)  # fmt: skip
+                y, x = i * step_y, j * step_x
+                at = image.to(tl.int64) * x_image + y.to(tl.int64) * x_y + x.to(tl.int64) * x_x
+                seen = inside[:, None] & lies_in(y[:, None] + dy, x[:, None] + dx, x_height, x_width)
+                seen_x = tl.load(read + (at * UNIT)[:, None], mask=seen & real, other=0.0)
+            total = product(grad.T, seen_x, total, PRECISION)
+        at = tl.program_id(1).to(tl.int64) * all_rows * all_columns + n.to(tl.int64)[:, None] * all_columns
+        tl.store(partial_ptr + at + column * K + k, total, mask=(n < all_rows)[:, None])
+    if adds_up != 0:
+        # The programs of a tile share its blocks of pixels among them, as each has them all in a cache nearby. A loop
+        # of its own: where a product read the same buffers, one could be written over while it still does.
         added = tl.zeros((M, N), tl.float32)
         for step in range(column, tl.where(column < live, steps, 0), live):
-            box = start + step
-            image = box // (across * down) * IMAGES + m // (HEIGHT * WIDTH)
-            y = box // across % down * HEIGHT + m // WIDTH % HEIGHT
-            x = box % across * WIDTH + m % WIDTH
-            there = (image < batch) & (y < height) & (x < width_out)
-            at = ((image.to(tl.int64) * height + y) * width_out + x)[:, None] * all_rows + n[None, :]
-            there = there[:, None] & (n < all_rows)[None, :]
-            added += tl.load(grad_ptr + at, mask=there, other=0.0).to(tl.float32)
-        at = tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // row_tiles) + column
-        tl.store(sums_ptr + at * all_rows + n, tl.sum(added, 0), mask=n < all_rows)
+            added += grad_block(
+                grad_ptr, start + step, n, batch, height, width_out, across, down, all_rows, grad_image, grad_y,
+                grad_x, GRAD_UNIT, IMAGES, HEIGHT, WIDTH)[0].to(tl.float32)  # fmt: skip
+        at = (tl.program_id(1).to(tl.int64) * programs + column) * all_rows + n
+        tl.store(sums_ptr + at, tl.sum(added, 0), mask=n < all_rows)
 
 
-@triton.jit(do_not_specialize=["shares", "all_rows", "all_columns", "channels", "kernel_height", "kernel_width", "taps",
-                               "first", "width", "top", "left", "pitch"])  # fmt: skip
-def masked_conv2d_weight_sum_kernel(
-    partial_ptr,  # (shares, all_rows, all_columns * 16) float32
-    mask_ptr,  # bool (all_rows, channels, kernel_height, kernel_width) contiguous, or None
+@kernel
+def masked_conv2d_sum_kernel(
+    partial_ptr,  # (shares, outputs, all_columns) float32
+    mask_ptr,  # bool (outputs, inputs, size) contiguous, or None, as in the packing
     out_ptr,  # the same shape, contiguous, written whole
-    shares,
-    all_rows,
-    all_columns,
-    channels,
-    kernel_height,
-    kernel_width,
-    taps,
-    first,
-    width,
-    top,
-    left,
+    masked, shares, outputs, all_columns,
+    image_pitch,  # inputs * size
     pitch,  # columns of a tap
-    BLOCK: tl.constexpr,
-):
-    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # a weight has less than 2^31
-    row = element // (channels * kernel_height * kernel_width)
-    channel = element // (kernel_height * kernel_width) % channels
-    ky, kx = element // kernel_width % kernel_height - top, element % kernel_width - left
-    tap = ky * width + kx - first
-    inside = row < all_rows
-    live = inside & (kx >= 0) & (kx < width) & (tap >= 0) & (tap < taps)
+    inputs,  # of a program
+    size, taps, first, width, top, left, kernel_width,
+    FLAT: tl.constexpr,  # a power of two, inputs * size at least
+    OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    """Adds shares of the gradient of a weight, and brings columns into the order of the weight: the packing, the other
+    way round. A bias is a weight of one output and one tap."""
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)[:, None]
+    start = tl.program_id(1) * inputs
+    flat = tl.arange(0, FLAT)[None, :]
+    tap, i = flat // inputs, flat % inputs
+    column = tap * pitch + start + i
+    there = (output < outputs) & (tap < taps) & (column < all_columns)
+    at = output.to(tl.int64) * all_columns + column
+    total = tl.zeros((OUTPUTS, FLAT), tl.float32)
+    for _ in range(shares):
+        total += tl.load(partial_ptr + at, mask=there, other=0.0)
+        at += outputs.to(tl.int64) * all_columns
+    ky, kx = flat % size // kernel_width - top, flat % size % kernel_width - left
+    tap, i = ky * width + kx - first, flat // size
+    live = (kx >= 0) & (kx < width) & (tap >= 0) & (tap < taps) & (i < inputs)
+    index = tl.arange(0, OUTPUTS)[:, None] * FLAT + tl.where(live, tap * inputs + i, 0)
+    total = tl.where(live, picked(total, index), 0.0)
+    there = (output < outputs) & (i < inputs) & (start * size + flat < image_pitch)
+    at = output.to(tl.int64) * image_pitch + start * size + flat
     if mask_ptr is not None:
-        live = live & (tl.load(mask_ptr + element, mask=inside, other=0) != 0)
-    total = tl.zeros((BLOCK,), tl.float32)
-    step = all_rows.to(tl.int64) * (all_columns * 16)
-    at = partial_ptr + row.to(tl.int64) * (all_columns * 16) + tap * pitch + channel
-    for share in range(shares):
-        total += tl.load(at + share * step, mask=live, other=0.0)
-    tl.store(out_ptr + element, total.to(out_ptr.dtype.element_ty), mask=inside)
+        total = tl.where(tl.load(mask_ptr + at, mask=there & (masked != 0), other=1) != 0, total, 0.0)
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=there)

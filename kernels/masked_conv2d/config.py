@@ -6,25 +6,29 @@ candidates of a layer and cuDNN on this machine's GPU and saves them as `<GPU>.j
 measured row overrides the rule. No GPU has been measured yet: that folder is empty.
 """
 
+import contextlib
 import functools
 import importlib.util
 import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from fastgen.kernels.common import cdiv, next_power_of_2
+
 SHIPPED = Path(__file__).parent / "tuned"
 PROVIDERS = ("triton", "dense", "cropped")
 
 
 class Tile(NamedTuple):
-    """M pixels by N channels (both halves of a gate together) in steps of K columns; of the weight's gradient N rows by
-    K columns in steps of M pixels. tma: by tensor descriptors."""
+    """Of a program: M pixels by N channels (both halves of a gate together) in steps of K columns; of the weight's
+    gradient N rows by K columns in steps of M pixels. tma: with tensor descriptors."""
 
     M: int
     N: int
@@ -35,7 +39,7 @@ class Tile(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """provider: one of PROVIDERS, cuDNN with dense or cropped kernels but for "triton". why: for people."""
+    """provider: one of PROVIDERS, cuDNN with dense or cropped kernels but for "triton". why: a reason to be read."""
 
     provider: str
     tile: Tile
@@ -79,6 +83,21 @@ class Layer:
 EMULATED: str | None = None  # "sm_90", say: what CPU tensors count as where kernels are compiled and emulated
 
 
+ALWAYS_KERNELS = False  # also where cuDNN is expected to be faster: to compile and to test them
+
+
+@contextlib.contextmanager
+def pretended(chip: str) -> Iterator[None]:
+    """Inside, tensors that are on no GPU count as on this chip, and all products are the kernels'."""
+    global EMULATED, ALWAYS_KERNELS
+    before = EMULATED, ALWAYS_KERNELS
+    EMULATED, ALWAYS_KERNELS = chip, True
+    try:
+        yield
+    finally:
+        EMULATED, ALWAYS_KERNELS = before
+
+
 @functools.cache
 def _chip_of_gpu(index: int) -> str:
     properties = torch.cuda.get_device_properties(index)
@@ -114,8 +133,15 @@ def has_tma(chip: str) -> bool:
 
 
 def power_of_two(n: int, low: int, high: int) -> int:
-    """The smallest power of two that is at least n, kept in [low, high]."""
-    return min(max(1 << max(n - 1, 0).bit_length(), low), high)
+    """The least power of two that is at least n, kept in [low, high]."""
+    return min(max(next_power_of_2(n), low), high)
+
+
+def side_of(channels: int, most: int) -> int:
+    """A tile's side: `most`, half of it where that pads the channels by a tenth less, or less for few channels."""
+    side = power_of_two(channels, 16, most)
+    half = side // 2
+    return half if half >= 64 and cdiv(channels, side) * side > 1.1 * cdiv(channels, half) * half else side
 
 
 def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
@@ -123,6 +149,7 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
 
     - K: 128 bytes of each pixel (64 channels in half precision, 32 in float32), a cache line, and the swizzle that
       wgmma likes. Less where there are fewer channels. Gathered: 32 columns, or 16 where that pads less.
+    - 64 channels in 4 warps where that pads less: 192, three groups of colours.
     - 64 pixels in 4 warps where 128 would leave most of a hundred multiprocessors without a tile.
     - without tensor cores (float32 where TF32 is off): 64 x 64 in steps of 16, within the registers of 4 warps.
     - three stages: 96 KiB of shared memory, two programs on a Hopper multiprocessor. Two on AMD (64 KiB).
@@ -132,7 +159,7 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
     if chip == "interpreter":
         return Tile(32, 16, 16, 4, 1, layer.tma and not layer.gathers)
     stages = 3 if chip.startswith("sm_") else 2
-    wide = power_of_two(layer.rows, 16, 128)
+    wide = side_of(layer.rows, 128)
     scalar = precision == "ieee" and layer.dtype == torch.float32
     line = 128 // layer.dtype.itemsize
     if layer.direction == "weight":
@@ -140,7 +167,7 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
             return Tile(16, min(wide, 64), 32, 4, 2)
         if layer.gathers:  # whose addresses take registers
             return Tile(line, min(wide, 64), 32, 4, stages)
-        deep = power_of_two(layer.channels, 16, 128)
+        deep = side_of(layer.channels, 128)
         return Tile(line, wide, deep, 8 if wide * deep > 64 * 64 else 4, stages, layer.tma and deep >= 32)
     if scalar:
         return Tile(64, min(wide, 64), 16, 4, 2)
@@ -150,7 +177,7 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
     tiles = -(-layer.pixels // 128) * -(-layer.rows // wide)
     if tiles < 100 or wide < 32:
         return Tile(64, min(wide, 64), deep, 4, stages)
-    return Tile(128, wide, deep, 8, stages, layer.tma and not layer.gathers and deep == line)
+    return Tile(128, wide, deep, 8 if wide > 64 else 4, stages, layer.tma and not layer.gathers and deep == line)
 
 
 def candidates(chip: str, layer: Layer, precision: str) -> list[Tile]:
@@ -163,11 +190,6 @@ def candidates(chip: str, layer: Layer, precision: str) -> list[Tile]:
     else:
         found += [base._replace(M=256, num_stages=max(base.num_stages - 1, 2))]
     return list(dict.fromkeys(found))
-
-
-def impossible(layer: Layer) -> str:
-    """Why the kernels cannot compute a layer, "" where they can."""
-    return "no gradient of the input with a stride" if layer.direction == "in" and layer.step > 1 else ""
 
 
 def rule(chip: str, layer: Layer, precision: str, boxed: int) -> str:
@@ -224,19 +246,22 @@ def measured(gpu: str) -> dict[str, Any]:
     return found
 
 
+def _times(row: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {ms:.4g} ms" for name, ms in row["ms"].items())
+
+
 def choose(device: torch.device, layer: Layer, precision: str, boxed: int) -> Choice:
     """As measured for this GPU where it was, by the rule and the default otherwise."""
     chip = chip_of(device)
     tile = default_tile(chip, layer, precision)
-    if why := impossible(layer):
-        return Choice("cropped", tile, f"the kernels have {why}")
+    if layer.direction == "in" and layer.step > 1:
+        return Choice("cropped", tile, "the kernels have no gradient of the input with a stride")
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else chip
     row = measured(gpu).get(layer.key) if chip != "interpreter" else None
     if row is not None:
-        times = ", ".join(f"{name} {ms:.4g} ms" for name, ms in row["ms"].items())
         tile = row["tile"] if layer.tma else row["tile"]._replace(tma=False)
-        return Choice(row["provider"], tile, f"measured: {times}")
-    if why := rule(chip, layer, precision, boxed):
+        return Choice(row["provider"], tile, f"measured: {_times(row)}")
+    if not ALWAYS_KERNELS and (why := rule(chip, layer, precision, boxed)):
         return Choice("cropped", tile, f"by rule, not measured: {why}")
     return Choice("triton", tile, "by rule, not measured")
 
@@ -262,7 +287,5 @@ def describe(gpu: str) -> str:
     if not rows:
         return f"masked_conv2d on {gpu}: not yet measured, what runs is chosen by rule"
     lines = [f"masked_conv2d on {gpu}, measured:"]
-    for key, row in sorted(rows.items()):
-        times = ", ".join(f"{name} {ms:.4g} ms" for name, ms in row["ms"].items())
-        lines.append(f"  {key}: {row['provider']} ({times})")
+    lines += [f"  {key}: {row['provider']} ({_times(row)})" for key, row in sorted(rows.items())]
     return "\n".join(lines)

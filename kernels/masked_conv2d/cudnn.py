@@ -31,19 +31,10 @@ def cropped(weight: Tensor, mask: Tensor | None, box: Box, geometry: Geometry) -
 
 
 def forward(
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    box: Box,
-    geometry: Geometry,
-    bias: Tensor | None,
-    condition: Tensor | None,
-    residual: Tensor | None,
-    other: Tensor | None,
-    other_weight: Tensor | None,
-    activation: str,
-    keep: str,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, mask: Tensor | None, box: Box, geometry: Geometry, bias: Tensor | None,
+    condition: Tensor | None, residual: Tensor | None, other: Tensor | None, other_weight: Tensor | None,
+    activation: str, keep: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The result and what is kept, both channels-last; the finish is PyTorch's."""
     live, padding, pads = cropped(weight, mask, box, geometry)
     padded = F.pad(x, pads) if any(pads) else x
@@ -62,10 +53,8 @@ def forward(
         kept = valve if keep == "valve" else pre
     if residual is not None:
         out = out + residual
-    return (
-        out.contiguous(memory_format=torch.channels_last),
-        kept.contiguous(memory_format=torch.channels_last) if keep else out,
-    )
+    out = out.contiguous(memory_format=torch.channels_last)
+    return out, kept.contiguous(memory_format=torch.channels_last) if keep else out
 
 
 def input_gradient(

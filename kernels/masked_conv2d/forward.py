@@ -1,417 +1,322 @@
-"""The product of a masked convolution and what follows it in registers; the gradient of the input is one, too.
+"""The kernels of a product of a masked convolution; the gradient of the input is such a product, too.
 
     m: a pixel of the written map; n: a written channel; column: a pair (tap, channel read), see walk.py
-    out[m, n] = finish(sum over columns of read[pixel(m) + tap, channel] * packed[n, column])
+    out[m, n] = finish(sum over columns of packed[n, column] * read[pixel(m) + tap, channel])
 
 Maps are channels-last. Weights are packed in each call into rows of visited columns, zero where masked and where
-padded, so that the loop needs no mask for them. With a gate the rows of its two halves lie side by side, in runs of
-`RUN`: one product gives both, and they meet in the registers of a thread. Packed weights are not kept from call to
-call, as a change is not always seen: averaged weights are often copied in through `.data`, which does not count as a
-version, and a CUDA graph would replay the old ones.
+padded, so that the loop needs no mask for them. With a gate the rows of its two halves lie side by side in runs of
+eight: a thread holds rows r and r + 8 of a product, so that both halves of a channel are in its registers. Packed
+weights are not kept from call to call, as a change is not always seen: averaged weights are often copied in through
+`.data`, which does not count as a version, and a CUDA graph would replay the old ones.
 
-There are two kernels. One computes addresses. The other (Hopper and later) has boxes of pixels loaded and stored by the
-tensor memory accelerator, which fills what lies outside the map with zeros. It multiplies weights by pixels, and not
-pixels by weights: so both operands are read from shared memory, and none takes registers.
+The product multiplies weights by pixels, so that wgmma reads both from shared memory. A map is given as a pointer, or
+(Hopper and later) as a tensor descriptor: then the tensor memory accelerator loads and stores boxes of pixels, with
+zeros for what lies outside. `HEIGHT` and `WIDTH` are the sides of a box, and 0 with pointers, where a program has
+`IMAGES` pixels in raster order.
 
-Sizes and strides do not specialize a kernel, so that few are compiled. Strides of pixels come in units of `UNIT`
-elements, 16 bytes where all are multiples of it: a compiler that knows this loads 16 bytes at a time.
+Sizes and strides do not specialize a kernel, so that few are compiled. Those that come in units of `UNIT` elements
+are multiples of 16 bytes then: a compiler that knows this loads 16 bytes at a time.
 """
+
+import inspect
+from typing import Any
 
 import triton
 import triton.language as tl
 
 from fastgen.kernels.common import tanh
 
-WALK = ("taps", "first", "width", "origin_y", "origin_x", "tap_y", "tap_x", "group_rows", "group_channels", "shown")
-SIZES = ("channels", "part_blocks", "parts_read", "rows", "row_tiles", "columns", "packed_columns", "other_channels")
-MAP = ("x_image", "x_y", "x_x", "other_image", "other_y", "other_x", "residual_image", "residual_y", "residual_x")
-PACKED = ("rows", "row_pad", "columns", "packed_columns", "first_column", "pitch", "part_pitch", "part_channels",
-          "weight_part", "weight_row", "weight_channel", "weight_y", "weight_x",
-          "mask_part", "mask_row", "mask_channel", "mask_y", "mask_x")  # fmt: skip
+SPECIALIZED = ("x_channel", "residual_channel", "grad_channel", "grad_pre_channel")  # mostly 1
+
+
+def kernel(function: Any) -> Any:
+    """`triton.jit`, specialized for no value of an integer but those of SPECIALIZED."""
+    arguments = inspect.signature(function).parameters.values()
+    integers = [one.name for one in arguments if one.annotation is one.empty and not one.name.endswith(("ptr", "map"))]
+    return triton.jit(do_not_specialize=[name for name in integers if name not in SPECIALIZED])(function)
 
 
 @triton.jit
 def product(a, b, accumulator, PRECISION: tl.constexpr):
-    """The interpreter multiplies bfloat16 wrongly: it is told by the precision "float32" to widen first."""
+    """The interpreter multiplies bfloat16 wrongly: the precision "float32" tells it to widen first."""
     if PRECISION == "float32":
         a, b = a.to(tl.float32), b.to(tl.float32)
         return tl.dot(a, b, accumulator, input_precision="ieee")
     return tl.dot(a, b, accumulator, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=[*PACKED, *WALK[:3]])
+@triton.jit
+def picked(values, index):
+    """What lies at the places in `values`, counted over both its dimensions. Through shared memory: along one of two
+    dimensions Triton gathers by shuffles, which takes ten times as many instructions here."""
+    found = tl.gather(values.reshape(values.numel), index.reshape(index.numel), 0)
+    return found.reshape(index.shape)
+
+
+@triton.jit
+def tap_of_kernel(tap, first, width, corner, kernel_width):
+    """Where a visited tap lies in the raster order of the whole kernel (kh, kw)."""
+    return corner + (first + tap) // width * kernel_width + (first + tap) % width
+
+
+@kernel
 def masked_conv2d_pack_kernel(
-    weight_ptr,  # any strides: (half of a gate, row, channel read, ky, kx)
-    mask_ptr,  # bool, the same, or None
-    packed_ptr,  # (row_pad, packed_columns * 16), written from column first_column * 16 on
-    rows,  # of a half
-    row_pad,
-    columns,  # to be filled, in sixteens
-    packed_columns,
-    first_column,
-    pitch,  # columns of a tap
-    part_pitch,  # and of a half of the channels read
-    part_channels,
-    weight_part,
-    weight_row,
-    weight_channel,
-    weight_y,
-    weight_x,
-    mask_part,
-    mask_row,
-    mask_channel,
-    mask_y,
-    mask_x,
-    taps,
-    first,
-    width,
-    top,
-    left,
-    RUN: tl.constexpr,  # rows of a half of a gate that lie side by side, 0 without
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    p = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    half = p * 0
-    n = p
-    if RUN > 0:
-        half = p // RUN % 2
-        n = p // (2 * RUN) * RUN + p % RUN
-    tap, rest = column // pitch, column % pitch
-    part, channel = rest // part_pitch, rest % part_pitch
-    live = (n < rows) & (tap < taps) & (channel < part_channels)
-    channel = (part * part_channels + channel).to(tl.int64)
-    ky = (top + (first + tap) // width).to(tl.int64)
-    kx = (left + (first + tap) % width).to(tl.int64)
-    half, row = half.to(tl.int64), n.to(tl.int64)
+    weight_ptr,  # (outputs, inputs, size) contiguous
+    mask_ptr,  # bool, the same; or None; where not `masked` it is not read, but spares another compilation
+    packed_ptr,  # (packed_rows, packed_columns * 16), written from column first_column * 16 on
+    masked, packed_rows,
+    columns, packed_columns, first_column,  # in sixteens; columns: to be filled
+    pitch,  # columns of a tap, in units
+    outputs,  # of a half of a gate
+    image_pitch,  # inputs * size, in units
+    run, parts,  # a place p is of the half p // run % parts: runs of one half follow runs of the other
+    size, taps, rounds, first, width, corner, kernel_width,  # size: kh * kw; rounds: taps, and more to fill the columns
+    MIRRORED: tl.constexpr,  # a row of packed weights is an input, a column an output
+    UNIT: tl.constexpr,
+    FLAT: tl.constexpr,  # a power of two, INPUTS * size at least
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+):  # fmt: skip
+    """A program loads what INPUTS inputs have in all taps, which lie side by side, and picks tap after tap of it."""
+    place = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)[:, None]
+    start = tl.program_id(1) * INPUTS
+    half, output = place // run % parts, place // (run * parts) * run + place % run
+    flat = tl.arange(0, FLAT)[None, :]
+    there = (output < outputs) & (flat < INPUTS * size) & (start * size + flat < image_pitch * UNIT)
+    at = (half * outputs + output).to(tl.int64) * (image_pitch * UNIT) + start * size + flat
+    values = tl.load(weight_ptr + at, mask=there, other=0.0)
     if mask_ptr is not None:
-        at = half * mask_part + row * mask_row + channel * mask_channel + ky * mask_y + kx * mask_x
-        live = live & (tl.load(mask_ptr + at, mask=live, other=0) != 0)
-    at = half * weight_part + row * weight_row + channel * weight_channel + ky * weight_y + kx * weight_x
-    value = tl.load(weight_ptr + at, mask=live, other=0.0)
-    at = packed_ptr + p.to(tl.int64) * (packed_columns * 16) + first_column * 16 + column
-    tl.store(at, value, mask=(column < columns * 16) & (p < row_pad))
-
-
-# --- what follows the sums
-
-
-@triton.jit
-def halves(sums, RUN: tl.constexpr, SWAPPED: tl.constexpr):
-    """The two halves of a gate, in the registers that they are in: (M, N) -> twice (M, N / 2), or all that swapped."""
-    if SWAPPED:
-        N: tl.constexpr = sums.shape[0]
-        M: tl.constexpr = sums.shape[1]
-        signal, valve = tl.split(sums.reshape(N // (2 * RUN), 2, RUN, M).permute(0, 2, 3, 1))
-        return signal.reshape(N // 2, M), valve.reshape(N // 2, M)
-    else:
-        return tl.split(sums.reshape(sums.shape[0], sums.shape[1] // 2, 2))
-
-
-@triton.jit
-def laid(tile, SWAPPED: tl.constexpr):
-    """(pixels, channels) as the sums lie, and back."""
-    if SWAPPED:
-        return tile.T
-    else:
-        return tile
-
-
-@triton.jit
-def add_biases(sums, image, n, inside, bias_ptr, condition_ptr, first, all_rows, rows, SWAPPED: tl.constexpr):
-    """The bias of each channel, and an image's own (B, all_rows); first: 0, or rows for the second half of a gate."""
-    if bias_ptr is not None:
-        sums += laid(tl.load(bias_ptr + first + n, mask=n < rows, other=0.0).to(tl.float32), SWAPPED)
-    if condition_ptr is not None:
-        own = condition_ptr + image * all_rows + first + n
-        sums += laid(tl.load(own, mask=inside & (n < rows), other=0.0).to(tl.float32), SWAPPED)
-    return sums
-
-
-@triton.jit
-def activated(sums, valve, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
-    """FAST: two special functions an output, to 2^-11: bfloat16 keeps 2^-9."""
-    if ACTIVATION == "gated":
-        if FAST:
-            return tanh(sums, True) * (0.5 + 0.5 * tanh(0.5 * valve, True))
+        values = tl.where(tl.load(mask_ptr + at, mask=there & (masked != 0), other=1) != 0, values, 0.0)
+    i = tl.arange(0, INPUTS)[None, :]
+    pitch *= UNIT
+    for tap in range(rounds):
+        index = i * size + tap_of_kernel(tl.minimum(tap, taps - 1), first, width, corner, kernel_width)
+        taken = tl.where(tap < taps, picked(values, tl.arange(0, OUTPUTS)[:, None] * FLAT + index), 0.0)
+        if MIRRORED:
+            row, column = start + i, place
         else:
-            return tanh(sums) * tl.sigmoid(valve)
-    elif ACTIVATION == "relu":
-        return tl.where(sums < 0, 0.0, sums)  # keeps NaN
+            row, column = place, start + i
+        inside = (row < packed_rows) & (column < pitch) & (tap * pitch + column < columns * 16)
+        to_row = packed_ptr + row.to(tl.int64) * (packed_columns * 16) + first_column * 16
+        tl.store(to_row + tap * pitch + column, taken, mask=inside)
+
+
+# --- where a program works
+
+
+@triton.jit
+def lies_in(y, x, height, width):
+    """Whether places lie in a map; negative ones are large without their sign, which spares half the comparisons."""
+    return (y.to(tl.uint32, bitcast=True) < height.to(tl.uint32)) & (
+        x.to(tl.uint32, bitcast=True) < width.to(tl.uint32)
+    )
+
+
+@triton.jit
+def corner_of(block, across, down, IMAGES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """(image, y, x) of the first pixel of a box."""
+    return block // (across * down) * IMAGES, block // across % down * HEIGHT, block % across * WIDTH
+
+
+@triton.jit
+def pixels_of(block, height, width, across, down, IMAGES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """(image, y, x) of each pixel of a box, or of IMAGES pixels in raster order."""
+    if HEIGHT == 0:
+        m = block * IMAGES + tl.arange(0, IMAGES)
+        return m // (height * width), m // width % height, m % width
     else:
-        return sums
+        m = tl.arange(0, IMAGES * HEIGHT * WIDTH)
+        image, y, x = corner_of(block, across, down, IMAGES, HEIGHT, WIDTH)
+        return image + m // (HEIGHT * WIDTH), y + m // WIDTH % HEIGHT, x + m % WIDTH
 
 
 @triton.jit
 def steps_of(tile, N: tl.constexpr, K: tl.constexpr, taps, channels, part_blocks, parts_read, rows, group_rows,
-             group_channels, shown, MIRRORED: tl.constexpr):  # fmt: skip
+             group_channels, shown, mirrored):  # fmt: skip
     """(blocks of columns that a tile of N channels walks through, blocks of the last tap that it leaves out in front).
 
     Of the last tap a colour sees only the groups before it, so that the walk ends early. In the gradient of the input
     it is the later groups that have seen it, in both halves of a gate: there the first blocks are left out.
     """
     blocks = part_blocks * parts_read
-    skipped = 0
-    if MIRRORED:
-        start = tl.maximum(tile * N // group_channels + 1 - shown, 0) * group_rows
-        skipped = tl.minimum(start // K, part_blocks)
-        seen = parts_read * (part_blocks - skipped)
-    else:
-        end = (tl.minimum(tile * N + N, rows) - 1) // group_rows + shown
-        seen = tl.minimum((end * group_channels + K - 1) // K, blocks)
+    start = tl.maximum(tile * N // group_channels + 1 - shown, 0) * group_rows
+    skipped = tl.where(mirrored != 0, tl.minimum(start // K, part_blocks), 0)
+    end = (tl.minimum(tile * N + N, rows) - 1) // group_rows + shown
+    seen = tl.minimum((end * group_channels + K - 1) // K, blocks)
+    seen = tl.where(mirrored != 0, parts_read * (part_blocks - skipped), seen)
     return tl.maximum((taps - 1) * blocks + seen, 1), tl.minimum(skipped, part_blocks - 1)
 
 
 @triton.jit
 def place_of(step, skipped, K: tl.constexpr, taps, first, width, origin_y, origin_x, tap_y, tap_x, channels,
-             part_blocks, parts_read, MIRRORED: tl.constexpr):  # fmt: skip
+             part_blocks, parts_read):  # fmt: skip
     """Of a step: (dy, dx, first channel in the half that it reads, that half's first channel, first packed column)."""
     blocks = part_blocks * parts_read
     tap, block = step // blocks, step % blocks
-    part = 0
-    if MIRRORED:
-        last = tap == taps - 1
-        block += tl.where(last, skipped * (1 + block // (part_blocks - skipped)), 0)
-        part = block // part_blocks
+    block += tl.where(tap == taps - 1, skipped * (1 + block // (part_blocks - skipped)), 0)
+    part = block // part_blocks
     dy = origin_y + (first + tap) // width * tap_y
     dx = origin_x + (first + tap) % width * tap_x
     return dy, dx, (block - part * part_blocks) * K, part * channels, (tap * blocks + block) * K
 
 
-@triton.jit(do_not_specialize=["pixels", "out_height", "out_width", "x_height", "x_width", "step_y", "step_x", *WALK,
-                               *SIZES, *MAP])  # fmt: skip
+# --- what follows the sums: tiles of (channels, pixels)
+
+
+@triton.jit
+def halves_of(sums):
+    """The two halves of a gate, in the registers that they are in: (N, M) -> twice (N / 2, M)."""
+    N: tl.constexpr = sums.shape[0]
+    M: tl.constexpr = sums.shape[1]
+    signal, valve = tl.split(sums.reshape(N // 16, 2, 8, M).permute(0, 2, 3, 1))
+    return signal.reshape(N // 2, M), valve.reshape(N // 2, M)
+
+
+@triton.jit
+def add_biases(sums, image, n, inside, biased, bias_ptr, condition_ptr, first, all_rows, rows):
+    """The bias of each channel, and an image's own (B, all_rows); first: 0, or rows for the second half of a gate."""
+    sums += tl.load(bias_ptr + first + n, mask=(n < rows) & (biased != 0), other=0.0).to(tl.float32)
+    if condition_ptr is not None:
+        own = condition_ptr + image * all_rows + first + n
+        sums += tl.load(own, mask=inside, other=0.0).to(tl.float32)
+    return sums
+
+
+@triton.jit
+def gate(signal, valve, FAST: tl.constexpr):
+    """FAST: two special functions an output, to 2^-11: bfloat16 keeps 2^-9."""
+    if FAST:
+        return tanh(signal, True) * (0.5 + 0.5 * tanh(0.5 * valve, True))
+    else:
+        return tanh(signal) * tl.sigmoid(valve)
+
+
+@triton.jit
+def write(to_map, values, half, at, inside, image, y, x, first, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """To a half of the channels of a map (B, H, W, halves, rows), from channel `first` on: by a descriptor where
+    HEIGHT > 0, else to the offsets `at`."""
+    if HEIGHT > 0:
+        C: tl.constexpr = values.shape[0]
+        IMAGES: tl.constexpr = values.shape[1] // (HEIGHT * WIDTH)
+        box = values.to(to_map.dtype).T.reshape(IMAGES, HEIGHT, WIDTH, 1, C)
+        to_map.store([image, y, x, half, first], box)
+    else:
+        tl.store(to_map + at, values.to(to_map.dtype.element_ty), mask=inside)
+
+
+@kernel
 def masked_conv2d_kernel(
-    x_ptr,  # (B, x_height, x_width, parts_read * channels), strides below
-    packed_ptr,  # (row_tiles * N, packed_columns * 16)
-    other_ptr,  # (B, out_height, out_width, other_channels) or None: a second map, seen at the pixel itself
-    bias_ptr,
-    condition_ptr,
-    residual_ptr,
-    out_ptr,  # (B, out_height, out_width, rows) contiguous, written
-    kept_ptr,
-    pixels,  # B * out_height * out_width
-    out_height,
-    out_width,
-    x_height,
-    x_width,
-    step_y,  # the convolution's stride
-    step_x,
-    taps,
-    first,
-    width,
-    origin_y,
-    origin_x,
-    tap_y,
-    tap_x,
-    group_rows,
-    group_channels,
-    shown,
+    x_map,  # (B, x_height, x_width, parts_read * channels), strides below
+    packed_map,  # (row_tiles * N, packed_columns * 16)
+    other_map,  # (B, out_height, out_width, other_channels) or None: a second map, seen at the pixel itself
+    bias_ptr,  # (all rows), read where `biased`
+    condition_ptr,  # (B, all rows) or None
+    residual_ptr,  # (B, out_height, out_width, rows), strides below, read where `added`; or None
+    out_map,  # (B, out_height, out_width, 1, rows) contiguous, written
+    kept_map,  # written: KEEP "valve": as out; "both": with two halves; "sign": a pointer, bool, as out
+    biased, added,
+    floor,  # without a gate: what is less is raised to it; 0 for ReLU, else -inf
+    mirrored,  # for the gradient of the input
+    batch, out_height, out_width, x_height, x_width,
+    across, down,  # boxes side by side
+    step_y, step_x,  # the convolution's stride
+    taps, first, width, origin_y, origin_x, tap_y, tap_x, group_rows, group_channels, shown,  # walk.py
     channels,  # of a part
-    part_blocks,
-    parts_read,
+    part_blocks, parts_read,
     rows,  # written, of each half with a gate
     row_tiles,
     columns,  # packed columns of x, before those of the other map
-    packed_columns,
-    other_channels,
-    x_image,
-    x_y,
-    x_x,
-    other_image,
-    other_y,
-    other_x,
-    residual_image,
-    residual_y,
-    residual_x,
+    packed_columns, other_channels,
+    x_image, x_y, x_x, other_image, other_y, other_x, residual_image, residual_y, residual_x,
     x_channel,  # 1 but where gathered
     residual_channel,
     GATHER: tl.constexpr,  # columns of several taps in a block
-    MIRRORED: tl.constexpr,
     UNIT: tl.constexpr,  # of x, other and their channels
     OUT_UNIT: tl.constexpr,  # of rows and the residual
-    ACTIVATION: tl.constexpr,
-    KEEP: tl.constexpr,
-    FAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-):
-    rows = rows * OUT_UNIT
-    tile = tl.program_id(0) % row_tiles
-    m = tl.program_id(0) // row_tiles * M + tl.arange(0, M)
-    image = m // (out_height * out_width)
-    i, j = m // out_width % out_height, m % out_width
-    inside = m < pixels
-    y, x = i * step_y, j * step_x
+    GATED: tl.constexpr, KEEP: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    IMAGES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    BOXES: tl.constexpr = HEIGHT > 0
+    M: tl.constexpr = IMAGES * HEIGHT * WIDTH if BOXES else IMAGES
+    C: tl.constexpr = N // 2 if GATED else N  # channels written
+    rows, channels, other_channels = rows * OUT_UNIT, channels * UNIT, other_channels * UNIT
+    tile, block = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
+    first_image, first_y, first_x = corner_of(block, across, down, IMAGES, HEIGHT, WIDTH)
+    sums = tl.zeros((N, M), tl.float32)
     k = tl.arange(0, K)
-    base = image.to(tl.int64) * x_image + y.to(tl.int64) * x_y + x.to(tl.int64) * x_x
-    weights = packed_ptr + (tile * N + tl.arange(0, N)).to(tl.int64)[None, :] * (packed_columns * 16) + k[:, None]
-    sums = tl.zeros((M, N), tl.float32)
+    if not BOXES:
+        image, i, j = pixels_of(block, out_height, out_width, across, down, IMAGES, HEIGHT, WIDTH)
+        inside = image < batch
+        y, x = i * step_y, j * step_x
+        base = image.to(tl.int64) * x_image + y.to(tl.int64) * x_y + x.to(tl.int64) * x_x
+        y = tl.where(inside, y, -(2**30))  # far from the map
+        read = x_map + (base * UNIT)[None, :] + k[:, None]
+        weights = packed_map + (tile * N + tl.arange(0, N)).to(tl.int64)[:, None] * (packed_columns * 16) + k[None, :]
     if GATHER:
         steps = columns // K
         tl.assume(steps > 0)
         for step in range(steps):
-            tap = (step * K + k) // channels
-            channel = (step * K + k) % channels
-            dy = (origin_y + (first + tap) // width * tap_y)[None, :]
-            dx = (origin_x + (first + tap) % width * tap_x)[None, :]
-            seen = inside[:, None] & (tap < taps)[None, :]
-            seen = seen & (y[:, None] + dy >= 0) & (y[:, None] + dy < x_height)
-            seen = seen & (x[:, None] + dx >= 0) & (x[:, None] + dx < x_width)
-            at = (dy.to(tl.int64) * x_y + dx.to(tl.int64) * x_x) + channel.to(tl.int64)[None, :] * x_channel
-            a = tl.load(x_ptr + base[:, None] + at, mask=seen, other=0.0)
-            sums = product(a, tl.load(weights + step * K), sums, PRECISION)
+            tap, channel = (step * K + k) // channels, (step * K + k) % channels
+            dy = (origin_y + (first + tap) // width * tap_y)[:, None]
+            dx = (origin_x + (first + tap) % width * tap_x)[:, None]
+            seen = (tap < taps)[:, None] & lies_in(y[None, :] + dy, x[None, :] + dx, x_height, x_width)
+            at = (dy.to(tl.int64) * x_y + dx.to(tl.int64) * x_x) + channel.to(tl.int64)[:, None] * x_channel
+            a = tl.load(x_map + base[None, :] + at, mask=seen, other=0.0)
+            sums = product(tl.load(weights + step * K), a, sums, PRECISION)
     else:
-        channels = channels * UNIT
-        read = x_ptr + base[:, None] * UNIT + k[None, :]
-        steps, skipped = steps_of(tile, N // (2 if ACTIVATION == "gated" else 1), K, taps, channels, part_blocks,
-                                  parts_read, rows, group_rows, group_channels, shown, MIRRORED)  # fmt: skip
+        steps, skipped = steps_of(tile, C, K, taps, channels, part_blocks, parts_read, rows, group_rows,
+                                  group_channels, shown, mirrored)  # fmt: skip
         tl.assume(steps > 0)
         for step in range(steps):
             dy, dx, channel, start, column = place_of(step, skipped, K, taps, first, width, origin_y, origin_x, tap_y,
-                                                      tap_x, channels, part_blocks, parts_read, MIRRORED)  # fmt: skip
-            seen = inside & (y + dy >= 0) & (y + dy < x_height) & (x + dx >= 0) & (x + dx < x_width)
-            at = (dy.to(tl.int64) * x_y + dx.to(tl.int64) * x_x) * UNIT + (start + channel)
-            a = tl.load(read + at, mask=seen[:, None] & (channel + k < channels)[None, :], other=0.0)
-            sums = product(a, tl.load(weights + column), sums, PRECISION)
-    image, i, j = image.to(tl.int64)[:, None], i.to(tl.int64)[:, None], j.to(tl.int64)[:, None]
-    inside = inside[:, None]
-    if other_ptr is not None:
-        others = other_channels * UNIT
-        read = other_ptr + (image * other_image + i * other_y + j * other_x) * UNIT + k[None, :]
-        blocks = (others + K - 1) // K
-        tl.assume(blocks > 0)
-        for block in range(blocks):
-            a = tl.load(read + block * K, mask=inside & (block * K + k < others)[None, :], other=0.0)
-            sums = product(a, tl.load(weights + columns + block * K), sums, PRECISION)
-    row = m.to(tl.int64)[:, None]
-    kind = out_ptr.dtype.element_ty
-    if ACTIVATION == "gated":
-        n = (tile * (N // 2) + tl.arange(0, N // 2))[None, :]
-        there = inside & (n < rows)
-        sums, valve = halves(sums, 1, False)
-        sums = add_biases(sums, image, n, inside, bias_ptr, condition_ptr, 0, 2 * rows, rows, False)
-        valve = add_biases(valve, image, n, inside, bias_ptr, condition_ptr, rows, 2 * rows, rows, False)
-        if KEEP == "valve":
-            tl.store(kept_ptr + row * rows + n, valve.to(kind), mask=there)
-        if KEEP == "both":
-            tl.store(kept_ptr + row * (2 * rows) + n, sums.to(kind), mask=there)
-            tl.store(kept_ptr + row * (2 * rows) + rows + n, valve.to(kind), mask=there)
-    else:
-        n = (tile * N + tl.arange(0, N))[None, :]
-        there = inside & (n < rows)
-        sums = add_biases(sums, image, n, inside, bias_ptr, condition_ptr, 0, rows, rows, False)
-        valve = sums
-        if KEEP == "sign":
-            tl.store(kept_ptr + row * rows + n, (sums <= 0) == 0, mask=there)  # a NaN passes
-    sums = activated(sums, valve, ACTIVATION, FAST)
-    if residual_ptr is not None:
-        at = (image * residual_image + i * residual_y + j * residual_x) * OUT_UNIT + n.to(tl.int64) * residual_channel
-        sums += tl.load(residual_ptr + at, mask=there, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * rows + n, sums.to(kind), mask=there)
-
-
-@triton.jit(do_not_specialize=["batch", "out_height", "out_width", "across", "down", *WALK, *SIZES, *MAP[6:]])
-def masked_conv2d_tma_kernel(
-    x_desc,  # (B, x_height, x_width, parts_read * channels), boxes (IMAGES, HEIGHT, WIDTH, K)
-    packed_desc,  # (row_tiles * N, packed columns), boxes (N, K)
-    other_desc,  # as x_desc, the second map, or None
-    bias_ptr,
-    condition_ptr,
-    residual_ptr,
-    out_desc,  # (B, out_height, out_width, rows), boxes of N channels, or of N / 2 with a gate
-    kept_desc,  # KEEP "valve": as out_desc; "both": (B, out_height, out_width, 2, rows)
-    sign_ptr,  # KEEP "sign": (B, out_height, out_width, rows) bool
-    batch,
-    out_height,
-    out_width,
-    across,  # boxes side by side
-    down,
-    taps,
-    first,
-    width,
-    origin_y,
-    origin_x,
-    tap_y,
-    tap_x,
-    group_rows,
-    group_channels,
-    shown,
-    channels,
-    part_blocks,
-    parts_read,
-    rows,
-    row_tiles,
-    columns,
-    other_channels,
-    residual_image,
-    residual_y,
-    residual_x,
-    residual_channel,
-    MIRRORED: tl.constexpr,
-    OUT_UNIT: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    KEEP: tl.constexpr,
-    FAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    IMAGES: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-):
-    M: tl.constexpr = IMAGES * HEIGHT * WIDTH
-    C: tl.constexpr = N // 2 if ACTIVATION == "gated" else N  # channels written
-    RUN: tl.constexpr = 8  # a thread holds rows r and r + 8 of a product
-    rows = rows * OUT_UNIT
-    tile = tl.program_id(0) % row_tiles
-    box = tl.program_id(0) // row_tiles
-    image = box // (across * down) * IMAGES
-    y = box // across % down * HEIGHT
-    x = box % across * WIDTH
-    sums = tl.zeros((N, M), tl.float32)
-    steps, skipped = steps_of(tile, C, K, taps, channels, part_blocks,
-                              parts_read, rows, group_rows, group_channels, shown, MIRRORED)  # fmt: skip
-    tl.assume(steps > 0)
-    for step in range(steps):
-        dy, dx, channel, start, column = place_of(step, skipped, K, taps, first, width, origin_y, origin_x, tap_y,
-                                                  tap_x, channels, part_blocks, parts_read, MIRRORED)  # fmt: skip
-        a = x_desc.load([image, y + dy, x + dx, start + channel]).reshape(M, K)
-        sums = product(packed_desc.load([tile * N, column]), a.T, sums, PRECISION)
-    if other_desc is not None:
+                                                      tap_x, channels, part_blocks, parts_read)  # fmt: skip
+            if BOXES:
+                a = x_map.load([first_image, first_y + dy, first_x + dx, start + channel]).reshape(M, K).T
+                w = packed_map.load([tile * N, column])
+            else:
+                seen = lies_in(y + dy, x + dx, x_height, x_width)
+                at = (dy.to(tl.int64) * x_y + dx.to(tl.int64) * x_x) * UNIT + (start + channel)
+                a = tl.load(read + at, mask=seen[None, :] & (channel + k < channels)[:, None], other=0.0)
+                w = tl.load(weights + column)
+            sums = product(w, a, sums, PRECISION)
+    if other_map is not None:
+        if not BOXES:
+            at = image.to(tl.int64) * other_image + i.to(tl.int64) * other_y + j.to(tl.int64) * other_x
+            read = other_map + (at * UNIT)[None, :] + k[:, None]
         blocks = (other_channels + K - 1) // K
         tl.assume(blocks > 0)
-        for block in range(blocks):
-            a = other_desc.load([image, y, x, block * K]).reshape(M, K)
-            sums = product(packed_desc.load([tile * N, columns + block * K]), a.T, sums, PRECISION)
-    m = tl.arange(0, M)
-    images = (image + m // (HEIGHT * WIDTH))[:, None]
-    i = (y + m // WIDTH % HEIGHT)[:, None]
-    j = (x + m % WIDTH)[:, None]
-    inside = (images < batch) & (i < out_height) & (j < out_width)
-    images, i, j = images.to(tl.int64), i.to(tl.int64), j.to(tl.int64)
-    kind = out_desc.dtype
-    if ACTIVATION == "gated":
-        n = (tile * C + tl.arange(0, C))[None, :]
-        sums, valve = halves(sums, RUN, True)
-        sums = add_biases(sums, images, n, inside, bias_ptr, condition_ptr, 0, 2 * rows, rows, True)
-        valve = add_biases(valve, images, n, inside, bias_ptr, condition_ptr, rows, 2 * rows, rows, True)
+        for step in range(blocks):
+            if BOXES:
+                a = other_map.load([first_image, first_y, first_x, step * K]).reshape(M, K).T
+                w = packed_map.load([tile * N, columns + step * K])
+            else:
+                a = tl.load(read + step * K, mask=inside[None, :] & (step * K + k < other_channels)[:, None], other=0.0)
+                w = tl.load(weights + columns + step * K)
+            sums = product(w, a, sums, PRECISION)
+    image, i, j = pixels_of(block, out_height, out_width, across, down, IMAGES, HEIGHT, WIDTH)
+    n = (tile * C + tl.arange(0, C))[:, None]
+    inside = ((image < batch) & (i < out_height) & (j < out_width))[None, :] & (n < rows)
+    image, i, j = image.to(tl.int64)[None, :], i.to(tl.int64)[None, :], j.to(tl.int64)[None, :]
+    pixel = (image * out_height + i) * out_width + j
+    at = pixel * rows + n
+    if GATED:
+        sums, valve = halves_of(sums)
+        sums = add_biases(sums, image, n, inside, biased, bias_ptr, condition_ptr, 0, 2 * rows, rows)
+        valve = add_biases(valve, image, n, inside, biased, bias_ptr, condition_ptr, rows, 2 * rows, rows)
         if KEEP == "valve":
-            kept_desc.store([image, y, x, tile * C], valve.to(kind).T.reshape(IMAGES, HEIGHT, WIDTH, C))
+            write(kept_map, valve, 0, at, inside, first_image, first_y, first_x, tile * C, HEIGHT, WIDTH)
         if KEEP == "both":
-            kept_desc.store([image, y, x, 0, tile * C], sums.to(kind).T.reshape(IMAGES, HEIGHT, WIDTH, 1, C))
-            kept_desc.store([image, y, x, 1, tile * C], valve.to(kind).T.reshape(IMAGES, HEIGHT, WIDTH, 1, C))
+            half = pixel * (2 * rows) + n
+            write(kept_map, sums, 0, half, inside, first_image, first_y, first_x, tile * C, HEIGHT, WIDTH)
+            write(kept_map, valve, 1, half + rows, inside, first_image, first_y, first_x, tile * C, HEIGHT, WIDTH)
+        sums = gate(sums, valve, FAST)
     else:
-        n = (tile * C + tl.arange(0, C))[None, :]
-        sums = add_biases(sums, images, n, inside, bias_ptr, condition_ptr, 0, rows, rows, True)
-        valve = sums
+        sums = add_biases(sums, image, n, inside, biased, bias_ptr, condition_ptr, 0, rows, rows)
         if KEEP == "sign":
-            at = sign_ptr + ((images * out_height + i) * out_width + j) * rows + n
-            tl.store(at, ((sums <= 0) == 0).T, mask=inside & (n < rows))
-    sums = activated(sums, valve, ACTIVATION, FAST)
+            tl.store(kept_map + at, (sums <= 0) == 0, mask=inside)  # a NaN passes
+        sums = tl.where(sums < floor, floor, sums)  # keeps NaN
     if residual_ptr is not None:
-        at = (images * residual_image + i * residual_y + j * residual_x) * OUT_UNIT + n.to(tl.int64) * residual_channel
-        sums += tl.load(residual_ptr + at, mask=inside & (n < rows), other=0.0).to(tl.float32).T
-    out_desc.store([image, y, x, tile * C], sums.to(kind).T.reshape(IMAGES, HEIGHT, WIDTH, C))
+        where = (image * residual_image + i * residual_y + j * residual_x) * OUT_UNIT
+        where += n.to(tl.int64) * residual_channel
+        sums += tl.load(residual_ptr + where, mask=inside & (added != 0), other=0.0).to(tl.float32)
+    write(out_map, sums, 0, at, inside, first_image, first_y, first_x, tile * C, HEIGHT, WIDTH)

@@ -5,31 +5,27 @@ All that depends on shapes, strides and dtypes alone is found once, in the const
 and launches. Sizes reach the kernels as plain integers, so that nothing lies on the device between calls.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgen.kernels.common import cdiv, prepare
+from fastgen.kernels.common import cdiv, next_power_of_2, prepare
 from fastgen.kernels.masked_conv2d import cudnn
-from fastgen.kernels.masked_conv2d.backward import (
-    masked_conv2d_weight_kernel,
-    masked_conv2d_weight_sum_kernel,
-    masked_conv2d_weight_tma_kernel,
-)
+from fastgen.kernels.masked_conv2d.backward import masked_conv2d_sum_kernel, masked_conv2d_weight_kernel
 from fastgen.kernels.masked_conv2d.config import Choice, Layer, chip_of, choose, has_tma, precision_of
-from fastgen.kernels.masked_conv2d.forward import (
-    masked_conv2d_kernel,
-    masked_conv2d_pack_kernel,
-    masked_conv2d_tma_kernel,
-)
+from fastgen.kernels.masked_conv2d.forward import masked_conv2d_kernel, masked_conv2d_pack_kernel
 from fastgen.kernels.masked_conv2d.walk import Geometry, Walk, walk_arguments
 
 # Shares of the pixels are cut so that about as many programs run, two on each multiprocessor of a Hopper: every share
 # is written and read again, which with more would be more than the maps for few images. A constant: sums do not depend
 # on the chip.
 PROGRAMS = 256
+RUN = 8  # rows of a half of a gate that lie side by side in packed weights, see forward.py
+BOX = ("IMAGES", "HEIGHT", "WIDTH")
 
 
 class Launches:
@@ -49,44 +45,40 @@ class Launches:
 
 
 class Boxes:
-    """Tensor descriptors of maps (B, C, H, W) in boxes of pixels and channels; `whole`: its dimensions and steps."""
+    """Makes tensor descriptors of tensors of one kind, in blocks; Triton's own constructor takes the host longer."""
 
-    __slots__ = ("kind", "known")
+    __slots__ = ("fields", "kind")
 
-    def __init__(self, x: Tensor, sizes: list[int], strides: list[int], block: list[int]) -> None:
+    def __init__(self, like: Tensor, sizes: list[int], strides: list[int], block: list[int]) -> None:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         self.kind = TensorDescriptor
-        self.known = {**vars(TensorDescriptor(x, sizes, strides, block)), "base": None}
+        self.fields = {**vars(TensorDescriptor(like, sizes, strides, block)), "base": None}
 
     def __call__(self, x: Tensor) -> Any:
         made = object.__new__(self.kind)
-        made.__dict__.update(self.known)
+        made.__dict__.update(self.fields)
         made.base = x
         return made
 
 
-def boxes_of_map(x: Tensor, box: tuple[int, int, int], channels: int) -> Boxes:
+def boxes_of_map(x: Tensor, box: list[int], channels: int) -> Boxes:
     order = (0, 2, 3, 1)
     return Boxes(x, [x.shape[a] for a in order], [x.stride(a) for a in order], [*box, channels])
 
 
-def descriptors_fit(x: Tensor) -> bool:
-    """Whether the accelerator can address a map (B, C, H, W): channels side by side, all else in units of 16 bytes."""
-    steps = [x.stride(axis) * x.element_size() for axis in (0, 2, 3)]
-    return x.stride(1) == 1 and all(step > 0 and step % 16 == 0 for step in steps) and x.data_ptr() % 16 == 0
+def boxes_of_result(x: Tensor, halves: int, box: list[int], channels: int) -> Boxes:
+    """Of a channels-last map whose channels are `halves` times as many."""
+    batch, all_rows, height, width = x.shape
+    rows = all_rows // halves
+    strides = [height * width * all_rows, width * all_rows, all_rows, rows, 1]
+    return Boxes(x, [batch, height, width, halves, rows], strides, [*box, 1, channels])
 
 
 def box_of(pixels: int, batch: int, height: int, width: int) -> tuple[int, int, int]:
     """(images, rows, columns) of a box of `pixels` pixels, all powers of two, of which the fewest boxes are needed."""
-    shapes = []
-    wide = 1
-    while wide <= pixels:
-        high = 1
-        while wide * high <= pixels:
-            shapes.append((pixels // (wide * high), high, wide))
-            high *= 2
-        wide *= 2
+    powers = [1 << i for i in range(pixels.bit_length())]
+    shapes = [(pixels // (high * wide), high, wide) for wide in powers for high in powers if high * wide <= pixels]
     # Among equals the widest, whose pixels lie side by side.
     return min(shapes, key=lambda s: (cdiv(batch, s[0]) * cdiv(height, s[1]) * cdiv(width, s[2]), -s[2], -s[1]))
 
@@ -107,189 +99,206 @@ def pixel_steps(x: Tensor, unit: int) -> tuple[int, ...]:
     return tuple(0 if x.shape[axis] == 1 else x.stride(axis) // unit for axis in (0, 2, 3))
 
 
+# Sizes and strides are found once for `torch.empty_strided`, which takes the host a third of what `torch.empty` takes.
+Layout = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def channels_last(batch: int, channels: int, height: int, width: int) -> Layout:
+    return (batch, channels, height, width), (height * width * channels, 1, width * channels, channels)
+
+
+def contiguous(*size: int) -> Layout:
+    return size, tuple(math.prod(size[axis + 1 :]) for axis in range(len(size)))
+
+
 @dataclass(frozen=True)
 class Weights:
     """A weight (O, I, kh, kw) as a product sees it: all but its values."""
 
     shape: torch.Size
-    strides: tuple[int, ...]
-    mask_strides: tuple[int, ...] | None
     walk: Walk
     geometry: Geometry
+    masked: bool = True  # where False, the mask of a call is another weight's
 
     @property
-    def step(self) -> int:
-        return self.geometry.stride[0] * self.geometry.stride[1]
+    def size(self) -> int:
+        return self.shape[2] * self.shape[3]
 
-    @property
-    def boxed(self) -> int:
+    def layer(self, direction: str, maps: list[Tensor], rows: int, pixels: int, gated: bool, aligned: bool) -> Layer:
+        """maps: those that the product reads, of which the first has the layer's channels. aligned: whether what else
+        descriptors would address comes in units of 16 bytes."""
+        x, step = maps[0], self.geometry.stride[0] * self.geometry.stride[1]
+        tma = step == 1 and aligned and x.shape[1] >= 16 and has_tma(chip_of(x.device))
+        for one in maps:
+            steps = [one.stride(axis) * one.element_size() for axis in (0, 2, 3)]
+            tma = tma and one.stride(1) == 1 and one.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in steps)
+        return Layer(direction, x.dtype, rows, x.shape[1], self.walk.live, pixels, step, gated, tma)
+
+    def choose(self, layer: Layer, device: torch.device) -> Choice:
         top, bottom, left, right = self.walk.box
-        return (bottom - top) * (right - left)
+        return choose(device, layer, precision_of(device, layer.dtype), (bottom - top) * (right - left))
+
+    def box(self, choice: Choice) -> tuple[int, int, int, int] | None:
+        """What cuDNN convolves with; None: all."""
+        return self.walk.box if choice.provider == "cropped" and self.walk.live else None
+
+    def unit(self, dtype: torch.dtype, *counts: int) -> int:
+        """Elements of 16 bytes where an output's weights and the counts are multiples of them, else 1."""
+        unit = 16 // dtype.itemsize
+        return unit if all(n % unit == 0 for n in (self.shape[1] * self.size, *counts)) else 1
+
+    def flat(self, unit: int) -> int:
+        """`FLAT` of the kernels; one value for most kernel sizes, so that few are compiled: the first layers of models,
+        which have large kernels, have no unit."""
+        return max(256 if unit > 1 else 1024, next_power_of_2(16 * self.size))
+
+
+def blocks_of(choice: Choice, batch: int, height: int, width: int) -> tuple[dict[str, int], int, int, int]:
+    """How the pixels of a map are divided: (constants of the kernel, boxes across, boxes down, number of blocks)."""
+    pixels = choice.tile.M
+    if not choice.tile.tma:
+        return dict(zip(BOX, (pixels, 0, 0), strict=True)), 1, 1, cdiv(batch * height * width, pixels)
+    box = box_of(pixels, batch, height, width)
+    across, down = cdiv(width, box[2]), cdiv(height, box[1])
+    return dict(zip(BOX, box, strict=True)), across, down, cdiv(batch, box[0]) * across * down
 
 
 class Convolve:
     """activation(conv(x, weight) + conv1x1(other) + biases) + residual, or with `mirrored` the gradient of the input.
 
-    Constructed with the tensors of a first call; results are channels-last. `choice` instead of what is chosen.
+    Constructed with the tensors of a first call, weights and mask contiguous; results are channels-last. `choice`
+    instead of what is chosen.
+
+    Attributes:
+        size: (B, C, H, W) of the result.
+        keep: what is kept for the backward, see backward.py; "" for nothing.
+        terms: how many products are added up for a result.
     """
 
+    maps = (0, 4, 5, 6)  # of its tensors those that have the batch
+    kernels = (1, 7)
+
     def __init__(
-        self,
-        x: Tensor,
-        weights: Weights,
-        size: tuple[int, ...],
-        *,
-        mirrored: bool = False,
-        activation: str = "none",
-        keep: str = "",
-        residual: Tensor | None = None,
-        other: Tensor | None = None,
-        other_strides: tuple[int, ...] = (),
-        choice: Choice | None = None,
-    ) -> None:
-        batch, rows, height, width = size
-        walk, geometry = weights.walk, weights.geometry
-        gated = activation == "gated"
+        self, x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None = None,
+        condition: Tensor | None = None, residual: Tensor | None = None, other: Tensor | None = None,
+        other_weight: Tensor | None = None, *, weights: Weights, size: tuple[int, ...], mirrored: bool = False,
+        activation: str = "none", keep: str = "", choice: Choice | None = None,
+    ) -> None:  # fmt: skip
+        batch, rows, height, width = self.size = (x.shape[0], *size)
+        walk, gated = weights.walk, activation == "gated"
         parts = walk.parts if mirrored else 1  # of the channels read
-        layer = Layer(
-            "in" if mirrored else "out", x.dtype, 2 * rows if gated else rows, x.shape[1], walk.live,
-            batch * height * width, weights.step, gated, False,
-        )  # fmt: skip
-        fits = not layer.gathers and weights.step == 1 and has_tma(chip_of(x.device)) and descriptors_fit(x)
-        aligned = not (rows * x.element_size() % 16 or x.shape[1] // parts * x.element_size() % 16)
-        fits = fits and aligned and (other is None or descriptors_fit(other))
-        layer = Layer(**{**vars(layer), "tma": fits})
-        precision = precision_of(x.device, x.dtype)
-        self.layer, self.weights, self.mirrored = layer, weights, mirrored
-        self.activation, self.keep = activation, keep
-        self.choice = choice = choice or choose(x.device, layer, precision, weights.boxed)
-        self.size, self.strides = size, (height * width * rows, 1, width * rows, rows)
-        kept = {"": 0, "both": 2 * rows}.get(keep, rows)
-        self.kept_size = (batch, kept, height, width)
-        self.kept_strides = (height * width * kept, 1, width * kept, kept)
+        channels, others = x.shape[1] // parts, 0 if other is None else other.shape[1]
+        aligned = not (rows * x.element_size() % 16 or channels * x.element_size() % 16)
+        read = [x] if other is None else [x, other]
+        all_rows = 2 * rows if gated else rows
+        layer = weights.layer("in" if mirrored else "out", read, all_rows, batch * height * width, gated, aligned)
+        self.layer, self.weights, self.mirrored, self.activation, self.keep = layer, weights, mirrored, activation, keep
+        self.terms = walk.taps * x.shape[1] + others
+        self.layout = channels_last(*self.size)
+        self.kept_layout = channels_last(batch, 2 * rows if keep == "both" else rows, height, width)
+        self.kept_dtype = torch.bool if keep == "sign" else x.dtype
+        self.choice = choice = choice or weights.choose(layer, x.device)
         if choice.provider != "triton" or batch * rows * height * width == 0:
             return
         tile = choice.tile
-        run = 0 if not gated else 8 if tile.tma else 1
-        row_tiles = cdiv(rows, tile.N // 2) if gated else cdiv(rows, tile.N)
-        row_pad = row_tiles * tile.N
-        channels = x.shape[1] // parts
-        part_blocks = cdiv(channels, tile.K)
+        written = tile.N // 2 if gated else tile.N  # channels of a tile
+        row_tiles, part_blocks = cdiv(rows, written), cdiv(channels, tile.K)
         if layer.gathers:  # all that is read is one part
             channels, part_blocks, parts = x.shape[1], 1, 1
         pitch = channels if layer.gathers else parts * part_blocks * tile.K
         columns = cdiv(walk.taps * pitch, tile.K) * tile.K
-        others = 0 if other is None else other.shape[1]
         packed_columns = columns + cdiv(others, tile.K) * tile.K
-        self.packed = (row_pad, packed_columns)
-        of_part = weights.shape[0] // 2 if gated else 0
-
-        def packing(
-            strides: tuple[int, ...], mask: tuple[int, ...] | None, into: tuple[int, ...], taps: tuple[int, ...]
-        ) -> Launches:
-            numbers: list[int] = []
-            for steps in (strides, mask or (0,) * 4):
-                row, channel = (steps[1], steps[0]) if mirrored else (steps[0], steps[1])
-                numbers += [of_part * row, row, channel, steps[2], steps[3]]
-            grid = (cdiv(row_pad, 16), cdiv(into[0], 64))
-            sizes = (rows, row_pad, into[0] // 16, packed_columns // 16, into[1] // 16, *into[2:])
-            return Launches(masked_conv2d_pack_kernel, grid, (*sizes, *numbers, *taps), RUN=run, ROWS=16, COLUMNS=64)
-
-        into = (columns, 0, pitch, pitch // parts, channels)
-        taps = (walk.taps, walk.first, walk.width, walk.box[0], walk.box[2])
-        self.pack = packing(weights.strides, weights.mask_strides, into, taps)
+        self.packed = contiguous(row_tiles * tile.N, packed_columns)
+        taps = (walk.taps, cdiv(columns, pitch), walk.first, walk.width, walk.box[0] * weights.shape[3] + walk.box[2])
+        halves = (pitch // parts, parts) if mirrored else (RUN, 2 if gated else 1)
+        self.pack = self._packing(weights, columns, 0, pitch, halves, taps)
         self.pack_other = None
-        if other is not None:
-            rest = packed_columns - columns
-            self.pack_other = packing(other_strides, None, (rest, columns, rest, rest, others), (1, 0, 1, 0, 0))
-        out_unit = unit_of(residual, rows) if residual is not None else 1
-        if residual is None and (rows * x.element_size()) % 16 == 0:
-            out_unit = 16 // x.element_size()
-        ends = (0,) * 3 if residual is None else pixel_steps(residual, out_unit)
-        residual_channel = 1 if residual is None or residual.shape[1] == 1 else residual.stride(1)
-        constants: dict[str, Any] = {
-            "MIRRORED": mirrored, "OUT_UNIT": out_unit, "ACTIVATION": activation, "KEEP": keep, "PRECISION": precision,
-            "FAST": x.dtype == torch.bfloat16 and chip_of(x.device).startswith("sm_"), "N": tile.N, "K": tile.K,
-            "num_warps": tile.num_warps, "num_stages": tile.num_stages,
-        }  # fmt: skip
-        walked = walk_arguments(walk, geometry, mirrored)
-        self.boxes: tuple[Any, ...] = ()
-        if tile.tma:
-            box = box_of(tile.M, batch, height, width)
-            across, down = cdiv(width, box[2]), cdiv(height, box[1])
-            arguments = (
-                batch, height, width, across, down, *walked, channels, part_blocks, parts, rows // out_unit, row_tiles,
-                columns, others, *ends, residual_channel,
-            )  # fmt: skip
-            constants |= dict(zip(("IMAGES", "HEIGHT", "WIDTH"), box, strict=True))
-            grid = (cdiv(batch, box[0]) * down * across * row_tiles,)
-            self.run = Launches(masked_conv2d_tma_kernel, grid, arguments, **constants)
-            stored = tile.N // 2 if gated else tile.N
-            packed = x.new_empty(self.packed)
-            out, map_of_kept = self.results(x)
-            kept_boxes = None
-            if keep == "valve":
-                kept_boxes = boxes_of_map(map_of_kept, box, stored)
-            if keep == "both":
-                strides = [2 * rows * height * width, 2 * rows * width, 2 * rows, rows, 1]
-                kept_boxes = Boxes(map_of_kept, [batch, height, width, 2, rows], strides, [*box, 1, stored])
-            self.boxes = (
-                boxes_of_map(x, box, tile.K), Boxes(packed, list(self.packed), [packed_columns, 1], [tile.N, tile.K]),
-                None if other is None else boxes_of_map(other, box, tile.K), boxes_of_map(out, box, stored), kept_boxes,
-            )  # fmt: skip
-            return
+        if other_weight is not None:
+            rest, pointwise = packed_columns - columns, Weights(other_weight.shape, walk, weights.geometry, False)
+            self.pack_other = self._packing(pointwise, rest, columns, rest, halves, (1, 1, 0, 1, 0))
         unit = 1 if layer.gathers else unit_of(x, channels)
         if other is not None and unit != unit_of(other, others):
             unit = 1
-        steps = (0,) * 3 if other is None else pixel_steps(other, unit)
-        pixels = batch * height * width
+        out_unit = 16 // x.element_size() if rows * x.element_size() % 16 == 0 else 1
+        if residual is not None:
+            out_unit = unit_of(residual, rows)
+        box, across, down, blocks = blocks_of(choice, batch, height, width)
         arguments = (
-            pixels, height, width, x.shape[2], x.shape[3], *(geometry.stride if not mirrored else (1, 1)), *walked,
-            channels // unit, part_blocks, parts, rows // out_unit, row_tiles, columns, packed_columns // 16,
-            others // unit, *pixel_steps(x, unit), *steps, *ends, x.stride(1) if layer.gathers else 1, residual_channel,
+            int(bias is not None), int(residual is not None), 0.0 if activation == "relu" else -math.inf, int(mirrored),
+            batch, height, width, *x.shape[2:], across, down, *((1, 1) if mirrored else weights.geometry.stride),
+            *walk_arguments(walk, weights.geometry, mirrored), channels // unit, part_blocks, parts, rows // out_unit,
+            row_tiles, columns, packed_columns // 16, others // unit, *pixel_steps(x, unit),
+            *((0,) * 3 if other is None else pixel_steps(other, unit)),
+            *((0,) * 3 if residual is None else pixel_steps(residual, out_unit)), x.stride(1) if layer.gathers else 1,
+            1 if residual is None or residual.shape[1] == 1 else residual.stride(1),
         )  # fmt: skip
-        constants |= {"GATHER": layer.gathers, "UNIT": unit, "M": tile.M}
-        self.run = Launches(masked_conv2d_kernel, (cdiv(pixels, tile.M) * row_tiles,), arguments, **constants)
+        self.run = Launches(
+            masked_conv2d_kernel, (blocks * row_tiles,), arguments, GATHER=layer.gathers, UNIT=unit,
+            OUT_UNIT=out_unit, GATED=gated, KEEP=keep, PRECISION=precision_of(x.device, x.dtype),
+            FAST=x.dtype == torch.bfloat16 and chip_of(x.device).startswith("sm_"), **box, N=tile.N, K=tile.K,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+        self.boxes: tuple[Any, ...] = ()
+        if tile.tma:
+            block = list(box.values())
+            out, kept = self.results(x)
+            of_kept = boxes_of_result(kept, 2 if keep == "both" else 1, block, written) if gated and keep else None
+            of_packed = Boxes(x, list(self.packed[0]), list(self.packed[1]), [tile.N, tile.K])
+            of_other = None if other is None else boxes_of_map(other, block, tile.K)
+            of_out = boxes_of_result(out, 1, block, written)
+            self.boxes = (boxes_of_map(x, block, tile.K), of_packed, of_other, of_out, of_kept)
+
+    def _packing(self, weights: Weights, columns: int, first: int, pitch: int, halves: Any, taps: Any) -> Launches:
+        """Of a weight into as many columns from the first on, `pitch` for each tap."""
+        outputs, inputs = weights.shape[:2]
+        packed_rows, packed_columns = self.packed[0]
+        unit = weights.unit(self.layer.dtype, pitch)
+        rows = 16 if unit > 1 else 4
+        places = (pitch, packed_rows) if self.mirrored else (packed_rows, pitch)
+        arguments = (
+            int(weights.masked), packed_rows, columns // 16, packed_columns // 16, first // 16, pitch // unit,
+            outputs // halves[1], inputs * weights.size // unit, *halves, weights.size, *taps, weights.shape[3],
+        )  # fmt: skip
+        return Launches(
+            masked_conv2d_pack_kernel, (cdiv(places[0], rows), cdiv(places[1], 16)), arguments,
+            MIRRORED=self.mirrored, UNIT=unit, FLAT=weights.flat(unit), OUTPUTS=rows, INPUTS=16,
+        )  # fmt: skip
 
     def results(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Uninitialized: (B, C, H, W), and what is kept."""
-        out = torch.empty_strided(self.size, self.strides, dtype=x.dtype, device=x.device)
+        out = torch.empty_strided(*self.layout, dtype=x.dtype, device=x.device)
         if not self.keep:
             return out, out
-        dtype = torch.bool if self.keep == "sign" else x.dtype
-        return out, torch.empty_strided(self.kept_size, self.kept_strides, dtype=dtype, device=x.device)
+        return out, torch.empty_strided(*self.kept_layout, dtype=self.kept_dtype, device=x.device)
 
     def __call__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        mask: Tensor | None,
-        bias: Tensor | None = None,
-        condition: Tensor | None = None,
-        residual: Tensor | None = None,
-        other: Tensor | None = None,
+        self, x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None = None,
+        condition: Tensor | None = None, residual: Tensor | None = None, other: Tensor | None = None,
         other_weight: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if self.choice.provider != "triton":
             return self.by_cudnn(x, weight, mask, bias, condition, residual, other, other_weight)
         out, kept = self.results(x)
-        packed = torch.empty_strided(self.packed, (self.packed[1], 1), dtype=x.dtype, device=x.device)
+        packed = torch.empty_strided(*self.packed, dtype=x.dtype, device=x.device)
         self.pack(weight, mask, packed)
         if self.pack_other is not None:
-            self.pack_other(other_weight, None, packed)
-        if not self.boxes:
-            self.run(x, packed, other, bias, condition, residual, out, kept if self.keep else None)
-            return out, kept
-        of_x, of_packed, of_other, of_out, of_kept = self.boxes
-        self.run(
-            of_x(x), of_packed(packed), None if of_other is None else of_other(other), bias, condition, residual,
-            of_out(out), None if of_kept is None else of_kept(kept), kept if self.keep == "sign" else None,
-        )  # fmt: skip
+            self.pack_other(other_weight, mask, packed)
+        read: tuple[Any, ...] = (x, packed, other)
+        written: tuple[Any, ...] = (out, kept if self.keep else None)
+        if self.boxes:
+            of_x, of_packed, of_other, of_out, of_kept = self.boxes
+            read = (of_x(x), of_packed(packed), None if of_other is None else of_other(other))
+            written = (of_out(out), written[1] if of_kept is None else of_kept(kept))
+        # What is not there is not read; in its place x spares another compilation, but costs a gate registers.
+        absent = None if self.activation == "gated" else x
+        self.run(*read, x if bias is None else bias, condition, absent if residual is None else residual, *written)
         return out, kept
 
-    def by_cudnn(self, x, weight, mask, bias, condition, residual, other, other_weight) -> tuple[Tensor, Tensor]:
+    def by_cudnn(
+        self, x, weight, mask, bias=None, condition=None, residual=None, other=None, other_weight=None
+    ) -> tuple[Tensor, Tensor]:
         """The sums by cuDNN, the finish by PyTorch."""
-        box = self.weights.walk.box if self.choice.provider == "cropped" and self.weights.walk.live else None
+        box, mask = self.weights.box(self.choice), mask if self.weights.masked else None
         if self.mirrored:
             of_x = cudnn.input_gradient(x, self.size, weight, mask, box, self.weights.geometry)
             return of_x.contiguous(memory_format=torch.channels_last), of_x
@@ -299,78 +308,89 @@ class Convolve:
         )  # fmt: skip
 
 
+def sum_of(
+    shares: int, columns: int, pitch: int, shape: Sequence[int], taps: tuple[int, ...] = (1, 0, 1, 0, 0),
+    masked: bool = False,
+) -> Launches:  # fmt: skip
+    """Launches that add (shares, O, columns) and bring the columns, `pitch` for each tap, into a shape (O, I, kh, kw).
+
+    taps: the walk's number of taps, its first and its width, and where its box begins, (top, left).
+    """
+    outputs, inputs, height, width = shape
+    size, flat = height * width, max(256, next_power_of_2(height * width))
+    part = flat // size  # inputs of a program
+    part = part // 8 * 8 or part
+    arguments = (int(masked), shares, outputs, columns, inputs * size, pitch, part, size, *taps, width)
+    grid = (cdiv(outputs, 8), cdiv(inputs, part))
+    return Launches(masked_conv2d_sum_kernel, grid, arguments, FLAT=flat, OUTPUTS=8)
+
+
 class WeightGradient:
     """The gradient of the weight from that of the sums, channels side by side, and partial sums of that over pixels.
 
-    adds_up: also the latter, (1, shares, O) float32, where the kernel runs; else, and for cuDNN, None. Needs a dense
+    adds_up: also the latter, (shares, 1, O) float32, where the kernel runs; else, and for cuDNN, None. Needs a dense
     channels-last gradient.
     """
 
-    def __init__(self, grad: Tensor, x: Tensor, weights: Weights, *, adds_up: bool, choice: Choice | None = None):
-        walk, geometry = weights.walk, weights.geometry
+    maps = (0, 1)
+    kernels = ()
+
+    def __init__(
+        self, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None, *, weights: Weights, adds_up: bool,
+        choice: Choice | None = None,
+    ) -> None:  # fmt: skip
+        walk = weights.walk
         batch, all_rows, height, width = grad.shape
-        pixels = batch * height * width
-        rows, channels = all_rows // walk.parts, x.shape[1]
-        layer = Layer("weight", x.dtype, all_rows, channels, walk.live, pixels, weights.step, False, False)
-        fits = not layer.gathers and weights.step == 1 and has_tma(chip_of(x.device))
-        layer = Layer(**{**vars(layer), "tma": fits and descriptors_fit(x) and descriptors_fit(grad)})
-        precision = precision_of(x.device, x.dtype)
-        self.layer, self.weights = layer, weights
-        self.choice = choice = choice or choose(x.device, layer, precision, weights.boxed)
+        pixels, channels = batch * height * width, x.shape[1]
+        self.layer = layer = weights.layer("weight", [x, grad], all_rows, pixels, False, True)
+        self.weights, self.terms = weights, pixels
+        self.choice = choice = choice or weights.choose(layer, x.device)
         self.adds_up = adds_up and choice.provider == "triton"
         if choice.provider != "triton":
             return
         tile = choice.tile
-        row_tiles = cdiv(all_rows, tile.N)
-        blocks = 1 if layer.gathers else cdiv(channels, tile.K)
-        pitch = channels if layer.gathers else blocks * tile.K
+        row_tiles, tap_blocks = cdiv(all_rows, tile.N), 1 if layer.gathers else cdiv(channels, tile.K)
+        pitch = channels if layer.gathers else tap_blocks * tile.K
         all_blocks = cdiv(walk.taps * pitch, tile.K)
-        pairs = row_tiles * all_blocks
-        box = box_of(tile.M, batch, height, width)
-        across, down = cdiv(width, box[2]), cdiv(height, box[1])
-        whole = cdiv(batch, box[0]) * across * down if tile.tma else cdiv(pixels, tile.M)
+        pairs, columns = row_tiles * all_blocks, all_blocks * tile.K
+        box, across, down, blocks = blocks_of(choice, batch, height, width)
         # 512 pixels a share at least: what a share of 128 x 128 sums writes is then half of what it loads.
-        steps = cdiv(whole, max(1, min(PROGRAMS // pairs, pixels // 512)))
-        shares = cdiv(whole, steps)
-        self.partial, self.sums = (shares, all_rows, all_blocks * tile.K), (1, shares * all_blocks, all_rows)
-        walked = walk_arguments(walk, geometry, False)
-        grad_unit = unit_of(grad, rows)
-        share = (blocks, rows // grad_unit, walk.parts, row_tiles, all_blocks * tile.K // 16, *walked)
-        constants = {"GRAD_UNIT": grad_unit, "PRECISION": precision, "N": tile.N, "K": tile.K}
-        constants |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        grid = (pairs, shares)
+        steps = cdiv(blocks, max(1, min(PROGRAMS // pairs, pixels // 512)))
+        shares = cdiv(blocks, steps)
+        self.out, self.partial = contiguous(*weights.shape), contiguous(shares, all_rows, columns)
+        self.sums = contiguous(shares * all_blocks, 1, all_rows)
+        unit, grad_unit = 1 if layer.gathers else unit_of(x, channels), unit_of(grad, all_rows // walk.parts)
+        arguments = (
+            int(self.adds_up), batch, height, width, *x.shape[2:], across, down, *weights.geometry.stride, steps,
+            channels // unit, tap_blocks, all_rows // walk.parts // grad_unit, walk.parts, row_tiles, columns // 16,
+            *walk_arguments(walk, weights.geometry, False), *pixel_steps(grad, grad_unit), *pixel_steps(x, unit),
+            x.stride(1) if layer.gathers else 1,
+        )  # fmt: skip
+        self.run = Launches(
+            masked_conv2d_weight_kernel, (pairs, shares), arguments, GATHER=layer.gathers, UNIT=unit,
+            GRAD_UNIT=grad_unit, PRECISION=precision_of(x.device, x.dtype), **box, N=tile.N, K=tile.K,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
         self.boxes: tuple[Any, ...] = ()
         if tile.tma:
-            constants |= dict(zip(("IMAGES", "HEIGHT", "WIDTH"), box, strict=True))
-            arguments = (batch, across, down, height, width, steps, channels, *share)
-            self.run = Launches(masked_conv2d_weight_tma_kernel, grid, arguments, **constants)
-            self.boxes = (boxes_of_map(grad, box, tile.N), boxes_of_map(x, box, tile.K))
-        else:
-            unit = 1 if layer.gathers else unit_of(x, channels)
-            constants |= {"GATHER": layer.gathers, "UNIT": unit, "M": tile.M}
-            arguments = (
-                pixels, height, width, x.shape[2], x.shape[3], *geometry.stride, steps, channels // unit, *share,
-                *pixel_steps(grad, grad_unit), *pixel_steps(x, unit), x.stride(1) if layer.gathers else 1,
-            )  # fmt: skip
-            self.run = Launches(masked_conv2d_weight_kernel, grid, arguments, **constants)
-        shape = weights.shape
-        arguments = (
-            shares, all_rows, all_blocks * tile.K // 16, *shape[1:], walk.taps, walk.first, walk.width, walk.box[0],
-            walk.box[2], pitch,
-        )  # fmt: skip
-        self.sum = Launches(masked_conv2d_weight_sum_kernel, (cdiv(shape.numel(), 256),), arguments, BLOCK=256)
+            self.boxes = tuple(
+                boxes_of_map(one, list(box.values()), side) for one, side in ((grad, tile.N), (x, tile.K))
+            )
+        taps = (walk.taps, walk.first, walk.width, walk.box[0], walk.box[2])
+        self.sum = sum_of(shares, columns, pitch, weights.shape, taps, weights.masked)
 
     def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.choice.provider != "triton":
-            box = self.weights.walk.box if self.choice.provider == "cropped" and self.weights.walk.live else None
-            return cudnn.weight_gradient(grad, x, weight, mask, box, self.weights.geometry), None
-        out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-        partial = torch.empty(self.partial, dtype=torch.float32, device=x.device)
-        sums = torch.empty(self.sums, dtype=torch.float32, device=x.device) if self.adds_up else None
-        if self.boxes:
-            of_grad, of_x = self.boxes
-            self.run(of_grad(grad), of_x(x), partial, sums, grad if self.adds_up else None)
-        else:
-            self.run(grad, x, partial, sums)
-        self.sum(partial, None if mask is None else mask.contiguous(), out)
+            return self.by_cudnn(grad, x, weight, mask)
+        out = torch.empty_strided(*self.out, dtype=weight.dtype, device=weight.device)
+        partial = torch.empty_strided(*self.partial, dtype=torch.float32, device=x.device)
+        sums = torch.empty_strided(*self.sums, dtype=torch.float32, device=x.device) if self.adds_up else None
+        of_grad, of_x = (self.boxes[0](grad), self.boxes[1](x)) if self.boxes else (grad, x)
+        self.run(of_grad, of_x, grad, partial, partial if sums is None else sums)
+        self.sum(partial, mask, out)
         return out, sums
+
+    def by_cudnn(self, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        box, mask = self.weights.box(self.choice), mask if self.weights.masked else None
+        of_weight = cudnn.weight_gradient(grad, x, weight, mask, box, self.weights.geometry)
+        return of_weight, grad.sum((0, 2, 3))[None, None] if self.adds_up else None

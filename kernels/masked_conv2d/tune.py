@@ -4,9 +4,9 @@
     python -m fastgen.kernels.masked_conv2d.tune --channels 64 --outputs 128 --kernel 3 --size 28 --batch 64
 
 For each layer and each of its three products (the result, the gradient of the input, that of the weight) every
-candidate first has to give the right numbers, twice the same, on this very device: compilers have produced wrong code
-for single configurations. The fastest that does is saved with its time and cuDNN's; where cuDNN is faster, "auto" uses
-it from then on. Rows go to the folder FASTGEN_TUNED (default ~/.cache/fastgen/masked_conv2d).
+candidate first has to give the right numbers (check.py), twice the same, on this very device. The fastest that does is
+saved with its time and cuDNN's; where cuDNN is faster, "auto" uses it from then on. Rows go to the folder FASTGEN_TUNED
+(default ~/.cache/fastgen/masked_conv2d).
 """
 
 import argparse
@@ -20,23 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.kernels.masked_conv2d.config import (
-    Choice,
-    Layer,
-    Tile,
-    candidates,
-    chip_of,
-    default_tile,
-    describe,
-    precision_of,
-    save,
-)
-from fastgen.kernels.masked_conv2d.launch import error_of, forget, tolerance, weights_of
-from fastgen.kernels.masked_conv2d.products import Convolve, WeightGradient
+from fastgen.kernels.masked_conv2d.check import is_right
+from fastgen.kernels.masked_conv2d.config import Choice, Tile, candidates, chip_of, describe, precision_of, save
+from fastgen.kernels.masked_conv2d.launch import forget
+from fastgen.kernels.masked_conv2d.products import Convolve, WeightGradient, Weights
 from fastgen.kernels.masked_conv2d.walk import Geometry, known_walk
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DIRECTIONS = ("out", "in", "weight")
+Product = tuple[Callable[..., Any], tuple[Tensor, ...]]  # what makes one of the products, and the tensors of a call
 
 
 @dataclass(frozen=True)
@@ -52,64 +44,31 @@ class Problem:
     gated: bool
     mask: str = "B"
 
-
-class Product:
-    """One of the three products of a layer on random numbers, and what it should give in float64."""
-
-    def __init__(self, problem: Problem, direction: str, device: torch.device) -> None:
-        p, generator = problem, torch.Generator(device).manual_seed(0)
+    def product(self, direction: str, device: torch.device) -> Product:
+        """On random numbers."""
+        generator = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, device=device)
 
         def feature_map(channels: int) -> Tensor:
-            return normal(p.batch, p.size, p.size, channels).permute(0, 3, 1, 2).to(p.dtype)
+            return normal(self.batch, self.size, self.size, channels).permute(0, 3, 1, 2).to(self.dtype)
 
-        live = torch.zeros(p.kernel**2, dtype=torch.bool)
-        live[: p.kernel**2 // 2 + (p.mask == "B")] = True
-        shape = (p.outputs, p.channels, p.kernel, p.kernel)
-        mask = live.view(p.kernel, p.kernel).expand(shape).contiguous().to(device)
-        weight = (normal(*shape) / (p.channels * p.kernel**2 / 2) ** 0.5).to(p.dtype)
-        x, grad, padding = feature_map(p.channels), feature_map(p.outputs), p.kernel // 2
-        geometry = Geometry((1, 1), (padding, padding), (1, 1))
-        weights = weights_of(weight, mask, known_walk(mask, weight.shape, 2 if p.gated else 1), geometry)
-        results = p.outputs // 2 if p.gated else p.outputs
-        options: dict[str, Any] = {"activation": "gated", "keep": "valve"} if p.gated else {}
-        self.make: Callable[..., Any]
-        self.tensors: tuple[Tensor, ...]
+        live = torch.zeros(self.kernel**2, dtype=torch.bool)
+        live[: self.kernel**2 // 2 + (self.mask == "B")] = True
+        shape = torch.Size((self.outputs, self.channels, self.kernel, self.kernel))
+        mask = live.view(self.kernel, self.kernel).expand(shape).contiguous().to(device)
+        weight = (normal(*shape) / (self.channels * self.kernel**2 / 2) ** 0.5).to(self.dtype)
+        x, grad, padding = feature_map(self.channels), feature_map(self.outputs), self.kernel // 2
+        walk = known_walk(mask, shape, 2 if self.gated else 1)
+        weights = Weights(shape, walk, Geometry((1, 1), (padding, padding), (1, 1)))
         if direction == "weight":
-            self.make, self.tensors = partial(WeightGradient, grad, x, weights, adds_up=True), (grad, x, weight, mask)
-        elif direction == "in":
-            self.make = partial(Convolve, grad, weights, tuple(x.shape), mirrored=True)
-            self.tensors = (grad, weight, mask)
-        else:
-            size = (p.batch, results, p.size, p.size)
-            self.make, self.tensors = partial(Convolve, x, weights, size, **options), (x, weight, mask)
-        none = Choice("dense", Tile(0, 0, 0, 0, 0), "")
-        self.layer: Layer = self.make(choice=none).layer
-        wide = (x.double(), (weight * mask).double(), grad.double())
-        if direction == "out":
-            sums = torch.nn.functional.conv2d(wide[0], wide[1], padding=padding)
-            truth = sums[:, :results].tanh() * sums[:, results:].sigmoid() if p.gated else sums
-            self.truths = [truth, sums[:, results:]] if p.gated else [truth]
-        else:
-            # Not by autograd, which is off inside an operator.
-            arguments = ([1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, [direction == "in", direction != "in", False])
-            found = torch.ops.aten.convolution_backward(wide[2], wide[0], wide[1], None, *arguments)
-            self.truths = [found[0]] if direction == "in" else [found[1] * mask, wide[2].sum((0, 2, 3))]
-
-    def run(self, choice: Choice) -> list[Tensor]:
-        """Results as `truths`; the sums for the bias only where the kernel finds them."""
-        first, second = self.make(choice=choice)(*self.tensors)
-        if self.layer.direction == "weight" and second is not None:
-            second = second.sum((0, 1))
-        return [first] if second is None or len(self.truths) == 1 else [first, second]
-
-    def error(self, choice: Choice) -> float:
-        return max(error_of(one, truth) for one, truth in zip(self.run(choice), self.truths, strict=False))
-
-    def default(self, device: torch.device) -> Tile:
-        return default_tile(chip_of(device), self.layer, precision_of(device, self.layer.dtype))
+            return partial(WeightGradient, weights=weights, adds_up=not self.gated), (grad, x, weight, mask)
+        if direction == "in":
+            return partial(Convolve, weights=weights, size=tuple(x.shape[1:]), mirrored=True), (grad, weight, mask)
+        options: dict[str, Any] = {"activation": "gated", "keep": "valve"} if self.gated else {}
+        size = (self.outputs // walk.parts, self.size, self.size)
+        return partial(Convolve, weights=weights, size=size, **options), (x, weight, mask)
 
 
 def usual_problems() -> list[Problem]:
@@ -146,34 +105,18 @@ def milliseconds(call: Callable[[], Any], device: torch.device, budget: float = 
 
 
 def search(product: Product, device: torch.device, tiles: list[Tile]) -> dict[str, Any]:
-    """The row of a table: the fastest of the right ones, and the times of cuDNN.
+    """The row of a table: the fastest of the right ones, and the times of cuDNN, which is taken where none is right."""
+    make, tensors = product
 
-    The allowed error is four times cuDNN's in the same dtype, and at least `tolerance`. Where no tile is right, cuDNN
-    is chosen whatever its time.
-    """
-    times: dict[str, float] = {}
-    allowed = tolerance(product.layer.dtype)
-    for name in ("dense", "cropped"):
-        choice = Choice(name, tiles[0], "")
-        allowed = max(allowed, 4 * product.error(choice))
-        times[name] = milliseconds(partial(product.run, choice), device)
-    best, refused = tiles[0], 0
-    for tile in tiles:
-        choice = Choice("triton", tile, "")
-        try:
-            first, again = product.run(choice), product.run(choice)
-            right = all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
-            right = right and product.error(choice) <= allowed
-        except Exception as error:  # too much shared memory, too many registers, a compiler's own failure
-            print(f"  {tile}: {type(error).__name__}", file=sys.stderr)
-            right = False
-        if not right:
-            refused += 1
-            continue
-        taken = milliseconds(partial(product.run, choice), device)
-        if taken < times.get("triton", float("inf")):
-            times["triton"], best = taken, tile
-    return {"provider": min(times, key=lambda name: times[name]), "tile": best, "ms": times, "refused": refused}
+    def timed(provider: str, tile: Tile) -> float:
+        return milliseconds(partial(make(*tensors, choice=Choice(provider, tile, "")), *tensors), device)
+
+    times = {provider: timed(provider, tiles[0]) for provider in ("dense", "cropped")}
+    right = {tile: timed("triton", tile) for tile in tiles if is_right(make, tensors, Choice("triton", tile, ""))}
+    best = min(right, key=lambda tile: right[tile], default=tiles[0])
+    times |= {"triton": right[best]} if right else {}
+    provider = min(times, key=lambda name: times[name])
+    return {"provider": provider, "tile": best, "ms": times, "refused": len(tiles) - len(right)}
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -211,9 +154,10 @@ def main(argv: list[str] | None = None) -> int:
     for problem in problems:
         rows = {}
         for direction in DIRECTIONS:
-            product = Product(problem, direction, device)
-            tiles = candidates(chip_of(device), product.layer, precision_of(device, problem.dtype))
-            rows[product.layer.key] = search(product, device, tiles)
+            make, tensors = problem.product(direction, device)
+            layer = make(*tensors).layer
+            tiles = candidates(chip_of(device), layer, precision_of(device, problem.dtype))
+            rows[layer.key] = search((make, tensors), device, tiles)
         save(gpu, rows, versions)
     forget()
     print(describe(gpu))

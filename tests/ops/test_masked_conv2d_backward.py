@@ -84,9 +84,9 @@ def test_gradients_equal_the_definition(saved, size, geometry, inputs, passes):
 def test_shares_of_many_pixels_are_added(saved, device):
     """1040 pixels: two shares of the weight, the last of them shorter."""
     x, weight, mask, _ = problem("B", 52, 3, 16, 4, 5, (1, 1), torch.float32, device)
-    weights = launch.weights_of(weight, mask, launch.known_walk(mask, weight.shape, 1), launch.POINTWISE)
+    weights = launch.Weights(weight.shape, launch.known_walk(mask, weight.shape, 1), launch.POINTWISE)
     grad = torch.randn(52, 16, 4, 5, device=device).contiguous(memory_format=torch.channels_last)
-    assert WeightGradient(grad, x, weights, adds_up=True).partial[0] == 2
+    assert WeightGradient(grad, x, weight, mask, weights=weights, adds_up=True).partial[0][0] == 2
     check(*run(saved, batch=52, inputs=3))
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from fastgen.kernels.masked_conv2d import launch
+from fastgen.kernels.masked_conv2d import check
 from fastgen.models import GatedPixelCNN, PixelCNN
 from fastgen.nn import GatedMaskedBlock, MaskedConv2d
 from fastgen.ops import causal_mask, masked_conv2d
@@ -47,7 +47,7 @@ def test_the_way_back_through_the_activation_on_the_device(activation, residual,
     options["residual"] = added.double() if residual else None
     expected = run(masked_conv2d_reference, *(one.detach().double().requires_grad_() for one in (x, weight, bias)))
     for one, other in zip(found, expected, strict=True):
-        assert launch.error_of(one, other) <= 4 * torch.finfo(torch.bfloat16).eps
+        assert check.error_of(one, other) <= 4 * torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "gated"])
@@ -187,6 +187,6 @@ def test_the_block_runs_three_products(cuda):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             block(*maps)
     names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    products = [name for name in names if name in ("masked_conv2d_kernel", "masked_conv2d_tma_kernel")]
+    products = [name for name in names if name == "masked_conv2d_kernel"]
     assert len(products) == 3
     assert len(names) <= 7, names  # and four times the packing of weights

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastgen.kernels.masked_conv2d import tune
+from fastgen.kernels.masked_conv2d import check, tune
 from fastgen.kernels.masked_conv2d.config import Choice, chip_of, default_tile, precision_of
 
 pytestmark = pytest.mark.usefixtures("full_memory", "kernels_wherever_they_can")
@@ -30,11 +30,12 @@ def test_defaults_give_the_right_numbers(arithmetic, channels, outputs, gated, d
         channels, outputs = min(channels, 24), min(outputs, 34)
     problem = tune.Problem(17 if big else 2, channels, outputs, 3, 27 if big else 11, dtype, gated)
     with torch.backends.cudnn.flags(allow_tf32=tf32):
-        product = tune.Product(problem, direction, place)
+        make, tensors = problem.product(direction, place)
+        layer = make(*tensors).layer
         # As of a full-size layer: the number of pixels decides the size of the tile.
-        layer = replace(product.layer, pixels=64 * 32 * 32)
-        tile = default_tile(chip_of(place), layer, precision_of(place, dtype))
-        for one in dict.fromkeys((tile, tile._replace(tma=False))):
-            error = product.error(Choice("triton", one, "a test"))
-            allowed = 4e-3 if tf32 else (16 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
-            assert error <= allowed, one
+        tile = default_tile(chip_of(place), replace(layer, pixels=64 * 32 * 32), precision_of(place, dtype))
+        for one in dict.fromkeys((tile._replace(tma=layer.tma and tile.tma), tile._replace(tma=False))):
+            product = make(*tensors, choice=Choice("triton", one, "a test"))
+            found, expected = check.results(product, tensors), check.truth(product, tensors)
+            error = max(map(check.error_of, found, expected))
+            assert error <= check.tolerance(product, place), one

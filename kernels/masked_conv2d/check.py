@@ -1,0 +1,134 @@
+"""Whether a product gives the right numbers on this very device: compilers have produced silently wrong code for single
+configurations on single chips.
+
+A product is tried on a few images of random numbers of the same shapes and strides, with the very kernel that will be
+launched, as sizes do not specialize it. The truth is cuDNN's dense convolution in float64. The allowed error, over the
+largest value of the result, is what the kernel's own arithmetic loses (u: half of torch.finfo.eps):
+
+    half precision      the sums are float32 and rounded once, by u; tanh.approx of the gate in bfloat16 adds u / 8.
+                        Allowed: 2 u.
+    TF32                both factors lose their last 13 bits: on average 0.35 * 2^-10 of each is cut off, which all
+                        results lose alike, and 0.3 * 2^-10 or so is random. Allowed: 2^-9, twice that.
+    float32             sums of n products in a row err by about 0.4 u sqrt(n), the gate by some u more.
+                        Allowed: 2 u (16 + sqrt(n)).
+
+A wrong tap or channel changes some result by one product or more. With n products of random numbers the largest result
+is about 5 sqrt(n) and the largest product about 10, so that this is an error of 2 / sqrt(n): 2 % for n = 10,000, three
+times what is allowed in bfloat16.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen.kernels.common import cdiv
+from fastgen.kernels.masked_conv2d.config import Choice, precision_of
+
+FAILED = "the kernel failed its check"
+PIXELS = 4096  # of the images that a product is tried on, about
+
+_trusted: dict[Any, bool] = {}  # by kernel, constants and device
+
+
+def can_be_wrong(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def key_of(product: Any, x: Tensor) -> tuple[Any, ...]:
+    layer = replace(product.layer, pixels=0)
+    return (layer, product.choice.tile, *product.run.constants.items(), x.get_device())
+
+
+def tried(make: Callable[..., Any], *tensors: Tensor | None) -> Any:
+    """`make(*tensors)`, a product, if it gives the right numbers, with descriptors or without; else by cuDNN, with a
+    warning. Each compiled kernel is tried once."""
+    product, x = make(*tensors), tensors[0]
+    assert x is not None
+    if product.choice.provider != "triton" or not can_be_wrong(x):
+        return product
+    for tile in dict.fromkeys((product.choice.tile, product.choice.tile._replace(tma=False))):
+        choice = product.choice._replace(tile=tile)
+        made = make(*tensors, choice=choice)
+        key = key_of(made, x)
+        if key not in _trusted:
+            _trusted[key] = is_right(make, tensors, choice)
+        if _trusted[key]:
+            return made
+    return make(*tensors, choice=Choice("cropped", product.choice.tile, FAILED))
+
+
+def is_right(make: Callable[..., Any], tensors: tuple[Tensor | None, ...], choice: Choice) -> bool:
+    """Within `tolerance`, and twice the same. What does not compile or launch is not right. Where memory is out, that
+    is raised: it says nothing about the kernel."""
+    product = make(*tensors, choice=choice)
+    few = few_images(product, tensors)
+    product = make(*few, choice=choice)
+    try:
+        found, again, expected = results(product, few), results(product, few), truth(product, few)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as problem:  # too much shared memory, too many registers, a compiler's own failure
+        warnings.warn(f"masked_conv2d: {choice.tile} does not run and is not used: {problem}", stacklevel=2)
+        return False
+    error = max(map(error_of, found, expected))
+    if error <= tolerance(product, few[0].device) and all(map(torch.equal, found, again)):
+        return True
+    warnings.warn(f"masked_conv2d: {choice.tile} gives wrong results ({error:.1e}); it is not used", stacklevel=2)
+    return False
+
+
+def few_images(product: Any, tensors: tuple[Tensor | None, ...]) -> list[Any]:
+    """Random numbers of the dtypes, strides and shapes of the tensors of a product, but for the batch."""
+    x = tensors[0]
+    assert x is not None
+    images = max(1, min(x.shape[0], cdiv(PIXELS, x.shape[2] * x.shape[3])))
+    generator = torch.Generator(x.device).manual_seed(0)
+    few: list[Any] = []
+    for place, one in enumerate(tensors):
+        if one is None or one.dtype == torch.bool:
+            few.append(one)
+            continue
+        shape = (images if place in product.maps else one.shape[0], *one.shape[1:])
+        reach = 1 + sum((size - 1) * step for size, step in zip(shape, one.stride(), strict=True))
+        scale = (2 / one[0].numel()) ** 0.5 if place in product.kernels else 1.0  # so that sums are of size 1
+        values = torch.randn(reach, generator=generator, device=one.device) * scale
+        few.append(values.to(one.dtype).as_strided(shape, one.stride()))
+    return few
+
+
+def results(product: Any, tensors: Any) -> list[Tensor]:
+    return _compared(product, *product(*tensors))
+
+
+def truth(product: Any, tensors: Any) -> list[Tensor]:
+    """As `results`, in float64."""
+    wide = [one.double() if one is not None and one.is_floating_point() else one for one in tensors]
+    return _compared(product, *product.by_cudnn(*wide))
+
+
+def _compared(product: Any, first: Tensor, second: Tensor | None) -> list[Tensor]:
+    if product.layer.direction == "weight":
+        return [first] if second is None else [first, second.sum((0, 1))]
+    assert second is not None
+    return [first, second] if product.keep else [first]
+
+
+def error_of(found: Tensor, truth: Tensor) -> float:
+    """Largest difference over the largest value; infinite where there is a NaN."""
+    error = ((found.double() - truth).abs().max() / truth.double().abs().max().clamp(min=1e-30)).item()
+    return error if error == error else float("inf")
+
+
+def tolerance(product: Any, device: torch.device) -> float:
+    """Of `error_of`."""
+    dtype = product.layer.dtype
+    if dtype != torch.float32:
+        return torch.finfo(dtype).eps
+    if precision_of(device, dtype) == "tf32":
+        return 2**-9
+    return torch.finfo(dtype).eps * (16 + math.sqrt(product.terms))
