@@ -67,12 +67,6 @@ def row_lstm_forward_kernel(
         reads = active & (row + tl.zeros_like(m) > 0)  # a mask of numbers and tensors is none to the interpreter
         mask = active[:, None] & (u < units)[None, :]
 
-        # The next terms are on their way while this step waits for its states.
-        image += tl.where(row == height - 1, tl.num_programs(0) * IMAGES, 0)
-        active = (image < batch) & (column < width)
-        after = (step + 1) % height + tl.zeros_like(m)
-        next_terms = load_terms(gates_ptr, strides, units, image, after, column, active, u)
-
         tl.debug_barrier()  # all threads have written the states of the row above
         sums = tl.zeros((4 * U, M), tl.float32)
         for tap in range(taps):
@@ -84,13 +78,17 @@ def row_lstm_forward_kernel(
             weights = load_weights(weights_of_tap, n % 4 * units + n // 4, n // 4 < units, units, 1, U)
             sums = product(weights, tl.trans(state), sums, PRECISION)
         gates = add_gates(terms, gates_of(sums, M, U))
-        terms = next_terms
         gates, cell, hidden = cell_forward(gates, tl.where(row == 0, 0.0, cell), FAST)
         at = pixel[:, None] * units + u[None, :]
         tl.store(hidden_ptr + at, hidden.to(hidden_ptr.dtype.element_ty), mask)
         if activated_ptr is not None:
             store_gates(activated_ptr + pixel[:, None] * (4 * units) + u[None, :], units, gates, mask)
             tl.store(cell_ptr + at, cell, mask)
+        # The next terms are on their way while the next products are computed.
+        image += tl.where(row == height - 1, tl.num_programs(0) * IMAGES, 0)
+        active = (image < batch) & (column < width)
+        after = (step + 1) % height + tl.zeros_like(m)
+        terms = load_terms(gates_ptr, strides, units, image, after, column, active, u)
 
 
 @triton.jit
@@ -154,14 +152,14 @@ def row_lstm_backward_kernel(
         if not AHEAD:
             saved = load_saved_row(maps, strides, units, height, width, image, row, column, u, batch)
         from_layer, cell, previous, o, f, i, g = saved
-        image += tl.where(row == 0, tl.num_programs(0) * IMAGES, 0)
-        if AHEAD:  # what the next step reads besides gradients is on its way while this one ends
-            after = height - 1 - (step + 1) % height
-            saved = load_saved_row(maps, strides, units, height, width, image, after, column, u, batch)
         grad_hidden = from_layer.to(tl.float32) + tl.trans(sums)
         grad_cell = tl.where(row == height - 1, 0.0, grad_cell)
         grads, grad_cell = cell_backward(grad_hidden, grad_cell, widened((o, f, i, g)), cell, previous, FAST)
         store_gates(grad_gates_ptr + pixel[:, None] * (4 * units) + u[None, :], units, grads, mask)
+        image += tl.where(row == 0, tl.num_programs(0) * IMAGES, 0)
+        if AHEAD:  # what the next step reads besides gradients is on its way while its products are computed
+            after = height - 1 - (step + 1) % height
+            saved = load_saved_row(maps, strides, units, height, width, image, after, column, u, batch)
 
 
 def forward(

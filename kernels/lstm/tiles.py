@@ -167,9 +167,6 @@ def lstm_tiles_backward_kernel(
                 m, step, first_image, images, height, width, ROW_SCAN, REVERSE
             )
             mask = active[:, None] & (u < units)[None, :]
-            from_layer, cell, previous, o, f, i, g = load_saved(
-                maps, strides, units, image, row, x, pixel, to_previous, begun, active, u
-            )
             lane = image.to(tl.int64) * width + column if ROW_SCAN else image.to(tl.int64) * height + row
             lane = grad_cell_ptr + lane[:, None] * units + u[None, :]
             continues = row < height - 1 if ROW_SCAN else column < width - 1
@@ -186,6 +183,10 @@ def lstm_tiles_backward_kernel(
                 weights = weight_ptr + (u * (TAPS * 4 * units))[:, None] + (tap * 4 * units + k)[None, :]
                 weights = tl.load(weights, (u < units)[:, None] & (k < 4 * units)[None, :], other=0.0)
                 sums = product(weights, tl.trans(grad), sums, PRECISION)
+            # Loaded before the products, these would take their layout: seven tiles are converted instead of one.
+            from_layer, cell, previous, o, f, i, g = load_saved(
+                maps, strides, units, image, row, x, pixel, to_previous, begun, active, u
+            )
             grad_hidden = from_layer.to(tl.float32) + tl.trans(sums)
             grads, grad_cell = cell_backward(grad_hidden, grad_cell, widened((o, f, i, g)), cell, previous, FAST)
             store_gates(grad_gates_ptr + pixel[:, None] * (4 * units) + u[None, :], units, grads, mask)
