@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastgen.kernels.common import cdiv, empty_map, next_power_of_2, processors_of, tf32_allowed
 
+
 @dataclass(frozen=True)
 class ScanLaunch:
     """One launch: each program scans images of up to LANES rows (or columns), IMAGES side by side, one after the other.

@@ -113,9 +113,7 @@ def diagonal_lstm_forward_kernel(
         image, place = next_place(image, place, width, IMAGES)
         x, pixel, active = pixel_of(image, row, place, batch, height, width, REVERSE)
         tl.debug_barrier()  # all threads have written their states, which the next step reads
-        state = load_state(
-            hidden_ptr, pixel, -width, to_column, active & (row > 0), active & (place > 0), units, 1, U
-        )
+        state = load_state(hidden_ptr, pixel, -width, to_column, active & (row > 0), active & (place > 0), units, 1, U)
         if activated_ptr is not None:
             store_gates(activated_ptr + activated_at, units, gates, mask)
             tl.store(cell_ptr + at, cell, mask)

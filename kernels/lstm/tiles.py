@@ -29,6 +29,7 @@ from fastgen.kernels.lstm.cell import (
 from fastgen.kernels.lstm.choice import TileLaunch, constants_of
 from fastgen.kernels.lstm.entries import tile_entries
 
+
 @triton.jit
 def pixels_of(step, height, width, ROW_SCAN: tl.constexpr):
     """How many pixels a step has in an image."""

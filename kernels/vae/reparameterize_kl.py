@@ -14,7 +14,6 @@ Tiles are (ROWS, OUT, IN); what their numbers are, and the constants, say `Rows`
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -24,6 +23,7 @@ from torch import Tensor
 from fastgen.kernels.catalogue_entry import Entry
 from fastgen.kernels.common import cdiv, launch, next_power_of_2
 from fastgen.kernels.maps import empty_in_order, order_of
+from fastgen.kernels.vae.entries import entry
 from fastgen.kernels.vae.gaussian import exp_of_half, expm1_minus, limited, normal_of_counter, twice_kl
 from fastgen.kernels.vae.layout import TILE, as_rows, tiles_of
 
@@ -135,7 +135,7 @@ def reparameterize_kl_forward_kernel(
     for tile in range(tiles):
         place, outer, within = places_of(tile, tiles, inner, 1, WIDE, OUT, IN)
         own, inside = masks_of(place, outer, within, ahead, row, rows, columns, outers, inner, ALIGNED, OUT)
-        at = begin + place
+        at = offsets(begin + place, row, place, outer, within, ahead, inner, (columns, inner, 1), ALIGNED, DIVIDED, OUT)
         at_mu = offsets(at, row, place, outer, within, ahead, inner, mu_strides, ALIGNED, DIVIDED, OUT)
         at_logvar = offsets(at, row, place, outer, within, ahead, inner, logvar_strides, ALIGNED, DIVIDED, OUT)
         m = tl.load(mu_ptr + at_mu, inside, other=0.0).to(tl.float32)
@@ -174,11 +174,6 @@ def reparameterize_kl_sum_kernel(
     inside = (row < rows)[:, None] & (part < parts)[None, :]
     total = tl.sum(tl.load(part_ptr + row[:, None] * parts + part[None, :], inside, other=0.0), axis=1)
     tl.store(kl_ptr + row, tl.where(total > MAX_FLOAT, MAX_FLOAT, total), row < rows)
-
-
-@triton.jit
-def load_grad_kl(grad_kl_ptr, stride, row, rows):
-    return tl.load(grad_kl_ptr + row * stride, (row >= 0) & (row < rows), other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -229,16 +224,18 @@ def reparameterize_kl_backward_kernel(
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None]
     begin, ahead = begin_of(row, columns, ODD, ALIGNED)
     if grad_kl_ptr is not None:
-        grad_of_row = load_grad_kl(grad_kl_ptr, grad_kl_stride, row, rows)
-        if ALIGNED > 0:
-            grad_before = load_grad_kl(grad_kl_ptr, grad_kl_stride, row - 1, rows)
-            grad_after = load_grad_kl(grad_kl_ptr, grad_kl_stride, row + 1, rows)
+        grad_at = grad_kl_ptr + row * grad_kl_stride
+        grad_of_row = tl.load(grad_at, row < rows, other=0.0).to(tl.float32)
+        if ALIGNED > 0:  # of the neighbours that share a group with the row
+            begins, ends = tl.program_id(1) == 0, (tl.program_id(1) + 1) * tiles * IN > columns
+            grad_before = tl.load(grad_at - grad_kl_stride, begins & (row > 0) & (row < rows), other=0.0).to(tl.float32)
+            grad_after = tl.load(grad_at + grad_kl_stride, ends & (row + 1 < rows), other=0.0).to(tl.float32)
     if eps_ptr is None:
         seed = tl.load(seed_ptr)
     for tile in range(tiles):
         place, outer, within = places_of(tile, tiles, inner, 1, WIDE, OUT, IN)
         _, inside = masks_of(place, outer, within, ahead, row, rows, columns, outers, inner, ALIGNED, OUT)
-        at = begin + place
+        at = offsets(begin + place, row, place, outer, within, ahead, inner, (columns, inner, 1), ALIGNED, DIVIDED, OUT)
         at_mu = offsets(at, row, place, outer, within, ahead, inner, mu_strides, ALIGNED, DIVIDED, OUT)
         at_logvar = offsets(at, row, place, outer, within, ahead, inner, logvar_strides, ALIGNED, DIVIDED, OUT)
         m = tl.load(mu_ptr + at_mu, inside, other=0.0).to(tl.float32)
@@ -328,43 +325,19 @@ def backward(
     return grads[0], grads[1], grads[2]
 
 
-def _entry(kernel: Any, dtype: str, rows: int, out: int, within: int, *, eps_given: bool, **kind: Any) -> Entry:
-    """kind: of `Tiles`; logvar is contiguous along the other dimension than mu where a tile has two."""
-    flags = {"ODD": False, "ALIGNED": 0, "FOURS": False, "DIVIDED": False, "WIDE": False, **kind}
-    fixed: dict[str, Any] = {"ROWS": rows, "OUT": out, "IN": within, **flags}
-    fixed |= {f"{name}_inner_stride": 1 for name in ("mu", "grad_z", "eps")}
-    fixed["logvar_outer_stride" if out > 1 else "logvar_inner_stride"] = 1
-    if eps_given:
-        kind["eps"] = "given"
-    else:
-        fixed |= {"eps_ptr": None, "grad_eps_ptr": None}
-    fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
-    kinds = {"seed_ptr": "*i64", "kl_ptr": "*fp32", "grad_kl_ptr": "*fp32", "free_bits": "fp32"}
-    signature = {
-        name: kinds.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
-        for name in kernel.arg_names
-        if name not in fixed
-    }
-    multiples = not (flags["FOURS"] or flags["ODD"])
-    suffixes = ("columns", "stride", "outers", "inner") if multiples else ()
-    aligned = tuple(name for name in signature if name.endswith(suffixes))
-    config = " ".join([f"{dtype} {rows}x{out}x{within}", *(f"{name}={value}" for name, value in kind.items())])
-    return Entry(kernel, config, signature, fixed, aligned=aligned)
-
-
 SUM_SIGNATURE = {"part_ptr": "*fp32", "kl_ptr": "*fp32", "rows": "i32", "parts": "i32"}
 CATALOGUE = [
-    entry
+    made
     for kernel in (reparameterize_kl_forward_kernel, reparameterize_kl_backward_kernel)
-    for entry in (
-        _entry(kernel, "fp32", 1, 1, 1024, eps_given=False),
-        _entry(kernel, "bf16", 1, 1, 1024, eps_given=False),
-        _entry(kernel, "fp32", 32, 1, 32, eps_given=False, FOURS=True),
-        _entry(kernel, "fp32", 1, 1, 1024, eps_given=False, ODD=True, ALIGNED=8),
-        _entry(kernel, "bf16", 1, 1, 1024, eps_given=False, ODD=True, ALIGNED=16),
-        _entry(kernel, "fp32", 1, 32, 32, eps_given=False),
-        _entry(kernel, "bf16", 1, 32, 32, eps_given=True),
-        _entry(kernel, "fp32", 1, 1, 1024, eps_given=True, ODD=True, DIVIDED=True),
+    for made in (
+        entry(kernel, "fp32", 1, 1, 1024, eps_given=False),
+        entry(kernel, "bf16", 1, 1, 1024, eps_given=False),
+        entry(kernel, "fp32", 32, 1, 32, eps_given=False, FOURS=True),
+        entry(kernel, "fp32", 1, 1, 1024, eps_given=False, ODD=True, ALIGNED=8),
+        entry(kernel, "bf16", 1, 1, 1024, eps_given=False, ODD=True, ALIGNED=16),
+        entry(kernel, "fp32", 1, 32, 32, eps_given=False),
+        entry(kernel, "bf16", 1, 32, 32, eps_given=True),
+        entry(kernel, "fp32", 1, 1, 1024, eps_given=True, ODD=True, DIVIDED=True),
     )
 ] + [
     Entry(reparameterize_kl_sum_kernel, "1x1024", SUM_SIGNATURE, {"ROWS": 1, "PARTS": 1024}),
