@@ -58,8 +58,6 @@ def _of_every_choice(operation: Callable[..., Tensor], scan_of: Callable[..., Sc
 
     choices = {
         "one launch by tiles": choice_of.scan_by_tiles,
-        "a launch a step": lambda gates, lanes, units: choice_of.step_by_step(gates),
-        "shared by programs": choice_of.shared_scan,
     }
 
     def on_any_device(gates: Tensor, weight: Tensor, scan: Scan) -> Tensor:

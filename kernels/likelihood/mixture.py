@@ -173,16 +173,13 @@ def mixture_forward_kernel(
         at = params_at + wide(component) * params_plane
         joint = saturate(load_group(at, 0, to_group, inside), -LOGIT_LIMIT, LOGIT_LIMIT)
         of_prior, prior_total = add_exponential(of_prior, prior_total, joint)
-        found, _, _, _, _ = colour(at, 0, RGB, levels, to_group, half, log_half, inside)
-        joint += found[0]
-        share = found[1]
+        red = colour(at, 0, RGB, levels, to_group, half, log_half, inside)
+        joint, share = joint + red[0][0], red[0][1]
         if RGB:
-            found, _, _, _, _ = colour(at, 1, RGB, levels, to_group, half, log_half, inside)
-            joint += found[0]
-            share *= found[1]
-            found, _, _, _, _ = colour(at, 2, RGB, levels, to_group, half, log_half, inside)
-            joint += found[0]
-            share *= found[1]
+            green = colour(at, 1, RGB, levels, to_group, half, log_half, inside)
+            blue = colour(at, 2, RGB, levels, to_group, half, log_half, inside)
+            joint = (joint + green[0][0]) + blue[0][0]
+            share = (share * green[0][1]) * blue[0][1]
         of_joint, joint_total = add_exponential(of_joint, joint_total, joint + tl.log(share))
     nll = (of_prior - of_joint) + tl.log(prior_total / joint_total)
     if kept_ptr is not None:
@@ -207,8 +204,8 @@ def store_group(at, group, to_group, grad, inside):
 def store_colour(at, COLOUR: tl.constexpr, RGB: tl.constexpr, of, levels, pull, to_group, half, inside):
     """Gradients of what `colour` has read; of: what it gave; pull: the gradient of log p."""
     GROUP: tl.constexpr = 1 + (3 if RGB else 2) * COLOUR
-    found, raw, log_scale, c, d = of
-    _, _, a, b, width, beyond, before = found
+    of_bin, raw, log_scale, c, d = of
+    _, _, a, b, width, beyond, before = of_bin
     level = levels[COLOUR]
     grad_mean = pull * (half * width) * (before - beyond)
     kept = tl.where(tl.abs(raw) <= DEVIATION_LIMIT, grad_mean, 0.0)

@@ -3,10 +3,14 @@
 Letters: M rows of a tile, each a row of an image; U units (padded to a power of two); H x W pixels of an image.
 
 Skewing is an index: at step t a tile's row i stands at column t - i. The output is the state: the states of the left
-and the upper neighbour are pixels that the program has written a step ago, read as one joined tile (M, 2U) behind a
-barrier of the program's threads. Cell states stay in registers, weights in shared memory. A row that has reached the
-end of its image begins with the next one at once, so that K images take K * W + H - 1 steps and no row idles between
-them. Backward is the same walk from the last pixel to the first, where the gradient of the gates is the state.
+and the upper neighbour are pixels that the program has written a step ago. They are read as one joined tile (M, 2U),
+behind a barrier of the program's threads and before anything else of the next step. Cell states stay in registers,
+weights in shared memory. A row that has reached the end of its image begins with the next one at once, so that K images
+take K * W + H - 1 steps and no row idles between them. Backward is the same walk from the last pixel to the first, where
+the gradient of the gates is the state.
+
+Weights are the left factor of the products. Loads, gates and stores then share a layout, and the sums alone change
+theirs, so that a step takes 4 to 8 barriers; in the backward, loads must come behind the products for that.
 
 Sizes whose weights or tiles do not fit go by `fastgen.kernels.lstm.tiles`.
 
@@ -39,7 +43,7 @@ from fastgen.kernels.lstm.tiles import backward_by_tiles, forward_by_tiles
 
 @triton.jit
 def pixel_of(image, row, place, batch, height, width, LEFTWARD: tl.constexpr):
-    """Where a row stands that walks rightward or leftward: its column, its offset in pixels, and whether that is one."""
+    """Where a row stands on its walk: its column, its offset in pixels, and whether there is a pixel."""
     x = width - 1 - place if LEFTWARD else place
     pixel = (image.to(tl.int64) * height + row) * width + x
     return x, pixel, (place >= 0) & (image < batch) & (row >= 0) & (row < height)

@@ -51,13 +51,14 @@ NO_FULL_TILES = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), "has no `fu
 
 
 def scan_entries(kernel: Any, **constants: Any) -> list[Entry]:
-    found = []
+    entries = []
     for amd, sizes in ((False, SCAN_SIZES), (True, AMD_SIZES)):
         for dtype, lanes, units in sizes:
             tile = {"LANES": lanes, "U": units, "IMAGES": 1, **constants}
             more: dict[str, Any] = {"skips": NO_FULL_TILES} if lanes * units == 4096 else {}
-            found.append(entry(kernel, dtype, tile, amd=amd, num_warps=warps_of(lanes * units), num_stages=1, **more))
-    return found
+            more |= {"num_warps": warps_of(lanes * units), "num_stages": 1}
+            entries.append(entry(kernel, dtype, tile, amd=amd, **more))
+    return entries
 
 
 # dtype, M, U, K, warps: what `scan_by_tiles` gives
@@ -75,9 +76,9 @@ AMD_TILE_SIZES = (("bf16", 64, 32, 32, 8), ("bf16", 64, 64, 32, 8), ("fp32", 64,
 
 def tile_entries(kernel: Any, parts: int) -> list[Entry]:
     """Of both scans; parts: K of the kernel over that of the launch."""
-    found = []
+    entries = []
     for taps, (amd, sizes) in itertools.product((2, 3), ((False, TILE_SIZES), (True, AMD_TILE_SIZES))):
         for dtype, M, U, K, num_warps in sizes:
             tile = {"M": M, "U": U, "K": parts * K, "TAPS": taps, "ROW_SCAN": taps == 3, "REVERSE": False}
-            found.append(entry(kernel, dtype, tile, amd=amd, num_warps=num_warps))
-    return found
+            entries.append(entry(kernel, dtype, tile, amd=amd, num_warps=num_warps))
+    return entries

@@ -2,8 +2,8 @@
 
 A step is a diagonal (`ROW_SCAN` false) or a row; its pixels depend on the step before alone. A program scans its images
 side by side: it cuts the pixels of a step into tiles of M pixels and U units, which walk the states of their neighbours
-in parts of K, tile after tile; its threads wait for each other after a step. All state lies in global memory, that is in
-the caches.
+in parts of K, tile after tile; its threads wait for each other after a step. All state lies in global memory, that is
+in the caches.
 """
 
 from typing import Any

@@ -6,8 +6,8 @@ log-variance v:
     z  = m + exp(clip(v) / 2) * eps                       clip to [-100, 80]
     kl = (exp(clip(v)) - 1 - min(v, 80) + m^2) / 2        not below free_bits, summed over the columns
 
-Noise is not stored: four neighbours share one Philox counter, (row * D + column) // 4, so that the backward kernel draws
-the same numbers again, and neither tile sizes nor dtypes change them.
+Noise is not stored: four neighbours share one Philox counter, (row * D + column) // 4, so that the backward kernel
+draws the same numbers again, and neither tile sizes nor dtypes change them.
 Traffic in fp32: 12 bytes an element forward (read m, v; write z), 20 backward (read dz, m, v; write dm, dv).
 
 Tiles are (ROWS, OUT, IN); what their numbers are, and the constants, say `Rows` and `Tiles` in `layout`.
