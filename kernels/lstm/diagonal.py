@@ -6,8 +6,8 @@ Skewing is an index: at step t a tile's row i stands at column t - i. The output
 and the upper neighbour are pixels that the program has written a step ago. They are read as one joined tile (M, 2U),
 behind a barrier of the program's threads and before anything else of the next step. Cell states stay in registers,
 weights in shared memory. A row that has reached the end of its image begins with the next one at once, so that K images
-take K * W + H - 1 steps and no row idles between them. Backward is the same walk from the last pixel to the first, where
-the gradient of the gates is the state.
+take K * W + H - 1 steps and no row idles between them. Backward is the same walk from the last pixel to the first,
+where the gradient of the gates is the state.
 
 Weights are the left factor of the products. Loads, gates and stores then share a layout, and the sums alone change
 theirs, so that a step takes 4 to 8 barriers; in the backward, loads must come behind the products for that.

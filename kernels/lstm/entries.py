@@ -48,6 +48,7 @@ SCAN_SIZES = (
 AMD_SIZES = (("bf16", 32, 32), ("fp32", 32, 16))
 
 NO_FULL_TILES = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), "has no `full_tiles`")
+SPILLS = {4096: {"sm_90": 32, "sm_100": 144}, 2048: {"sm_90": 16, "sm_100": 8, "sm_120": 8}}  # by numbers of a tile
 
 
 def scan_entries(kernel: Any, **constants: Any) -> list[Entry]:
@@ -56,6 +57,11 @@ def scan_entries(kernel: Any, **constants: Any) -> list[Entry]:
         for dtype, lanes, units in sizes:
             tile = {"LANES": lanes, "U": units, "IMAGES": 1, **constants}
             more: dict[str, Any] = {"skips": NO_FULL_TILES} if lanes * units == 4096 else {}
+            if not amd and lanes * units in SPILLS:
+                more |= {
+                    "spills": SPILLS[lanes * units],
+                    "reason": "16 warps have 128 registers; hit in the first cache",
+                }
             more |= {"num_warps": warps_of(lanes * units), "num_stages": 1}
             entries.append(entry(kernel, dtype, tile, amd=amd, **more))
     return entries
