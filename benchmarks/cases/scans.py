@@ -46,7 +46,7 @@ def cases_of(
             own = rivals(units, n, dtype)
             own["CUDA graph of the eager loop"] = graph_captured(next(iter(own.values())))
             own["fastgen, CUDA graph"] = graph_captured(operation)
-            own |= {f"fastgen, launched {how}": launched(operation, how) for how in LAUNCHES}
+            own["fastgen, by tiles"] = by_tiles(operation)
             # Read 4h gates a pixel, write h; the backward reads the gates' activations, cells and dh, and writes 4h.
             pixels, storage = batch * n * n, dtype.itemsize
             fwd, bwd = 5 * units * storage * pixels, (9 * units * storage + 4 * units) * pixels
@@ -80,46 +80,40 @@ def graph_captured(call: Scan) -> Scan:
     return lambda gates, weight: captured(gates, weight)
 
 
-# By name, the function of fastgen.kernels.lstm.choice that says so: what fastgen's own choice is to be judged by.
-LAUNCHES = {"once by tiles": "scan_by_tiles", "a step": "step_by_step", "once for several programs": "shared_scan"}
-
-
 @contextmanager
-def chosen(how: str) -> Iterator[None]:
-    """All scans inside are launched so."""
+def tiles() -> Iterator[None]:
+    """All scans inside are launched by tiles, as fastgen itself chooses for many units."""
     from unittest import mock
 
     from fastgen.kernels.lstm import choice, diagonal, row
 
-    function = getattr(choice, LAUNCHES[how])
-    choose = (lambda x, lanes, units: function(x)) if how == "a step" else function
     with ExitStack() as stack:
         for module in (diagonal, row):
-            stack.enter_context(mock.patch.object(module, "choose", choose))
+            stack.enter_context(mock.patch.object(module, "choose", choice.scan_by_tiles))
         yield
 
 
-class Launched(torch.autograd.Function):
-    """A scan whose backward is launched in the same way."""
+class ByTiles(torch.autograd.Function):
+    """A scan by tiles whose backward is one, too."""
 
     @staticmethod
-    def forward(ctx: Any, gates: Tensor, weight: Tensor, operation: Scan, how: str) -> Tensor:
-        ctx.how, ctx.inner = how, (gates.detach().requires_grad_(), weight.detach().requires_grad_())
-        with torch.enable_grad(), chosen(how):
+    def forward(ctx: Any, gates: Tensor, weight: Tensor, operation: Scan) -> Tensor:
+        ctx.inner = (gates.detach().requires_grad_(), weight.detach().requires_grad_())
+        with torch.enable_grad(), tiles():
             ctx.out = operation(*ctx.inner)
         return ctx.out.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        with chosen(ctx.how):
-            return *torch.autograd.grad(ctx.out, ctx.inner, grads, retain_graph=True), None, None
+        with tiles():
+            return *torch.autograd.grad(ctx.out, ctx.inner, grads, retain_graph=True), None
 
 
-def launched(operation: Scan, how: str) -> Scan:
+def by_tiles(operation: Scan) -> Scan:
     def scan(gates: Tensor, weight: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            return Launched.apply(gates, weight, operation, how)
-        with chosen(how):
+            return ByTiles.apply(gates, weight, operation)
+        with tiles():
             return operation(gates, weight)
 
     return scan

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastgen.kernels.catalogue_entry import Entry
 from fastgen.kernels.common import cdiv, launch, next_power_of_2
-from fastgen.kernels.likelihood.image import LOGIT_LIMIT, addresses, entry, image_offsets, saturate
+from fastgen.kernels.likelihood.image import LOGIT_LIMIT, addresses, entry, image_offsets, saturate, store_nll, summed
 
 
 @triton.jit
@@ -78,11 +78,7 @@ def categorical_forward_kernel(
         kept_at = kept_ptr + 2 * image * elements + element
         tl.store(kept_at, largest, inside)
         tl.store(kept_at + elements, 1 / total, inside)
-    if MAP:
-        out_at = out_ptr + image * out_batch + image_offsets(element, n1, n2, out_0, out_1, out_2, DENSE)
-        tl.store(out_at, nll, mask=inside)
-    else:
-        tl.store(out_ptr + image * blocks + block, tl.sum(tl.where(inside, nll, 0.0), 0))
+    store_nll(out_ptr, nll, inside, image, block, blocks, (out_batch, out_0, out_1, out_2), element, n1, n2, MAP, DENSE)
 
 
 @triton.jit
@@ -173,7 +169,7 @@ def forward(params: Tensor, target: Tensor, per_element: bool, save: bool) -> tu
     out = torch.empty(target.shape if per_element else (batch, blocks), dtype=torch.float32, device=device)
     args = (params, target, out, kept, elements, blocks, classes, *inner, *strides)
     launch(categorical_forward_kernel, (batch * blocks,), args, {"MAP": per_element, "DENSE": dense, **tile})
-    return out if per_element else out.sum(1) if blocks > 1 else out.view(batch), kept
+    return summed(out, per_element), kept
 
 
 def backward(params: Tensor, target: Tensor, upstream: Tensor, kept: Tensor, grad: Tensor) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastgen.kernels.catalogue_entry import Entry
 
@@ -38,6 +39,23 @@ def image_offsets(element, n1, n2, stride_0, stride_1, stride_2, DENSE: tl.const
     row = element // n2
     offset = (row // n1).to(tl.int64) * stride_0 + (row % n1).to(tl.int64) * stride_1
     return offset + (element % n2).to(tl.int64) * stride_2
+
+
+@triton.jit
+def store_nll(
+    out_ptr, nll, inside, image, block, blocks, strides, element, n1, n2, MAP: tl.constexpr, DENSE: tl.constexpr
+):
+    """Into the map of the batch and three image strides, or their sum into the partial sums (B, blocks)."""
+    if MAP:
+        at = out_ptr + image * strides[0] + image_offsets(element, n1, n2, strides[1], strides[2], strides[3], DENSE)
+        tl.store(at, nll, mask=inside)
+    else:
+        tl.store(out_ptr + image * blocks + block, tl.sum(tl.where(inside, nll, 0.0), 0))
+
+
+def summed(out: Tensor, per_element: bool) -> Tensor:
+    """What a launch has stored by `store_nll`, as the map or as one number an image."""
+    return out if per_element else out.sum(1) if out.shape[1] > 1 else out.view(-1)
 
 
 def collapse(sizes: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[tuple[int, int, int], list[tuple[int, ...]]]:

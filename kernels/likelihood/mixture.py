@@ -28,6 +28,8 @@ from fastgen.kernels.likelihood.image import (
     entry,
     image_offsets,
     saturate,
+    store_nll,
+    summed,
 )
 
 MIN_LOG_SCALE = tl.constexpr(-7.0)
@@ -116,6 +118,21 @@ def colour(at, COLOUR: tl.constexpr, RGB: tl.constexpr, levels, to_group, half, 
 
 
 @triton.jit
+def joint_of(at, RGB: tl.constexpr, levels, to_group, half, log_half, inside):
+    """A component's logit, that plus log p of its colours, and what `colour` gives of each."""
+    logit = saturate(load_group(at, 0, to_group, inside), -LOGIT_LIMIT, LOGIT_LIMIT)
+    red = colour(at, 0, RGB, levels, to_group, half, log_half, inside)
+    green, blue = red, red
+    joint, share = logit + red[0][0], red[0][1]
+    if RGB:
+        green = colour(at, 1, RGB, levels, to_group, half, log_half, inside)
+        blue = colour(at, 2, RGB, levels, to_group, half, log_half, inside)
+        joint = (joint + green[0][0]) + blue[0][0]
+        share = (share * green[0][1]) * blue[0][1]
+    return logit, joint + tl.log(share), (red, green, blue)
+
+
+@triton.jit
 def load_levels(target_at, target_colour, RGB: tl.constexpr, inside):
     red = tl.load(target_at, mask=inside, other=0).to(tl.float32)
     green, blue = red, red
@@ -171,19 +188,9 @@ def mixture_forward_kernel(
     to_group = wide(mixtures) * params_plane
     for component in range(mixtures):
         at = params_at + wide(component) * params_plane
-        joint = saturate(load_group(at, 0, to_group, inside), -LOGIT_LIMIT, LOGIT_LIMIT)
-        of_prior, prior_total = add_exponential(of_prior, prior_total, joint)
-        found, _, _, _, _ = colour(at, 0, RGB, levels, to_group, half, log_half, inside)
-        joint += found[0]
-        share = found[1]
-        if RGB:
-            found, _, _, _, _ = colour(at, 1, RGB, levels, to_group, half, log_half, inside)
-            joint += found[0]
-            share *= found[1]
-            found, _, _, _, _ = colour(at, 2, RGB, levels, to_group, half, log_half, inside)
-            joint += found[0]
-            share *= found[1]
-        of_joint, joint_total = add_exponential(of_joint, joint_total, joint + tl.log(share))
+        logit, joint, _ = joint_of(at, RGB, levels, to_group, half, log_half, inside)
+        of_prior, prior_total = add_exponential(of_prior, prior_total, logit)
+        of_joint, joint_total = add_exponential(of_joint, joint_total, joint)
     nll = (of_prior - of_joint) + tl.log(prior_total / joint_total)
     if kept_ptr is not None:
         kept_at = kept_ptr + 4 * image * pixels + pixel
@@ -191,11 +198,7 @@ def mixture_forward_kernel(
         tl.store(kept_at + pixels, 1 / prior_total, inside)
         tl.store(kept_at + 2 * pixels, of_joint, inside)
         tl.store(kept_at + 3 * pixels, 1 / joint_total, inside)
-    if MAP:
-        out_at = out_ptr + image * out_batch + image_offsets(pixel, n1, n2, out_0, out_1, out_2, DENSE)
-        tl.store(out_at, nll, mask=inside)
-    else:
-        tl.store(out_ptr + image * blocks + block, tl.sum(tl.where(inside, nll, 0.0), 0))
+    store_nll(out_ptr, nll, inside, image, block, blocks, (out_batch, out_0, out_1, out_2), pixel, n1, n2, MAP, DENSE)
 
 
 @triton.jit
@@ -207,8 +210,8 @@ def store_group(at, group, to_group, grad, inside):
 def store_colour(at, COLOUR: tl.constexpr, RGB: tl.constexpr, of, levels, pull, to_group, half, inside):
     """Gradients of what `colour` has read; of: what it gave; pull: the gradient of log p."""
     GROUP: tl.constexpr = 1 + (3 if RGB else 2) * COLOUR
-    found, raw, log_scale, c, d = of
-    _, _, a, b, width, beyond, before = found
+    of_bin, raw, log_scale, c, d = of
+    _, _, a, b, width, beyond, before = of_bin
     level = levels[COLOUR]
     grad_mean = pull * (half * width) * (before - beyond)
     kept = tl.where(tl.abs(raw) <= DEVIATION_LIMIT, grad_mean, 0.0)
@@ -281,28 +284,23 @@ def mixture_backward_kernel(
     for component in range(mixtures):
         at = params_at + wide(component) * params_plane
         to = grad_at + wide(component) * grad_plane
-        logit = saturate(load_group(at, 0, to_group, inside), -LOGIT_LIMIT, LOGIT_LIMIT)
-        red = colour(at, 0, RGB, levels, to_group, half, log_half, inside)
-        joint, share = logit + red[0][0], red[0][1]
-        if RGB:  # in the forward's order: its sums are of these numbers
-            green = colour(at, 1, RGB, levels, to_group, half, log_half, inside)
-            blue = colour(at, 2, RGB, levels, to_group, half, log_half, inside)
-            joint = (joint + green[0][0]) + blue[0][0]
-            share = (share * green[0][1]) * blue[0][1]
+        logit, joint, colours = joint_of(at, RGB, levels, to_group, half, log_half, inside)
         # d nll / d logit = prior - posterior of the component; d nll / d log p = -posterior.
-        below = joint + tl.log(share) - of_joint
+        below = joint - of_joint
         posterior = tl.exp(tl.where(below > 0, 0.0, below)) * joint_scale
         slope = tl.where(tl.abs(logit) == LOGIT_LIMIT, 0.0, tl.exp(logit - of_prior) * prior_scale - posterior)
         store_group(to, 0, to_grad_group, upstream * slope, inside)
         pull = -upstream * posterior
-        store_colour(to, 0, RGB, red, levels, pull, to_grad_group, half, inside)
+        store_colour(to, 0, RGB, colours[0], levels, pull, to_grad_group, half, inside)
         if RGB:
-            store_colour(to, 1, RGB, green, levels, pull, to_grad_group, half, inside)
-            store_colour(to, 2, RGB, blue, levels, pull, to_grad_group, half, inside)
+            store_colour(to, 1, RGB, colours[1], levels, pull, to_grad_group, half, inside)
+            store_colour(to, 2, RGB, colours[2], levels, pull, to_grad_group, half, inside)
 
 
-def components_of(params: Tensor, colours: int) -> int:
-    return params.shape[1] // (10 if colours == 3 else 3)
+def sizes_of(params: Tensor, colours: int, levels: int) -> tuple[int, int, int, float, float]:
+    """Pixels, blocks, components, half, log(half)."""
+    pixels, half = params.shape[2] * params.shape[3], (levels - 1) / 2
+    return pixels, cdiv(pixels, PIXELS), params.shape[1] // (10 if colours == 3 else 3), half, math.log(half)
 
 
 def forward(params: Tensor, target: Tensor, levels: int, per_element: bool, save: bool) -> tuple[Tensor, Tensor | None]:
@@ -311,20 +309,18 @@ def forward(params: Tensor, target: Tensor, levels: int, per_element: bool, save
     params (B, 10*M or 3*M, H, W), integer target (B, C, H, W), any strides.
     """
     batch, colours, height, width = target.shape
-    pixels, device = height * width, params.device
+    device = params.device
     out_shape = (batch, 1, height, width)
     kept = torch.empty(batch, 4, height, width, dtype=torch.float32, device=device) if save else None
     if target.numel() == 0:
         return torch.zeros(out_shape if per_element else (batch,), dtype=torch.float32, device=device), kept
-    blocks = cdiv(pixels, PIXELS)
+    pixels, blocks, *_ = sizes = sizes_of(params, colours, levels)
     out = torch.empty(out_shape if per_element else (batch, blocks), dtype=torch.float32, device=device)
     out_strides = (pixels, width, 1) if per_element else (0, 0, 0)
     (dense, _), inner, strides = addresses((height, width), params.stride(), target.stride(), out_strides)
-    half = (levels - 1) / 2
-    sizes = (pixels, blocks, components_of(params, colours), half, math.log(half), *inner)
     constants = {"RGB": colours == 3, "MAP": per_element, "DENSE": dense, "BLOCK": PIXELS, "num_warps": 4}
-    launch(mixture_forward_kernel, (batch * blocks,), (params, target, out, kept, *sizes, *strides), constants)
-    return out if per_element else out.sum(1) if blocks > 1 else out.view(batch), kept
+    launch(mixture_forward_kernel, (batch * blocks,), (params, target, out, kept, *sizes, *inner, *strides), constants)
+    return summed(out, per_element), kept
 
 
 def backward(params: Tensor, target: Tensor, upstream: Tensor, kept: Tensor, grad: Tensor, levels: int) -> None:
@@ -332,13 +328,11 @@ def backward(params: Tensor, target: Tensor, upstream: Tensor, kept: Tensor, gra
     batch, colours, height, width = target.shape
     if target.numel() == 0:
         return
-    blocks = cdiv(height * width, PIXELS)
+    sizes = sizes_of(params, colours, levels)
     tensors = (params, target, upstream.select(1, 0), grad)
     (dense, _), inner, strides = addresses((height, width), *(tensor.stride() for tensor in tensors))
-    half = (levels - 1) / 2
-    sizes = (height * width, blocks, components_of(params, colours), half, math.log(half), *inner)
     constants = {"RGB": colours == 3, "DENSE": dense, "BLOCK": PIXELS, "num_warps": 4}
-    launch(mixture_backward_kernel, (batch * blocks,), (*tensors, kept, *sizes, *strides), constants)
+    launch(mixture_backward_kernel, (batch * sizes[1],), (*tensors, kept, *sizes, *inner, *strides), constants)
 
 
 _INNER, _INNER_GRAD = ("params_2", "target_2"), ("params_2", "target_2", "grad_2")

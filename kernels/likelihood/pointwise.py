@@ -24,6 +24,8 @@ from fastgen.kernels.likelihood.image import (
     image_offsets,
     log1p_series,
     saturate,
+    store_nll,
+    summed,
 )
 
 MIN_LOG_VARIANCE = tl.constexpr(-100.0)
@@ -77,11 +79,7 @@ def pointwise_forward_kernel(
         size = tl.abs(logit)
         # max(-l, 0) where the target is 1, max(l, 0) where it is 0; as (|l| -+ l) / 2, NaN stays NaN.
         nll = log1p_series(tl.exp(-size)) + target * (0.5 * (size - logit)) + (1 - target) * (0.5 * (size + logit))
-    if MAP:
-        out_at = out_ptr + image * out_batch + image_offsets(element, n1, n2, out_0, out_1, out_2, DENSE)
-        tl.store(out_at, nll, mask=inside)
-    else:
-        tl.store(out_ptr + image * blocks + block, tl.sum(tl.where(inside, nll, 0.0), 0))
+    store_nll(out_ptr, nll, inside, image, block, blocks, (out_batch, out_0, out_1, out_2), element, n1, n2, MAP, DENSE)
 
 
 @triton.jit
@@ -164,7 +162,7 @@ def forward(params: Tensor, target: Tensor, gaussian: bool, per_element: bool) -
     constants = {"GAUSSIAN": gaussian, "MAP": per_element, "DENSE": dense, "BLOCK": block, "num_warps": 4}
     args = (params, target, out, elements, blocks, *inner, *strides)
     launch(pointwise_forward_kernel, (batch * blocks,), args, constants)
-    return out if per_element else out.sum(1) if blocks > 1 else out.view(batch)
+    return summed(out, per_element)
 
 
 def backward(params: Tensor, target: Tensor, upstream: Tensor, grad: Tensor, gaussian: bool) -> None:

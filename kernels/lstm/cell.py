@@ -25,12 +25,24 @@ def product(a, b, accumulator, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def products(state, weights, gates, PRECISION: tl.constexpr):
-    """Of one state with the weights of every gate, added to the gates."""
-    o = product(state, weights[0], gates[0], PRECISION)
-    f = product(state, weights[1], gates[1], PRECISION)
-    i = product(state, weights[2], gates[2], PRECISION)
-    g = product(state, weights[3], gates[3], PRECISION)
+def gates_of(sums, M: tl.constexpr, U: tl.constexpr):
+    """Products (4U, M), whose rows count units and the four gates of each, as four tiles (M, U).
+
+    Weights are the left factor, so that these tiles come out in the layout of loads and stores: nothing is converted
+    but the sums, once.
+    """
+    pairs = tl.permute(tl.reshape(sums, (U, 2, 2, M)), (3, 0, 1, 2))
+    o_i, f_g = tl.split(pairs)
+    o, i = tl.split(o_i)
+    f, g = tl.split(f_g)
+    return o, f, i, g
+
+
+@triton.jit
+def add_gates(terms, sums):
+    """In float32."""
+    o, f = terms[0].to(tl.float32) + sums[0], terms[1].to(tl.float32) + sums[1]
+    i, g = terms[2].to(tl.float32) + sums[2], terms[3].to(tl.float32) + sums[3]
     return o, f, i, g
 
 
@@ -60,6 +72,14 @@ def cell_backward(grad_hidden, grad_cell, gates, cell, previous, FAST: tl.conste
 def widened(gates):
     o, f, i, g = gates
     return o.to(tl.float32), f.to(tl.float32), i.to(tl.float32), g.to(tl.float32)
+
+
+@triton.jit
+def load_weights(weight_ptr, row, real, units, PARTS: tl.constexpr, U: tl.constexpr):
+    """Those rows of a matrix of PARTS * units columns, in parts of U; zeros where `real` is false."""
+    k = tl.arange(0, PARTS * U)
+    at = weight_ptr + row[:, None] * (PARTS * units) + (k // U * units + k % U)[None, :]
+    return tl.load(at, real[:, None] & (k % U < units)[None, :], other=0.0)
 
 
 @triton.jit

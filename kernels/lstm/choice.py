@@ -9,14 +9,12 @@ from torch import Tensor
 
 from fastgen.kernels.common import cdiv, empty_map, next_power_of_2, processors_of, tf32_allowed
 
-ASSERTING = {"debug": True, "sanitize_overflow": False}
-
 
 @dataclass(frozen=True)
 class ScanLaunch:
     """One launch: each program scans images of up to LANES rows (or columns), IMAGES side by side, one after the other.
 
-    U: units, padded. ahead: registers hold what the next step of the backward reads.
+    U: units, padded.
     """
 
     IMAGES: int
@@ -24,13 +22,12 @@ class ScanLaunch:
     U: int
     programs: int
     num_warps: int
-    ahead: bool = False
 
     @property
     def constants(self) -> dict[str, Any]:
         """num_stages: the pipeliner would load states before they are written."""
         tile = {"IMAGES": self.IMAGES, "LANES": self.LANES, "U": self.U}
-        return {**tile, "num_warps": self.num_warps, "num_stages": 1, **registers()}
+        return {**tile, "num_warps": self.num_warps, "num_stages": 1, **registers(self.num_warps)}
 
     def images_of_a_program(self, batch: int) -> int:
         """One after the other."""
@@ -39,31 +36,25 @@ class ScanLaunch:
 
 @dataclass(frozen=True)
 class TileLaunch:
-    """Scans by tiles of M pixels and U units, in parts of K (a backward, with one product instead of four: 2K).
-
-    groups: of images, each scanned in one launch by so many programs; 0 launches every step for itself, a tile a
-    program. More than one program wait for each other, and each looks `patience` times (seconds) before it fails.
-    """
+    """One launch: each program scans its images by tiles of M pixels and U units, in parts of K (a backward, with one
+    product instead of four: 2K)."""
 
     M: int
     U: int
     K: int
+    programs: int
     num_warps: int = 4
-    groups: int = 0
-    programs: int = 1
-    patience: int = 2**22
 
     @property
     def constants(self) -> dict[str, Any]:
-        """To wait, all programs must run at the same time; what never arrives is an assertion, so compiled in."""
-        options = {"M": self.M, "U": self.U, "num_warps": self.num_warps, "num_stages": 3, **registers()}
-        return {**options, "launch_cooperative_grid": True, **ASSERTING} if self.programs > 1 else options
+        tile = {"M": self.M, "U": self.U}
+        return {**tile, "num_warps": self.num_warps, "num_stages": 3, **registers(self.num_warps)}
 
 
 @functools.cache
-def registers() -> dict[str, int]:
+def registers(num_warps: int) -> dict[str, int]:
     """ptxas stops at a power of two of its choice, and spills, where it is not told that it may use them all."""
-    return {"maxnreg": 255} if torch.version.hip is None else {}
+    return {"maxnreg": min(255, 2048 // num_warps)} if torch.version.hip is None else {}
 
 
 @functools.cache
@@ -128,17 +119,16 @@ def _choose(batch: int, lanes: int, units: int, single: str, full: bool, process
     images = max(1, 16 // slots)  # tensor cores multiply 16 rows at least
     while 2 * images * slots <= 64 and 2 * images * slots * padded <= most and batch > images * processors:
         images *= 2  # a step of a larger tile takes hardly longer
-    num_warps = 4 if images * slots * padded <= 512 else 8
-    # Registers hold two programs of 4 warps at least, and one of 8; a further program would only begin later.
-    programs = min(cdiv(batch, images), processors * 8 // num_warps)
-    return ScanLaunch(
-        images, slots, padded, programs, num_warps, ahead(bool(single), images * slots * padded, num_warps)
-    )
+    num_warps = warps_of(images * slots * padded)
+    # Registers hold two programs of 4 warps at least, and one of more; a further program would only begin later.
+    programs = min(cdiv(batch, images), processors * max(1, 8 // num_warps))
+    return ScanLaunch(images, slots, padded, programs, num_warps)
 
 
-def ahead(single: bool, tile: int, num_warps: int) -> bool:
-    """Not in float32, and not for 16 numbers of a tile a thread: the registers are full."""
-    return not single and tile // (32 * num_warps) < 16
+def warps_of(tile: int) -> int:
+    """For a tile of so many numbers: a thread has 4, or 8 of the largest tile, which then fit its registers. With half
+    the warps each executes nearly twice the instructions, in as many barriers: nothing is saved."""
+    return 4 if tile <= 512 else 8 if tile <= 1024 else 16
 
 
 def scan_by_tiles(x: Tensor, lanes: int, units: int) -> TileLaunch:
@@ -159,28 +149,7 @@ def _by_tiles(batch: int, lanes: int, units: int, single: bool, processors: int)
         M, U, K = 32, 64, 16
     else:
         M, U, K, num_warps = 16, 32, 16, 4
-    groups = min(cdiv(batch, max(1, M // lanes)), processors)
-    return TileLaunch(M, U, K, num_warps, groups=max(1, groups))
-
-
-def step_by_step(x: Tensor) -> TileLaunch:
-    """A launch a step, for any number of units: tiles are small, for many programs. Not chosen by `choose`: for CUDA
-    graphs, which take the host out, it may be the faster one; not yet measured."""
-    return TileLaunch(16, 32, K=16) if x.dtype == torch.float32 else TileLaunch(32, 32, K=32)
-
-
-def shared_scan(x: Tensor, lanes: int, units: int) -> TileLaunch:
-    """One launch in which programs share the units and pixels of an image, one program a processor.
-
-    Not chosen by `choose`: not yet measured.
-    """
-    launch = step_by_step(x)
-    batch, processors = x.shape[0], processors_of(x.device)
-    across = cdiv(units, launch.U)
-    images = cdiv(batch, max(1, min(batch, processors // across)))
-    groups = cdiv(batch, images)
-    programs = max(1, min(across * cdiv(images * lanes, launch.M), processors // groups))
-    return TileLaunch(launch.M, launch.U, launch.K, launch.num_warps, groups, programs)
+    return TileLaunch(M, U, K, max(1, min(cdiv(batch, max(1, M // lanes)), processors)), num_warps)
 
 
 def empty_results(gates: Tensor, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:

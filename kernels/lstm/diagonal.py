@@ -3,10 +3,14 @@
 Letters: M rows of a tile, each a row of an image; U units (padded to a power of two); H x W pixels of an image.
 
 Skewing is an index: at step t a tile's row i stands at column t - i. The output is the state: the states of the left
-and the upper neighbour are pixels that the program has written a step ago, read as one joined tile (M, 2U) behind a
-barrier of the program's threads. Cell states stay in registers, weights in shared memory. A row that has reached the
-end of its image begins with the next one at once, so that K images take K * W + H - 1 steps and no row idles between
-them. Backward is the same walk from the last pixel to the first, where the gradient of the gates is the state.
+and the upper neighbour are pixels that the program has written a step ago. They are read as one joined tile (M, 2U),
+behind a barrier of the program's threads and before anything else of the next step. Cell states stay in registers,
+weights in shared memory. A row that has reached the end of its image begins with the next one at once, so that K images
+take K * W + H - 1 steps and no row idles between them. Backward is the same walk from the last pixel to the first,
+where the gradient of the gates is the state.
+
+Weights are the left factor of the products. Loads, gates and stores then share a layout, and the sums alone change
+theirs, so that a step takes 4 to 8 barriers; in the backward, loads must come behind the products for that.
 
 Sizes whose weights or tiles do not fit go by `fastgen.kernels.lstm.tiles`.
 
@@ -21,12 +25,14 @@ from torch import Tensor
 
 from fastgen.kernels.common import empty_map, launch
 from fastgen.kernels.lstm.cell import (
+    add_gates,
     cell_backward,
     cell_forward,
+    gates_of,
     load_saved,
     load_terms,
+    load_weights,
     product,
-    products,
     store_gates,
     widened,
 )
@@ -36,25 +42,35 @@ from fastgen.kernels.lstm.tiles import backward_by_tiles, forward_by_tiles
 
 
 @triton.jit
-def load_weights(weight_ptr, units, gate_stride, k_stride, u_stride, tap_stride, U: tl.constexpr):
-    """(2U, U) of every gate, gate_stride apart: the rows count (tap, unit), by k_stride, the columns units of the
-    result."""
-    k = tl.arange(0, 2 * U)
-    u = tl.arange(0, U)
-    of = k % U
-    at = weight_ptr + of[:, None] * k_stride + u[None, :] * u_stride + (k // U)[:, None] * tap_stride
-    real = (of < units)[:, None] & (u < units)[None, :]
-    w_o = tl.load(at, real, other=0.0)
-    w_f = tl.load(at + gate_stride, real, other=0.0)
-    w_i = tl.load(at + 2 * gate_stride, real, other=0.0)
-    w_g = tl.load(at + 3 * gate_stride, real, other=0.0)
-    return w_o, w_f, w_i, w_g
+def pixel_of(image, row, place, batch, height, width, LEFTWARD: tl.constexpr):
+    """Where a row stands on its walk: its column, its offset in pixels, and whether there is a pixel."""
+    x = width - 1 - place if LEFTWARD else place
+    pixel = (image.to(tl.int64) * height + row) * width + x
+    return x, pixel, (place >= 0) & (image < batch) & (row >= 0) & (row < height)
+
+
+@triton.jit
+def next_place(image, place, width, IMAGES: tl.constexpr):
+    """A row that has reached the end of its image begins with the next image of the program."""
+    ends = place == width - 1
+    return tl.where(ends, image + tl.num_programs(0) * IMAGES, image), tl.where(ends, 0, place + 1)
+
+
+@triton.jit
+def load_state(state_ptr, pixel, to_row, to_column, has_row, has_column, units, GATES: tl.constexpr, U: tl.constexpr):
+    """(M, 2 * GATES * U): GATES * units numbers of the pixel in the row before, and of that in the column before."""
+    k = tl.arange(0, 2 * GATES * U)
+    of_row = (k < GATES * U)[None, :]
+    channel, inside = k // U % GATES * units + k % U, k % U < units
+    near = tl.where(of_row, (pixel + to_row)[:, None], (pixel + to_column)[:, None])
+    seen = tl.where(of_row, has_row[:, None], has_column[:, None]) & inside[None, :]
+    return tl.load(state_ptr + near * (GATES * units) + channel[None, :], seen, other=0.0)
 
 
 @triton.jit(do_not_specialize=("batch", "steps"))
 def diagonal_lstm_forward_kernel(
     gates_ptr,  # (B, 4h, H, W), strides below
-    weight_ptr,  # (4h, h, 2), strides below
+    weight_ptr,  # (4h, 2, h) contiguous
     hidden_ptr,  # (B, H, W, h) contiguous, written and read
     activated_ptr,  # (B, H, W, 4h) contiguous, written, or None
     cell_ptr,  # (B, H, W, h) fp32 contiguous, written, or None
@@ -67,9 +83,6 @@ def diagonal_lstm_forward_kernel(
     gates_unit_stride,
     gates_row_stride,
     gates_column_stride,
-    weight_gate_stride,
-    weight_unit_stride,
-    weight_tap_stride,
     REVERSE: tl.constexpr,
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
@@ -77,47 +90,38 @@ def diagonal_lstm_forward_kernel(
     LANES: tl.constexpr,
     U: tl.constexpr,
 ):
+    M: tl.constexpr = IMAGES * LANES
     strides = (gates_image_stride, gates_unit_stride, gates_row_stride, gates_column_stride)
-    m = tl.arange(0, IMAGES * LANES)
+    to_column = 1 if REVERSE else -1
+    m = tl.arange(0, M)
     u = tl.arange(0, U)
-    k = tl.arange(0, 2 * U)
-    weights = load_weights(
-        weight_ptr, units, units * weight_gate_stride, weight_unit_stride, weight_gate_stride, weight_tap_stride, U
-    )
+    n = tl.arange(0, 4 * U)
+    weights = load_weights(weight_ptr, n % 4 * units + n // 4, n // 4 < units, units, 2, U)
     image = tl.program_id(0) * IMAGES + m // LANES
     row = m % LANES
-    column = -row
-    x = width - 1 - column if REVERSE else column
-    active = (column >= 0) & (image < batch) & (row < height)
-    cell = tl.zeros((IMAGES * LANES, U), tl.float32)
+    place = -row
+    x, pixel, active = pixel_of(image, row, place, batch, height, width, REVERSE)
     terms = load_terms(gates_ptr, strides, units, image, row, x, active, u)
+    cell = tl.zeros((M, U), tl.float32)
+    state = tl.zeros((M, 2 * U), hidden_ptr.dtype.element_ty)  # the first pixel has no neighbour
     for _ in range(steps):
-        gates = widened(terms)
-        pixel = (image.to(tl.int64) * height + row) * width + x
-        begun = column > 0
         mask = active[:, None] & (u < units)[None, :]
-
-        up = (k < U)[None, :]
-        near = tl.where(up, (pixel - width)[:, None], (pixel + 1 if REVERSE else pixel - 1)[:, None])
-        seen = active[:, None] & tl.where(up, (row > 0)[:, None], begun[:, None]) & (k % U < units)[None, :]
-
-        # The next terms are on their way while this step waits for its states.
-        column += 1
-        image = tl.where(column == width, image + tl.num_programs(0) * IMAGES, image)
-        column = tl.where(column == width, 0, column)
-        x = width - 1 - column if REVERSE else column
-        active = (column >= 0) & (image < batch) & (row < height)
-        terms = load_terms(gates_ptr, strides, units, image, row, x, active, u)
-
-        tl.debug_barrier()  # all threads have written the states of the step before
-        state = tl.load(hidden_ptr + near * units + (k % U)[None, :], seen, other=0.0)
-        gates = products(state, weights, gates, PRECISION)
-        gates, cell, hidden = cell_forward(gates, tl.where(begun[:, None], cell, 0.0), FAST)
+        begun = place > 0
         at = pixel[:, None] * units + u[None, :]
+        activated_at = pixel[:, None] * (4 * units) + u[None, :]
+
+        sums = product(weights, tl.trans(state), tl.zeros((4 * U, M), tl.float32), PRECISION)
+        gates = add_gates(terms, gates_of(sums, M, U))
+        gates, cell, hidden = cell_forward(gates, tl.where(begun[:, None], cell, 0.0), FAST)
         tl.store(hidden_ptr + at, hidden.to(hidden_ptr.dtype.element_ty), mask)
+        image, place = next_place(image, place, width, IMAGES)
+        x, pixel, active = pixel_of(image, row, place, batch, height, width, REVERSE)
+        tl.debug_barrier()  # all threads have written their states, which the next step reads
+        state = load_state(hidden_ptr, pixel, -width, to_column, active & (row > 0), active & (place > 0), units, 1, U)
         if activated_ptr is not None:
-            store_gates(activated_ptr + pixel[:, None] * (4 * units) + u[None, :], units, gates, mask)
+            store_gates(activated_ptr + activated_at, units, gates, mask)
             tl.store(cell_ptr + at, cell, mask)
+        terms = load_terms(gates_ptr, strides, units, image, row, x, active, u)
 
 
 @triton.jit(do_not_specialize=("batch", "steps"))
@@ -125,7 +129,7 @@ def diagonal_lstm_backward_kernel(
     grad_hidden_ptr,  # (B, h, H, W), strides below
     activated_ptr,  # (B, H, W, 4h) contiguous
     cell_ptr,  # (B, H, W, h) fp32 contiguous
-    weight_ptr,  # (4h, h, 2), strides below
+    weight_ptr,  # (h, 2, 4h) contiguous
     grad_gates_ptr,  # (B, H, W, 4h) contiguous, written and read
     batch,
     height,
@@ -136,69 +140,49 @@ def diagonal_lstm_backward_kernel(
     grad_unit_stride,
     grad_row_stride,
     grad_column_stride,
-    weight_gate_stride,
-    weight_unit_stride,
-    weight_tap_stride,
     REVERSE: tl.constexpr,
-    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
     IMAGES: tl.constexpr,
     LANES: tl.constexpr,
     U: tl.constexpr,
 ):
+    M: tl.constexpr = IMAGES * LANES
+    LEFTWARD: tl.constexpr = not REVERSE
+    AHEAD: tl.constexpr = M * U < 4096  # a larger tile fills the registers
     maps = (grad_hidden_ptr, activated_ptr, cell_ptr)
     strides = (grad_image_stride, grad_unit_stride, grad_row_stride, grad_column_stride)
     to_previous = 1 if REVERSE else -1
-    m = tl.arange(0, IMAGES * LANES)
+    m = tl.arange(0, M)
     u = tl.arange(0, U)
-    k = tl.arange(0, 2 * U)
-    # The other way round than forward: their rows count units of the gate, their columns those of the state.
-    weights = load_weights(
-        weight_ptr, units, units * weight_gate_stride, weight_gate_stride, weight_unit_stride, weight_tap_stride, U
-    )
+    weights = load_weights(weight_ptr, u, u < units, units, 8, U)
     image = tl.program_id(0) * IMAGES + m // LANES
     row = height - 1 - m % LANES
-    back = -(m % LANES)  # pixels of the row that are done
-    x = back if REVERSE else width - 1 - back
-    pixel = (image.to(tl.int64) * height + row) * width + x
-    active = (back >= 0) & (image < batch) & (row >= 0)
-    grad_cell = tl.zeros((IMAGES * LANES, U), tl.float32)
+    place = -(m % LANES)
+    x, pixel, active = pixel_of(image, row, place, batch, height, width, LEFTWARD)
     if AHEAD:
-        saved = load_saved(maps, strides, units, image, row, x, pixel, to_previous, back < width - 1, active, u)
+        saved = load_saved(maps, strides, units, image, row, x, pixel, to_previous, place < width - 1, active, u)
+    grad_cell = tl.zeros((M, U), tl.float32)
+    state = tl.zeros((M, 8 * U), grad_gates_ptr.dtype.element_ty)
     for _ in range(steps):
-        if not AHEAD:
-            saved = load_saved(maps, strides, units, image, row, x, pixel, to_previous, back < width - 1, active, u)
-        grad_hidden, cell, previous, o, f, i, g = saved
-        grad_hidden = grad_hidden.to(tl.float32)
-        gates = widened((o, f, i, g))
-        begun = back > 0
         mask = active[:, None] & (u < units)[None, :]
-        own = grad_gates_ptr + pixel[:, None] * (4 * units) + u[None, :]
-
-        below = (k < U)[None, :]
-        near = tl.where(below, (pixel + width)[:, None], (pixel - 1 if REVERSE else pixel + 1)[:, None])
-        near = grad_gates_ptr + near * (4 * units) + (k % U)[None, :]
-        seen = tl.where(below, (row < height - 1)[:, None], begun[:, None])
-        seen = seen & active[:, None] & (k % U < units)[None, :]
-
-        back += 1
-        image = tl.where(back == width, image + tl.num_programs(0) * IMAGES, image)
-        back = tl.where(back == width, 0, back)
-        x = back if REVERSE else width - 1 - back
-        pixel = (image.to(tl.int64) * height + row) * width + x
-        active = (back >= 0) & (image < batch) & (row >= 0)
-        if AHEAD:  # what the next step reads is on its way while this one waits for its gradients
-            saved = load_saved(maps, strides, units, image, row, x, pixel, to_previous, back < width - 1, active, u)
-
-        tl.debug_barrier()  # all threads have written the gradients of the step before
-        grad_hidden = product(tl.load(near, seen, other=0.0), weights[0], grad_hidden, PRECISION)
-        grad_hidden = product(tl.load(near + units, seen, other=0.0), weights[1], grad_hidden, PRECISION)
-        grad_hidden = product(tl.load(near + 2 * units, seen, other=0.0), weights[2], grad_hidden, PRECISION)
-        grad_hidden = product(tl.load(near + 3 * units, seen, other=0.0), weights[3], grad_hidden, PRECISION)
+        begun = place > 0
+        at = pixel[:, None] * (4 * units) + u[None, :]
+        sums = product(weights, tl.trans(state), tl.zeros((U, M), tl.float32), PRECISION)
+        if not AHEAD:
+            saved = load_saved(maps, strides, units, image, row, x, pixel, to_previous, place < width - 1, active, u)
+        from_layer, cell, previous, o, f, i, g = saved
+        grad_hidden = from_layer.to(tl.float32) + tl.trans(sums)
         grad_cell = tl.where(begun[:, None], grad_cell, 0.0)
-        grads, grad_cell = cell_backward(grad_hidden, grad_cell, gates, cell, previous, FAST)
-        store_gates(own, units, grads, mask)
+        grads, grad_cell = cell_backward(grad_hidden, grad_cell, widened((o, f, i, g)), cell, previous, FAST)
+        store_gates(grad_gates_ptr + at, units, grads, mask)
+        image, place = next_place(image, place, width, IMAGES)
+        x, pixel, active = pixel_of(image, row, place, batch, height, width, LEFTWARD)
+        tl.debug_barrier()  # all threads have written their gradients, which the next step reads
+        below, beside = active & (row < height - 1), active & (place > 0)
+        state = load_state(grad_gates_ptr, pixel, width, -to_previous, below, beside, units, 4, U)
+        if AHEAD:  # what the next step reads besides gradients is on its way while this one is computed
+            saved = load_saved(maps, strides, units, image, row, x, pixel, to_previous, place < width - 1, active, u)
 
 
 def forward(
@@ -220,10 +204,11 @@ def forward(
     if isinstance(choice, TileLaunch):
         forward_by_tiles(gates, weight, hidden, activated, cell, choice, row_scan=False, reverse=reverse)
         return results
+    packed = weight.permute(0, 2, 1).contiguous()
     steps = choice.images_of_a_program(batch) * width + height - 1
-    sizes = (batch, height, width, units, steps, *gates.stride(), *weight.stride())
+    sizes = (batch, height, width, units, steps, *gates.stride())
     constants = {"REVERSE": reverse, **constants_of(choice, gates)}
-    launch(diagonal_lstm_forward_kernel, (choice.programs,), (gates, weight, *results, *sizes), constants)
+    launch(diagonal_lstm_forward_kernel, (choice.programs,), (gates, packed, *results, *sizes), constants)
     return results
 
 
@@ -246,10 +231,11 @@ def backward(
     if isinstance(choice, TileLaunch):
         backward_by_tiles(grad_hidden, activated, cell, weight, grad_gates, choice, row_scan=False, reverse=reverse)
         return grad_gates
+    packed = weight.permute(1, 2, 0).contiguous()
     steps = choice.images_of_a_program(batch) * width + height - 1
-    sizes = (batch, height, width, units, steps, *grad_hidden.stride(), *weight.stride())
-    constants = {"REVERSE": reverse, "AHEAD": choice.ahead, **constants_of(choice, grad_hidden)}
-    pointers = (grad_hidden, activated, cell, weight, grad_gates)
+    sizes = (batch, height, width, units, steps, *grad_hidden.stride())
+    constants = {"REVERSE": reverse, **constants_of(choice, grad_hidden)}
+    pointers = (grad_hidden, activated, cell, packed, grad_gates)
     launch(diagonal_lstm_backward_kernel, (choice.programs,), (*pointers, *sizes), constants)
     return grad_gates
 

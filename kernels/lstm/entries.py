@@ -4,7 +4,7 @@ import itertools
 from typing import Any
 
 from fastgen.kernels.catalogue_entry import Entry
-from fastgen.kernels.lstm.choice import ASSERTING, ahead
+from fastgen.kernels.lstm.choice import warps_of
 
 AMD = "gfx942"
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -15,9 +15,9 @@ def entry(kernel: Any, dtype: str, tile: dict[str, Any], *, amd: bool = False, *
     launched there, not on NVIDIA's chips; `tile`: constants, None for an absent pointer."""
     precision = {"fp32": "ieee" if amd else "tf32x3", "tf32": "tf32"}.get(dtype, "ieee")
     fixed = {**tile, "PRECISION": precision, "FAST": dtype == "bf16" and not amd}
-    fixed |= {f"{name}_unit_stride": 1 for name in ("gates", "grad")} | {"weight_tap_stride": 1}
+    fixed |= {f"{name}_unit_stride": 1 for name in ("gates", "grad")}
     fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
-    types = {"cell_ptr": "*fp32", "grad_cell_ptr": "*fp32", "arrivals_ptr": "*i32"}
+    types = {"cell_ptr": "*fp32", "grad_cell_ptr": "*fp32"}
     maps = "*fp32" if dtype == "tf32" else f"*{dtype}"
     signature = {
         name: types.get(name, maps if name.endswith("_ptr") else "i32")
@@ -26,47 +26,48 @@ def entry(kernel: Any, dtype: str, tile: dict[str, Any], *, amd: bool = False, *
     }
     aligned = tuple(name for name in signature if name == "units" or name.endswith("_stride"))
     sizes = " ".join(f"{name}={value}" for name, value in tile.items() if type(value) is int)
-    kind = f"{dtype}{' shared' if 'arrivals_ptr' in signature else ''}"
     skips = dict.fromkeys(NVIDIA, "compiled with its fast functions") if amd else {AMD: "compiled without NVIDIA's"}
     skips |= more.pop("skips", {})
-    options = {**more.pop("options", {}), **({} if amd else {"maxnreg": 255})}
-    config = f"{kind} {sizes}{' AMD' if amd else ''}"
+    options = {} if amd else {"maxnreg": min(255, 2048 // more["num_warps"])}
+    config = f"{dtype} {sizes}{' AMD' if amd else ''}"
     return Entry(kernel, config, signature, fixed, aligned=aligned, skips=skips, options=options, **more)
 
 
-# dtype, LANES, U, warps: shapes that `choose` gives, with one image side by side
+# dtype, LANES, U: shapes that `choose` gives, with one image side by side
 SCAN_SIZES = (
-    ("bf16", 32, 16, 4),
-    ("bf16", 32, 32, 8),
-    ("bf16", 128, 32, 8),
-    ("bf16", 32, 64, 8),
-    ("bf16", 64, 32, 8),
-    ("bf16", 64, 64, 8),
-    ("fp16", 64, 64, 8),
-    ("fp32", 32, 16, 4),
-    ("tf32", 32, 32, 8),
+    ("bf16", 32, 16),
+    ("bf16", 32, 32),
+    ("bf16", 128, 32),
+    ("bf16", 32, 64),
+    ("bf16", 64, 32),
+    ("bf16", 64, 64),
+    ("fp16", 64, 64),
+    ("fp32", 32, 16),
+    ("tf32", 32, 32),
 )
-AMD_SIZES = (("bf16", 32, 32, 8), ("fp32", 32, 16, 4))
+AMD_SIZES = (("bf16", 32, 32), ("fp32", 32, 16))
 
 NO_FULL_TILES = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), "has no `full_tiles`")
-FEW_WORDS = {"spills": {"sm_100": 24}, "reason": "six words, hit in the first-level cache; half a tile would idle"}
+SPILLS = {4096: {"sm_90": 32, "sm_100": 144}, 2048: {"sm_90": 16, "sm_100": 8, "sm_120": 8}}  # by numbers of a tile
 
 
 def scan_entries(kernel: Any, **constants: Any) -> list[Entry]:
-    found = []
+    entries = []
     for amd, sizes in ((False, SCAN_SIZES), (True, AMD_SIZES)):
-        for dtype, lanes, units, num_warps in sizes:
+        for dtype, lanes, units in sizes:
             tile = {"LANES": lanes, "U": units, "IMAGES": 1, **constants}
-            if "AHEAD" in kernel.arg_names:
-                tile["AHEAD"] = ahead(dtype in ("fp32", "tf32"), lanes * units, num_warps)
-            more: dict[str, Any] = FEW_WORDS if dtype == "tf32" else {}
-            if lanes * units == 4096:
-                more = {"skips": NO_FULL_TILES}
-            found.append(entry(kernel, dtype, tile, amd=amd, num_warps=num_warps, num_stages=1, **more))
-    return found
+            more: dict[str, Any] = {"skips": NO_FULL_TILES} if lanes * units == 4096 else {}
+            if not amd and lanes * units in SPILLS:
+                more |= {
+                    "spills": SPILLS[lanes * units],
+                    "reason": "16 warps have 128 registers; hit in the first cache",
+                }
+            more |= {"num_warps": warps_of(lanes * units), "num_stages": 1}
+            entries.append(entry(kernel, dtype, tile, amd=amd, **more))
+    return entries
 
 
-# dtype, M, U, K, warps: what `scan_by_tiles` and `step_by_step` give
+# dtype, M, U, K, warps: what `scan_by_tiles` gives
 TILE_SIZES = (
     ("bf16", 64, 16, 16, 8),
     ("bf16", 64, 32, 32, 8),
@@ -76,27 +77,14 @@ TILE_SIZES = (
     ("fp32", 32, 64, 16, 8),
     ("tf32", 32, 64, 16, 8),
 )
-AMD_TILE_SIZES = (("bf16", 64, 32, 32, 8), ("bf16", 64, 64, 32, 8), ("fp32", 64, 16, 16, 8))
-STEP_SIZES = (("bf16", 32, 32, 32, 4), ("fp32", 16, 32, 16, 4), ("tf32", 16, 32, 16, 4))
-AMD_STEP_SIZES = STEP_SIZES[:2]
+AMD_TILE_SIZES = (("bf16", 64, 32, 32, 8), ("bf16", 64, 64, 32, 8), ("fp32", 64, 16, 16, 8), ("fp32", 16, 32, 16, 4))
 
 
 def tile_entries(kernel: Any, parts: int) -> list[Entry]:
-    """Of both scans, and of programs that wait for each other; parts: K of the kernel over that of the launch."""
-    found = []
-    for taps, (amd, waits, sizes) in itertools.product(
-        (2, 3),
-        (
-            (False, False, TILE_SIZES + STEP_SIZES),
-            (False, True, STEP_SIZES),
-            (True, False, AMD_TILE_SIZES + AMD_STEP_SIZES),
-            (True, True, AMD_STEP_SIZES),
-        ),
-    ):
-        # Looks at the arrivals are loads: many of them would be in each other's way as atomic additions.
-        more = {"options": ASSERTING, "requires": {} if amd else dict.fromkeys(NVIDIA, "ld.global.gpu.acquire")}
+    """Of both scans; parts: K of the kernel over that of the launch."""
+    entries = []
+    for taps, (amd, sizes) in itertools.product((2, 3), ((False, TILE_SIZES), (True, AMD_TILE_SIZES))):
         for dtype, M, U, K, num_warps in sizes:
             tile = {"M": M, "U": U, "K": parts * K, "TAPS": taps, "ROW_SCAN": taps == 3, "REVERSE": False}
-            tile |= {} if waits else {"arrivals_ptr": None}
-            found.append(entry(kernel, dtype, tile, amd=amd, num_warps=num_warps, **(more if waits else {})))
-    return found
+            entries.append(entry(kernel, dtype, tile, amd=amd, num_warps=num_warps))
+    return entries

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from fastgen.kernels.common import empty_map, launch
 from fastgen.kernels.lstm.cell import (
+    add_gates,
     cell_backward,
     cell_forward,
-    load_gates,
+    gates_of,
     load_saved,
     load_terms,
+    load_weights,
     product,
-    products,
     store_gates,
     widened,
 )
@@ -30,7 +31,7 @@ from fastgen.kernels.lstm.tiles import backward_by_tiles, forward_by_tiles
 @triton.jit(do_not_specialize=("batch", "steps"))
 def row_lstm_forward_kernel(
     gates_ptr,  # (B, 4h, H, W), strides below
-    weight_ptr,  # (taps, h, 4h) contiguous
+    weight_ptr,  # (taps, 4h, h) contiguous
     hidden_ptr,  # (B, H, W, h) contiguous, written and read
     activated_ptr,  # (B, H, W, 4h) contiguous, written, or None
     cell_ptr,  # (B, H, W, h) fp32 contiguous, written, or None
@@ -51,42 +52,43 @@ def row_lstm_forward_kernel(
     U: tl.constexpr,
 ):
     strides = (gates_image_stride, gates_unit_stride, gates_row_stride, gates_column_stride)
-    m = tl.arange(0, IMAGES * LANES)
+    M: tl.constexpr = IMAGES * LANES
+    m = tl.arange(0, M)
     u = tl.arange(0, U)
-    k = tl.arange(0, U)
-    real = (k < units)[:, None] & (u < units)[None, :]
+    n = tl.arange(0, 4 * U)  # units and their gates
     column = m % LANES
     image = tl.program_id(0) * IMAGES + m // LANES
     active = (image < batch) & (column < width)
-    cell = tl.zeros((IMAGES * LANES, U), tl.float32)
+    cell = tl.zeros((M, U), tl.float32)
     terms = load_terms(gates_ptr, strides, units, image, tl.zeros_like(m), column, active, u)
     for step in range(steps):
-        gates = widened(terms)
         row = step % height
         pixel = (image.to(tl.int64) * height + row) * width + column
         reads = active & (row + tl.zeros_like(m) > 0)  # a mask of numbers and tensors is none to the interpreter
         mask = active[:, None] & (u < units)[None, :]
 
-        # The next terms are on their way while this step waits for its states.
-        image += tl.where(row == height - 1, tl.num_programs(0) * IMAGES, 0)
-        active = (image < batch) & (column < width)
-        after = (step + 1) % height + tl.zeros_like(m)
-        terms = load_terms(gates_ptr, strides, units, image, after, column, active, u)
-
         tl.debug_barrier()  # all threads have written the states of the row above
+        sums = tl.zeros((4 * U, M), tl.float32)
         for tap in range(taps):
             shift = tap - taps // 2
             seen = reads & (column + shift >= 0) & (column + shift < width)
-            above = (pixel - width + shift)[:, None] * units + k[None, :]
-            state = tl.load(hidden_ptr + above, seen[:, None] & (k < units)[None, :], other=0.0)
-            weights = weight_ptr + (tap * units + k)[:, None] * (4 * units) + u[None, :]
-            gates = products(state, load_gates(weights, 1, units, real), gates, PRECISION)
+            above = (pixel - width + shift)[:, None] * units + u[None, :]
+            state = tl.load(hidden_ptr + above, seen[:, None] & (u < units)[None, :], other=0.0)
+            weights_of_tap = weight_ptr + tap * (4 * units * units)
+            weights = load_weights(weights_of_tap, n % 4 * units + n // 4, n // 4 < units, units, 1, U)
+            sums = product(weights, tl.trans(state), sums, PRECISION)
+        gates = add_gates(terms, gates_of(sums, M, U))
         gates, cell, hidden = cell_forward(gates, tl.where(row == 0, 0.0, cell), FAST)
         at = pixel[:, None] * units + u[None, :]
         tl.store(hidden_ptr + at, hidden.to(hidden_ptr.dtype.element_ty), mask)
         if activated_ptr is not None:
             store_gates(activated_ptr + pixel[:, None] * (4 * units) + u[None, :], units, gates, mask)
             tl.store(cell_ptr + at, cell, mask)
+        # The next terms are on their way while the next products are computed.
+        image += tl.where(row == height - 1, tl.num_programs(0) * IMAGES, 0)
+        active = (image < batch) & (column < width)
+        after = (step + 1) % height + tl.zeros_like(m)
+        terms = load_terms(gates_ptr, strides, units, image, after, column, active, u)
 
 
 @triton.jit
@@ -103,7 +105,7 @@ def row_lstm_backward_kernel(
     grad_hidden_ptr,  # (B, h, H, W), strides below
     activated_ptr,  # (B, H, W, 4h) contiguous
     cell_ptr,  # (B, H, W, h) fp32 contiguous
-    weight_ptr,  # (taps, 4h, h) contiguous
+    weight_ptr,  # (taps, h, 4h) contiguous
     grad_gates_ptr,  # (B, H, W, 4h) contiguous, written and read
     batch,
     height,
@@ -115,7 +117,6 @@ def row_lstm_backward_kernel(
     grad_unit_stride,
     grad_row_stride,
     grad_column_stride,
-    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
     IMAGES: tl.constexpr,
@@ -124,42 +125,41 @@ def row_lstm_backward_kernel(
 ):
     maps = (grad_hidden_ptr, activated_ptr, cell_ptr)
     strides = (grad_image_stride, grad_unit_stride, grad_row_stride, grad_column_stride)
-    m = tl.arange(0, IMAGES * LANES)
+    M: tl.constexpr = IMAGES * LANES
+    AHEAD: tl.constexpr = M * U < 4096  # a larger tile fills the registers
+    m = tl.arange(0, M)
     u = tl.arange(0, U)
-    k = tl.arange(0, U)
-    real = (k < units)[:, None] & (u < units)[None, :]
+    k = tl.arange(0, 4 * U)
     column = m % LANES
-    grad_cell = tl.zeros((IMAGES * LANES, U), tl.float32)
+    grad_cell = tl.zeros((M, U), tl.float32)
     image = tl.program_id(0) * IMAGES + m // LANES
     if AHEAD:
         saved = load_saved_row(maps, strides, units, height, width, image, height - 1, column, u, batch)
     for step in range(steps):
         row = height - 1 - step % height
-        if not AHEAD:
-            saved = load_saved_row(maps, strides, units, height, width, image, row, column, u, batch)
-        grad_hidden, cell, previous, o, f, i, g = saved
-        grad_hidden = grad_hidden.to(tl.float32)
-        gates = widened((o, f, i, g))
         active = (image < batch) & (column < width)
         mask = active[:, None] & (u < units)[None, :]
         pixel = (image.to(tl.int64) * height + row) * width + column
-        image += tl.where(row == 0, tl.num_programs(0) * IMAGES, 0)
-        if AHEAD:  # what the next step reads is on its way while this one waits for its gradients
-            after = height - 1 - (step + 1) % height
-            saved = load_saved_row(maps, strides, units, height, width, image, after, column, u, batch)
         tl.debug_barrier()  # all threads have written the gradients of the row below
+        sums = tl.zeros((U, M), tl.float32)
         for tap in range(taps):
             shift = tap - taps // 2
             seen = active & (row + tl.zeros_like(m) < height - 1) & (column - shift >= 0) & (column - shift < width)
-            below = grad_gates_ptr + (pixel + width - shift)[:, None] * (4 * units) + k[None, :]
-            inside = seen[:, None] & (k < units)[None, :]
-            for gate in range(4):
-                state = tl.load(below + gate * units, inside, other=0.0)
-                weight = weight_ptr + ((tap * 4 + gate) * units + k)[:, None] * units + u[None, :]
-                grad_hidden = product(state, tl.load(weight, real, other=0.0), grad_hidden, PRECISION)
+            below = (pixel + width - shift)[:, None] * (4 * units) + (k // U * units + k % U)[None, :]
+            state = tl.load(grad_gates_ptr + below, seen[:, None] & (k % U < units)[None, :], other=0.0)
+            weights = load_weights(weight_ptr + tap * (4 * units * units), u, u < units, units, 4, U)
+            sums = product(weights, tl.trans(state), sums, PRECISION)
+        if not AHEAD:
+            saved = load_saved_row(maps, strides, units, height, width, image, row, column, u, batch)
+        from_layer, cell, previous, o, f, i, g = saved
+        grad_hidden = from_layer.to(tl.float32) + tl.trans(sums)
         grad_cell = tl.where(row == height - 1, 0.0, grad_cell)
-        grads, grad_cell = cell_backward(grad_hidden, grad_cell, gates, cell, previous, FAST)
+        grads, grad_cell = cell_backward(grad_hidden, grad_cell, widened((o, f, i, g)), cell, previous, FAST)
         store_gates(grad_gates_ptr + pixel[:, None] * (4 * units) + u[None, :], units, grads, mask)
+        image += tl.where(row == 0, tl.num_programs(0) * IMAGES, 0)
+        if AHEAD:  # what the next step reads besides gradients is on its way while its products are computed
+            after = height - 1 - (step + 1) % height
+            saved = load_saved_row(maps, strides, units, height, width, image, after, column, u, batch)
 
 
 def forward(
@@ -181,7 +181,7 @@ def forward(
     if isinstance(choice, TileLaunch):
         forward_by_tiles(gates, weight, hidden, activated, cell, choice, row_scan=True)
         return results
-    packed = weight.permute(2, 1, 0).contiguous()
+    packed = weight.permute(2, 0, 1).contiguous()
     sizes = (batch, height, width, units, taps, choice.images_of_a_program(batch) * height, *gates.stride())
     launch(row_lstm_forward_kernel, (choice.programs,), (gates, packed, *results, *sizes), constants_of(choice, gates))
     return results
@@ -205,11 +205,11 @@ def backward(
     if isinstance(choice, TileLaunch):
         backward_by_tiles(grad_hidden, activated, cell, weight, grad_gates, choice, row_scan=True)
         return grad_gates
-    packed = weight.permute(2, 0, 1).contiguous()
+    packed = weight.permute(2, 1, 0).contiguous()
     steps = choice.images_of_a_program(batch) * height
     sizes = (batch, height, width, units, weight.shape[2], steps, *grad_hidden.stride())
-    constants = {"AHEAD": choice.ahead, **constants_of(choice, grad_hidden)}
     pointers = (grad_hidden, activated, cell, packed, grad_gates)
+    constants = constants_of(choice, grad_hidden)
     launch(row_lstm_backward_kernel, (choice.programs,), (*pointers, *sizes), constants)
     return grad_gates
 

@@ -1,20 +1,11 @@
-"""The diagonal and the Row LSTM by tiles, for any size: a launch a scan, a launch a step, or a scan shared by programs.
+"""The diagonal and the Row LSTM by tiles, for any size, in one launch a scan.
 
-A step is a diagonal (`ROW_SCAN` false) or a row; its pixels depend on the step before alone. They are cut into tiles of
-M pixels and U units, which walk the states of their neighbours in parts of K. All state lies in global memory, that is
-in the caches. How steps become launches (`TileLaunch`) is then a matter of speed alone:
-
-- A program scans its images in one launch, tile after tile; its threads wait for each other after a step.
-- A step is a launch and a tile a program. The launches of an image can be captured in a CUDA graph, which leaves 2 to 4
-  microseconds a step (estimated, not yet measured).
-- Several programs scan a group of images in one launch: each takes its part of a step's tiles, then waits for the
-  others. All must run at the same time: the launch is cooperative, which fails where the chip has no room for all. The
-  wait is bounded: a program that does not arrive is an error, a device-side assertion, and never a hang.
-
-The last is not chosen until a GPU has measured that it is faster. `python -m benchmarks diagonal_lstm` has all three.
+A step is a diagonal (`ROW_SCAN` false) or a row; its pixels depend on the step before alone. A program scans its images
+side by side: it cuts the pixels of a step into tiles of M pixels and U units, which walk the states of their neighbours
+in parts of K, tile after tile; its threads wait for each other after a step. All state lies in global memory, that is
+in the caches.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,24 +13,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgen.kernels.common import cdiv, prepare
+from fastgen.kernels.common import cdiv, launch
 from fastgen.kernels.lstm.cell import (
+    add_gates,
     cell_backward,
     cell_forward,
-    load_gates,
+    gates_of,
     load_saved,
     load_terms,
     offsets,
     product,
-    products,
     store_gates,
     widened,
 )
 from fastgen.kernels.lstm.choice import TileLaunch, constants_of
 from fastgen.kernels.lstm.entries import tile_entries
-
-COUNTERS = tl.constexpr(32)  # ints from the counter of one group to that of the next: each has a cache line
-VARYING = ("begin", "end", "patience", "batch", "images")  # else compiled anew for 1, and for multiples of 16, of each
 
 
 @triton.jit
@@ -68,37 +56,15 @@ def state_of(tap, TAPS: tl.constexpr, ROW_SCAN: tl.constexpr):
     return 1 if ROW_SCAN else 1 - tap, tap - TAPS // 2 if ROW_SCAN else -tap
 
 
-@triton.jit
-def finish_step(arrivals_ptr, expected, patience):
-    """Waits for the program's threads; with arrivals_ptr, until programs have arrived there `expected` times in all.
-
-    What they have written before can then be read.
-    """
-    tl.debug_barrier()
-    if arrivals_ptr is not None:
-        arrivals_ptr += tl.program_id(1) * COUNTERS
-        arrived = tl.atomic_add(arrivals_ptr, 1) + 1
-        looks = 0
-        while (arrived < expected) & (looks < patience):
-            arrived = tl.atomic_add(arrivals_ptr, 0, sem="acquire")
-            looks += 1
-        tl.device_assert(arrived >= expected, "a program of the scan was lost")
-        tl.debug_barrier()
-
-
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=("batch", "images"))
 def lstm_tiles_forward_kernel(
     gates_ptr,  # (B, 4h, H, W), strides below
-    weight_ptr,  # (taps, h, 4h) contiguous
+    weight_ptr,  # (4h, taps, h) contiguous
     hidden_ptr,  # (B, H, W, h) contiguous, written and read
     activated_ptr,  # (B, H, W, 4h) contiguous, written, or None
     cell_ptr,  # fp32, units contiguous, strides below, written and read
-    arrivals_ptr,  # (groups, COUNTERS) int32 zeros, or None where no program waits for another
-    begin,  # the steps of this launch
-    end,
-    patience,  # looks at the arrivals before a program counts as lost
     batch,
-    images,  # of a group of programs: program_id(1) is the group
+    images,  # of a program
     height,
     width,
     units,
@@ -121,12 +87,12 @@ def lstm_tiles_forward_kernel(
     strides = (gates_image_stride, gates_unit_stride, gates_row_stride, gates_column_stride)
     cell_strides = (cell_image_stride, 1, cell_row_stride, cell_column_stride)
     to_previous = -cell_row_stride if ROW_SCAN else cell_column_stride if REVERSE else -cell_column_stride
-    first_image = tl.program_id(1) * images
+    first_image = tl.program_id(0) * images
     images = tl.minimum(images, batch - first_image)
     parts = tl.cdiv(units, K)
-    for step in range(begin, end):
+    for step in range(height if ROW_SCAN else height + width - 1):
         tiles = tl.cdiv(images * pixels_of(step, height, width, ROW_SCAN), M)
-        for tile in range(tl.program_id(0), tiles * tl.cdiv(units, U), tl.num_programs(0)):
+        for tile in range(tiles * tl.cdiv(units, U)):
             m = tile % tiles * M + tl.arange(0, M)
             u = tile // tiles * U + tl.arange(0, U)
             image, row, column, x, pixel, active, begun = place(
@@ -137,8 +103,8 @@ def lstm_tiles_forward_kernel(
             terms = load_terms(gates_ptr, strides, units, image, row, x, active, u)
             cell_at = cell_ptr + offsets(cell_strides, image, row, x, u)
             cell = tl.load(cell_at + to_previous, mask & begun[:, None], other=0.0)
-            o = tl.zeros((M, U), tl.float32)
-            f, i, g = o, o, o
+            n = tile // tiles * (4 * U) + tl.arange(0, 4 * U)  # units and their gates
+            sums = tl.zeros((4 * U, M), tl.float32)
             for part in range(TAPS * parts):
                 tap = part // parts
                 k = part % parts * K + tl.arange(0, K)
@@ -147,30 +113,26 @@ def lstm_tiles_forward_kernel(
                 seen = active & (row >= up) & (column + right >= 0) & (column + right < width)
                 state = hidden_ptr + near[:, None] * units + k[None, :]
                 state = tl.load(state, seen[:, None] & (k < units)[None, :], other=0.0)
-                weights = weight_ptr + (tap * units + k)[:, None] * (4 * units) + u[None, :]
-                weights = load_gates(weights, 1, units, (k < units)[:, None] & (u < units)[None, :])
-                o, f, i, g = products(state, weights, (o, f, i, g), PRECISION)
-            from_o, from_f, from_i, from_g = widened(terms)
-            gates, cell, hidden = cell_forward((o + from_o, f + from_f, i + from_i, g + from_g), cell, FAST)
+                weights = weight_ptr + ((n % 4 * units + n // 4) * (TAPS * units))[:, None] + (tap * units + k)[None, :]
+                weights = tl.load(weights, (n // 4 < units)[:, None] & (k < units)[None, :], other=0.0)
+                sums = product(weights, tl.trans(state), sums, PRECISION)
+            gates = add_gates(terms, gates_of(sums, M, U))
+            gates, cell, hidden = cell_forward(gates, cell, FAST)
             tl.store(hidden_ptr + pixel[:, None] * units + u[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask)
             tl.store(cell_at, cell, mask)
             if activated_ptr is not None:
                 store_gates(activated_ptr + pixel[:, None] * (4 * units) + u[None, :], units, gates, mask)
-        finish_step(arrivals_ptr, (step + 1 - begin) * tl.num_programs(0), patience)
+        tl.debug_barrier()  # all threads have written their states, which the next step reads
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=("batch", "images"))
 def lstm_tiles_backward_kernel(
     grad_hidden_ptr,  # (B, h, H, W), strides below
     activated_ptr,  # (B, H, W, 4h) contiguous
     cell_ptr,  # (B, H, W, h) fp32 contiguous
-    weight_ptr,  # (taps, 4h, h) contiguous
+    weight_ptr,  # (h, taps, 4h) contiguous
     grad_gates_ptr,  # (B, H, W, 4h) contiguous, written and read
     grad_cell_ptr,  # fp32, (B, H, h), or (B, W, h) by rows, contiguous: of the pixel before, written and read
-    arrivals_ptr,  # as in the forward
-    begin,  # the steps of this launch, counted from the last one
-    end,
-    patience,
     batch,
     images,
     height,
@@ -193,27 +155,24 @@ def lstm_tiles_backward_kernel(
     strides = (grad_image_stride, grad_unit_stride, grad_row_stride, grad_column_stride)
     to_previous = -width if ROW_SCAN else 1 if REVERSE else -1
     last = height - 1 if ROW_SCAN else height + width - 2
-    first_image = tl.program_id(1) * images
+    first_image = tl.program_id(0) * images
     images = tl.minimum(images, batch - first_image)
     parts = tl.cdiv(4 * units, K)
-    for back in range(begin, end):
+    for back in range(last + 1):
         step = last - back
         tiles = tl.cdiv(images * pixels_of(step, height, width, ROW_SCAN), M)
-        for tile in range(tl.program_id(0), tiles * tl.cdiv(units, U), tl.num_programs(0)):
+        for tile in range(tiles * tl.cdiv(units, U)):
             m = tile % tiles * M + tl.arange(0, M)
             u = tile // tiles * U + tl.arange(0, U)
             image, row, column, x, pixel, active, begun = place(
                 m, step, first_image, images, height, width, ROW_SCAN, REVERSE
             )
             mask = active[:, None] & (u < units)[None, :]
-            from_layer, cell, previous, o, f, i, g = load_saved(
-                maps, strides, units, image, row, x, pixel, to_previous, begun, active, u
-            )
             lane = image.to(tl.int64) * width + column if ROW_SCAN else image.to(tl.int64) * height + row
             lane = grad_cell_ptr + lane[:, None] * units + u[None, :]
             continues = row < height - 1 if ROW_SCAN else column < width - 1
             grad_cell = tl.load(lane, mask & continues[:, None], other=0.0)
-            grad_hidden = tl.zeros((M, U), tl.float32)
+            sums = tl.zeros((U, M), tl.float32)
             for part in range(TAPS * parts):
                 tap = part // parts
                 k = part % parts * K + tl.arange(0, K)  # units of all four gates
@@ -222,43 +181,27 @@ def lstm_tiles_backward_kernel(
                 seen = active & (row + down < height) & (column - left >= 0) & (column - left < width)
                 grad = grad_gates_ptr + near[:, None] * (4 * units) + k[None, :]
                 grad = tl.load(grad, seen[:, None] & (k < 4 * units)[None, :], other=0.0)
-                weight = weight_ptr + (tap * 4 * units + k)[:, None] * units + u[None, :]
-                weight = tl.load(weight, (k < 4 * units)[:, None] & (u < units)[None, :], other=0.0)
-                grad_hidden = product(grad, weight, grad_hidden, PRECISION)
-            grad_hidden += from_layer.to(tl.float32)
+                weights = weight_ptr + (u * (TAPS * 4 * units))[:, None] + (tap * 4 * units + k)[None, :]
+                weights = tl.load(weights, (u < units)[:, None] & (k < 4 * units)[None, :], other=0.0)
+                sums = product(weights, tl.trans(grad), sums, PRECISION)
+            # Loaded before the products, these would take their layout: seven tiles are converted instead of one.
+            from_layer, cell, previous, o, f, i, g = load_saved(
+                maps, strides, units, image, row, x, pixel, to_previous, begun, active, u
+            )
+            grad_hidden = from_layer.to(tl.float32) + tl.trans(sums)
             grads, grad_cell = cell_backward(grad_hidden, grad_cell, widened((o, f, i, g)), cell, previous, FAST)
             store_gates(grad_gates_ptr + pixel[:, None] * (4 * units) + u[None, :], units, grads, mask)
             tl.store(lane, grad_cell, mask)
-        finish_step(arrivals_ptr, (back + 1 - begin) * tl.num_programs(0), patience)
+        tl.debug_barrier()  # all threads have written their gradients, which the next step reads
 
 
-def launches_of(choice: TileLaunch, sizes: list[int], batch: int, units: int) -> Iterator[tuple[Any, ...]]:
-    """(grid, begin, end, images of a group) of every launch; sizes: pixels of an image in each step."""
-    if choice.groups:
-        images = cdiv(batch, choice.groups)
-        yield (choice.programs, cdiv(batch, images)), 0, len(sizes), images
-        return
-    for step, count in enumerate(sizes):
-        yield (cdiv(batch * count, choice.M) * cdiv(units, choice.U), 1), step, step + 1, batch
-
-
-def walk(kernel: Any, pointers: tuple[Tensor | None, ...], maps: Tensor, strides: tuple[int, ...], choice: TileLaunch,
-         *, units: int, row_scan: bool, **constants: Any) -> None:  # fmt: skip
-    """Launches `kernel` for all steps; maps (B, ..., H, W) is the argument that the first of its strides are of."""
+def launch_tiles(kernel: Any, pointers: tuple[Tensor | None, ...], maps: Tensor, strides: tuple[int, ...],
+                 choice: TileLaunch, *, units: int, **constants: Any) -> None:  # fmt: skip
+    """maps (B, channels, H, W): the argument that the first of the strides are of."""
     batch, height, width = maps.shape[0], *maps.shape[2:]
-    # A diagonal's number of pixels is the same from both ends.
-    diagonals = height + width - 1
-    sizes = [width] * height if row_scan else [min(d + 1, height, width, diagonals - d) for d in range(diagonals)]
-    arrivals = None
-    if choice.programs > 1:
-        arrivals = torch.zeros(choice.groups, COUNTERS.value, dtype=torch.int32, device=maps.device)
-    constants = {"ROW_SCAN": row_scan, **constants_of(choice, maps), **constants}
-    first, last = (*pointers, arrivals), (height, width, units, *maps.stride(), *strides)
-    step = None
-    for grid, begin, end, images in launches_of(choice, sizes, batch, units):
-        args = (*first, begin, end, choice.patience, batch, images, *last)
-        step = step or prepare(kernel, args, constants)  # all steps are of one kind: what differs is in VARYING
-        step(grid, args)
+    images = cdiv(batch, choice.programs)
+    args = (*pointers, batch, images, height, width, units, *maps.stride(), *strides)
+    launch(kernel, (cdiv(batch, images),), args, {**constants_of(choice, maps), **constants})
 
 
 def forward_by_tiles(
@@ -275,16 +218,15 @@ def forward_by_tiles(
     """Fills hidden (B, h, H, W) and, where they are given, activated and cell, all channels-last."""
     batch, _, height, width = gates.shape
     units, taps = weight.shape[1:]
-    packed = weight.permute(2, 1, 0).contiguous()
+    packed = weight.permute(0, 2, 1).contiguous()
     strides = (height * width * units, width * units, units)
     if cell is None:  # one row is kept, or one pixel of each row
         lanes = width if row_scan else height
         cell = gates.new_empty((batch, lanes, units), dtype=torch.float32)
         strides = (lanes * units, 0, units) if row_scan else (lanes * units, units, 0)
-    walk(
-        lstm_tiles_forward_kernel, (gates, packed, hidden, activated, cell), gates, strides, choice,
-        units=units, row_scan=row_scan, REVERSE=reverse, TAPS=taps, K=choice.K,
-    )  # fmt: skip
+    pointers = (gates, packed, hidden, activated, cell)
+    constants = {"ROW_SCAN": row_scan, "REVERSE": reverse, "TAPS": taps, "K": choice.K}
+    launch_tiles(lstm_tiles_forward_kernel, pointers, gates, strides, choice, units=units, **constants)
 
 
 def backward_by_tiles(
@@ -300,12 +242,11 @@ def backward_by_tiles(
 ) -> None:
     """Fills grad_gates (B, 4h, H, W), channels-last as activated and cell are."""
     batch, units, height, width = grad_hidden.shape
-    packed = weight.permute(2, 0, 1).contiguous()
+    packed = weight.permute(1, 2, 0).contiguous()
     grad_cell = cell.new_empty(batch, width if row_scan else height, units)
-    walk(
-        lstm_tiles_backward_kernel, (grad_hidden, activated, cell, packed, grad_gates, grad_cell), grad_hidden, (),
-        choice, units=units, row_scan=row_scan, REVERSE=reverse, TAPS=weight.shape[2], K=2 * choice.K,
-    )  # fmt: skip
+    pointers = (grad_hidden, activated, cell, packed, grad_gates, grad_cell)
+    constants = {"ROW_SCAN": row_scan, "REVERSE": reverse, "TAPS": weight.shape[2], "K": 2 * choice.K}
+    launch_tiles(lstm_tiles_backward_kernel, pointers, grad_hidden, (), choice, units=units, **constants)
 
 
 CATALOGUE = tile_entries(lstm_tiles_forward_kernel, 1) + tile_entries(lstm_tiles_backward_kernel, 2)

@@ -6,15 +6,14 @@ log-variance v:
     z  = m + exp(clip(v) / 2) * eps                       clip to [-100, 80]
     kl = (exp(clip(v)) - 1 - min(v, 80) + m^2) / 2        not below free_bits, summed over the columns
 
-Noise is not stored: four neighbours of a row share one Philox counter, row * ceil(D / 4) + column // 4, so that
-the backward kernel draws the same numbers again, and neither tile sizes nor dtypes change them.
+Noise is not stored: four neighbours share one Philox counter, (row * D + column) // 4, so that the backward kernel
+draws the same numbers again, and neither tile sizes nor dtypes change them.
 Traffic in fp32: 12 bytes an element forward (read m, v; write z), 20 backward (read dz, m, v; write dm, dv).
+
+Tiles are (ROWS, OUT, IN); what their numbers are, and the constants, say `Rows` and `Tiles` in `layout`.
 """
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -24,122 +23,71 @@ from torch import Tensor
 from fastgen.kernels.catalogue_entry import Entry
 from fastgen.kernels.common import cdiv, launch, next_power_of_2
 from fastgen.kernels.maps import empty_in_order, order_of
+from fastgen.kernels.vae.entries import entry
+from fastgen.kernels.vae.gaussian import exp_of_half, expm1_minus, limited, normal_of_counter, twice_kl
+from fastgen.kernels.vae.layout import TILE, as_rows, tiles_of
 
-MIN_LOGVAR = tl.constexpr(-100.0)
-MAX_LOGVAR = tl.constexpr(80.0)
 MAX_FLOAT = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
-def exp_of_half(x):
-    """exp(x / 2) for x in [-174, 176] to 2 units in the last place: `tl.exp` alone loses 5e-6 at x = 160 on a GPU."""
-    shifted = x * 0.7213475204444817 + 12583039.0  # 2^23 + 2^22 + 127: rounds, and leaves n + 127 in the last bits
-    n = shifted - 12583039.0
-    r = (x - n * 1.38629150390625) - n * 2.857213640618834e-06  # x - n * 2 ln 2, the first product exact
-    power = (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)  # 2^n
-    return tl.exp2(r * 0.7213475204444817) * power
+def begin_of(row, columns, ODD: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where in a dense tensor the group of numbers begins that a row begins in, and how far into it."""
+    first = row * columns
+    if ODD or ALIGNED > 0:
+        GROUP: tl.constexpr = ALIGNED if ALIGNED > 0 else 4
+        return first // GROUP * GROUP, (first % GROUP).to(tl.int32)
+    return first, tl.zeros_like(row).to(tl.int32)
 
 
 @triton.jit
-def expm1_minus(x, root):
-    """exp(x) - 1 - x for x in [-100, 80], never negative, without cancellation near 0: Taylor series within 1 of it.
-
-    root: exp(x / 2). Where its square leaves the normal floats, it is lost beside 1.
-    """
-    series = 1.0 / 3628800
-    series = series * x + 1.0 / 362880
-    series = series * x + 1.0 / 40320
-    series = series * x + 1.0 / 5040
-    series = series * x + 1.0 / 720
-    series = series * x + 1.0 / 120
-    series = series * x + 1.0 / 24
-    series = series * x + 1.0 / 6
-    series = series * x + 0.5
-    return tl.where(tl.abs(x) < 1.0, series * x * x, root * root - 1.0 - x)
-
-
-@triton.jit
-def limited(v):
-    """The log-variance limited to its range, and how far it lies below it (negative); NaN stays."""
-    above = tl.maximum(v, MIN_LOGVAR, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(above, MAX_LOGVAR, propagate_nan=tl.PropagateNan.ALL), v - above
-
-
-@triton.jit
-def twice_kl(m, below, excess):
-    """exp(clip(v)) - 1 - min(v, 80) + m^2, twice the nats; excess: `expm1_minus` of the clipped v.
-
-    The linear term alone goes on below the range.
-    """
-    return excess - below + m * m
-
-
-@triton.jit
-def radius_of(word):
-    """sqrt(-2 log u) of a random 32-bit word, u = (word + 1/2) / 2^32: at most 6.8."""
-    uniform = word.to(tl.uint32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-    # u = 2^k * (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), and -2 log(1 + f) / f as a polynomial, to 2e-7 of it.
-    bits = uniform.to(tl.int32, bitcast=True)
-    k = (bits - 0x3F3504F3) >> 23
-    f = (bits - (k << 23)).to(tl.float32, bitcast=True) - 1.0
-    series = 0.20268139 * f - 0.32468414
-    series = series * f + 0.34494033
-    series = series * f - 0.39797127
-    series = series * f + 0.49940142
-    series = series * f - 0.66670227
-    series = series * f + 1.0000073
-    series = series * f - 1.9999999
-    return tl.sqrt(series * f - 1.3862943611198906 * k.to(tl.float32))
-
-
-@triton.jit
-def box_muller(word0, word1):
-    """Two independent standard normals from two random 32-bit words (Box & Muller 1958), at most 6.8 in size.
-
-    The angle is one of four quarter turns plus one in [-pi/4, pi/4), where short series reach float32 precision; the
-    library's cosine would bring a slow path for huge angles that spills registers.
-    """
-    radius = radius_of(word0)
-    turn = word1.to(tl.int32, bitcast=True)
-    angle = turn.to(tl.float32) * 3.657291918165171e-10  # pi / 4 / 2^31
-    q = angle * angle
-    cosine = 1.0 + q * (-1 / 2 + q * (1 / 24 + q * (-1 / 720 + q * (1 / 40320))))
-    sine = angle * (1.0 + q * (-1 / 6 + q * (1 / 120 + q * (-1 / 5040 + q * (1 / 362880)))))
-    swap = (turn & 1) == 1
-    sign = tl.where((turn & 2) == 2, -radius, radius)
-    return sign * tl.where(swap, -sine, cosine), sign * tl.where(swap, cosine, sine)
-
-
-@triton.jit
-def tile_noise(seed, row, column, columns):
-    """Standard normals for rows (ROWS, 1) and the first columns (1, COLS / 4) of groups of four: (ROWS, COLS).
-
-    Seven rounds of Philox are the fewest that pass BigCrush (Salmon et al. 2011, table 2).
-    """
-    counter = row * ((columns + 3) // 4) + column // 4
-    word0, word1, word2, word3 = tl.randint4x(seed, counter, n_rounds=7)
-    n0, n1 = box_muller(word0, word1)
-    n2, n3 = box_muller(word2, word3)
-    grouped = tl.join(tl.join(n0, n2), tl.join(n1, n3))
-    return tl.reshape(grouped, (counter.shape[0], counter.shape[1] * 4))
-
-
-@triton.jit
-def tile_offsets(row, column, inner, row_stride, outer_stride, inner_stride, FLAT: tl.constexpr):
-    """Element offsets of a tile, in 64 bits: a row is (outer, inner), or a single dimension if FLAT."""
-    if FLAT:
-        return row * row_stride + column.to(tl.int64) * inner_stride
-    outer = (column // inner).to(tl.int64)
-    return row * row_stride + outer * outer_stride + (column % inner).to(tl.int64) * inner_stride
-
-
-@triton.jit
-def first_column(tile, tiles, columns, COLS: tl.constexpr, WIDE: tl.constexpr):
-    """Of a program's tile. Columns are counted in 32 bits unless there are too many: to divide 64 bits is slow."""
-    of_program = tl.program_id(1)
+def places_of(tile, tiles, inner, STEP: tl.constexpr, WIDE: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr):
+    """Every STEP-th number of a program's tile: its place behind the beginning of the row; of a tile of two dimensions
+    the outer and inner ones too."""
+    number = tl.program_id(1)
     if WIDE:
-        of_program = of_program.to(tl.int64)
-    return (of_program * tiles + tile) * COLS
+        number = number.to(tl.int64)
+    number = number * tiles + tile
+    within = (STEP * tl.arange(0, IN // STEP))[None, None, :]
+    if OUT > 1:
+        across = (inner + IN - 1) // IN
+        outer = number // across * OUT + tl.arange(0, OUT)[None, :, None]
+        within = number % across * IN + within
+        place = outer * inner + within
+    else:
+        place = number * IN + within
+        outer = place
+    return place, outer, within
+
+
+@triton.jit
+def masks_of(place, outer, within, ahead, row, rows, columns, outers, inner, ALIGNED: tl.constexpr, OUT: tl.constexpr):
+    """What of a tile belongs to its rows; and what is read and written, with ALIGNED groups in whole: what their
+    neighbours have in common two rows write alike."""
+    column = place - ahead
+    own = (row < rows) & (column >= 0) & (column < columns)
+    inside = own
+    if OUT > 1:
+        own = (row < rows) & (outer < outers) & (within < inner)
+        inside = own
+    elif ALIGNED > 0:
+        inside = (row < rows) & (place // ALIGNED * ALIGNED < columns + ahead)
+    return own, inside
+
+
+@triton.jit
+def offsets(flat, row, place, outer, within, ahead, inner, strides, ALIGNED: tl.constexpr, DIVIDED: tl.constexpr,
+            OUT: tl.constexpr):  # fmt: skip
+    """Of a tile in a tensor of any strides, in 64 bits; flat: in one that is dense."""
+    if ALIGNED > 0:
+        return flat
+    column = place - ahead
+    if OUT > 1:
+        return row * strides[0] + outer.to(tl.int64) * strides[1] + within.to(tl.int64) * strides[2]
+    if DIVIDED:
+        along = (column // inner).to(tl.int64) * strides[1]
+        return row * strides[0] + along + (column % inner).to(tl.int64) * strides[2]
+    return row * strides[0] + column.to(tl.int64) * strides[2]
 
 
 @triton.jit
@@ -152,7 +100,8 @@ def reparameterize_kl_forward_kernel(
     kl_ptr,  # (B, gridDim.y) fp32, written: each program's part of its rows' sums
     rows,
     columns,
-    inner,  # length of the last of a row's two dimensions
+    outers,  # lengths of a row's two dimensions
+    inner,
     mu_row_stride,
     mu_outer_stride,
     mu_inner_stride,
@@ -162,45 +111,49 @@ def reparameterize_kl_forward_kernel(
     eps_row_stride,
     eps_outer_stride,
     eps_inner_stride,
-    tiles,  # tiles of COLS columns for one program
+    tiles,  # of a program
     free_bits,
-    FLAT: tl.constexpr,
-    FOURS: tl.constexpr,
-    WIDE: tl.constexpr,
     ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    ODD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    FOURS: tl.constexpr,
+    DIVIDED: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    if FOURS:  # so that the compiler knows rows to begin at multiples of four, and loads four at a time
-        columns *= 4
-        mu_row_stride *= 4
-        logvar_row_stride *= 4
-        eps_row_stride *= 4
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    total = tl.zeros((ROWS, COLS), tl.float32)
+    UNIT: tl.constexpr = 4 if FOURS else 1  # so that the compiler knows rows to begin at multiples of four
+    columns *= UNIT
+    mu_strides = (mu_row_stride * UNIT, mu_outer_stride, mu_inner_stride)
+    logvar_strides = (logvar_row_stride * UNIT, logvar_outer_stride, logvar_inner_stride)
+    eps_strides = (eps_row_stride * UNIT, eps_outer_stride, eps_inner_stride)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None]
+    begin, ahead = begin_of(row, columns, ODD, ALIGNED)
+    total = tl.zeros((ROWS, OUT, IN), tl.float32)
     if eps_ptr is None:
         seed = tl.load(seed_ptr)
     for tile in range(tiles):
-        start = first_column(tile, tiles, columns, COLS, WIDE)
-        column = (start + tl.arange(0, COLS))[None, :]
-        inside = (row < rows) & (column < columns)
-        at_mu = tile_offsets(row, column, inner, mu_row_stride, mu_outer_stride, mu_inner_stride, FLAT)
-        at_logvar = tile_offsets(row, column, inner, logvar_row_stride, logvar_outer_stride, logvar_inner_stride, FLAT)
+        place, outer, within = places_of(tile, tiles, inner, 1, WIDE, OUT, IN)
+        own, inside = masks_of(place, outer, within, ahead, row, rows, columns, outers, inner, ALIGNED, OUT)
+        at = offsets(begin + place, row, place, outer, within, ahead, inner, (columns, inner, 1), ALIGNED, DIVIDED, OUT)
+        at_mu = offsets(at, row, place, outer, within, ahead, inner, mu_strides, ALIGNED, DIVIDED, OUT)
+        at_logvar = offsets(at, row, place, outer, within, ahead, inner, logvar_strides, ALIGNED, DIVIDED, OUT)
         m = tl.load(mu_ptr + at_mu, inside, other=0.0).to(tl.float32)
         v = tl.load(logvar_ptr + at_logvar, inside, other=0.0).to(tl.float32)
         if eps_ptr is None:
-            group = (start + 4 * tl.arange(0, COLS // 4))[None, :]
-            eps = tile_noise(seed, row, group, columns)
+            fourth, _, _ = places_of(tile, tiles, inner, 4, WIDE, OUT, IN)
+            eps = normal_of_counter(seed, (begin >> 2) + (fourth >> 2))
         else:
-            at_eps = tile_offsets(row, column, inner, eps_row_stride, eps_outer_stride, eps_inner_stride, FLAT)
+            at_eps = offsets(at, row, place, outer, within, ahead, inner, eps_strides, ALIGNED, DIVIDED, OUT)
             eps = tl.load(eps_ptr + at_eps, inside, other=0.0).to(tl.float32)
         clipped, below = limited(v)
         scale = exp_of_half(clipped)
         z = m + scale * eps
-        tl.store(z_ptr + row * columns + column, z.to(z_ptr.dtype.element_ty), inside)
+        tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), inside)
         kl = 0.5 * twice_kl(m, below, expm1_minus(clipped, scale))
         kl = tl.maximum(kl, free_bits, propagate_nan=tl.PropagateNan.ALL)
-        total += tl.where(inside, kl, 0.0)
-    part = tl.sum(total, axis=1)
+        total += tl.where(own, kl, 0.0)
+    part = tl.sum(tl.reshape(total, (ROWS, OUT * IN)), axis=1)
     part = tl.where(part > MAX_FLOAT, MAX_FLOAT, part)
     row_1d = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     tl.store(kl_ptr + row_1d * tl.num_programs(1) + tl.program_id(1), part, row_1d < rows)
@@ -236,11 +189,11 @@ def reparameterize_kl_backward_kernel(
     grad_eps_ptr,
     rows,
     columns,
+    outers,
     inner,
     grad_z_row_stride,
     grad_z_outer_stride,
     grad_z_inner_stride,
-    grad_kl_stride,
     mu_row_stride,
     mu_outer_stride,
     mu_inner_stride,
@@ -250,59 +203,70 @@ def reparameterize_kl_backward_kernel(
     eps_row_stride,
     eps_outer_stride,
     eps_inner_stride,
+    grad_kl_stride,
     tiles,
     free_bits,
-    FLAT: tl.constexpr,
-    FOURS: tl.constexpr,
-    WIDE: tl.constexpr,
     ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    ODD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    FOURS: tl.constexpr,
+    DIVIDED: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    if FOURS:
-        columns *= 4
-        grad_z_row_stride *= 4
-        mu_row_stride *= 4
-        logvar_row_stride *= 4
-        eps_row_stride *= 4
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    UNIT: tl.constexpr = 4 if FOURS else 1
+    columns *= UNIT
+    grad_z_strides = (grad_z_row_stride * UNIT, grad_z_outer_stride, grad_z_inner_stride)
+    mu_strides = (mu_row_stride * UNIT, mu_outer_stride, mu_inner_stride)
+    logvar_strides = (logvar_row_stride * UNIT, logvar_outer_stride, logvar_inner_stride)
+    eps_strides = (eps_row_stride * UNIT, eps_outer_stride, eps_inner_stride)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None]
+    begin, ahead = begin_of(row, columns, ODD, ALIGNED)
     if grad_kl_ptr is not None:
-        grad_of_row = tl.load(grad_kl_ptr + row * grad_kl_stride, row < rows, other=0.0).to(tl.float32)
+        grad_at = grad_kl_ptr + row * grad_kl_stride
+        grad_of_row = tl.load(grad_at, row < rows, other=0.0).to(tl.float32)
+        if ALIGNED > 0:  # of the neighbours that share a group with the row
+            begins, ends = tl.program_id(1) == 0, (tl.program_id(1) + 1) * tiles * IN > columns
+            grad_before = tl.load(grad_at - grad_kl_stride, begins & (row > 0) & (row < rows), other=0.0).to(tl.float32)
+            grad_after = tl.load(grad_at + grad_kl_stride, ends & (row + 1 < rows), other=0.0).to(tl.float32)
     if eps_ptr is None:
         seed = tl.load(seed_ptr)
     for tile in range(tiles):
-        start = first_column(tile, tiles, columns, COLS, WIDE)
-        column = (start + tl.arange(0, COLS))[None, :]
-        inside = (row < rows) & (column < columns)
-        at_mu = tile_offsets(row, column, inner, mu_row_stride, mu_outer_stride, mu_inner_stride, FLAT)
-        at_logvar = tile_offsets(row, column, inner, logvar_row_stride, logvar_outer_stride, logvar_inner_stride, FLAT)
+        place, outer, within = places_of(tile, tiles, inner, 1, WIDE, OUT, IN)
+        _, inside = masks_of(place, outer, within, ahead, row, rows, columns, outers, inner, ALIGNED, OUT)
+        at = offsets(begin + place, row, place, outer, within, ahead, inner, (columns, inner, 1), ALIGNED, DIVIDED, OUT)
+        at_mu = offsets(at, row, place, outer, within, ahead, inner, mu_strides, ALIGNED, DIVIDED, OUT)
+        at_logvar = offsets(at, row, place, outer, within, ahead, inner, logvar_strides, ALIGNED, DIVIDED, OUT)
         m = tl.load(mu_ptr + at_mu, inside, other=0.0).to(tl.float32)
         v = tl.load(logvar_ptr + at_logvar, inside, other=0.0).to(tl.float32)
         clipped, below = limited(v)
         scale = exp_of_half(clipped)
-        grad_mu = tl.zeros((ROWS, COLS), tl.float32)
-        grad_logvar = tl.zeros((ROWS, COLS), tl.float32)
-        at = row * columns + column
+        grad_mu = tl.zeros((ROWS, OUT, IN), tl.float32)
+        grad_logvar = tl.zeros((ROWS, OUT, IN), tl.float32)
         if grad_z_ptr is not None:
-            at_grad = tile_offsets(
-                row, column, inner, grad_z_row_stride, grad_z_outer_stride, grad_z_inner_stride, FLAT
-            )
+            at_grad = offsets(at, row, place, outer, within, ahead, inner, grad_z_strides, ALIGNED, DIVIDED, OUT)
             grad_mu = tl.load(grad_z_ptr + at_grad, inside, other=0.0).to(tl.float32)
             grad_eps = grad_mu * scale
             if grad_eps_ptr is not None:
                 tl.store(grad_eps_ptr + at, grad_eps.to(grad_eps_ptr.dtype.element_ty), inside)
             if grad_logvar_ptr is not None:
                 if eps_ptr is None:
-                    group = (start + 4 * tl.arange(0, COLS // 4))[None, :]
-                    eps = tile_noise(seed, row, group, columns)
+                    fourth, _, _ = places_of(tile, tiles, inner, 4, WIDE, OUT, IN)
+                    eps = normal_of_counter(seed, (begin >> 2) + (fourth >> 2))
                 else:
-                    at_eps = tile_offsets(row, column, inner, eps_row_stride, eps_outer_stride, eps_inner_stride, FLAT)
+                    at_eps = offsets(at, row, place, outer, within, ahead, inner, eps_strides, ALIGNED, DIVIDED, OUT)
                     eps = tl.load(eps_ptr + at_eps, inside, other=0.0).to(tl.float32)
                 # Outside the range z no longer depends on the log-variance.
                 grad_logvar = tl.where(clipped == v, grad_eps * eps, 0.0)
         if grad_kl_ptr is not None:
             # Outside the range the slope of its end goes on, so that the KL can pull the log-variance back.
             excess = expm1_minus(clipped, scale)
-            grad_kl = tl.where(twice_kl(m, below, excess) < 2 * free_bits, 0.0, grad_of_row)
+            grad_kl = grad_of_row
+            if ALIGNED > 0:
+                after = tl.where(place - ahead >= columns, grad_after, grad_of_row)
+                grad_kl = tl.where(place < ahead, grad_before, after)
+            grad_kl = tl.where(twice_kl(m, below, excess) < 2 * free_bits, 0.0, grad_kl)
             grad_mu += grad_kl * m
             grad_logvar += grad_kl * (excess + clipped)
         if grad_mu_ptr is not None:
@@ -311,119 +275,24 @@ def reparameterize_kl_backward_kernel(
             tl.store(grad_logvar_ptr + at, (0.5 * grad_logvar).to(grad_logvar_ptr.dtype.element_ty), inside)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Tile of one program, and how many programs share a row; `tiles` is the number of tiles each of them walks."""
-
-    ROWS: int
-    COLS: int
-    splits: int
-    tiles: int
-
-    @functools.cached_property
-    def constants(self) -> dict[str, Any]:
-        """WIDE: columns are counted in 64 bits."""
-        wide = self.splits * self.tiles * self.COLS >= 2**31
-        return {"ROWS": self.ROWS, "COLS": self.COLS, "WIDE": wide, "num_warps": 4}
-
-
-TILE = 1024  # 8 elements a thread: two 16-byte loads of each fp32 input in flight
-PROGRAMS = 1024  # enough to fill the chip; fixed, so that sums do not depend on the device
-
-
-def launch_configuration(rows: int, columns: int) -> Choice:
-    """Wide rows get a tile each, short ones share it. Rows are split where there are too few of them for the chip."""
-    return _configuration(rows, columns, PROGRAMS)
-
-
-@functools.lru_cache(4096)
-def _configuration(rows: int, columns: int, programs: int) -> Choice:
-    tile_columns = min(next_power_of_2(max(columns, 4)), TILE)
-    tile_rows = TILE // tile_columns
-    tiles = cdiv(columns, tile_columns)
-    splits = min(cdiv(programs, cdiv(rows, tile_rows)), tiles)
-    per_program = cdiv(tiles, splits)
-    return Choice(tile_rows, tile_columns, cdiv(tiles, per_program), per_program)
-
-
-Strides = tuple[int, ...]
-
-
-@functools.lru_cache(4096)
-def rows_of(shape: tuple[int, ...], *strides: Strides | None) -> tuple[int, bool, tuple[Strides, ...]] | None:
-    """Tensors of one shape (B, D...) as rows of at most two dimensions (outer, inner), shared by all of them.
-
-    Returns:
-        The inner length, whether one dimension is enough, and (row, outer, inner) strides of each tensor (zeros for an
-        absent one); or None where their layouts together need more than two dimensions.
-    """
-    present = [stride for stride in strides if stride is not None]
-    merged: list[tuple[int, list[int]]] = []
-    for axis in range(1, len(shape)):
-        steps = [stride[axis] for stride in present]
-        if shape[axis] == 1:
-            continue
-        if merged and all(last == s * shape[axis] for last, s in zip(merged[-1][1], steps, strict=True)):
-            merged[-1] = (merged[-1][0] * shape[axis], steps)
-        else:
-            merged.append((shape[axis], steps))
-    if len(merged) > 2:
-        return None
-    (_, outer), (inner_length, inner) = ([(1, [0] * len(present))] * 2 + merged)[-2:]
-    found = iter(zip([stride[0] for stride in present], outer, inner, strict=True))
-    return inner_length, len(merged) <= 1, tuple((0, 0, 0) if stride is None else next(found) for stride in strides)
-
-
-def as_rows(*tensors: Tensor | None) -> tuple[tuple[Tensor | None, ...], int, bool, tuple[Strides, ...]]:
-    """The tensors, copied only if their layouts together need more than two dimensions, and their `rows_of`."""
-    shape = next(tensor.shape for tensor in tensors if tensor is not None)
-    found = rows_of(tuple(shape), *(None if tensor is None else tensor.stride() for tensor in tensors))
-    if found is None:
-        return as_rows(*(None if tensor is None else tensor.contiguous() for tensor in tensors))
-    return tensors, *found
-
-
-def in_order(order: tuple[int, ...], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Views whose last dimension is the fastest in memory."""
-    if order == tuple(range(len(order))):
-        return tensors
-    return tuple(None if tensor is None else tensor.permute(order) for tensor in tensors)
-
-
-def numbers_of(columns: int, inner: int, flat: bool, strides: tuple[Strides, ...]) -> tuple[list[int], bool]:
-    """columns, inner and the strides, the former and those of rows in fours if all are multiples of four, but not of
-    sixteen, which the compiler sees for itself; and whether it is so."""
-    rows = [columns, *(stride[0] for stride in strides)]
-    fours = flat and all(n % 4 == 0 for n in rows) and any(n % 16 for n in rows)
-    unit = 4 if fours else 1
-    numbers = [columns // unit, inner]
-    for row, *rest in strides:
-        numbers += [row // unit, *rest]
-    return numbers, fours
-
-
 def forward(mu: Tensor, logvar: Tensor, eps: Tensor | None, seed: Tensor, free_bits: float) -> tuple[Tensor, Tensor]:
     """z like mu, dense, and kl (B,) fp32, of mu, logvar and eps (B, D...)."""
     order = order_of(mu)
     z = empty_in_order(mu, order, mu.dtype if mu.dtype == logvar.dtype else torch.promote_types(mu.dtype, logvar.dtype))
-    rows, size = mu.shape[0], mu.numel()
-    if size == 0:
-        return z, torch.zeros(rows, dtype=torch.float32, device=mu.device)
-    columns = size // rows
-    choice = launch_configuration(rows, columns)
-    inputs, inner, flat, strides = as_rows(*in_order(order, mu, logvar, eps))
-    numbers, fours = numbers_of(columns, inner, flat, strides)
-    parts = torch.empty(rows, choice.splits, dtype=torch.float32, device=mu.device)
-    args = (*inputs, seed, z, parts, rows, *numbers, choice.tiles, float(free_bits))
-    constants = {"FLAT": flat, "FOURS": fours, **choice.constants}
-    launch(reparameterize_kl_forward_kernel, (cdiv(rows, choice.ROWS), choice.splits), args, constants)
-    if choice.splits == 1:
-        return z, parts.view(rows)
-    kl = torch.empty(rows, dtype=torch.float32, device=mu.device)
-    width = next_power_of_2(choice.splits)
+    if mu.numel() == 0:
+        return z, torch.zeros(mu.shape[0], dtype=torch.float32, device=mu.device)
+    inputs, rows = as_rows(order, mu, logvar, eps)
+    tiles = tiles_of(rows, min(mu.element_size(), logvar.element_size()))
+    parts = torch.empty(rows.rows, tiles.splits, dtype=torch.float32, device=mu.device)
+    args = (*inputs, seed, z, parts, *tiles.numbers(rows), tiles.tiles, float(free_bits))
+    launch(reparameterize_kl_forward_kernel, (cdiv(rows.rows, tiles.ROWS), tiles.splits), args, tiles.constants)
+    if tiles.splits == 1:
+        return z, parts.view(-1)
+    kl = torch.empty(rows.rows, dtype=torch.float32, device=mu.device)
+    width = next_power_of_2(tiles.splits)
     height = max(1, TILE // width)
-    args = (parts, kl, rows, choice.splits)
-    launch(reparameterize_kl_sum_kernel, (cdiv(rows, height),), args, {"ROWS": height, "PARTS": width})
+    args = (parts, kl, rows.rows, tiles.splits)
+    launch(reparameterize_kl_sum_kernel, (cdiv(rows.rows, height),), args, {"ROWS": height, "PARTS": width})
     return z, kl
 
 
@@ -439,61 +308,36 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of mu, logvar and eps, in the order of mu's memory, None where `needs` says that they are not asked
     for."""
-    rows, size, order = mu.shape[0], mu.numel(), order_of(mu)
+    order = order_of(mu)
     grads = [
         empty_in_order(x, order, x.dtype) if x is not None and needed else None
         for x, needed in zip((mu, logvar, eps), needs, strict=True)
     ]
-    if size == 0:
+    if mu.numel() == 0:
         return grads[0], grads[1], grads[2]
     if grad_z is None and grads[2] is not None:
         grads[2].zero_()
-    columns = size // rows
-    choice = launch_configuration(rows, columns)
-    tensors, inner, flat, strides = as_rows(*in_order(order, grad_z, mu, logvar, eps))
-    numbers, fours = numbers_of(columns, inner, flat, strides)
-    numbers.insert(5, 0 if grad_kl is None else grad_kl.stride(0))  # behind the strides of grad_z
-    args = (tensors[0], grad_kl, *tensors[1:], seed, *grads, rows, *numbers, choice.tiles, float(free_bits))
-    constants = {"FLAT": flat, "FOURS": fours, **choice.constants}
-    launch(reparameterize_kl_backward_kernel, (cdiv(rows, choice.ROWS), choice.splits), args, constants)
+    (grad_z, *inputs), rows = as_rows(order, grad_z, mu, logvar, eps)
+    tiles = tiles_of(rows, min(mu.element_size(), logvar.element_size()))
+    numbers = (*tiles.numbers(rows), 0 if grad_kl is None else grad_kl.stride(0), tiles.tiles)
+    args = (grad_z, grad_kl, *inputs, seed, *grads, *numbers, float(free_bits))
+    launch(reparameterize_kl_backward_kernel, (cdiv(rows.rows, tiles.ROWS), tiles.splits), args, tiles.constants)
     return grads[0], grads[1], grads[2]
-
-
-def _entry(
-    kernel, dtype: str, rows: int, columns: int, *, eps_given: bool, flat: bool = True, fours: bool = False
-) -> Entry:
-    """Rows are contiguous (flat) or have two strides, as the halves of a channels-last tensor."""
-    fixed: dict[str, Any] = {"FLAT": flat, "FOURS": fours, "WIDE": False, "ROWS": rows, "COLS": columns}
-    fixed |= {f"{name}_inner_stride": 1 for name in ("mu", "logvar", "grad_z", "eps")}
-    if not eps_given:
-        fixed |= {"eps_ptr": None, "grad_eps_ptr": None}
-    fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
-    kinds = {"seed_ptr": "*i64", "kl_ptr": "*fp32", "grad_kl_ptr": "*fp32", "free_bits": "fp32"}
-    signature = {
-        name: kinds.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
-        for name in kernel.arg_names
-        if name not in fixed
-    }
-    suffixes = () if fours else ("columns", "row_stride", "outer_stride", "inner")
-    aligned = tuple(name for name in signature if name.endswith(suffixes))
-    layout = "two strides" if not flat else "flat in fours" if fours else "flat"
-    config = f"{dtype} {rows}x{columns}, eps {'given' if eps_given else 'drawn'}, {layout}"
-    # ptxas stops at 72 of 255 registers for sm_100, whatever is taken out of the loop: two words, hit in L1.
-    spills = {"sm_100": 8} if kernel is reparameterize_kl_backward_kernel and not eps_given else {}
-    reason = "a choice of ptxas for sm_100, far from the register limit" if spills else ""
-    return Entry(kernel, config, signature, fixed, aligned=aligned, spills=spills, reason=reason)
 
 
 SUM_SIGNATURE = {"part_ptr": "*fp32", "kl_ptr": "*fp32", "rows": "i32", "parts": "i32"}
 CATALOGUE = [
-    entry
+    made
     for kernel in (reparameterize_kl_forward_kernel, reparameterize_kl_backward_kernel)
-    for entry in (
-        _entry(kernel, "fp32", 1, 1024, eps_given=False),
-        _entry(kernel, "bf16", 1, 1024, eps_given=False),
-        _entry(kernel, "fp32", 32, 32, eps_given=False, fours=True),
-        _entry(kernel, "fp32", 1, 1024, eps_given=False, flat=False),
-        _entry(kernel, "fp32", 32, 32, eps_given=True, flat=False),
+    for made in (
+        entry(kernel, "fp32", 1, 1, 1024, eps_given=False),
+        entry(kernel, "bf16", 1, 1, 1024, eps_given=False),
+        entry(kernel, "fp32", 32, 1, 32, eps_given=False, FOURS=True),
+        entry(kernel, "fp32", 1, 1, 1024, eps_given=False, ODD=True, ALIGNED=8),
+        entry(kernel, "bf16", 1, 1, 1024, eps_given=False, ODD=True, ALIGNED=16),
+        entry(kernel, "fp32", 1, 32, 32, eps_given=False),
+        entry(kernel, "bf16", 1, 32, 32, eps_given=True),
+        entry(kernel, "fp32", 1, 1, 1024, eps_given=True, ODD=True, DIVIDED=True),
     )
 ] + [
     Entry(reparameterize_kl_sum_kernel, "1x1024", SUM_SIGNATURE, {"ROWS": 1, "PARTS": 1024}),

@@ -36,7 +36,7 @@ def truth(variables, **options):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(5,), (1, 1), (3, 37), (2, 2, 3, 5), (67, 3), (2, 2500)])
+@pytest.mark.parametrize("shape", [(5,), (1, 1), (3, 37), (16, 37), (2, 2, 3, 5), (67, 3), (2, 2500)])
 def test_values_and_gradients_equal_float64(shape, dtype, impl, device):
     variables = inputs(shape, dtype, device)
     mu, logvar, eps = variables
@@ -143,13 +143,30 @@ def test_layout_changes_nothing(layout, device):
 
 
 def test_halves_and_channels_last_are_not_copied():
-    from fastgen.kernels.vae.reparameterize_kl import as_rows
+    from fastgen.kernels.vae.layout import Rows, as_rows
 
     half = torch.randn(2, 6, 4, 5).chunk(2, dim=1)[1]
     last = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
-    assert as_rows(half, None) == ((half, None), 60, True, ((120, 0, 1), (0, 0, 0)))
-    tensors, inner, flat, strides = as_rows(half, last)
-    assert (inner, flat) == (20, False) and tensors[1] is last and strides[1] == (60, 1, 3)
+    assert as_rows((0, 1, 2, 3), half, None) == ((half, None), Rows(2, 1, 60, ((120, 0, 1), None)))
+    tensors, rows = as_rows((0, 1, 2, 3), half, last)
+    assert tensors[1] is last and rows == Rows(2, 3, 20, ((120, 20, 1), (60, 1, 3)))
+
+
+@pytest.mark.parametrize("size", [(3, 8, 6, 6), (2, 40, 5, 8), (2, 3, 5, 7)])
+@pytest.mark.parametrize("given", [True, False])
+def test_two_orders_of_memory(size, given, device):
+    """The log-variance lies in another order than the mean: by tiles, and where groups of four straddle, divided."""
+    mu, logvar, eps = inputs(size, device=device)
+    last = logvar.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    results = []
+    for variables in ((mu, logvar, eps), (mu, last, eps)):
+        torch.manual_seed(4)
+        z, kl = reparameterize_kl(*variables[:2], eps=variables[2] if given else None, impl="triton")
+        weights = torch.arange(z.numel(), device=device).view_as(z).sin()
+        grads = torch.autograd.grad((z * weights).sum() + (kl * weights.flatten(1)[:, 0]).sum(), variables[: 2 + given])
+        results.append((z, *grads))
+        torch.testing.assert_close(kl, reparameterize_kl_reference(*variables[:2], eps=variables[2])[1])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_expanded_gradients_are_read_by_their_strides(device):
@@ -275,8 +292,9 @@ def test_each_launch_draws_anew_and_a_seed_repeats(device):
 
 def test_noise_does_not_depend_on_batch_tile_or_dtype(device, monkeypatch):
     assert torch.equal(drawn((70, 37), device)[:3], drawn((3, 37), device))
+    assert torch.equal(drawn((72, 37), device)[:3], drawn((3, 37), device))  # read by sectors, and one by one
     split = drawn((2, 4100), device)
-    monkeypatch.setattr("fastgen.kernels.vae.reparameterize_kl.PROGRAMS", 4)
+    monkeypatch.setattr("fastgen.kernels.vae.layout.PROGRAMS", 4)
     assert torch.equal(split, drawn((2, 4100), device))  # now two and three tiles a program
     assert torch.equal(drawn((3, 37), device).half(), drawn((3, 37), device, dtype=torch.half))
     assert torch.equal(drawn((2, 3, 4), device), drawn((2, 12), device).view(2, 3, 4))
@@ -355,15 +373,32 @@ def test_bad_arguments_are_named(change, error, words):
         reparameterize_kl(arguments.pop("mu"), arguments.pop("logvar"), **arguments)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), (1, 10**7), (10**6, 2), (256, 2048), (7, 1025), (1024, 4096)])
-def test_the_launch_covers_every_column_once(sizes):
-    from fastgen.kernels.vae.reparameterize_kl import launch_configuration
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 10**7), (10**6, 2), (256, 2048), (8, 1023), (7, 1025), (1024, 4096)])
+def test_the_launch_covers_every_column_once(sizes, itemsize):
+    from fastgen.kernels.vae.layout import Rows, tiles_of
 
-    rows, columns = sizes
-    launch = launch_configuration(rows, columns)
-    assert launch.splits * launch.tiles * launch.COLS >= columns
-    assert (launch.splits - 1) * launch.tiles * launch.COLS < columns
-    assert launch.splits <= 1024 and launch.ROWS * launch.COLS == 1024
+    count, columns = sizes
+    tiles = tiles_of(Rows(count, 1, columns, ((columns, 0, 1),)), itemsize)
+    before = max(tiles.ALIGNED, 4) - 1 if tiles.ODD or tiles.ALIGNED else 0  # what a group may have before its row
+    assert tiles.splits * tiles.tiles * tiles.IN >= columns + before
+    assert (tiles.splits - 1) * tiles.tiles * tiles.IN < columns + before
+    assert tiles.splits <= 1024 and tiles.ROWS * tiles.OUT * tiles.IN == 1024
+    sector = 32 // itemsize
+    aligned = columns % 4 and columns >= sector and count * columns % sector == 0
+    assert (sector if aligned else 0) == tiles.ALIGNED
+
+
+@pytest.mark.parametrize("sizes", [(3, 4), (3, 2000), (2000, 4), (64, 1024), (33, 36)])
+def test_tiles_of_two_dimensions_cover_every_number_once(sizes):
+    from fastgen.kernels.vae.layout import Rows, tiles_of
+
+    outer, inner = sizes
+    tiles = tiles_of(Rows(5, outer, inner, ((outer * inner, inner, 1), (outer * inner, 1, outer))), 4)
+    count = -(-outer // tiles.OUT) * -(-inner // tiles.IN)
+    assert tiles.OUT > 1 and (tiles.splits - 1) * tiles.tiles < count <= tiles.splits * tiles.tiles
+    assert tiles.ROWS * tiles.OUT * tiles.IN == 1024
+    assert min(tiles.OUT, outer) >= 32 or inner < 32 or outer <= tiles.OUT
 
 
 @pytest.mark.gpu

@@ -1,0 +1,29 @@
+"""Entries of the KL's kernels in the catalogue of the compile gate."""
+
+from typing import Any
+
+from fastgen.kernels.catalogue_entry import Entry
+
+
+def entry(kernel: Any, dtype: str, rows: int, out: int, within: int, *, eps_given: bool, **kind: Any) -> Entry:
+    """kind: of `Tiles`; logvar is contiguous along the other dimension than mu where a tile has two."""
+    flags = {"ODD": False, "ALIGNED": 0, "FOURS": False, "DIVIDED": False, "WIDE": False, **kind}
+    fixed: dict[str, Any] = {"ROWS": rows, "OUT": out, "IN": within, **flags}
+    fixed |= {f"{name}_inner_stride": 1 for name in ("mu", "grad_z", "eps")}
+    fixed["logvar_outer_stride" if out > 1 else "logvar_inner_stride"] = 1
+    if eps_given:
+        kind["eps"] = "given"
+    else:
+        fixed |= {"eps_ptr": None, "grad_eps_ptr": None}
+    fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
+    kinds = {"seed_ptr": "*i64", "kl_ptr": "*fp32", "grad_kl_ptr": "*fp32", "free_bits": "fp32"}
+    signature = {
+        name: kinds.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+        if name not in fixed
+    }
+    multiples = not (flags["FOURS"] or flags["ODD"])
+    suffixes = ("columns", "stride", "outers", "inner") if multiples else ()
+    aligned = tuple(name for name in signature if name.endswith(suffixes))
+    config = " ".join([f"{dtype} {rows}x{out}x{within}", *(f"{name}={value}" for name, value in kind.items())])
+    return Entry(kernel, config, signature, fixed, aligned=aligned)

@@ -1,0 +1,139 @@
+"""How a launch walks over latent numbers (B, D...): rows of one or two dimensions, tiles of them, programs."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fastgen.kernels.common import cdiv, next_power_of_2
+
+TILE = 1024  # numbers: 8 a thread, two 16-byte loads of each fp32 input in flight
+SECTOR = 32  # bytes: what memory moves at least
+PROGRAMS = 1024  # enough to fill the chip; fixed, so that sums do not depend on the device
+Strides = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tensors of one shape as rows of at most two dimensions (outer, inner).
+
+    strides: of rows, outer and inner dimension, of each tensor; None for one that is absent.
+    """
+
+    rows: int
+    outer: int
+    inner: int
+    strides: tuple[Strides | None, ...]
+
+    @property
+    def columns(self) -> int:
+        return self.outer * self.inner
+
+    def aligned(self, size: int) -> bool:
+        """Whether each tensor is one dense run, of whole groups of so many numbers, none longer than a row."""
+        dense = all(stride in (None, (self.inner, 0, 1)) for stride in self.strides)
+        return self.outer == 1 and dense and self.rows * self.inner % size == 0 and self.inner >= size
+
+
+@functools.lru_cache(4096)
+def rows_of(shape: tuple[int, ...], *strides: Strides | None) -> Rows | None:
+    """None where the layouts of the tensors together need more than two dimensions."""
+    present = [stride for stride in strides if stride is not None]
+    merged: list[tuple[int, list[int]]] = []
+    for axis in range(1, len(shape)):
+        steps = [stride[axis] for stride in present]
+        if shape[axis] == 1:
+            continue
+        if merged and all(last == s * shape[axis] for last, s in zip(merged[-1][1], steps, strict=True)):
+            merged[-1] = (merged[-1][0] * shape[axis], steps)
+        else:
+            merged.append((shape[axis], steps))
+    if len(merged) > 2:
+        return None
+    (outer, to_outer), (inner, to_inner) = ([(1, [0] * len(present))] * 2 + merged)[-2:]
+    of_present = iter(zip([stride[0] for stride in present], to_outer, to_inner, strict=True))
+    of_all = tuple(None if stride is None else next(of_present) for stride in strides)
+    return Rows(shape[0], outer, inner, of_all)
+
+
+def as_rows(order: tuple[int, ...], *tensors: Tensor | None) -> tuple[tuple[Tensor | None, ...], Rows]:
+    """The tensors with their dimensions in that order, and their rows. Copies only where these do not exist."""
+    if order != tuple(range(len(order))):
+        tensors = tuple(None if tensor is None else tensor.permute(order) for tensor in tensors)
+    shape = next(tensor.shape for tensor in tensors if tensor is not None)
+    rows = rows_of(tuple(shape), *(None if tensor is None else tensor.stride() for tensor in tensors))
+    if rows is None:
+        return as_rows(tuple(range(len(order))), *(None if x is None else x.contiguous() for x in tensors))
+    return tensors, rows
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How programs walk: tiles of ROWS rows by OUT by IN numbers; `splits` programs a row, each `tiles` of its tiles.
+
+    ODD: rows are no multiples of four, so that they begin within a group of numbers that are drawn together. ALIGNED:
+    all tensors are dense, and a row is read from where a group of so many numbers (a sector) begins, else 0. FOURS:
+    strides of rows are counted in fours. DIVIDED: a line of columns is cut in two dimensions by a division. WIDE:
+    columns are counted in 64 bits.
+    """
+
+    ROWS: int
+    OUT: int
+    IN: int
+    splits: int
+    tiles: int
+    ODD: bool
+    ALIGNED: int
+    FOURS: bool
+    DIVIDED: bool
+    WIDE: bool
+
+    @functools.cached_property
+    def constants(self) -> dict[str, Any]:
+        names = ("ROWS", "OUT", "IN", "ODD", "ALIGNED", "FOURS", "DIVIDED", "WIDE")
+        return {name: getattr(self, name) for name in names} | {"num_warps": 4}
+
+    def numbers(self, rows: Rows) -> list[int]:
+        """What the kernels take of the rows: their number, columns, outer and inner length; then strides."""
+        unit = 4 if self.FOURS else 1
+        present = (stride or (0, 0, 0) for stride in rows.strides)
+        strides = [number for row, *rest in present for number in (row // unit, *rest)]
+        return [rows.rows, rows.columns // unit, rows.outer, rows.inner, *strides]
+
+
+def tiles_of(rows: Rows, itemsize: int) -> Tiles:
+    """itemsize: bytes of the smallest element."""
+    return _tiles_of(rows, SECTOR // itemsize, PROGRAMS)
+
+
+@functools.lru_cache(4096)
+def _tiles_of(rows: Rows, sector: int, programs: int) -> Tiles:
+    """Wide rows get a tile each, short ones share it. Rows are split where there are too few of them for the chip.
+
+    Two dimensions are cut into squares, so that a tensor which is contiguous along the other one is read in whole
+    sectors too; but not where its rows are no multiples of four, which numbers that are drawn together would straddle.
+    """
+    columns = rows.columns
+    odd, square = columns % 4 != 0, rows.outer > 1 and rows.inner % 4 == 0
+    starts = [columns, *(stride[0] for stride in rows.strides if stride)]
+    # The compiler sees multiples of 16 for itself.
+    fours = not odd and rows.outer == 1 and all(n % 4 == 0 for n in starts) and any(n % 16 for n in starts)
+    aligned = sector if (odd or (fours and sector > 8)) and rows.aligned(sector) else 0
+    if square:
+        IN = min(next_power_of_2(rows.inner), max(32, TILE // next_power_of_2(rows.outer)))
+        OUT = min(next_power_of_2(rows.outer), TILE // IN)
+        count = cdiv(rows.outer, OUT) * cdiv(rows.inner, IN)
+    else:
+        length = columns + (max(aligned, 4) - 1 if odd or aligned else 0)  # as it may begin within a group
+        OUT, IN = 1, min(next_power_of_2(max(length, 4)), TILE)
+        if IN == TILE:  # rows of 1030 numbers are better cut into nine times 128 than into twice 1024
+            IN = min((TILE, TILE // 2, TILE // 4, TILE // 8), key=lambda size: cdiv(length, size) * size)
+        count = cdiv(length, IN)
+    ROWS = TILE // (OUT * IN)
+    splits = min(cdiv(programs, cdiv(rows.rows, ROWS)), count)
+    tiles = cdiv(count, splits)
+    return Tiles(
+        ROWS, OUT, IN, cdiv(count, tiles), tiles, odd, aligned, fours and not aligned, rows.outer > 1 and not square,
+        count * OUT * IN >= 2**31,
+    )  # fmt: skip
