@@ -19,6 +19,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from types import FrameType
@@ -112,6 +113,10 @@ def merged(own: Tensor) -> Tensor:
     if active():
         own = own.contiguous().clone()
         dist.all_reduce(own)
+        # A thread of gloo lets go of the tensor after the sum is there. If it were the last to hold it, it would need
+        # the interpreter for that, and abort the process where the interpreter has ended.
+        while own.device.type == "cpu" and own._use_count() > 1:  # type: ignore[attr-defined]
+            time.sleep(0)
     return own
 
 

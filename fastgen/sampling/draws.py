@@ -19,8 +19,10 @@ def channels_at_once(distribution: Distribution, params: Tensor, channels: int) 
     """
     if channels == 1 or not independent(distribution):
         return list(range(channels))
-    of_channel = max(1, params.numel() // channels)
-    return list(torch.arange(channels, device=params.device).split(max(1, MOST_PARAMETERS // of_channel)))
+    numbers = torch.arange(channels, device=params.device)
+    if params.numel() <= MOST_PARAMETERS:
+        return [numbers]
+    return list(numbers.split(max(1, channels * MOST_PARAMETERS // params.numel())))
 
 
 def draw_pixel(

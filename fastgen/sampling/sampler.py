@@ -48,19 +48,22 @@ def accelerate(
 
     Args:
         model: any module, model(x (B, C, H, W)[, condition]) -> params (B, ..., H, W). Analysed as it is: call
-            `model.eval()` first.
+            `model.eval()` first. One that takes a single number of images only is always called with so many.
         shape: (C, H, W) of an image; (H, W) of a grid of codes or (T,) of a sequence: x is then (B, H, W) or (B, T),
             params (B, ..., H, W), (B, ..., T), or with the levels last, as the distribution's layout says. Wherever
             (n, C, H, W) is written, (n, H, W) or (n, T) is meant for these.
         distribution: of a pixel given the model's output there: `fastgen.Categorical`, `fastgen.Bernoulli`,
-            `fastgen.LogisticMixture`, `fastgen.Gaussian`, `fastgen.GaussianMixture` or an object as described in
-            `fastgen.distributions`.
+            `fastgen.LogisticMixture`, `fastgen.Gaussian`, `fastgen.Logistic`, `fastgen.GaussianMixture` or an object
+            as described in `fastgen.distributions`. Channels of a pixel that depend on each other neither in it nor
+            in the model come in one draw.
         encode: int64 levels (B, C, H, W) -> the model's input. Default: levels as floats of the model's dtype in
             [-1, 1], for Bernoulli 0. and 1., real values as they are; int64 levels where the model takes integers
-            only, as one that begins with an embedding does.
+            only, as one that begins with an embedding does. `fastgen.shift_right(start)` is for models whose output at
+            a place is of the next one, as that of language models is.
         condition: an example of the model's second argument, of its further arguments (a tuple) or keyword arguments
             (a dict), and what `sample` takes where it is given none. Where the model needs one and there is none
-            here, it is analysed at the first `sample`.
+            here, it is analysed at the first `sample`. A tensor of another shape takes an analysis of its own: texts
+            of many lengths, padded to one and given with the model's mask for that, take one.
         output: what the model returns -> params, for models that return a tuple, a dict or a dataclass.
         backend: "auto", or how to run: "naive" (a whole forward pass a draw), "fixed_point" (whole passes until
             nothing changes), or the schedule that computes each activation once, "eager", "compiled", "cuda_graph" or

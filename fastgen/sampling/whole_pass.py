@@ -129,10 +129,13 @@ def whole_pass(model: nn.Module, encode: Callable[[Tensor], Tensor], levels: Ten
         ValueError: it has no place for each image and pixel.
     """
     n, size = len(levels), levels.shape[-2:]
-    params = _call(model, encode, levels.clone(), condition)
+    # Always the same strides: PyTorch chooses the convolution by them, and another one rounds otherwise. One channel
+    # counts as channels last too, so that `contiguous` would not do.
+    levels = levels.clone(memory_format=torch.contiguous_format)
+    params = _call(model, encode, levels, condition)
     if n == 1 and params.shape[:1] != (1,):
         # Some models squeeze their output, and with it a batch of one. Two equal images are no exception to them.
-        params = _call(model, encode, levels.expand(2, -1, -1, -1), rows_for(condition, 2))[:1]
+        params = _call(model, encode, torch.cat([levels, levels]), rows_for(condition, 2))[:1]
     if params.dim() < 3 or params.shape[0] != n or params.shape[-2:] != size:
         raise ValueError(
             f"model must return parameters (n, ..., H, W) = ({n}, ..., {size[0]}, {size[1]}), "

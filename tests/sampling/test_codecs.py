@@ -5,7 +5,6 @@ encoder and decoder both go through the sampler; that its stream is also the ser
 scale is that near.
 """
 
-import importlib.util
 import time
 
 import pytest
@@ -14,20 +13,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastgen
+from tests.sampling.other_packages import other_package
 
-if importlib.util.find_spec("compressai") is None:
-    pytest.skip("the package compressai is not installed", allow_module_level=True)
-try:
-    import torchvision  # noqa: F401
-except RuntimeError:  # its library for CUDA, beside PyTorch for CPUs: what it would define is not used here
-    LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+other_package("compressai")
 
-from compressai.ans import BufferedRansEncoder, RansDecoder
-from compressai.models import Cheng2020Attention, JointAutoregressiveHierarchicalPriors
+from compressai.ans import BufferedRansEncoder, RansDecoder  # noqa: E402
+from compressai.models import Cheng2020Attention, JointAutoregressiveHierarchicalPriors  # noqa: E402
 
-from fastgen.demos.examples.codec import Context, loop, main
+from fastgen.demos.examples.codec import Context, loop, main  # noqa: E402
 
 M = 8
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastgen import Bernoulli, accelerate
 from fastgen.sampling.request import SampleRequest
-from fastgen.sampling.whole_pass import FixedPoint
+from fastgen.sampling.whole_pass import FixedPoint, whole_pass
 
 
 def both(model, shape, distribution, **options):
@@ -105,3 +105,15 @@ def test_longest_chain():
     sampler = accelerate(Copies(), (1, 3, 4), distribution=Bernoulli(), backend="fixed_point")
     assert bool((sampler.sample(2, seed=0) == 1).all())
     assert sampler.work_ratio == 13
+
+
+def test_strides_of_levels_do_not_choose_the_convolution():
+    """Images of one channel whose strides also fit channels last go through another convolution, which rounds
+    otherwise."""
+    torch.manual_seed(0)
+    model = nn.Conv2d(1, 64, 7, padding=3)
+    levels = torch.randint(256, (16, 1, 12, 12))
+    last = torch.empty_strided(levels.shape, (144, 1, 12, 1), dtype=torch.int64).copy_(levels)
+    with torch.no_grad():
+        expected = whole_pass(model, torch.Tensor.float, levels, None)
+        assert torch.equal(whole_pass(model, torch.Tensor.float, last, None), expected)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastgen import Categorical, NotCausalError, accelerate, check_causality, shift_right
+from tests.sampling.other_packages import other_package
 
 K, T, START = 11, 9, 3
 
@@ -65,13 +66,22 @@ def small_gpt():
 
 
 def gpt2():
-    transformers = pytest.importorskip("transformers", reason="the package transformers is not installed")
+    transformers = other_package("transformers")
     sizes = {"vocab_size": K, "n_positions": T, "n_embd": 16, "n_layer": 2, "n_head": 2}
     config = transformers.GPT2Config(**sizes, bos_token_id=START, eos_token_id=START, initializer_range=0.3)
     return transformers.GPT2LMHeadModel(config).eval(), lambda out: out.logits
 
 
-MODELS = {"GPT-2 of transformers": gpt2, "a GPT that returns its loss": small_gpt}
+def llama():
+    """Rotary positions, grouped keys, gated units."""
+    transformers = other_package("transformers")
+    sizes = {"vocab_size": K, "hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": T}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(**sizes, **heads, bos_token_id=START, eos_token_id=START, initializer_range=0.3)
+    return transformers.LlamaForCausalLM(config).eval(), lambda out: out.logits
+
+
+MODELS = {"GPT-2 of transformers": gpt2, "Llama of transformers": llama, "a GPT that returns its loss": small_gpt}
 
 
 @torch.no_grad()
@@ -148,6 +158,39 @@ def test_shift_right():
             shift_right(wrong)
     with pytest.raises(ValueError, match="shift_right is for sequences"):
         shift_right(0)(torch.zeros(1, 3, 2, 2).long())
+
+
+class Captioned(nn.Module):
+    """A grid of codes under a text of any length, or one that is padded, as nn.Transformer has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.codes, self.places, self.out = nn.Embedding(K, 8), nn.Parameter(torch.randn(T, 8)), nn.Linear(8, K)
+        layer = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True)
+        self.decoder = nn.TransformerDecoder(layer, 2)
+
+    def forward(self, x, text, padding=None):
+        mask = nn.Transformer.generate_square_subsequent_mask(T)
+        hidden = self.codes(x.flatten(1)) + self.places
+        mixed = self.decoder(hidden, text, tgt_mask=mask, memory_key_padding_mask=padding)
+        return 4 * self.out(mixed).unflatten(1, x.shape[1:])
+
+
+def test_padded_texts_of_any_length_take_one_analysis(monkeypatch):
+    model, longest = Captioned().eval(), 6
+    options = {"distribution": Categorical(K, "BHWK"), "encode": shift_right(0)}
+    blank = torch.zeros(1, longest, 8), torch.zeros(1, longest, dtype=torch.bool)
+    sampler = accelerate(model, (3, 3), condition=blank, **options)
+    naive = accelerate(model, (3, 3), condition=blank[0], backend="naive", **options)
+    monkeypatch.setattr("fastgen.sampling.backends.build_engine", None)
+    noise = torch.rand(2, 3, 3)
+    for length in (2, 6, 3, 1):
+        text = 3 * torch.randn(2, length, 8)
+        padded = nn.functional.pad(text, (0, 0, 0, longest - length))
+        padding = (torch.arange(longest) >= length).expand(2, -1)
+        codes = sampler.sample(2, noise=noise, condition=(padded, padding))
+        assert torch.equal(codes, naive.sample(2, noise=noise, condition=text))
+        assert sampler.stats.backend in ("compiled", "eager") and sampler.stats.redrawn == 0
 
 
 class OneSize(nn.Module):

@@ -173,3 +173,18 @@ def test_what_a_draw_returns_is_checked():
 
     with pytest.raises(ValueError, match=r"draw must return levels of shape \(8, 6\), got \(8,\) from Wrong"):
         accelerate(Stranger(C, 2 * C).eval(), (C, H, W), distribution=Wrong(True))
+
+
+@pytest.mark.parametrize("backend", ["naive", "fixed_point", "eager"])
+def test_nan_counts_where_any_channel_of_the_pixel_is_drawn(backend):
+    class Spoilt(Stranger):
+        def forward(self, x):
+            return torch.where(torch.arange(W) == 2, float("nan"), super().forward(x))
+
+    sampler = accelerate(Spoilt(C, 2 * C).eval(), (C, H, W), distribution=Rounded(True), backend=backend)
+    mask = torch.zeros(C, H, W, dtype=torch.bool)
+    mask[..., 2] = True
+    sampler.sample(2, known=torch.zeros(1).long(), known_mask=mask)
+    mask[1, 0, 2] = False
+    with pytest.raises(FloatingPointError):
+        sampler.sample(2, known=torch.zeros(1).long(), known_mask=mask)

@@ -59,12 +59,13 @@ def drawing_order(
     encode: Callable[[Tensor], Tensor],
     condition: Any,
     levels: int | Tensor,
-) -> Order:
-    """(channel, row, column) of all draws, in an order in which the model is causal. Raises NotCausalError."""
+) -> tuple[Order, str | None]:
+    """(channel, row, column) of all draws, in an order in which the model is causal, and why that is not proven (None
+    where it is). Raises NotCausalError."""
     try:
-        return ordered(Network(model, shape, encode, condition, levels), distribution).order
+        return ordered(Network(model, shape, encode, condition, levels), distribution).order, None
     except NotByReadyTimes as found:
-        return found.order
+        return found.order, str(found)
 
 
 def ordered(network: Network, distribution: Distribution) -> Ordered:

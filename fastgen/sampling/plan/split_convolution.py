@@ -10,6 +10,7 @@ from fastgen.sampling.causality.ready_times import Timed
 from fastgen.sampling.plan.schedule import at_row_end, row_ends
 from fastgen.sampling.rules import Analysis, Rule
 from fastgen.sampling.rules.convolution import Convolution
+from fastgen.sampling.rules.transposed import TransposedConvolution
 from fastgen.sampling.trace.element_times import ElementTimes, compact
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, Map, Operand, Value
 
@@ -70,7 +71,7 @@ def _earlier_rows(timed: Timed, rule: Convolution, ends: Tensor, times: Tensor) 
     """The convolution by all rows of the kernel but its last live one, and the weights of that one; None where it would
     not run at fewer steps, or there is one row alone."""
     value, graph, analysis = rule.value, timed.graph, timed.analysis
-    if rule.transposed or rule.groups > 1 or rule.rank < 2 or _steps(times) <= 2 * len(ends):
+    if isinstance(rule, TransposedConvolution) or rule.groups > 1 or rule.rank < 2 or _steps(times) <= 2 * len(ends):
         return None
     live = torch.nonzero(rule.live.movedim(2, 0).flatten(1).any(1)).flatten().tolist()
     if len(live) < 2:

@@ -3,13 +3,15 @@
 import torch
 
 from fastgen.sampling.rules.base import Analysis, Rule, constant_operand
+from fastgen.sampling.rules.concatenation import Concatenation
 from fastgen.sampling.rules.convolution import Convolution
 from fastgen.sampling.rules.matmul import MatMul
 from fastgen.sampling.rules.pointwise import Pointwise
 from fastgen.sampling.rules.pooling import MaxPool2d
-from fastgen.sampling.rules.reduction import Concatenation, Cumulative, Lookup, Opaque, Reduction, Softmax
+from fastgen.sampling.rules.reduction import Cumulative, Lookup, Opaque, Reduction, Softmax
 from fastgen.sampling.rules.scan import DiagonalScan, RowScan
 from fastgen.sampling.rules.slicewise import Slicewise
+from fastgen.sampling.rules.transposed import TransposedConvolution
 from fastgen.sampling.trace.graph import Value
 
 __all__ = ["Analysis", "Opaque", "Rule", "Slicewise", "rule_for", "rule_kind"]
@@ -37,6 +39,8 @@ def rule_for(value: Value, analysis: Analysis) -> Rule:
 
 def rule_kind(value: Value) -> type[Rule]:
     name = value.op._schema.name.split("::")[1]
+    if name == "convolution" and value.args[6]:
+        return TransposedConvolution
     if name in BY_NAME:
         return BY_NAME[name]
     if name == "max_pool2d_with_indices" and MaxPool2d.takes(value):

@@ -1,4 +1,4 @@
-"""Convolutions of any number of dimensions, with stride, padding, dilation and groups, and their transposes.
+"""Convolutions of any number of dimensions, with stride, padding, dilation and groups.
 
 A part of a convolution is a few products: the numbers that a run of taps sees lie side by side in memory, channels
 innermost, so that they are a row times the weights of these taps. Example: of a 3x3 kernel with mask A over 8 channels,
@@ -8,7 +8,6 @@ the middle row of a pixel is one product with K = 8, and the row above it one wi
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from itertools import product
 from typing import Any
 
@@ -57,7 +56,7 @@ class Convolution(Rule):
 
     def __init__(self, value: Value, analysis: Analysis) -> None:
         super().__init__(value, analysis)
-        self.x, weight, self.bias, stride, padding, dilation, self.transposed, _, self.groups = value.args
+        self.x, weight, self.bias, stride, padding, dilation, _, _, self.groups = value.args
         if weight.map is None or weight.map.value.kind != "constant":
             raise Unsupported(f"{value.name}: a convolution whose weights depend on the input")
         self.weight = analysis.data(weight)
@@ -70,18 +69,23 @@ class Convolution(Rule):
         )
         self.kernel = tuple(self.weight.shape[2:])
         self.taps: list[Sequence[int]] = list(product(*(range(size) for size in self.kernel)))
-        live = self.weight != 0
-        if self.transposed:  # (I, O / groups, ...) -> (O, I / groups, ...)
-            live = live.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
-        self.live = live
+        self.live = self._live()
         self._parts: dict[Any, View | Part | None] = {}
 
     @property
     def multiply_adds(self) -> float:
         """With dense kernels, but for rows of the kernel that are zero throughout."""
-        places = self.x.shape[2:] if self.transposed else self.value.shape[2:]
         live = float(self.live.movedim(2, 0).flatten(1).any(1).float().mean())
-        return self.value.shape[0] * self.weight.numel() * live * math.prod(places) / max(1, self.value.numel)
+        return self.value.shape[0] * self.weight.numel() * live * math.prod(self.places) / max(1, self.value.numel)
+
+    def _live(self) -> Tensor:
+        """Which weights are not zero, (output channels, input channels of a group, taps...)."""
+        return self.weight != 0
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Sizes of the map, without channels, at whose places the kernel lies."""
+        return self.value.shape[2:]
 
     def _blocks(self) -> Iterator[tuple[slice, slice]]:
         """Output and input channels of each group."""
@@ -90,32 +94,24 @@ class Convolution(Rule):
             yield slice(g * outs, (g + 1) * outs), slice(g * ins, (g + 1) * ins)
 
     def _window(self, tap: Sequence[int], padded: Tensor) -> Tensor:
-        """What a tap sees of the padded input at every place of the output; for a transpose the other way round."""
-        places = self.x.shape[2:] if self.transposed else self.value.shape[2:]
+        """What a tap meets of the padded other map, at each of the kernel's places."""
         for d, (k, dilation, stride, size) in enumerate(
-            zip(tap, self.dilation, self.stride, places, strict=True), padded.dim() - self.rank
+            zip(tap, self.dilation, self.stride, self.places, strict=True), padded.dim() - self.rank
         ):
             span = stride * (size - 1) + 1
             padded = padded.narrow(d, k * dilation, span)[(slice(None),) * d + (slice(None, None, stride),)]
         return padded
 
-    def _pads(self) -> list[int]:
-        return [pad for one in reversed(self.padding) for pad in (one, one)]
-
-    def _transposed_room(self) -> tuple[list[int], tuple[slice, ...]]:
-        """Size of all that a transpose reaches, and where the output lies in it."""
-        inputs, outputs = self.x.shape[2:], self.value.shape[2:]
-        options = zip(self.stride, inputs, self.dilation, self.kernel, self.padding, outputs, strict=True)
-        sizes = [max(s * (n - 1) + d * (k - 1) + 1, pad + out) for s, n, d, k, pad, out in options]
-        inner = tuple(slice(p, p + out) for p, out in zip(self.padding, outputs, strict=True))
-        return sizes, inner
+    def _around(self, times: Tensor) -> Tensor:
+        """Times of the input with those of the zeros around it."""
+        pads = [pad for one in reversed(self.padding) for pad in (one, one)]
+        return F.pad(times, pads, value=CONSTANT)
 
     def ready(self) -> tuple[Tensor, Tensor | None]:
         x, live, blocks = self.analysis.ready(self.x), self.live, list(self._blocks())
         if x.stride(1) == 0:  # the same for all channels: a channel of each kind of kernel will do
             x, live, blocks = x[:, :1], self.live.any(1, keepdim=True), [(slice(0, len(live)), slice(0, 1))]
-        if not self.transposed:
-            x = F.pad(x, self._pads(), value=CONSTANT)
+        x = self._around(x)
         found: list[tuple[Tensor, Tensor]] = []  # output channels, and their times without a dimension of channels
         for outs, ins in blocks:
             inputs = x[:, ins].transpose(0, 1)
@@ -130,16 +126,12 @@ class Convolution(Rule):
 
     def _latest(self, inputs: Tensor, live: Tensor, images: int) -> Tensor:
         """Of what some taps see of padded inputs (channels, images, ...): (images, ...). `live`: (channels, taps)."""
-        sizes, inner = self._transposed_room() if self.transposed else (self.value.shape[2:], ())
-        best = torch.full((images, *sizes), CONSTANT, dtype=torch.int32)
+        best = torch.full((images, *self.value.shape[2:]), CONSTANT, dtype=torch.int32)
         for number, tap in enumerate(self.taps):
             channels = torch.nonzero(live[:, number]).flatten()
-            if len(channels) and self.transposed:
-                window = self._window(tap, best)
-                window.copy_(torch.maximum(window, inputs[channels].amax(0)))
-            elif len(channels):
+            if len(channels):
                 torch.maximum(best, self._window(tap, inputs)[channels].amax(0), out=best)
-        return best[(slice(None), *inner)]
+        return best
 
     def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
         if self.onto is not None:
@@ -150,11 +142,6 @@ class Convolution(Rule):
         if times.stride(1) == 0:  # an input channel is needed as soon as any output of its group
             live = live.unflatten(0, (self.groups, -1)).any(1).flatten(0, 1).unsqueeze(0)
             times, blocks = times[:, :1], [(slice(0, 1), slice(0, self.x.shape[1]))]
-        if self.transposed:
-            sizes, inner = self._transposed_room()
-            room = torch.full((*times.shape[:2], *sizes), NEVER, dtype=torch.int32)
-            room[(slice(None), slice(None), *inner)] = times
-            times = room
         found: list[tuple[Tensor, Tensor]] = []
         for outs, ins in blocks:
             results = times[:, outs].transpose(0, 1)
@@ -164,40 +151,34 @@ class Convolution(Rule):
 
     def _first(self, results: Tensor, live: Tensor, images: int) -> Tensor:
         """When what the taps see is needed for results (channels, images, ...): (images, ...)."""
-        sizes, pads = list(self.x.shape[2:]), [0] * self.rank if self.transposed else self.padding
-        best = torch.full(
-            (images, *(size + 2 * p for size, p in zip(sizes, pads, strict=True))), NEVER, dtype=torch.int32
-        )
+        sizes = list(zip(self.x.shape[2:], self.padding, strict=True))
+        best = torch.full((images, *(size + 2 * pad for size, pad in sizes)), NEVER, dtype=torch.int32)
         for number, tap in enumerate(self.taps):
             channels = torch.nonzero(live[:, number]).flatten()
-            if len(channels) and self.transposed:
-                torch.minimum(best, self._window(tap, results)[channels].amin(0), out=best)
-            elif len(channels):
+            if len(channels):
                 window = self._window(tap, best)
                 window.copy_(torch.minimum(window, results[channels].amin(0)))
-        return best[(slice(None), *(slice(p, p + size) for p, size in zip(pads, sizes, strict=True)))]
+        return best[(slice(None), *(slice(pad, pad + size) for size, pad in sizes))]
 
     # --- computing a part
 
     def fixed(self, box: Box) -> tuple[Any, ...]:
-        """A transpose does the same at places that lie alike between its strides."""
-        if not self.transposed:
-            return (box.start[1],)
-        return (box.start[1], *(start % stride for start, stride in zip(box.start[2:], self.stride, strict=True)))
+        return (box.start[1],)
+
+    @property
+    def _is_grouped(self) -> bool:
+        return self.groups > FEW_GROUPS
 
     def emit(self, builder: Builder, box: Box) -> None:
         out = builder.out(self.value, box)
-        if self.groups > FEW_GROUPS and not self.transposed:
+        if self._is_grouped:
             self._emit_grouped(builder, box, out)
             return
         added = self._added(builder, box, out)
         for first, count, channels, group in self._channels(box):
             here = out.narrow(1, first, count)
             start = added if added is None else added.narrow(1, first, count)
-            if self.transposed:
-                self._emit_transposed(builder, box, here, start, channels, group)
-            else:
-                self._emit_direct(builder, box, here, start, channels, group)
+            self._emit_products(builder, box, here, start, channels, group)
 
     def _channels(self, box: Box) -> Iterator[tuple[int, int, slice, int]]:
         """The box's output channels by groups: first and count in the box, which these are, number of the group."""
@@ -226,11 +207,12 @@ class Convolution(Rule):
 
     def _padded(self) -> Operand:
         """The input with the zeros around it that the kernel reaches."""
-        pads = self.padding
-        if self.transposed:
-            pads = [size * dilation for size, dilation in zip(self.kernel, self.dilation, strict=True)]
+        pads = self._room()
         padded = self.x.map.pad([0, 0, *pads], [0, 0, *pads])
         return Operand(self.analysis.graph, padded.shape, map=padded)
+
+    def _room(self) -> list[int]:
+        return self.padding
 
     def reads(self) -> list[Operand]:
         return [self._padded(), *([] if self.onto is None else [self.onto])]
@@ -261,7 +243,7 @@ class Convolution(Rule):
         assert not isinstance(part, View)
         return part
 
-    def _emit_direct(
+    def _emit_products(
         self, builder: Builder, box: Box, out: View, added: View | None, channels: slice, group: int
     ) -> None:
         order = [0, *range(2, 2 + self.rank), 1]
@@ -305,55 +287,6 @@ class Convolution(Rule):
         both = replace(places, sizes=inner.sizes, strides=(*places.strides, *taps.strides))
         builder.pointwise("copy", inner, both)
         builder.product(out, rows, part.weight, added)
-
-    def _emit_transposed(
-        self, builder: Builder, box: Box, out: View, added: View | None, channels: slice, group: int
-    ) -> None:
-        """Places that lie alike between the strides are reached by the same taps, each a product."""
-        size = len(self.weight) // self.groups
-        order = [0, *range(2, 2 + self.rank), 1]
-        starts = builder.starts(box)
-        for alike in product(*(self._alike(box, d) for d in range(self.rank))):
-            here, start = out, added
-            for d, (first, count, step, _) in enumerate(alike):
-                here = here.narrow(2 + d, first, count, step)
-                start = start if start is None else start.narrow(2 + d, first, count, step)
-            here, start = here.order(order), start if start is None else start.order(order)
-            summed = False
-            choices: list[list[int]] = [one[3] for one in alike]
-            for taps in product(*choices):
-                index: Any = (slice(group * size, (group + 1) * size), self._own(channels, group), *taps)
-                weight = self.weight[index]
-                if not bool((weight != 0).any()):
-                    continue
-                region = [(starts[0], box.sizes[0], box.steps[0]), (AffineOffset(group * size), size, 1)]
-                for d, (tap, (first, count, step, _)) in enumerate(zip(taps, alike, strict=True)):
-                    moved = first * box.steps[2 + d] + self.padding[d] - tap * self.dilation[d]
-                    corner = (starts[2 + d] + moved) * Fraction(1, self.stride[d])
-                    reach = self.kernel[d] * self.dilation[d]
-                    region.append((corner + reach, count, step * box.steps[2 + d] // self.stride[d]))
-                rows = builder.read(self._padded(), region).order(order)
-                name = (channels.start, channels.stop, channels.step, *taps)
-                builder.product(here, rows, self._weights(name, weight), here if summed else start)
-                summed = True
-            if not summed:
-                builder.pointwise("copy", here, 0.0 if start is None else start)
-
-    def _own(self, channels: slice, group: int) -> slice:
-        """Output channels as numbered within their group."""
-        first = group * (len(self.live) // self.groups)
-        return slice(channels.start - first, channels.stop - first, channels.step)
-
-    def _alike(self, box: Box, d: int) -> list[tuple[int, int, int, list[int]]]:
-        """Places of the box along a dimension that the same taps reach: first, count, step, taps."""
-        start, count, step = box.start[2 + d] + self.padding[d], box.sizes[2 + d], box.steps[2 + d]
-        period = self.stride[d] // math.gcd(self.stride[d], step)
-        found = []
-        for first in range(min(period, count)):
-            place = start + first * step
-            taps = [k for k in range(self.kernel[d]) if (place - k * self.dilation[d]) % self.stride[d] == 0]
-            found.append((first, len(range(first, count, period)), period, taps))
-        return found
 
     def _emit_grouped(self, builder: Builder, box: Box, out: View) -> None:
         """Of many groups, as torch convolves them."""

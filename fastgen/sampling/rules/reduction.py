@@ -1,4 +1,4 @@
-"""Softmax, normalization, sums and other reductions, look-ups, concatenation, and operations without a rule."""
+"""Softmax, normalization, sums and other reductions, look-ups, and operations without a rule."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -291,80 +291,6 @@ class Lookup(Rule):
         if len(table.sizes) == 1:
             table, out = table.unsqueeze(1), out.unsqueeze(len(out.sizes))
         builder.lookup(out, table, seen)
-
-
-class Concatenation(Rule):
-    sees_zeros = False
-
-    @cached_property
-    def dim(self) -> int:
-        dim = self.value.args[1] if len(self.value.args) > 1 else self.value.kwargs.get("dim", 0)
-        return dim % len(self.value.shape)
-
-    @cached_property
-    def stacks(self) -> bool:
-        return self.value.op._schema.name == "aten::stack"
-
-    @cached_property
-    def pieces(self) -> list[tuple[int, int, Operand]]:
-        """Where each operand begins and ends along the dimension."""
-        found, first = [], 0
-        for one in self.value.args[0]:
-            if not self.stacks and one.shape == (0,):
-                continue
-            last = first + (1 if self.stacks else one.shape[self.dim])
-            found.append((first, last, one))
-            first = last
-        return found
-
-    def ready(self) -> tuple[Tensor, Tensor | None]:
-        ready = self._joined([self.analysis.ready(one) for _, _, one in self.pieces])
-        softmax_zero = [self.analysis.softmax_zero(one) for _, _, one in self.pieces]
-        return ready, self._joined(softmax_zero) if any(one.any() for one in softmax_zero) else None
-
-    def _joined(self, parts: list[Tensor]) -> Tensor:
-        parts = [one.unsqueeze(self.dim) for one in parts] if self.stacks else parts
-        small = [compact(one) for one in parts]
-        if small[0].shape[self.dim] == 1 and all(torch.equal(small[0], one) for one in small[1:]):
-            return small[0].expand(self.value.shape)
-        sizes = [max(one.shape[d] for one in small) for d in range(len(self.value.shape))]
-        full = [
-            one.expand([part.shape[d] if d == self.dim else size for d, size in enumerate(sizes)])
-            for one, part in zip(small, parts, strict=True)
-        ]
-        return torch.cat(full, self.dim).expand(self.value.shape)
-
-    def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
-        for first, last, one in self.pieces:
-            part = times.narrow(self.dim, first, last - first)
-            yield one, part.squeeze(self.dim) if self.stacks else part
-
-    def _inside(self, box: Box) -> list[tuple[int, int, int]]:
-        """The pieces that the box has a part of: number of the piece, first in the box, how many."""
-        start, size, step = box.start[self.dim], box.sizes[self.dim], box.steps[self.dim]
-        found = []
-        for number, (first, last, _) in enumerate(self.pieces):
-            inside = range(max(0, -(-(first - start) // step)), min(size, -(-(last - start) // step)))
-            if inside:
-                found.append((number, inside[0], len(inside)))
-        return found
-
-    def fixed(self, box: Box) -> tuple[Any, ...]:
-        return tuple(self._inside(box))
-
-    def emit(self, builder: Builder, box: Box) -> None:
-        dim, out = self.dim, builder.out(self.value, box)
-        for number, inside, count in self._inside(box):
-            first, _, one = self.pieces[number]
-            region = builder.region(box)
-            start, _, step = region[dim]
-            if self.stacks:
-                del region[dim]
-                part = builder.read(one, region).unsqueeze(dim)
-            else:
-                region[dim] = (start + (inside * step - first), count, step)
-                part = builder.read(one, region)
-            builder.pointwise("copy", out.narrow(dim, inside, count), part)
 
 
 class Opaque(Rule):

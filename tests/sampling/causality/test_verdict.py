@@ -159,6 +159,7 @@ def test_what_may_cancel_is_tried_and_not_called_proven(name):
     with pytest.warns(UserWarning, match="not proven"):
         sampler = accelerate(model, SHAPE, **GIVEN)
     naive = accelerate(model, SHAPE, backend="naive", **GIVEN)
+    assert "not proven" in naive.explain()
     assert torch.equal(sampler.sample(8, seed=1), naive.sample(8, seed=1))
 
 
