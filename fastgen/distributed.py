@@ -34,10 +34,12 @@ _store: Any = None  # of torchrun: outlives a process that dies
 
 
 def started_by_torchrun() -> bool:
+    """Whether torchrun started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
 def active() -> bool:
+    """Whether this process has joined a job: inside `processes`."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -47,6 +49,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
+    """The number of processes of the job."""
     return dist.get_world_size() if active() else 1
 
 

@@ -1,5 +1,4 @@
-"""Weights from anywhere into a model that exists: of a run of one's own, or a file of somebody else's. Nothing is
-unpickled but tensors."""
+"""Loads weights of a run, or of a file that somebody else wrote, into a model. Nothing but tensors is unpickled."""
 
 import os
 from collections.abc import Mapping
@@ -16,10 +15,10 @@ INSIDE = ("state_dict", "model_state_dict", "model", "weights")  # where trainin
 
 
 def load_weights(model: nn.Module, source: str | os.PathLike) -> str:
-    """Loads weights into a model. Returns a line on what was not taken as it stood there, "" where all was.
+    """Loads weights into a model. Returns a note if they were matched by shape, "" if they were matched by name.
 
-    Names are compared first, without what wrappers put before them, and masks that the model makes itself are left
-    out. Where no name is known but the shapes are, one by one, those of the model, they are taken in that order.
+    Names are compared without the prefixes of wrappers ("module.", for example), and masks that the model makes itself
+    are left out. If no name matches, but the shapes are the model's in the same order, tensors are matched by order.
 
     Args:
         source: a folder with model.safetensors (a run, or of `fastgen.save`), a .safetensors file, or a .pt or .pth
@@ -54,9 +53,7 @@ def _read(path: Path) -> dict[str, Tensor]:
             content: Any = safetensors.torch.load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch, zipfile, pickle and safetensors raise many kinds for files that are something else
+    except Exception as error:  # each library has its own kinds for files that are something else
         raise ValueError(
             f"{path}: cannot be read as weights, or holds more than tensors ({type(error).__name__})"
         ) from error

@@ -1,3 +1,6 @@
+import base64
+import re
+
 from PIL import Image
 
 from fastgen.pages import to_html
@@ -32,4 +35,6 @@ def test_what_the_pages_use(tmp_path):
     assert "<tr><td>a</td><td>b|c</td></tr><tr><td><code>x</code></td><td><b>1</b></td></tr>" in page
     assert "<li>one\n  goes on\n</li><li>two <code>**</code></li>" in page
     assert "<pre># no heading\na &lt; b  # ![no picture](x.png)</pre>" in page
-    assert '<img alt="there" src="data:image/png;base64,' in page and '<img alt="not there" src="missing.png">' in page
+    inside = re.search(r'<img alt="there" src="data:image/png;base64,([^"]*)">', page)
+    assert inside and base64.b64decode(inside[1]) == (tmp_path / "there.png").read_bytes()
+    assert '<img alt="not there" src="missing.png">' in page

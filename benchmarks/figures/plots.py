@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.figures.style import look
 from benchmarks.harness.machine import folder_name
 from benchmarks.harness.rows import Row
 
@@ -15,14 +16,17 @@ def draw(saved: list[Row], folder: Path) -> list[Path]:
     Raises:
         ValueError: matplotlib is not installed, or no row has a time.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("plots need matplotlib: pip install fastgen[plots]") from error
-    matplotlib.use("Agg")
     timed = [row for row in saved if row["ms_p50"]]
     if not timed:
         raise ValueError("no saved row has a time to draw")
+    with look():
+        import matplotlib
+
+        matplotlib.use("Agg")
+        return _draw(timed, folder)
+
+
+def _draw(timed: list[Row], folder: Path) -> list[Path]:
     files = []
     for name in sorted({row["gpu"] or row["cpu"] for row in timed}):
         machine_rows = [row for row in timed if (row["gpu"] or row["cpu"]) == name]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases.sampling import scale
-from benchmarks.figures.style import COLOURS, figure
+from benchmarks.figures.style import COLOURS, MARKERS, figure
 from benchmarks.harness import machine, rows
 from fastgen import accelerate
 from fastgen.models import GatedPixelCNN
@@ -48,7 +48,12 @@ def measure(sides: tuple[int, ...] = SIDES, batches: tuple[int, ...] = BATCHES) 
             sampler.sample(batch, noise=noise)  # measures the rounding
             sampled = [_seconds(lambda: sampler.sample(batch, noise=noise))[0] for _ in range(REPEATS)]  # noqa: B023
             passed = [_seconds(lambda: model(x))[0] for _ in range(REPEATS)]  # noqa: B023
-            row = {"model": f"GatedPixelCNN levels={LEVELS} {SIZES}", "side": side, "batch": batch, "setup_s": setup}
+            row = {
+                "model": f"GatedPixelCNN, {LEVELS} levels, {SIZES['channels']} channels, {SIZES['layers']} layers",
+                "side": side,
+                "batch": batch,
+                "setup_s": setup,
+            }
             row |= {"pass_s": median(passed), "sample_s": median(sampled), "work_ratio": sampler.work_ratio}
             yield {**row, "passes": sampler.stats.passes, **about}
 
@@ -73,13 +78,17 @@ def draw(saved: list[dict[str, Any]], target: Path = PICTURE) -> Path:
         time_axes, work_axes, setup_axes = page.subplots(1, 3)
         for number, side in enumerate(sides):
             own = [latest[key] for key in sorted(latest) if key[0] == side]
-            batches, style = [row["batch"] for row in own], {"color": COLOURS[number]}
+            batches, style = [row["batch"] for row in own], {"color": COLOURS[number], "marker": MARKERS[number]}
             time_axes.plot(batches, [row["sample_s"] for row in own], label=f"{side}x{side}", **style)
             naive = [row["pass_s"] * side**2 for row in own]
             time_axes.plot(batches, naive, linestyle="--", **style)
         time_axes.set(xlabel="images a batch", ylabel="CPU seconds a batch", title="drawn, and (dashed) by the loop")
         time_axes.set_xscale("log", base=2)
-        time_axes.legend(frameon=False, title="image")
+        counts = sorted({batch for _, batch in latest})
+        time_axes.set_xticks(counts, [f"{count}" for count in counts])
+        time_axes.set_yscale("log")
+        time_axes.set_ylim(top=30 * max(row["pass_s"] * row["side"] ** 2 for row in latest.values()))
+        time_axes.legend(frameon=False, ncols=2, loc="upper left")
         first = [next(latest[key] for key in sorted(latest) if key[0] == side) for side in sides]
         work_axes.plot(sides, [side**2 for side in sides], label="the loop", color=COLOURS[7])
         work_axes.plot(sides, [row["work_ratio"] for row in first], label="accelerate", color=COLOURS[0])
@@ -94,7 +103,6 @@ def draw(saved: list[dict[str, Any]], target: Path = PICTURE) -> Path:
             axes.set_xscale("log", base=2)
             axes.set_xticks(sides, [f"{side}" for side in sides])
             axes.set_xlabel("side of the image")
-        for axes in (time_axes, work_axes, setup_axes):
             axes.set_yscale("log")
         page.suptitle(f"{first[0]['model']}, one thread of {first[0]['cpu']}, {first[0]['time'][:10]}", fontsize=9)
     return target

@@ -14,8 +14,8 @@ MARKERS = "osD^vPX*"
 
 
 @contextmanager
-def figure(target: Path, size: tuple[float, float], *, metadata: dict[str, str] | None = None) -> Iterator[Any]:
-    """A matplotlib figure of size inches that is written to target, a PNG, at the end.
+def look() -> Iterator[None]:
+    """Inside, matplotlib draws in this style.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -23,12 +23,20 @@ def figure(target: Path, size: tuple[float, float], *, metadata: dict[str, str] 
     try:
         from cycler import cycler
         from matplotlib import rc_context
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("figures need matplotlib: pip install fastgen[plots]") from error
     marked = cycler(color=COLOURS) + cycler(marker=list(MARKERS))
     with rc_context({"axes.prop_cycle": marked, "axes.spines.top": False, "axes.spines.right": False}):
+        yield
+
+
+@contextmanager
+def figure(target: Path, size: tuple[float, float], *, metadata: dict[str, str] | None = None) -> Iterator[Any]:
+    """A matplotlib figure of size inches that is written to target, a PNG, at the end. Raises as `look`."""
+    with look():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
         page = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(page)
         yield page

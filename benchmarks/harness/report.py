@@ -1,22 +1,20 @@
 """What is printed, and the README's performance section: all of it from rows."""
 
-import math
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import geometric_mean
-from typing import Any
 
-from benchmarks.harness import launches, machine, rows
+from benchmarks.harness import cpu_tables, launches, machine, rows
 from benchmarks.harness.case import Case
+from benchmarks.harness.cpu_tables import TABLE
 from benchmarks.harness.rows import Row
 from benchmarks.harness.session import Session
 
 README = machine.ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks: begin (make readme-tables) -->", "<!-- benchmarks: end -->"
-TABLE = "table.md"  # of a machine, beside its rows
 NOT_MEASURED = "Not yet measured on a GPU."
 WIDTHS = {"mode": 6, "ms": 10, "20..80%": 16, "times": 8, "wall": 10, "graph": 10, "host us": 9, "peak MB": 10}
 WIDTHS |= {"of copy": 9, "error": 9}
@@ -214,67 +212,21 @@ def gpu_table(gpu: str, saved: list[Row]) -> str:
     return "\n".join([*lines, ""])
 
 
-def cpu_table(cpu: str, saved: list[Row]) -> str:
-    """A CPU's figures are ratios measured side by side: a batch of samples over one forward pass of it."""
-    selected = _sampling(cpu, saved)
-    providers = list(dict.fromkeys(row["provider"] for row in selected))
-    rivals = [name for name in providers if name != selected[0]["baseline"]]
-    lines = [f"# Sampling on a CPU ({cpu})", ""]
-    lines += ["Time of a whole batch of images, in units of one forward pass of the same batch in the same run.", ""]
-    lines += ["| model | threads | " + " | ".join([*rivals, "measured"]) + " |", "|---|---|---|" + "---|" * len(rivals)]
-    for (_, shape, _, _, threads), group in sorted(_groups(selected).items(), key=str):
-        times = {row["provider"]: _number(row["times_baseline"], ".3g") for row in group}
-        cells = [shape, str(threads), *(times.get(name, "-") for name in rivals), group[0]["time"][:10]]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
-
-
-def _sampling(cpu: str, saved: list[Row]) -> list[Row]:
-    return [row for row in saved if row["op"] == "sampling" and row["cpu"] == cpu and _on_cpu(row)]
-
-
-def _on_cpu(row: Row) -> bool:
-    return not row["gpu"] and bool(row["times_baseline"])
-
-
-def _cpu_summary(cpu: str, saved: list[Row]) -> list[str]:
-    """A line for each model, with the most threads that it was sampled with: the naive loop beside fastgen."""
-    groups: dict[str, dict[str, Any]] = {}
-    for (_, shape, _, _, threads), group in sorted(_groups(_sampling(cpu, saved)).items(), key=str):
-        times = {row["provider"]: row["times_baseline"] for row in group}
-        if "fastgen" in times:  # in the order of threads
-            groups[shape] = {**times, "threads": threads, "date": group[0]["time"][:10]}
-    folder = machine.folder_name({"gpu": None, "cpu": cpu})
-    lines = [
-        f"Sampling a batch on a CPU ({cpu}), in units of one forward pass of the batch in the same run. The loop's"
-    ]
-    lines += ["time is that of one draw for all; \\* where none was timed, a pass for each draw. All backends:"]
-    lines += [f"[{folder}](benchmarks/results/{folder}/{TABLE}).", ""]
-    lines += ["| model | threads | loop | fastgen | times as fast | measured |", "|---|---|---|---|---|---|"]
-    for shape, times in groups.items():
-        draws = math.prod(int(side) for side in re.findall(r"\d+(?=x)|(?<=x)\d+", shape))
-        naive = times.get("naive", draws)
-        mark = "" if "naive" in times else r"\*"
-        cells = [shape, str(times["threads"]), f"{naive:.0f}{mark}", f"{times['fastgen']:.3g}"]
-        lines.append("| " + " | ".join([*cells, f"{naive / times['fastgen']:.0f}", times["date"]]) + " |")
-    return [*lines, ""]
-
-
 def performance_section(saved: list[Row]) -> str:
     """The README's performance section, markers included."""
     on_gpu = [row for row in saved if row["gpu"] and row["op"] != rows.TESTS]
     lines = [BEGIN, ""]
     if not on_gpu:
-        lines += [f"{NOT_MEASURED} On a machine with one, `make bench` saves rows.", ""]
+        latest = max((row["time"] for row in saved), default="")[:10]
+        lines += [
+            f"{NOT_MEASURED} (Latest row: {latest or 'none'}. On a machine with one, `make bench` saves rows.)",
+            "",
+        ]
     for gpu in sorted({row["gpu"] for row in on_gpu}):
         lines += _gpu_summary(gpu, [row for row in on_gpu if row["gpu"] == gpu])
-    for cpu in sorted(_cpus(saved)):
-        lines += _cpu_summary(cpu, saved)
+    for cpu in cpu_tables.cpus(saved):
+        lines += cpu_tables.summary(cpu, saved)
     return "\n".join([*lines, END])
-
-
-def _cpus(saved: list[Row]) -> set[str]:
-    return {row["cpu"] for row in saved if row["op"] == "sampling" and _on_cpu(row)}
 
 
 def readme_tables(folder: Path, *, check: bool, readme: Path = README) -> int:
@@ -292,8 +244,8 @@ def readme_tables(folder: Path, *, check: bool, readme: Path = README) -> int:
     wanted = {readme: pattern.sub(lambda _: section, text)}
     for gpu in {row["gpu"] for row in saved if row["gpu"]}:
         wanted[folder / machine.folder_name({"gpu": gpu}) / TABLE] = gpu_table(gpu, saved)
-    for cpu in _cpus(saved):
-        wanted[folder / machine.folder_name({"gpu": None, "cpu": cpu}) / TABLE] = cpu_table(cpu, saved)
+    for cpu in cpu_tables.cpus(saved):
+        wanted[folder / cpu_tables.folder_of(cpu) / TABLE] = cpu_tables.table(cpu, saved)
     stale = [file for file, new in wanted.items() if not file.exists() or file.read_text() != new]
     for file in stale:
         if check:

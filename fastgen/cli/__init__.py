@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
         self.needed: list[argparse.Action] = []
 
     def add_needed(self, *names: str, **options: Any) -> None:
-        """An option that must be given, missed only after a misspelt one has been named."""
+        """Adds an option that must be given. A misspelt option is named first, since it may be the missing one."""
         self.needed.append(self.add_argument(*names, **options))
 
     def error(self, message: str) -> NoReturn:

@@ -49,7 +49,7 @@ def add_data(parser: Any, needed: bool = True, more: str = "") -> None:
 
 
 def load_data(arguments: argparse.Namespace, **defaults: Any) -> "Dataset":
-    """The data set of the arguments, and of `defaults` where they say nothing; prints what there is to say of it."""
+    """The data set that the arguments, or else `defaults`, name. Prints its attribution and its note."""
     from fastgen import data
 
     given = {name: getattr(arguments, name) for name in ("data", *LOADING)}

@@ -67,5 +67,5 @@ def written(options: Mapping[str, Any]) -> bytes:
 
 
 def _value(value: Any) -> str:
-    """JSON's text, numbers, true, false and lists are TOML's, too."""
+    """A value in TOML, whose text, numbers, true, false and lists are written as in JSON."""
     return json.dumps(list(value) if isinstance(value, tuple) else value)

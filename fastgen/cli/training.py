@@ -157,7 +157,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class Resolved:
-    """A callback that leaves the options of a run beside it, once the run has begun."""
+    """A callback that writes the options of a run to its folder, after the first step."""
 
     def __init__(self, content: bytes) -> None:
         self.content = content
@@ -211,7 +211,7 @@ def _resolved(model: Any, dataset: "Dataset", settings: Any) -> dict[str, Any]:
 
 
 def _assignments(texts: Sequence[str]) -> dict[str, Any]:
-    """NAME=VALUE texts as values of Python where they are, and as text otherwise."""
+    """NAME=VALUE texts as a dict. A VALUE that is a literal of Python becomes its value, any other stays text."""
     found: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")

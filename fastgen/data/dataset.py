@@ -1,4 +1,4 @@
-"""Splits of images as tensors, and the rules by which arrays from anywhere become one."""
+"""Data sets as tensors, and the rules by which arrays become one."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -59,7 +59,7 @@ class Dataset:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the content: images, classes, splits and the number of levels, wherever they came from."""
+        """The SHA-256 of images, classes, splits and the number of levels, wherever they came from."""
         parts = [
             tensor for split in (self.train, self.validation, self.test) for tensor in (split.images, split.labels)
         ]
@@ -67,7 +67,7 @@ class Dataset:
 
 
 def sha256(tensors: Sequence[Tensor], number: int | None) -> str:
-    """Of tensors and a number, as text."""
+    """The SHA-256 of tensors and a number, in hexadecimal."""
     digest = hashlib.sha256(repr(number).encode())
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -76,7 +76,8 @@ def sha256(tensors: Sequence[Tensor], number: int | None) -> str:
 
 
 def hold_out(count: int, missing: Sequence[str], source: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """Places of the images that stay for training, and of a tenth for each missing split, by a fixed permutation.
+    """Chooses a tenth of the images for each missing split, by a fixed permutation. Returns the indices of those that
+    stay for training, and those of each split.
 
     Raises:
         ValueError: there are too few.
@@ -164,7 +165,7 @@ def _channels_first(images: np.ndarray, source: str) -> np.ndarray:
 
 
 def _levels(images: dict[str, np.ndarray], levels: int | None, source: str, files: bool) -> tuple[int, str]:
-    """The number of levels, and a line where nobody asked for it. Black and white, 0 and 255, becomes 0 and 1."""
+    """The number of levels, and a note where it was guessed. Images of 0 and 255 alone become 0 and 1 in place."""
     if levels not in (None, 2):
         return levels, ""  # type: ignore[return-value]
     if all(array.dtype == np.bool_ for array in images.values()):

@@ -1,4 +1,4 @@
-"""Where images come from. Nothing is unpickled, and nothing that is read is run."""
+"""One function a source of images. Nothing is unpickled, and nothing that is read is run."""
 
 import gzip
 import hashlib

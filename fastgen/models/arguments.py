@@ -1,4 +1,4 @@
-"""What every model checks of its arguments. Values are read where that costs nothing; see `may_read_values`."""
+"""Checks of arguments that all models share. Values of tensors are read only where `may_read_values` allows it."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ def check_condition(condition: Any, n_classes: int | None) -> None:
     TypeError where they are no integers.
 
     Args:
-        condition: classes (B,), or one class for all. Their values are not read while a pass is recorded, where what
-            is read may become a constant.
+        condition: classes (B,), or one class for all. Their values are not read while `accelerate` records a pass: a
+            value that is read would become a constant of the recorded network.
     """
     if condition is None and n_classes is not None:
         raise ValueError(f"condition is missing: this model needs a class in 0..{n_classes - 1} for each image")

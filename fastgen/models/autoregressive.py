@@ -1,4 +1,4 @@
-"""What every autoregressive image model shares: levels in, parameters out, exact likelihood, exact samples."""
+"""The base class of the autoregressive image models: exact likelihood, exact samples."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 class AutoregressiveModel(Rebuildable):
     """Base class: p(x) = prod_i p(x_i | x_<i), pixels in raster order, colours R, G, B inside a pixel.
 
-    A subclass sets nothing else than its layers and defines `forward(x, condition=None) -> params`, calling
-    `self.encode(x)` on its input.
+    A subclass makes its layers and defines `forward(x, condition=None) -> params`, which calls `self.encode(x)`.
 
     Args:
         shape: (C, H, W) of an image.
@@ -41,7 +40,8 @@ class AutoregressiveModel(Rebuildable):
         self.levels = levels
         self.distribution = distribution
         self.n_classes = n_classes
-        self._samplers: list[Any] = []  # at most one; a list, so that its coming is no change of the model's values
+        # At most one sampler. In a list, so that a sampler does not take its own making for a change of the model.
+        self._samplers: list[Any] = []
 
     def encode(self, x: Tensor) -> Tensor:
         """Integer levels (B, C, H, W) as floats in [-1, 1]; a float tensor is taken as encoded already.

@@ -120,7 +120,7 @@ class TwoStreams(nn.Module):
 
 
 class GatedResidual(nn.Module):
-    """x + a * sigmoid(b), where a and b come from two convolutions of x and of what else the layer sees."""
+    """x + a * sigmoid(b). Two convolutions compute a and b from x, the skip connection and the other stream."""
 
     def __init__(self, channels: int, leftward: bool, others: int, n_classes: int | None, dropout: float) -> None:
         super().__init__()
@@ -157,8 +157,8 @@ class Shrink(nn.Module):
 
 
 class Grow(nn.Module):
-    """Both streams at twice the size, cropped to (H, W): a pixel gives to those of its own 2x2 block and to no
-    earlier one."""
+    """Both streams at twice the size, cropped to (H, W). A pixel reaches its own 2x2 block and no earlier one, so the
+    order of the pixels is kept."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -193,10 +193,10 @@ def concat_elu(x: Tensor) -> Tensor:
 
 
 def shift_down(x: Tensor) -> Tensor:
-    """Every row takes the place of the next; zeros enter at the top."""
+    """Moves the rows down by one; the first becomes zeros."""
     return F.pad(x, (0, 0, 1, -1))
 
 
 def shift_right(x: Tensor) -> Tensor:
-    """Every column takes the place of the next; zeros enter at the left."""
+    """Moves the columns right by one; the first becomes zeros."""
     return F.pad(x, (1, -1))

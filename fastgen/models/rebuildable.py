@@ -24,23 +24,26 @@ class Rebuildable(nn.Module):
         return dict(list(bound.arguments.items())[1:])
 
     def note_argument(self, name: str, value: Any) -> None:
-        """What a constructor makes of a keyword argument is what a file says, if that is not what was given: rules by
-        which it is found may change. A subclass whose constructor has no such argument says what it was given."""
-        _, given = self.__dict__["_built_with"]
-        known = inspect.signature(type(self).__init__).parameters.get(name)
-        if known is not None and given.get(name, known.default) != value:
-            given[name] = value
+        """Records the value that the constructor really uses for a keyword argument, where it rounds what it was given.
+
+        A file then holds that value, and does not depend on how later versions round. Nothing is recorded where the
+        constructor of a subclass has no such argument.
+        """
+        _, keywords = self.__dict__["_built_with"]
+        parameter = inspect.signature(type(self).__init__).parameters.get(name)
+        if parameter is not None and keywords.get(name, parameter.default) != value:
+            keywords[name] = value
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """`fastgen.save`, also for a subclass of one's own."""
+        """`fastgen.save`, which also works for a subclass of your own. Raises as `fastgen.save` does."""
         from fastgen import checkpoint
 
         checkpoint.write(folder, checkpoint.configuration(self), self.state_dict())
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike) -> Any:
-        """The model of this class from a folder that `save_pretrained`, `fastgen.save` or a run wrote, or, where there
-        is no such folder, from that repository (USER/NAME) of the Hugging Face hub; in evaluation mode.
+        """Loads a model of this class, in evaluation mode, from a folder that `save_pretrained`, `fastgen.save` or a
+        run wrote. If there is no such folder, `name` is taken as a repository USER/NAME of the Hugging Face hub.
 
         Raises:
             ValueError: there is none, or of another class; see `fastgen.load`.

@@ -111,7 +111,7 @@ class VAE(Rebuildable):
 
     @property
     def _least_log_variance(self) -> float:
-        """Of uniform noise as wide as a level."""
+        """The log-variance of uniform noise as wide as a level."""
         width = 2 / (self.levels - 1)
         return math.log(width**2 / 12)
 

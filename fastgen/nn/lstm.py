@@ -19,7 +19,8 @@ def second_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class _ScanLSTM(nn.Module):
-    """The masked input-to-state convolution and the state-to-state weights; bias 1 on the forget gate at the start."""
+    """Base class: the masked input-to-state convolution and the state-to-state weights. The forget gate's bias starts
+    at 1."""
 
     def __init__(
         self,
@@ -48,7 +49,7 @@ class _ScanLSTM(nn.Module):
 
     @property
     def bias(self) -> Tensor:
-        """Of the gates, (4h,): the convolution's."""
+        """The bias of the gates, (4h,), which is that of the convolution."""
         bias = self.input_to_state.bias
         assert bias is not None
         return bias
@@ -106,8 +107,8 @@ class DiagonalLSTM(_ScanLSTM):
         return diagonal_lstm(torch.cat((padding, gates), 3), self.state_to_state)[..., padding.shape[3] :]
 
     def _padding(self, gates: Tensor) -> Tensor:
-        """(B, 4h, H, H - 1): row i ends with i columns of bias, and what comes before has the input gate closed, so
-        that state begins, from 0, with the bias."""
+        """Gates (B, 4h, H, H - 1) to the left of the image. The last i columns of row i are the bias. The columns
+        before them have a closed input gate, so that the state is 0 where the bias begins."""
         height = gates.shape[2]
         bias = self.bias.to(gates.dtype)
         output, forget, _, content = bias.chunk(4)
@@ -164,7 +165,7 @@ class DiagonalBiLSTM(nn.Module):
                 from_right = self.from_right(x)
             from_left = self.from_left(x)
             here.wait_stream(beside)
-            # Each is used on a stream that its memory is not of: it must not be given away before that is done.
+            # Each tensor is used on another stream than the one it was allocated on: its memory must live until then.
             x.record_stream(beside)
             from_right.record_stream(here)
         else:

@@ -77,12 +77,12 @@ class MaskedConv2d(nn.Conv2d):
         self._box, self._box_of = live_box(mask), state_of(self.mask)
 
     def live_mask(self) -> Tensor:
-        """The BoolTensor of the shape of weight that decides."""
+        """The mask that is applied, a BoolTensor of the weight's shape. `patch` overrides it."""
         return self.mask
 
     @property
     def geometry(self) -> Any:
-        """Stride, padding and dilation, a pair each; only where the padding is the same on both sides."""
+        """Stride, padding and dilation, a pair each. Valid only if the padding is the same on both sides."""
         before_w, _, before_h, _ = self._reversed_padding_repeated_twice
         return self.stride, (before_h, before_w), self.dilation
 
@@ -109,7 +109,7 @@ class MaskedConv2d(nn.Conv2d):
                     mask = None if full else live[:, :, top:bottom, left:right]
                 elif full:
                     mask = None
-        # What the cropped rows and columns of the kernel would have reached is no longer padded, or no longer read.
+        # The cropped rows and columns of the kernel need no padding, or no input, any more.
         before_h, after_h = before_h - top * self.dilation[0], after_h - (height - bottom) * self.dilation[0]
         before_w, after_w = before_w - left * self.dilation[1], after_w - (width - right) * self.dilation[1]
         padding = tuple(
@@ -132,7 +132,8 @@ class MaskedConv2d(nn.Conv2d):
         )
 
     def provider(self, x: Tensor) -> str:
-        """What runs for an input (B, in_channels, H, W) like x, its result and gradients, and why: a line each."""
+        """Which implementation computes the output and each gradient for an input like x (B, in_channels, H, W), and
+        why, one line each."""
         if not uses_triton("auto", x):
             return f"PyTorch's definition: the kernels run on CUDA tensors, x is on {x.device}"
         from fastgen.kernels.masked_conv2d import launch
@@ -170,5 +171,5 @@ def live_box(mask: Tensor) -> tuple[int, int, int, int, bool] | None:
 
 
 def state_of(mask: Tensor) -> tuple[int, int]:
-    """Differs when another tensor takes the place of the mask, and when someone writes into it."""
+    """A pair that changes when the mask is replaced by another tensor or written to."""
     return id(mask), 0 if mask.is_inference() else mask._version

@@ -1,4 +1,4 @@
-"""Take over the masked convolutions of a model that was not written with fastgen."""
+"""`patch`: makes the masked convolutions of an existing model into fastgen's."""
 
 import copy
 import inspect
@@ -14,10 +14,11 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 class PatchedConv2d(MaskedConv2d):
-    """What becomes of a stranger's masked convolution: its own object, parameters and buffers, under this class.
+    """The class that `patch` gives to a masked convolution, which stays the same object with the same parameters and
+    buffers.
 
-    Its mask stays the buffer that it was, of any dtype and of any shape that broadcasts to the weight's, and goes on
-    deciding; `_live` is made from it, and made again after it was changed or loaded.
+    Its mask stays in the buffer where it was, of any dtype and of any shape that broadcasts to the weight's. `_live`
+    holds it as a BoolTensor of the weight's shape, and is computed again when that buffer was changed or loaded.
     """
 
     _live: Tensor
@@ -43,11 +44,10 @@ class PatchedConv2d(MaskedConv2d):
 def patch(model: nn.Module) -> int:
     """Makes the masked convolutions of `model` into `fastgen.nn.MaskedConv2d`, in place.
 
-    Taken are instances of subclasses of `nn.Conv2d` that convolve with weights part of which a buffer of zeros and ones
-    sets to zero, whatever the buffer's name, dtype and shape (one that broadcasts to the weight's), and whether the
-    masked weights are multiplied anew or overwritten in each call. An object keeps its identity, its Parameters, its
-    buffers and so its state_dict; wherever it is referred to, also twice, it is changed. Each is run on small random
-    inputs first, and left alone if a masked convolution does not give the same results and gradients.
+    It changes instances of subclasses of `nn.Conv2d` whose weights are multiplied, or overwritten, by a buffer of zeros
+    and ones. The buffer may have any name, any dtype and any shape that broadcasts to the weight's. An object keeps its
+    identity, its Parameters, its buffers and so its state_dict. Before it is changed, each is run on small random
+    inputs; it is left alone if a masked convolution does not give the same results and gradients.
 
     Left alone, too: groups; padding modes other than zeros; a forward with more arguments than the input; hooks;
     weights that are no Parameter (weight_norm and other parametrizations); further parameters or submodules; masks with
@@ -60,7 +60,7 @@ def patch(model: nn.Module) -> int:
         model: any module; it may be a masked convolution itself.
 
     Returns:
-        How many convolutions were taken, 0 on a second call.
+        How many convolutions were changed; 0 on a second call.
 
     Raises:
         TypeError: model is no nn.Module.
@@ -86,12 +86,12 @@ def _may_be_masked(module: nn.Conv2d) -> bool:
         return False
     parameters = list(inspect.signature(module.forward).parameters.values())
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return len([one for one in parameters if one.kind not in variadic]) <= 1
+    return len([parameter for parameter in parameters if parameter.kind not in variadic]) <= 1
 
 
 def _masks(module: nn.Conv2d) -> list[str]:
     """Names of the buffers that can be the mask; those that mask something first."""
-    found = []
+    candidates = []
     for name, buffer in module._buffers.items():
         if buffer is None or not 2 <= buffer.dim() <= 4 or buffer.is_complex():
             continue
@@ -102,8 +102,8 @@ def _masks(module: nn.Conv2d) -> list[str]:
             continue
         masks_something = bool((buffer == 0).any())
         if masks_something or "mask" in name.lower():
-            found.append((not masks_something, name))
-    return [name for _, name in sorted(found)]
+            candidates.append((not masks_something, name))
+    return [name for _, name in sorted(candidates)]
 
 
 def _reproduces(module: nn.Conv2d, name: str) -> bool:
@@ -127,34 +127,35 @@ def _reproduces(module: nn.Conv2d, name: str) -> bool:
             x = scale * torch.randn(2, twin.in_channels, *size, generator=generator, dtype=torch.float64)
             if not _same(twin, name, x.requires_grad_()):
                 return False
-    except Exception:  # a stranger's code may do anything with an input that it was not made for
+    except Exception:  # code of others may do anything with an input that it was not made for
         return False
     return True
 
 
 def _same(twin: nn.Conv2d, name: str, x: Tensor) -> bool:
+    """Whether twin(x) and its gradients are those of a convolution masked by the buffer `name`."""
     mask = twin.get_buffer(name).bool().expand(twin.weight.shape)
     weight, bias = twin.weight.detach().clone().requires_grad_(), twin.bias
     expected = F.conv2d(x, torch.where(mask, weight, 0), bias, twin.stride, twin.padding, twin.dilation)
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        found = twin(x)
-    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        output = twin(x)
+    if not isinstance(output, Tensor) or output.shape != expected.shape:
         return False
     others = [x] if bias is None else [x, bias]
     # A gradient of its own: the twin's graph must not be freed before both are known.
     grad = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view(expected.shape)
-    wanted = torch.autograd.grad(expected, [weight, *others], grad)
-    gotten = list(torch.autograd.grad(found, [twin.weight, *others], grad))
-    gotten[0] = torch.where(mask, gotten[0], 0)
+    expected_gradients = torch.autograd.grad(expected, [weight, *others], grad)
+    gradients = list(torch.autograd.grad(output, [twin.weight, *others], grad))
+    gradients[0] = torch.where(mask, gradients[0], 0)
     return all(
-        torch.allclose(one, other, rtol=1e-9, atol=1e-9 * other.abs().max().item())
-        for one, other in zip((found, *gotten), (expected, *wanted), strict=True)
+        torch.allclose(actual, wanted, rtol=1e-9, atol=1e-9 * wanted.abs().max().item())
+        for actual, wanted in zip((output, *gradients), (expected, *expected_gradients), strict=True)
     )
 
 
 def _take(module: nn.Conv2d, name: str) -> bool:
-    """Changes the class of the object; False where Python refuses to, and where a name is taken."""
-    if any(taken in vars(module) or taken in module._buffers for taken in ("_live", "_mask_name", "_live_of", "_box")):
+    """Changes the class of the object. Returns False if Python refuses to, or if it has an attribute of our names."""
+    if any(name in vars(module) or name in module._buffers for name in ("_live", "_mask_name", "_live_of", "_box")):
         return False
     try:
         module.__class__ = PatchedConv2d

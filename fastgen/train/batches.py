@@ -1,5 +1,8 @@
-"""Training and validation images from a `fastgen.data.Dataset`, a torch Dataset or a DataLoader, by step number: what a
-step sees depends on the step alone, so that a run can be resumed and cut into processes."""
+"""Batches for training and validation, from a `fastgen.data.Dataset`, a torch Dataset or a DataLoader.
+
+The images of a step depend on the seed and the step's number alone, so that a run can be resumed, and shared by
+processes.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,7 +19,8 @@ Batch = tuple[Tensor, Tensor | None]  # images and, where there are any, their c
 
 
 def as_batch(item: Any) -> Batch:
-    """What a torch data set or loader gives: images, or a sequence of images and classes (what follows is left out).
+    """An item of a torch data set or loader as a Batch. The item is images, or a sequence of images, classes and
+    others, which are left out.
 
     Raises:
         TypeError: it is something else.

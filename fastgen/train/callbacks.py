@@ -1,4 +1,4 @@
-"""What happens beside training: one's own objects, TensorBoard, pictures of samples."""
+"""Callbacks of a training run: the user's own, TensorBoard, grids of samples."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Moments of a run; a callback is any object that has one of these methods. They run in every process of a job.
+    """A callback is any object with one or more of these methods. They are called in every process of a job.
 
-    Of a run they may read `step`, `model`, `average` (the averaged weights, which are what is validated), `folder`,
+    They may read of a run `step`, `model`, `average` (the averaged weights, which are what is validated), `folder`,
     `settings`, `rows` (of metrics.jsonl so far), `best` and `metric`.
     """
 
@@ -63,18 +63,18 @@ class TensorBoard(Callback):
 
 
 class SampleGrids(Callback):
-    """Draws from the averaged weights at every validation: RUN/samples/step-0000100.png, always from the same noise."""
+    """Writes samples of the averaged weights at every validation, to RUN/samples/step-0000100.png and so on, always
+    from the same noise."""
 
     def __init__(self, count: int, tensorboard: TensorBoard | None) -> None:
         self.count, self.tensorboard = count, tensorboard
 
     @staticmethod
     def why_not(model: Any) -> str:
-        return (
-            ""
-            if all(hasattr(model, name) for name in ("sample", "levels", "shape", "n_classes"))
-            else (f"a {type(model).__name__} has no sample(n) of images with levels")
-        )
+        """Why a model cannot be sampled here, "" if it can."""
+        if all(hasattr(model, name) for name in ("sample", "levels", "shape", "n_classes")):
+            return ""
+        return f"a {type(model).__name__} has no sample(n) of images with levels"
 
     def on_validation(self, run: "Run") -> None:
         model: Any = run.average

@@ -1,4 +1,4 @@
-"""Ctrl-C, and the SIGTERM of a queue, at a moment that suits."""
+"""Delays Ctrl-C and SIGTERM (which queues send) until a moment at which a run can be saved."""
 
 import signal
 import threading

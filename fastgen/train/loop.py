@@ -1,4 +1,4 @@
-"""The loop."""
+"""`train`: steps and validations until there is a reason to end."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""What a model is trained on, and how it is measured on a split."""
+"""The loss of a model as training and validation use it, its unit, and its mean over a split."""
 
 import inspect
 import math
@@ -19,7 +19,7 @@ LOGITS_AT_ONCE = 2**25  # 256 MiB in float64, of which scoring takes a few
 
 
 class Loss(nn.Module):
-    """The loss of a model as the forward pass of a module: what DDP, FSDP and CUDA graphs can wrap.
+    """The loss of a model as the forward pass of a module, which DDP, FSDP and CUDA graphs can wrap.
 
     Args:
         model: with `loss(x[, condition])`, the mean over a batch, or with `log_prob(x[, condition])`, (B,) nats.
@@ -89,7 +89,7 @@ def unit(model: Any, shape: tuple[int, ...] | None = None, floats: bool = False)
 
 
 def check_fit(model: Any, dataset: Dataset) -> None:
-    """Raises ValueError where the images are not what the model is for."""
+    """Raises ValueError if the images have another shape, number of levels or number of classes than the model."""
     if model.shape != dataset.shape:
         advice = (
             "" if model.shape[1:] == dataset.shape[1:] else "; resize=N and crop=N (--resize N --crop N) cut images"

@@ -18,7 +18,7 @@ def sharded(settings: Settings) -> bool:
 
 
 def shard(model: nn.Module) -> None:
-    """Cuts the parameters of a model into a part for each process (FSDP2); its loss puts them together for a pass."""
+    """Gives each process a part of the model's parameters (FSDP2). Its loss gathers them for a pass."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here is done in place
@@ -44,13 +44,13 @@ def _why_no_graph(settings: Settings, device: torch.device) -> str:
     if device.type != "cuda":
         return f"it needs a CUDA device, the model is on {device.type}"
     if settings.loss_options(0):
-        return "the weight of the KL and free bits are not part of one"
+        return "it does not take the weight of the KL or free bits, which change"
     return "it is for one process, there are several" if distributed.active() else ""
 
 
 class GraphedLoss(nn.Module):
     """A loss whose forward and backward pass are captured at its first batch and replayed for all of those shapes
-    (`torch.cuda.make_graphed_callables`); other shapes run as ever."""
+    (`torch.cuda.make_graphed_callables`); batches of other shapes run without it."""
 
     def __init__(self, loss: Loss) -> None:
         super().__init__()
@@ -85,12 +85,12 @@ class GraphedLoss(nn.Module):
 
 
 def whole(tree: Any) -> Any:
-    """Sharded tensors in any nest of containers put together, in all processes at once; others as they are."""
+    """Gathers the sharded tensors in any nest of containers; all processes must call it. Other values stay."""
     return tree_map(lambda value: value.full_tensor() if _is_sharded(value) else value, tree)
 
 
 def like(value: Any, parameter: Any) -> Any:
-    """A whole tensor cut as the parameter is, where it is and the shapes agree."""
+    """A whole tensor, sharded like the parameter if that is sharded and has the same shape."""
     if _is_sharded(parameter) and isinstance(value, Tensor) and value.shape == parameter.shape:
         from torch.distributed.tensor import distribute_tensor
 
@@ -113,7 +113,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def local(model: nn.Module) -> list[Tensor]:
-    """The parameters, of sharded ones this process's part."""
+    """The parameters of a model; of a sharded one, the part that this process holds."""
     parameters: list[Any] = list(model.parameters())
     return [p.to_local() if _is_sharded(p) else p for p in parameters]
 

@@ -77,8 +77,8 @@ class Run:
     # --- one step
 
     def _batch(self) -> tuple[Tensor, Tensor | None, float]:
-        """This process's images and classes, and its share of the step's images. Where there are fewer images than
-        processes, some take one for a share of nothing."""
+        """This process's images and classes, and their fraction of the step's images. If there are fewer images than
+        processes, some processes compute one image that counts nothing."""
         x, labels = self.data.train.batch(self.step, self.settings.batch_size, self.settings.seed)
         part = distributed.shard(len(x))
         share = (part.stop - part.start) / len(x)
@@ -87,7 +87,7 @@ class Run:
         return x if self.augment is None else self.augment(x), labels, share
 
     def learning_rate(self) -> float:
-        """Of the step to come."""
+        """The learning rate of the next step."""
         if callable(self.schedule):
             return self.schedule(self.step)
         if self.schedule is not None or self._own_rates:
@@ -175,7 +175,7 @@ class Run:
             self.rows.append({"step": self.step, f"validation_{self.metric}": value})
 
     def averaged(self) -> dict[str, Tensor]:
-        """The averaged weights, whole; all processes must ask."""
+        """The averaged weights, gathered; all processes must call it."""
         return parallel.whole(self.average.state_dict())
 
     def _check_finite(self, loss: float) -> None:
@@ -185,7 +185,7 @@ class Run:
             )
 
     def over(self) -> str:
-        """Why there is nothing more to do, "" where there is."""
+        """Why the run is over, "" if it is not."""
         if self.validation_is_due():
             return ""
         if self.settings.patience and self.stale >= self.settings.patience:

@@ -1,4 +1,4 @@
-"""The numbers of a training run, checked."""
+"""The settings of a training run, checked."""
 
 import math
 from dataclasses import dataclass

@@ -55,7 +55,7 @@ def metrics(run: Run) -> bytes:
 
 
 def restore(run: Run, state: dict[str, Any]) -> list[str]:
-    """Takes the state that `read` gave. Returns what differs from the run as it was and may, as "NAME OLD -> NEW".
+    """Puts a state that `read` gave into a run. Returns the settings that have a new value, as "NAME OLD -> NEW".
 
     A run that had stopped without improvement goes on where one of these is new.
 

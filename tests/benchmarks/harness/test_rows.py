@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.harness import launches, machine, report, rows
+from benchmarks.harness import cpu_tables, launches, machine, report, rows
 
 OP = "reparameterize_kl"
 (FILE,) = machine.KERNELS.rglob(f"{OP}.py")
@@ -157,7 +157,7 @@ def test_without_gpu_rows_nothing_is_claimed_of_a_gpu():
     section = report.performance_section([*saved, row(gpu=None)])
     assert report.NOT_MEASURED in section
     assert r"| m 1x2x3 | 2 | 6\* | 1.5 | 4 | 2" in section and "| n 1x4x4 | 1 | 20 | 0.5 | 40 | 2" in section
-    table = report.cpu_table("C", saved)
+    table = cpu_tables.table("C", saved)
     assert "| m 1x2x3 | 1 | 3.7 | 2 | - | 2" in table and "| n 1x4x4 | 1 | - | 0.5 | 20 | 2" in table
 
 
