@@ -10,7 +10,7 @@ ROOMS = (  # each may import those before it, and its own
     {"kernels", "_version", "files", "pages"},
     {"ops", "mixture"},
     {"nn"},
-    {"distributions", "gaussian"},
+    {"distributions"},
     {"sampling"},
     {"models"},
     {"distributed", "checkpoint", "weights", "data", "plots", "likelihood", "scores", "classification"},

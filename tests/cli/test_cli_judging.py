@@ -63,7 +63,11 @@ def test_score(name, runs, images, tmp_path, capsys):
         )
     assert path.with_suffix(".png").exists() == (name != "vae")
     if name != "vae":
-        assert Image.open(path.with_suffix(".png")).height == 4 * (6 * 8 + 2) + 2
+        sheet = np.asarray(Image.open(path.with_suffix(".png")))
+        assert sheet.shape[0] == 4 * (6 * 8 + 2) + 2
+        left = sheet.shape[1] - 3 * (5 * 8 + 2)  # of the first image: the least likely
+        first = sheet[2 : 2 + 48 : 8, left : left + 40 : 8, 0]
+        assert np.array_equal(first, np.rint(test.images[nats.argmin(), 0].numpy() * 127.5))
     table = [
         line.split() for line in shown.splitlines() if line.startswith(("inverted", "shuffled", "noise", "letters"))
     ]

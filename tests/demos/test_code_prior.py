@@ -38,8 +38,13 @@ def test_the_codebook_follows_its_features():
     )
     torch.testing.assert_close(model.codebook[:2, 0], expected)
     assert float(model.codebook[2, 0]) in torch.tensor([0.2, 1.4, 1.6]).tolist()  # it was chosen by none
-    loss = model.loss(torch.rand(2, 3, 8, 8))
-    loss.backward()
+
+
+def test_the_encoder_learns_through_the_codes(monkeypatch):
+    """Also where nothing binds it to the vectors: the decoder's gradient is passed straight on."""
+    monkeypatch.setattr("fastgen.demos.code_prior.COMMITMENT", 0.0)
+    model = VQVAE(codes=3, channels=4, dimensions=2)
+    model.loss(torch.rand(2, 3, 8, 8)).backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.encoder.parameters() if parameter.dim() > 1)
 
 
