@@ -188,3 +188,12 @@ def test_contract_of_the_backward_operator(saved, results, device):
     tensors = (grad, None, x, weight, mask, out, kept.get(saved, grad), None, None)
     arguments = (*tensors, [1, 1], [1, 1], [1, 1], saved, [True, True, True, False, False, False])
     torch.library.opcheck(torch.ops.fastgen.masked_conv2d_backward.default, arguments)
+
+
+@pytest.mark.parametrize("activation", ["none", "gated"])
+def test_an_image_s_own_bias_of_several_shares_of_pixels(activation, device):
+    x, weight, mask, bias = problem("B", 2, 3, 6, 12, 13, (1, 1), torch.float32, device)
+    inputs = (x, weight, bias, torch.randn(2, 6, device=device, requires_grad=True))
+    options = {"activation": activation, "impl": "triton"}
+    found = gradients(lambda x, w, b, c: masked_conv2d(x, w, mask, b, condition=c, **options), inputs)
+    check(found, gradients(lambda x, w, b, c: truth(x, w, mask, b, activation, c), inputs))
