@@ -5,7 +5,7 @@ import torch
 
 from fastgen.kernels.masked_conv2d import launch
 from fastgen.kernels.masked_conv2d.products import WeightGradient
-from fastgen.ops import masked_conv2d
+from fastgen.ops import causal_mask, masked_conv2d
 from fastgen.ops.masked_conv2d import fused
 from tests.ops.masked_conv2d_truth import gradients, problem, truth
 
@@ -197,3 +197,12 @@ def test_an_image_s_own_bias_of_several_shares_of_pixels(activation, device):
     options = {"activation": activation, "impl": "triton"}
     found = gradients(lambda x, w, b, c: masked_conv2d(x, w, mask, b, condition=c, **options), inputs)
     check(found, gradients(lambda x, w, b, c: truth(x, w, mask, b, activation, c), inputs))
+
+
+def test_groups_of_colours_in_both_halves_of_a_gate(device):
+    """Three blocks of channels a half: the gradient of the input leaves out the first ones of each."""
+    x, weight, _, bias = problem("all", 1, 48, 96, 4, 3, (1, 3), torch.float32, device)
+    mask = causal_mask("B", 48, 48, (1, 3), 3).repeat(2, 1, 1, 1).to(device)
+    options = {"padding": (0, 1), "activation": "gated"}
+    found = gradients(lambda x, w, b: masked_conv2d(x, w, mask, b, impl="triton", **options), (x, weight, bias))
+    check(found, gradients(lambda x, w, b: truth(x, w, mask, b, **options), (x, weight, bias)))
