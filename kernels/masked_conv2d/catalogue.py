@@ -17,7 +17,12 @@ from fastgen.kernels.masked_conv2d.forward import SPECIALIZED
 CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.bool: "i1"}
 SAME = ((1, 1), (1, 1), (1, 1))
-OLDEST: dict[str, Any] = {"spills": {"sm_120": 8}, "reason": "8 bytes with Triton 3.6, none with 3.7 and 3.9"}
+SPILLS = {  # bytes a thread, by what follows "masked_conv2d_" in a kernel's name
+    "kernel": {"sm_120": 8, "gfx942": 208},
+    "activation_backward_kernel": {"sm_86": 8, "sm_89": 8, "sm_90": 8},
+    "weight_kernel": {"sm_100": 16},
+}
+REASON = "with Triton 3.7.1, in kernels that hold a tile of sums; of AMD no GPU was at hand"
 Kind = tuple[Any, tuple[tuple[str, Any], ...], tuple[tuple[str, Any], ...]]  # kernel, signature, constants and options
 
 
@@ -104,13 +109,12 @@ def entries() -> list[Entry]:
         types = dict(signature)
         told = [str(value) for name, value in fixed.items() if name.isupper() and value != ""]
         told += [f"no {name.split('_')[0]}" for name, value in fixed.items() if value is None]
-        boxes = any(kind.startswith("tensordesc") for kind in types.values())
         matrix = fixed.get("PRECISION") == "tf32" or (fixed.get("PRECISION") == "ieee" and "bf16" in signature[0][1])
         skips = {chip: "is launched otherwise there" for chip in CHIPS if chip not in on}
         more |= {"requires": {"sm_90": "wgmma"} if matrix and "sm_90" in on else {}, "skips": skips}
-        made.append(
-            Entry(kernel, f"{signature[0][1]} {' '.join(told)}", types, fixed, **more, **(OLDEST if boxes else {}))
-        )
+        spills = SPILLS.get(kernel.__name__.removeprefix("masked_conv2d_"))
+        more |= {"spills": spills, "reason": REASON} if spills else {}
+        made.append(Entry(kernel, " ".join((signature[0][1], *told)), types, fixed, **more))
     return made
 
 

@@ -5,7 +5,7 @@ import torch
 
 from fastgen.kernels.masked_conv2d import launch
 from fastgen.kernels.masked_conv2d.products import WeightGradient
-from fastgen.ops import masked_conv2d
+from fastgen.ops import causal_mask, masked_conv2d
 from fastgen.ops.masked_conv2d import fused
 from tests.ops.masked_conv2d_truth import gradients, problem, truth
 
@@ -188,3 +188,21 @@ def test_contract_of_the_backward_operator(saved, results, device):
     tensors = (grad, None, x, weight, mask, out, kept.get(saved, grad), None, None)
     arguments = (*tensors, [1, 1], [1, 1], [1, 1], saved, [True, True, True, False, False, False])
     torch.library.opcheck(torch.ops.fastgen.masked_conv2d_backward.default, arguments)
+
+
+@pytest.mark.parametrize("activation", ["none", "gated"])
+def test_an_image_s_own_bias_of_several_shares_of_pixels(activation, device):
+    x, weight, mask, bias = problem("B", 2, 3, 6, 12, 13, (1, 1), torch.float32, device)
+    inputs = (x, weight, bias, torch.randn(2, 6, device=device, requires_grad=True))
+    options = {"activation": activation, "impl": "triton"}
+    found = gradients(lambda x, w, b, c: masked_conv2d(x, w, mask, b, condition=c, **options), inputs)
+    check(found, gradients(lambda x, w, b, c: truth(x, w, mask, b, activation, c), inputs))
+
+
+def test_groups_of_colours_in_both_halves_of_a_gate(device):
+    """Three blocks of channels a half: the gradient of the input leaves out the first ones of each."""
+    x, weight, _, bias = problem("all", 1, 48, 96, 4, 3, (1, 3), torch.float32, device)
+    mask = causal_mask("B", 48, 48, (1, 3), 3).repeat(2, 1, 1, 1).to(device)
+    options = {"padding": (0, 1), "activation": "gated"}
+    found = gradients(lambda x, w, b: masked_conv2d(x, w, mask, b, impl="triton", **options), (x, weight, bias))
+    check(found, gradients(lambda x, w, b: truth(x, w, mask, b, **options), (x, weight, bias)))
