@@ -26,4 +26,6 @@ def entry(kernel: Any, dtype: str, rows: int, out: int, within: int, *, eps_give
     suffixes = ("columns", "stride", "outers", "inner") if multiples else ()
     aligned = tuple(name for name in signature if name.endswith(suffixes))
     config = " ".join([f"{dtype} {rows}x{out}x{within}", *(f"{name}={value}" for name, value in kind.items())])
-    return Entry(kernel, config, signature, fixed, aligned=aligned)
+    spills = {"sm_120": 8} if flags["DIVIDED"] else {}
+    reason = "two words, a choice of ptxas far from the register limit" if spills else ""
+    return Entry(kernel, config, signature, fixed, aligned=aligned, spills=spills, reason=reason)

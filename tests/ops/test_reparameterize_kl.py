@@ -169,8 +169,9 @@ def test_two_orders_of_memory(size, given, device):
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
-def test_expanded_gradients_are_read_by_their_strides(device):
-    mu, logvar, eps = inputs((3, 6), device=device)
+@pytest.mark.parametrize("shape", [(3, 6), (16, 37)])
+def test_expanded_gradients_are_read_by_their_strides(shape, device):
+    mu, logvar, eps = inputs(shape, device=device)
     z, kl = reparameterize_kl(mu, logvar, eps=eps, impl="triton")
     grads = torch.autograd.grad(z.sum() + 2 * kl.sum(), (mu, logvar))
     torch.testing.assert_close(grads[0], 1 + 2 * mu)
