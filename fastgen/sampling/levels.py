@@ -53,6 +53,7 @@ def check_range(name: str, levels: Tensor, count: int | Tensor | None) -> None:
     """Raises ValueError where an integer level is not in 0..count-1; None: any may be."""
     if count is None or not may_read_values(levels):
         return
+    levels = levels.long()  # 256 is 0 for uint8
     if isinstance(count, Tensor):
         count = count.to(levels.device)
         wrong = (levels < 0) | (levels >= count)

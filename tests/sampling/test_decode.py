@@ -103,6 +103,13 @@ def test_one_channel_may_come_with_or_without_its_axis():
     assert sampler.decode(lambda _, place: images[:, 0, place[1], place[2]], 2, dtype=torch.uint8).dtype == torch.uint8
 
 
+def test_levels_of_a_byte_are_256():
+    model = PixelCNN((1, 2, 3), 256, channels=4, layers=1).eval()
+    sampler = accelerate(model, model.shape, distribution=model.distribution)
+    levels = torch.tensor([0, 1, 127, 128, 254, 255]).view(1, 1, 2, 3)
+    assert torch.equal(sampler.params(levels.to(torch.uint8)), sampler.params(levels))
+
+
 def test_conditions_and_what_is_kept_of_params():
     model = Stranger(1, 5, classes=3).eval()
     sampler = accelerate(model, (1, 3, 3), distribution=Categorical(5, "B(KC)HW"))
