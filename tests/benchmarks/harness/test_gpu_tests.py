@@ -12,6 +12,9 @@ TESTS = """
 import os, time
 import pytest
 
+def test_lost(request):
+    request.session.shouldstop = "the GPU answers nothing more"
+
 @pytest.mark.parametrize("n", range(7))
 def test_good(n):
     pass
@@ -27,9 +30,6 @@ def test_crash():
 
 def test_hang():
     time.sleep(60)
-
-def test_lost(request):
-    request.session.shouldstop = "the GPU answers nothing more"
 
 def test_offsets_beyond():
     pass
