@@ -34,12 +34,7 @@ def settings():
     return found
 
 
-@pytest.fixture(autouse=True)
-def as_before():
-    with ieee_float32():  # puts back what it found, so that the getters are the same from now on
-        pass
-    before = settings()
-    yield
+def as_pytorch_starts():
     newer_too = hasattr(torch._C, "_get_fp32_precision_getter")
     for key in (*PARENTS, *LEAVES) if newer_too else ():
         torch._C._set_fp32_precision_setter(*key, "none")
@@ -47,6 +42,16 @@ def as_before():
     torch.backends.cudnn.allow_tf32 = True
     for key in (("cuda", "matmul"), ("mkldnn", "matmul")) if newer_too else ():
         torch._C._set_fp32_precision_setter(*key, "none")
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    as_pytorch_starts()  # whatever tests before this one have left
+    with ieee_float32():  # puts back what it found, so that the getters are the same from now on
+        pass
+    before = settings()
+    yield
+    as_pytorch_starts()
     assert settings() == before
 
 
