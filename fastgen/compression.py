@@ -20,7 +20,7 @@ from fastgen.distributions import Bernoulli, Categorical, Distribution, Logistic
 from fastgen.mixture import level_probabilities
 from fastgen.models.autoregressive import AutoregressiveModel
 from fastgen.sampling import Sampler
-from fastgen.sampling.condition import rows_for
+from fastgen.sampling.condition import rows_for_some
 from fastgen.sampling.levels import checked_levels, levels_of
 from fastgen.stream_header import Header, digest, how_computed, plain, weights_digest
 
@@ -33,6 +33,7 @@ SLACK = 96  # bits that a coder's first and last words may hold beyond what was 
 Code = Callable[[np.ndarray, np.ndarray], np.ndarray]  # probabilities (n, K), digits (n,) to encode -> digits
 
 
+@torch.inference_mode(False)  # levels are written where the sampler asks for them, outside of it
 def compress(model: Any, images: Tensor, *, condition: Any = None) -> bytes:
     """Images as few bytes: about their -log p(x) under the model, and a header of about 250 bytes for all.
 
@@ -72,6 +73,7 @@ def compress(model: Any, images: Tensor, *, condition: Any = None) -> bytes:
     return _header(sampler, len(images), condition, digest(plain(images)), len(words) // 4).stream(words)
 
 
+@torch.inference_mode(False)
 def decompress(model: Any, data: bytes, *, condition: Any = None) -> Tensor:
     """The very images that `compress` was given.
 
@@ -204,7 +206,7 @@ def _counts(sampler: Sampler) -> Tensor:
 def _condition(sampler: Sampler, condition: Any, n: int) -> Any:
     """One row an image, of which equal ones take no memory: a header's number of images is not to be believed."""
     condition = sampler.condition if condition is None else condition
-    return rows_for(torch.tensor([condition]) if isinstance(condition, int) else condition, max(n, 1))
+    return rows_for_some(torch.tensor([condition]) if isinstance(condition, int) else condition, n)
 
 
 def _rows(condition: Any, part: slice) -> Any:
@@ -216,6 +218,13 @@ def _one_row(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor) or leaf.dim() == 0:
         return leaf
     return leaf[:1] if leaf.stride(0) == 0 or bool((leaf == leaf[:1]).all()) else leaf
+
+
+def _leaves(condition: Any) -> list[Any]:
+    """What a condition holds; of keyword arguments also the names, in whatever order they were given."""
+    if isinstance(condition, dict):
+        return [leaf for name in sorted(condition) for leaf in (name, *tree_leaves(condition[name]))]
+    return tree_leaves(condition)
 
 
 def _header(sampler: Sampler, images: int, condition: Any, of_images: bytes, words: int) -> Header:
@@ -231,7 +240,7 @@ def _header(sampler: Sampler, images: int, condition: Any, of_images: bytes, wor
         weights_digest(
             sampler.model, f"{type(sampler.model).__name__} {sampler.distribution} {_counts(sampler).tolist()}"
         ),
-        digest(*(plain(_one_row(leaf)) for leaf in tree_leaves(condition))),
+        digest(*(plain(_one_row(leaf)) for leaf in _leaves(condition))),
         of_images,
         how_computed(sampler.model, backend, _batch_size(sampler)),
     )

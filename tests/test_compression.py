@@ -288,3 +288,39 @@ class Reals(nn.Module):
 
     def forward(self, x):
         return self.conv(x)
+
+
+class Keyed(nn.Module):
+    """Logits (B, 3, T) of the value before, moved by keyword arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(1, 3, 1)
+
+    def forward(self, x, first, second):
+        return (
+            self.conv(nn.functional.pad(x[:, None], (1, -1))) + first[:, None, None] - second * x.new_ones(3)[:, None]
+        )
+
+
+def test_keyword_arguments_come_in_any_order_and_count_by_name():
+    torch.manual_seed(0)
+    first = torch.rand(2)
+    sampler = fastgen.accelerate(
+        Keyed().eval(), (4,), distribution=fastgen.Categorical(3, "BKT"), condition={"first": first, "second": 0.5}
+    )
+    images = torch.randint(3, (2, 4))
+    packed = fastgen.compress(sampler, images, condition={"first": first, "second": 0.5})
+    assert torch.equal(fastgen.decompress(sampler, packed, condition={"second": 0.5, "first": first}), images)
+    with pytest.raises(ValueError, match="another condition"):
+        fastgen.decompress(sampler, packed, condition={"first": first, "second": 0.25})
+    empty = {"first": first[:0], "second": 0.5}
+    packed = fastgen.compress(sampler, images[:0], condition=empty)
+    assert fastgen.decompress(sampler, packed, condition=empty).shape == (0, 4)
+
+
+def test_runs_in_inference_mode(small):
+    model, images = small
+    with torch.inference_mode():
+        packed = fastgen.compress(model, images.clone())
+        assert torch.equal(fastgen.decompress(model, packed), images)

@@ -188,7 +188,7 @@ class Backends:
         try:
             if self.choice not in WHOLE_PASSES:
                 return Made(key, build_engine(*given, dtype, self.choice, self.verify, self.kept), None)
-            order, remark = drawing_order(*given, known_levels(self.distribution))
+            order, remark = drawing_order(*given, dtype if dtype.is_floating_point else known_levels(self.distribution))
         except Unsupported as reason:
             if self.choice in WHOLE_PASSES:
                 remark = f"taken as causal, which could not be checked: {reason}"

@@ -60,7 +60,9 @@ class Batches:
                         raise
                 else:
                     if bool(part.bad):
-                        raise FloatingPointError("the model's output is NaN at a pixel that was to be drawn")
+                        raise FloatingPointError(
+                            "the model's output is NaN at a pixel that was to be drawn, or a value is infinite"
+                        )
                     parts.append(part)
                     start = stop
                     continue

@@ -34,6 +34,18 @@ def rows_for(condition: Any, n: int, device: torch.device | None = None) -> Any:
     return tree_map(rows, condition)
 
 
+def rows_for_some(condition: Any, n: int, device: torch.device | None = None) -> Any:
+    """As `rows_for`, but for one image where there are none; tensors may have no rows then."""
+    if n == 0:
+        condition = tree_map(_of_one, condition)
+    return rows_for(condition, max(n, 1), device)
+
+
+def _of_one(leaf: Any) -> Any:
+    empty = isinstance(leaf, Tensor) and leaf.shape[:1] == (0,)
+    return leaf.new_zeros(1, *leaf.shape[1:]) if empty else leaf
+
+
 def rows_of(condition: Any, rows: slice | Tensor) -> Any:
     """The condition of some of its images: a slice of them, or their numbers."""
     return tree_map(lambda leaf: leaf[rows] if isinstance(leaf, Tensor) and leaf.dim() else leaf, condition)

@@ -46,7 +46,7 @@ def draw_pixel(
         known_mask: (n, C) bool, where to keep them; None: nowhere.
 
     Returns:
-        A bool scalar: the parameters of some row that was drawn, not kept, hold a NaN.
+        A bool scalar: the parameters of some row that was drawn, not kept, hold a NaN, or a real value is not finite.
 
     Raises:
         TypeError: the distribution draws real numbers.
@@ -54,6 +54,7 @@ def draw_pixel(
     """
     params = params.contiguous()  # sums are then taken in one order, whatever the layout of the model's output
     nan = params.isnan()
+    real = dtype_of(distribution).is_floating_point
     bad = torch.zeros((), dtype=torch.bool, device=params.device)
     for one in channels_at_once(distribution, params, levels.shape[1]) if channel is None else [channel]:
         drawn = distribution.draw(params, noise, one, levels[:, : one if isinstance(one, int) else 0])
@@ -65,6 +66,8 @@ def draw_pixel(
             bad = bad | (nan.flatten(1).any(1) & ~mask.view(len(mask), -1).all(1)).any()
         else:
             bad = bad | nan.any()
+        if real:
+            bad = bad | ~drawn.isfinite().all()
         levels[:, one] = drawn
     return bad
 

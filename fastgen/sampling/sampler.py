@@ -14,7 +14,7 @@ from fastgen.distributions import Distribution
 from fastgen.sampling.adapter import Adapter
 from fastgen.sampling.backends import Backends
 from fastgen.sampling.batches import Batches
-from fastgen.sampling.condition import rows_for, wants_condition
+from fastgen.sampling.condition import rows_for, rows_for_some, wants_condition
 from fastgen.sampling.levels import check_levels, checked_known, checked_levels, dtype_of, image_of, levels_of
 from fastgen.sampling.precision import ieee_float32
 from fastgen.sampling.request import (
@@ -273,6 +273,13 @@ class Sampler:
             raise TypeError(f"draw must be callable, got {type(draw).__name__}")
         if not isinstance(dtype, torch.dtype) or dtype.is_complex or dtype == torch.bool:
             raise TypeError(f"dtype must be an integer or a floating-point type, got {dtype!r}")
+        count = levels_of(self.distribution)
+        if (
+            count is not None
+            and not dtype.is_floating_point
+            and torch.iinfo(dtype).max < int(torch.as_tensor(count).max()) - 1
+        ):
+            raise ValueError(f"dtype must hold the levels of {self.distribution}, got {dtype}")
         return self._adapter.outward(self._decode(draw, n, condition, dtype)[0])
 
     def params(self, levels: Tensor, *, condition: Any = None) -> Tensor:
@@ -290,7 +297,7 @@ class Sampler:
         return self._adapter.params(self._decode(image_of(levels), len(levels), condition, levels.dtype)[1])
 
     def _decode(self, draw: Draw, n: int, condition: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        condition = self._condition(condition, max(n, 1))
+        condition = rows_for_some(self.condition if condition is None else condition, n, self._backends.device)
         held = dtype if dtype.is_floating_point else torch.long
         with _turn():
             backend = self._backends.get(condition, held)

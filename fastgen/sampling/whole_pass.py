@@ -203,7 +203,9 @@ class FixedPoint:
             params = whole_pass(self.model, self.encode, levels, request.condition)
             before = levels
             levels, bad = draw_image(request, params)
-            changed = (levels != before).any(0).movedim(0, -1).flatten().nonzero()
+            changed = (
+                ((levels != before) & ~(levels.isnan() & before.isnan())).any(0).movedim(0, -1).flatten().nonzero()
+            )
             settled = self.draws if len(changed) == 0 else int(changed[0])
             if request.progress is not None and settled > reported:
                 request.progress(settled - reported)

@@ -58,7 +58,7 @@ def drawing_order(
     distribution: Distribution,
     encode: Callable[[Tensor], Tensor],
     condition: Any,
-    levels: int | Tensor,
+    levels: int | Tensor | torch.dtype,
 ) -> tuple[Order, str | None]:
     """(channel, row, column) of all draws, in an order in which the model is causal, and why that is not proven (None
     where it is). Raises NotCausalError."""
