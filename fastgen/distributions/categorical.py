@@ -1,6 +1,6 @@
 """Distributions of levels 0, 1, ...: `Categorical` and `Bernoulli`."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -30,8 +30,9 @@ class Categorical:
 
     Args:
         levels: number of levels K, at least 2. Where it depends on the channel or the place: ints (a sequence or a
-            tensor) broadcastable to the shape (C, H, W), (H, W) or (T,). K is then the greatest, and of the K logits
-            those of levels that a place does not have count as -inf, whatever the model says.
+            tensor) broadcastable to the shape (C, H, W), (H, W) or (T,). K is then the greatest. A sampler, which knows
+            the place, takes the logits of levels that it does not have as -inf, whatever the model says; `draw` and
+            `log_prob` called directly take params as they are.
         layout: where the model puts the K logits of the C channels: "BKCHW", "BCKHW", or one axis that
             holds both, "B(KC)HW" (channel fastest) or "B(CK)HW" (level fastest). With C = 1, a model that
             gives (B, K, H, W) fits either of the last two. Of sequences (B, T) "BTK" or "BKT", of grids (B, H, W)
@@ -56,6 +57,14 @@ class Categorical:
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {LAYOUTS}, got {self.layout!r}")
         check_options(self.temperature, self.top_k, self.top_p)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Categorical):
+            return NotImplemented
+        same = all(getattr(self, one.name) == getattr(other, one.name) for one in fields(self) if one.compare)
+        if self.counts is None or other.counts is None:
+            return same and self.counts is other.counts
+        return same and torch.equal(self.counts, other.counts)
 
     def noise_shape(self, n: int, shape: tuple[int, int, int]) -> tuple[int, ...]:
         return (n, *shape)

@@ -74,3 +74,11 @@ def test_a_start_that_is_no_level_is_refused():
         fastgen.shift_right(float("nan"))
     with pytest.raises(ValueError, match=r"start must be an integer, as the levels are, got 0\.5"):
         fastgen.shift_right(0.5)(torch.zeros(1, 3, dtype=torch.long))
+
+
+def test_numbers_of_levels_by_place_are_compared():
+    assert Categorical([2, 3]) == Categorical(torch.tensor([2, 3])) and hash(Categorical([2, 3])) == hash(
+        Categorical(3)
+    )
+    assert Categorical([2, 3]) != Categorical([3, 2]) != Categorical(3) != Categorical(3, "BTK")
+    assert Categorical(3) == Categorical(3)
