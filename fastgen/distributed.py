@@ -14,12 +14,15 @@ RUN and the data must be on a file system that all of them see. Start it again w
 machines as there are.
 """
 
+import gc
 import hashlib
+import importlib
 import os
 import re
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from types import FrameType
@@ -70,6 +73,7 @@ def processes() -> Iterator[None]:
     if not started_by_torchrun() or active():
         yield
         return
+    importlib.import_module("torch.distributed.nn")  # if imported later, its default arguments would hold the group
     _store, number, count = next(dist.rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=_store, rank=number, world_size=count)
@@ -89,7 +93,17 @@ def processes() -> Iterator[None]:
                 raise ConnectionError(lost) from error
             raise
     signal.signal(signal.SIGTERM, before)
+    _leave()
+
+
+def _leave() -> None:
+    """Ends the group, and with its last reference the threads of gloo. A thread that still lets go of a tensor when the
+    interpreter ends would abort the process."""
+    group = weakref.ref(dist.group.WORLD)
     dist.destroy_process_group()
+    gc.collect()  # a cycle that holds a model of DistributedDataParallel holds the group
+    if group() is not None:  # caches of FSDP hold it: its threads stay, but not busy for so long
+        time.sleep(0.3)
 
 
 def first_to_report() -> bool:
@@ -116,10 +130,6 @@ def merged(own: Tensor) -> Tensor:
     if active():
         own = own.contiguous().clone()
         dist.all_reduce(own)
-        # A thread of gloo lets go of the tensor after the sum is there. If it were the last to hold it, it would need
-        # the interpreter for that, and abort the process where the interpreter has ended.
-        while own.device.type == "cpu" and own._use_count() > 1:  # type: ignore[attr-defined]
-            time.sleep(0)
     return own
 
 

@@ -129,6 +129,14 @@ def goes_on_alone(parts, one):
             torch.testing.assert_close(state["optimizer"]["state"][number][key], value, rtol=1e-3, atol=1e-6)
 
 
+def test_no_thread_is_left_at_the_end(images, tmp_path):
+    job = launch(
+        2, Path(__file__).parent / "commands.py", json.dumps([list(map(str, commands(images, tmp_path, "2")[0]))])
+    )
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 0, err
+
+
 def test_a_process_that_dies_ends_all_with_one_line(images, tmp_path):
     run = tmp_path / "run"
     new = ["train", "--data", images, *TINY, "--model", "pixelcnn", "--set", "layers=1", "--patience", 0]
