@@ -90,8 +90,8 @@ def empty_row(case: Case, session: Session, name: str, mode: str, checked: Check
     """Without times."""
     cuda = session.device.type == "cuda"
     threads = None if cuda else session.threads
-    modules = [launches.catalogue().get(kernel) for kernel in checked.launched]
-    kernels = machine.sources(dict.fromkeys(module for module in modules if module))
+    known = launches.catalogue() if checked.launched else {}
+    kernels = sorted({known[kernel] for kernel in checked.launched if kernel in known})
     rates = session.rates.get(threads, {})
     word = verdict(checked.error, checked.problem)
     return {
