@@ -179,6 +179,7 @@ def step_machines(machines: list[Machine], own: str) -> Iterator[Case]:
             truth=functools.partial(_images, backend="naive"),
             modes=("fwd",),
             exact=True,
+            timed=False,
         )
 
 
@@ -200,6 +201,7 @@ def cases(size: str, device: torch.device) -> list[Case]:
                         truth=one.definition,
                         modes=("full",),
                         tf32=tf32,
+                        timed=False,
                     )
                 )
     return found

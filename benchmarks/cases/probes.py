@@ -1,5 +1,5 @@
 """What a step costs that does hardly anything: a node of a CUDA graph, a barrier between programs, an instruction of a
-sampler. The time of one is `us_a_part` of a row, of a graph's replay where it was captured."""
+sampler. A row has the time of one of them."""
 
 import functools
 import importlib
@@ -84,7 +84,8 @@ def cases(size: str, device: torch.device) -> list[Case]:
 
     def probe(shape: str, dtype: torch.dtype, inputs: Any, plain: Any, kernel: Any, **more: Any) -> Case:
         providers: Rivals = {"eager": plain, "fastgen" if cuda else f"fastgen, {INTERPRETED}": kernel}
-        return Case("probes", shape, dtype, inputs, providers, plain, modes=("fwd",), parts=parts, **more)
+        share = dict.fromkeys(providers, parts)
+        return Case("probes", shape, dtype, inputs, providers, plain, modes=("fwd",), share=share, **more)
 
     counters = functools.partial(_counters, count=32, parts=parts)
     around = functools.partial(_counters, count=None, parts=parts)
@@ -95,6 +96,6 @@ def cases(size: str, device: torch.device) -> list[Case]:
     for width in widths:
         shape = f"{parts} products {ROWS}x{width} by {width}x{width} in one program"
         factors = functools.partial(_factors, width=width, parts=parts, dtype=half)
-        flops = {"fwd": 2 * parts * ROWS * width**2}
+        flops = {"fwd": 2 * ROWS * width**2}
         found.append(probe(shape, half, factors, products, products_in_one_program, flops=flops))
     return found

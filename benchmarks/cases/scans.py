@@ -58,7 +58,7 @@ def cases_of(
                 inputs=functools.partial(inputs, sizes=(batch, units, n, n), taps=taps, dtype=dtype),
                 providers=contenders(size, device, own, operation, operation),
                 truth=definition,
-                not_compared=frozenset({landmark}),
+                landmarks=frozenset({landmark}),
                 batch=batch,
                 bytes={"fwd": fwd, "bwd": bwd, "full": fwd + bwd},
                 flops={"fwd": flops, "bwd": 2 * flops, "full": 3 * flops},

@@ -32,14 +32,14 @@ class Case:
         flops: mode -> the least multiplications and additions that the mode needs.
         given: inputs -> arguments for the comparison alone: noise that is otherwise drawn, fewer images.
         exact: truth takes the inputs as they are, and outputs must be equal to the last bit.
-        not_compared: providers that compute something else (a lower bound, another recurrence): landmarks, no rivals.
-        inexact: rivals of an exact case whose rounding may change a result entirely (a drawn level, and with it all
-            later ones): timed without a comparison.
+        landmarks: providers that compute something else (a lower bound, another recurrence): not compared, no rivals.
         tf32: whether all float32 products may be rounded to TF32 on a GPU, those of rivals as well.
+        timed: False: only compared, each launch waited for.
+        threads: of a CPU, that it is measured with; None: as many as torch takes by itself.
         batch: images of one call, for plots over it.
-        parts: how many equal parts one call has (nodes of a graph, barriers), where the time of one is the question.
-        share: provider -> which part of the whole work its call does: 1/784 for one of 784 passes. Its times are those
-            of the call over its share, and the row says so.
+        share: provider -> how much one call does of what the row times: 1/784 where it makes one of 784 passes (and is
+            not compared), 1000 where it launches a thousand nodes and the time of one is the question. The row's times
+            are those of the call over its share, and the row says so.
         about: provider, inputs -> what the row shall say beside its times, asked after them.
         baseline: the provider that speed-ups and tolerances refer to; the first, also where it was left out since.
     """
@@ -55,11 +55,11 @@ class Case:
     flops: Mapping[str, int] = field(default_factory=dict)
     given: Callable[[dict[str, Any]], dict[str, Any]] = lambda inputs: {}
     exact: bool = False
-    not_compared: frozenset[str] = frozenset()
-    inexact: frozenset[str] = frozenset()
+    landmarks: frozenset[str] = frozenset()
     tf32: bool = True
+    timed: bool = True
+    threads: int | None = None
     batch: int | None = None
-    parts: int | None = None
     share: Mapping[str, float] = field(default_factory=dict)
     about: Callable[[str, dict[str, Any]], dict[str, Any]] = lambda provider, inputs: {}
     baseline: str = ""

@@ -51,23 +51,23 @@ def line(row: Row) -> str:
     cells = [row["mode"], _number(row["ms_p50"]), spread, _number(row["times_baseline"], ".2f")]
     cells += [_number(row.get("wall_ms_p50")), _number(row.get("graph_ms_p50")), _number(row.get("host_us"), ".3g")]
     cells += [_number(row["peak_mb"]), _number(row.get("copy_fraction"), ".0%"), _number(row["error"], ".1e")]
-    about = [
-        row["problem"],
-        f"in {row['died_in']}" if row.get("died_in") else "",
-        f"{row['us_a_part']:.3g} us each" if row.get("us_a_part") else "",
-        f"extrapolated from 1/{1 / row['share']:.0f} of it" if row.get("share") else "",
-    ]
+    about = [row["problem"], f"in {row['died_in']}" if row.get("died_in") else "", _share(row)]
     joined = "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS.values(), strict=True))
     return f"  {row['provider']:<34}{joined}  {'  '.join(filter(None, about))}".rstrip()
 
 
-def footer(measured: list[Row], kept: list[Row], late: list[Case], folder: Path | None) -> None:
+def _share(row: Row) -> str:
+    share = row.get("share") or 1
+    return f"extrapolated from 1/{1 / share:.0f} of it" if share < 1 else f"one of {share:.0f}" if share > 1 else ""
+
+
+def footer(measured: list[Row], kept: int, late: list[Case], folder: Path | None) -> None:
     problems = sum(bool(row["problem"]) for row in measured)
     print(f"\n{len(measured)} rows, {problems} with a problem" + (f", in {folder}" if folder else ""))
     if folder is None:
         print("dry run: compared with float64, not timed, not saved")
     if kept:
-        print(f"{len(kept)} rows of an earlier run are still true and were not measured again")
+        print(f"{kept} rows of an earlier run are still true and were not measured again")
     if late:
         names = ", ".join(f"{count} of {name}" for name, count in Counter(case.op for case in late).items())
         print(f"no time was left for {len(late)} cases ({names}): the same command with --resume goes on")
@@ -95,7 +95,7 @@ def speed_ups(saved: Iterable[Row]) -> str:
             if row["provider"].startswith("fastgen") and row["ms_p50"]:
                 against = f"{_speed_up(row, group):.2f}x {rival['provider']}" if rival else "no rival"
                 host = f", host {row['host_us']:.0f} us" if row["host_us"] else ""
-                part = f", {row['us_a_part']:.3g} us each" if row.get("us_a_part") else ""
+                part = f", {_share(row)}" if row["share"] else ""
                 what = name_of(row) + row["provider"].removeprefix("fastgen")
                 lines.append(f"{what:<72} {row['ms_p50']:8.4g} ms  {against}{host}{part}")
     return "\n".join(lines)

@@ -70,24 +70,33 @@ def adopt(rows: Iterable[Row], folder: Path) -> None:
         save([row], folder / machine.folder_name(row))
 
 
-def still_true(
-    case: Case, facts: Row, threads: int | None, saved: Mapping[tuple, Row], *, timed: bool
-) -> list[Row] | None:
-    """The saved rows (by key) of a case, failures among them, where all are there and none is outdated: the versions
-    are today's, and so are the kernels that the row ran, or the whole source where it ran none. A rival in plain
+def still_true(case: Case, provider: str, facts: Row, saved: Mapping[tuple, Row], *, timed: bool = True) -> list[Row]:
+    """The saved rows (by key) of a provider, failures among them; [] where one is missing or outdated: the versions
+    must be today's, and so must the kernels that the row ran, or the whole source where it ran none. A rival in plain
     PyTorch does not depend on the source. With `timed`, a row that only says that a result is right does not do."""
     found = []
-    for provider in case.providers:
-        for mode in case.timed_modes(provider):
-            wanted = {"op": case.op, "shape": case.shape, "mode": mode, "dtype": name_of(case.dtype)}
-            row = saved.get(key({**facts, **wanted, "provider": provider, "threads": threads}))
-            if row is None or any(row.get(name) != facts[name] for name in VERSIONS):
-                return None
-            rival = facts["gpu"] and not case.exact and not provider.startswith("fastgen")
-            same = state(row) == "fresh" if row["kernels"] else row.get("source_sha256") == facts["source_sha256"]
-            if not (rival or same) or (timed and not row["ms_p50"] and not row["problem"]):
-                return None
-            found.append(row)
+    for mode in case.timed_modes(provider):
+        wanted = {"op": case.op, "shape": case.shape, "mode": mode, "dtype": name_of(case.dtype)}
+        row = saved.get(key({**facts, **wanted, "provider": provider, "threads": case.threads}))
+        if row is None or any(row.get(name) != facts[name] for name in VERSIONS):
+            return []
+        rival = facts["gpu"] and not case.exact and not provider.startswith("fastgen")
+        same = state(row) == "fresh" if row["kernels"] else row.get("source_sha256") == facts["source_sha256"]
+        if not (rival or same) or (timed and case.timed and not row["ms_p50"] and not row["problem"]):
+            return []
+        found.append(row)
+    return found
+
+
+def left(some: Iterable[Case], facts: Row, saved: Mapping[tuple, Row], *, timed: bool = True) -> list[Case]:
+    """The cases with those providers whose rows are not `still_true`, and beside them the baseline, if it lives."""
+    found = []
+    for case in some:
+        done = {name: still_true(case, name, facts, saved, timed=timed) for name in case.providers}
+        lacking = {name for name, own in done.items() if not own}
+        dead = {name for name, own in done.items() if own and own[0]["verdict"] == "dead"}
+        if lacking:
+            found.append(case.only(lacking | ({case.baseline} - dead)))
     return found
 
 

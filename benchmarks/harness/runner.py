@@ -24,7 +24,7 @@ functorch_config.donated_buffer = False
 
 TURNS = 5  # a provider's samples are spread over as many turns, so that a disturbance meets all of them
 UNKNOWN = (  # fields of a row that only times fill in
-    *("ms_p20", "ms_p50", "ms_p80", "host_us", "peak_mb", "warmup_s", "graph_problem", "us_a_part", "times_baseline"),
+    *("ms_p20", "ms_p50", "ms_p80", "host_us", "peak_mb", "warmup_s", "graph_problem", "times_baseline"),
     *("copy_fraction", "matmul_fraction"),
 )
 
@@ -64,9 +64,11 @@ def measure(case: Case, session: Session) -> list[Row]:
         torch._dynamo.reset()
     gc.collect()
     torch.manual_seed(0)
+    if case.threads:
+        torch.set_num_threads(case.threads)
     if session.device.type == "cuda":
         machine.allow_tf32(case.tf32)
-    with session.doing(None) as problems:
+    with session.doing(case, None) as problems:
         inputs = case.inputs(session.device)
     gate = {name: Checked(problems[0]) for name in case.providers} if problems else compare(case, inputs, session)
     rows = []
@@ -74,7 +76,7 @@ def measure(case: Case, session: Session) -> list[Row]:
         names = [name for name in case.providers if mode in case.timed_modes(name)]
         of_mode = {name: empty_row(case, session, name, mode, gate[name]) for name in names}
         timed = {n: row for n, row in of_mode.items() if not row["problem"] and INTERPRETED not in n}
-        if session.timing:
+        if session.timing and case.timed:
             _time(case, session, mode, inputs if timed else {}, timed)
         power = machine.power_state(session.device) if session.timing else {}  # right after the work, not idle
         base = of_mode[case.baseline]["ms_p50"] if case.baseline in of_mode else None
@@ -89,7 +91,7 @@ def measure(case: Case, session: Session) -> list[Row]:
 def empty_row(case: Case, session: Session, name: str, mode: str, checked: Checked) -> Row:
     """Without times."""
     cuda = session.device.type == "cuda"
-    threads = None if cuda else session.threads
+    threads = None if cuda else case.threads or torch.get_num_threads()
     known = launches.catalogue() if checked.launched else {}
     kernels = sorted({known[kernel] for kernel in checked.launched if kernel in known})
     rates = session.rates.get(threads, {})
@@ -109,7 +111,7 @@ def empty_row(case: Case, session: Session, name: str, mode: str, checked: Check
         "verdict": word,
         "problem": checked.problem,
         "first_call_s": checked.first_call_s,
-        "landmark": name in case.not_compared,
+        "landmark": name in case.landmarks,
         "share": case.share.get(name),
         "baseline": case.baseline,
         "bytes": case.bytes.get(mode),
@@ -140,7 +142,7 @@ def _time(case: Case, session: Session, mode: str, inputs: dict[str, Any], rows:
     samples = {name: Samples() for name in rows}
     calls = {name: functools.partial(prepare, case, case.providers[name], mode, inputs) for name in rows}
     for name, row in rows.items():
-        with session.doing(name) as problems:
+        with session.doing(case, name) as problems:
             # The first call may compile. What is slow even so is not run once more for its memory.
             call = calls[name]()
             row["warmup_s"] = once = clock.once(call)[0]
@@ -154,7 +156,7 @@ def _time(case: Case, session: Session, mode: str, inputs: dict[str, Any], rows:
         for name, (turns, count) in plans.items():
             if turn >= turns or rows[name]["problem"]:
                 continue
-            with session.doing(name) as problems:
+            with session.doing(case, name) as problems:
                 call = calls[name]()
                 if count > 1:
                     clock.once(call)
@@ -165,20 +167,16 @@ def _time(case: Case, session: Session, mode: str, inputs: dict[str, Any], rows:
             rows[name]["problem"] = "".join(problems)
     for name in plans:
         if not rows[name]["problem"]:
-            rows[name].update(samples[name].figures())
-            _derive(rows[name], case.parts)
+            rows[name].update(samples[name].figures(case.share.get(name, 1)))
+            rows[name].update(_of_the_floor(rows[name]))
             rows[name].update(case.about(name, inputs))
 
 
-def _derive(row: Row, parts: int | None) -> None:
-    """What follows from the times: those of the whole work, of one part, and which part of the measured copy bandwidth
-    and matmul rate the floor's bytes and operations in this time are."""
-    if row["share"]:
-        row |= {name: row[name] / row["share"] for name in row if "ms_p" in name and row[name] is not None}
-    best = row.get("graph_ms_p50") or row["ms_p50"]
-    row["us_a_part"] = 1e3 * best / parts if parts else None
-    for name, work, rate in (
-        ("copy_fraction", row["bytes"], 1e9 * (row["copy_gb_s"] or 0.0)),
-        ("matmul_fraction", row["flops"], 1e12 * (row["matmul_tflop_s"] or 0.0)),
-    ):
-        row[name] = 1e3 * work / row["ms_p50"] / rate if work and rate and row["ms_p50"] else None
+def _of_the_floor(row: Row) -> Row:
+    """Which part of the measured copy bandwidth and matmul rate the floor's bytes and operations in this time are."""
+
+    def fraction(work: int | None, rate: float | None) -> float | None:
+        return work / (row["ms_p50"] / 1e3) / rate if work and rate and row["ms_p50"] else None
+
+    of_copy, of_matmul = 1e9 * (row["copy_gb_s"] or 0), 1e12 * (row["matmul_tflop_s"] or 0)
+    return {"copy_fraction": fraction(row["bytes"], of_copy), "matmul_fraction": fraction(row["flops"], of_matmul)}

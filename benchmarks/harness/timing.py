@@ -32,21 +32,16 @@ class Samples:
     def add(self, name: str, values: list[float]) -> None:
         self.extra.setdefault(name, []).extend(values)
 
-    def figures(self) -> dict[str, float | int | None]:
-        """Fields of a row: the quantiles of `ms` and the medians of the rest."""
-        if not self.ms:
-            return {"ms_p20": None, "ms_p50": None, "ms_p80": None, "samples": 0}
-        quantiles = {f"ms_p{int(100 * q)}": quantile(self.ms, q) for q in (0.2, 0.5, 0.8)}
-        medians = {name: quantile(values, 0.5) for name, values in self.extra.items()}
-        return {**quantiles, **medians, "samples": len(self.ms)}
+    def figures(self, share: float = 1) -> dict[str, float | int]:
+        """Fields of a row: the quantiles of `ms` and the medians of the rest, over the `share` of a call."""
+        found = {f"ms_p{int(100 * q)}": quantile(self.ms, q) for q in (0.2, 0.5, 0.8)}
+        found |= {name: quantile(values, 0.5) for name, values in self.extra.items()}
+        return {**{name: value / share for name, value in found.items()}, "samples": len(self.ms)}
 
 
 class CpuTimer:
-    """Wall time, with the processor time beside it.
-
-    Where one thread computes, a call whose wall time is more than a tenth above its processor time was interrupted by
-    something else: it is left out, unless that would leave none.
-    """
+    """Wall time, and the processor's. `ms` is the processor's where one thread computes, for other work on the machine
+    hardly changes that, and else the wall time."""
 
     LONG = 20.0  # seconds: a call of this length is sampled once
 
@@ -65,11 +60,8 @@ class CpuTimer:
             start = time.process_time()
             wall.append(1e3 * self.once(call)[0])
             cpu.append(1e3 * (time.process_time() - start))
-        if torch.get_num_threads() == 1:
-            undisturbed = [w for w, c in zip(wall, cpu, strict=True) if w <= 1.1 * c + 0.01]
-            samples.add("disturbed_p50", [1 - len(undisturbed) / count])
-            wall = undisturbed or wall
-        samples.ms += wall
+        samples.ms += cpu if torch.get_num_threads() == 1 else wall
+        samples.add("wall_ms_p50", wall)
         samples.add("cpu_ms_p50", cpu)
 
     def graph(self, make: Callable[[], Call], samples: Samples) -> str:
