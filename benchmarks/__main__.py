@@ -83,7 +83,7 @@ def _run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
     """Raises ValueError for what the user can mend."""
     from benchmarks import cases, first_contact, host, measure
     from benchmarks.figures import plots
-    from benchmarks.harness import machine, report, rows
+    from benchmarks.harness import machine, report, rows, tables
 
     # On a machine that is lent, what is under $OUT comes back.
     out = arguments.results or Path(os.environ.get("OUT") or folder)
@@ -99,7 +99,7 @@ def _run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
         case "status":
             return report.status(folder)
         case "readme-tables":
-            return report.readme_tables(folder, check=arguments.check)
+            return tables.write(folder, check=arguments.check)
         case "adopt":
             for name in arguments.names:
                 rows.adopt(rows.load(Path(name)), folder)

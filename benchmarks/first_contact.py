@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import cases, measure
-from benchmarks.harness import launches, machine, processes, report, rows, runner
+from benchmarks.harness import launches, machine, processes, report, rows, runner, tables
 from benchmarks.harness.case import Case, name_of
 from benchmarks.harness.pieces import Piece
 from benchmarks.harness.session import OUT_OF_MEMORY, Session
@@ -112,12 +112,11 @@ def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
             phase(name, together(left(every)) + alone(left(rest)))
     report.footer(results.rows, 0, left([*every, *rest]), folder)
     known = results.known
-    verdicts = report.verdicts(list(known.values()))
-    table = report.gpu_table(session.facts["gpu"], list(known.values()))
-    (folder / report.TABLE).write_text(f"{table}\n{verdicts}\n")
+    kernels = "\n".join(report.kernels(list(known.values()), launches.catalogue()))
+    (folder / tables.TABLE).write_text(f"{tables.gpu_table(facts['gpu'], known.values())}\n{kernels}\n")
     shown = {(case.op, case.shape, name_of(case.dtype)) for case in first}
-    faster = report.speed_ups(row for row in known.values() if (row["op"], row["shape"], row["dtype"]) in shown)
-    print(f"\n{verdicts}\n\n{faster}")
+    chosen = (row for row in known.values() if (row["op"], row["shape"], row["dtype"]) in shown)
+    print(f"\n{kernels}\n\n{tables.gpu_table(facts['gpu'], chosen)}")
     return 1 if any(runner.went_wrong(row) for row in results.rows) else 0
 
 

@@ -102,7 +102,8 @@ def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
     until = time.monotonic() + (float("inf") if budget is None else budget)
     late = processes.run(todo, start_until=until, end=until + LAST_CASE)
     if arguments.compare:
-        report.changes(old, results.rows)
+        changes = report.changes(old, results.rows)
+        print("\n  ".join([f"\n{len(changes)} changes beyond noise", *changes]))
     for row in results.rows:  # a baseline is measured again beside what had no rows
         kept.pop(rows.key(row), None)
     report.footer(results.rows, len(kept), [case for piece in late for case in piece.cases], folder)

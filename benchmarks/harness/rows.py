@@ -1,4 +1,4 @@
-"""Saved rows: one JSON object a line, complete in itself. Fresh, stale or missing; and what has changed."""
+"""Saved rows: one JSON object a line, complete in itself. Fresh, stale or missing."""
 
 import datetime
 import json
@@ -15,7 +15,6 @@ Row = dict[str, Any]
 KEY = ("gpu", "cpu", "op", "shape", "dtype", "provider", "mode", "threads")
 TESTS = "tests"  # the operation of rows that say how the tests went
 VERSIONS = ("torch", "triton", "cuda", "driver")
-NOISE = 0.03  # changes below this are not reported, however narrow the quantiles are
 
 
 def now() -> str:
@@ -104,34 +103,3 @@ def state(row: Row) -> str:
     """ "fresh" where the kernels' source is what it was when the row was measured, else "stale"."""
     current = machine.kernel_sha256(row.get("kernels") or [])
     return "fresh" if current is not None and current == row.get("kernel_sha256") else "stale"
-
-
-def status(rows: list[Row], kernels: list[str], gpus: list[str]) -> list[tuple[str, str, str, int, str]]:
-    """(GPU, kernel, "fresh" | "stale" | "missing", rows, the same word of its tests, or "failed") for every kernel and
-    GPU. The rows of a kernel are those that timed it."""
-
-    def word(about: list[Row]) -> str:
-        states = {state(row) for row in about}
-        return "stale" if "stale" in states else "fresh" if states else "missing"
-
-    table = []
-    for gpu in gpus:
-        about = [row for row in rows if row.get("gpu") == gpu]
-        tests = [row for row in about if row["op"] == TESTS]
-        tested = "failed" if any(row["problem"] for row in tests) else word(tests)
-        for name in kernels:
-            measured = [row for row in about if row.get("ms_p50") and name in row.get("launched", ())]
-            table.append((gpu, name, word(measured), len(measured), tested))
-    return table
-
-
-def changes(old: list[Row], new: list[Row]) -> tuple[list[tuple[float, Row, Row]], list[Row]]:
-    """(new / old median, old row, new row), slowest first, of what changed by more than noise: the ranges from the
-    20th to the 80th percentile are apart, and the medians differ by more than 3 %. And the rows that have a problem
-    instead of the time that they had."""
-    before = {key(row): row for row in old if row.get("ms_p50")}
-    pairs = [(before[key(row)], row) for row in new if key(row) in before]
-    failing = [row for _, row in pairs if not row.get("ms_p50") and row.get("problem")]
-    found = [(row["ms_p50"] / past["ms_p50"], past, row) for past, row in pairs if row.get("ms_p50")]
-    apart = [one for one in found if one[2]["ms_p20"] > one[1]["ms_p80"] or one[2]["ms_p80"] < one[1]["ms_p20"]]
-    return sorted((one for one in apart if abs(one[0] - 1) > NOISE), key=lambda one: -one[0]), failing
