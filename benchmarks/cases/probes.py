@@ -3,6 +3,7 @@ sampler. A row has the time of one of them."""
 
 import functools
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -77,9 +78,8 @@ def _factors(device: torch.device, width: int, parts: int, dtype: torch.dtype) -
     return {"x": torch.rand(ROWS, width, device=device).to(dtype), "weights": weights.to(dtype), "parts": parts}
 
 
-def cases(size: str, device: torch.device) -> list[Case]:
+def cases(size: str, device: torch.device) -> Iterator[Case]:
     parts, cuda = PARTS[size], device.type == "cuda"
-    widths = WIDTHS.get(size, WIDTHS["toy"])
     half = torch.bfloat16 if cuda else torch.float32  # Triton's interpreter multiplies bfloat16 wrongly
 
     def probe(shape: str, dtype: torch.dtype, inputs: Any, plain: Any, kernel: Any, **more: Any) -> Case:
@@ -89,13 +89,9 @@ def cases(size: str, device: torch.device) -> list[Case]:
 
     counters = functools.partial(_counters, count=32, parts=parts)
     around = functools.partial(_counters, count=None, parts=parts)
-    found = [
-        probe(f"{parts} launches, one after the other", torch.float32, counters, add_ones, add_ones_by_kernels),
-        probe(f"{parts} barriers between all", torch.float32, around, pass_around, pass_around_in_one_launch),
-    ]
-    for width in widths:
+    yield probe(f"{parts} launches, one after the other", torch.float32, counters, add_ones, add_ones_by_kernels)
+    yield probe(f"{parts} barriers between all", torch.float32, around, pass_around, pass_around_in_one_launch)
+    for width in WIDTHS.get(size, WIDTHS["toy"]):
         shape = f"{parts} products {ROWS}x{width} by {width}x{width} in one program"
         factors = functools.partial(_factors, width=width, parts=parts, dtype=half)
-        flops = {"fwd": 2 * ROWS * width**2}
-        found.append(probe(shape, half, factors, products, products_in_one_program, flops=flops))
-    return found
+        yield probe(shape, half, factors, products, products_in_one_program, flops=(2 * ROWS * width**2, 0))

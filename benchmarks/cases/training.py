@@ -157,13 +157,11 @@ def steps(
         yield Case(op, shape, dtype, of_case, providers, modes=("full",), **more)
 
 
-def cases(size: str, device: torch.device) -> list[Case]:
-    found: list[Case] = []
+def cases(size: str, device: torch.device) -> Iterator[Case]:
     for job in JOBS[size]:
         sizes = " ".join(f"{key}={value}" for key, value in job.size.items())
         shape = f"{job.name} {job.data} {'x'.join(map(str, job.shape))} levels={job.levels} B={job.batch} {sizes}"
         inputs, more = functools.partial(_inputs, job=job), {"truth": truth, "given": _few_images, "batch": job.batch}
         word = "compiled, unrolled" if job.name in SCANS else "compiled"  # the loops of a scan: it takes minutes
         rivals: Rivals = {"eager": plain_loss, word: references.compiled(plain_loss)}
-        found += steps(size, "training", shape, inputs, rivals, fastgen_loss, **more)
-    return found
+        yield from steps(size, "training", shape, inputs, rivals, fastgen_loss, **more)

@@ -28,8 +28,8 @@ class Case:
         providers: name -> function of the inputs. The first is the baseline, which speed-ups refer to.
         truth: the same function in float64; None where nothing is compared. See also `exact`.
         modes: of "fwd" (evaluation, no gradient recorded), "bwd" (the backward alone), "full" (forward and backward).
-        bytes: mode -> the least traffic that the mode needs, in bytes: inputs read once, results written once.
-        flops: mode -> the least multiplications and additions that the mode needs.
+        bytes: that a forward and a backward must move at least: inputs read once, results written once.
+        flops: multiplications and additions of a forward and a backward, at least.
         given: inputs -> arguments for the comparison alone: noise that is otherwise drawn, fewer images.
         exact: truth takes the inputs as they are, and outputs must be equal to the last bit.
         landmarks: providers that compute something else (a lower bound, another recurrence): not compared, no rivals.
@@ -51,8 +51,8 @@ class Case:
     providers: Mapping[str, Callable[..., Outputs]]
     truth: Callable[..., Outputs] | None
     modes: tuple[str, ...] = ("fwd", "bwd", "full")
-    bytes: Mapping[str, int] = field(default_factory=dict)
-    flops: Mapping[str, int] = field(default_factory=dict)
+    bytes: tuple[int, int] = (0, 0)
+    flops: tuple[int, int] = (0, 0)
     given: Callable[[dict[str, Any]], dict[str, Any]] = lambda inputs: {}
     exact: bool = False
     landmarks: frozenset[str] = frozenset()
@@ -71,6 +71,11 @@ class Case:
         """The modes in which a provider is timed. CUDA graphs of torch.compile are recorded anew for every backward
         that follows another over the same forward, so that the backward alone has no time of its own."""
         return tuple(mode for mode in self.modes if mode != "bwd" or "reduce-overhead" not in provider)
+
+    @staticmethod
+    def in_mode(work: tuple[int, int], mode: str) -> int | None:
+        """Of `bytes` or `flops`; None where they are not known."""
+        return {"fwd": work[0], "bwd": work[1], "full": sum(work)}[mode] or None
 
     def without(self, *words: str) -> "Case":
         """The same without the providers whose names contain one of the words."""

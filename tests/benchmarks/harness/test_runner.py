@@ -49,7 +49,7 @@ def case(providers, **options):
         inputs=lambda device: {"x": torch.linspace(1, 2, 8, device=device).requires_grad_()},
         providers={"eager": square, **providers},
         truth=square,
-        bytes={"fwd": 64},
+        bytes=(64, 0),
         batch=8,
         **options,
     )
@@ -157,7 +157,7 @@ def test_one_thread_is_timed_by_the_processors_clock(threads, expected, monkeypa
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     samples = Samples()
     CpuTimer(torch.device("cpu")).turn(sometimes_waiting, 4, samples)
-    assert samples.ms == pytest.approx(expected) and samples.figures()["cpu_ms_p50"] == pytest.approx(2.0)
+    assert samples["ms"] == pytest.approx(expected) and samples.figures()["cpu_ms_p50"] == pytest.approx(2.0)
 
 
 def test_the_backward_alone_is_not_timed_in_graphs_of_the_compiler(session):
