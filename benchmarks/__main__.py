@@ -91,7 +91,7 @@ def _run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
         case "first-contact":
             return first_contact.run(arguments, out, command)
         case "gpu-tests":
-            from benchmarks.harness import gpu_tests  # needs pytest
+            from benchmarks import gpu_tests  # needs pytest
 
             return gpu_tests.run(out, arguments.names, arguments.budget, command, full=arguments.full)
         case "host":

@@ -61,7 +61,7 @@ class Results:
 
     def save(self, case: Case, found: list[Row]) -> None:
         if self.folder is not None:
-            rows.save(found, self.folder)
+            rows.save(found, self.folder / rows.FILE)
         self.rows += found
         self.known.update((rows.key(row), row) for row in found)
         for row in found:

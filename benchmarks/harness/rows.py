@@ -26,32 +26,41 @@ def key(row: Row) -> tuple:
     return tuple(row.get(name) if name != "cpu" or row.get("gpu") is None else None for name in KEY)
 
 
+def read(file: Path) -> list[Row]:
+    """All rows of a file. A last line without its end, which a killed run may leave, is no row.
+
+    Raises:
+        ValueError: a line is no row; names file and line.
+    """
+    rows = []
+    for number, line in enumerate(file.read_text().split("\n")[:-1], 1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}:{number}: not a row: a JSON object a line") from error
+    return rows
+
+
 def load(path: Path) -> list[Row]:
     """Rows of a file, or of all .jsonl files below a folder; of several of one key the last.
-
-    A last line without its end, which a killed run may leave, is no row.
 
     Raises:
         ValueError: the path is not there, or a line is no row; names file and line.
     """
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
-    rows: dict[tuple, Row] = {}
+    found = {}
     for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
-        for number, line in enumerate(file.read_text().split("\n")[:-1], 1):
-            try:
-                row = json.loads(line)
-                row["op"], row["mode"], row["provider"]
-                rows[key(row)] = row
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{file}:{number}: not a row of benchmark results") from error
-    return list(rows.values())
+        for number, row in enumerate(read(file), 1):
+            if not {"op", "mode", "provider"} <= row.keys():
+                raise ValueError(f"{file}:{number}: not a row of benchmark results")
+            found[key(row)] = row
+    return list(found.values())
 
 
-def save(rows: Iterable[Row], folder: Path) -> None:
-    """Appends the rows to `folder`/rows.jsonl, each in one piece: a killed run leaves whole rows."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / FILE
+def save(rows: Iterable[Row], file: Path) -> None:
+    """Appends the rows, each in one piece: a killed run leaves whole rows."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     if file.exists() and not (text := file.read_bytes()).endswith(b"\n"):
         file.write_bytes(text[: text.rfind(b"\n") + 1])
     with file.open("ab", buffering=0) as target:
@@ -66,7 +75,7 @@ def adopt(rows: Iterable[Row], folder: Path) -> None:
     for row in rows:
         if row.get("commit") == "unknown" and row.get("source_sha256") == source:
             row = {**row, "commit": commit}
-        save([row], folder / machine.folder_name(row))
+        save([row], folder / machine.folder_name(row) / FILE)
 
 
 def still_true(case: Case, provider: str, facts: Row, saved: Mapping[tuple, Row], *, timed: bool = True) -> list[Row]:

@@ -179,5 +179,5 @@ def test_a_killed_run_leaves_whole_rows_and_goes_on(tmp_path):
     with file.open("a") as torn:
         torn.write('{"op": "to')
     assert len(rows.load(tmp_path)) == len(killed.splitlines())
-    rows.save([], tmp_path)
+    rows.save([], tmp_path / rows.FILE)
     assert file.read_text() == killed

@@ -32,26 +32,26 @@ def row(**changes):
 
 
 def test_a_row_of_the_same_key_is_replaced(tmp_path):
-    rows.save([row(), row(mode="fwd")], tmp_path)
-    rows.save([row(ms_p50=2.0)], tmp_path)
+    rows.save([row(), row(mode="fwd")], tmp_path / rows.FILE)
+    rows.save([row(ms_p50=2.0)], tmp_path / rows.FILE)
     found = rows.load(tmp_path)
     assert [(r["mode"], r["ms_p50"]) for r in found] == [("full", 2.0), ("fwd", 1.0)]
     assert [file.name for file in tmp_path.iterdir()] == [rows.FILE]
 
 
 def test_a_line_without_its_end_is_no_row(tmp_path):
-    rows.save([row()], tmp_path)
+    rows.save([row()], tmp_path / rows.FILE)
     with (tmp_path / rows.FILE).open("a") as file:
         file.write('{"op": "torn')
     assert len(rows.load(tmp_path)) == 1
-    rows.save([row(mode="fwd")], tmp_path)
+    rows.save([row(mode="fwd")], tmp_path / rows.FILE)
     assert len(rows.load(tmp_path)) == 2 and len((tmp_path / rows.FILE).read_text().splitlines()) == 2
 
 
 def test_rows_of_a_copy_are_saved_for_their_machine_with_the_commit_of_their_source(tmp_path):
     same = {"commit": "unknown", "source_sha256": machine.source_sha256()}
     brought = tmp_path / "out"
-    rows.save([row(**same), row(mode="fwd", commit="unknown"), row(mode="bwd", gpu=None)], brought)
+    rows.save([row(**same), row(mode="fwd", commit="unknown"), row(mode="bwd", gpu=None)], brought / rows.FILE)
     assert main(["adopt", str(brought / rows.FILE), "--results", str(tmp_path / "results")]) == 0
     found = rows.load(tmp_path / "results" / "Imaginary-1")
     assert [one["commit"] for one in found] == [machine.commit(), "unknown"]
@@ -64,6 +64,10 @@ def test_what_is_no_row_is_named(tmp_path):
         rows.load(tmp_path)
     with pytest.raises(ValueError, match="no such file"):
         rows.load(tmp_path / "nothing")
+    (tmp_path / "b.jsonl").write_text('{"side": 8}\n')
+    assert rows.read(tmp_path / "b.jsonl") == [{"side": 8}]
+    with pytest.raises(ValueError, match=r"b.jsonl:1: not a row of benchmark results"):
+        rows.load(tmp_path / "b.jsonl")
     assert main(["--compare", str(tmp_path), OP]) == 2
 
 
@@ -83,7 +87,7 @@ def test_status_tells_of_each_kernel_how_it_went_and_whether_that_is_of_todays_s
 
 def test_status_lists_every_kernel_of_the_catalogue(tmp_path, capsys):
     pytest.importorskip("triton")
-    rows.save([row(launched=["reparameterize_kl_forward_kernel"])], tmp_path)
+    rows.save([row(launched=["reparameterize_kl_forward_kernel"])], tmp_path / rows.FILE)
     assert main(["status", "--results", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Imaginary 1" and len(lines) == 1 + len(launches.catalogue())

@@ -30,7 +30,7 @@ def test_the_table_names_the_best_rival_and_claims_nothing_else():
 def test_a_gpu_has_its_table_beside_its_rows(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"{tables.BEGIN}\n{tables.END}\n")
-    rows.save([row(), row(provider="eager")], tmp_path / "results" / "Imaginary-1")
+    rows.save([row(), row(provider="eager")], tmp_path / "results" / "Imaginary-1" / rows.FILE)
     table = tmp_path / "results" / "Imaginary-1" / tables.TABLE
     assert tables.write(tmp_path / "results", check=True, readme=readme) == 1 and not table.exists()
     assert tables.write(tmp_path / "results", check=False, readme=readme) == 0

@@ -29,19 +29,38 @@ ENDED = (0, 1, 5)  # pytest's exit status: all passed, some failed, none there
 OUTCOMES = ("passed", "failed", "skipped", "not_run")
 
 
-class Plugin:
-    """Of pytest: leaves a share of the tests, and tells of each."""
+class Share(Task):
+    """Every `count`-th test from number `index` on, in a pytest whose plugin this is.
 
-    def __init__(self, share: "Share", tell: Tell) -> None:
-        self.share, self.tell = share, tell
+    Attributes:
+        outcomes: (word, text) of each test that has ended.
+        collected: how many tests there are; None before the first process has found them.
+        at: the test that runs, or ran last; None before the first of a process.
+    """
+
+    patience = PATIENCE
+
+    def __init__(self, index: int, count: int, arguments: list[str]) -> None:
+        self.index, self.count = index, count
+        self.arguments = [*arguments, "-p", "no:cacheprovider", "-p", "no:xdist"]
+        self.outcomes: dict[str, tuple[str, str]] = {}
+        self.collected: int | None = None
+        self.at: str | None = None
+
+    def work(self, tell: Tell) -> None:
+        torch.set_num_threads(1)
+        self.tell = tell
+        status = int(pytest.main(self.arguments, plugins=[self]))
+        if status not in ENDED:
+            raise RuntimeError(f"pytest ended with status {status}")
 
     @pytest.hookimpl(trylast=True)  # what `-m` leaves, in the order of conftest.py
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        alone = [item for item in items if ALONE in item.name] if self.share.index == 0 else []
+        alone = [item for item in items if ALONE in item.name] if self.index == 0 else []
         others = [item for item in items if ALONE not in item.name]
-        own = [*others[self.share.index :: self.share.count], *alone]
+        own = [*others[self.index :: self.count], *alone]
         self.tell("collected", len(own))
-        items[:] = [item for item in own if item.nodeid not in self.share.outcomes]
+        items[:] = [item for item in own if item.nodeid not in self.outcomes]
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.tell("started", nodeid)
@@ -51,29 +70,6 @@ class Plugin:
             crash = getattr(report.longrepr, "reprcrash", None)
             text = getattr(crash, "message", report.longreprtext)[:500] if report.failed else ""
             self.tell("outcome", (report.nodeid, report.outcome, text))
-
-
-class Share(Task):
-    """Every `count`-th test from number `index` on.
-
-    Attributes:
-        outcomes: (word, text) of each test that has ended.
-        collected: how many tests there are; None before the first process has found them.
-        at: the test that runs, or ran last; None before the first of a process.
-    """
-
-    def __init__(self, index: int, count: int, arguments: list[str]) -> None:
-        self.index, self.count, self.patience = index, count, PATIENCE
-        self.arguments = [*arguments, "-p", "no:cacheprovider", "-p", "no:xdist"]
-        self.outcomes: dict[str, tuple[str, str]] = {}
-        self.collected: int | None = None
-        self.at: str | None = None
-
-    def work(self, tell: Tell) -> None:
-        torch.set_num_threads(1)
-        status = int(pytest.main(self.arguments, plugins=[Plugin(self, tell)]))
-        if status not in ENDED:
-            raise RuntimeError(f"pytest ended with status {status}")
 
     def hear(self, kind: str, news: Any) -> None:
         if kind == "collected":
@@ -117,7 +113,7 @@ def run(folder: Path, paths: Sequence[str], budget: float | None, command: str, 
     row = empty_row(case, session, "pytest", "full", Checked(problem, launched=list(launches.catalogue())))
     # Of the kernels it keeps the source, and claims of no single one that it was launched.
     row |= {"dtype": "all", "launched": [], "died_in": None, "verdict": None, **found, "seconds": seconds}
-    rows.save([row | {"sanitizer": shutil.which("compute-sanitizer") is not None}], folder)
+    rows.save([row | {"sanitizer": shutil.which("compute-sanitizer") is not None}], folder / rows.FILE)
     print("\n".join(found["failures"]) if not broken else log.read_text()[-3000:])
     print(", ".join(f"{found[word]} {word}" for word in OUTCOMES), f"{seconds:.0f} s")
     return 1 if problem else 0

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from benchmarks import gpu_tests
 from benchmarks.__main__ import main
-from benchmarks.harness import gpu_tests, launches, machine, processes, rows
+from benchmarks.harness import launches, machine, processes, rows
 
 TESTS = """
 import os, time
@@ -36,7 +37,7 @@ def test_offsets_beyond():
 
 @pytest.fixture
 def shares(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_tests, "PATIENCE", 4.0)
+    monkeypatch.setattr(gpu_tests.Share, "patience", 4.0)
     (tmp_path / "test_some.py").write_text(TESTS)
     arguments = [str(tmp_path / "test_some.py"), "--rootdir", str(tmp_path)]
     return [gpu_tests.Share(i, 2, arguments) for i in (0, 1)]
