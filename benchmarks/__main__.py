@@ -82,8 +82,8 @@ def _on_a_gpu(arguments: argparse.Namespace) -> bool:
 def _run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
     """Raises ValueError for what the user can mend."""
     from benchmarks import cases, first_contact, host, measure
-    from benchmarks.figures import plots
-    from benchmarks.harness import machine, report, rows, tables
+    from benchmarks.figures import plots, tables
+    from benchmarks.harness import machine, report, rows
 
     # On a machine that is lent, what is under $OUT comes back.
     out = arguments.results or Path(os.environ.get("OUT") or folder)

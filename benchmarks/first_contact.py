@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import cases, measure
-from benchmarks.harness import launches, machine, processes, report, rows, runner, tables
+from benchmarks.figures import tables
+from benchmarks.harness import launches, machine, processes, report, rows, runner
 from benchmarks.harness.case import Case, name_of
 from benchmarks.harness.pieces import Piece
 from benchmarks.harness.session import OUT_OF_MEMORY, Session

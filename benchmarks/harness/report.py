@@ -1,4 +1,4 @@
-"""What is printed, all of it from rows. What is written (the README's section, tables) stands in tables.py."""
+"""What is printed, all of it from rows. What is written (the README's section, tables) stands in figures/tables.py."""
 
 from collections import Counter
 from collections.abc import Iterable

@@ -137,39 +137,36 @@ def plan(once: float, budget: float, long: float) -> tuple[int, int]:
 
 
 def _time(case: Case, session: Session, mode: str, inputs: dict[str, Any], rows: dict[str, Row]) -> None:
-    """Warms every provider up, then samples them in turns; fills their rows in."""
+    """Samples the providers in turns, each warmed up in its first, and fills their rows in."""
     clock, plans = session.clock, dict[str, tuple[int, int]]()
     samples = {name: Samples() for name in rows}
-    calls = {name: functools.partial(prepare, case, case.providers[name], mode, inputs) for name in rows}
-    for name, row in rows.items():
-        with session.doing(case, name) as problems:
-            # The first call may compile. What is slow even so is not run once more for its memory.
-            call = calls[name]()
-            row["warmup_s"] = once = clock.once(call)[0]
-            if once < clock.LONG:
-                once, memory = clock.once(call)
-                row["peak_mb"] = None if replays_graphs(name) else memory
-            plans[name] = plan(once, session.budget, clock.LONG)
-            del call  # a backward keeps its forward's memory
-        row["problem"] = "".join(problems)
     for turn in range(TURNS):
-        for name, (turns, count) in plans.items():
-            if turn >= turns or rows[name]["problem"]:
+        for name, row in rows.items():
+            if row["problem"] or turn >= plans.get(name, (TURNS, 0))[0]:
                 continue
+            make = functools.partial(prepare, case, case.providers[name], mode, inputs)
             with session.doing(case, name) as problems:
-                call = calls[name]()
+                call = make()
+                if turn == 0:
+                    # The first call may compile. What is slow even so is not run once more for its memory.
+                    row["warmup_s"] = once = clock.once(call)[0]
+                    if once < clock.LONG:
+                        once, memory = clock.once(call)
+                        row["peak_mb"] = None if replays_graphs(name) else memory
+                    plans[name] = plan(once, session.budget, clock.LONG)
+                count = plans[name][1]
                 if count > 1:
                     clock.once(call)
                 clock.turn(call, count, samples[name])
-                del call
+                del call  # a backward keeps its forward's memory
                 if turn == 0 and count > 1 and not replays_graphs(name):
-                    rows[name]["graph_problem"] = clock.graph(calls[name], samples[name]) or None
-            rows[name]["problem"] = "".join(problems)
-    for name in plans:
-        if not rows[name]["problem"]:
-            rows[name].update(samples[name].figures(case.share.get(name, 1)))
-            rows[name].update(_of_the_floor(rows[name]))
-            rows[name].update(case.about(name, inputs))
+                    row["graph_problem"] = clock.graph(make, samples[name]) or None
+            row["problem"] = "".join(problems)
+    for name, row in rows.items():
+        if not row["problem"]:
+            row.update(samples[name].figures(case.share.get(name, 1)))
+            row.update(_of_the_floor(row))
+            row.update(case.about(name, inputs))
 
 
 def _of_the_floor(row: Row) -> Row:

@@ -1,10 +1,11 @@
 """What is written of rows: the README's section, and the table of each machine."""
 
 import pytest
-from test_rows import row
 
 from benchmarks.__main__ import main
-from benchmarks.harness import rows, tables
+from benchmarks.figures import tables
+from benchmarks.harness import rows
+from tests.benchmarks.harness.test_rows import row
 
 
 def test_the_table_names_the_best_rival_and_claims_nothing_else():
