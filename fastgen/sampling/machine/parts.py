@@ -221,6 +221,7 @@ def unknown_in(program: Program) -> list[str]:
 
 def _name(one: Instruction) -> str:
     if isinstance(one, Call):
-        return getattr(one.function, "__qualname__", type(one.function).__name__)
+        name = getattr(one.function, "__qualname__", type(one.function).__name__)
+        return name.removeprefix("_VariableFunctionsClass.")  # where torch keeps its functions
     name = one.op if isinstance(one, (Pointwise, Rowwise)) else type(one).__name__.lower()
     return f"{name} of {'x'.join(map(str, one.out.sizes))} {str(one.out.memory.dtype).removeprefix('torch.')}"
