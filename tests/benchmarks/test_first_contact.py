@@ -14,7 +14,7 @@ from pretended_gpu import NAME, pretend
 from benchmarks import cases, first_contact
 from benchmarks.__main__ import main
 from benchmarks.cases import launches
-from benchmarks.harness import machine, pieces, rows
+from benchmarks.harness import machine, rows
 from benchmarks.harness.case import Case
 
 pytestmark = [
@@ -78,7 +78,8 @@ def planted(monkeypatch, tmp_path):
 
     def start(fault, *options):
         monkeypatch.setattr(first_contact, "PATIENCE", 2.0 if fault is hang else 20.0)
-        own = {"launches": [case("launch", fault, modes=("full",)), case("next", square, modes=("full",))]}
+        compared = {"modes": ("full",), "timed": False}
+        own = {"launches": [case("launch", fault, **compared), case("next", square, **compared)]}
         own["square"] = [case("headline", fault), case("later", square)]
         monkeypatch.setattr(cases, "load", lambda name, size, device: own[name])
         monkeypatch.setattr(cases, "ON_A_GPU", ("square",))
@@ -178,31 +179,5 @@ def test_a_killed_run_leaves_whole_rows_and_goes_on(tmp_path):
     with file.open("a") as torn:
         torn.write('{"op": "to')
     assert len(rows.load(tmp_path)) == len(killed.splitlines())
-    rows.save([], tmp_path)
+    rows.save([], tmp_path / rows.FILE)
     assert file.read_text() == killed
-
-
-def test_children_end_with_their_parent():
-    def parent(tell):
-        child = pieces.Child(lambda tell: time.sleep(60))
-        tell("child", child.process.pid)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    news = []
-    outer = pieces.Child(parent)
-    end = time.monotonic() + 10
-    while time.monotonic() < end and not any(kind == "end" for kind, _ in news):
-        news += outer.heard()
-        time.sleep(0.01)
-    orphan = dict(news)["child"]
-    while time.monotonic() < end and os.path.exists(f"/proc/{orphan}") and _state(orphan) != "Z":
-        time.sleep(0.05)
-    assert not os.path.exists(f"/proc/{orphan}") or _state(orphan) == "Z"
-
-
-def _state(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return "Z"

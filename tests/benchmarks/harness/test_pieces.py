@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from benchmarks.harness import machine, pieces
+from benchmarks.harness import machine, processes
 from benchmarks.harness.case import Case
 from benchmarks.harness.pieces import Piece
 from benchmarks.harness.session import Session
@@ -26,6 +26,7 @@ def case(**providers):
         providers={"eager": square, **providers},
         truth=square,
         modes=("fwd", "bwd"),
+        threads=1,
     )
 
 
@@ -39,7 +40,7 @@ def run():
         def save(case, rows):
             saved.update({(row["provider"], row["mode"]): row for row in rows})
 
-        return pieces.run([Piece([case], threads=1)], session, save, **options), saved
+        return processes.run([Piece([case], session, save)], **options), saved
 
     return start
 
@@ -77,17 +78,3 @@ def test_when_the_time_is_over_what_still_runs_is_late_and_no_failure(run):
 def test_nothing_starts_after_its_time(run):
     late, saved = run(case(), start_until=time.monotonic() - 1)
     assert len(late) == 1 and not saved
-
-
-def test_what_a_process_answers_or_why_not():
-    assert pieces.in_a_process(lambda: 6 * 7) == 42
-
-    def refuse():
-        raise ValueError("there is none")
-
-    with pytest.raises(ValueError, match=r"^there is none$"):
-        pieces.in_a_process(refuse)
-    with pytest.raises(ValueError, match="killed by SIGKILL"):
-        pieces.in_a_process(lambda: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(ValueError, match="no answer within 0 s"):
-        pieces.in_a_process(lambda: time.sleep(60), patience=0.2)
