@@ -90,7 +90,7 @@ class Plan:
         """Whether some of it is in half precision, which rounds coarsely."""
         return any(value.data.dtype in (torch.bfloat16, torch.float16) for value in self.timed.computed)
 
-    @property
+    @cached_property
     def output_dtype(self) -> torch.dtype:
         return self.timed.graph.data_of(self.output).dtype
 
