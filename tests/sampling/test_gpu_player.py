@@ -166,7 +166,7 @@ def test_the_machine_of_the_cpu_draws_the_same(name, options):
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32x3"])  # the interpreter knows the first alone
 def test_tiles_of_images_in_any_order_draw_the_same(precision, monkeypatch):
-    monkeypatch.setattr(gpu_player, "precision_on", lambda device: precision)
+    monkeypatch.setattr(gpu_player, "precision_on", lambda *_: precision)
     plan, distribution = small("gated")
     request = SampleRequest(20, (1, 3, 3), torch.rand(20, 1, 3, 3), distribution)
 
@@ -235,9 +235,8 @@ def test_what_it_does_not_know_is_named():
     with pytest.warns(UserWarning, match="from the persistent .* the kernel does not know sin.*, which .* steps need"):
         sampler = accelerate(Waves(model), model.shape, backend="persistent", **given)
     assert "instead of persistent" in sampler.explain()
-    half = lively(GatedPixelCNN((1, 2, 2), 3, channels=4, layers=1)).to(torch.bfloat16)
-    with pytest.warns(UserWarning, match="the kernel computes in float32 and the model in torch.bfloat16"):
-        accelerate(half, half.shape, distribution=half.distribution, backend="persistent")
+    with pytest.warns(UserWarning, match="in half precision, the model in torch.float64"):
+        accelerate(model.double(), model.shape, distribution=model.distribution, backend="persistent")
 
 
 def test_the_machines_know_the_same():
