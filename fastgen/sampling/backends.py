@@ -92,8 +92,7 @@ class Backends:
         if made is None:
             if blank is None and dtype == dtype_of(self.distribution):
                 blank = self.blank_pass(condition)
-            with self.kept():
-                made = self._make(key, condition, dtype, blank)
+            made = self._make(key, condition, dtype, blank)
         self.made = [one for one in self.made if one is not made][1 - MOST_KINDS :] + [made]
         return made.backend
 
@@ -170,9 +169,9 @@ class Backends:
             return
         change = self._state.change()
         if change != "nothing":
+            self._state = ModelState(self.model, self._state.written)
             if change == "structure" or not all(made.backend.takes_weights() for made in self.made):
                 self.made.clear()
-            self._state = ModelState(self.model, self._state.written)
 
     def _make(self, key: Any, condition: Any, dtype: torch.dtype, blank: Tensor | None) -> Made:
         encode = self._encode(dtype)
@@ -188,7 +187,8 @@ class Backends:
         try:
             if self.choice not in WHOLE_PASSES:
                 return Made(key, build_engine(*given, dtype, self.choice, self.verify, self.kept), None)
-            order, remark = drawing_order(*given, dtype if dtype.is_floating_point else known_levels(self.distribution))
+            levels = dtype if dtype.is_floating_point else known_levels(self.distribution)
+            order, remark = drawing_order(*given, levels, self.kept)
         except Unsupported as reason:
             if self.choice in WHOLE_PASSES:
                 remark = f"taken as causal, which could not be checked: {reason}"

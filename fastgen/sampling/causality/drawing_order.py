@@ -21,6 +21,7 @@ from fastgen.sampling.causality.report import CausalityReport, Leak, NotCausalEr
 from fastgen.sampling.causality.search import search, topological_order
 from fastgen.sampling.causality.trials import dependences
 from fastgen.sampling.condition import example
+from fastgen.sampling.model_state import Kept
 from fastgen.sampling.request import checked_count, checked_shape
 from fastgen.sampling.rules.base import coarser
 from fastgen.sampling.trace.graph import Graph, Unsupported, Value
@@ -59,11 +60,12 @@ def drawing_order(
     encode: Callable[[Tensor], Tensor],
     condition: Any,
     levels: int | Tensor | torch.dtype,
+    kept: Kept | None = None,
 ) -> tuple[Order, str | None]:
     """(channel, row, column) of all draws, in an order in which the model is causal, and why that is not proven (None
     where it is). Raises NotCausalError."""
     try:
-        return ordered(Network(model, shape, encode, condition, levels), distribution).order, None
+        return ordered(Network(model, shape, encode, condition, levels, kept), distribution).order, None
     except NotByReadyTimes as found:
         return found.order, str(found)
 

@@ -15,6 +15,7 @@ from fastgen.sampling.causality.drawing_order import Ordered, ordered
 from fastgen.sampling.causality.draws import Order, draw_index_of
 from fastgen.sampling.causality.ready_times import Timed
 from fastgen.sampling.machine.language import Memory, Program
+from fastgen.sampling.model_state import Kept
 from fastgen.sampling.plan.builder import Builder, NeedsStorage, Storage
 from fastgen.sampling.plan.layout import Box, Layout, layout
 from fastgen.sampling.plan.renewal import Traced, renew
@@ -125,9 +126,10 @@ def make_plan(
     encode: Callable[[Tensor], Tensor],
     condition: Any,
     levels: int | Tensor | torch.dtype,
+    kept: Kept | None = None,
 ) -> Plan:
     """Raises NotCausalError, or Unsupported where the engine cannot take the model."""
-    network = Network(model, shape, encode, condition, levels)
+    network = Network(model, shape, encode, condition, levels, kept)
     found: Ordered = ordered(network, distribution)
     traced = Traced.all_of(found.graph)
     output = found.graph.output

@@ -4,7 +4,7 @@ import importlib.util
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from fastgen.sampling.draws import draw_image, image_log_prob
 from fastgen.sampling.levels import dtype_of, image_of, known_levels
 from fastgen.sampling.machine.cpu.build import NoMachine, machine
 from fastgen.sampling.machine.parts import unknown_in
+from fastgen.sampling.model_state import Kept
 from fastgen.sampling.plan.plan import Plan, make_plan
 from fastgen.sampling.request import Draw, SampleRequest, SampleResult, tell, uniforms
 from fastgen.sampling.run.arena import images_that_fit
@@ -26,7 +27,6 @@ from fastgen.sampling.run.margin import Margin
 from fastgen.sampling.run.torch_player import TorchPlayer
 from fastgen.sampling.whole_pass import FixedPoint, whole_pass
 
-Kept = Callable[[], AbstractContextManager[Any]]
 PLAYERS: dict[str, Callable[..., Player]] = {"eager": TorchPlayer, "compiled": CPUPlayer, "cuda_graph": CudaGraphPlayer}
 MOST_UNKNOWN = 0.1  # of the steps, that torch plays between launches of the persistent kernel
 MOST_CORRECTIONS = 20
@@ -42,7 +42,7 @@ def build_engine(
     dtype: torch.dtype,
     backend: str,
     verify: str,
-    kept: Kept = nullcontext,
+    kept: Kept,
 ) -> "Engine":
     """The engine of a causal model, for levels of `dtype`.
 
@@ -51,7 +51,7 @@ def build_engine(
         Unsupported: the engine cannot take the model; the text says why.
     """
     levels = dtype if dtype.is_floating_point else known_levels(distribution)
-    plan = make_plan(model, shape, distribution, encode, condition, levels)
+    plan = make_plan(model, shape, distribution, encode, condition, levels, kept)
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     best, why = _best(plan, device)
     possible = {"eager", "cuda_graph"} if device.type == "cuda" else {"eager", best}

@@ -1,13 +1,14 @@
 """A stranger's model as a function of levels, and its graph."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastgen.sampling.model_state import unchanged
+from fastgen.sampling.model_state import Kept, unchanged
 from fastgen.sampling.trace.graph import Graph, Map, Operand, Unsupported, Value
 from fastgen.sampling.trace.recorder import trace
 
@@ -31,10 +32,12 @@ class Network:
         encode: Callable[[Tensor], Tensor] | None,
         condition: Any,
         levels: int | Tensor | torch.dtype,
+        kept: Kept | None = None,
     ) -> None:
         """levels: how many a channel has, or each place, or the dtype of real values. Without `encode` the images are
-        floats in [-1, 1], which the model is given as they are."""
+        floats in [-1, 1], which the model is given as they are. kept: what the model runs in, else `unchanged`."""
         self.model = model
+        self._kept = kept or partial(unchanged, model)
         self.shape = tuple(shape)
         self.encode = encode
         self._conditional = condition is not None
@@ -87,7 +90,7 @@ class Network:
     def run(self, levels: Tensor) -> Tensor:
         """The output for levels (n, C, H, W), all under the first row of the condition."""
         rows = [self._leaves[k][:1].expand(len(levels), *self._leaves[k].shape[1:]) for k in self._rows]
-        with unchanged(self.model):
+        with self._kept():
             return self._call(levels, *rows)
 
     def graph(self) -> tuple[Graph, list[Value]]:
@@ -121,7 +124,7 @@ class Network:
         rows = [self._leaves[k][:1] for k in self._rows]
         call = self._beside if self._traced_beside else self._call
         try:
-            with unchanged(self.model):
+            with self._kept():
                 return trace(call, self.model, self.samples[:1], rows)
         except Unsupported:
             raise
@@ -134,7 +137,7 @@ class Network:
         for b in range(2):
             rows = [self._leaves[k][b : b + 1] for k in self._rows]
             try:
-                with unchanged(self.model):
+                with self._kept():
                     graphs.append(trace(call, self.model, self.samples[b : b + 1], rows, keep_data=b == 0))
             except Unsupported:
                 raise
@@ -147,7 +150,7 @@ class Network:
     def _together(self, images: list[int]) -> Tensor:
         """The output for some of the sample images, each with a row of the condition."""
         rows = [self._leaves[k][[b % 2 for b in images]] for k in self._rows]
-        with unchanged(self.model):
+        with self._kept():
             return self._call(self.samples[images], *rows)
 
 
