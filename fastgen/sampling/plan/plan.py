@@ -92,7 +92,7 @@ class Plan:
         """Whether some of it is in half precision, which rounds coarsely."""
         return any(value.data.dtype in (torch.bfloat16, torch.float16) for value in self.timed.computed)
 
-    @property
+    @cached_property
     def output_dtype(self) -> torch.dtype:
         return self.timed.graph.data_of(self.output).dtype
 
@@ -189,9 +189,9 @@ def _storage(timed: Timed, when: Schedule, order: Order, shape: Sequence[int]) -
     for value in graph.values:
         if value.kind != "constant":
             times = draw_index_of(order, shape) if value.kind == "levels" else when.times.of(value)
-            layouts[value.index] = layout(
-                value, times, maps.get(value.index, []), 1 if value.index in feature_maps else None
-            )
+            rule = timed.rules.get(value.index)
+            channels = 1 if value.index in feature_maps else rule.channels if rule is not None else None
+            layouts[value.index] = layout(value, times, maps.get(value.index, []), channels)
     return Storage(layouts, stored)
 
 

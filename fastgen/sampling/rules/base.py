@@ -115,10 +115,12 @@ class Rule(ABC):
     Attributes:
         keeps_state: whether elements of the value are read to compute others of it.
         sees_zeros: whether constants that are zero change what depends on what.
+        channels: the dimension of the value that products read along; None where that is the plan's affair.
     """
 
     keeps_state = False
     sees_zeros = True
+    channels: int | None = None
 
     def __init__(self, value: Value, analysis: Analysis) -> None:
         self.value = value
