@@ -131,6 +131,10 @@ class ModelState:
         return "values" if same else "structure"
 
 
+def device_of(model: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
 def _own(module: nn.Module) -> dict[str, Any]:
     """Attributes of its own, without what `nn.Module` keeps its parameters, buffers, submodules and hooks in."""
     return {name: value for name, value in module.__dict__.items() if name not in _KEPT_BY_TORCH}

@@ -21,7 +21,7 @@ from fastgen.sampling.causality.report import CausalityReport, Leak, NotCausalEr
 from fastgen.sampling.causality.search import search, topological_order
 from fastgen.sampling.causality.trials import dependences
 from fastgen.sampling.condition import example
-from fastgen.sampling.model_state import Kept
+from fastgen.sampling.model_state import device_of
 from fastgen.sampling.request import checked_count, checked_shape
 from fastgen.sampling.rules.base import coarser
 from fastgen.sampling.trace.graph import Graph, Unsupported, Value
@@ -51,23 +51,6 @@ class Ordered:
         self.graph, self.conditions, self.timed = graph, conditions, timed
         self.order, self.needed = draws.order, draws.of_outputs()
         self.remarks = list(graph.remarks)
-
-
-def drawing_order(
-    model: nn.Module,
-    shape: Sequence[int],
-    distribution: Distribution,
-    encode: Callable[[Tensor], Tensor],
-    condition: Any,
-    levels: int | Tensor | torch.dtype,
-    kept: Kept | None = None,
-) -> tuple[Order, str | None]:
-    """(channel, row, column) of all draws, in an order in which the model is causal, and why that is not proven (None
-    where it is). Raises NotCausalError."""
-    try:
-        return ordered(Network(model, shape, encode, condition, levels, kept), distribution).order, None
-    except NotByReadyTimes as found:
-        return found.order, str(found)
 
 
 def ordered(network: Network, distribution: Distribution) -> Ordered:
@@ -230,8 +213,8 @@ def check_causality(
     if encode is not None and not callable(encode):
         raise TypeError(f"encode must be callable or None, got {type(encode).__name__}")
     shape, levels = checked_shape(shape), checked_count("levels", levels, 1)
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    network = Network(model, shape, encode, None if condition is None else example(condition, device), levels)
+    condition = None if condition is None else example(condition, device_of(model))
+    network = Network(model, shape, encode or torch.clone, condition, None if encode is None else levels)
     if len(network.output_shape) < 3 or network.output_shape[-2:] != shape[1:]:
         raise ValueError(f"model must return (B, ..., {shape[1]}, {shape[2]}), got the shape {network.output_shape}")
     params = (1, *network.output_shape[1:-2])
