@@ -10,7 +10,10 @@ from torch.nn import functional as F
 from fastgen import Categorical, accelerate
 from fastgen.sampling.causality.draws import draw_index_of, raster
 from fastgen.sampling.causality.ready_times import ready_times
+from fastgen.sampling.machine.parts import unknown_in
+from fastgen.sampling.plan.plan import make_plan
 from fastgen.sampling.trace.decompositions import WRITTEN_OUT
+from fastgen.sampling.trace.network import Network
 from fastgen.sampling.trace.recorder import trace
 from tests.sampling.exactness import assert_exact, pair
 from tests.sampling.zoo_case import DataMask
@@ -162,6 +165,21 @@ def test_whole_passes_draw_what_has_no_rule(name):
     noise = torch.rand(N, *SHAPE, generator=torch.Generator().manual_seed(0))
     assert torch.equal(fast.sample(N, noise=noise), naive.sample(N, noise=noise))
     assert fast.stats.backend == "fixed_point"
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x * (x.square().mean(1, keepdim=True) + 1e-5).rsqrt(),
+        lambda x: x - x.amax(1, keepdim=True) + x.sum(1).unsqueeze(1),
+        lambda x: below(F.avg_pool2d(x, 3, 1, 1)),
+        lambda x: below(F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, 1)),
+    ],
+)
+def test_sums_means_and_maxima_are_the_machines_own(function):
+    network = Network(Between(function).eval(), SHAPE, lambda levels: levels.float(), None, 4)
+    plan = make_plan(network, DISTRIBUTION)
+    assert [name for program in plan.programs for name in unknown_in(program)] == []
 
 
 def test_the_greatest_of_windows_says_where_it_was():
