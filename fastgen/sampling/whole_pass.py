@@ -13,6 +13,7 @@ from fastgen.sampling.condition import rows_for
 from fastgen.sampling.draws import draw_image, draw_pixel, image_log_prob
 from fastgen.sampling.levels import decoded_levels
 from fastgen.sampling.request import Draw, Place, SampleRequest, SampleResult
+from fastgen.sampling.trace.network import check_output
 
 
 class Naive:
@@ -149,8 +150,7 @@ def whole_pass(model: nn.Module, encode: Callable[[Tensor], Tensor], levels: Ten
 def _call(model: nn.Module, encode: Callable[[Tensor], Tensor], levels: Tensor, condition: Any) -> Tensor:
     x = encode(levels)
     params = model(x) if condition is None else model(x, condition)
-    if not isinstance(params, Tensor):
-        raise TypeError(f"model must return a tensor of parameters, got {type(params).__name__}")
+    check_output(params)
     return params
 
 

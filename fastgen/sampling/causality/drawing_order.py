@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastgen.distributions import Distribution
 from fastgen.distributions.base import independent
+from fastgen.sampling.adapter import Adapter
 from fastgen.sampling.causality.draws import Draws, Order, layouts_of, possible_draws, possible_layouts
 from fastgen.sampling.causality.ready_times import Timed, ready_times
 from fastgen.sampling.causality.report import CausalityReport, Leak, NotCausalError, leaks_of, leaks_seen
@@ -182,6 +183,7 @@ def check_causality(
     encode: Callable[[Tensor], Tensor] | None = None,
     condition: Any = None,
     levels: int = 2,
+    output: Callable[[Any], Tensor] | None = None,
 ) -> CausalityReport:
     """Whether every output of a model depends only on pixels before it in raster order.
 
@@ -195,8 +197,9 @@ def check_causality(
         channels_ordered: whether a channel may depend on the channels before it in its own pixel; its output may then
             have the channels on an axis of their own, or in one with the levels, contiguous or interleaved.
         encode: int64 levels 0..levels-1 -> the model's input; None: the model is given random floats in [-1, 1].
-        condition: the model's second argument, None for none.
+        condition: as in `accelerate`.
         levels: number of levels that `encode` takes.
+        output: what the model returns -> its parameters, as in `accelerate`.
 
     Returns:
         CausalityReport(ok, leaks, remark, proven): a leak names the output (c, i, j), the input (c, i, j), the first
@@ -212,7 +215,10 @@ def check_causality(
         raise TypeError(f"channels_ordered must be a bool, got {channels_ordered!r}")
     if encode is not None and not callable(encode):
         raise TypeError(f"encode must be callable or None, got {type(encode).__name__}")
+    if output is not None and not callable(output):
+        raise TypeError(f"output must be callable or None, got {type(output).__name__}")
     shape, levels = checked_shape(shape), checked_count("levels", levels, 1)
+    model = Adapter(model, shape, None, output)
     condition = None if condition is None else example(condition, device_of(model))
     network = Network(model, shape, encode or torch.clone, condition, None if encode is None else levels)
     if len(network.output_shape) < 3 or network.output_shape[-2:] != shape[1:]:

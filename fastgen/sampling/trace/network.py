@@ -57,6 +57,7 @@ class Network:
                 if not isinstance(levels, int) or levels <= 2:
                     raise
                 levels = (levels + 1) // 2
+        check_output(self._of_two)
         self.output_shape = tuple(self._of_two.shape)
 
     def _images(self, levels: int | Tensor | torch.dtype | None) -> Tensor:
@@ -151,6 +152,14 @@ class Network:
         rows = [self._leaves[k][[b % 2 for b in images]] for k in self._rows]
         with self.kept():
             return self._call(self.samples[images], *rows)
+
+
+def check_output(found: Any) -> None:
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"model must return a tensor of parameters, got {type(found).__name__}: output= picks it out of what the "
+            "model returns"
+        )
 
 
 def _check_same(graphs: Sequence[Graph], whole: Tensor) -> None:
