@@ -14,6 +14,7 @@ from fastgen.kernels.sampler.words import (
     ALONG,
     ALONG_B,
     AMAX,
+    BFLOAT16,
     COLUMNS,
     COPY_INT64,
     DEPTH,
@@ -22,6 +23,7 @@ from fastgen.kernels.sampler.words import (
     ERASE,
     EXP,
     EXPM1,
+    FLOAT16,
     GATE,
     GELU,
     GELU_TANH,
@@ -44,6 +46,7 @@ from fastgen.kernels.sampler.words import (
     OUT,
     RECIPROCAL,
     RELU,
+    ROUNDED,
     RSQRT,
     S1,
     S2,
@@ -82,6 +85,19 @@ def places(code, SIDE: tl.constexpr, offsets, first_image, m):
 
 
 @triton.jit
+def rounded(x, code):
+    """Results as they are to be stored: in the precision that the value has in the model."""
+    to = tl.load(code + ROUNDED)
+    if to == BFLOAT16:
+        bits = x.to(tl.int32, bitcast=True)
+        even = (bits + (0x7FFF + ((bits >> 16) & 1))) & -65536
+        x = tl.where(x == x, even.to(tl.float32, bitcast=True), x)
+    elif to == FLOAT16:
+        x = x.to(tl.float16).to(tl.float32)
+    return x
+
+
+@triton.jit
 def product(
     memory_ptr,
     weights_ptr,
@@ -112,7 +128,13 @@ def product(
         total = tl.zeros((BM, BN), tl.float32)
         for part in range(0, parts):
             a = tl.load(a_ptr, mask=real[:, None] & (part * BK + k < depth)[None, :], other=0.0)
-            total = tl.dot(a, tl.load(w_ptr), total, input_precision=PRECISION)
+            w = tl.load(w_ptr)
+            if PRECISION == "widened":  # weights in half precision, which the interpreter cannot multiply
+                total = tl.dot(a, w.to(tl.float32), total, input_precision="ieee")
+            elif PRECISION == "half":
+                total = tl.dot(a.to(w.dtype), w, total)
+            else:
+                total = tl.dot(a, w, total, input_precision=PRECISION)
             a_ptr += BK
             w_ptr += BK * BN
         j = panel * BN + tl.arange(0, BN)
@@ -120,7 +142,8 @@ def product(
         if tl.load(code + HAS_ADDED) != 0:
             at = places(code, ADDED, offsets, first_image, m)
             total += tl.load(memory_ptr + at[:, None] + j[None, :], mask=inside, other=0.0)
-        tl.store(memory_ptr + places(code, OUT, offsets, first_image, m)[:, None] + j[None, :], total, mask=inside)
+        out_ptr = memory_ptr + places(code, OUT, offsets, first_image, m)[:, None] + j[None, :]
+        tl.store(out_ptr, rounded(total, code), mask=inside)
 
 
 @triton.jit
@@ -162,7 +185,7 @@ def contract(
             at = places(code, ADDED, offsets, first_image, m)[:, None] + j[None, :] * tl.load(code + ADDED + 6)
             total += tl.load(memory_ptr + at, mask=inside, other=0.0)
         at = places(code, OUT, offsets, first_image, m)[:, None] + j[None, :] * tl.load(code + OUT + 6)
-        tl.store(memory_ptr + at, total, mask=inside)
+        tl.store(memory_ptr + at, rounded(total, code), mask=inside)
 
 
 @triton.jit
@@ -258,7 +281,7 @@ def pointwise(memory_ptr, integers_ptr, code, offsets, first_image, images, BR: 
                 a = apply(op, a, tl.load(memory_ptr + b_at, mask=inside, other=1.0))
             if tl.load(code + IN_ORDER) != 0:
                 tl.debug_barrier()
-            tl.store(memory_ptr + out_at, a, mask=inside)
+            tl.store(memory_ptr + out_at, rounded(a, code), mask=inside)
 
 
 @triton.jit
@@ -288,7 +311,7 @@ def rowwise(memory_ptr, code, offsets, first_image, images, BR: tl.constexpr, BP
         if op == AMAX:
             tl.store(out_ptr, tl.where(tl.max(nan, 1) > 0, float("nan"), shift), mask=real)
         elif (op == SUM) | (op == MEAN):
-            tl.store(out_ptr, tl.where(op == MEAN, total / depth, total), mask=real)
+            tl.store(out_ptr, rounded(tl.where(op == MEAN, total / depth, total), code), mask=real)
         else:
             shift = tl.where(exponential, shift, total / depth)  # what is taken off each number
             sums = tl.zeros((BR, BP), tl.float32)
@@ -305,4 +328,4 @@ def rowwise(memory_ptr, code, offsets, first_image, images, BR: tl.constexpr, BP
                     a -= tl.log(total)[:, None]
                 else:
                     a = tl.where(exponential, tl.exp(a), a) * scale[:, None]
-                tl.store(out_ptr[:, None] + ((start + k) * across)[None, :], a, mask=inside)
+                tl.store(out_ptr[:, None] + ((start + k) * across)[None, :], rounded(a, code), mask=inside)

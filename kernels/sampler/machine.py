@@ -2,7 +2,8 @@
 
 A program (CTA) owns BM images and plays them from the first place to the last by itself: programs share nothing but
 weights, so nothing has to be synchronized between them. Between two instructions its threads wait for each other.
-Activations lie in one arena of float32, levels and indices in one of int64.
+Activations lie in one arena of float32, levels and indices in one of int64. Of a model in half precision each result is
+rounded as it is stored, and the weights have that precision, so that products run on tensor cores.
 """
 
 from typing import Any, NamedTuple
@@ -107,12 +108,12 @@ class Tiles(NamedTuple):
     LEVELS: int = 256
 
 
+SIZES = (Tiles(), Tiles(32), Tiles(64, BK=16))
+
+
 def tiles_for(images: int, device: torch.device) -> Tiles:
     """Larger tiles read the weights less often; they pay where smaller ones would not all run at the same time."""
-    for BM in (16, 32):
-        if cdiv(images, BM) <= processors_of(device):
-            return Tiles(BM)
-    return Tiles(64, BK=16)
+    return next((one for one in SIZES[:-1] if cdiv(images, one.BM) <= processors_of(device)), SIZES[-1])
 
 
 def play(
@@ -129,7 +130,8 @@ def play(
 
     Args:
         tensors: the kernel's first 13 arguments.
-        precision: of products, "ieee" or "tf32x3".
+        precision: of products, "ieee" or "tf32x3"; "half" where the weights are in half precision, for which the
+            interpreter takes "widened".
         first, last, until, drawing: see the kernel.
         images: from the first to before the last.
     """
@@ -142,23 +144,25 @@ KINDS = {"memory_ptr": "*fp32", "weights_ptr": "*fp32", "noise_ptr": "*fp32", "m
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
-def entry(tiles: Tiles, precision: str, skips: dict[str, str]) -> Entry:
+def entry(tiles: Tiles, weights: str, precision: str, skips: dict[str, str]) -> Entry:
     fixed = {**tiles._asdict(), "PRECISION": precision}
     kinds = {name: "*i64" if name.endswith("_ptr") else "i32" for name in step_machine_kernel.arg_names}
     signature = {name: KINDS.get(name, kind) for name, kind in kinds.items() if name not in fixed}
     return Entry(
         step_machine_kernel,
-        f"fp32 {precision}, {tiles.BM} images",
-        signature,
+        f"{weights} {precision}, {tiles.BM} images",
+        {**signature, "weights_ptr": f"*{weights}"},
         fixed,
         unaligned=tuple(GIVEN),
-        requires=dict.fromkeys(NVIDIA, "mma") if precision == "tf32x3" else {},
+        requires=dict.fromkeys(NVIDIA, "mma") if precision != "ieee" else {},
         skips=skips,
         **OPTIONS,
     )
 
 
 CATALOGUE: list[Entry] = [
-    *(entry(tiles, "tf32x3", {"gfx942": "has no TF32"}) for tiles in (Tiles(), Tiles(32), Tiles(64, BK=16))),
-    entry(Tiles(), "ieee", dict.fromkeys(NVIDIA, "takes tf32x3")),
+    *(entry(tiles, "fp32", "tf32x3", {"gfx942": "has no TF32"}) for tiles in SIZES),
+    *(entry(tiles, "bf16", "half", {}) for tiles in SIZES),
+    entry(Tiles(), "fp16", "half", {}),
+    entry(Tiles(), "fp32", "ieee", dict.fromkeys(NVIDIA, "takes tf32x3")),
 ]

@@ -25,10 +25,13 @@ OPS = {name: number for number, name in enumerate((*POINTWISE, *ROWWISE, "produc
 ) = map(tl.constexpr, range(len(OPS)))  # fmt: skip
 
 # Of an instruction. ALONG: strides of A and B along the depth. NUMBER: bits of a float32. IN_ORDER: a copy whose target
-# begins before its source, over which it may lie.
-OP, DEPTH, ALONG, ALONG_B, NUMBER, WEIGHT, HAS_ADDED, IN_ORDER, S1, S2, S3, COLUMNS = map(tl.constexpr, range(12))
-OUT, A, B, ADDED = map(tl.constexpr, range(12, 40, 7))
-SIDE, WORDS = 7, tl.constexpr(40)
+# begins before its source, over which it may lie. ROUNDED: to what precision the result is rounded.
+(
+    OP, DEPTH, ALONG, ALONG_B, NUMBER, WEIGHT, HAS_ADDED, IN_ORDER, ROUNDED, S1, S2, S3, COLUMNS
+) = map(tl.constexpr, range(13))  # fmt: skip
+OUT, A, B, ADDED = map(tl.constexpr, range(13, 41, 7))
+SIDE, WORDS = 7, tl.constexpr(41)
+FLOAT32, BFLOAT16, FLOAT16 = map(tl.constexpr, range(3))  # precisions
 
 # Of a step: program, first word of its offsets, first of the copies before it and their number. Of a program: first
 # instruction, number.

@@ -15,6 +15,7 @@ from fastgen.sampling.run import gpu_player
 from fastgen.sampling.run.cpu_player import CPUPlayer
 from fastgen.sampling.run.draw_loop import draw_batch
 from fastgen.sampling.run.gpu_player import GPUPlayer
+from fastgen.sampling.trace.network import Network
 from tests.sampling.exactness import assert_exact, pair
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy
@@ -142,7 +143,7 @@ def small(name):
     wrap = {Bernoulli: OneOfTwo, LogisticMixture: Flat}.get(type(distribution), lambda model: model)
     encode = (lambda x: x / 127.5 - 1) if isinstance(distribution, LogisticMixture) else model.encode
     levels = 256 if isinstance(distribution, LogisticMixture) else model.levels
-    return make_plan(wrap(model).eval(), model.shape, distribution, encode, None, levels), distribution
+    return make_plan(Network(wrap(model).eval(), model.shape, encode, None, levels), distribution), distribution
 
 
 OPTIONS = [(1.0, None, None), (0.6, None, None), (0.0, None, None), (1.0, 2, None), (0.7, None, 0.8), (1.5, 3, 0.6)]
@@ -166,7 +167,7 @@ def test_the_machine_of_the_cpu_draws_the_same(name, options):
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32x3"])  # the interpreter knows the first alone
 def test_tiles_of_images_in_any_order_draw_the_same(precision, monkeypatch):
-    monkeypatch.setattr(gpu_player, "precision_on", lambda device: precision)
+    monkeypatch.setattr(gpu_player, "precision_on", lambda *_: precision)
     plan, distribution = small("gated")
     request = SampleRequest(20, (1, 3, 3), torch.rand(20, 1, 3, 3), distribution)
 
@@ -235,9 +236,8 @@ def test_what_it_does_not_know_is_named():
     with pytest.warns(UserWarning, match="from the persistent .* the kernel does not know sin.*, which .* steps need"):
         sampler = accelerate(Waves(model), model.shape, backend="persistent", **given)
     assert "instead of persistent" in sampler.explain()
-    half = lively(GatedPixelCNN((1, 2, 2), 3, channels=4, layers=1)).to(torch.bfloat16)
-    with pytest.warns(UserWarning, match="the kernel computes in float32 and the model in torch.bfloat16"):
-        accelerate(half, half.shape, distribution=half.distribution, backend="persistent")
+    with pytest.warns(UserWarning, match="in half precision, the model in torch.float64"):
+        accelerate(model.double(), model.shape, distribution=model.distribution, backend="persistent")
 
 
 def test_the_machines_know_the_same():

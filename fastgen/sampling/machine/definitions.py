@@ -91,4 +91,5 @@ def lookup(table: Tensor, index: Tensor, out: Tensor, of_images: bool) -> Tensor
 
 
 def rowwise(op: str, source: Tensor, numbers: tuple[Any, ...], out: Tensor) -> Tensor:
-    return out.copy_(ROWWISE[op](source, *numbers))
+    wide = torch.promote_types(source.dtype, out.dtype)
+    return out.copy_(ROWWISE[op](source.to(wide), *numbers))

@@ -1,14 +1,13 @@
 """From a model to the programs of all steps: order, schedule, layout, programs."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from fastgen.distributions import Distribution
 from fastgen.sampling.causality.drawing_order import Ordered, ordered
@@ -23,6 +22,7 @@ from fastgen.sampling.plan.sliding_rows import Ring, make_rings
 from fastgen.sampling.plan.split_convolution import split_rows
 from fastgen.sampling.plan.temporaries import Scratch, share_scratch
 from fastgen.sampling.rules.convolution import Convolution
+from fastgen.sampling.trace.element_times import compact
 from fastgen.sampling.trace.graph import CONSTANT, Map, Operand, Value
 from fastgen.sampling.trace.network import Network
 
@@ -90,7 +90,7 @@ class Plan:
         """Whether some of it is in half precision, which rounds coarsely."""
         return any(value.data.dtype in (torch.bfloat16, torch.float16) for value in self.timed.computed)
 
-    @property
+    @cached_property
     def output_dtype(self) -> torch.dtype:
         return self.timed.graph.data_of(self.output).dtype
 
@@ -117,16 +117,9 @@ class Plan:
         return done / once if once else 1.0
 
 
-def make_plan(
-    model: nn.Module,
-    shape: Sequence[int],
-    distribution: Distribution,
-    encode: Callable[[Tensor], Tensor],
-    condition: Any,
-    levels: int | Tensor | torch.dtype,
-) -> Plan:
+def make_plan(network: Network, distribution: Distribution) -> Plan:
     """Raises NotCausalError, or Unsupported where the engine cannot take the model."""
-    network = Network(model, shape, encode, condition, levels)
+    shape = network.shape
     found: Ordered = ordered(network, distribution)
     traced = Traced.all_of(found.graph)
     output = found.graph.output
@@ -160,9 +153,11 @@ def _windows(plan: Plan) -> Iterator[tuple[Memory, Layout, bool]]:
             continue
         found = plan.storage.layouts[index]
         if found.order:
-            constant = plan.schedule.times.of(value).movedim(found.order[0], 0) == CONSTANT
-            if not constant[1:].any():
-                yield memory, found, bool(constant[0].any())
+            outer = found.order[0]
+            constant = (compact(plan.schedule.times.of(value)) == CONSTANT).movedim(outer, 0)
+            rows = constant.reshape(len(constant), -1).any(1).expand(value.shape[outer])
+            if not rows[1:].any():
+                yield memory, found, bool(rows[0])
 
 
 def _storage(timed: Timed, when: Schedule, order: Order, shape: Sequence[int]) -> Storage:
@@ -256,13 +251,17 @@ def _build(plan: Plan, step: int, built: Built) -> Builder:
         return built[step][0]
     tasks = plan.schedule.steps[step]
     while True:
+        before = len(plan.storage.stored)
         builder = Builder(plan.storage, tasks)
-        try:
-            for number, (value, box) in enumerate(tasks):
-                builder.task = number
-                plan.timed.rules[value.index].emit(builder, box)
-        except NeedsStorage as missing:
-            plan.storage.stored.add(missing.value.index)
-        else:
+        for number, (value, box) in enumerate(tasks):
+            builder.task, written = number, False
+            while not written:
+                try:
+                    plan.timed.rules[value.index].emit(builder, box)
+                    written = True
+                except NeedsStorage as missing:  # the rest is written all the same, to find all that is missing
+                    plan.storage.stored.add(missing.value.index)
+                    builder.local.pop(value.index, None)
+        if len(plan.storage.stored) == before:
             built[step] = builder, frozenset(builder.local)
             return builder

@@ -122,8 +122,8 @@ class Reduction(Rule):
         return None if self._hidden is None else self.analysis.constant(self._hidden.expand(shape).float())
 
     def _is_plain(self, seen: View) -> bool:
-        """Whether result and operand have one type, which sums may be rounded to."""
-        return self.value.data.dtype in (torch.float32, torch.float64) and seen.memory.dtype == self.value.data.dtype
+        """Whether result and operand are real numbers of one type."""
+        return self.value.data.dtype.is_floating_point and seen.memory.dtype == self.value.data.dtype
 
     @property
     def dims(self) -> list[int]:
@@ -190,6 +190,16 @@ class Reduction(Rule):
             if same:
                 for d in self.dims:
                     found = builder.make(cut, found, d, box.start[d], box.sizes[d], box.steps[d])
+        elif name in ("sum", "mean", "amax") and self.dims and self._is_plain(seen):
+            for d in () if self.keeps else sorted(self.dims):
+                out = out.unsqueeze(d)
+            for d in self.dims:  # one after the other
+                sizes = [size if k != d else 1 for k, size in enumerate(seen.sizes)]
+                part = out if d == self.dims[-1] else builder.scratch(sizes, seen.memory.dtype)
+                last = [*(k for k in range(len(sizes)) if k != d), d]
+                builder.rowwise(name, part.order(last), seen.order(last))
+                seen = part
+            return
         else:
             found = builder.make(self.run, seen)
         builder.fill(out, found)
@@ -206,11 +216,13 @@ class Reduction(Rule):
 
     def _normalize(self, builder: Builder, seen: View, out: View, eps: float) -> None:
         """Layer normalization over the last dimension alone."""
-        builder.rowwise("normalized", out, seen, eps)
-        for op, operand in zip(("mul", "add"), self.value.args[2:4], strict=True):
-            if operand is not None:
-                every = builder.read(operand, whole(operand.shape))
-                builder.pointwise(op, out, out, every.expand(out.sizes))
+        steps = [(op, one) for op, one in zip(("mul", "add"), self.value.args[2:4], strict=True) if one is not None]
+        half = out.memory.dtype in (torch.bfloat16, torch.float16) and steps  # rounded to at the end alone
+        found = builder.scratch(out.sizes, torch.float32) if half else out
+        builder.rowwise("normalized", found, seen, eps)
+        for k, (op, operand) in enumerate(steps):
+            every = builder.read(operand, whole(operand.shape)).expand(out.sizes)
+            builder.pointwise(op, out if k == len(steps) - 1 else found, found, every)
 
     def fixed(self, box: Box) -> tuple[int, ...]:
         """Where a normalization that gives only some of what it has averaged over begins."""

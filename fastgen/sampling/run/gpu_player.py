@@ -10,7 +10,7 @@ from fastgen.kernels.sampler.machine import Tiles, play, tiles_for
 from fastgen.sampling.machine.gpu.draws import Draws, unknown_draws
 from fastgen.sampling.machine.gpu.tables import Linker, with_views
 from fastgen.sampling.machine.language import View
-from fastgen.sampling.machine.parts import Part, parts_of
+from fastgen.sampling.machine.parts import HALF, Part, parts_of
 from fastgen.sampling.plan.plan import Step
 from fastgen.sampling.request import SampleRequest
 from fastgen.sampling.run.arena import ArenaMemory
@@ -19,8 +19,10 @@ from fastgen.sampling.run.torch_player import TorchPlayer
 from fastgen.sampling.run.torch_program import TorchProgram
 
 
-def precision_on(device: torch.device) -> str:
+def precision_on(device: torch.device, weights: torch.dtype) -> str:
     """Of products: TF32 thrice where there is such a unit, which is as near to the truth as float32."""
+    if weights in HALF:
+        return "half" if device.type == "cuda" else "widened"
     tensor_cores = (
         device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
     )
@@ -40,7 +42,7 @@ class GPUPlayer(TorchPlayer):
         numbers: dict[float, View] = {}
         self._parts: list[list[Part] | None] = []
         for program in self.plan.programs:
-            parts = parts_of(program)
+            parts = parts_of(program, half=True)
             self._parts.append(None if parts is None else [with_views(part, numbers) for part in parts])
         sides = [side for parts in self._parts for part in parts or () for side in part.sides]
         constants = dict.fromkeys(side.view.memory for side in sides if side.view.memory.kind == "constant")
@@ -49,13 +51,15 @@ class GPUPlayer(TorchPlayer):
 
     def bound(self) -> list[Callable[[Step], None]]:
         self.launches = 0
-        self.precision = precision_on(self.device)
+        kinds = {part.weight.memory.dtype for parts in self._parts for part in parts or () if part.weight is not None}
+        weights = kinds.pop() if len(kinds) == 1 else torch.float32  # which holds those of other dtypes as they are
+        self.precision = precision_on(self.device, weights)
         tiles = self.tiles = self.tiles or tiles_for(self.n, self.device)
         programs = [
             None if parts is None else (parts, {view: k for k, view in enumerate(program.moving())})
             for program, parts in zip(self.plan.programs, self._parts, strict=True)
         ]
-        linker = Linker(self.memory, tiles.BN, tiles.BK)
+        linker = Linker(self.memory, tiles.BN, tiles.BK, weights)
         self.tables = linker.link(programs, self.plan.steps, self.memory.moves, self.device)
         return [TorchProgram(self.plan, number, self.memory) for number in range(len(programs))]
 

@@ -15,6 +15,7 @@ from fastgen.sampling.plan.plan import Step
 
 Words = list[int]
 ALIGNED = 16  # numbers from which packed weights begin
+PRECISIONS = {torch.bfloat16: words.BFLOAT16, torch.float16: words.FLOAT16}
 
 
 def with_views(part: Part, numbers: dict[float, View]) -> Part:
@@ -38,7 +39,7 @@ class Tables:
         programs: (programs, 2), first instruction and number; none of a program that is not known.
         steps: (steps, STEP_WORDS).
         offsets: of the moving views of all steps, one after the other, each behind a 0.
-        weights: float32, packed.
+        weights: packed.
     """
 
     codes: Tensor
@@ -54,10 +55,11 @@ class Linker:
     Args:
         memory: where what the parts read and write lies, in one arena for each dtype.
         columns, depth: of a panel of packed weights, and what its rows are a multiple of.
+        dtype: of packed weights.
     """
 
-    def __init__(self, memory: Blocks, columns: int, depth: int) -> None:
-        self.memory, self.columns, self.depth = memory, columns, depth
+    def __init__(self, memory: Blocks, columns: int, depth: int, dtype: torch.dtype = torch.float32) -> None:
+        self.memory, self.columns, self.depth, self.dtype = memory, columns, depth, dtype
         self._weights: list[Tensor] = []
         self._packed: dict[View, int] = {}
         self._size = 0
@@ -89,7 +91,7 @@ class Linker:
             rows.append([step.program, len(offsets), len(codes), len(moved)])
             codes += moved
             offsets += [0, *step.offsets.tolist()]
-        weights = torch.cat(self._weights) if self._weights else torch.zeros(ALIGNED)
+        weights = torch.cat(self._weights) if self._weights else torch.zeros(ALIGNED, dtype=self.dtype)
         tables = [np.array(one or [[0]], dtype=np.int64) for one in (codes, ranges, rows, offsets)]
         codes_, programs_, steps_, offsets_ = (torch.from_numpy(one).to(device) for one in tables)
         return Tables(codes_, programs_, steps_, offsets_, weights.to(device))
@@ -100,6 +102,7 @@ class Linker:
         code[words.OP.value] = words.OPS[part.op]
         code[words.DEPTH.value] = part.depth
         code[words.ALONG.value], code[words.ALONG_B.value] = part.along
+        code[words.ROUNDED.value] = PRECISIONS.get(part.out.view.memory.dtype, words.FLOAT32).value
         code[words.NUMBER.value] = struct.unpack("<i", struct.pack("<f", part.number))[0]
         code[words.S1.value : words.COLUMNS.value + 1] = [1] * (DIMS - 1 - len(sizes)) + list(sizes)
         rest = iter(strides)
@@ -144,7 +147,7 @@ class Linker:
             assert data is not None
             depth, columns = weight.sizes
             panels = -(-columns // self.columns)
-            wide = torch.zeros(-(-depth // self.depth) * self.depth, panels * self.columns)
+            wide = torch.zeros(-(-depth // self.depth) * self.depth, panels * self.columns, dtype=self.dtype)
             wide[:depth, :columns] = data.as_strided(weight.sizes, weight.strides, weight.offset.at(()))
             packed = wide.view(len(wide), panels, self.columns).transpose(0, 1).reshape(-1)
             self._packed[weight] = self._size
