@@ -225,9 +225,9 @@ class Convolve:
         box, across, down, blocks = blocks_of(choice, batch, height, width)
         arguments = (
             0 if bias is None else rows, 0 if residual is None else rows // out_unit,
-            0.0 if activation == "relu" else -math.inf, int(mirrored),
-            batch, height, width, *x.shape[2:], across, down, *((1, 1) if mirrored else weights.geometry.stride),
-            *walk_arguments(walk, weights.geometry, mirrored), channels // unit, part_blocks, parts, rows // out_unit,
+            0.0 if activation == "relu" else -math.inf, int(mirrored), batch, height, width, *x.shape[2:], across, down,
+            *((1, 1) if mirrored else weights.geometry.stride), *walk_arguments(walk, weights.geometry, mirrored),
+            channels // unit, part_blocks, parts, rows // out_unit,
             row_tiles, columns, packed_columns // 16, others // unit, *pixel_steps(x, unit),
             *((0,) * 3 if other is None else pixel_steps(other, unit)),
             *((0,) * 3 if residual is None else pixel_steps(residual, out_unit)), x.stride(1) if layer.gathers else 1,
@@ -258,8 +258,8 @@ class Convolve:
         places = (pitch, packed_rows) if self.mirrored else (packed_rows, pitch)
         arguments = (
             outputs // halves[1] if weights.masked else 0, packed_rows, columns // 16, packed_columns // 16,
-            first // 16, pitch // unit,
-            outputs // halves[1], inputs * weights.size // unit, *halves, weights.size, *taps, weights.shape[3],
+            first // 16, pitch // unit, outputs // halves[1], inputs * weights.size // unit, *halves, weights.size,
+            *taps, weights.shape[3],
         )  # fmt: skip
         return Launches(
             masked_conv2d_pack_kernel, (cdiv(places[0], rows), cdiv(places[1], 16)), arguments,

@@ -23,6 +23,7 @@ from fastgen.sampling.plan.sliding_rows import Ring, make_rings
 from fastgen.sampling.plan.split_convolution import split_rows
 from fastgen.sampling.plan.temporaries import Scratch, share_scratch
 from fastgen.sampling.rules.convolution import Convolution
+from fastgen.sampling.trace.element_times import compact
 from fastgen.sampling.trace.graph import CONSTANT, Map, Operand, Value
 from fastgen.sampling.trace.network import Network
 
@@ -160,9 +161,11 @@ def _windows(plan: Plan) -> Iterator[tuple[Memory, Layout, bool]]:
             continue
         found = plan.storage.layouts[index]
         if found.order:
-            constant = plan.schedule.times.of(value).movedim(found.order[0], 0) == CONSTANT
-            if not constant[1:].any():
-                yield memory, found, bool(constant[0].any())
+            outer = found.order[0]
+            constant = (compact(plan.schedule.times.of(value)) == CONSTANT).movedim(outer, 0)
+            rows = constant.reshape(len(constant), -1).any(1).expand(value.shape[outer])
+            if not rows[1:].any():
+                yield memory, found, bool(rows[0])
 
 
 def _storage(timed: Timed, when: Schedule, order: Order, shape: Sequence[int]) -> Storage:
@@ -256,13 +259,17 @@ def _build(plan: Plan, step: int, built: Built) -> Builder:
         return built[step][0]
     tasks = plan.schedule.steps[step]
     while True:
+        before = len(plan.storage.stored)
         builder = Builder(plan.storage, tasks)
-        try:
-            for number, (value, box) in enumerate(tasks):
-                builder.task = number
-                plan.timed.rules[value.index].emit(builder, box)
-        except NeedsStorage as missing:
-            plan.storage.stored.add(missing.value.index)
-        else:
+        for number, (value, box) in enumerate(tasks):
+            builder.task, written = number, False
+            while not written:
+                try:
+                    plan.timed.rules[value.index].emit(builder, box)
+                    written = True
+                except NeedsStorage as missing:  # the rest is written all the same, to find all that is missing
+                    plan.storage.stored.add(missing.value.index)
+                    builder.local.pop(value.index, None)
+        if len(plan.storage.stored) == before:
             built[step] = builder, frozenset(builder.local)
             return builder

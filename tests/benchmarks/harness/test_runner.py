@@ -15,6 +15,7 @@ from benchmarks.harness.compare import compare, relative_error
 from benchmarks.harness.runner import measure, plan
 from benchmarks.harness.session import DeviceLost, Session
 from benchmarks.harness.timing import CpuTimer, Samples, quantile
+from tests.benchmarks.square import case, out_of_memory, square
 
 FIELDS = {
     "op",
@@ -31,28 +32,6 @@ FIELDS = {
     "gpu",
 }
 FIELDS |= {"driver", "cuda", "torch", "triton", "commit", "kernel_sha256", "time", "command", "host_us", "verdict"}
-
-
-def square(x):
-    return x * x
-
-
-def out_of_memory(x):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
-
-
-def case(providers, **options):
-    return Case(
-        op="square",
-        shape="8",
-        dtype=torch.float32,
-        inputs=lambda device: {"x": torch.linspace(1, 2, 8, device=device).requires_grad_()},
-        providers={"eager": square, **providers},
-        truth=square,
-        bytes=(64, 0),
-        batch=8,
-        **options,
-    )
 
 
 @pytest.fixture
