@@ -164,7 +164,8 @@ def _windows(plan: Plan) -> Iterator[Candidate]:
         if found.order:
             outer = found.order[0]
             constant = compact(plan.schedule.times.of(value)) == CONSTANT
-            in_row = constant.movedim(outer, 0).flatten(1).any(1).expand(value.shape[outer])
+            constant_rows = constant.movedim(outer, 0)
+            in_row = constant_rows.reshape(len(constant_rows), -1).any(1).expand(value.shape[outer])
             rows = torch.nonzero(in_row).flatten().tolist()
             late = bool(in_row[1:].any())
             written = _written(value, boxes.get(index, []), constant.expand(value.shape), outer) if late else {}
@@ -184,7 +185,7 @@ def _written(value: Value, boxes: list[tuple[int, Box]], constant: Tensor, outer
     first = torch.full(value.shape, never, dtype=torch.int32)
     for step, box in reversed(boxes):
         first[box.slices] = step
-    last = torch.where(constant, first, -1).movedim(outer, 0).flatten(1).amax(1).tolist()
+    last = torch.where(constant, first, -1).movedim(outer, 0).reshape(value.shape[outer], -1).amax(1).tolist()
     return {row: step for row, step in enumerate(last) if 0 <= step < never}
 
 
