@@ -72,7 +72,7 @@ def dimension_order(times: Tensor, channels: int | None) -> tuple[int, ...]:
     """Places outermost, features innermost, otherwise as they are; `channels`: the dimension to have last of all."""
     places, core = [], compact(times)
     for d in range(times.dim()):
-        kinds = kinds_of(core.movedim(d, 0))[0]
+        kinds = kinds_of(core.movedim(d, 0))[0] if core.shape[d] > 1 else 1
         places.append(kinds > FEATURE_KINDS or (kinds > 1 and kinds == times.shape[d]))
     order = [d for d in range(times.dim()) if places[d]] + [d for d in range(times.dim()) if not places[d]]
     if channels is not None and not places[channels]:

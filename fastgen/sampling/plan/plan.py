@@ -261,7 +261,6 @@ def _build(plan: Plan, step: int, built: Built) -> Builder:
                     written = True
                 except NeedsStorage as missing:  # the rest is written all the same, to find all that is missing
                     plan.storage.stored.add(missing.value.index)
-                    builder.local.pop(value.index, None)
         if len(plan.storage.stored) == before:
             built[step] = builder, frozenset(builder.local)
             return builder

@@ -22,7 +22,7 @@ class Schedule:
     """Attributes:
     steps: step -> (value, box) in the order of computation; the first is step -1.
     times: when each element is computed, see `running_times`.
-    stored: indices of the values that are read at another step than they are computed at.
+    stored: indices of the values that are read at another step than they are computed at, or computed in several boxes.
     """
 
     steps: list[list[tuple[Value, Box]]]
@@ -81,6 +81,8 @@ def schedule(timed: Timed, draws: int, times: ElementTimes, deadlines: Sequence[
     for value in timed.computed:
         for step, boxes in _boxes(times.of(value), known).items():
             steps[step + 1] += [(value, box) for box in boxes]
+            if len(boxes) > 1:  # which readers see as one
+                stored.add(value.index)
     return Schedule(steps, times, stored)
 
 
