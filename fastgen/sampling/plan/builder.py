@@ -1,4 +1,4 @@
-"""Writes the program of one step: rules ask it for views of their operands and for a place for their result."""
+"""Takes the boxes of one step; gives its program. Rules ask for views of their operands, for a place for the result."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""From a model to the programs of all steps: order, schedule, layout, programs."""
+"""Takes a `Network`; gives its `Plan`: the drawing order, the schedule, where values lie, the programs of all steps."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -142,9 +142,9 @@ def make_plan(network: Network, distribution: Distribution) -> Plan:
 
 
 def _windows(plan: Plan) -> Iterator[tuple[Memory, Layout, bool]]:
-    """Values of which a ring may hold a part: computed, of no use to anything but steps, constant in no later row.
+    """Values of which a ring may hold some rows: memory, layout, and whether the first row has constants.
 
-    With whether they are in the first.
+    Steps compute them, only steps read them, and no row but the first has constants.
     """
     output = {value.index for value in plan.output.values}
     for index, memory in plan.storage.memories.items():
