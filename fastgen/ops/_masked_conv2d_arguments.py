@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.kernels.maps import result_size
+
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # stride, padding, dilation
 ACTIVATIONS = ("none", "relu", "gated")
 
@@ -16,13 +18,6 @@ def as_pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int
     if len(pair) != 2 or any(not isinstance(side, int) or side < least for side in pair):
         raise ValueError(f"{name} must be an int >= {least} or a pair of them, got {value!r}")
     return pair
-
-
-def result_size(x: Tensor, weight: Tensor, geometry: Any) -> list[int]:
-    return [
-        (x.shape[a] + 2 * padding - dilation * (weight.shape[a] - 1) - 1) // stride + 1
-        for a, stride, padding, dilation in zip((-2, -1), *geometry, strict=True)
-    ]
 
 
 def _check_float(name: str, tensor: Any, device: torch.device | None = None) -> None:

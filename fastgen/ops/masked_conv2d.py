@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgen.kernels.maps import empty_map
+from fastgen.kernels.maps import empty_map, result_size
 from fastgen.ops._implementation import is_plain, uses_triton
-from fastgen.ops._masked_conv2d_arguments import Geometry, as_pair, check_dtypes, checked_geometry, result_size
+from fastgen.ops._masked_conv2d_arguments import Geometry, as_pair, check_dtypes, checked_geometry
 
 
 def masked_conv2d_reference(

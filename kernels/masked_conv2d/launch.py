@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels.common import cdiv
+from fastgen.kernels.maps import result_size
 from fastgen.kernels.masked_conv2d import check
 from fastgen.kernels.masked_conv2d.backward import masked_conv2d_activation_backward_kernel
 from fastgen.kernels.masked_conv2d.config import precision_of
@@ -91,18 +92,6 @@ def _new_call(key: tuple[Any, ...], x: Tensor, tensors: Tensors, reads: Sequence
     return call
 
 
-def result_size(x: Tensor, weight: Tensor, geometry: Pairs) -> tuple[int, int]:
-    """(height, width); ValueError where there are more than MAX_PIXELS pixels."""
-    stride, padding, dilation = geometry
-    height, width = (
-        (x.shape[2 + a] + 2 * padding[a] - dilation[a] * (weight.shape[2 + a] - 1) - 1) // stride[a] + 1
-        for a in range(2)
-    )
-    if x.shape[0] * max(height * width, x.shape[2] * x.shape[3]) > MAX_PIXELS:
-        raise ValueError(f"x has more than {MAX_PIXELS} pixels, {tuple(x.shape)}: split the batch")
-    return height, width
-
-
 def weights_of(weight: Tensor, walk: Walk, geometry: Pairs) -> Weights:
     return Weights(weight.shape, walk, Geometry(*geometry), channels_last=not weight.is_contiguous())
 
@@ -132,9 +121,11 @@ def forward(
     if call is None:
 
         def make(x: Tensor, weight: Tensor, *rest: Tensor | None) -> Any:
-            size = (weight.shape[0] // walk.parts, *result_size(x, weight, geometry))
-            options: Any = {"size": size, "activation": activation, "keep": keep}
-            planned = partial(Convolve, weights=weights_of(weight, walk, geometry), **options)
+            height, width = result_size(x, weight, geometry)
+            if x.shape[0] * max(height * width, x.shape[2] * x.shape[3]) > MAX_PIXELS:
+                raise ValueError(f"x has more than {MAX_PIXELS} pixels, {tuple(x.shape)}: split the batch")
+            size, weights = (weight.shape[0] // walk.parts, height, width), weights_of(weight, walk, geometry)
+            planned = partial(Convolve, weights=weights, size=size, activation=activation, keep=keep)
             product = check.tried(planned, x, weight, *rest)
             return product if all(product.size) else lambda x, *rest: product.results(x)
 

@@ -324,7 +324,7 @@ class WeightGradient:
 
 
 def products_of(
-    x: Tensor, weight: Tensor, mask: Tensor | None, weights: Weights, size: tuple[int, int], activation: str, keep: str
+    x: Tensor, weight: Tensor, mask: Tensor | None, weights: Weights, size: Sequence[int], activation: str, keep: str
 ) -> dict[str, tuple[Any, tuple[Tensor | None, ...]]]:
     """By `Layer.direction`: what makes each product of a layer, and its tensors, for a result of this height and width.
     The gradient of the sums is not initialized."""
