@@ -59,6 +59,7 @@ def step_machine_kernel(
     BP: tl.constexpr,
     ROWS: tl.constexpr,
     LEVELS: tl.constexpr,
+    DOUBLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     first_image = (first_image + tl.program_id(0) * BM).to(tl.int64)
@@ -67,7 +68,7 @@ def step_machine_kernel(
         if drawing != 0:
             at = places_ptr + place * PLACE_WORDS
             draw(memory_ptr, integers_ptr, noise_ptr, known_ptr, mask_ptr, bad_ptr, draws_ptr, at, first_image, images,
-                 ROWS, LEVELS)  # fmt: skip
+                 ROWS, LEVELS, tl.float64 if DOUBLE else tl.float32)  # fmt: skip
         if place < until:
             step = steps_ptr + (place + 1) * STEP_WORDS
             program = programs_ptr + 2 * tl.load(step + PROGRAM)
@@ -86,7 +87,7 @@ OPTIONS: dict[str, Any] = {"num_warps": 8, "num_stages": 2}
 
 class Tiles(NamedTuple):
     """Images of a program, which are the rows (BM), columns (BN) and depth (BK) of a part of a product; rows (BR) and
-    columns (BP) of other instructions; images (ROWS) and levels that are drawn at once."""
+    columns (BP) of other instructions; images (ROWS) and levels that are drawn at once; whether that is in float64."""
 
     BM: int = 16
     BN: int = 64
@@ -95,6 +96,7 @@ class Tiles(NamedTuple):
     BP: int = 64
     ROWS: int = 4
     LEVELS: int = 256
+    DOUBLE: bool = True
 
 
 SIZES = (Tiles(), Tiles(32), Tiles(64, BK=16))
@@ -102,7 +104,15 @@ SIZES = (Tiles(), Tiles(32), Tiles(64, BK=16))
 
 def tiles_for(images: int, device: torch.device) -> Tiles:
     """Larger tiles read the weights less often; they pay where smaller ones would not all run at the same time."""
-    return next((one for one in SIZES[:-1] if cdiv(images, one.BM) <= processors_of(device)), SIZES[-1])
+    found = next((one for one in SIZES[:-1] if cdiv(images, one.BM) <= processors_of(device)), SIZES[-1])
+    return found._replace(DOUBLE=draws_in_float64(device))
+
+
+def draws_in_float64(device: torch.device) -> bool:
+    """Not on NVIDIA's chips whose float64 runs at a 32nd or a 64th of float32's speed, which are those of consumers."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(device) in ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
 
 
 def play(
@@ -130,6 +140,7 @@ def play(
 
 
 KINDS = {"memory_ptr": "*fp32", "weights_ptr": "*fp32", "noise_ptr": "*fp32", "mask_ptr": "*u8", "bad_ptr": "*i32"}
+CONSUMERS = ("sm_86", "sm_89", "sm_120")  # and what is sold for single precision: see `draws_in_float64`
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
@@ -139,7 +150,7 @@ def entry(kernel: Any, tiles: Tiles, weights: str, precision: str, skips: dict[s
     signature = {name: KINDS.get(name, kind) for name, kind in kinds.items() if name not in fixed}
     return Entry(
         kernel,
-        f"{weights} {precision}, {tiles.BM} images",
+        f"{weights} {precision}, {tiles.BM} images" + ("" if tiles.DOUBLE else ", float32 draws"),
         {**signature, "weights_ptr": f"*{weights}"},
         fixed,
         unaligned=tuple(GIVEN),
@@ -150,12 +161,17 @@ def entry(kernel: Any, tiles: Tiles, weights: str, precision: str, skips: dict[s
 
 
 def entries(kernel: Any) -> list[Entry]:
-    return [
-        *(entry(kernel, tiles, "fp32", "tf32x3", {"gfx942": "has no TF32"}) for tiles in SIZES),
-        *(entry(kernel, tiles, "bf16", "half", {}) for tiles in SIZES),
-        entry(kernel, Tiles(), "fp16", "half", {}),
-        entry(kernel, Tiles(), "fp32", "ieee", dict.fromkeys(NVIDIA, "takes tf32x3")),
-    ]
+    kinds = [(tiles, "fp32", "tf32x3", {"gfx942": "has no TF32"}) for tiles in SIZES]
+    kinds += [(tiles, "bf16", "half", {}) for tiles in SIZES]
+    kinds += [(Tiles(), "fp16", "half", {}), (Tiles(), "fp32", "ieee", dict.fromkeys(NVIDIA, "takes tf32x3"))]
+    found = []
+    for tiles, weights, precision, skips in kinds:
+        skips = skips | dict.fromkeys(CONSUMERS, "draws in float32")
+        found.append(entry(kernel, tiles, weights, precision, skips))
+        if precision != "ieee":
+            skips = dict.fromkeys(("sm_80", "sm_90", "sm_100", "gfx942"), "draws in float64")
+            found.append(entry(kernel, tiles._replace(DOUBLE=False), weights, precision, skips))
+    return found
 
 
 CATALOGUE: list[Entry] = entries(step_machine_kernel)
