@@ -10,6 +10,7 @@ from fastgen.sampling.plan.plan import make_plan
 from fastgen.sampling.request import SampleRequest
 from fastgen.sampling.run.engine import Engine
 from fastgen.sampling.run.graph_player import GraphPlayer
+from fastgen.sampling.trace.network import Network
 from tests.sampling.recorded_graphs import stand_in
 
 MODELS = {
@@ -42,8 +43,8 @@ class Drawn:
     def __init__(self, name, kind=Own):
         self.model = MODELS[name]().eval()
         self.shape, self.distribution = self.model.shape, kind(self.model.levels)
-        of_model = (self.model, self.shape, self.distribution, self.model.encode, None)
-        self.engine = Engine(*of_model, make_plan(*of_model, self.model.levels), "cuda_graph", "always")
+        network = Network(self.model, self.shape, self.model.encode, None, self.model.levels)
+        self.engine = Engine(make_plan(network, self.distribution), self.distribution, "cuda_graph", "always")
 
     @torch.no_grad()
     def check(self, n, seed, distribution=None, rows=None):
@@ -155,11 +156,10 @@ def test_torch_draws_between_graphs_what_the_kernel_does_not(captured, monkeypat
 
 def test_what_the_machine_does_not_know_torch_plays_and_explain_names(captured):
     model = MODELS["gated"]().eval()
-    own = Waves(model)
-    given = (own, model.shape, model.distribution, model.encode, None)
-    engine = Engine(*given, make_plan(*given, model.levels), "cuda_graph", "always")
-    assert "a graph a row of draws, because the kernel does not know sin, which" in engine.explain()
-    wide = model.double()
-    given = (wide, model.shape, model.distribution, model.encode, None)
-    engine = Engine(*given, make_plan(*given, model.levels), "cuda_graph", "always")
-    assert "a graph a row of draws, because the kernel computes in float32" in engine.explain()
+
+    def explained(outer):
+        network = Network(outer, model.shape, model.encode, None, model.levels)
+        return Engine(make_plan(network, model.distribution), model.distribution, "cuda_graph", "always").explain()
+
+    assert "a graph a row of draws, because the kernel does not know sin, which" in explained(Waves(model))
+    assert "a graph a row of draws, because the kernel computes in float32" in explained(model.double())

@@ -16,6 +16,7 @@ from fastgen.sampling.request import SampleRequest
 from fastgen.sampling.run.cpu_player import CPUPlayer
 from fastgen.sampling.run.gpu_player import GPUPlayer
 from fastgen.sampling.run.margin import Held
+from fastgen.sampling.trace.network import Network
 from tests.sampling.exactness import assert_exact, pair
 from tests.sampling.test_gpu_player import OPTIONS, SMALL, arguments, lively, only_launch, played, small
 
@@ -52,7 +53,7 @@ def test_a_level_of_no_probability_is_never_drawn_in_float32():
             return logits + 0 * F.pad(x, (1, 0))[..., :-1]
 
     distribution = Categorical(300, "B(KC)HW")
-    plan = make_plan(Given(), (1, 1, 40), distribution, lambda x: x / 299.0, None, 300)
+    plan = make_plan(Network(Given(), (1, 1, 40), lambda x: x / 299.0, None, 300), distribution)
     noise = (1 - 2.0**-24 * torch.arange(1, 5).view(4, 1, 1, 1)).expand(4, 1, 1, 40)
     levels = played(InFloat32, plan, SampleRequest(4, (1, 1, 40), noise, distribution))[0]
     assert 200 < levels.max() < 250

@@ -17,6 +17,7 @@ from fastgen.sampling.run.cpu_player import CPUPlayer
 from fastgen.sampling.run.draw_loop import draw_batch
 from fastgen.sampling.run.gpu_player import GPUPlayer
 from fastgen.sampling.run.graph_player import GraphPlayer
+from fastgen.sampling.trace.network import Network
 from tests.sampling.exactness import assert_exact, pair
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy
@@ -141,13 +142,14 @@ class Waves(nn.Module):
 def small(name):
     if name == "recurrent":
         model = lively(PixelRNN((1, 2, 3), 3, hidden_channels=4, layers=1))
-        return make_plan(model, model.shape, model.distribution, model.encode, None, model.levels), model.distribution
+        network = Network(model, model.shape, model.encode, None, model.levels)
+        return make_plan(network, model.distribution), model.distribution
     model = lively(SMALL[name][0]())
     distribution = SMALL[name][1] or model.distribution
     wrap = {Bernoulli: OneOfTwo, LogisticMixture: Flat}.get(type(distribution), lambda model: model)
     encode = (lambda x: x / 127.5 - 1) if isinstance(distribution, LogisticMixture) else model.encode
     levels = 256 if isinstance(distribution, LogisticMixture) else model.levels
-    return make_plan(wrap(model).eval(), model.shape, distribution, encode, None, levels), distribution
+    return make_plan(Network(wrap(model).eval(), model.shape, encode, None, levels), distribution), distribution
 
 
 OPTIONS = [(1.0, None, None), (0.6, None, None), (0.0, None, None), (1.0, 2, None), (0.7, None, 0.8), (1.5, 3, 0.6)]
@@ -233,7 +235,7 @@ def test_heavy_programs_are_played_over_the_whole_gpu_between_launches(monkeypat
 
 def test_heavy_programs_are_those_of_rows_while_images_are_few(monkeypatch):
     model = GatedPixelCNN((1, 8, 8), 4, channels=16, layers=2).eval()
-    plan = make_plan(model, model.shape, model.distribution, model.encode, None, model.levels)
+    plan = make_plan(Network(model, model.shape, model.encode, None, model.levels), model.distribution)
     of_rows = {step.program for step in plan.steps[8:-1:8]}
     monkeypatch.setattr(gpu_player, "processors_of", lambda device: 132)
     monkeypatch.setattr(gpu_player, "WORTH_A_LAUNCH", 2**12)
