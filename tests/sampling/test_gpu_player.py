@@ -9,6 +9,8 @@ from fastgen.kernels.sampler import words
 from fastgen.kernels.sampler.machine import Tiles
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelCNNPP, PixelRNN
 from fastgen.sampling.machine.cpu.build import machine
+from fastgen.sampling.machine.gpu.fusion import Fused
+from fastgen.sampling.machine.parts import part_of
 from fastgen.sampling.plan.plan import make_plan
 from fastgen.sampling.request import SampleRequest
 from fastgen.sampling.run import gpu_player
@@ -171,6 +173,15 @@ def test_tiles_of_images_in_any_order_draw_the_same(precision, monkeypatch):
     found, expected = played(InReverse, plan, request), played(CPUPlayer, plan, request)
     assert torch.equal(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1], atol=1e-5, rtol=1e-5)
+
+
+def test_joined_or_not_the_numbers_are_the_same(monkeypatch):
+    plan, distribution = small("gated")
+    request = SampleRequest(3, (1, 3, 3), torch.rand(3, 1, 3, 3), distribution)
+    joined = played(GPUPlayer, plan, request)
+    monkeypatch.setattr(gpu_player, "fuse", lambda instructions: [Fused(part_of(one)) for one in instructions])
+    one_by_one = played(GPUPlayer, plan, request)
+    assert all(torch.equal(*both) for both in zip(joined, one_by_one, strict=True))
 
 
 def test_known_levels_are_kept():

@@ -1,6 +1,7 @@
 """Plays a plan with the step machine of GPUs: draws and steps of whole images in one launch."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,10 +9,12 @@ from torch import Tensor
 
 from fastgen.kernels.sampler.machine import Tiles, play, tiles_for
 from fastgen.sampling.machine.gpu.draws import Draws, unknown_draws
+from fastgen.sampling.machine.gpu.fusion import Fused, fuse
 from fastgen.sampling.machine.gpu.tables import Linker, with_views
 from fastgen.sampling.machine.language import View
-from fastgen.sampling.machine.parts import Part, parts_of
+from fastgen.sampling.machine.parts import unknown_in
 from fastgen.sampling.plan.plan import Step
+from fastgen.sampling.plan.temporaries import share_scratch
 from fastgen.sampling.request import SampleRequest
 from fastgen.sampling.run.arena import ArenaMemory
 from fastgen.sampling.run.memory import PlanMemory
@@ -38,13 +41,19 @@ class GPUPlayer(TorchPlayer):
 
     def allocated(self) -> PlanMemory:
         numbers: dict[float, View] = {}
-        self._parts: list[list[Part] | None] = []
+        self._fused: list[list[Fused] | None] = []
         for program in self.plan.programs:
-            parts = parts_of(program)
-            self._parts.append(None if parts is None else [with_views(part, numbers) for part in parts])
-        sides = [side for parts in self._parts for part in parts or () for side in part.sides]
+            known = not unknown_in(program)
+            self._fused.append([with_views(one, numbers) for one in fuse(program.instructions)] if known else None)
+        sides = [side for fused in self._fused for one in fused or () for side in one.sides]
         constants = dict.fromkeys(side.view.memory for side in sides if side.view.memory.kind == "constant")
-        self._arena = ArenaMemory(self.plan, self.n, self.device, constants)
+        # An instruction writes as early as its first part does, into what must be free by then.
+        touched = [
+            program.views if fused is None else [one.views for one in fused]
+            for program, fused in zip(self.plan.programs, self._fused, strict=True)
+        ]
+        plan = replace(self.plan, scratch=share_scratch(touched))
+        self._arena = ArenaMemory(plan, self.n, self.device, constants)
         return self._arena
 
     def bound(self) -> list[Callable[[Step], None]]:
@@ -52,15 +61,18 @@ class GPUPlayer(TorchPlayer):
         self.precision = precision_on(self.device)
         tiles = self.tiles = self.tiles or tiles_for(self.n, self.device)
         programs = [
-            None if parts is None else (parts, {view: k for k, view in enumerate(program.moving())})
-            for program, parts in zip(self.plan.programs, self._parts, strict=True)
+            None if fused is None else (fused, {view: k for k, view in enumerate(program.moving())})
+            for program, fused in zip(self.plan.programs, self._fused, strict=True)
         ]
         linker = Linker(self.memory, tiles.BN, tiles.BK)
         self.tables = linker.link(programs, self.plan.steps, self.memory.moves, self.device)
-        return [TorchProgram(self.plan, number, self.memory) for number in range(len(programs))]
+        return [
+            TorchProgram(self.plan, number, self.memory, None if fused is None else ())
+            for number, fused in enumerate(self._fused)
+        ]
 
     def knows(self, step: int) -> bool:
-        return self._parts[self.plan.steps[step].program] is not None
+        return self._fused[self.plan.steps[step].program] is not None
 
     def run(self, number: int) -> None:
         if self.knows(number):
