@@ -82,7 +82,7 @@ def _on_a_gpu(arguments: argparse.Namespace) -> bool:
 def _run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
     """Raises ValueError for what the user can mend."""
     from benchmarks import cases, first_contact, host, measure
-    from benchmarks.figures import plots
+    from benchmarks.figures import plots, tables
     from benchmarks.harness import machine, report, rows
 
     # On a machine that is lent, what is under $OUT comes back.
@@ -91,7 +91,7 @@ def _run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
         case "first-contact":
             return first_contact.run(arguments, out, command)
         case "gpu-tests":
-            from benchmarks.harness import gpu_tests  # needs pytest
+            from benchmarks import gpu_tests  # needs pytest
 
             return gpu_tests.run(out, arguments.names, arguments.budget, command, full=arguments.full)
         case "host":
@@ -99,7 +99,7 @@ def _run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
         case "status":
             return report.status(folder)
         case "readme-tables":
-            return report.readme_tables(folder, check=arguments.check)
+            return tables.write(folder, check=arguments.check)
         case "adopt":
             for name in arguments.names:
                 rows.adopt(rows.load(Path(name)), folder)

@@ -14,15 +14,16 @@ import os
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks import cases, measure
-from benchmarks.harness import launches, machine, pieces, report, rows, runner
+from benchmarks.figures import tables
+from benchmarks.harness import launches, machine, processes, report, rows, runner
 from benchmarks.harness.case import Case, name_of
 from benchmarks.harness.pieces import Piece
-from benchmarks.harness.rows import Row
 from benchmarks.harness.session import OUT_OF_MEMORY, Session
 
 LAYER = "128x32x32 to 256, 3x3 B gated"
@@ -64,30 +65,6 @@ def headlines(session: Session) -> list[Case]:
     return found
 
 
-def _left(some: Iterable[Case], session: Session, known: dict[tuple, Row], *, timed: bool) -> list[Case]:
-    """The cases with the providers that have no rows yet which are still true, and the baseline beside them. What died
-    is not run once more."""
-    found = []
-    for case in some:
-        one = {name: case.only([name]) for name in case.providers}
-        done = {name: rows.still_true(own, session.facts, None, known, timed=timed) for name, own in one.items()}
-        lacking = {name for name, own in done.items() if not own}
-        dead = {name for name, own in done.items() if own and own[0]["verdict"] == "dead"}
-        if lacking:
-            found.append(case.only(lacking | ({case.baseline} - dead)))
-    return found
-
-
-def _together(checks: list[Case]) -> list[Piece]:
-    """Cases that lie side by side share their kernels: processes that take every n-th compile different ones."""
-    count = -(-len(checks) // TOGETHER)
-    return [Piece(checks[i::count], timing=False, blocking=True, patience=PATIENCE) for i in range(count)]
-
-
-def _alone(some: list[Case], *, timing: bool = True) -> list[Piece]:
-    return [Piece([case], timing=timing, patience=PATIENCE) for case in some]
-
-
 def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
     """Exit status 1: something was wrong or dead.
 
@@ -97,42 +74,50 @@ def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
     start = time.monotonic()
     end = start + 60 * arguments.minutes
     session = measure.begin("cuda", command)
-    at_home = rows.RESULTS / machine.folder_name(session.facts)
+    session.patience = PATIENCE
+    facts, device = session.facts, session.device
+    at_home = rows.RESULTS / machine.folder_name(facts)
     folder = folder if os.environ.get("OUT") else folder / at_home.name
     earlier = [old for old in {at_home: 0, folder: 0} if arguments.resume and old.exists()]
-    results = measure.Results(folder, {rows.key(row): row for old in earlier for row in rows.load(old)})
-    known = results.known
+    results = measure.Results(folder, [row for old in earlier for row in rows.load(old)])
     _preload()
     folder.mkdir(parents=True, exist_ok=True)
-    every, first = cases.load("launches", SIZE, session.device), headlines(session)
+    every, first = cases.load("launches", SIZE, device), headlines(session)
+    comparing = replace(session, timing=False)
+
+    def left(some: Iterable[Case], *, timed: bool = True, but: frozenset[tuple] = frozenset()) -> list[Case]:
+        return rows.left(some, facts, {k: row for k, row in results.known.items() if k not in but}, timed=timed)
+
+    def together(some: list[Case]) -> list[Piece]:
+        """Cases that lie side by side share their kernels: processes that take every n-th compile different ones."""
+        count = -(-len(some) // TOGETHER)
+        return [Piece(some[i::count], comparing, results.save) for i in range(count)]
+
+    def alone(some: list[Case], own: Session = session) -> list[Piece]:
+        return [Piece([case], own, results.save) for case in some]
 
     def phase(name: str, todo: list[Piece], lanes: int = 1, until: float = end) -> None:
         count = sum(len(piece.cases) for piece in todo)
         print(f"\n--- {time.monotonic() - start:.0f} s: {name}, {count} cases", flush=True)
         results.brief = lanes > 1
-        pieces.run(todo, session, results.save, lanes=lanes, end=until, log=log.fileno())
+        processes.run(todo, lanes=lanes, end=until, log=log.fileno())
 
     with (folder / "log.txt").open("ab", buffering=0) as log:
-        todo = _together(_left(every, session, known, timed=False))
-        todo += _alone(_left(first, session, known, timed=False), timing=False)
-        until = start + FOR_LAUNCHES * (end - start)
-        phase("every launch against float64", todo, os.cpu_count() or 1, until)
+        todo = together(left(every)) + alone(left(first, timed=False), comparing)
+        phase("every launch against float64", todo, os.cpu_count() or 1, start + FOR_LAUNCHES * (end - start))
         # One after the other, there may be memory enough.
-        small = {rows.key(row) for row in results.rows if row["problem"] == OUT_OF_MEMORY}
-        large = {key: row for key, row in known.items() if key not in small}
-        phase("headlines", _alone(_left(first, session, large, timed=True)))
+        small = frozenset(rows.key(row) for row in results.rows if row["problem"] == OUT_OF_MEMORY)
+        phase("headlines", alone(left(first, but=small)))
         for name, words in (("the rest", NOT_FIRST), ("the rest, what takes long", ())):
-            rest = (case.without(*words) for case in cases.in_turns(cases.ON_A_GPU, SIZE, session.device))
-            todo = _together(_left(every, session, known, timed=False))
-            phase(name, [*todo, *_alone(_left(rest, session, known, timed=True))])
-    late = _left(cases.in_turns(cases.ON_A_GPU, SIZE, session.device), session, known, timed=True)
-    report.footer(results.rows, [], [*_left(every, session, known, timed=False), *late], folder)
-    verdicts = report.verdicts(list(known.values()))
-    table = report.gpu_table(session.facts["gpu"], list(known.values()))
-    (folder / report.TABLE).write_text(f"{table}\n{verdicts}\n")
+            rest = [case.without(*words) for case in cases.in_turns(cases.ON_A_GPU, SIZE, device)]
+            phase(name, together(left(every)) + alone(left(rest)))
+    report.footer(results.rows, 0, left([*every, *rest]), folder)
+    known = results.known
+    kernels = "\n".join(report.kernels(list(known.values()), launches.catalogue()))
+    (folder / tables.TABLE).write_text(f"{tables.gpu_table(facts['gpu'], known.values())}\n{kernels}\n")
     shown = {(case.op, case.shape, name_of(case.dtype)) for case in first}
-    faster = report.speed_ups(row for row in known.values() if (row["op"], row["shape"], row["dtype"]) in shown)
-    print(f"\n{verdicts}\n\n{faster}")
+    chosen = (row for row in known.values() if (row["op"], row["shape"], row["dtype"]) in shown)
+    print(f"\n{kernels}\n\n{tables.gpu_table(facts['gpu'], chosen)}")
     return 1 if any(runner.went_wrong(row) for row in results.rows) else 0
 
 
@@ -145,7 +130,7 @@ def _preload() -> None:
     importlib.import_module("torch._inductor.compile_fx")
     launches.catalogue()
     try:
-        pieces.in_a_process(torch.cuda.init)
+        processes.in_a_process(torch.cuda.init)
     except ValueError as problem:
         print(f"an import uses CUDA: once more, without what is imported beforehand ({problem})", flush=True)
         os.environ[LEAN] = "1"

@@ -3,15 +3,15 @@
 import argparse
 import functools
 import os
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks import cases
-from benchmarks.harness import machine, pieces, report, rows, runner, timing
+from benchmarks.harness import machine, processes, report, rows, runner, timing
 from benchmarks.harness.case import Case
 from benchmarks.harness.pieces import Piece
 from benchmarks.harness.rows import Row
@@ -29,17 +29,17 @@ def begin(kind: str | None, command: str, budget: float = 0.1, threads: tuple[in
         ValueError: there is no such device.
     """
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU then initializes nothing
-    session = Session(pieces.in_a_process(lambda: machine.facts(kind)), command, budget)
+    session = Session(processes.in_a_process(lambda: machine.facts(kind)), command, budget)
     report.header(session)
 
     def rates(count: int | None) -> dict[str, float]:
-        torch.set_num_threads(count or session.threads)
+        torch.set_num_threads(count or torch.get_num_threads())
         machine.allow_tf32()
         return timing.rates(session.device)
 
     for count in (None,) if session.facts["gpu"] else threads:
         try:
-            session.rates[count] = pieces.in_a_process(functools.partial(rates, count))
+            session.rates[count] = processes.in_a_process(functools.partial(rates, count))
         except ValueError as problem:
             print(f"the device's own rates were not measured: {problem}")
     report.rates(session)
@@ -48,20 +48,20 @@ def begin(kind: str | None, command: str, budget: float = 0.1, threads: tuple[in
 
 class Results:
     """What has been measured: saved and printed as it comes, only what has a problem while `brief`. `known` are rows by
-    key, those of earlier runs as well."""
+    key, the `earlier` ones as well."""
 
     brief = False
 
-    def __init__(self, folder: Path | None, known: dict[tuple, Row] | None = None) -> None:
+    def __init__(self, folder: Path | None, earlier: Iterable[Row] = ()) -> None:
         self.folder = folder
+        self.known = {rows.key(row): row for row in earlier}
         self.rows: list[Row] = []
-        self.known = {} if known is None else known
         self._title = ""
         self._said: set[str] = set()  # providers of the case; what has no times is said once for all modes
 
     def save(self, case: Case, found: list[Row]) -> None:
         if self.folder is not None:
-            rows.save(found, self.folder)
+            rows.save(found, self.folder / rows.FILE)
         self.rows += found
         self.known.update((rows.key(row), row) for row in found)
         for row in found:
@@ -80,32 +80,34 @@ def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
     if arguments.dry_run:
         return _dry_run(arguments.names or cases.NAMES, arguments.device, command)
     old = rows.load(arguments.compare) if arguments.compare else []
-    # A CPU is measured with one thread, where processor time tells what was disturbed, and with all.
-    every = torch.get_num_threads()
-    threads = tuple(sorted({1, every}))
+    # A CPU is measured with one thread and with all.
+    most = torch.get_num_threads()
+    threads = tuple(sorted({1, most}))
     session = begin(arguments.device, command, 0.5 if arguments.full else 0.1, threads)
+    session.patience = PATIENCE[arguments.full]
     cuda = session.facts["gpu"] is not None
     folder = folder / machine.folder_name(session.facts)
-    saved = {rows.key(row): row for row in rows.load(folder)} if arguments.resume and folder.exists() else {}
+    results = Results(folder, rows.load(folder) if arguments.resume and folder.exists() else ())
     size = session.device.type.replace("cuda", "gpu") + ("-full" if arguments.full else "")
-    todo: list[Piece] = []
-    kept: list[Row] = []
+    every = []
     for case in cases.in_turns(arguments.names or (cases.ON_A_GPU if cuda else cases.ON_A_CPU), size, session.device):
         for count in (None,) if cuda else threads:
             # One thread of a CPU is compiled for only where all is asked for.
-            one = case.without("compiled") if size == "cpu" and count != every else case
-            if found := rows.still_true(one, session.facts, count, saved, timed=True):
-                kept += found
-            else:
-                todo.append(Piece([one], patience=PATIENCE[arguments.full], threads=count))
-    results = Results(folder)
+            one = case.without("compiled") if size == "cpu" and count != most else case
+            every.append(replace(one, threads=count))
+    true = (rows.still_true(case, name, session.facts, results.known) for case in every for name in case.providers)
+    kept = {rows.key(row): row for found in true for row in found}
+    todo = [Piece([case], session, results.save) for case in rows.left(every, session.facts, results.known)]
     budget = BUDGET if arguments.budget is None and not (arguments.names or arguments.full) else arguments.budget
     until = time.monotonic() + (float("inf") if budget is None else budget)
-    late = pieces.run(todo, session, results.save, start_until=until, end=until + LAST_CASE)
+    late = processes.run(todo, start_until=until, end=until + LAST_CASE)
     if arguments.compare:
-        report.changes(old, results.rows)
-    report.footer(results.rows, kept, [case for piece in late for case in piece.cases], folder)
-    return 1 if any(runner.went_wrong(row) for row in (*results.rows, *kept)) else 0
+        changes = report.changes(old, results.rows)
+        print("\n  ".join([f"\n{len(changes)} changes beyond noise", *changes]))
+    for row in results.rows:  # a baseline is measured again beside what had no rows
+        kept.pop(rows.key(row), None)
+    report.footer(results.rows, len(kept), [case for piece in late for case in piece.cases], folder)
+    return 1 if any(runner.went_wrong(row) for row in (*results.rows, *kept.values())) else 0
 
 
 def _dry_run(names: Sequence[str], kind: str | None, command: str) -> int:
@@ -113,8 +115,7 @@ def _dry_run(names: Sequence[str], kind: str | None, command: str) -> int:
     session = Session(machine.facts(kind), command, timing=False)
     report.header(session)
     results = Results(None)
-    session.tell = lambda kind, value: print(value, file=sys.stderr) if kind == "log" else None
     for case in cases.in_turns(names, "toy", session.device):
         results.save(case, runner.measure(case, session))
-    report.footer(results.rows, [], [], None)
+    report.footer(results.rows, 0, [], None)
     return 1 if any(runner.went_wrong(row) for row in results.rows) else 0

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -99,6 +100,30 @@ def _memory_goes_back():
     yield
     if CUDA and torch.cuda.memory_reserved() > HELD:
         torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _masks_are_bool():
+    """Triton's interpreter refuses masks of loads and stores that are not bool. Triton 3.9 does so by itself, earlier
+    ones do not."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def checked(method, place):
+        def call(self, *arguments, **more):
+            kind = np.asarray(arguments[place].data).dtype
+            if kind != np.bool_:
+                raise TypeError(f"the mask of a load or a store is not bool but {kind}")
+            return method(self, *arguments, **more)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, place in (("create_masked_load", 1), ("create_masked_store", 2)):
+            patch.setattr(InterpreterBuilder, name, checked(getattr(InterpreterBuilder, name), place))
+        yield
 
 
 @pytest.fixture

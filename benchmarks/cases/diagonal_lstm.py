@@ -1,6 +1,7 @@
 """The diagonal LSTM over a map: H + W - 1 dependent steps, so bound by the time of a step, not by rates."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def pixel_by_pixel(gates: Tensor, weight: Tensor) -> Tensor:
     return torch.stack(rows, 2)
 
 
-def cases(size: str, device: torch.device) -> list[Case]:
+def cases(size: str, device: torch.device) -> Iterator[Case]:
     cuda = device.type == "cuda"
     landmark = "cuDNN LSTM of equal length" if cuda else "nn.LSTM of equal length"
 
@@ -43,8 +44,8 @@ def cases(size: str, device: torch.device) -> list[Case]:
             found[landmark] = references.lstm_of_equal_length(2 * n - 1, units, device, dtype)
         return found
 
-    found = list(scans.cases_of(size, device, diagonal_lstm, diagonal_lstm_reference, rivals, 2, landmark))
-    return found + [_layer(size, device, *sizes) for sizes in scans.SIZES[size]]
+    yield from scans.cases_of(size, device, diagonal_lstm, diagonal_lstm_reference, rivals, 2, landmark)
+    yield from (_layer(size, device, *sizes) for sizes in scans.SIZES[size])
 
 
 def _layer_inputs(device: torch.device, batch: int, units: int, n: int, dtype: torch.dtype) -> dict[str, Any]:

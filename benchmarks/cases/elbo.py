@@ -1,7 +1,7 @@
 """Everything of a VAE's loss but its networks: the latent draw with its KL, and the reconstruction's nats."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -59,8 +59,7 @@ def definition_of(likelihood: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return functools.partial(in_parts, kl=reparameterize_kl_reference, nats=nats)
 
 
-def cases(size: str, device: torch.device) -> list[Case]:
-    found = []
+def cases(size: str, device: torch.device) -> Iterator[Case]:
     for likelihood, image, latent in SIZES[size]:
         textbook, nats = references.reparameterize_kl_textbook, reconstruction_nll.RIVALS[likelihood]
         rivals = references.rivals_of(functools.partial(in_parts, kl=textbook, nats=nats))
@@ -68,18 +67,14 @@ def cases(size: str, device: torch.device) -> list[Case]:
         of_case = functools.partial(inputs, likelihood=likelihood, image=image, latent=latent)
         example = of_case(torch.device("meta")).values()
         z, _, params, target = (x.numel() * x.dtype.itemsize for x in example)
-        fwd, bwd = 3 * z + params + target, 5 * z + 2 * params + target
-        found.append(
-            Case(
-                op="elbo",
-                shape=f"{likelihood} {'x'.join(map(str, image))} D={latent}",
-                dtype=torch.float32,
-                inputs=of_case,
-                providers=contenders(size, device, rivals, operation, definition),
-                truth=definition,
-                bytes={"fwd": fwd, "bwd": bwd, "full": fwd + bwd},  # of the two operations, one after the other
-                given=reparameterize_kl.noise,
-                batch=image[0],
-            )
+        yield Case(
+            op="elbo",
+            shape=f"{likelihood} {'x'.join(map(str, image))} D={latent}",
+            dtype=torch.float32,
+            inputs=of_case,
+            providers=contenders(size, device, rivals, operation, definition),
+            truth=definition,
+            bytes=(3 * z + params + target, 5 * z + 2 * params + target),  # of the two operations, one after the other
+            given=reparameterize_kl.noise,
+            batch=image[0],
         )
-    return found

@@ -179,30 +179,29 @@ def step_machines(machines: list[Machine], own: str) -> Iterator[Case]:
             truth=functools.partial(_images, backend="naive"),
             modes=("fwd",),
             exact=True,
+            timed=False,
         )
 
 
-def cases(size: str, device: torch.device) -> list[Case]:
+def cases(size: str, device: torch.device) -> Iterator[Case]:
     """Each with what plain PyTorch loses in that dtype, which the tolerance is taken from."""
     toy = size == "toy"
     own = "fastgen" if device.type == "cuda" else f"fastgen, {INTERPRETED}"
-    found = list(step_machines(TOY_MACHINES if toy else MACHINES, own))
+    yield from step_machines(TOY_MACHINES if toy else MACHINES, own)
     for dtype, tf32 in [(torch.float32, True)] if toy else MODES:
         for one in operations(TOY if toy else Tables()):
             if tf32 or one.op in PRODUCTS:
-                found.append(
-                    Case(
-                        op="launches",
-                        shape=f"{one.op} {one.shape}{'' if tf32 else ' IEEE'}",
-                        dtype=dtype,
-                        inputs=functools.partial(one.inputs, dtype=dtype),
-                        providers={"definition": one.definition, own: functools.partial(one.call, impl="triton")},
-                        truth=one.definition,
-                        modes=("full",),
-                        tf32=tf32,
-                    )
+                yield Case(
+                    op="launches",
+                    shape=f"{one.op} {one.shape}{'' if tf32 else ' IEEE'}",
+                    dtype=dtype,
+                    inputs=functools.partial(one.inputs, dtype=dtype),
+                    providers={"definition": one.definition, own: functools.partial(one.call, impl="triton")},
+                    truth=one.definition,
+                    modes=("full",),
+                    tf32=tf32,
+                    timed=False,
                 )
-    return found
 
 
 # For the host's time: small, for what the operations leave to PyTorch is computed.

@@ -1,7 +1,7 @@
 """A convolution with masked weights, bias and activation. Bound by operations, of which the mask leaves about half."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ def _layer(size: str, device: torch.device, layer: Layer, dtype: torch.dtype) ->
     operation = functools.partial(convolve, call=masked_conv2d, activation=activation)
     taps = int(causal_mask(mask_type, 1, 1, kernel).sum())
     results = to // 2 if activation == "gated" else to
-    weights, pixels = taps * of * to, batch * n * n
+    weights, pixels, size_of = taps * of * to, batch * n * n, dtype.itemsize
     return Case(
         op="masked_conv2d",
         shape=f"{batch}x{of}x{n}x{n} to {to}, {kernel}x{kernel} {mask_type} {activation}",
@@ -85,20 +85,13 @@ def _layer(size: str, device: torch.device, layer: Layer, dtype: torch.dtype) ->
         providers=contenders(size, device, rivals, operation, definition),
         truth=definition,
         # The backward reads x, the convolution's result and the incoming gradient, and writes the gradient of x.
-        **_floor(dtype, pixels * (of + results) + weights, pixels * (2 * of + to + results) + 2 * weights),
-        **_operations(weights * pixels),
+        bytes=(
+            size_of * (pixels * (of + results) + weights),
+            size_of * (pixels * (2 * of + to + results) + 2 * weights),
+        ),
+        flops=(2 * weights * pixels, 4 * weights * pixels),
         batch=batch,
     )
-
-
-def _floor(dtype: torch.dtype, forward: int, backward: int) -> dict[str, Any]:
-    """Of so many numbers read and written."""
-    fwd, bwd = dtype.itemsize * forward, dtype.itemsize * backward
-    return {"bytes": {"fwd": fwd, "bwd": bwd, "full": fwd + bwd}}
-
-
-def _operations(multiply_adds: int) -> dict[str, Any]:
-    return {"flops": {"fwd": 2 * multiply_adds, "bwd": 4 * multiply_adds, "full": 6 * multiply_adds}}
 
 
 def block_inputs(device: torch.device, sizes: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]:
@@ -129,13 +122,13 @@ def _block(size: str, device: torch.device, sizes: tuple[int, int, int], dtype: 
         providers=contenders(size, device, rivals, run_block, run_block),
         truth=run_block,
         # Two maps in, two out; the backward reads the maps and both gradients and writes the gradients of the maps.
-        **_floor(dtype, 4 * c * pixels + weights, 6 * c * pixels + 2 * weights),
-        **_operations(weights * pixels),
+        bytes=(dtype.itemsize * (4 * c * pixels + weights), dtype.itemsize * (6 * c * pixels + 2 * weights)),
+        flops=(2 * weights * pixels, 4 * weights * pixels),
         batch=batch,
     )
 
 
-def cases(size: str, device: torch.device) -> list[Case]:
+def cases(size: str, device: torch.device) -> Iterator[Case]:
     dtypes = [torch.float32, torch.bfloat16] if size.startswith("gpu") else [torch.float32]
-    found = [_layer(size, device, layer, dtype) for layer in LAYERS[size] for dtype in dtypes]
-    return found + [_block(size, device, block, dtype) for block in BLOCKS[size] for dtype in dtypes]
+    yield from (_layer(size, device, layer, dtype) for layer in LAYERS[size] for dtype in dtypes)
+    yield from (_block(size, device, block, dtype) for block in BLOCKS[size] for dtype in dtypes)

@@ -1,8 +1,9 @@
 """What a step costs that does hardly anything: a node of a CUDA graph, a barrier between programs, an instruction of a
-sampler. The time of one is `us_a_part` of a row, of a graph's replay where it was captured."""
+sampler. A row has the time of one of them."""
 
 import functools
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -77,24 +78,20 @@ def _factors(device: torch.device, width: int, parts: int, dtype: torch.dtype) -
     return {"x": torch.rand(ROWS, width, device=device).to(dtype), "weights": weights.to(dtype), "parts": parts}
 
 
-def cases(size: str, device: torch.device) -> list[Case]:
+def cases(size: str, device: torch.device) -> Iterator[Case]:
     parts, cuda = PARTS[size], device.type == "cuda"
-    widths = WIDTHS.get(size, WIDTHS["toy"])
     half = torch.bfloat16 if cuda else torch.float32  # Triton's interpreter multiplies bfloat16 wrongly
 
     def probe(shape: str, dtype: torch.dtype, inputs: Any, plain: Any, kernel: Any, **more: Any) -> Case:
         providers: Rivals = {"eager": plain, "fastgen" if cuda else f"fastgen, {INTERPRETED}": kernel}
-        return Case("probes", shape, dtype, inputs, providers, plain, modes=("fwd",), parts=parts, **more)
+        share = dict.fromkeys(providers, parts)
+        return Case("probes", shape, dtype, inputs, providers, plain, modes=("fwd",), share=share, **more)
 
     counters = functools.partial(_counters, count=32, parts=parts)
     around = functools.partial(_counters, count=None, parts=parts)
-    found = [
-        probe(f"{parts} launches, one after the other", torch.float32, counters, add_ones, add_ones_by_kernels),
-        probe(f"{parts} barriers between all", torch.float32, around, pass_around, pass_around_in_one_launch),
-    ]
-    for width in widths:
+    yield probe(f"{parts} launches, one after the other", torch.float32, counters, add_ones, add_ones_by_kernels)
+    yield probe(f"{parts} barriers between all", torch.float32, around, pass_around, pass_around_in_one_launch)
+    for width in WIDTHS.get(size, WIDTHS["toy"]):
         shape = f"{parts} products {ROWS}x{width} by {width}x{width} in one program"
         factors = functools.partial(_factors, width=width, parts=parts, dtype=half)
-        flops = {"fwd": 2 * parts * ROWS * width**2}
-        found.append(probe(shape, half, factors, products, products_in_one_program, flops=flops))
-    return found
+        yield probe(shape, half, factors, products, products_in_one_program, flops=(2 * ROWS * width**2, 0))

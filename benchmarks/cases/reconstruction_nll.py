@@ -1,6 +1,7 @@
 """Negative log-likelihoods of images: Bernoulli, Gaussian, softmax over 256 levels, mixture of logistics."""
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -57,9 +58,8 @@ def inputs(device: torch.device, likelihood: str, image: Image, dtype: torch.dty
     return {"params": params.to(dtype).requires_grad_(), "target": target}
 
 
-def cases(size: str, device: torch.device) -> list[Case]:
+def cases(size: str, device: torch.device) -> Iterator[Case]:
     dtypes = [torch.float32, torch.bfloat16] if size.startswith("gpu") else [torch.float32]
-    found = []
     for likelihood, image in IMAGES[size]:
         operation = functools.partial(reconstruction_nll, likelihood=likelihood)
         definition = functools.partial(reconstruction_nll_reference, likelihood=likelihood)
@@ -67,17 +67,14 @@ def cases(size: str, device: torch.device) -> list[Case]:
             of_case = functools.partial(inputs, likelihood=likelihood, image=image, dtype=dtype)
             params, target = (x.numel() * x.dtype.itemsize for x in of_case(torch.device("meta")).values())
             rivals = {**references.rivals_of(RIVALS[likelihood]), **OTHERS[likelihood]}
-            found.append(
-                Case(
-                    op="reconstruction_nll",
-                    shape=f"{likelihood} {'x'.join(map(str, image))}",
-                    dtype=dtype,
-                    inputs=of_case,
-                    providers=contenders(size, device, rivals, operation, definition),
-                    truth=definition,
-                    # The backward reads the parameters again and writes their gradient.
-                    bytes={"fwd": params + target, "bwd": 2 * params + target, "full": 3 * params + 2 * target},
-                    batch=image[0],
-                )
+            yield Case(
+                op="reconstruction_nll",
+                shape=f"{likelihood} {'x'.join(map(str, image))}",
+                dtype=dtype,
+                inputs=of_case,
+                providers=contenders(size, device, rivals, operation, definition),
+                truth=definition,
+                # The backward reads the parameters again and writes their gradient.
+                bytes=(params + target, 2 * params + target),
+                batch=image[0],
             )
-    return found

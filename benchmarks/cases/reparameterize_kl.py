@@ -1,6 +1,7 @@
 """Reparameterization and KL of a diagonal Gaussian. Memory-bound; small latents are bound by launches."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,26 +34,22 @@ def noise(inputs: dict[str, Any]) -> dict[str, Tensor]:
     return {"eps": torch.randn_like(inputs["mu"])}
 
 
-def cases(size: str, device: torch.device) -> list[Case]:
+def cases(size: str, device: torch.device) -> Iterator[Case]:
     rivals: Rivals = references.rivals_of(references.reparameterize_kl_textbook)
     rivals["distributions"] = references.reparameterize_kl_distributions
     jobs = [(shape, torch.float32) for shape in SHAPES[size]]
     jobs += [(shape, torch.bfloat16) for shape in SHAPES[size] if shape in HALF and not size.startswith("cpu")]
-    found = []
     for shape, dtype in jobs:
         moved = dtype.itemsize * torch.Size(shape).numel()
-        found.append(
-            Case(
-                op="reparameterize_kl",
-                shape="x".join(map(str, shape)),
-                dtype=dtype,
-                inputs=functools.partial(inputs, shape=shape, dtype=dtype),
-                providers=contenders(size, device, rivals, reparameterize_kl, reparameterize_kl_reference),
-                truth=reparameterize_kl_reference,
-                # Read mu, logvar, write z; read dz, mu, logvar, write dmu, dlogvar; the noise is not stored.
-                bytes={"fwd": 3 * moved, "bwd": 5 * moved, "full": 8 * moved},
-                given=noise,
-                batch=shape[0],
-            )
+        yield Case(
+            op="reparameterize_kl",
+            shape="x".join(map(str, shape)),
+            dtype=dtype,
+            inputs=functools.partial(inputs, shape=shape, dtype=dtype),
+            providers=contenders(size, device, rivals, reparameterize_kl, reparameterize_kl_reference),
+            truth=reparameterize_kl_reference,
+            # Read mu, logvar, write z; read dz, mu, logvar, write dmu, dlogvar; the noise is not stored.
+            bytes=(3 * moved, 5 * moved),
+            given=noise,
+            batch=shape[0],
         )
-    return found

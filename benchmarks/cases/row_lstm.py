@@ -1,5 +1,7 @@
 """The Row LSTM over a map: one dependent step a row."""
 
+from collections.abc import Iterator
+
 import torch
 
 from benchmarks.cases import references, scans
@@ -10,9 +12,9 @@ from fastgen.ops.row_lstm import row_lstm_reference
 TAPS = 3
 
 
-def cases(size: str, device: torch.device) -> list[Case]:
+def cases(size: str, device: torch.device) -> Iterator[Case]:
     def rivals(units: int, n: int, dtype: torch.dtype) -> Rivals:
         loop = references.row_lstm_convolutions
         return {"eager, convolutions": loop, "compiled, convolutions": references.compiled(loop)}
 
-    return list(scans.cases_of(size, device, row_lstm, row_lstm_reference, rivals, TAPS, suffix=f" k={TAPS}"))
+    return scans.cases_of(size, device, row_lstm, row_lstm_reference, rivals, TAPS, suffix=f" k={TAPS}")

@@ -10,6 +10,7 @@ draw, and nothing has ever to be drawn again.
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -104,8 +105,7 @@ def _about(provider: str, inputs: dict[str, Any], backends: dict[str, str]) -> d
     return {"work_ratio": sampler.work_ratio, "stats": stats if stats is None else {**vars(stats)}}
 
 
-def cases(size: str, device: torch.device) -> list[Case]:
-    found = []
+def cases(size: str, device: torch.device) -> Iterator[Case]:
     cuda = device.type == "cuda"
     for job in JOBS[size]:
         build, shape, levels, of_model, batch = job
@@ -118,21 +118,17 @@ def cases(size: str, device: torch.device) -> list[Case]:
         providers["naive, compiled"] = compiled(_one_draw, "reduce-overhead" if cuda else None)
         sizes = "".join(f" {key}={value}" for key, value in of_model.items())
         truth = "naive" if batch * draws <= NAIVE_DRAWS[device.type] else "fixed_point"
-        found.append(
-            Case(
-                op="sampling",
-                shape=f"{build.__name__} {'x'.join(map(str, shape))} levels={levels} B={batch}{sizes}",
-                dtype=torch.float32,
-                inputs=functools.partial(_inputs, job=job),
-                providers=providers,
-                truth=functools.partial(_sample, backend=truth),
-                modes=("fwd",),
-                exact=True,
-                not_compared=frozenset({"one forward pass"}),
-                inexact=frozenset({"naive", "naive, compiled"}),
-                share={"naive": 1 / draws, "naive, compiled": 1 / draws},
-                about=functools.partial(_about, backends=backends),
-                batch=batch,
-            )
+        yield Case(
+            op="sampling",
+            shape=f"{build.__name__} {'x'.join(map(str, shape))} levels={levels} B={batch}{sizes}",
+            dtype=torch.float32,
+            inputs=functools.partial(_inputs, job=job),
+            providers=providers,
+            truth=functools.partial(_sample, backend=truth),
+            modes=("fwd",),
+            exact=True,
+            landmarks=frozenset({"one forward pass"}),
+            share={"naive": 1 / draws, "naive, compiled": 1 / draws},
+            about=functools.partial(_about, backends=backends),
+            batch=batch,
         )
-    return found

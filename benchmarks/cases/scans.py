@@ -49,7 +49,6 @@ def cases_of(
             own["fastgen, by tiles"] = by_tiles(operation)
             # Read 4h gates a pixel, write h; the backward reads the gates' activations, cells and dh, and writes 4h.
             pixels, storage = batch * n * n, dtype.itemsize
-            fwd, bwd = 5 * units * storage * pixels, (9 * units * storage + 4 * units) * pixels
             flops = 2 * taps * 4 * units**2 * pixels
             yield Case(
                 op=operation.__name__,
@@ -58,10 +57,10 @@ def cases_of(
                 inputs=functools.partial(inputs, sizes=(batch, units, n, n), taps=taps, dtype=dtype),
                 providers=contenders(size, device, own, operation, operation),
                 truth=definition,
-                not_compared=frozenset({landmark}),
+                landmarks=frozenset({landmark}),
                 batch=batch,
-                bytes={"fwd": fwd, "bwd": bwd, "full": fwd + bwd},
-                flops={"fwd": flops, "bwd": 2 * flops, "full": 3 * flops},
+                bytes=(5 * units * storage * pixels, (9 * units * storage + 4 * units) * pixels),
+                flops=(flops, 2 * flops),
             )
 
 

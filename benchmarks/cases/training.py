@@ -5,9 +5,8 @@ The rivals hold the same parameters in plain PyTorch. On a GPU bfloat16 means au
 
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,50 +38,44 @@ def images(data: str, shape: Shape, levels: int, batch: int, device: torch.devic
     return found.to(device)
 
 
-DIAGONAL, ROW = (functools.partial(PixelRNN, kind=kind) for kind in ("diagonal_bilstm", "row_lstm"))
 CONVOLUTIONS: dict[str, Any] = {"GatedPixelCNN": GatedPixelCNN, "PixelCNN": PixelCNN}
-SCANS: dict[str, Any] = {"PixelRNN diagonal_bilstm": DIAGONAL, "PixelRNN row_lstm": ROW}
+SCANS: dict[str, Any] = {
+    f"PixelRNN {kind}": functools.partial(PixelRNN, kind=kind) for kind in ("diagonal_bilstm", "row_lstm")
+}
+MODELS = CONVOLUTIONS | SCANS
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """A model of some size, on a batch of images."""
 
-    name: str
-    build: Callable[..., nn.Module]
-    size: dict[str, int]
+    model: str
     data: str
     batch: int
+    size: dict[str, int]
     shape: Shape
     levels: int
 
 
-def _of(models: dict[str, Any], data: str, batch: int, **size: int) -> list[Job]:
-    about = (size, data, batch, SHAPES[data], LEVELS[data])
-    return [Job(name, build, *about) for name, build in models.items() if data in AVAILABLE]
-
-
 def _convolutions(data: str, batch: int, channels: int, layers: int) -> list[Job]:
-    return _of(CONVOLUTIONS, data, batch, channels=channels, layers=layers)
+    return _of(CONVOLUTIONS, data, batch, {"channels": channels, "layers": layers})
 
 
 def _scans(data: str, batch: int, hidden_channels: int, layers: int) -> list[Job]:
-    return _of(SCANS, data, batch, hidden_channels=hidden_channels, layers=layers)
+    return _of(SCANS, data, batch, {"hidden_channels": hidden_channels, "layers": layers})
+
+
+def _of(models: Iterable[str], data: str, batch: int, size: dict[str, int]) -> list[Job]:
+    return [Job(name, data, batch, size, SHAPES[data], LEVELS[data]) for name in models if data in AVAILABLE]
 
 
 def _mnist(batch: int) -> list[Job]:
     """PixelRNN with the 7 layers of 16 units that the paper has for binarized MNIST, on random images of that shape."""
-    return [replace(job, shape=(1, 28, 28), levels=2) for job in _scans("random", batch, 16, 7)]
-
-
-def _toy() -> list[Job]:
-    jobs = _convolutions("random", 2, 4, 1) + _scans("random", 2, 4, 1)
-    return [replace(job, shape=(1, 3, 4), levels=3) for job in jobs]
+    return [job._replace(shape=(1, 28, 28), levels=2) for job in _scans("random", batch, 16, 7)]
 
 
 COLOURS = ("patches", "random")
 JOBS: dict[str, list[Job]] = {
-    "toy": _toy(),
+    "toy": [j._replace(shape=(1, 3, 4), levels=3) for of in (_convolutions, _scans) for j in of("random", 2, 4, 1)],
     "cpu": _convolutions("digits", 64, 32, 3) + _convolutions("patches", 2, 32, 3) + _convolutions("random", 2, 32, 3),
     "cpu-full": [
         *(job for data, n in (("digits", 64), ("patches", 4), ("random", 4)) for job in _convolutions(data, n, 48, 6)),
@@ -111,7 +104,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def _inputs(device: torch.device, job: Job, dtype: torch.dtype) -> dict[str, Any]:
-    model = job.build(job.shape, job.levels, **job.size).to(device)
+    model = MODELS[job.model](job.shape, job.levels, **job.size).to(device)
     if device.type == "cuda":
         for parameter in model.parameters():
             if parameter.dim() == 4:
@@ -157,13 +150,11 @@ def steps(
         yield Case(op, shape, dtype, of_case, providers, modes=("full",), **more)
 
 
-def cases(size: str, device: torch.device) -> list[Case]:
-    found: list[Case] = []
+def cases(size: str, device: torch.device) -> Iterator[Case]:
     for job in JOBS[size]:
         sizes = " ".join(f"{key}={value}" for key, value in job.size.items())
-        shape = f"{job.name} {job.data} {'x'.join(map(str, job.shape))} levels={job.levels} B={job.batch} {sizes}"
+        shape = f"{job.model} {job.data} {'x'.join(map(str, job.shape))} levels={job.levels} B={job.batch} {sizes}"
         inputs, more = functools.partial(_inputs, job=job), {"truth": truth, "given": _few_images, "batch": job.batch}
-        word = "compiled, unrolled" if job.name in SCANS else "compiled"  # the loops of a scan: it takes minutes
+        word = "compiled, unrolled" if job.model in SCANS else "compiled"  # the loops of a scan: it takes minutes
         rivals: Rivals = {"eager": plain_loss, word: references.compiled(plain_loss)}
-        found += steps(size, "training", shape, inputs, rivals, fastgen_loss, **more)
-    return found
+        yield from steps(size, "training", shape, inputs, rivals, fastgen_loss, **more)

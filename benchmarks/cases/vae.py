@@ -2,6 +2,7 @@
 networks, and the loss in plain PyTorch. On a GPU bfloat16 means autocast of the networks."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -89,13 +90,11 @@ def truth(model: VAE, x: Tensor, autocast: Any, eps: Tensor) -> Tensor:
     return (reconstruction_nll_reference(model.decode(z), x, model.likelihood, levels=model.levels) + kl).mean()
 
 
-def cases(size: str, device: torch.device) -> list[Case]:
+def cases(size: str, device: torch.device) -> Iterator[Case]:
     rivals = references.rivals_of(plain_loss)
-    found: list[Case] = []
     for job in JOBS[size]:
         likelihood, data, batch, of_model = job
         sizes = " ".join(f"{key}={value}" for key, value in of_model.items())
         shape = f"{likelihood} {data.partition(' ')[0]} {'x'.join(map(str, _shape(data)))} B={batch} {sizes}"
         inputs, more = functools.partial(_inputs, job=job), {"truth": truth, "given": _noise, "batch": batch}
-        found += steps(size, "vae", shape, inputs, rivals, fastgen_loss, **more)
-    return found
+        yield from steps(size, "vae", shape, inputs, rivals, fastgen_loss, **more)

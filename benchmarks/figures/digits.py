@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.figures.scales import append, read
 from benchmarks.figures.style import COLOURS, MARKERS, figure
 from benchmarks.harness import machine, rows
 from fastgen import data, likelihood
@@ -74,6 +73,6 @@ def draw(saved: list[dict[str, Any]], target: Path = PICTURE) -> Path:
 if __name__ == "__main__":
     if sys.argv[1:] == ["measure"]:
         for found in measure():
-            append(found, ROWS)
+            rows.save([found], ROWS)
             print(found["model"], found["parameters"], found["bits_per_dim"], round(found["cpu_s"]), flush=True)
-    print(draw(read(ROWS)))
+    print(draw(rows.read(ROWS)))

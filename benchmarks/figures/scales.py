@@ -6,7 +6,6 @@ Times are CPU seconds of one thread, which other work on the machine changes lit
     python -m benchmarks.figures.scales draw       docs/scales.png of these rows
 """
 
-import json
 import math
 import sys
 import time
@@ -108,20 +107,10 @@ def draw(saved: list[dict[str, Any]], target: Path = PICTURE) -> Path:
     return target
 
 
-def append(row: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 if __name__ == "__main__":
     if sys.argv[1:] == ["measure"]:
         for found in measure():
-            append(found, ROWS)
+            rows.save([found], ROWS)
             seconds = {name: round(value, 4) for name, value in found.items() if name.endswith("_s")}
             print(found["side"], found["batch"], seconds, math.ceil(found["work_ratio"]), flush=True)
-    print(draw(read(ROWS)))
+    print(draw(rows.read(ROWS)))

@@ -28,18 +28,18 @@ class Case:
         providers: name -> function of the inputs. The first is the baseline, which speed-ups refer to.
         truth: the same function in float64; None where nothing is compared. See also `exact`.
         modes: of "fwd" (evaluation, no gradient recorded), "bwd" (the backward alone), "full" (forward and backward).
-        bytes: mode -> the least traffic that the mode needs, in bytes: inputs read once, results written once.
-        flops: mode -> the least multiplications and additions that the mode needs.
+        bytes: that a forward and a backward must move at least: inputs read once, results written once.
+        flops: multiplications and additions of a forward and a backward, at least.
         given: inputs -> arguments for the comparison alone: noise that is otherwise drawn, fewer images.
         exact: truth takes the inputs as they are, and outputs must be equal to the last bit.
-        not_compared: providers that compute something else (a lower bound, another recurrence): landmarks, no rivals.
-        inexact: rivals of an exact case whose rounding may change a result entirely (a drawn level, and with it all
-            later ones): timed without a comparison.
+        landmarks: providers that compute something else (a lower bound, another recurrence): not compared, no rivals.
         tf32: whether all float32 products may be rounded to TF32 on a GPU, those of rivals as well.
+        timed: False: only compared, each launch waited for.
+        threads: of a CPU, that it is measured with; None: as many as torch takes by itself.
         batch: images of one call, for plots over it.
-        parts: how many equal parts one call has (nodes of a graph, barriers), where the time of one is the question.
-        share: provider -> which part of the whole work its call does: 1/784 for one of 784 passes. Its times are those
-            of the call over its share, and the row says so.
+        share: provider -> how much one call does of what the row times: 1/784 where it makes one of 784 passes (and is
+            not compared), 1000 where it launches a thousand nodes and the time of one is the question. The row's times
+            are those of the call over its share, and the row says so.
         about: provider, inputs -> what the row shall say beside its times, asked after them.
         baseline: the provider that speed-ups and tolerances refer to; the first, also where it was left out since.
     """
@@ -51,15 +51,15 @@ class Case:
     providers: Mapping[str, Callable[..., Outputs]]
     truth: Callable[..., Outputs] | None
     modes: tuple[str, ...] = ("fwd", "bwd", "full")
-    bytes: Mapping[str, int] = field(default_factory=dict)
-    flops: Mapping[str, int] = field(default_factory=dict)
+    bytes: tuple[int, int] = (0, 0)
+    flops: tuple[int, int] = (0, 0)
     given: Callable[[dict[str, Any]], dict[str, Any]] = lambda inputs: {}
     exact: bool = False
-    not_compared: frozenset[str] = frozenset()
-    inexact: frozenset[str] = frozenset()
+    landmarks: frozenset[str] = frozenset()
     tf32: bool = True
+    timed: bool = True
+    threads: int | None = None
     batch: int | None = None
-    parts: int | None = None
     share: Mapping[str, float] = field(default_factory=dict)
     about: Callable[[str, dict[str, Any]], dict[str, Any]] = lambda provider, inputs: {}
     baseline: str = ""
@@ -71,6 +71,11 @@ class Case:
         """The modes in which a provider is timed. CUDA graphs of torch.compile are recorded anew for every backward
         that follows another over the same forward, so that the backward alone has no time of its own."""
         return tuple(mode for mode in self.modes if mode != "bwd" or "reduce-overhead" not in provider)
+
+    @staticmethod
+    def in_mode(work: tuple[int, int], mode: str) -> int | None:
+        """Of `bytes` or `flops`; None where they are not known."""
+        return {"fwd": work[0], "bwd": work[1], "full": sum(work)}[mode] or None
 
     def without(self, *words: str) -> "Case":
         """The same without the providers whose names contain one of the words."""

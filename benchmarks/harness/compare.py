@@ -62,7 +62,7 @@ def compare(case: Case, inputs: dict[str, Any], session: Session) -> dict[str, C
     if case.truth is None:
         return results
     inputs = {**inputs, **case.given(inputs)}
-    with session.doing(None) as problems:
+    with session.doing(case, None) as problems:
         expected = evaluate(case, case.truth, inputs if case.exact else in_float64(inputs))
     if problems:
         return {name: Checked(f"no truth to compare with: {problems[0]}") for name in case.providers}
@@ -70,10 +70,13 @@ def compare(case: Case, inputs: dict[str, Any], session: Session) -> dict[str, C
     known = case.baseline in case.providers or case.exact
     allowed = [rounding if known else LIMIT[case.dtype]] * len(expected)
     for name, call in case.providers.items():
-        if name in case.not_compared | case.inexact:
+        if name in case.landmarks or case.share.get(name, 1) < 1:
             continue
         start = time.perf_counter()
-        with session.doing(name) as problems, launches.recorded(functools.partial(session.tell, "kernel")) as launched:
+        with (
+            session.doing(case, name) as problems,
+            launches.recorded(functools.partial(session.tell, "kernel")) as launched,
+        ):
             found = evaluate(case, call, inputs)
             errors = [relative_error(a, b) for a, b in zip(found, expected, strict=True)]
             del found

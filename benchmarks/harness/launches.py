@@ -1,16 +1,12 @@
-"""Which kernels a call launches, by name: what a row says was measured, and what `status` goes by. And launches that
-end at the driver's door, on a machine without a GPU: what they take of the host."""
+"""Which kernels a call launches, by name: what a row says was measured, and what `status` goes by."""
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 COMPILED = "triton_"  # how the names of torch.compile's kernels begin
-_mocked: list[str] = []  # one for all: what was compiled is kept beyond the `mocked` that it was compiled in
 
 
 @functools.cache
@@ -71,41 +67,3 @@ def recorded(tell: Callable[[str], Any] = lambda name: None) -> Iterator[list[st
             knobs.runtime.launch_enter_hook.add(on_a_gpu)
             hooks.callback(knobs.runtime.launch_enter_hook.remove, on_a_gpu)
         yield names
-
-
-@contextlib.contextmanager
-def mocked() -> Iterator[list[str]]:
-    """Inside, `impl="triton"` takes tensors of a CPU and launches nothing; the names of the kernels, one a launch.
-
-    Triton's driver is what all ways of launching share: `kernel[grid](...)` binds, specializes and looks up, later
-    launches may call what that compiled at once, and both end at a launcher of the driver. Here the driver is one of
-    sm_90 that does nothing, and what would be compiled is an empty kernel.
-
-    Raises:
-        RuntimeError: TRITON_INTERPRET=1 is set: kernels are in Triton's interpreter here.
-    """
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
-
-    catalogue()  # defines all kernels, which read the environment then
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise RuntimeError("TRITON_INTERPRET=1 is set: kernels run in the interpreter, and are not launched")
-    _mocked.clear()
-
-    def compiled(self: Any, key: Any, *rest: Any, **more: Any) -> Any:
-        name = self.fn.__name__
-        kernel = SimpleNamespace(name=name, function=0, packed_metadata=())
-        kernel.run = lambda *arguments: _mocked.append(name)
-        kernel.launch_metadata = lambda *arguments: None
-        self.device_caches[0][0][key] = kernel
-        return kernel
-
-    idle = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 0)
-    idle.get_current_target = lambda: GPUTarget("cuda", 90, 32)
-    with (
-        mock.patch.object(driver, "_active", idle),
-        mock.patch.object(JITFunction, "_do_compile", compiled),
-        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),  # what `impl="triton"` wants for tensors of a CPU
-    ):
-        yield _mocked

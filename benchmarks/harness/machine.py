@@ -1,6 +1,5 @@
 """The machine, the software and the source that a row was measured with."""
 
-import ast
 import hashlib
 import importlib.util
 import os
@@ -15,7 +14,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels"
-PACKAGE = "fastgen.kernels."
 SMI_FIELDS = (
     *("pstate", "clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw", "power.limit"),
     *("ecc.mode.current", "mig.mode.current", "clocks_event_reasons.active"),
@@ -111,40 +109,15 @@ def source_sha256() -> str:
     return digest.hexdigest()
 
 
-def _files(module: str) -> list[Path]:
-    """Of a module (`lstm/cell`, `lstm.cell`) of the kernels package, or all of a family (`lstm`); [] if it is gone."""
-    path = KERNELS / module.replace(".", "/")
-    return sorted(path.glob("*.py")) if path.is_dir() else [file for file in [path.with_suffix(".py")] if file.exists()]
-
-
-def _imports(file: Path) -> list[str]:
-    """Modules of the kernels package that a file of it imports, but for what only the compile gate reads."""
-    found = []
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith(PACKAGE):
-            names = [f"{node.module}.{alias.name}".removeprefix(PACKAGE) for alias in node.names]
-            found += [name if _files(name) else name.rpartition(".")[0] for name in names]
-    return [name for name in found if name and "catalogue" not in name]
-
-
-def sources(modules: Iterable[str]) -> list[str]:
-    """The files of these modules and of those of the kernels package that they import, without ".py"; the modules' own
-    first."""
-    own = [file for module in modules for file in _files(module)]
-    found = list(own)
-    for file in found:  # grows on the way
-        new = (other for module in _imports(file) for other in _files(module))
-        found += [other for other in dict.fromkeys(new) if other not in found]
-    names = [file.relative_to(KERNELS).with_suffix("").as_posix() for file in found]
-    return names[: len(own)] + sorted(names[len(own) :])
-
-
-def kernel_sha256(kernels: list[str]) -> str | None:
-    """sha256 of the kernels' source: of the one file, or of all of them one after the other. None: a file is gone."""
-    files = [KERNELS / f"{name}.py" for name in kernels]
+def kernel_sha256(modules: Iterable[str]) -> str | None:
+    """sha256 of all source that a kernel of these modules ("vae/reparameterize_kl") can depend on: the folder of each
+    one's family, and what families share. None: a module is gone, or there are none."""
+    files = [KERNELS / f"{module}.py" for module in modules]
     if not files or not all(file.exists() for file in files):
         return None
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    folders = {KERNELS, *(file.parent for file in files)}
+    source = sorted(file for folder in folders for file in folder.glob("*.py") if "catalogue" not in file.name)
+    return hashlib.sha256(b"".join(file.read_bytes() for file in source)).hexdigest()
 
 
 def lost(device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""Saved rows: one JSON object a line, complete in itself. Fresh, stale or missing; and what has changed."""
+"""Saved rows: one JSON object a line, complete in itself. Fresh, stale or missing."""
 
 import datetime
 import json
@@ -15,7 +15,6 @@ Row = dict[str, Any]
 KEY = ("gpu", "cpu", "op", "shape", "dtype", "provider", "mode", "threads")
 TESTS = "tests"  # the operation of rows that say how the tests went
 VERSIONS = ("torch", "triton", "cuda", "driver")
-NOISE = 0.03  # changes below this are not reported, however narrow the quantiles are
 
 
 def now() -> str:
@@ -27,32 +26,41 @@ def key(row: Row) -> tuple:
     return tuple(row.get(name) if name != "cpu" or row.get("gpu") is None else None for name in KEY)
 
 
+def read(file: Path) -> list[Row]:
+    """All rows of a file. A last line without its end, which a killed run may leave, is no row.
+
+    Raises:
+        ValueError: a line is no row; names file and line.
+    """
+    rows = []
+    for number, line in enumerate(file.read_text().split("\n")[:-1], 1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}:{number}: not a row: a JSON object a line") from error
+    return rows
+
+
 def load(path: Path) -> list[Row]:
     """Rows of a file, or of all .jsonl files below a folder; of several of one key the last.
-
-    A last line without its end, which a killed run may leave, is no row.
 
     Raises:
         ValueError: the path is not there, or a line is no row; names file and line.
     """
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
-    rows: dict[tuple, Row] = {}
+    found = {}
     for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
-        for number, line in enumerate(file.read_text().split("\n")[:-1], 1):
-            try:
-                row = json.loads(line)
-                row["op"], row["mode"], row["provider"]
-                rows[key(row)] = row
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{file}:{number}: not a row of benchmark results") from error
-    return list(rows.values())
+        for number, row in enumerate(read(file), 1):
+            if not {"op", "mode", "provider"} <= row.keys():
+                raise ValueError(f"{file}:{number}: not a row of benchmark results")
+            found[key(row)] = row
+    return list(found.values())
 
 
-def save(rows: Iterable[Row], folder: Path) -> None:
-    """Appends the rows to `folder`/rows.jsonl, each in one piece: a killed run leaves whole rows."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / FILE
+def save(rows: Iterable[Row], file: Path) -> None:
+    """Appends the rows, each in one piece: a killed run leaves whole rows."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     if file.exists() and not (text := file.read_bytes()).endswith(b"\n"):
         file.write_bytes(text[: text.rfind(b"\n") + 1])
     with file.open("ab", buffering=0) as target:
@@ -67,27 +75,36 @@ def adopt(rows: Iterable[Row], folder: Path) -> None:
     for row in rows:
         if row.get("commit") == "unknown" and row.get("source_sha256") == source:
             row = {**row, "commit": commit}
-        save([row], folder / machine.folder_name(row))
+        save([row], folder / machine.folder_name(row) / FILE)
 
 
-def still_true(
-    case: Case, facts: Row, threads: int | None, saved: Mapping[tuple, Row], *, timed: bool
-) -> list[Row] | None:
-    """The saved rows (by key) of a case, failures among them, where all are there and none is outdated: the versions
-    are today's, and so are the kernels that the row ran, or the whole source where it ran none. A rival in plain
+def still_true(case: Case, provider: str, facts: Row, saved: Mapping[tuple, Row], *, timed: bool = True) -> list[Row]:
+    """The saved rows (by key) of a provider, failures among them; [] where one is missing or outdated: the versions
+    must be today's, and so must the kernels that the row ran, or the whole source where it ran none. A rival in plain
     PyTorch does not depend on the source. With `timed`, a row that only says that a result is right does not do."""
     found = []
-    for provider in case.providers:
-        for mode in case.timed_modes(provider):
-            wanted = {"op": case.op, "shape": case.shape, "mode": mode, "dtype": name_of(case.dtype)}
-            row = saved.get(key({**facts, **wanted, "provider": provider, "threads": threads}))
-            if row is None or any(row.get(name) != facts[name] for name in VERSIONS):
-                return None
-            rival = facts["gpu"] and not case.exact and not provider.startswith("fastgen")
-            same = state(row) == "fresh" if row["kernels"] else row.get("source_sha256") == facts["source_sha256"]
-            if not (rival or same) or (timed and not row["ms_p50"] and not row["problem"]):
-                return None
-            found.append(row)
+    for mode in case.timed_modes(provider):
+        wanted = {"op": case.op, "shape": case.shape, "mode": mode, "dtype": name_of(case.dtype)}
+        row = saved.get(key({**facts, **wanted, "provider": provider, "threads": case.threads}))
+        if row is None or any(row.get(name) != facts[name] for name in VERSIONS):
+            return []
+        rival = facts["gpu"] and not case.exact and not provider.startswith("fastgen")
+        same = state(row) == "fresh" if row["kernels"] else row.get("source_sha256") == facts["source_sha256"]
+        if not (rival or same) or (timed and case.timed and not row["ms_p50"] and not row["problem"]):
+            return []
+        found.append(row)
+    return found
+
+
+def left(some: Iterable[Case], facts: Row, saved: Mapping[tuple, Row], *, timed: bool = True) -> list[Case]:
+    """The cases with those providers whose rows are not `still_true`, and beside them the baseline, if it lives."""
+    found = []
+    for case in some:
+        done = {name: still_true(case, name, facts, saved, timed=timed) for name in case.providers}
+        lacking = {name for name, own in done.items() if not own}
+        dead = {name for name, own in done.items() if own and own[0]["verdict"] == "dead"}
+        if lacking:
+            found.append(case.only(lacking | ({case.baseline} - dead)))
     return found
 
 
@@ -95,34 +112,3 @@ def state(row: Row) -> str:
     """ "fresh" where the kernels' source is what it was when the row was measured, else "stale"."""
     current = machine.kernel_sha256(row.get("kernels") or [])
     return "fresh" if current is not None and current == row.get("kernel_sha256") else "stale"
-
-
-def status(rows: list[Row], kernels: list[str], gpus: list[str]) -> list[tuple[str, str, str, int, str]]:
-    """(GPU, kernel, "fresh" | "stale" | "missing", rows, the same word of its tests, or "failed") for every kernel and
-    GPU. The rows of a kernel are those that timed it."""
-
-    def word(about: list[Row]) -> str:
-        states = {state(row) for row in about}
-        return "stale" if "stale" in states else "fresh" if states else "missing"
-
-    table = []
-    for gpu in gpus:
-        about = [row for row in rows if row.get("gpu") == gpu]
-        tests = [row for row in about if row["op"] == TESTS]
-        tested = "failed" if any(row["problem"] for row in tests) else word(tests)
-        for name in kernels:
-            measured = [row for row in about if row.get("ms_p50") and name in row.get("launched", ())]
-            table.append((gpu, name, word(measured), len(measured), tested))
-    return table
-
-
-def changes(old: list[Row], new: list[Row]) -> tuple[list[tuple[float, Row, Row]], list[Row]]:
-    """(new / old median, old row, new row), slowest first, of what changed by more than noise: the ranges from the
-    20th to the 80th percentile are apart, and the medians differ by more than 3 %. And the rows that have a problem
-    instead of the time that they had."""
-    before = {key(row): row for row in old if row.get("ms_p50")}
-    pairs = [(before[key(row)], row) for row in new if key(row) in before]
-    failing = [row for _, row in pairs if not row.get("ms_p50") and row.get("problem")]
-    found = [(row["ms_p50"] / past["ms_p50"], past, row) for past, row in pairs if row.get("ms_p50")]
-    apart = [one for one in found if one[2]["ms_p20"] > one[1]["ms_p80"] or one[2]["ms_p80"] < one[1]["ms_p20"]]
-    return sorted((one for one in apart if abs(one[0] - 1) > NOISE), key=lambda one: -one[0]), failing

@@ -24,7 +24,7 @@ functorch_config.donated_buffer = False
 
 TURNS = 5  # a provider's samples are spread over as many turns, so that a disturbance meets all of them
 UNKNOWN = (  # fields of a row that only times fill in
-    *("ms_p20", "ms_p50", "ms_p80", "host_us", "peak_mb", "warmup_s", "graph_problem", "us_a_part", "times_baseline"),
+    *("ms_p20", "ms_p50", "ms_p80", "host_us", "peak_mb", "warmup_s", "graph_problem", "times_baseline"),
     *("copy_fraction", "matmul_fraction"),
 )
 
@@ -64,9 +64,11 @@ def measure(case: Case, session: Session) -> list[Row]:
         torch._dynamo.reset()
     gc.collect()
     torch.manual_seed(0)
+    if case.threads:
+        torch.set_num_threads(case.threads)
     if session.device.type == "cuda":
         machine.allow_tf32(case.tf32)
-    with session.doing(None) as problems:
+    with session.doing(case, None) as problems:
         inputs = case.inputs(session.device)
     gate = {name: Checked(problems[0]) for name in case.providers} if problems else compare(case, inputs, session)
     rows = []
@@ -74,7 +76,7 @@ def measure(case: Case, session: Session) -> list[Row]:
         names = [name for name in case.providers if mode in case.timed_modes(name)]
         of_mode = {name: empty_row(case, session, name, mode, gate[name]) for name in names}
         timed = {n: row for n, row in of_mode.items() if not row["problem"] and INTERPRETED not in n}
-        if session.timing:
+        if session.timing and case.timed:
             _time(case, session, mode, inputs if timed else {}, timed)
         power = machine.power_state(session.device) if session.timing else {}  # right after the work, not idle
         base = of_mode[case.baseline]["ms_p50"] if case.baseline in of_mode else None
@@ -89,9 +91,9 @@ def measure(case: Case, session: Session) -> list[Row]:
 def empty_row(case: Case, session: Session, name: str, mode: str, checked: Checked) -> Row:
     """Without times."""
     cuda = session.device.type == "cuda"
-    threads = None if cuda else session.threads
-    modules = [launches.catalogue().get(kernel) for kernel in checked.launched]
-    kernels = machine.sources(dict.fromkeys(module for module in modules if module))
+    threads = None if cuda else case.threads or torch.get_num_threads()
+    known = launches.catalogue() if checked.launched else {}
+    kernels = sorted({known[kernel] for kernel in checked.launched if kernel in known})
     rates = session.rates.get(threads, {})
     word = verdict(checked.error, checked.problem)
     return {
@@ -109,11 +111,11 @@ def empty_row(case: Case, session: Session, name: str, mode: str, checked: Check
         "verdict": word,
         "problem": checked.problem,
         "first_call_s": checked.first_call_s,
-        "landmark": name in case.not_compared,
+        "landmark": name in case.landmarks,
         "share": case.share.get(name),
         "baseline": case.baseline,
-        "bytes": case.bytes.get(mode),
-        "flops": case.flops.get(mode),
+        "bytes": case.in_mode(case.bytes, mode),
+        "flops": case.in_mode(case.flops, mode),
         "copy_gb_s": rates.get("copy"),
         "matmul_tflop_s": rates.get(name_of(case.dtype)),
         "batch": case.batch,
@@ -135,50 +137,43 @@ def plan(once: float, budget: float, long: float) -> tuple[int, int]:
 
 
 def _time(case: Case, session: Session, mode: str, inputs: dict[str, Any], rows: dict[str, Row]) -> None:
-    """Warms every provider up, then samples them in turns; fills their rows in."""
+    """Samples the providers in turns, each warmed up in its first, and fills their rows in."""
     clock, plans = session.clock, dict[str, tuple[int, int]]()
     samples = {name: Samples() for name in rows}
-    calls = {name: functools.partial(prepare, case, case.providers[name], mode, inputs) for name in rows}
-    for name, row in rows.items():
-        with session.doing(name) as problems:
-            # The first call may compile. What is slow even so is not run once more for its memory.
-            call = calls[name]()
-            row["warmup_s"] = once = clock.once(call)[0]
-            if once < clock.LONG:
-                once, memory = clock.once(call)
-                row["peak_mb"] = None if replays_graphs(name) else memory
-            plans[name] = plan(once, session.budget, clock.LONG)
-            del call  # a backward keeps its forward's memory
-        row["problem"] = "".join(problems)
     for turn in range(TURNS):
-        for name, (turns, count) in plans.items():
-            if turn >= turns or rows[name]["problem"]:
+        for name, row in rows.items():
+            if row["problem"] or turn >= plans.get(name, (TURNS, 0))[0]:
                 continue
-            with session.doing(name) as problems:
-                call = calls[name]()
+            make = functools.partial(prepare, case, case.providers[name], mode, inputs)
+            with session.doing(case, name) as problems:
+                call = make()
+                if turn == 0:
+                    # The first call may compile. What is slow even so is not run once more for its memory.
+                    row["warmup_s"] = once = clock.once(call)[0]
+                    if once < clock.LONG:
+                        once, memory = clock.once(call)
+                        row["peak_mb"] = None if replays_graphs(name) else memory
+                    plans[name] = plan(once, session.budget, clock.LONG)
+                count = plans[name][1]
                 if count > 1:
                     clock.once(call)
                 clock.turn(call, count, samples[name])
-                del call
+                del call  # a backward keeps its forward's memory
                 if turn == 0 and count > 1 and not replays_graphs(name):
-                    rows[name]["graph_problem"] = clock.graph(calls[name], samples[name]) or None
-            rows[name]["problem"] = "".join(problems)
-    for name in plans:
-        if not rows[name]["problem"]:
-            rows[name].update(samples[name].figures())
-            _derive(rows[name], case.parts)
-            rows[name].update(case.about(name, inputs))
+                    row["graph_problem"] = clock.graph(make, samples[name]) or None
+            row["problem"] = "".join(problems)
+    for name, row in rows.items():
+        if not row["problem"]:
+            row.update(samples[name].figures(case.share.get(name, 1)))
+            row.update(_of_the_floor(row))
+            row.update(case.about(name, inputs))
 
 
-def _derive(row: Row, parts: int | None) -> None:
-    """What follows from the times: those of the whole work, of one part, and which part of the measured copy bandwidth
-    and matmul rate the floor's bytes and operations in this time are."""
-    if row["share"]:
-        row |= {name: row[name] / row["share"] for name in row if "ms_p" in name and row[name] is not None}
-    best = row.get("graph_ms_p50") or row["ms_p50"]
-    row["us_a_part"] = 1e3 * best / parts if parts else None
-    for name, work, rate in (
-        ("copy_fraction", row["bytes"], 1e9 * (row["copy_gb_s"] or 0.0)),
-        ("matmul_fraction", row["flops"], 1e12 * (row["matmul_tflop_s"] or 0.0)),
-    ):
-        row[name] = 1e3 * work / row["ms_p50"] / rate if work and rate and row["ms_p50"] else None
+def _of_the_floor(row: Row) -> Row:
+    """Which part of the measured copy bandwidth and matmul rate the floor's bytes and operations in this time are."""
+
+    def fraction(work: int | None, rate: float | None) -> float | None:
+        return work / (row["ms_p50"] / 1e3) / rate if work and rate and row["ms_p50"] else None
+
+    of_copy, of_matmul = 1e9 * (row["copy_gb_s"] or 0), 1e12 * (row["matmul_tflop_s"] or 0)
+    return {"copy_fraction": fraction(row["bytes"], of_copy), "matmul_fraction": fraction(row["flops"], of_matmul)}

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gc
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import machine
+from benchmarks.harness.case import Case
 from benchmarks.harness.timing import CpuTimer, CudaTimer, timer
 
 OUT_OF_MEMORY = "out of memory"
@@ -38,16 +40,16 @@ class Session:
         command: that was given.
         budget: seconds of samples for one provider in one mode.
         timing: False: only compare, take no time.
-        threads: of the CPU.
+        patience: seconds that one step of one provider (its comparison, some samples) may take, compilation included.
         rates: of `timing.rates`, by number of threads (None on a GPU); empty where they were not measured.
-        tell: is told ("doing", provider), ("kernel", name) before a launch, ("log", text), and ("row", row).
+        tell: is told ("doing", provider), ("kernel", name) before a launch, and ("row", row).
     """
 
     facts: dict[str, Any]
     command: str
     budget: float = 0.1
     timing: bool = True
-    threads: int = field(default_factory=torch.get_num_threads)
+    patience: float = 60.0
     rates: dict[int | None, dict[str, float]] = field(default_factory=dict)
     tell: Callable[[str, Any], Any] = lambda kind, value: None
 
@@ -60,8 +62,9 @@ class Session:
         return timer(self.device)
 
     @contextlib.contextmanager
-    def doing(self, provider: str | None) -> Iterator[list[str]]:
-        """Whatever goes wrong inside is the provider's (None: of the whole case) problem; the list gets its text.
+    def doing(self, case: Case, provider: str | None) -> Iterator[list[str]]:
+        """Whatever goes wrong inside is the provider's (None: of the whole case) problem; the list gets its text, and
+        stderr all of it.
 
         Raises:
             DeviceLost: nothing more can be done in this process.
@@ -72,7 +75,7 @@ class Session:
             yield problems
         except Exception as error:  # a rival may fail in any way: that is a row, not the end of the run
             problems.append(failure(error))
-            self.tell("log", traceback.format_exc())
+            print(f"{case.title}, {provider}\n{traceback.format_exc()}", file=sys.stderr)
             del error
             gc.collect()  # what the frames of the failure held
             if machine.lost(self.device):

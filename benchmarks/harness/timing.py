@@ -1,9 +1,7 @@
 """How time and memory are taken, on a CPU and on a CUDA GPU. Both timers offer the same methods to the runner."""
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,39 +12,25 @@ Call = Callable[[], Any]
 
 
 def quantile(values: list[float], q: float) -> float:
-    """By linear interpolation between the sorted values."""
-    ordered = sorted(values)
-    position = q * (len(ordered) - 1)
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+    return torch.tensor(values, dtype=torch.float64).quantile(q).item()
 
 
-@dataclass
-class Samples:
-    """Times of single calls in milliseconds, gathered over several turns; and further fields of the row, by name."""
-
-    ms: list[float] = field(default_factory=list)
-    extra: dict[str, list[float]] = field(default_factory=dict)
+class Samples(dict[str, list[float]]):
+    """Field of a row -> its values of several turns: `ms` of single calls, and what a timer adds to it."""
 
     def add(self, name: str, values: list[float]) -> None:
-        self.extra.setdefault(name, []).extend(values)
+        self.setdefault(name, []).extend(values)
 
-    def figures(self) -> dict[str, float | int | None]:
-        """Fields of a row: the quantiles of `ms` and the medians of the rest."""
-        if not self.ms:
-            return {"ms_p20": None, "ms_p50": None, "ms_p80": None, "samples": 0}
-        quantiles = {f"ms_p{int(100 * q)}": quantile(self.ms, q) for q in (0.2, 0.5, 0.8)}
-        medians = {name: quantile(values, 0.5) for name, values in self.extra.items()}
-        return {**quantiles, **medians, "samples": len(self.ms)}
+    def figures(self, share: float = 1) -> dict[str, float | int]:
+        """Fields of a row: the quantiles of `ms` and the medians of the rest, over the `share` of a call."""
+        found = {f"ms_p{int(100 * q)}": quantile(self["ms"], q) / share for q in (0.2, 0.5, 0.8)}
+        found |= {name: quantile(values, 0.5) / share for name, values in self.items() if name != "ms"}
+        return {**found, "samples": len(self["ms"])}
 
 
 class CpuTimer:
-    """Wall time, with the processor time beside it.
-
-    Where one thread computes, a call whose wall time is more than a tenth above its processor time was interrupted by
-    something else: it is left out, unless that would leave none.
-    """
+    """Wall time, and the processor's. `ms` is the processor's where one thread computes, for other work on the machine
+    hardly changes that, and else the wall time."""
 
     LONG = 20.0  # seconds: a call of this length is sampled once
 
@@ -65,11 +49,8 @@ class CpuTimer:
             start = time.process_time()
             wall.append(1e3 * self.once(call)[0])
             cpu.append(1e3 * (time.process_time() - start))
-        if torch.get_num_threads() == 1:
-            undisturbed = [w for w, c in zip(wall, cpu, strict=True) if w <= 1.1 * c + 0.01]
-            samples.add("disturbed_p50", [1 - len(undisturbed) / count])
-            wall = undisturbed or wall
-        samples.ms += wall
+        samples.add("ms", cpu if torch.get_num_threads() == 1 else wall)
+        samples.add("wall_ms_p50", wall)
         samples.add("cpu_ms_p50", cpu)
 
     def graph(self, make: Callable[[], Call], samples: Samples) -> str:
@@ -123,7 +104,7 @@ class CudaTimer:
         return [start.elapsed_time(end) for start, end in pairs]
 
     def turn(self, call: Call, count: int, samples: Samples) -> None:
-        samples.ms += self._events(call, count, cold=True)
+        samples.add("ms", self._events(call, count, cold=True))
         if count == 1:
             return
         samples.add("warm_ms_p50", self._events(call, count, cold=False))
@@ -166,26 +147,27 @@ def timer(device: torch.device) -> CpuTimer | CudaTimer:
     return CudaTimer(device) if device.type == "cuda" else CpuTimer(device)
 
 
-def _median_seconds(clock: CpuTimer | CudaTimer, call: Call) -> float:
+def _seconds(clock: CpuTimer | CudaTimer, call: Call) -> float:
+    """The median of a few calls."""
     call()
     samples = Samples()
     clock.turn(call, 7, samples)
-    return quantile(samples.ms, 0.5) / 1e3
+    return quantile(samples["ms"], 0.5) / 1e3
 
 
 def copy_rate(clock: CpuTimer | CudaTimer) -> float:
     """Measured copy bandwidth in 10^9 bytes a second, reads and writes counted."""
-    source = torch.empty(2**30 if clock.device.type == "cuda" else 2**27, dtype=torch.uint8, device=clock.device)
-    source.random_(256)
+    size = 2**30 if clock.device.type == "cuda" else 2**27
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=clock.device)
     target = torch.empty_like(source)
-    return 2 * len(source) / _median_seconds(clock, lambda: target.copy_(source)) / 1e9
+    return 2 * size / _seconds(clock, lambda: target.copy_(source)) / 1e9
 
 
 def matmul_rate(clock: CpuTimer | CudaTimer, dtype: torch.dtype) -> float:
     """Measured rate of a large matrix product in 10^12 operations a second, under the settings of the run."""
     n = 8192 if clock.device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=clock.device).to(dtype) for _ in range(2))
-    return 2 * n**3 / _median_seconds(clock, lambda: a @ b) / 1e12
+    return 2 * n**3 / _seconds(clock, lambda: a @ b) / 1e12
 
 
 def rates(device: torch.device) -> dict[str, float]:

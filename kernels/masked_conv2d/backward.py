@@ -215,7 +215,8 @@ def masked_conv2d_sum_kernel(
     partial_ptr,  # (shares, outputs, all_columns) float32
     mask_ptr,  # bool (outputs, inputs, size) contiguous, or None, as in the packing
     out_ptr,  # the same shape, contiguous, written whole
-    masked, shares, outputs, all_columns,
+    masked,  # outputs whose mask is read: all, or 0
+    shares, outputs, all_columns,
     image_pitch,  # inputs * size
     pitch,  # columns of a tap
     inputs,  # of a program
@@ -244,5 +245,5 @@ def masked_conv2d_sum_kernel(
     there = (output < outputs) & (i < inputs) & (start * size + flat < image_pitch)
     at = output.to(tl.int64) * image_pitch + start * size + flat
     if mask_ptr is not None:
-        total = tl.where(tl.load(mask_ptr + at, mask=there & (masked != 0), other=1) != 0, total, 0.0)
+        total = tl.where(tl.load(mask_ptr + at, mask=there & (output < masked), other=1) != 0, total, 0.0)
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=there)

@@ -62,9 +62,10 @@ def tap_of_kernel(tap, first, width, corner, kernel_width):
 @kernel
 def masked_conv2d_pack_kernel(
     weight_ptr,  # (outputs, inputs, size) contiguous
-    mask_ptr,  # bool, the same; or None; where not `masked` it is not read, but spares another compilation
+    mask_ptr,  # bool, the same; or None
     packed_ptr,  # (packed_rows, packed_columns * 16), written from column first_column * 16 on
-    masked, packed_rows,
+    masked,  # outputs of a half whose mask is read: all, or 0; a pointer that is not read spares another compilation
+    packed_rows,
     columns, packed_columns, first_column,  # in sixteens; columns: to be filled
     pitch,  # columns of a tap, in units
     outputs,  # of a half of a gate
@@ -86,7 +87,7 @@ def masked_conv2d_pack_kernel(
     at = (half * outputs + output).to(tl.int64) * (image_pitch * UNIT) + start * size + flat
     values = tl.load(weight_ptr + at, mask=there, other=0.0)
     if mask_ptr is not None:
-        values = tl.where(tl.load(mask_ptr + at, mask=there & (masked != 0), other=1) != 0, values, 0.0)
+        values = tl.where(tl.load(mask_ptr + at, mask=there & (output < masked), other=1) != 0, values, 0.0)
     i = tl.arange(0, INPUTS)[None, :]
     pitch *= UNIT
     for tap in range(rounds):
@@ -173,9 +174,9 @@ def halves_of(sums):
 
 
 @triton.jit
-def add_biases(sums, image, n, inside, biased, bias_ptr, condition_ptr, first, all_rows, rows):
+def add_biases(sums, image, n, inside, biased, bias_ptr, condition_ptr, first, all_rows):
     """The bias of each channel, and an image's own (B, all_rows); first: 0, or rows for the second half of a gate."""
-    sums += tl.load(bias_ptr + first + n, mask=(n < rows) & (biased != 0), other=0.0).to(tl.float32)
+    sums += tl.load(bias_ptr + first + n, mask=n < biased, other=0.0).to(tl.float32)
     if condition_ptr is not None:
         own = condition_ptr + image * all_rows + first + n
         sums += tl.load(own, mask=inside, other=0.0).to(tl.float32)
@@ -209,12 +210,13 @@ def masked_conv2d_kernel(
     x_map,  # (B, x_height, x_width, parts_read * channels), strides below
     packed_map,  # (row_tiles * N, packed_columns * 16)
     other_map,  # (B, out_height, out_width, other_channels) or None: a second map, seen at the pixel itself
-    bias_ptr,  # (all rows), read where `biased`
+    bias_ptr,  # (all rows)
     condition_ptr,  # (B, all rows) or None
-    residual_ptr,  # (B, out_height, out_width, rows), strides below, read where `added`; or None
+    residual_ptr,  # (B, out_height, out_width, rows), strides below; or None
     out_map,  # (B, out_height, out_width, 1, rows) contiguous, written
     kept_map,  # written: KEEP "valve": as out; "both": with two halves; "sign": a pointer, bool, as out
-    biased, added,
+    biased,  # rows whose bias is read: all, or 0
+    added,  # rows whose residual is read, in units: all, or 0
     floor,  # without a gate: what is less is raised to it; 0 for ReLU, else -inf
     mirrored,  # for the gradient of the input
     batch, out_height, out_width, x_height, x_width,
@@ -301,8 +303,8 @@ def masked_conv2d_kernel(
     at = pixel * rows + n
     if GATED:
         sums, valve = halves_of(sums)
-        sums = add_biases(sums, image, n, inside, biased, bias_ptr, condition_ptr, 0, 2 * rows, rows)
-        valve = add_biases(valve, image, n, inside, biased, bias_ptr, condition_ptr, rows, 2 * rows, rows)
+        sums = add_biases(sums, image, n, inside, biased, bias_ptr, condition_ptr, 0, 2 * rows)
+        valve = add_biases(valve, image, n, inside, biased, bias_ptr, condition_ptr, rows, 2 * rows)
         if KEEP == "valve":
             write(kept_map, valve, 0, at, inside, first_image, first_y, first_x, tile * C, HEIGHT, WIDTH)
         if KEEP == "both":
@@ -311,12 +313,12 @@ def masked_conv2d_kernel(
             write(kept_map, valve, 1, half + rows, inside, first_image, first_y, first_x, tile * C, HEIGHT, WIDTH)
         sums = gate(sums, valve, FAST)
     else:
-        sums = add_biases(sums, image, n, inside, biased, bias_ptr, condition_ptr, 0, rows, rows)
+        sums = add_biases(sums, image, n, inside, biased, bias_ptr, condition_ptr, 0, rows)
         if KEEP == "sign":
             tl.store(kept_map + at, (sums <= 0) == 0, mask=inside)  # a NaN passes
         sums = tl.where(sums < floor, floor, sums)  # keeps NaN
     if residual_ptr is not None:
         where = (image * residual_image + i * residual_y + j * residual_x) * OUT_UNIT
         where += n.to(tl.int64) * residual_channel
-        sums += tl.load(residual_ptr + where, mask=inside & (added != 0), other=0.0).to(tl.float32)
+        sums += tl.load(residual_ptr + where, mask=inside & (n < added * OUT_UNIT), other=0.0).to(tl.float32)
     write(out_map, sums, 0, at, inside, first_image, first_y, first_x, tile * C, HEIGHT, WIDTH)

@@ -224,9 +224,10 @@ class Convolve:
             out_unit = unit_of(residual, rows)
         box, across, down, blocks = blocks_of(choice, batch, height, width)
         arguments = (
-            int(bias is not None), int(residual is not None), 0.0 if activation == "relu" else -math.inf, int(mirrored),
-            batch, height, width, *x.shape[2:], across, down, *((1, 1) if mirrored else weights.geometry.stride),
-            *walk_arguments(walk, weights.geometry, mirrored), channels // unit, part_blocks, parts, rows // out_unit,
+            0 if bias is None else rows, 0 if residual is None else rows // out_unit,
+            0.0 if activation == "relu" else -math.inf, int(mirrored), batch, height, width, *x.shape[2:], across, down,
+            *((1, 1) if mirrored else weights.geometry.stride), *walk_arguments(walk, weights.geometry, mirrored),
+            channels // unit, part_blocks, parts, rows // out_unit,
             row_tiles, columns, packed_columns // 16, others // unit, *pixel_steps(x, unit),
             *((0,) * 3 if other is None else pixel_steps(other, unit)),
             *((0,) * 3 if residual is None else pixel_steps(residual, out_unit)), x.stride(1) if layer.gathers else 1,
@@ -256,8 +257,9 @@ class Convolve:
         rows = 16 if unit > 1 else 4
         places = (pitch, packed_rows) if self.mirrored else (packed_rows, pitch)
         arguments = (
-            int(weights.masked), packed_rows, columns // 16, packed_columns // 16, first // 16, pitch // unit,
-            outputs // halves[1], inputs * weights.size // unit, *halves, weights.size, *taps, weights.shape[3],
+            outputs // halves[1] if weights.masked else 0, packed_rows, columns // 16, packed_columns // 16,
+            first // 16, pitch // unit, outputs // halves[1], inputs * weights.size // unit, *halves, weights.size,
+            *taps, weights.shape[3],
         )  # fmt: skip
         return Launches(
             masked_conv2d_pack_kernel, (cdiv(places[0], rows), cdiv(places[1], 16)), arguments,
@@ -320,7 +322,7 @@ def sum_of(
     size, flat = height * width, max(256, next_power_of_2(height * width))
     part = flat // size  # inputs of a program
     part = part // 8 * 8 or part
-    arguments = (int(masked), shares, outputs, columns, inputs * size, pitch, part, size, *taps, width)
+    arguments = (outputs if masked else 0, shares, outputs, columns, inputs * size, pitch, part, size, *taps, width)
     grid = (cdiv(outputs, 8), cdiv(inputs, part))
     return Launches(masked_conv2d_sum_kernel, grid, arguments, FLAT=flat, OUTPUTS=8)
 

@@ -13,9 +13,11 @@ from fastgen.kernels.sampler.words import (
     ALONG,
     ALONG_B,
     AMAX,
+    BFLOAT16,
     COLUMNS,
     COPY_INT64,
     DEPTH,
+    FLOAT16,
     HALF,
     HAS_ADDED,
     IN_ORDER,
@@ -30,6 +32,7 @@ from fastgen.kernels.sampler.words import (
     NUMBER,
     OP,
     OUT,
+    ROUNDED,
     S1,
     S2,
     S3,
@@ -59,6 +62,19 @@ def places(code, SIDE: tl.constexpr, offsets, first_image, m):
         d1, d2, d3 = tl.load(code + SIDE + 3), tl.load(code + SIDE + 4), tl.load(code + SIDE + 5)
         found += m % s3 * d3 + m // s3 % s2 * d2 + m // (s2 * s3) % tl.load(code + S1).to(tl.int32) * d1
     return found
+
+
+@triton.jit
+def rounded(x, code):
+    """Results as they are to be stored: in the precision that the value has in the model."""
+    to = tl.load(code + ROUNDED)
+    if to == BFLOAT16:
+        bits = x.to(tl.int32, bitcast=True)
+        even = (bits + (0x7FFF + ((bits >> 16) & 1))) & -65536
+        x = tl.where(x == x, even.to(tl.float32, bitcast=True), x)
+    elif to == FLOAT16:
+        x = x.to(tl.float16).to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -100,7 +116,7 @@ def contract(
             at = places(code, ADDED, offsets, first_image, m)[:, None] + j[None, :] * tl.load(code + ADDED + 6)
             total += tl.load(memory_ptr + at, mask=inside, other=0.0)
         at = places(code, OUT, offsets, first_image, m)[:, None] + j[None, :] * tl.load(code + OUT + 6)
-        tl.store(memory_ptr + at, total, mask=inside)
+        tl.store(memory_ptr + at, rounded(total, code), mask=inside)
 
 
 @triton.jit
@@ -123,7 +139,7 @@ def follow(memory_ptr, codes_ptr, code, offsets, first_image, m, j, inside, valu
         if FOLDS:
             folded |= tl.load(link + HALF).to(tl.int32)
             column = tl.where(folded > 0, j // 2, columns_of(code, j))
-            kept &= ((folded == 0) | (j % 2 == 0))[None, :]
+            kept &= (j % 2 + folded < 2)[None, :]
         other = value
         if tl.load(link + HAS_ADDED) != 0:
             along = column * tl.load(link + ADDED + 6).to(tl.int32)
@@ -133,10 +149,10 @@ def follow(memory_ptr, codes_ptr, code, offsets, first_image, m, j, inside, valu
             if tl.load(link + HALF) != 0:
                 pair = (tl.arange(0, value.shape[1]) ^ 1)[None, :]
                 other = tl.gather(value, tl.broadcast_to(pair, value.shape), 1)
-        value = apply(tl.load(link + OP), value, other)
+        value = rounded(apply(tl.load(link + OP), value, other), link)
         along = column * tl.load(link + OUT + 6).to(tl.int32)
         at = places(link, OUT, offsets, first_image, m)[:, None] + along[None, :]
-        tl.store(memory_ptr + at, value, mask=kept & (tl.load(link + KEPT) != 0))
+        tl.store(memory_ptr + at, value, mask=kept & (j < tl.load(link + KEPT))[None, :])
         link += WORDS
 
 
@@ -152,6 +168,7 @@ def product(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    LINKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """out = rows @ weight + added; the weight as panels (depth, BN), depth filled up with zeros to a multiple of BK."""
@@ -172,7 +189,13 @@ def product(
         total = tl.zeros((BM, BN), tl.float32)
         for part in range(0, parts):
             a = tl.load(a_ptr, mask=real[:, None] & (part * BK + k < depth)[None, :], other=0.0)
-            total = tl.dot(a, tl.load(w_ptr), total, input_precision=PRECISION)
+            w = tl.load(w_ptr)
+            if PRECISION == "widened":  # weights in half precision, which the interpreter cannot multiply
+                total = tl.dot(a, w.to(tl.float32), total, input_precision="ieee")
+            elif PRECISION == "half":
+                total = tl.dot(a.to(w.dtype), w, total)
+            else:
+                total = tl.dot(a, w, total, input_precision=PRECISION)
             a_ptr += BK
             w_ptr += BK * BN
         j = panel * BN + tl.arange(0, BN)
@@ -181,10 +204,12 @@ def product(
         if tl.load(code + HAS_ADDED) != 0:
             at = places(code, ADDED, offsets, first_image, m)
             total += tl.load(memory_ptr + at[:, None] + column[None, :], mask=inside, other=0.0)
-        kept = inside & (tl.load(code + KEPT) != 0)
+        total = rounded(total, code)
+        kept = inside & (j < tl.load(code + KEPT))[None, :]
         at = places(code, OUT, offsets, first_image, m)
         tl.store(memory_ptr + at[:, None] + column[None, :], total, mask=kept)
-        follow(memory_ptr, codes_ptr, code, offsets, first_image, m, j, inside, total, True)
+        if LINKED:
+            follow(memory_ptr, codes_ptr, code, offsets, first_image, m, j, inside, total, True)
 
 
 @triton.jit
@@ -228,7 +253,8 @@ def pointwise(
                 a = apply(op, a, tl.load(memory_ptr + b_at, mask=inside, other=1.0))
             if tl.load(code + IN_ORDER) != 0:
                 tl.debug_barrier()
-            tl.store(memory_ptr + out_at, a, mask=inside & (tl.load(code + KEPT) != 0))
+            a = rounded(a, code)
+            tl.store(memory_ptr + out_at, a, mask=inside & (j < tl.load(code + KEPT))[None, :])
             follow(memory_ptr, codes_ptr, code, offsets, first_image, m, j, inside, a, False)
 
 
@@ -259,7 +285,7 @@ def rowwise(memory_ptr, code, offsets, first_image, images, BR: tl.constexpr, BP
         if op == AMAX:
             tl.store(out_ptr, tl.where(tl.max(nan, 1) > 0, float("nan"), shift), mask=real)
         elif (op == SUM) | (op == MEAN):
-            tl.store(out_ptr, tl.where(op == MEAN, total / depth, total), mask=real)
+            tl.store(out_ptr, rounded(tl.where(op == MEAN, total / depth, total), code), mask=real)
         else:
             shift = tl.where(exponential, shift, total / depth)  # what is taken off each number
             sums = tl.zeros((BR, BP), tl.float32)
@@ -276,4 +302,4 @@ def rowwise(memory_ptr, code, offsets, first_image, images, BR: tl.constexpr, BP
                     a -= tl.log(total)[:, None]
                 else:
                     a = tl.where(exponential, tl.exp(a), a) * scale[:, None]
-                tl.store(out_ptr[:, None] + ((start + k) * across)[None, :], a, mask=inside)
+                tl.store(out_ptr[:, None] + ((start + k) * across)[None, :], rounded(a, code), mask=inside)

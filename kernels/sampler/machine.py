@@ -2,7 +2,8 @@
 
 A program (CTA) owns BM images and plays them from the first place to the last by itself: programs share nothing but
 weights, so nothing has to be synchronized between them. Between two instructions its threads wait for each other.
-Activations lie in one arena of float32, levels and indices in one of int64.
+Activations lie in one arena of float32, levels and indices in one of int64. Of a model in half precision each result is
+rounded as it is stored, and the weights have that precision, so that products run on tensor cores.
 """
 
 from typing import Any, NamedTuple
@@ -62,6 +63,7 @@ def step_machine_kernel(
     BP: tl.constexpr,
     ROWS: tl.constexpr,
     LEVELS: tl.constexpr,
+    LINKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     first_image = (first_image + tl.program_id(0) * BM).to(tl.int64)
@@ -83,7 +85,7 @@ def step_machine_kernel(
                 tl.debug_barrier()
                 if op == PRODUCT:
                     product(memory_ptr, weights_ptr, codes_ptr, code, offsets, first_image, images, BM, BN, BK,
-                            PRECISION)  # fmt: skip
+                            LINKS, PRECISION)  # fmt: skip
                 elif op == CONTRACT:
                     contract(memory_ptr, code, offsets, first_image, images, ROWS, 32, 16)
                 elif op >= SOFTMAX:
@@ -97,7 +99,7 @@ OPTIONS: dict[str, Any] = {"num_warps": 8, "num_stages": 2}
 
 class Tiles(NamedTuple):
     """Images of a program, which are the rows (BM), columns (BN) and depth (BK) of a part of a product; rows (BR) and
-    columns (BP) of other instructions; images (ROWS) and levels that are drawn at once."""
+    columns (BP) of other instructions; images (ROWS) and levels that are drawn at once; whether products have LINKS."""
 
     BM: int = 16
     BN: int = 64
@@ -106,17 +108,18 @@ class Tiles(NamedTuple):
     BP: int = 64
     ROWS: int = 4
     LEVELS: int = 256
+    LINKS: bool = True
 
 
-MANY = Tiles(64, BN=32)  # of 64x64 sums no registers are left for what follows a product
+SIZES = (Tiles(), Tiles(32), Tiles(64, BN=32))  # of 64x64 sums no registers are left for what follows a product
+
+AMD = tuple(one._replace(LINKS=False) for one in SIZES)  # with them, hundreds of bytes are spilled there
 
 
 def tiles_for(images: int, device: torch.device) -> Tiles:
     """Larger tiles read the weights less often; they pay where smaller ones would not all run at the same time."""
-    for BM in (16, 32):
-        if cdiv(images, BM) <= processors_of(device):
-            return Tiles(BM)
-    return MANY
+    sizes = SIZES if torch.version.hip is None else AMD
+    return next((one for one in sizes[:-1] if cdiv(images, one.BM) <= processors_of(device)), sizes[-1])
 
 
 def play(
@@ -133,7 +136,8 @@ def play(
 
     Args:
         tensors: the kernel's first 13 arguments.
-        precision: of products, "ieee" or "tf32x3".
+        precision: of products, "ieee" or "tf32x3"; "half" where the weights are in half precision, for which the
+            interpreter takes "widened".
         first, last, until, drawing: see the kernel.
         images: from the first to before the last.
     """
@@ -146,23 +150,28 @@ KINDS = {"memory_ptr": "*fp32", "weights_ptr": "*fp32", "noise_ptr": "*fp32", "m
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
-def entry(tiles: Tiles, precision: str, skips: dict[str, str]) -> Entry:
+def entry(tiles: Tiles, weights: str, precision: str, skips: dict[str, str]) -> Entry:
     fixed = {**tiles._asdict(), "PRECISION": precision}
     kinds = {name: "*i64" if name.endswith("_ptr") else "i32" for name in step_machine_kernel.arg_names}
     signature = {name: KINDS.get(name, kind) for name, kind in kinds.items() if name not in fixed}
     return Entry(
         step_machine_kernel,
-        f"fp32 {precision}, {tiles.BM} images",
-        signature,
+        f"{weights} {precision}, {tiles.BM} images" + ("" if tiles.LINKS else ", no links"),
+        {**signature, "weights_ptr": f"*{weights}"},
         fixed,
         unaligned=tuple(GIVEN),
-        requires=dict.fromkeys(NVIDIA, "mma") if precision == "tf32x3" else {},
+        requires=dict.fromkeys(NVIDIA, "mma") if precision != "ieee" else {},
         skips=skips,
         **OPTIONS,
     )
 
 
+OTHERS = dict.fromkeys(NVIDIA, "has links of products")
 CATALOGUE: list[Entry] = [
-    *(entry(tiles, "tf32x3", {"gfx942": "has no TF32"}) for tiles in (Tiles(), Tiles(32), MANY)),
-    entry(Tiles(), "ieee", dict.fromkeys(NVIDIA, "takes tf32x3")),
+    *(entry(tiles, "fp32", "tf32x3", {"gfx942": "has no TF32"}) for tiles in SIZES),
+    *(entry(tiles, "bf16", "half", {"gfx942": "has no links of products"}) for tiles in SIZES),
+    *(entry(tiles, "bf16", "half", OTHERS) for tiles in AMD),
+    entry(Tiles(), "fp16", "half", {"gfx942": "has no links of products"}),
+    entry(AMD[0], "fp16", "half", OTHERS),
+    entry(AMD[0], "fp32", "ieee", dict.fromkeys(NVIDIA, "takes tf32x3")),
 ]

@@ -28,15 +28,17 @@ OPS = {name: number for number, name in enumerate((*POINTWISE, *ROWWISE, "produc
 ) = map(tl.constexpr, range(len(OPS)))  # fmt: skip
 
 # Of an instruction. ALONG: strides of A and B along the depth. NUMBER: bits of a float32. IN_ORDER: a copy whose target
-# begins before its source, over which it may lie. KEPT: whether the result is stored. LINKS, LINKS_AT: how many there
-# are, and the number of the first among all instructions. HALF: columns of a half, where a link folds the two halves of
-# a product's columns, which are packed in turns; of a link, not 0 where it is that one.
+# begins before its source, over which it may lie. ROUNDED: to what precision the result is rounded. KEPT: how many
+# columns of it are stored, all or none. LINKS, LINKS_AT: how many there are, and the number of the first among all
+# instructions. HALF: columns of a half, where a link folds the two halves of a product's columns, which are packed in
+# turns; of that link, 1.
 (
-    OP, DEPTH, ALONG, ALONG_B, NUMBER, WEIGHT, HAS_ADDED, IN_ORDER, KEPT, LINKS, LINKS_AT, HALF,
+    OP, DEPTH, ALONG, ALONG_B, NUMBER, WEIGHT, HAS_ADDED, IN_ORDER, ROUNDED, KEPT, LINKS, LINKS_AT, HALF,
     S1, S2, S3, COLUMNS,
-) = map(tl.constexpr, range(16))  # fmt: skip
-OUT, A, B, ADDED = map(tl.constexpr, range(16, 44, 7))
-SIDE, WORDS = 7, tl.constexpr(44)
+) = map(tl.constexpr, range(17))  # fmt: skip
+OUT, A, B, ADDED = map(tl.constexpr, range(17, 45, 7))
+SIDE, WORDS = 7, tl.constexpr(45)
+FLOAT32, BFLOAT16, FLOAT16 = map(tl.constexpr, range(3))  # precisions
 
 # Of a step: program, first word of its offsets, first of the copies before it and their number. Of a program: first
 # instruction, number.

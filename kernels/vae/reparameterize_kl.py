@@ -227,9 +227,11 @@ def reparameterize_kl_backward_kernel(
         grad_at = grad_kl_ptr + row * grad_kl_stride
         grad_of_row = tl.load(grad_at, row < rows, other=0.0).to(tl.float32)
         if ALIGNED > 0:  # of the neighbours that share a group with the row
-            begins, ends = tl.program_id(1) == 0, (tl.program_id(1) + 1) * tiles * IN > columns
-            grad_before = tl.load(grad_at - grad_kl_stride, begins & (row > 0) & (row < rows), other=0.0).to(tl.float32)
-            grad_after = tl.load(grad_at + grad_kl_stride, ends & (row + 1 < rows), other=0.0).to(tl.float32)
+            split = tl.program_id(1) + tl.zeros_like(row)  # a mask of numbers and tensors is none to the interpreter
+            has_before = (split == 0) & (row > 0) & (row < rows)
+            has_after = ((split + 1) * tiles * IN > columns) & (row + 1 < rows)
+            grad_before = tl.load(grad_at - grad_kl_stride, has_before, other=0.0).to(tl.float32)
+            grad_after = tl.load(grad_at + grad_kl_stride, has_after, other=0.0).to(tl.float32)
     if eps_ptr is None:
         seed = tl.load(seed_ptr)
     for tile in range(tiles):

@@ -14,8 +14,8 @@ from pretended_gpu import NAME, pretend
 from benchmarks import cases, first_contact
 from benchmarks.__main__ import main
 from benchmarks.cases import launches
-from benchmarks.harness import machine, pieces, rows
-from benchmarks.harness.case import Case
+from benchmarks.harness import machine, rows
+from tests.benchmarks.square import case, out_of_memory, square
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
@@ -24,10 +24,6 @@ pytestmark = [
 
 
 MODES = ("fwd", "bwd", "full")
-
-
-def square(x):
-    return x * x
 
 
 def crash(x):
@@ -42,10 +38,6 @@ def hang(x):
     time.sleep(60)
 
 
-def no_memory(x):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
-
-
 def illegal_access(x):
     machine.lost = lambda device: True  # of this process only
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -55,21 +47,13 @@ PLANTED = {
     crash: ("dead", "killed by SIGSEGV"),
     wrong: ("wrong", "wrong: error 0.001"),
     hang: ("dead", "no result within 2 s"),
-    no_memory: ("dead", "out of memory"),
+    out_of_memory: ("dead", "out of memory"),
     illegal_access: ("dead", "an illegal memory access was encountered"),
 }
 
 
-def case(shape, planted, **options):
-    return Case(
-        op="square",
-        shape=shape,
-        dtype=torch.float32,
-        inputs=lambda device: {"x": torch.linspace(1, 2, 8, device=device).requires_grad_()},
-        providers={"eager": square, "fastgen": planted, "compiled": lambda x: x**2},
-        truth=square,
-        **options,
-    )
+def case_of(shape, planted, **options):
+    return case({"fastgen": planted, "compiled": lambda x: x**2}, shape, **options)
 
 
 @pytest.fixture
@@ -78,8 +62,9 @@ def planted(monkeypatch, tmp_path):
 
     def start(fault, *options):
         monkeypatch.setattr(first_contact, "PATIENCE", 2.0 if fault is hang else 20.0)
-        own = {"launches": [case("launch", fault, modes=("full",)), case("next", square, modes=("full",))]}
-        own["square"] = [case("headline", fault), case("later", square)]
+        compared = {"modes": ("full",), "timed": False}
+        own = {"launches": [case_of("launch", fault, **compared), case_of("next", square, **compared)]}
+        own["square"] = [case_of("headline", fault), case_of("later", square)]
         monkeypatch.setattr(cases, "load", lambda name, size, device: own[name])
         monkeypatch.setattr(cases, "ON_A_GPU", ("square",))
         monkeypatch.setattr(first_contact, "HEADLINES", [("square", "float32", "headline")])
@@ -94,7 +79,7 @@ def planted(monkeypatch, tmp_path):
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_fault_costs_its_own_row_only(fault, planted, tmp_path, capsys):
     status, saved = planted(fault)
-    assert status == (0 if fault is no_memory else 1)
+    assert status == (0 if fault is out_of_memory else 1)
     verdict, problem = PLANTED[fault]
     expected = {("launch", "full"), ("next", "full"), *((s, m) for s in ("headline", "later") for m in MODES)}
     assert {(shape, mode) for shape, _, mode in saved} == expected
@@ -178,31 +163,5 @@ def test_a_killed_run_leaves_whole_rows_and_goes_on(tmp_path):
     with file.open("a") as torn:
         torn.write('{"op": "to')
     assert len(rows.load(tmp_path)) == len(killed.splitlines())
-    rows.save([], tmp_path)
+    rows.save([], tmp_path / rows.FILE)
     assert file.read_text() == killed
-
-
-def test_children_end_with_their_parent():
-    def parent(tell):
-        child = pieces.Child(lambda tell: time.sleep(60))
-        tell("child", child.process.pid)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    news = []
-    outer = pieces.Child(parent)
-    end = time.monotonic() + 10
-    while time.monotonic() < end and not any(kind == "end" for kind, _ in news):
-        news += outer.heard()
-        time.sleep(0.01)
-    orphan = dict(news)["child"]
-    while time.monotonic() < end and os.path.exists(f"/proc/{orphan}") and _state(orphan) != "Z":
-        time.sleep(0.05)
-    assert not os.path.exists(f"/proc/{orphan}") or _state(orphan) == "Z"
-
-
-def _state(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return "Z"

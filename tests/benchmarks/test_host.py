@@ -8,7 +8,6 @@ import pytest
 
 from benchmarks import host
 from benchmarks.harness import machine, rows
-from benchmarks.harness.launches import mocked
 
 pytest.importorskip("triton")
 
@@ -30,5 +29,5 @@ def test_every_operation_has_a_row_with_its_launches(tmp_path):
 
 
 def test_kernels_in_the_interpreter_are_refused():
-    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), mocked():
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), host.mocked():
         pass

@@ -12,6 +12,7 @@ from PIL import Image
 import fastgen
 from fastgen import cli, data, models
 from fastgen.cli.compression import other_codecs
+from tests.cli.commands import refused
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +31,6 @@ def runs(tmp_path_factory):
         fastgen.save(models.GatedPixelCNN((1, 4, 4), 3, channels=4, layers=1, n_classes=n_classes), root / name)
     fastgen.save(models.VAE((1, 4, 4), 2, levels=3, channels=4), root / "vae")
     return root
-
-
-def refused(capsys, *arguments):
-    """The one line on stderr; asserts that there is one line and the exit status is 2."""
-    try:
-        status = cli.main([str(argument) for argument in arguments])
-    except SystemExit as error:
-        status = error.code
-    lines = capsys.readouterr().err.splitlines()
-    assert status == 2 and len(lines) == 1, (status, lines)
-    return lines[0]
 
 
 @pytest.mark.parametrize("name", ["plain", "conditional"])

@@ -10,6 +10,7 @@ from PIL import Image
 
 import fastgen
 from fastgen import cli, data, models
+from tests.cli.commands import refused
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +32,6 @@ def runs(tmp_path_factory):
     fastgen.save(models.VAE((1, 6, 5), 2, levels=3, channels=4, likelihood="categorical"), root / "vae")
     fastgen.save(models.Autoencoder((1, 6, 5), 2, levels=3, channels=4), root / "autoencoder")
     return root
-
-
-def refused(capsys, *arguments):
-    """The one line on stderr; asserts that there is one line and the exit status is 2."""
-    try:
-        status = cli.main([str(argument) for argument in arguments])
-    except SystemExit as error:
-        status = error.code
-    lines = capsys.readouterr().err.splitlines()
-    assert status == 2 and len(lines) == 1, (status, lines)
-    return lines[0]
 
 
 @pytest.mark.parametrize("name", ["plain", "conditional", "vae"])

@@ -46,6 +46,8 @@ class Transformer(nn.Module):
 MODELS = {
     "gated, classes": lambda: GatedPixelCNN((1, 3, 4), 5, channels=6, layers=1, n_classes=3),
     "plain, colours": lambda: PixelCNN((3, 3, 2), 3, channels=6, layers=1),
+    "diagonal": lambda: PixelRNN((1, 2, 3), 3, hidden_channels=4, layers=1),
+    "row": lambda: PixelRNN((1, 3, 2), 3, kind="row_lstm", hidden_channels=4, layers=1),
 }
 
 
@@ -127,6 +129,15 @@ class Flat(nn.Module):
         return self.model(x)[:, :, 0]
 
 
+class Waves(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x).sin()
+
+
 def small(name):
     model = lively(SMALL[name][0]())
     distribution = SMALL[name][1] or model.distribution
@@ -157,7 +168,7 @@ def test_the_machine_of_the_cpu_draws_the_same(name, options):
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32x3"])  # the interpreter knows the first alone
 def test_tiles_of_images_in_any_order_draw_the_same(precision, monkeypatch):
-    monkeypatch.setattr(gpu_player, "precision_on", lambda device: precision)
+    monkeypatch.setattr(gpu_player, "precision_on", lambda *_: precision)
     plan, distribution = small("gated")
     request = SampleRequest(20, (1, 3, 3), torch.rand(20, 1, 3, 3), distribution)
 
@@ -179,7 +190,10 @@ def test_joined_or_not_the_numbers_are_the_same(monkeypatch):
     plan, distribution = small("gated")
     request = SampleRequest(3, (1, 3, 3), torch.rand(3, 1, 3, 3), distribution)
     joined = played(GPUPlayer, plan, request)
-    monkeypatch.setattr(gpu_player, "fuse", lambda instructions: [Fused(part_of(one)) for one in instructions])
+    monkeypatch.setattr(GPUPlayer, "tiles", Tiles(LINKS=False))
+    products_alone = played(GPUPlayer, plan, request)
+    assert all(torch.equal(*both) for both in zip(joined, products_alone, strict=True))
+    monkeypatch.setattr(gpu_player, "fuse", lambda instructions, _: [Fused(part_of(one)) for one in instructions])
     one_by_one = played(GPUPlayer, plan, request)
     assert all(torch.equal(*both) for both in zip(joined, one_by_one, strict=True))
 
@@ -230,13 +244,13 @@ def test_a_parameter_that_is_nan_is_an_error():
 
 
 def test_what_it_does_not_know_is_named():
-    model = lively(PixelRNN((1, 3, 3), 4, hidden_channels=4, layers=1))
-    with pytest.warns(UserWarning, match="from the persistent .* the kernel does not know .*, which .* steps need"):
-        sampler = accelerate(model, model.shape, distribution=model.distribution, backend="persistent")
+    model = lively(GatedPixelCNN((1, 2, 2), 3, channels=4, layers=1))
+    given = {"distribution": model.distribution, "encode": model.encode}
+    with pytest.warns(UserWarning, match="from the persistent .* the kernel does not know sin.*, which .* steps need"):
+        sampler = accelerate(Waves(model), model.shape, backend="persistent", **given)
     assert "instead of persistent" in sampler.explain()
-    half = lively(GatedPixelCNN((1, 2, 2), 3, channels=4, layers=1)).to(torch.bfloat16)
-    with pytest.warns(UserWarning, match="the kernel computes in float32 and the model in torch.bfloat16"):
-        accelerate(half, half.shape, distribution=half.distribution, backend="persistent")
+    with pytest.warns(UserWarning, match="in half precision, the model in torch.float64"):
+        accelerate(model.double(), model.shape, distribution=model.distribution, backend="persistent")
 
 
 def test_the_machines_know_the_same():

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fastgen
@@ -179,20 +180,28 @@ def test_what_only_seems_to_leak_is_drawn_by_a_slower_method_that_is_exact():
     assert fastgen.check_causality(model, shape).ok
 
 
-class FullyMaskedRow(nn.Module):
+class Attention(nn.Module):
     """The first pixel may attend to nothing, so that its softmax is an average over everything."""
 
-    def __init__(self):
-        super().__init__()
-        self.first, self.attention, self.out = DataMask(1, 4, 3, True), nn.Conv2d(5, 12, 1), nn.Conv2d(8, 3, 1)
-
-    def forward(self, x):
-        features = self.first(x)
-        q, k, v = self.attention(torch.cat((features, x), 1)).flatten(2).split(4, 1)
+    def forward(self, qkv):
+        q, k, v = qkv.flatten(2).chunk(3, 1)
         before = torch.ones(q.shape[-1], q.shape[-1]).tril(-1)
         q = torch.cat((torch.zeros_like(q[..., :1]), q[..., :-1]), -1)
         weights = (q.mT @ k).masked_fill(before == 0, -1e9).softmax(-1)
-        return self.out(torch.cat((features, (v @ weights.mT).view_as(features)), 1))
+        return (v @ weights.mT).unflatten(-1, qkv.shape[-2:])
+
+
+class FullyMaskedRow(nn.Module):
+    """Features of rows above, shifted by a padding, and the attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.out = nn.Conv2d(1, 4, 1), nn.Conv2d(8, 3, 1)
+        self.project, self.attend = nn.Conv2d(4, 12, 1), Attention()
+
+    def forward(self, x):
+        above = self.first(F.pad(x, (0, 0, 1, 0)))[:, :, :-1]
+        return self.out(torch.cat((above, self.attend(self.project(above))), 1))
 
 
 class Centred(nn.Module):
@@ -236,7 +245,7 @@ LEAKS = {
     "statistics of the image": (lambda: plain(nn.GroupNorm(2, 6)), (1, 4, 4), "1"),
     "an average over the image": (lambda: plain(nn.AdaptiveAvgPool2d(1), nn.Upsample((4, 4))), (1, 4, 4), "1"),
     "a median of the image": (lambda: plain(Centred()), (1, 4, 4), "1"),
-    "a row that is fully masked": (FullyMaskedRow, (1, 4, 4), ""),
+    "a row that is fully masked": (FullyMaskedRow, (1, 4, 4), "attend"),
     "around the edge": (Rolled, (1, 3, 4), None),
     "normalized over the colours": (
         lambda: plain(PerPixelNorm(9, 1), channels=3, colour=contiguous, outputs=12),

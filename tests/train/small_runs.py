@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -61,3 +62,17 @@ def contents(folder):
 
 def rows(folder):
     return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+
+
+def resumes_exactly(build, source, tmp_path, **options):
+    """Trains in one go and in two; returns the first folder."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    models = [build() for _ in range(3)]
+    made = [{name: make(model) for name, make in options.items()} for model in models]
+    train(models[0], source, whole, QUICK, **made[0])
+    train(models[1], source, parts, replace(QUICK, steps=4), **made[1])
+    torch.rand(3)
+    train(models[2], source, parts, QUICK, resume=True, **made[2])
+    for name in (METRICS, "model.safetensors"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+    return whole

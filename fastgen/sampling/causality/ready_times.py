@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastgen.sampling.causality.doubt import erased
 from fastgen.sampling.rules import Analysis, Rule, rule_for
-from fastgen.sampling.trace.graph import NEVER, READY, Graph, Operand, Value
+from fastgen.sampling.trace.graph import NEVER, READY, Graph, Operand, Value, coordinates
 
 
 @dataclass(eq=False)
@@ -74,7 +74,7 @@ def path_to_input(timed: Timed, operand: Operand, element: tuple[int, ...]) -> l
     path: list[tuple[Value, tuple[int, ...]]] = []
     while True:
         value = next(v for v in reversed(timed.graph.numbered) if v.base <= number)
-        place = tuple(int(k) for k in torch.unravel_index(torch.tensor(number - value.base), value.shape))
+        place = tuple(int(k) for k in coordinates(torch.tensor(number - value.base), value.shape))
         path.append((value, place))
         ready = timed.analysis.ready_of(value)
         target = int(ready[place]) if target is None else target

@@ -1,6 +1,6 @@
 """Where a model is not causal, for people: `Leak`, `CausalityReport`, `NotCausalError`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,20 +139,32 @@ def _shift_hint(draws: Draws, source: tuple[int, int, int], i: int, j: int) -> s
 
 
 def _first_to_see(timed: Timed, path: list[Any], draw_index: Tensor, needed: int) -> tuple[str, str]:
-    """The operation nearest to the input that knows more than its own position may; else the first that mixes."""
-    height, width = draw_index.shape[-2:]
-    mixing = None
-    for value, place in reversed(path):
+    """The operation after which all on the way to the output knows more than its own pixel may. Where none does (one
+    colour sees another of its pixel), the first that belongs to no pixel and knows more than was `needed`, else the
+    first that mixes elements."""
+    first = culprit = among_colours = None
+    fine = False  # from here on to the input
+    for value, place in path:
         if value.kind != "computed":
             continue
-        operation = value.name.split(" in ")[0]
-        named = ("moved elements" if operation == "clone" else operation, value.module)
-        if mixing is None and torch.Tag.pointwise not in value.op.tags:
-            mixing = named
-        if len(value.shape) >= 3 and value.shape[-2:] == (height, width):
-            own = int(draw_index[0, :, place[-2], place[-1]].max())
-            if int(timed.analysis.ready_of(value)[place]) > own:
-                return named
-        elif int(timed.analysis.ready_of(value)[place]) > needed and mixing is not None:
-            return named
-    return mixing or (path[0][0].name, path[0][0].module)
+        own, ready = _draw_of_pixel(value.shape, place, draw_index), int(timed.analysis.ready_of(value)[place])
+        fine = fine or (own is not None and ready <= own)
+        if torch.Tag.pointwise not in value.op.tags:
+            operation = value.name.split(" in ")[0]
+            first = ("moved elements" if operation == "clone" else operation, value.module)
+            pads = operation == "clone" and own is None  # what comes after it puts elements where they are too early
+            if not fine and (culprit is None or not pads):
+                culprit = first
+            if own is None and ready > needed:
+                among_colours = first
+    return culprit or among_colours or first or (path[0][0].name, path[0][0].module)
+
+
+def _draw_of_pixel(shape: Sequence[int], place: Sequence[int], draw_index: Tensor) -> int | None:
+    """The last draw of the pixel that an element belongs to: of a map (..., H, W), or of a value with one dimension of
+    H*W; None for any other."""
+    of_pixels = draw_index[0].amax(0)
+    if tuple(shape[-2:]) == of_pixels.shape and len(shape) > 2:
+        return int(of_pixels[place[-2], place[-1]])
+    flat = [k for k, size in enumerate(shape) if k and size == of_pixels.numel()]
+    return int(of_pixels.flatten()[place[flat[0]]]) if len(flat) == 1 else None

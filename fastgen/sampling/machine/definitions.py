@@ -68,7 +68,10 @@ ROWWISE: dict[str, Callable[..., Tensor]] = {
 
 
 def product(rows: Tensor, weight: Tensor, added: Tensor | None, out: Tensor) -> Tensor:
-    """out (n, ..., N) = rows (n, ..., K) @ weight (K, N) + added; in a batch weight is (n, ..., K, N)."""
+    """out (n, ..., N) = rows (n, ..., K) @ weight (K, N) + added; in a batch weight is (n, ..., K, N). All is taken in
+    the dtype of `out`."""
+    rows, weight = rows.to(out.dtype), weight.to(out.dtype)
+    added = None if added is None else added.to(out.dtype)
     if weight.dim() == 2 and rows.dim() == 2:
         if added is None:
             return torch.mm(rows, weight, out=out)
@@ -89,4 +92,5 @@ def lookup(table: Tensor, index: Tensor, out: Tensor, of_images: bool) -> Tensor
 
 
 def rowwise(op: str, source: Tensor, numbers: tuple[Any, ...], out: Tensor) -> Tensor:
-    return out.copy_(ROWWISE[op](source, *numbers))
+    wide = torch.promote_types(source.dtype, out.dtype)
+    return out.copy_(ROWWISE[op](source.to(wide), *numbers))

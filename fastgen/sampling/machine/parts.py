@@ -96,8 +96,11 @@ def collapse(sizes: Sequence[int], sides: Sequence[Side]) -> tuple[tuple[int, ..
     return tuple(found), [tuple(one) for one in strides]
 
 
-def part_of(one: Instruction) -> Part:
-    """Raises Unknown."""
+HALF = (torch.bfloat16, torch.float16)
+
+
+def part_of(one: Instruction, half: bool = False) -> Part:
+    """Raises Unknown. `half`: whether numbers in half precision are known, too."""
     if isinstance(one, Pointwise):
         found = _pointwise(one)
     elif isinstance(one, Product):
@@ -119,7 +122,7 @@ def part_of(one: Instruction) -> Part:
         found = Part("lookup", Side(one.out, one.out.strides), one.out.sizes, (table, index), None, 0, along, 0.0, True)
     else:
         raise Unknown
-    _check(found)
+    _check(found, (torch.float32, *HALF) if half else (torch.float32,))
     return found
 
 
@@ -161,13 +164,13 @@ def _contraction(one: Product) -> Part:
     return Part("contract", Side(out, out.strides), out.sizes, sides, None, rows.sizes[-1], along, 0.0, True)
 
 
-def _check(part: Part) -> None:
-    """Raises Unknown for other numbers than float32, and for more dimensions than the machine has."""
+def _check(part: Part, real: Sequence[torch.dtype]) -> None:
+    """Raises Unknown for numbers of other dtypes, and for more dimensions than the machine has."""
     for k, side in enumerate(part.sides):
         integers = part.op == "move_int64" or (part.op, k) in (("copy_int64", 1), ("lookup", 2))
-        if side.view.memory.dtype != (torch.int64 if integers else torch.float32):
+        if side.view.memory.dtype not in ((torch.int64,) if integers else real):
             raise Unknown
-    if part.weight is not None and part.weight.memory.dtype != torch.float32:
+    if part.weight is not None and part.weight.memory.dtype not in real:
         raise Unknown
     if len(part.collapsed()[0]) > DIMS - 1:
         raise Unknown
@@ -206,11 +209,11 @@ def sections(program: Program) -> list[Section]:
 
 
 def unknown_in(program: Program) -> list[str]:
-    """What the machines do not know, by name, each once."""
+    """What the machine of GPUs does not know, by name, each once."""
     found: dict[str, None] = {}
     for one in program.instructions:
         try:
-            part_of(one)
+            part_of(one, half=True)
         except Unknown:
             found[_name(one)] = None
     return list(found)
@@ -218,6 +221,7 @@ def unknown_in(program: Program) -> list[str]:
 
 def _name(one: Instruction) -> str:
     if isinstance(one, Call):
-        return getattr(one.function, "__qualname__", type(one.function).__name__)
+        name = getattr(one.function, "__qualname__", type(one.function).__name__)
+        return name.removeprefix("_VariableFunctionsClass.")  # where torch keeps its functions
     name = one.op if isinstance(one, (Pointwise, Rowwise)) else type(one).__name__.lower()
     return f"{name} of {'x'.join(map(str, one.out.sizes))} {str(one.out.memory.dtype).removeprefix('torch.')}"

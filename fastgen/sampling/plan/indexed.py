@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fastgen.sampling.machine.language import AffineOffset
-from fastgen.sampling.trace.graph import Operand, Value
+from fastgen.sampling.trace.graph import Operand, Value, coordinates
 
 Region = Sequence[tuple[AffineOffset, int, int]]  # first element, number of elements and step along each dimension
 
@@ -34,22 +34,15 @@ class Indexed:
         """strides: of a value in its block, and the place of its first element."""
         assert operand.ids is not None
         graph, ids = operand.graph, operand.ids
-        values = graph.values_of(ids)
-        which, places = torch.zeros_like(ids), torch.zeros_like(ids)
-        if bool((ids == 0).any()):
+        values = operand.values
+        which, places = torch.zeros(operand.numel, dtype=torch.long), torch.zeros(operand.numel, dtype=torch.long)
+        if bool((ids == 0).any()):  # the zero outside of images
             values = [graph.zero(values[0].data.dtype if values else torch.float32), *values]
-        for number, value in enumerate(values):
-            if value.base == 0:  # the zero outside of images
-                continue
-            inside = (ids >= value.base) & (ids < value.base + value.numel)
+        for number, (value, inside, elements) in enumerate(operand.parts, len(values) - len(operand.parts)):
             along, origin = strides(value)
-            found = torch.full_like(ids[inside], origin)
-            for coordinate, stride in zip(
-                torch.unravel_index(ids[inside] - value.base, value.shape), along, strict=True
-            ):
-                found += coordinate * stride
-            which[inside], places[inside] = number, found
-        return Indexed(values, which.numpy(), places.numpy())
+            which[inside] = number
+            places[inside] = origin + coordinates(elements, value.shape) @ torch.tensor(along, dtype=torch.long)
+        return Indexed(values, which.view(ids.shape).numpy(), places.view(ids.shape).numpy())
 
 
 @dataclass(eq=False)

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from fastgen.sampling.trace.element_times import compact
 from fastgen.sampling.trace.graph import Map, Value
 
 FEATURE_KINDS = 4  # a dimension along which times take no more patterns holds features (of colours, say), not places
@@ -36,11 +38,11 @@ class Layout:
     before: tuple[int, ...]
     after: tuple[int, ...]
 
-    @property
+    @cached_property
     def room(self) -> tuple[int, ...]:
         return tuple(b + size + a for b, size, a in zip(self.before, self.shape, self.after, strict=True))
 
-    @property
+    @cached_property
     def strides(self) -> tuple[int, ...]:
         """Of the dimensions in the value's own order; the last of `order` has stride 1."""
         found, stride = [0] * len(self.shape), 1
@@ -53,7 +55,7 @@ class Layout:
     def numel(self) -> int:
         return torch.Size(self.room).numel()
 
-    @property
+    @cached_property
     def origin(self) -> int:
         return sum(b * s for b, s in zip(self.before, self.strides, strict=True))
 
@@ -68,9 +70,9 @@ class Layout:
 
 def dimension_order(times: Tensor, channels: int | None) -> tuple[int, ...]:
     """Places outermost, features innermost, otherwise as they are; `channels`: the dimension to have last of all."""
-    places = []
+    places, core = [], compact(times)
     for d in range(times.dim()):
-        rows = times.movedim(d, 0).reshape(times.shape[d], -1)
+        rows = core.movedim(d, 0).reshape(core.shape[d], -1)
         differing = int((rows[1:] != rows[:-1]).any(1).sum()) if len(rows) > 1 else 0
         kinds = 1 if differing == 0 else len(rows.unique(dim=0)) if len(rows) <= 4096 else len(rows)
         places.append(kinds > FEATURE_KINDS or (kinds > 1 and kinds == times.shape[d]))

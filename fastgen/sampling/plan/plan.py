@@ -23,6 +23,7 @@ from fastgen.sampling.plan.sliding_rows import Ring, make_rings
 from fastgen.sampling.plan.split_convolution import split_rows
 from fastgen.sampling.plan.temporaries import Scratch, share_scratch
 from fastgen.sampling.rules.convolution import Convolution
+from fastgen.sampling.trace.element_times import compact
 from fastgen.sampling.trace.graph import CONSTANT, Map, Operand, Value
 from fastgen.sampling.trace.network import Network
 
@@ -90,7 +91,7 @@ class Plan:
         """Whether some of it is in half precision, which rounds coarsely."""
         return any(value.data.dtype in (torch.bfloat16, torch.float16) for value in self.timed.computed)
 
-    @property
+    @cached_property
     def output_dtype(self) -> torch.dtype:
         return self.timed.graph.data_of(self.output).dtype
 
@@ -160,9 +161,11 @@ def _windows(plan: Plan) -> Iterator[tuple[Memory, Layout, bool]]:
             continue
         found = plan.storage.layouts[index]
         if found.order:
-            constant = plan.schedule.times.of(value).movedim(found.order[0], 0) == CONSTANT
-            if not constant[1:].any():
-                yield memory, found, bool(constant[0].any())
+            outer = found.order[0]
+            constant = (compact(plan.schedule.times.of(value)) == CONSTANT).movedim(outer, 0)
+            rows = constant.reshape(len(constant), -1).any(1).expand(value.shape[outer])
+            if not rows[1:].any():
+                yield memory, found, bool(rows[0])
 
 
 def _storage(timed: Timed, when: Schedule, order: Order, shape: Sequence[int]) -> Storage:
@@ -184,9 +187,9 @@ def _storage(timed: Timed, when: Schedule, order: Order, shape: Sequence[int]) -
     for value in graph.values:
         if value.kind != "constant":
             times = draw_index_of(order, shape) if value.kind == "levels" else when.times.of(value)
-            layouts[value.index] = layout(
-                value, times, maps.get(value.index, []), 1 if value.index in feature_maps else None
-            )
+            rule = timed.rules.get(value.index)
+            channels = 1 if value.index in feature_maps else rule.channels if rule is not None else None
+            layouts[value.index] = layout(value, times, maps.get(value.index, []), channels)
     return Storage(layouts, stored)
 
 
@@ -256,13 +259,17 @@ def _build(plan: Plan, step: int, built: Built) -> Builder:
         return built[step][0]
     tasks = plan.schedule.steps[step]
     while True:
+        before = len(plan.storage.stored)
         builder = Builder(plan.storage, tasks)
-        try:
-            for number, (value, box) in enumerate(tasks):
-                builder.task = number
-                plan.timed.rules[value.index].emit(builder, box)
-        except NeedsStorage as missing:
-            plan.storage.stored.add(missing.value.index)
-        else:
+        for number, (value, box) in enumerate(tasks):
+            builder.task, written = number, False
+            while not written:
+                try:
+                    plan.timed.rules[value.index].emit(builder, box)
+                    written = True
+                except NeedsStorage as missing:  # the rest is written all the same, to find all that is missing
+                    plan.storage.stored.add(missing.value.index)
+                    builder.local.pop(value.index, None)
+        if len(plan.storage.stored) == before:
             built[step] = builder, frozenset(builder.local)
             return builder

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastgen.sampling.causality.ready_times import Timed
 from fastgen.sampling.plan.layout import Box
 from fastgen.sampling.trace.element_times import ElementTimes, compact, shrunk
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, READY, Operand, Value
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, READY, Operand, Value, coordinates
 
 
 @dataclass(eq=False)
@@ -119,11 +119,9 @@ def _boxes(times: Tensor, known: dict[bytes, dict[int, list[Box]]]) -> dict[int,
             covers: dict[bytes, list[Box]] = {}
             free = (core == CONSTANT) | (core == NEVER)
             growing = bool(free.any())
-            coordinates = (
-                torch.stack(torch.unravel_index(order, core.shape), 1) if core.dim() else order.new_zeros(1, 0)
-            )
+            where = coordinates(order, core.shape)
             for step, places, dense in zip(
-                steps.tolist(), coordinates.split(counts.tolist()), _dense_boxes(coordinates, counts), strict=True
+                steps.tolist(), where.split(counts.tolist()), _dense_boxes(where, counts), strict=True
             ):
                 boxes = _cover_anywhere(places, covers) if dense is None else [dense]
                 grown = [_grown(box, free) for box in boxes] if growing else boxes
@@ -132,18 +130,18 @@ def _boxes(times: Tensor, known: dict[bytes, dict[int, list[Box]]]) -> dict[int,
     return known[key]
 
 
-def _dense_boxes(coordinates: Tensor, counts: Tensor) -> list[Box | None]:
+def _dense_boxes(places: Tensor, counts: Tensor) -> list[Box | None]:
     """For every group of places the box that they fill without gaps, None where they fill none.
 
     Args:
-        coordinates: (places, dimensions), the groups one after the other.
+        places: their coordinates, (places, dimensions), the groups one after the other.
         counts: (groups,), places of each.
     """
-    dimensions = coordinates.shape[1]
+    dimensions = places.shape[1]
     group = torch.arange(len(counts)).repeat_interleave(counts)[:, None].expand(-1, dimensions)
-    blank = coordinates.new_zeros(len(counts), dimensions)
-    first = blank.scatter_reduce(0, group, coordinates, "amin", include_self=False)
-    sizes = blank.scatter_reduce(0, group, coordinates, "amax", include_self=False) - first + 1
+    blank = places.new_zeros(len(counts), dimensions)
+    first = blank.scatter_reduce(0, group, places, "amin", include_self=False)
+    sizes = blank.scatter_reduce(0, group, places, "amax", include_self=False) - first + 1
     filled = (sizes.prod(1) == counts).tolist()
     ones = (1,) * dimensions
     return [

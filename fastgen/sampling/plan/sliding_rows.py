@@ -87,7 +87,9 @@ def make_rings(
     for key, found in touched.items():
         ring = _ring(layouts[key], found)
         if ring is not None:
-            first = np.array([ring.first_row(step) for step in range(len(steps))])
+            first = np.zeros(len(steps), dtype=np.int64)
+            for move in ring.moves:
+                first[move.step :] += move.first
             if not first[found.still].any():
                 rings[key], firsts[key] = ring, first * ring.pitch
     for program, of_program in zip(programs, served, strict=True):

@@ -34,22 +34,16 @@ class Analysis:
         self.graph = graph
         self.certain = certain
         self._ready = ElementTimes(CONSTANT)
-        self._zero: dict[Value, Tensor] = {}  # of the values that have any, or may
+        self._zero: dict[Value, Tensor] = {}  # of the values that were asked for
         self._softmax_zero: dict[Value, Tensor] = {}
+        self._told: dict[Value, Tensor] = {}  # what rules know to be low, besides constants
 
     def set(self, value: Value, ready: Tensor, softmax_zero: Tensor | None = None) -> None:
         self._ready.set(value, ready)
-        for known in (self._zero, self._softmax_zero):
+        for known in (self._zero, self._softmax_zero, self._told):
             known.pop(value, None)
-        constant = compact(ready) < 0 if self.certain else compact(ready) == CONSTANT
-        if constant.any():
-            least = NEXT_TO_NOTHING if self.certain and value.data.is_floating_point() else 0
-            self._zero[value] = shrunk(constant & (value.data.abs() <= least if least else value.data == 0))
-            if value.data.is_floating_point():
-                very_low = constant & (value.data <= SOFTMAX_ZERO)
-                softmax_zero = very_low if softmax_zero is None else softmax_zero | very_low
         if softmax_zero is not None and softmax_zero.any():
-            self._softmax_zero[value] = shrunk(softmax_zero.expand(value.shape))
+            self._told[value] = shrunk(softmax_zero.expand(value.shape))
 
     def holds(self, value: Value, data: Tensor, zeros: bool) -> bool:
         """Whether a computed value, with other data, would have the same constants that vanish in a softmax, and, where
@@ -74,19 +68,32 @@ class Analysis:
         return self._ready.read(operand, CONSTANT)
 
     def zero(self, operand: Operand) -> Tensor:
-        return operand.read(lambda value: self._flags(value, self._zero, lambda data: data == 0), True, torch.bool)
+        return operand.read(self._zero_of, True, torch.bool)
 
     def softmax_zero(self, operand: Operand) -> Tensor:
-        return operand.read(
-            lambda value: self._flags(value, self._softmax_zero, lambda data: data <= SOFTMAX_ZERO), False, torch.bool
-        )
+        return operand.read(self._softmax_zero_of, False, torch.bool)
 
-    def _flags(self, value: Value, known: dict[Value, Tensor], of_constant: Callable[[Tensor], Tensor]) -> Tensor:
-        """What is known of a value, and false of all others."""
-        if value not in known and value.kind == "constant" and (value.data.is_floating_point() or known is self._zero):
-            found = of_constant(value.data)
-            known[value] = found if found.any() else NOWHERE.expand(value.shape)
-        return known.get(value, NOWHERE).expand(value.shape)
+    def _zero_of(self, value: Value) -> Tensor:
+        if value not in self._zero:
+            vanishes = self.certain and value.kind != "constant" and value.data.is_floating_point()
+            self._zero[value] = self._where(
+                value, lambda data: data.abs() <= NEXT_TO_NOTHING if vanishes else data == 0
+            )
+        return self._zero[value]
+
+    def _softmax_zero_of(self, value: Value) -> Tensor:
+        if value not in self._softmax_zero:
+            real = value.data.is_floating_point()
+            low = self._where(value, lambda data: data <= SOFTMAX_ZERO) if real else NOWHERE.expand(value.shape)
+            self._softmax_zero[value] = shrunk(low | self._told[value]) if value in self._told else low
+        return self._softmax_zero[value]
+
+    def _where(self, value: Value, holds: Callable[[Tensor], Tensor]) -> Tensor:
+        """The elements that are constants of which it holds."""
+        ready = compact(self.ready_of(value))
+        constant = ready < 0 if self.certain else ready == CONSTANT
+        found = constant & holds(value.data) if constant.any() else constant
+        return shrunk(found) if found.any() else NOWHERE.expand(value.shape)
 
     def constant(self, data: Tensor) -> Operand:
         """A constant of the rule's own, to be read like the network's."""
@@ -108,10 +115,12 @@ class Rule(ABC):
     Attributes:
         keeps_state: whether elements of the value are read to compute others of it.
         sees_zeros: whether constants that are zero change what depends on what.
+        channels: the dimension of the value that products read along; None where that is the plan's affair.
     """
 
     keeps_state = False
     sees_zeros = True
+    channels: int | None = None
 
     def __init__(self, value: Value, analysis: Analysis) -> None:
         self.value = value

@@ -100,7 +100,8 @@ class MatMul(Rule):
     def _is_plain(self, *factors: View) -> bool:
         """Whether all has one type, which sums are not rounded to on the way."""
         dtype = self.value.data.dtype
-        return dtype in (torch.float32, torch.float64) and all(one.memory.dtype == dtype for one in factors)
+        once = self.summand is None and dtype.is_floating_point
+        return (once or dtype in (torch.float32, torch.float64)) and all(one.memory.dtype == dtype for one in factors)
 
     def _summand(self, builder: Builder, region: Sequence[Any], box: Box) -> View:
         assert self.summand is not None

@@ -122,8 +122,8 @@ class Reduction(Rule):
         return None if self._hidden is None else self.analysis.constant(self._hidden.expand(shape).float())
 
     def _is_plain(self, seen: View) -> bool:
-        """Whether result and operand have one type, which sums may be rounded to."""
-        return self.value.data.dtype in (torch.float32, torch.float64) and seen.memory.dtype == self.value.data.dtype
+        """Whether result and operand are real numbers of one type."""
+        return self.value.data.dtype.is_floating_point and seen.memory.dtype == self.value.data.dtype
 
     @property
     def dims(self) -> list[int]:
@@ -206,11 +206,13 @@ class Reduction(Rule):
 
     def _normalize(self, builder: Builder, seen: View, out: View, eps: float) -> None:
         """Layer normalization over the last dimension alone."""
-        builder.rowwise("normalized", out, seen, eps)
-        for op, operand in zip(("mul", "add"), self.value.args[2:4], strict=True):
-            if operand is not None:
-                every = builder.read(operand, whole(operand.shape))
-                builder.pointwise(op, out, out, every.expand(out.sizes))
+        steps = [(op, one) for op, one in zip(("mul", "add"), self.value.args[2:4], strict=True) if one is not None]
+        half = out.memory.dtype in (torch.bfloat16, torch.float16) and steps  # rounded to at the end alone
+        found = builder.scratch(out.sizes, torch.float32) if half else out
+        builder.rowwise("normalized", found, seen, eps)
+        for k, (op, operand) in enumerate(steps):
+            every = builder.read(operand, whole(operand.shape)).expand(out.sizes)
+            builder.pointwise(op, out if k == len(steps) - 1 else found, found, every)
 
     def fixed(self, box: Box) -> tuple[int, ...]:
         """Where a normalization that gives only some of what it has averaged over begins."""

@@ -11,17 +11,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgen.sampling.machine.language import AffineOffset
+from fastgen.sampling.machine.language import AffineOffset, View, constant
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
 from fastgen.sampling.rules.base import Analysis, Rule
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, Map, Operand, Unsupported, Value
+
+Place = tuple[int, int]  # row and column
 
 
 class Scan(Rule):
     """What the diagonal and the Row LSTM share. Subclasses say which neighbours of a pixel its state comes from."""
 
     keeps_state = True
+    channels = 2
 
     def __init__(self, value: Value, analysis: Analysis) -> None:
         super().__init__(value, analysis)
@@ -30,12 +33,7 @@ class Scan(Rule):
             raise Unsupported(f"{value.name}: an LSTM whose weights depend on the input")
         self.weight = analysis.data(weight)
         self.units = self.weight.shape[1]
-        self._cuts: dict[Any, Tensor] = {}
-
-    @property
-    def options(self) -> tuple[Any, ...]:
-        """Of the operator, behind gates and weight."""
-        return ()
+        self._cuts: dict[tuple[int, int, int], View] = {}
 
     @property
     def multiply_adds(self) -> float:
@@ -86,18 +84,7 @@ class Scan(Rule):
         starts = builder.starts(box)
         first, count = box.start[2], box.sizes[2]
         _, _, _, rows, columns = box.sizes
-        pieces = [
-            builder.read(
-                self.gates,
-                [
-                    (AffineOffset(0), 1, 1),
-                    (AffineOffset(gate * self.units + first), count, 1),
-                    (starts[3], rows, 1),
-                    (starts[4], columns, 1),
-                ],
-            )
-            for gate in range(4)
-        ]
+        gates = self._gates(builder, box)
         states = builder.read(
             self.around(),
             [
@@ -107,12 +94,57 @@ class Scan(Rule):
                 (starts[3], rows + 1, 1),
                 (starts[4], columns + 2 * self.reach, 1),
             ],
-        )
-        if (first, count) not in self._cuts:
-            weight = self.weight.unflatten(0, (4, -1))[:, first : first + count].flatten(0, 1)
-            self._cuts[first, count] = self.packed(weight)
-        gates = [piece.order([1, 2, 3]) for piece in pieces]
-        builder.call(self.run, gates, states.order([1, 2, 3, 4]), self._cuts[first, count], first)
+        ).order([3, 4, 1, 2])
+        weights = [self._cut(first, count, tap) for tap in range(self.weight.shape[2])]
+        dtype, seen = self.value.data.dtype, self.weight.dtype
+        for row, column, width in self.groups(rows, columns):
+            around = {
+                place: states.narrow(0, row + place[0], 1).narrow(1, column + place[1], width)
+                for place in {*self.taps, self.cell, (1, self.reach)}
+            }
+            hidden_states, cells = (
+                {place: one.narrow(2, kind, 1).order([1, 3]) for place, one in around.items()} for kind in range(2)
+            )
+            own_hidden, own_cell = (of[1, self.reach].narrow(1, first, count) for of in (hidden_states, cells))
+            pre = builder.scratch((width, 4 * count), dtype)
+            o, f, i, g = (pre.narrow(1, k * count, count) for k in range(4))
+            given = [one.narrow(0, row, 1).narrow(1, column, width).order([1, 2]) for one in gates]
+            for k, (place, weight) in enumerate(zip(self.taps, weights, strict=True)):
+                added = pre if k else given[0] if len(given) == 1 else None
+                builder.product(pre, hidden_states[place], weight, added)
+            for target, gate in zip((o, f, i, g), given, strict=False) if len(given) > 1 else ():
+                builder.pointwise("add", target, target, gate)
+            builder.pointwise("sigmoid", f, f)
+            builder.pointwise("mul", f, f, cells[self.cell].narrow(1, first, count))
+            builder.pointwise("gate", g, g, i)
+            builder.pointwise("add", own_cell, f, g)
+            hidden = own_hidden if seen == dtype else builder.scratch((width, count), seen)
+            builder.pointwise("gate", hidden, own_cell, o)
+            if seen != dtype:  # hidden states are rounded to the model's dtype
+                builder.pointwise("copy", own_hidden, hidden)
+
+    def _gates(self, builder: Builder, box: Box) -> list[View]:
+        """Those of the units of a box, (rows, columns, 4 units) where they lie side by side, or else one by one."""
+        _, _, first, *places = builder.starts(box)
+        count, *sizes = box.sizes[2:]
+        around = [(start, size, 1) for start, size in zip(places, sizes, strict=True)]
+
+        def read(start: AffineOffset, size: int) -> View:
+            region = [(AffineOffset(0), 1, 1), (start, size, 1), *around]
+            return builder.read(self.gates, region).order([2, 3, 1])
+
+        if count == self.units:
+            found = read(AffineOffset(0), 4 * count)
+            if found.strides[-1] == 1:
+                return [found]
+        return [read(first + k * self.units, count) for k in range(4)]
+
+    def _cut(self, first: int, count: int, tap: int) -> View:
+        """The weights (h, 4 count) of some units for a tap."""
+        if (first, count, tap) not in self._cuts:
+            weight = self.weight.unflatten(0, (4, -1))[:, first : first + count, :, tap].permute(2, 0, 1)
+            self._cuts[first, count, tap] = constant(weight, (self.units, 4 * count))
+        return self._cuts[first, count, tap]
 
     def whole(self, gates: Tensor) -> Tensor:
         """The states (n, 1, 2, h, H, W) of whole images from their gates (n, 1, 4h, H, W)."""
@@ -121,29 +153,21 @@ class Scan(Rule):
         hidden, _, cell = getattr(torch.ops.fastgen, f"{name}_saving")(
             *given[: 3 if name == "diagonal_lstm" else 2], False
         )
-        return torch.stack((hidden, cell), 1).unsqueeze(1)
+        return torch.stack((hidden.to(cell.dtype), cell), 1).unsqueeze(1)
+
+    @property
+    @abstractmethod
+    def taps(self) -> list[Place]:
+        """Where the hidden state that each tap of the weight meets lies, of a pixel at (1, reach)."""
+
+    @property
+    @abstractmethod
+    def cell(self) -> Place:
+        """Where the cell state lies that a pixel at (1, reach) goes on from."""
 
     @abstractmethod
-    def packed(self, weight: Tensor) -> Tensor:
-        """The weights (4 units, h, taps) of some units as `run` takes them."""
-
-    @abstractmethod
-    def run(self, gates: list[Tensor], states: Tensor, weight: Tensor, first: int) -> None:
-        """Fills in the states of a box.
-
-        Args:
-            gates: four tensors (n, units, rows, columns) in the order o, f, i, g.
-            states: (n, 2, h, rows + 1, columns + 2 * reach), the box with the row above it and columns beside it.
-            weight: as `packed` gives it.
-            first: number of the first unit of the box.
-        """
-
-
-def _cell(gates: list[Tensor], recurrent: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, units, ...): the new hidden and cell state; recurrent (n, 4 * units, ...)."""
-    o, f, i, g = (gate + term for gate, term in zip(gates, recurrent.chunk(4, 1), strict=True))
-    cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
-    return o.sigmoid() * cell.tanh(), cell
+    def groups(self, rows: int, columns: int) -> Iterator[tuple[int, int, int]]:
+        """The pixels of a box in the order of their states: row, first column and number of those that come at once."""
 
 
 class DiagonalScan(Scan):
@@ -165,20 +189,18 @@ class DiagonalScan(Scan):
         found = torch.maximum(padded[:-1, 1:], padded[1:, :-1])
         return found.flip(1) if self.reverse else found
 
-    def packed(self, weight: Tensor) -> Tensor:
-        return torch.cat((weight[..., 0], weight[..., 1]), 1).T.contiguous()  # (2h, 4 units), up then beside
+    @property
+    def taps(self) -> list[Place]:
+        return [(0, 1), self.cell]
 
-    def run(self, gates: list[Tensor], states: Tensor, weight: Tensor, first: int) -> None:
-        units, rows, columns = gates[0].shape[1:]
-        beside = 2 if self.reverse else 0
+    @property
+    def cell(self) -> Place:
+        return 1, 2 if self.reverse else 0
+
+    def groups(self, rows: int, columns: int) -> Iterator[tuple[int, int, int]]:
         for row in range(rows):
             for column in reversed(range(columns)) if self.reverse else range(columns):
-                hidden = torch.cat((states[:, 0, :, row, column + 1], states[:, 0, :, row + 1, column + beside]), 1)
-                cell = states[:, 1, first : first + units, row + 1, column + beside]
-                at = [gate[:, :, row, column] for gate in gates]
-                found = _cell(at, hidden @ weight, cell)
-                for kind in range(2):
-                    states[:, kind, first : first + units, row + 1, column + 1] = found[kind]
+                yield row, column, 1
 
 
 class RowScan(Scan):
@@ -198,15 +220,14 @@ class RowScan(Scan):
             found[row] = above
         return found
 
-    def packed(self, weight: Tensor) -> Tensor:
-        return weight.contiguous()
+    @property
+    def taps(self) -> list[Place]:
+        return [(0, tap) for tap in range(self.weight.shape[2])]
 
-    def run(self, gates: list[Tensor], states: Tensor, weight: Tensor, first: int) -> None:
-        units, rows, columns = gates[0].shape[1:]
+    @property
+    def cell(self) -> Place:
+        return 0, self.reach
+
+    def groups(self, rows: int, columns: int) -> Iterator[tuple[int, int, int]]:
         for row in range(rows):
-            recurrent = F.conv1d(states[:, 0, :, row], weight)
-            here = slice(self.reach, self.reach + columns)
-            cell = states[:, 1, first : first + units, row, here]
-            found = _cell([gate[:, :, row] for gate in gates], recurrent, cell)
-            for kind in range(2):
-                states[:, kind, first : first + units, row + 1, here] = found[kind]
+            yield row, 0, columns

@@ -40,7 +40,7 @@ class Player(Protocol):
         ...
 
     def params(self) -> Tensor:
-        """The model's output for what has been drawn, (n, ..., H, W), a view."""
+        """The model's output for what has been drawn, (n, ..., H, W), a view; of half precision perhaps as float32."""
         ...
 
     def step(self, place: int) -> None:
@@ -97,7 +97,7 @@ def draw_place(player: Player, request: SampleRequest, place: int, bad: Tensor) 
     c, i, j = player.plan.order[place]
     bad |= draw_pixel(
         request.distribution,
-        player.params()[..., i, j],
+        params_at(player, i, j),
         request.noise[..., i, j],
         None if player.plan.whole_pixels else c,
         player.levels[..., i, j],
@@ -107,13 +107,18 @@ def draw_place(player: Player, request: SampleRequest, place: int, bad: Tensor) 
     player.step(place)
 
 
+def params_at(player: Player, row: int, column: int) -> Tensor:
+    """The model's output at a pixel, (n, ...), in the model's dtype."""
+    return player.params()[..., row, column].to(player.plan.output_dtype)
+
+
 def decode_batch(player: Player, draw: Draw, request: SampleRequest) -> None:
     """Fills all images with levels that `draw` gives, as `Sampler.decode` says; they stay in `player.levels`."""
     player.begin(request)
     together = player.plan.whole_pixels and request.shape[0] > 1
     for number, (c, i, j) in enumerate(player.plan.order):
         place = (None if together else c, i, j)
-        params = player.params()[..., i, j].clone()  # the caller may keep them
+        params = params_at(player, i, j).clone()  # the caller may keep them
         at = slice(None) if together else c
         player.levels[:, at, i, j] = decoded_levels(draw(params, place), params, place, request)
         player.step(number)

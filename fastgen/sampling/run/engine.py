@@ -15,7 +15,7 @@ from fastgen.distributions import Distribution
 from fastgen.sampling.draws import draw_image, image_log_prob
 from fastgen.sampling.levels import dtype_of, image_of, known_levels
 from fastgen.sampling.machine.cpu.build import NoMachine, machine
-from fastgen.sampling.machine.parts import unknown_in
+from fastgen.sampling.machine.parts import HALF, unknown_in
 from fastgen.sampling.plan.plan import Plan, make_plan
 from fastgen.sampling.request import Draw, SampleRequest, SampleResult, tell, uniforms
 from fastgen.sampling.run.arena import images_that_fit
@@ -102,13 +102,13 @@ def _unfit_for_one_launch(plan: Plan, device: torch.device) -> str:
         return "Triton is not installed"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the model is on {device.type}"
-    if plan.output_dtype != torch.float32:
-        return f"the kernel computes in float32 and the model in {plan.output_dtype}"
+    if plan.output_dtype not in (torch.float32, *HALF):
+        return f"the kernel computes in float32 and in half precision, the model in {plan.output_dtype}"
     served = Counter(step.program for step in plan.steps)
     unknown = {number: unknown_in(plan.programs[number]) for number in served}
     by_torch = sum(served[number] for number, names in unknown.items() if names)
     names = ", ".join(sorted({name for found in unknown.values() for name in found}))
-    if by_torch > MOST_UNKNOWN * len(plan.steps):
+    if by_torch > (0 if plan.computes_in_half else MOST_UNKNOWN * len(plan.steps)):
         return f"the kernel does not know {names}, which {by_torch} of {len(plan.steps)} steps need"
     if by_torch:
         plan.remarks.append(
@@ -229,7 +229,7 @@ class Engine:
         with self._all_or_nothing():
             player = self._player(request.n, request.noise.device)
             decode_batch(player, draw, request)
-            return player.levels.clone(), player.params().clone()
+            return player.levels.clone(), player.params().to(self.plan.output_dtype, copy=True)
 
     def measure(self) -> None:
         """Measures the margin by a batch of two, where batches make no whole pass."""
@@ -264,7 +264,7 @@ class Engine:
         bad = draw_batch(player, request)
         if before is not None:
             self._launched = (self._launched or 0) + player.launches - before  # type: ignore[attr-defined]
-        return player.levels, player.params(), bad
+        return player.levels, player.params().to(self.plan.output_dtype), bad
 
     def _size(self, n: int) -> int:
         """How many images to draw instead of n: where graphs were captured for a few more, they are replayed."""

@@ -12,7 +12,7 @@ from fastgen.sampling.machine.gpu.draws import Draws, unknown_draws
 from fastgen.sampling.machine.gpu.fusion import Fused, fuse
 from fastgen.sampling.machine.gpu.tables import Linker, with_views
 from fastgen.sampling.machine.language import View
-from fastgen.sampling.machine.parts import unknown_in
+from fastgen.sampling.machine.parts import HALF, unknown_in
 from fastgen.sampling.plan.plan import Step
 from fastgen.sampling.plan.temporaries import share_scratch
 from fastgen.sampling.request import SampleRequest
@@ -22,8 +22,10 @@ from fastgen.sampling.run.torch_player import TorchPlayer
 from fastgen.sampling.run.torch_program import TorchProgram
 
 
-def precision_on(device: torch.device) -> str:
+def precision_on(device: torch.device, weights: torch.dtype) -> str:
     """Of products: TF32 thrice where there is such a unit, which is as near to the truth as float32."""
+    if weights in HALF:
+        return "half" if device.type == "cuda" else "widened"
     tensor_cores = (
         device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
     )
@@ -41,10 +43,12 @@ class GPUPlayer(TorchPlayer):
 
     def allocated(self) -> PlanMemory:
         numbers: dict[float, View] = {}
+        self.tiles = self.tiles or tiles_for(self.n, self.device)
         self._fused: list[list[Fused] | None] = []
         for program in self.plan.programs:
             known = not unknown_in(program)
-            self._fused.append([with_views(one, numbers) for one in fuse(program.instructions)] if known else None)
+            fused = fuse(program.instructions, self.tiles.LINKS) if known else None
+            self._fused.append(None if fused is None else [with_views(one, numbers) for one in fused])
         sides = [side for fused in self._fused for one in fused or () for side in one.sides]
         constants = dict.fromkeys(side.view.memory for side in sides if side.view.memory.kind == "constant")
         # An instruction writes as early as its first part does, into what must be free by then.
@@ -58,13 +62,17 @@ class GPUPlayer(TorchPlayer):
 
     def bound(self) -> list[Callable[[Step], None]]:
         self.launches = 0
-        self.precision = precision_on(self.device)
-        tiles = self.tiles = self.tiles or tiles_for(self.n, self.device)
+        heads = [one.head for fused in self._fused for one in fused or ()]
+        kinds = {head.weight.memory.dtype for head in heads if head.weight is not None}
+        weights = kinds.pop() if len(kinds) == 1 else torch.float32  # which holds those of other dtypes as they are
+        self.precision = precision_on(self.device, weights)
+        assert self.tiles is not None
+        tiles = self.tiles
         programs = [
             None if fused is None else (fused, {view: k for k, view in enumerate(program.moving())})
             for program, fused in zip(self.plan.programs, self._fused, strict=True)
         ]
-        linker = Linker(self.memory, tiles.BN, tiles.BK)
+        linker = Linker(self.memory, tiles.BN, tiles.BK, weights)
         self.tables = linker.link(programs, self.plan.steps, self.memory.moves, self.device)
         return [
             TorchProgram(self.plan, number, self.memory, None if fused is None else ())

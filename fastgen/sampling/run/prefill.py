@@ -83,13 +83,9 @@ def _read(operand: Operand, whole: Callable[[Value], Tensor], empty: Tensor) -> 
         )
         return batched.read(data.contiguous(), 0)
     assert operand.ids is not None
-    values = operand.values
-    data = whole(values[-1]) if values else empty
-    out = data.new_zeros((len(data), operand.ids.numel()))
-    flat = operand.ids.reshape(-1)
-    for value in values:
-        places = torch.nonzero((flat >= value.base) & (flat < value.base + value.numel)).flatten()
-        out[:, places.to(data.device)] = (
-            whole(value).reshape(len(data), -1)[:, (flat[places] - value.base).to(data.device)].to(data.dtype)
-        )
+    data = whole(operand.values[-1]) if operand.values else empty
+    out = data.new_zeros((len(data), operand.numel))
+    for value, places, elements in operand.parts:
+        found = whole(value).reshape(len(data), -1)[:, elements.to(data.device)]
+        out[:, places.to(data.device)] = found.to(data.dtype)
     return out.view(len(data), *operand.ids.shape)

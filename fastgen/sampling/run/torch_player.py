@@ -56,5 +56,8 @@ class TorchPlayer:
     def fill_known(self, levels: Tensor, count: int) -> None:
         """Computes all that the first `count` places of levels (n, C, H, W) decide, in one pass."""
         self.levels.copy_(levels)
-        given = {value.index: self.memory.inner(value).contiguous() for value in (self.plan.levels, *self.plan.leaves)}
+        given = {  # players may hold half precision as float32
+            value.index: self.memory.inner(value).to(value.data.dtype).contiguous()
+            for value in (self.plan.levels, *self.plan.leaves)
+        }
         prefill(self.plan, given, lambda value, found: self.memory.keep(value, found, count))

@@ -218,7 +218,7 @@ class Operand:
     def dtype(self) -> torch.dtype:
         return (self.map.value if self.map is not None else self.values[-1]).data.dtype
 
-    @property
+    @cached_property
     def values(self) -> list[Value]:
         if self.map is not None:
             return [self.map.value]
@@ -271,6 +271,15 @@ class Graph:
     def data_of(self, operand: Operand) -> Tensor:
         """The operand's elements in the traced run."""
         return operand.read(lambda value: value.data, 0)
+
+
+def coordinates(numbers: Tensor, shape: Sequence[int]) -> Tensor:
+    """Of elements by their numbers in row-major order, (..., dimensions). `torch.unravel_index` imports sympy first."""
+    found: list[Tensor] = []
+    for size in reversed(shape):
+        found.insert(0, numbers % size)
+        numbers = numbers // size
+    return torch.stack(found, -1) if found else numbers.new_zeros((*numbers.shape, 0))
 
 
 def map_arguments(arguments: Any, change: Callable[[Operand], Any]) -> Any:

@@ -223,7 +223,7 @@ class _Recorder(TorchDispatchMode):
             self.storages.define(out, found)
             return
         recorded_args = self.in_one_piece(name, recorded_args)
-        if name in SCANS and out.dtype in (torch.float32, torch.float64):
+        if name in SCANS:
             self.record_scan(func, name, args, recorded_args, out)
             return
         for k, tensor in enumerate(out if isinstance(out, (list, tuple)) else (out,)):
@@ -235,14 +235,19 @@ class _Recorder(TorchDispatchMode):
                 self.graph.remarks.append("reads values of its input")
 
     def record_scan(self, func: Any, name: str, args: Any, recorded_args: Any, hidden: Tensor) -> None:
-        """The value of a scan holds its hidden and its cell states; the model sees the former."""
+        """The value of a scan holds its hidden and its cell states, in the dtype of the latter; the model sees the
+        former."""
         with torch._C._DisableTorchDispatch():
             given = args[: 3 if name == "diagonal_lstm" else 2]  # without the choice of implementation
             _, _, cell = getattr(torch.ops.fastgen, f"{name}_saving")(*given, False)
-        whole = self.add(func, torch.stack((hidden, cell), 1), recorded_args).map
+        states = torch.stack((hidden.to(cell.dtype), cell), 1)
+        whole = self.add(func, states, recorded_args).map
         assert whole is not None
         seen = Map(whole.value, tuple(hidden.shape), whole.start, tuple(whole.steps[d] for d in (0, 2, 3, 4)))
-        self.storages.define(hidden, Operand(self.graph, seen.shape, map=seen))
+        operand = Operand(self.graph, seen.shape, map=seen)
+        if hidden.dtype != cell.dtype:
+            operand = self.add(aten._to_copy.default, hidden, (operand,), {"dtype": hidden.dtype})
+        self.storages.define(hidden, operand)
 
     def record_write(self, func: Any, name: str, written: list[Tensor], args: Any, kwargs: Any) -> Any:
         """An operator in place is the one that gives a new tensor, followed by a write."""

@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.figures import digits, scales
+from benchmarks.harness import rows
 from fastgen.models import VAE, PixelCNN
 from fastgen.train import Settings
 
@@ -14,9 +15,8 @@ def test_a_row_for_each_side_and_batch_and_a_picture_of_them(tmp_path):
     found = list(scales.measure((3, 4), (1, 2)))
     assert [(row["side"], row["batch"]) for row in found] == [(3, 1), (3, 2), (4, 1), (4, 2)]
     assert all(row["work_ratio"] == pytest.approx(1, abs=0.2) and row["sample_s"] > 0 for row in found)
-    for row in found:
-        scales.append(row, tmp_path / "rows.jsonl")
-    assert scales.read(tmp_path / "rows.jsonl") == found
+    rows.save(found, tmp_path / "rows.jsonl")
+    assert rows.read(tmp_path / "rows.jsonl") == found
     assert Image.open(scales.draw(found, tmp_path / "scales.png")).width > 1000
 
 
@@ -34,5 +34,5 @@ def test_models_of_digits(tmp_path):
 
 def test_the_pictures_are_of_the_rows_that_are_saved():
     for module in (scales, digits):
-        assert module.PICTURE.exists() and len(module.read(module.ROWS)) > 5
-    assert isinstance(digits.SETTINGS, Settings) and {row["steps"] for row in digits.read(digits.ROWS)} == {600}
+        assert module.PICTURE.exists() and len(rows.read(module.ROWS)) > 5
+    assert isinstance(digits.SETTINGS, Settings) and {row["steps"] for row in rows.read(digits.ROWS)} == {600}

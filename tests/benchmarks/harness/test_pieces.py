@@ -5,41 +5,26 @@ import signal
 import time
 
 import pytest
-import torch
 
-from benchmarks.harness import machine, pieces
-from benchmarks.harness.case import Case
+from benchmarks.harness import machine, processes
 from benchmarks.harness.pieces import Piece
 from benchmarks.harness.session import Session
-
-
-def square(x):
-    return x * x
-
-
-def case(**providers):
-    return Case(
-        op="square",
-        shape="8",
-        dtype=torch.float32,
-        inputs=lambda device: {"x": torch.linspace(1, 2, 8, device=device).requires_grad_()},
-        providers={"eager": square, **providers},
-        truth=square,
-        modes=("fwd", "bwd"),
-    )
+from tests.benchmarks.square import case
 
 
 @pytest.fixture
 def run():
     session = Session(machine.facts("cpu"), "", budget=0.001)
 
-    def start(case, **options):
+    def start(providers, **options):
         saved = {}
 
         def save(case, rows):
             saved.update({(row["provider"], row["mode"]): row for row in rows})
 
-        return pieces.run([Piece([case], threads=1)], session, save, **options), saved
+        return processes.run(
+            [Piece([case(providers, modes=("fwd", "bwd"), threads=1)], session, save)], **options
+        ), saved
 
     return start
 
@@ -58,7 +43,7 @@ def test_one_that_dies_in_its_second_mode_keeps_its_first_and_the_others_have_bo
             out.register_hook(second_is_the_last)
         return out * 1
 
-    late, saved = run(case(bad=dies_in_the_backward, power=lambda x: x**2))
+    late, saved = run({"bad": dies_in_the_backward, "power": lambda x: x**2})
     assert late == [] and len(saved) == 6
     for (provider, mode), row in saved.items():
         died = (provider, mode) == ("bad", "bwd")
@@ -69,25 +54,11 @@ def test_one_that_dies_in_its_second_mode_keeps_its_first_and_the_others_have_bo
 
 def test_when_the_time_is_over_what_still_runs_is_late_and_no_failure(run):
     start = time.monotonic()
-    late, saved = run(case(slow=lambda x: time.sleep(60)), end=start + 2)
+    late, saved = run({"slow": lambda x: time.sleep(60)}, end=start + 2)
     assert time.monotonic() - start < 20 and [piece.cases[0].op for piece in late] == ["square"]
     assert not saved
 
 
 def test_nothing_starts_after_its_time(run):
-    late, saved = run(case(), start_until=time.monotonic() - 1)
+    late, saved = run({}, start_until=time.monotonic() - 1)
     assert len(late) == 1 and not saved
-
-
-def test_what_a_process_answers_or_why_not():
-    assert pieces.in_a_process(lambda: 6 * 7) == 42
-
-    def refuse():
-        raise ValueError("there is none")
-
-    with pytest.raises(ValueError, match=r"^there is none$"):
-        pieces.in_a_process(refuse)
-    with pytest.raises(ValueError, match="killed by SIGKILL"):
-        pieces.in_a_process(lambda: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(ValueError, match="no answer within 0 s"):
-        pieces.in_a_process(lambda: time.sleep(60), patience=0.2)

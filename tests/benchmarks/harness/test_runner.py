@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from benchmarks import cases
-from benchmarks.harness import machine, runner, timing
+from benchmarks.harness import machine, report, runner, timing
 from benchmarks.harness.case import Case, leaves
 from benchmarks.harness.compare import compare, relative_error
 from benchmarks.harness.runner import measure, plan
 from benchmarks.harness.session import DeviceLost, Session
 from benchmarks.harness.timing import CpuTimer, Samples, quantile
+from tests.benchmarks.square import case, out_of_memory, square
 
 FIELDS = {
     "op",
@@ -31,28 +32,6 @@ FIELDS = {
     "gpu",
 }
 FIELDS |= {"driver", "cuda", "torch", "triton", "commit", "kernel_sha256", "time", "command", "host_us", "verdict"}
-
-
-def square(x):
-    return x * x
-
-
-def out_of_memory(x):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
-
-
-def case(providers, **options):
-    return Case(
-        op="square",
-        shape="8",
-        dtype=torch.float32,
-        inputs=lambda device: {"x": torch.linspace(1, 2, 8, device=device).requires_grad_()},
-        providers={"eager": square, **providers},
-        truth=square,
-        bytes={"fwd": 64},
-        batch=8,
-        **options,
-    )
 
 
 @pytest.fixture
@@ -142,19 +121,22 @@ def test_quantiles_and_plans():
     assert plan(1.0, 0.25, 20.0) == (3, 1) and plan(60.0, 1.0, 20.0) == (1, 1)
 
 
-def test_interrupted_calls_of_one_thread_are_left_out(monkeypatch):
+@pytest.mark.parametrize(("threads", "expected"), [(1, [2.0] * 4), (2, [2.0, 52.0] * 2)])
+def test_one_thread_is_timed_by_the_processors_clock(threads, expected, monkeypatch):
+    """Which does not run while something else does."""
     wall, cpu = [0.0], [0.0]
-    calls = iter([0, 1, 0, 1])
+    waits = iter([0, 1, 0, 1])
 
     def sometimes_waiting():
         cpu[0] += 0.002
-        wall[0] += 0.002 + 0.05 * next(calls)
+        wall[0] += 0.002 + 0.05 * next(waits)
 
     clock = SimpleNamespace(perf_counter=lambda: wall[0], process_time=lambda: cpu[0])
     monkeypatch.setattr(timing, "time", clock)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     samples = Samples()
     CpuTimer(torch.device("cpu")).turn(sometimes_waiting, 4, samples)
-    assert samples.ms == pytest.approx([2.0, 2.0]) and samples.figures()["disturbed_p50"] == 0.5
+    assert samples["ms"] == pytest.approx(expected) and samples.figures()["cpu_ms_p50"] == pytest.approx(2.0)
 
 
 def test_the_backward_alone_is_not_timed_in_graphs_of_the_compiler(session):
@@ -206,14 +188,26 @@ def test_a_kernel_that_raises_is_named(session):
     assert rows["fastgen"]["verdict"] == "dead" and rows["eager"]["verdict"] == "correct"
 
 
-def test_a_part_of_the_work_is_scaled_to_the_whole_and_said_to_be_one(session):
-    def part(x):
-        time.sleep(2e-3)
-        return square(x)
+def busy(x):
+    end = time.process_time() + 2e-3
+    while time.process_time() < end:
+        pass
+    return square(x)
 
-    row = measure(case({"part": part}, share={"part": 0.01}, modes=("fwd",), parts=50), session)[1]
+
+def test_a_part_of_the_work_is_scaled_to_the_whole_and_not_compared(session):
+    def part(x):
+        return 2 * busy(x)
+
+    row = measure(case({"part": part}, share={"part": 0.01}, modes=("fwd",)), session)[1]
     assert row["share"] == 0.01 and row["ms_p50"] >= 200 and row["ms_p20"] >= 200
-    assert row["us_a_part"] == pytest.approx(1e3 * row["ms_p50"] / 50)
+    assert row["error"] is None and not row["problem"] and "from 1/100 of it" in report.line(row)
+
+
+def test_of_many_that_are_alike_the_row_has_the_time_of_one(session):
+    row = measure(case({"many": busy}, share={"many": 50}, modes=("fwd",)), session)[1]
+    assert 0.04 <= row["ms_p50"] < 2 and row["verdict"] == "correct" and "one of 50" in report.line(row)
+    assert row["copy_fraction"] == pytest.approx(64 / (row["ms_p50"] / 1e3) / 10e9)
 
 
 def test_a_case_without_its_baseline_is_held_to_the_limit(session):

@@ -6,7 +6,7 @@ from fastgen.kernels.sampler.machine import Tiles, play
 from fastgen.sampling.machine.gpu.fusion import Fused
 from fastgen.sampling.machine.gpu.tables import Linker, with_views
 from fastgen.sampling.machine.language import AffineOffset, Memory, View, dense_strides
-from fastgen.sampling.machine.parts import part_of
+from fastgen.sampling.machine.parts import HALF, part_of
 from fastgen.sampling.plan.plan import Step
 
 N = 3  # images
@@ -38,7 +38,8 @@ class Blocks:
     def place(self):
         self.arenas = {}
         for dtype in (torch.float32, torch.int64):
-            here = {memory: data for memory, data in self.data.items() if data.dtype == dtype}
+            held = (torch.float32, *HALF) if dtype == torch.float32 else (dtype,)
+            here = {memory: data for memory, data in self.data.items() if data.dtype in held}
             arena = torch.zeros(16 + sum(data.numel() for data in here.values()), dtype=dtype)
             start = 16
             for memory, data in here.items():
@@ -59,7 +60,7 @@ def run(blocks, instructions, offsets=None, moves=(), slots=None, join=None):
     """Plays instructions as the program of one step; moves: (target, source) columns as slices of a view's block; join:
     makes fused ones of them, one of each where there is None."""
     numbers, tiles = {}, Tiles()
-    fused = [Fused(part_of(one)) for one in instructions] if join is None else join(instructions)
+    fused = [Fused(part_of(one, half=True)) for one in instructions] if join is None else join(instructions)
     fused = [with_views(one, numbers) for one in fused]
     blocks.add_constants(fused)
     blocks.place()
@@ -67,10 +68,12 @@ def run(blocks, instructions, offsets=None, moves=(), slots=None, join=None):
     moved = [
         (blocks.block(view.memory)[:, target], blocks.block(view.memory)[:, source]) for view, target, source in moves
     ]
-    linker = Linker(blocks, tiles.BN, tiles.BK)
+    heads = [one.head for one in fused]
+    weights = next((head.weight.memory.dtype for head in heads if head.weight is not None), torch.float32)
+    linker = Linker(blocks, tiles.BN, tiles.BK, weights)
     tables = linker.link([(fused, slots or {})], [step], {0: moved}, torch.device("cpu"))
     floats, integers = blocks.arenas[torch.float32], blocks.arenas[torch.int64]
     none = tables.steps
     tensors = (floats, integers, tables.weights, tables.codes, tables.programs, tables.steps, tables.offsets)
     nothing = (none, none, floats, none, none.view(torch.uint8)[0], none.view(torch.int32)[0])
-    play((*tensors, *nothing), tiles, "ieee", -1, 0, 0, False, (0, N))
+    play((*tensors, *nothing), tiles, "widened" if weights in HALF else "ieee", -1, 0, 0, False, (0, N))

@@ -61,7 +61,7 @@ class Author:
 
 
 def ops(one):
-    return [(one.head.op, one.kept), *((link.op, link.out is not None) for link in one.links)]
+    return [(one.head.op, one.kept), *((link.op, link.kept) for link in one.links)]
 
 
 def test_a_product_takes_what_follows_number_by_number():
@@ -222,4 +222,4 @@ def test_instructions_that_are_not_joined_are_as_they_were():
     author = Author()
     author.product(author.given(5, 7), 40, kind="stored")
     author.do("exp", author.given(3), kind="stored")
-    assert fuse(author.instructions) == [Fused(part_of(one)) for one in author.instructions]
+    assert fuse(author.instructions) == [Fused(part_of(one, half=True)) for one in author.instructions]

@@ -9,6 +9,7 @@ import torch
 from fastgen.kernels.sampler import words
 from fastgen.sampling.machine import definitions
 from fastgen.sampling.machine.language import AffineOffset, Lookup, Pointwise, Product, Rowwise, View, constant
+from fastgen.sampling.machine.parts import HALF
 from tests.sampling.machine.gpu_case import Blocks, N, run
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, where a number is not finite
@@ -151,3 +152,42 @@ def test_rows_of_rings_move_over_themselves_before_the_step():
     run(blocks, [Pointwise("copy", out, (ring,))], moves=moves)
     assert torch.equal(blocks.read(out), torch.cat((x[:, 10:], x[:, 290:]), 1))
     assert blocks.read(numbers).tolist() == [[1, 2, 2], [4, 5, 5], [7, 8, 8]]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_results_are_rounded_as_torch_rounds(dtype):
+    """To the nearest, ties to even; to infinity and to zero, too."""
+    step = torch.finfo(dtype).eps
+    ties = 1 + step * torch.arange(9) / 4
+    edges = torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).tiny, torch.finfo(dtype).tiny * step])
+    x = torch.cat((SPECIAL, ties, -ties, *(edges * factor for factor in (0.5, 0.999, 1, 1.001, 1.5, 2))))
+    x = torch.cat((x, torch.randn(100))).expand(N, -1)
+    blocks = Blocks()
+    found, total = blocks.empty(x.shape[1], dtype=dtype), blocks.empty(x.shape[1], dtype=dtype)
+    source = blocks.view(x)
+    run(blocks, [Pointwise("copy", found, (source,)), Pointwise("add", total, (source, found))])
+    copied = x.to(dtype)
+    torch.testing.assert_close(blocks.read(found), copied.float(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(blocks.read(total), (x + copied).to(dtype).float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_products_and_rows_in_half_precision_are_summed_in_float32(dtype):
+    x, weight, added = torch.randn(N, 6, 70).to(dtype), torch.randn(70, 37).to(dtype), torch.randn(37).to(dtype)
+    blocks = Blocks()
+    rows, out, wide = blocks.view(x), blocks.empty(6, 37, dtype=dtype), blocks.empty(6, 37)
+    softmax, contracted = blocks.empty(6, 70, dtype=dtype), blocks.empty(6, 6, dtype=dtype)
+    run(blocks, [
+        Product(out, rows, constant(weight), constant(added)), Product(wide, rows, constant(weight)),
+        Rowwise("softmax", softmax, rows), Product(contracted, rows, rows.order([1, 0])),
+    ])  # fmt: skip
+    truth, eps = x.double() @ weight.double(), torch.finfo(dtype).eps
+    torch.testing.assert_close(blocks.read(wide).double(), truth, atol=1e-5, rtol=1e-5)
+    for view, exact in (
+        (out, truth + added.double()),
+        (softmax, x.double().softmax(-1)),
+        (contracted, x.double() @ x.double().mT),
+    ):
+        found = blocks.read(view)
+        assert torch.equal(found, found.to(dtype).float())
+        torch.testing.assert_close(found.double(), exact, atol=1e-5, rtol=eps / 2 + 1e-6)

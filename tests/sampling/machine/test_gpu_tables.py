@@ -62,11 +62,13 @@ class Addresses:
         folded = 0
         for link in links:
             assert (link[w.S1.value : w.COLUMNS.value + 1] == code[w.S1.value : w.COLUMNS.value + 1]).all()
-            folded = folded or int(link[w.HALF.value])
+            folded = folded or int(link[w.HALF.value] * code[w.HALF.value])
+            assert link[w.KEPT.value] in (0, self.sizes[-1])
             sides = [w.ADDED if link[w.HAS_ADDED.value] else None, w.OUT if link[w.KEPT.value] else None]
             self.code = link
             self.follow.append([None if side is None else self.of_half(side, folded) for side in sides])
         self.code = code
+        assert code[w.KEPT.value] in (0, self.sizes[-1])
         if not code[w.KEPT.value]:
             self.written = np.full_like(self.written, NOWHERE)
 
@@ -173,7 +175,7 @@ def test_the_check_sees_a_race(player):
     linked = next(one for one in codes if len(one[2]) and one[0][w.OP.value] == w.OPS["product"])
     code, offsets, _ = copy
     code[w.IN_ORDER.value] = 0
-    code[w.S1.value : w.COLUMNS.value + 1] = 1, 1, 1, 4
+    code[w.S1.value : w.COLUMNS.value + 1], code[w.KEPT.value] = (1, 1, 1, 4), 4
     code[w.OUT.value : w.OUT.value + w.SIDE] = 100, 0, 50, 0, 0, 0, 1
     code[w.A.value : w.A.value + w.SIDE] = 101, 0, 50, 0, 0, 0, 1
     with pytest.raises(AssertionError, match="another element"):

@@ -4,7 +4,8 @@
     pointwise operations, one after the other
 
 The first is the head; the others, its links, take the result from registers. A link rounds its result as an instruction
-does, and no compiler sees two of them at a time: joined or not, results are the same to the last bit.
+does, and no compiler sees two of them at a time: joined or not, results are the same to the last bit. (Those of a gate
+in half precision are not: its two functions are not rounded before they are multiplied.)
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,13 +22,15 @@ class Link:
 
     Attributes:
         operand: None where there is no other, or where it is the other half of the columns.
-        out: where the value is stored; None where nothing else reads it.
+        out: where the value is stored,
+        kept: where anything else reads it.
         half: columns of a half, where the operands are the two halves; as many columns there are from here on.
     """
 
     op: str
     operand: Side | float | None
-    out: Side | None
+    out: Side
+    kept: bool = True
     half: int = 0
 
 
@@ -52,7 +55,10 @@ class Fused:
         """Of the head and of each link the result, where it is stored, and the operands."""
         found = self.head.sides if self.kept else self.head.sides[1:]
         for link in self.links:
-            found += [one for one in (link.out, link.operand) if isinstance(one, Side)]
+            if link.kept:
+                found.append(link.out)
+            if isinstance(link.operand, Side):
+                found.append(link.operand)
         return found
 
     @property
@@ -66,8 +72,8 @@ class Fused:
         return collapse(self.head.sizes, self.sides)
 
 
-def fuse(instructions: Sequence[Instruction]) -> list[Fused]:
-    """Raises Unknown."""
+def fuse(instructions: Sequence[Instruction], products: bool = True) -> list[Fused]:
+    """Raises Unknown. `products`: whether they have links, too."""
     instructions = _with_gates(instructions)
     readers = _users(instructions, reading=True)
     found: list[Fused] = []
@@ -75,9 +81,10 @@ def fuse(instructions: Sequence[Instruction]) -> list[Fused]:
     for k, one in enumerate(instructions):
         if k in taken:
             continue
-        group = _Group(part_of(one), readers)
+        group = _Group(part_of(one, half=True), readers)
         seen = k
-        while group.grows and (number := next((m for m in readers.get(group.memory, ()) if m > seen), None)):
+        grows = group.grows and (products or group.fused.head.op != "product")
+        while grows and (number := next((m for m in readers.get(group.memory, ()) if m > seen), None)):
             if number not in taken:
                 between = [instructions[m] for m in range(seen + 1, number) if m not in taken]
                 if group.takes(instructions[number], number, between):
@@ -124,7 +131,7 @@ def _with_gates(instructions: Sequence[Instruction]) -> list[Instruction]:
                     continue
                 gate = Pointwise("gate" if first else "glu", one.out, (first[1] if first else a, second[1]))
                 with suppress(Unknown):
-                    part_of(gate)
+                    part_of(gate, half=True)
                     found[k] = gate
                     for gone in (first, second) if first else (second,):
                         del found[gone[0]]
@@ -176,7 +183,7 @@ class _Group:
         """Whether an instruction, `number` of the program, has become the next link, though it then comes before
         those between."""
         self.skip(between)
-        if not isinstance(one, Pointwise) or part_of(one).op != one.op:
+        if not isinstance(one, Pointwise) or part_of(one, half=True).op != one.op:
             return False
         link = self._link(one)
         if link is None:
@@ -192,13 +199,12 @@ class _Group:
         if not alone:
             pass
         elif links:
-            links = (*links[:-1], replace(links[-1], out=None))
+            links = (*links[:-1], replace(links[-1], kept=False))
         else:
             kept = False
         found = Fused(self.fused.head, (*links, link), kept)
         if len(found.collapsed()[0]) > DIMS - 1:
             return False
-        assert link.out is not None
         self.fused, self.value = found, link.out
         if link.half:
             self.sizes = (*self.sizes[:-1], link.half)
@@ -214,7 +220,7 @@ class _Group:
                 halves = self._begins(a, 0) and self._begins(b, half * self.value.strides[-1])
                 dims = self._dims(a, one.out, (*self.sizes[:-1], half)) if halves else None
                 if dims is not None and (a.sizes, _strides(a)) == (b.sizes, _strides(b)):
-                    return Link(one.op, None, _placed(one.out, one.out, dims), half)
+                    return Link(one.op, None, _placed(one.out, one.out, dims), half=half)
         operands = one.operands
         for value, *others in (operands, operands[::-1]) if one.op in ("add", "mul") else (operands,):
             if isinstance(value, View) and self._begins(value, 0):

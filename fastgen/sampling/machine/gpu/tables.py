@@ -16,6 +16,7 @@ from fastgen.sampling.plan.plan import Step
 
 Words = list[int]
 ALIGNED = 16  # numbers from which packed weights begin
+PRECISIONS = {torch.bfloat16: words.BFLOAT16, torch.float16: words.FLOAT16}
 
 
 def with_views(fused: Fused, numbers: dict[float, View]) -> Fused:
@@ -41,7 +42,7 @@ class Tables:
         programs: (programs, 2), first instruction and number; none of a program that is not known.
         steps: (steps, STEP_WORDS).
         offsets: of the moving views of all steps, one after the other, each behind a 0.
-        weights: float32, packed.
+        weights: packed.
     """
 
     codes: Tensor
@@ -57,10 +58,11 @@ class Linker:
     Args:
         memory: where what the parts read and write lies, in one arena for each dtype.
         columns, depth: of a panel of packed weights, and what its rows are a multiple of.
+        dtype: of packed weights.
     """
 
-    def __init__(self, memory: Blocks, columns: int, depth: int) -> None:
-        self.memory, self.columns, self.depth = memory, columns, depth
+    def __init__(self, memory: Blocks, columns: int, depth: int, dtype: torch.dtype = torch.float32) -> None:
+        self.memory, self.columns, self.depth, self.dtype = memory, columns, depth, dtype
         self._weights: list[Tensor] = []
         self._packed: dict[tuple[View, int], int] = {}
         self._size = 0
@@ -98,7 +100,7 @@ class Linker:
             rows.append([step.program, len(offsets), len(codes), len(moved)])
             codes += moved
             offsets += [0, *step.offsets.tolist()]
-        weights = torch.cat(self._weights) if self._weights else torch.zeros(ALIGNED)
+        weights = torch.cat(self._weights) if self._weights else torch.zeros(ALIGNED, dtype=self.dtype)
         tables = [np.array(one or [[0]], dtype=np.int64) for one in (codes, ranges, rows, offsets)]
         codes_, programs_, steps_, offsets_ = (torch.from_numpy(one).to(device) for one in tables)
         return Tables(codes_, programs_, steps_, offsets_, weights.to(device))
@@ -108,12 +110,12 @@ class Linker:
         part, (sizes, strides) = fused.head, fused.collapsed()
         rest = iter(strides)
 
-        def code_of(op: str, out: Side | None, operands: Mapping[int, Side | float | None]) -> Words:
+        def code_of(op: str, out: Side, kept: bool, operands: Mapping[int, Side | float | None]) -> Words:
             code = [0] * words.WORDS.value
-            code[words.OP.value] = words.OPS[op]
+            code[words.OP.value], code[words.KEPT.value] = words.OPS[op], sizes[-1] if kept else 0
+            code[words.ROUNDED.value] = PRECISIONS.get(out.view.memory.dtype, words.FLOAT32).value
             code[words.S1.value : words.COLUMNS.value + 1] = [1] * (DIMS - 1 - len(sizes)) + list(sizes)
-            code[words.KEPT.value] = int(out is not None)
-            for place, one in ((words.OUT.value, out), *operands.items()):
+            for place, one in ((words.OUT.value, out if kept else None), *operands.items()):
                 if one is not None:
                     assert isinstance(one, Side)
                     self._put(code, place, one, next(rest), program, slots)
@@ -121,7 +123,7 @@ class Linker:
             return code
 
         places = (words.A.value, words.B.value, words.ADDED.value)
-        head = code_of(part.op, part.out if fused.kept else None, dict(zip(places, part.inputs, strict=False)))
+        head = code_of(part.op, part.out, fused.kept, dict(zip(places, part.inputs, strict=False)))
         head[words.DEPTH.value], head[words.HALF.value] = part.depth, fused.half
         head[words.ALONG.value], head[words.ALONG_B.value] = part.along
         head[words.NUMBER.value] = struct.unpack("<i", struct.pack("<f", part.number))[0]
@@ -131,8 +133,8 @@ class Linker:
             head[words.WEIGHT.value] = self._pack(part.weight, fused.half)
         found = [head]
         for link in fused.links:
-            code = code_of(link.op, link.out, {words.ADDED.value: link.operand})
-            code[words.HALF.value] = link.half
+            code = code_of(link.op, link.out, link.kept, {words.ADDED.value: link.operand})
+            code[words.HALF.value] = int(link.half > 0)
             found.append(code)
         return found
 
@@ -150,7 +152,7 @@ class Linker:
         """A copy of columns (n, columns) to where it may overlap, further to the left."""
         code = [0] * words.WORDS.value
         code[words.OP.value] = words.OPS["move_int64" if target.dtype == torch.int64 else "copy"]
-        code[words.IN_ORDER.value] = code[words.KEPT.value] = 1
+        code[words.IN_ORDER.value], code[words.KEPT.value] = 1, target.shape[1]
         code[words.S1.value : words.COLUMNS.value + 1] = [1] * (DIMS - 2) + [target.shape[1]]
         for place, one in ((words.OUT.value, target), (words.A.value, source)):
             code[place : place + words.SIDE] = [int(one.storage_offset()), 0, one.stride(0), 0, 0, 0, 1]
@@ -165,7 +167,7 @@ class Linker:
             assert data is not None
             depth, columns = weight.sizes
             panels = -(-columns // self.columns)
-            wide = torch.zeros(-(-depth // self.depth) * self.depth, panels * self.columns)
+            wide = torch.zeros(-(-depth // self.depth) * self.depth, panels * self.columns, dtype=self.dtype)
             found = data.as_strided(weight.sizes, weight.strides, weight.offset.at(()))
             wide[:depth, :columns] = found.view(depth, 2, half).mT.reshape(depth, columns) if half else found
             packed = wide.view(len(wide), panels, self.columns).transpose(0, 1).reshape(-1)

@@ -8,16 +8,17 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.harness import launches, machine, pieces, rows
+from benchmarks.harness import launches, machine, processes, rows
 from benchmarks.harness.case import Case
 from benchmarks.harness.compare import Checked
+from benchmarks.harness.processes import Task, Tell
 from benchmarks.harness.runner import empty_row
 from benchmarks.harness.session import Session
 
@@ -28,19 +29,38 @@ ENDED = (0, 1, 5)  # pytest's exit status: all passed, some failed, none there
 OUTCOMES = ("passed", "failed", "skipped", "not_run")
 
 
-class Plugin:
-    """Of pytest: leaves a share of the tests, and tells of each."""
+class Share(Task):
+    """Every `count`-th test from number `index` on, in a pytest whose plugin this is.
 
-    def __init__(self, share: "Share", tell: Callable[[str, Any], None]) -> None:
-        self.share, self.tell = share, tell
+    Attributes:
+        outcomes: (word, text) of each test that has ended.
+        collected: how many tests there are; None before the first process has found them.
+        at: the test that runs, or ran last; None before the first of a process.
+    """
+
+    patience = PATIENCE
+
+    def __init__(self, index: int, count: int, arguments: list[str]) -> None:
+        self.index, self.count = index, count
+        self.arguments = [*arguments, "-p", "no:cacheprovider", "-p", "no:xdist"]
+        self.outcomes: dict[str, tuple[str, str]] = {}
+        self.collected: int | None = None
+        self.at: str | None = None
+
+    def work(self, tell: Tell) -> None:
+        torch.set_num_threads(1)
+        self.tell = tell
+        status = int(pytest.main(self.arguments, plugins=[self]))
+        if status not in ENDED:
+            raise RuntimeError(f"pytest ended with status {status}")
 
     @pytest.hookimpl(trylast=True)  # what `-m` leaves, in the order of conftest.py
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        alone = [item for item in items if ALONE in item.name] if self.share.index == 0 else []
+        alone = [item for item in items if ALONE in item.name] if self.index == 0 else []
         others = [item for item in items if ALONE not in item.name]
-        own = [*others[self.share.index :: self.share.count], *alone]
+        own = [*others[self.index :: self.count], *alone]
         self.tell("collected", len(own))
-        items[:] = [item for item in own if item.nodeid not in self.share.outcomes]
+        items[:] = [item for item in own if item.nodeid not in self.outcomes]
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.tell("started", nodeid)
@@ -51,60 +71,22 @@ class Plugin:
             text = getattr(crash, "message", report.longreprtext)[:500] if report.failed else ""
             self.tell("outcome", (report.nodeid, report.outcome, text))
 
+    def hear(self, kind: str, news: Any) -> None:
+        if kind == "collected":
+            self.collected = news
+        elif kind == "started":
+            self.at = news
+        else:
+            name, *outcome = news
+            self.outcomes[name] = tuple(outcome)
 
-class Share:
-    """Every `count`-th test from number `index` on, in a process.
-
-    Attributes:
-        outcomes: (word, text) of each test that has ended.
-        collected: how many tests there are; None before the first process has found them.
-    """
-
-    def __init__(self, index: int, count: int, arguments: list[str], log: Path) -> None:
-        self.index, self.count, self.log = index, count, log
-        self.arguments = [*arguments, "-p", "no:cacheprovider", "-p", "no:xdist"]
-        self.outcomes: dict[str, tuple[str, str]] = {}
-        self.collected: int | None = None
-        self.start()
-
-    def start(self) -> None:
-        self.at: str | None = None
-        self.seen, self.until = False, time.monotonic() + PATIENCE
-        with self.log.open("ab") as log:
-            self.child = pieces.Child(self._run, log.fileno())
-
-    def _run(self, tell: Callable[[str, Any], None]) -> None:
-        torch.set_num_threads(1)
-        status = int(pytest.main(self.arguments, plugins=[Plugin(self, tell)]))
-        tell(*(("done", None) if status in ENDED else ("failed", f"pytest ended with status {status}")))
-
-    def goes_on(self) -> bool:
-        """Whether to wait for it once more. Where it died or hangs, the test it was at fails, and it starts anew."""
-        why = ""
-        for kind, value in self.child.heard():
-            self.until = time.monotonic() + PATIENCE
-            if kind == "done":
-                return False
-            if kind == "collected":
-                self.collected = value
-            elif kind == "started":
-                self.at, self.seen = value, True
-            elif kind == "outcome":
-                name, word, text = value
-                self.outcomes[name] = word, text
-            else:
-                why = why or str(value)
-        if not why and time.monotonic() > self.until:
-            why = f"no result within {PATIENCE:.0f} s"
-        if not why:
-            return True
-        self.child.kill()
-        if not self.seen:
-            return False  # not even one test: it would be the same once more
-        if self.at is not None:
-            self.outcomes.setdefault(self.at, ("failed", why))
-        self.start()
-        return True
+    def died(self, how: str) -> "Share | None":
+        """The test that it was at has failed, and it goes on behind it."""
+        if self.at is None:
+            return None  # not even one test: it would be the same once more
+        self.outcomes.setdefault(self.at, ("failed", how))
+        self.at = None
+        return self
 
 
 def run(folder: Path, paths: Sequence[str], budget: float | None, command: str, *, full: bool) -> int:
@@ -113,20 +95,16 @@ def run(folder: Path, paths: Sequence[str], budget: float | None, command: str, 
     Raises:
         ValueError: there is no GPU.
     """
-    session = Session(pieces.in_a_process(lambda: machine.facts("cuda")), command)
+    session = Session(processes.in_a_process(lambda: machine.facts("cuda")), command)
     folder = folder if os.environ.get("OUT") else folder / machine.folder_name(session.facts)
     folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "tests.txt"
-    log.write_text("")
     chosen = "gpu" if full else "gpu and not slow"
     start, count = time.monotonic(), min(PROCESSES, os.cpu_count() or 1)
-    shares = [Share(i, count, ["-m", chosen, *(paths or ["tests"])], log) for i in range(count)]
-    going = shares
-    while going and (budget is None or time.monotonic() - start < budget):
-        time.sleep(0.2)
-        going = [share for share in going if share.goes_on()]
-    for share in shares:
-        share.child.kill()
+    shares = [Share(i, count, ["-m", chosen, *(paths or ["tests"])]) for i in range(count)]
+    log = folder / "tests.txt"
+    with log.open("wb", buffering=0) as file:
+        end = float("inf") if budget is None else start + budget
+        processes.run(shares, lanes=count, end=end, log=file.fileno())
     seconds = time.monotonic() - start
     found = counts(shares)
     broken = sum(share.collected is None for share in shares)
@@ -135,7 +113,7 @@ def run(folder: Path, paths: Sequence[str], budget: float | None, command: str, 
     row = empty_row(case, session, "pytest", "full", Checked(problem, launched=list(launches.catalogue())))
     # Of the kernels it keeps the source, and claims of no single one that it was launched.
     row |= {"dtype": "all", "launched": [], "died_in": None, "verdict": None, **found, "seconds": seconds}
-    rows.save([row | {"sanitizer": shutil.which("compute-sanitizer") is not None}], folder)
+    rows.save([row | {"sanitizer": shutil.which("compute-sanitizer") is not None}], folder / rows.FILE)
     print("\n".join(found["failures"]) if not broken else log.read_text()[-3000:])
     print(", ".join(f"{found[word]} {word}" for word in OUTCOMES), f"{seconds:.0f} s")
     return 1 if problem else 0

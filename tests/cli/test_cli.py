@@ -19,8 +19,7 @@ from fastgen import cli, data
 from fastgen.cli import doctor
 from fastgen.cli.training import MODELS, new_model
 from fastgen.models import PixelCNN
-
-TINY = ["--set", "channels=4", "--set", "layers=1", "--batch-size", "8", "--validate-every", "2", "--device", "cpu"]
+from tests.cli.commands import TINY, refused
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +48,6 @@ def trained(images, tmp_path_factory):
     arguments += ["--validate-every", "30", "--lr", "0.03"]
     assert cli.main([*arguments, "--out", str(root / "conditional")]) == 0
     return root
-
-
-def refused(capsys, *arguments):
-    """The one line on stderr; asserts that there is one line and the exit status is 2."""
-    try:
-        status = cli.main([str(argument) for argument in arguments])
-    except SystemExit as error:
-        status = error.code
-    lines = capsys.readouterr().err.splitlines()
-    assert status == 2 and len(lines) == 1, (status, lines)
-    return lines[0]
 
 
 def test_trains_and_resumes_as_if_it_had_never_stopped(images, tmp_path, capsys):

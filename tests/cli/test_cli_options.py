@@ -13,8 +13,7 @@ from fastgen import cli, data
 from fastgen.cli import bench
 from fastgen.models import PixelCNN
 from fastgen.train import read_state
-
-TINY = ["--set", "channels=4", "--set", "layers=1", "--batch-size", "8", "--validate-every", "2", "--device", "cpu"]
+from tests.cli.commands import TINY, refused, run
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +35,6 @@ def trained(images, tmp_path_factory):
     ):
         run("train", "--model", name, "--data", f"npz:{images}", "--steps", 2, "--out", root / name, *options)
     return root
-
-
-def run(*arguments):
-    assert cli.main([str(argument) for argument in arguments]) == 0
-
-
-def refused(capsys, *arguments):
-    """The line on stderr of a command that ends with status 2."""
-    assert cli.main([str(argument) for argument in arguments]) == 2
-    return capsys.readouterr().err
 
 
 def weights(folder):

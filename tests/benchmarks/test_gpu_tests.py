@@ -1,12 +1,11 @@
 """The tests of a GPU in several processes: each test once, also where one of them kills its process or hangs."""
 
-import time
-
 import pytest
 import torch
 
+from benchmarks import gpu_tests
 from benchmarks.__main__ import main
-from benchmarks.harness import gpu_tests, launches, machine, pieces, rows
+from benchmarks.harness import launches, machine, processes, rows
 
 TESTS = """
 import os, time
@@ -38,19 +37,14 @@ def test_offsets_beyond():
 
 @pytest.fixture
 def shares(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_tests, "PATIENCE", 4.0)
+    monkeypatch.setattr(gpu_tests.Share, "patience", 4.0)
     (tmp_path / "test_some.py").write_text(TESTS)
     arguments = [str(tmp_path / "test_some.py"), "--rootdir", str(tmp_path)]
-    made = [gpu_tests.Share(i, 2, arguments, tmp_path / "log.txt") for i in (0, 1)]
-    yield made
-    for share in made:
-        share.child.kill()
+    return [gpu_tests.Share(i, 2, arguments) for i in (0, 1)]
 
 
 def test_a_process_that_dies_or_hangs_costs_the_test_it_was_at(shares):
-    going = shares
-    while going := [share for share in going if share.goes_on()]:
-        time.sleep(0.1)
+    assert processes.run(shares, lanes=2) == []
     found = gpu_tests.counts(shares)
     assert {word: found[word] for word in ("passed", "failed", "skipped", "not_run")} == {
         "passed": 9,
@@ -66,17 +60,17 @@ def test_a_process_that_dies_or_hangs_costs_the_test_it_was_at(shares):
 
 
 def test_a_process_that_never_runs_a_test_is_not_started_again(tmp_path):
-    share = gpu_tests.Share(0, 1, ["--no-such-option"], tmp_path / "log.txt")
-    while share.goes_on():
-        time.sleep(0.1)
-    assert share.collected is None and "no-such-option" in share.log.read_text()
+    share = gpu_tests.Share(0, 1, ["--no-such-option"])
+    with (tmp_path / "log.txt").open("wb", buffering=0) as log:
+        assert processes.run([share], log=log.fileno()) == []
+    assert share.collected is None and "no-such-option" in (tmp_path / "log.txt").read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_how_the_tests_went_becomes_a_row(tmp_path, monkeypatch, capsys):
     pytest.importorskip("triton")
     facts = {**machine.facts("cpu"), "gpu": "Imaginary 1", "driver": "1.0"}
-    monkeypatch.setattr(pieces, "in_a_process", lambda work: facts)
+    monkeypatch.setattr(processes, "in_a_process", lambda work: facts)
     monkeypatch.setattr(gpu_tests, "PROCESSES", 1)
     tests = "import pytest\n@pytest.mark.gpu\ndef test_one(): pass\ndef test_two(): pass\n"
     (tmp_path / "test_one.py").write_text(tests)
