@@ -87,7 +87,7 @@ def checked_geometry(*arguments: Any) -> Geometry:
     if torch.compiler.is_compiling():
         return check(*arguments)
     try:
-        key = tuple([(one.shape, one.dtype, one.device) if isinstance(one, Tensor) else one for one in arguments])
+        key = tuple([(a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a for a in arguments])
         found = _checked.get(key)
     except TypeError:  # what cannot be hashed
         return check(*arguments)
@@ -102,7 +102,8 @@ def checked_geometry(*arguments: Any) -> Geometry:
 def check_dtypes(x: Tensor, *tensors: Tensor | None) -> None:
     """tensors: weight, and so on as in `fused`."""
     dtype = x.dtype
-    for place, tensor in enumerate(tensors):
-        if tensor is not None and tensor.dtype != dtype:
-            name = ("weight", "bias", "condition", "residual", "other", "other_weight")[place]
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype is not dtype:
+            names = ("weight", "bias", "condition", "residual", "other", "other_weight")
+            name = next(name for name, other in zip(names, tensors, strict=False) if other is tensor)
             raise TypeError(f"x and {name} must have the same dtype, got {dtype} and {tensor.dtype}")

@@ -124,10 +124,10 @@ def in_aten(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _remember(ctx, inputs[:8], tuple(map(tuple, inputs[8:11])), *inputs[11:], *output)
+    _save(ctx, inputs[:8], tuple(map(tuple, inputs[8:11])), *inputs[11:], *output)
 
 
-def _remember(ctx, tensors, geometry, activation, keep, out, kept) -> None:
+def _save(ctx, tensors, geometry, activation, keep, out, kept) -> None:
     x, weight, mask, _, _, _, other, other_weight = tensors
     if keep != "both" and kept is not None:
         ctx.mark_non_differentiable(kept)
@@ -148,15 +148,14 @@ def _backward(ctx, grad, grad_kept):
         out = kept.chunk(2, 1)[0] if ctx.saved == "both" else grad
     tensors = (grad, grad_pre, x, weight, mask, out, out if kept is None else kept, other, other_weight)
     if not torch.is_grad_enabled() and is_plain(*tensors):
-        found = _launch().backward(*tensors, ctx.geometry, ctx.saved, wanted)
+        gradients = _launch().backward(*tensors, ctx.geometry, ctx.saved, wanted)
     else:
-        found = _backward_operator(*tensors, *ctx.geometry, ctx.saved, list(wanted))
-    of_x, of_weight, of_bias, of_condition, of_other, of_other_weight = (
-        one if asked else None for one, asked in zip(found, wanted, strict=True)
-    )
+        computed = _backward_operator(*tensors, *ctx.geometry, ctx.saved, list(wanted))
+        gradients = [gradient if asked else None for gradient, asked in zip(computed, wanted, strict=True)]
+    of_x, of_weight, of_bias, of_condition, of_other, of_other_weight = gradients
     of_residual = grad if needs[5] else None
-    grads = (of_x, of_weight, None, of_bias, of_condition, of_residual, of_other, of_other_weight)
-    return grads + (None,) * (len(needs) - 8)
+    no_tensors = (None,) * (len(needs) - 8)
+    return of_x, of_weight, None, of_bias, of_condition, of_residual, of_other, of_other_weight, *no_tensors
 
 
 def _no_second_derivative(ctx, *grads):
@@ -167,14 +166,14 @@ _operator.register_autograd(_backward, setup_context=_setup_context)
 _backward_operator.register_autograd(_no_second_derivative)
 
 
-class _Directly(torch.autograd.Function):
+class _WithoutDispatch(torch.autograd.Function):
     """The operator without its dispatch, which takes the host longer than the launches."""
 
     @staticmethod
     def forward(ctx, *inputs):
         out, kept = _launch().forward(*inputs)
         geometry, activation, keep = inputs[8:]
-        _remember(ctx, inputs[:8], geometry, activation, keep, out, kept)
+        _save(ctx, inputs[:8], geometry, activation, keep, out, kept)
         return out, kept
 
     backward = staticmethod(_backward)
@@ -205,7 +204,7 @@ def fused(
     check_dtypes(x, weight, bias, condition, residual, other, other_weight)
     tensors = (x, weight, mask, bias, condition, residual, other, other_weight)
     keep = "both" if keep_pre else ""
-    train = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
+    train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if train and activation != "none" and not keep:
         plain, added = {"relu": ("", "sign"), "gated": ("valve", "both")}[activation]
         keep = plain if residual is None else added
@@ -214,7 +213,7 @@ def fused(
     if not is_plain(*tensors):
         return _operator(*tensors, *map(list, geometry), activation, keep)
     if train:
-        return _Directly.apply(*tensors, geometry, activation, keep)
+        return _WithoutDispatch.apply(*tensors, geometry, activation, keep)
     return _launch().forward(*tensors, geometry, activation, keep)
 
 
@@ -291,9 +290,9 @@ def under_autocast(x: Tensor, weight: Tensor, *more: Tensor | None) -> list[Any]
     """All in the autocast dtype where autocast is on, as `F.conv2d` takes them; float64 stays."""
     tensors: list[Any] = [x, weight, *more]
     kind = x.device.type
-    known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)  # which takes the host a microsecond
-    autocast = known and torch.is_autocast_enabled(kind)
-    if not autocast or torch.float64 in (x.dtype, weight.dtype):
+    # The question whether there is an autocast takes the host a microsecond.
+    known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
+    if not (known and torch.is_autocast_enabled(kind)) or torch.float64 in (x.dtype, weight.dtype):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]

@@ -11,15 +11,16 @@ from torch import Tensor
 
 from fastgen.distributions import Bernoulli, Distribution
 from fastgen.sampling.adapter import Adapter, casts_to_integers
-from fastgen.sampling.causality.drawing_order import NotByReadyTimes, drawing_order
+from fastgen.sampling.causality.drawing_order import NotByReadyTimes, ordered
 from fastgen.sampling.causality.draws import Order
 from fastgen.sampling.condition import example, kind, wants_condition
 from fastgen.sampling.draws import draw_image
 from fastgen.sampling.levels import dtype_of, known_levels, levels_of
-from fastgen.sampling.model_state import ModelState
+from fastgen.sampling.model_state import ModelState, device_of
 from fastgen.sampling.request import Backend, SampleRequest, tell
 from fastgen.sampling.run.engine import Engine, build_engine
 from fastgen.sampling.trace.graph import Unsupported
+from fastgen.sampling.trace.network import Network
 from fastgen.sampling.whole_pass import FixedPoint, Naive, places_of, whole_pass
 
 WHOLE_PASSES = ("naive", "fixed_point")
@@ -67,9 +68,7 @@ class Backends:
 
     @property
     def device(self) -> torch.device:
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
-            return tensor.device
-        return torch.device("cpu")
+        return device_of(self.model)
 
     def kept(self) -> AbstractContextManager[None]:
         """The model may be called inside, and is afterwards as it was. After `get` or `blank_pass`."""
@@ -92,8 +91,7 @@ class Backends:
         if made is None:
             if blank is None and dtype == dtype_of(self.distribution):
                 blank = self.blank_pass(condition)
-            with self.kept():
-                made = self._make(key, condition, dtype, blank)
+            made = self._make(key, condition, dtype, blank)
         self.made = [one for one in self.made if one is not made][1 - MOST_KINDS :] + [made]
         return made.backend
 
@@ -170,9 +168,9 @@ class Backends:
             return
         change = self._state.change()
         if change != "nothing":
+            self._state = ModelState(self.model, self._state.written)
             if change == "structure" or not all(made.backend.takes_weights() for made in self.made):
                 self.made.clear()
-            self._state = ModelState(self.model, self._state.written)
 
     def _make(self, key: Any, condition: Any, dtype: torch.dtype, blank: Tensor | None) -> Made:
         encode = self._encode(dtype)
@@ -182,20 +180,21 @@ class Backends:
                 check_params(blank[..., 0, 0], self.shape[0])
             noise = torch.zeros(self.distribution.noise_shape(2, self.shape), device=blank.device)
             draw_image(SampleRequest(2, self.shape, noise, self.distribution, dtype=dtype), blank)
-        given = (self.model, self.shape, self.distribution, encode, condition)
+        levels = dtype if dtype.is_floating_point else known_levels(self.distribution)
         order: Order | None = None
         remark = None
         try:
+            network = Network(self.model, self.shape, encode, condition, levels, self.kept)
             if self.choice not in WHOLE_PASSES:
-                return Made(key, build_engine(*given, dtype, self.choice, self.verify, self.kept), None)
-            order, remark = drawing_order(*given, dtype if dtype.is_floating_point else known_levels(self.distribution))
+                return Made(key, build_engine(network, self.distribution, self.choice, self.verify), None)
+            order = ordered(network, self.distribution).order
         except Unsupported as reason:
-            if self.choice in WHOLE_PASSES:
-                remark = f"taken as causal, which could not be checked: {reason}"
-            else:
-                order = reason.order if isinstance(reason, NotByReadyTimes) else None
+            order, remark = (reason.order, str(reason)) if isinstance(reason, NotByReadyTimes) else (None, None)
+            if self.choice not in WHOLE_PASSES:
                 remark = f"fallback: fixed_point, because {reason}"
                 tell(f"sampling falls back to the fixed_point backend: {reason}")
+            elif remark is None:
+                remark = f"taken as causal, which could not be checked: {reason}"
         kind_of = Naive if self.choice == "naive" else FixedPoint
         places = None if order is None else places_of(order, self.shape, self.distribution)
         return Made(key, kind_of(self.model, self.shape, encode, places), remark)

@@ -39,6 +39,13 @@ def gates_of(sums, M: tl.constexpr, U: tl.constexpr):
 
 
 @triton.jit
+def joined_gates(gates, M: tl.constexpr, U: tl.constexpr):
+    """Four tiles (M, U) as one (M, 4U), whose columns count units and the four gates of each."""
+    o, f, i, g = gates
+    return tl.reshape(tl.join(tl.join(o, i), tl.join(f, g)), (M, 4 * U))
+
+
+@triton.jit
 def add_gates(terms, sums):
     """In float32."""
     o, f = terms[0].to(tl.float32) + sums[0], terms[1].to(tl.float32) + sums[1]
@@ -72,6 +79,14 @@ def cell_backward(grad_hidden, grad_cell, gates, cell, previous, FAST: tl.conste
 def widened(gates):
     o, f, i, g = gates
     return o.to(tl.float32), f.to(tl.float32), i.to(tl.float32), g.to(tl.float32)
+
+
+@triton.jit
+def load_matrix(weight_ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A contiguous matrix, padded by zeros."""
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    return tl.load(weight_ptr + row * columns + column, (row < rows) & (column < columns), other=0.0)
 
 
 @triton.jit
@@ -117,11 +132,12 @@ def load_terms(gates_ptr, strides, units, image, row, x, active, u):
 
 
 @triton.jit
-def load_saved(maps, strides, units, image, row, x, pixel, before, begun, active, u):
+def load_saved(maps, strides, units, image, row, x, pixel, to_previous, has_previous, cell, is_first, active, u):
     """What the backward reads at `active` pixels that is no state.
 
-    maps: the gradient of the hidden states, of those strides; activated gates and cell states, contiguous. `before`:
-    pixels from one that has `begun` to the one before it.
+    maps: the gradient of the hidden states, of those strides; activated gates and cell states, contiguous.
+    to_previous: pixels from one that `has_previous` to the one whose cell state it took. cell: cell states that are
+    known, but for those that the walk visits first (`is_first`).
 
     Returns:
         Gradient of the hidden state, cell state and the one before, the four activated gates.
@@ -129,7 +145,7 @@ def load_saved(maps, strides, units, image, row, x, pixel, before, begun, active
     mask = active[:, None] & (u < units)[None, :]
     at = pixel[:, None] * units + u[None, :]
     grad_hidden = tl.load(maps[0] + offsets(strides, image, row, x, u), mask, other=0.0)
-    cell = tl.load(maps[2] + at, mask, other=0.0)
-    previous = tl.load(maps[2] + at + before * units, mask & begun[:, None], other=0.0)
+    cell = tl.load(maps[2] + at, mask & is_first[:, None], other=cell)
+    previous = tl.load(maps[2] + at + to_previous * units, mask & has_previous[:, None], other=0.0)
     o, f, i, g = load_gates(maps[1] + pixel[:, None] * (4 * units) + u[None, :], 1, units, mask)
     return grad_hidden, cell, previous, o, f, i, g

@@ -1,21 +1,25 @@
 """The diagonal LSTM in one launch: a program walks all diagonals of its images, forward and backward.
 
-Letters: M rows of a tile, each a row of an image; U units (padded to a power of two); H x W pixels of an image.
+Letters: M lanes of a program, each a row of an image; U units (padded to a power of two); H x W pixels of an image.
 
-Skewing is an index: at step t a tile's row i stands at column t - i. The output is the state: the states of the left
-and the upper neighbour are pixels that the program has written a step ago. They are read as one joined tile (M, 2U),
-behind a barrier of the program's threads and before anything else of the next step. Cell states stay in registers,
-weights in shared memory. A row that has reached the end of its image begins with the next one at once, so that K images
-take K * W + H - 1 steps and no row idles between them. Backward is the same walk from the last pixel to the first,
-where the gradient of the gates is the state.
+Skewing is an index: at step t row i of an image stands at column t - i. A pixel's left neighbour was computed one step
+ago by its own lane, its upper neighbour by the lane before. States and cell states therefore stay in registers, lanes
+pass them on by `tl.gather`, and a step writes nothing but results. Weights stay in shared memory. A row that has
+reached the end of its image begins with the next one at once, so that K images take K * W + H - 1 steps and no row
+idles between them.
 
-Weights are the left factor of the products. Loads, gates and stores then share a layout, and the sums alone change
-theirs, so that a step takes 4 to 8 barriers; in the backward, loads must come behind the products for that.
+The backward is the same walk from the last pixel to the first. The gradients of a pixel's gates, times the weights of
+both neighbours, are what it adds to the gradients of those: one product of width 2U. The lane keeps the part of the
+left neighbour, and the next lane takes that of the upper one. A pixel's cell state is the one that the step before
+has read as its previous one.
+
+Weights are the left factor of the products. Loads, gates and stores then share a layout, and only the sums and what
+lanes pass on change theirs: a step takes 8 to 10 barriers.
 
 Sizes whose weights or tiles do not fit go by `fastgen.kernels.lstm.tiles`.
 
 Traffic a pixel, h units of s bytes: forward reads 4h and writes h, and to train 4h more and h floats; backward reads
-5h and 2h floats and writes 4h. All of it is bound by H + W - 1 dependent steps, not by rates.
+5h and h floats and writes 4h. All of it is bound by H + W - 1 dependent steps, not by rates.
 """
 
 import torch
@@ -29,9 +33,10 @@ from fastgen.kernels.lstm.cell import (
     cell_backward,
     cell_forward,
     gates_of,
+    joined_gates,
+    load_matrix,
     load_saved,
     load_terms,
-    load_weights,
     product,
     store_gates,
     widened,
@@ -57,21 +62,18 @@ def next_place(image, place, width, IMAGES: tl.constexpr):
 
 
 @triton.jit
-def load_state(state_ptr, pixel, to_row, to_column, has_row, has_column, units, GATES: tl.constexpr, U: tl.constexpr):
-    """(M, 2 * GATES * U): GATES * units numbers of the pixel in the row before, and of that in the column before."""
-    k = tl.arange(0, 2 * GATES * U)
-    of_row = (k < GATES * U)[None, :]
-    channel, inside = k // U % GATES * units + k % U, k % U < units
-    near = tl.where(of_row, (pixel + to_row)[:, None], (pixel + to_column)[:, None])
-    seen = tl.where(of_row, has_row[:, None], has_column[:, None]) & inside[None, :]
-    return tl.load(state_ptr + near * (GATES * units) + channel[None, :], seen, other=0.0)
+def from_lane_before(tile, takes):
+    """Each lane's numbers of a tile (M, U) are those of the lane before, where it `takes` them, else 0."""
+    M: tl.constexpr = tile.shape[0]
+    lane = tl.maximum(tl.arange(0, M) - 1, 0)
+    return tl.where(takes[:, None], tl.gather(tile, tl.broadcast_to(lane[:, None], tile.shape), 0), 0.0)
 
 
 @triton.jit(do_not_specialize=("batch", "steps"))
 def diagonal_lstm_forward_kernel(
     gates_ptr,  # (B, 4h, H, W), strides below
-    weight_ptr,  # (4h, 2, h) contiguous
-    hidden_ptr,  # (B, H, W, h) contiguous, written and read
+    weight_ptr,  # (h, 4, h, 2) contiguous: unit, gate, unit of the neighbour, neighbour (upper, left)
+    hidden_ptr,  # (B, H, W, h) contiguous, written
     activated_ptr,  # (B, H, W, 4h) contiguous, written, or None
     cell_ptr,  # (B, H, W, h) fp32 contiguous, written, or None
     batch,
@@ -92,18 +94,16 @@ def diagonal_lstm_forward_kernel(
 ):
     M: tl.constexpr = IMAGES * LANES
     strides = (gates_image_stride, gates_unit_stride, gates_row_stride, gates_column_stride)
-    to_column = 1 if REVERSE else -1
     m = tl.arange(0, M)
     u = tl.arange(0, U)
-    n = tl.arange(0, 4 * U)
-    weights = load_weights(weight_ptr, n % 4 * units + n // 4, n // 4 < units, units, 2, U)
+    weights = load_matrix(weight_ptr, 4 * units, 2 * units, 4 * U, 2 * U)
     image = tl.program_id(0) * IMAGES + m // LANES
     row = m % LANES
     place = -row
     x, pixel, active = pixel_of(image, row, place, batch, height, width, REVERSE)
     terms = load_terms(gates_ptr, strides, units, image, row, x, active, u)
     cell = tl.zeros((M, U), tl.float32)
-    state = tl.zeros((M, 2 * U), hidden_ptr.dtype.element_ty)  # the first pixel has no neighbour
+    state = tl.zeros((M, 2 * U), hidden_ptr.dtype.element_ty)
     for _ in range(steps):
         mask = active[:, None] & (u < units)[None, :]
         begun = place > 0
@@ -113,14 +113,16 @@ def diagonal_lstm_forward_kernel(
         sums = product(weights, tl.trans(state), tl.zeros((4 * U, M), tl.float32), PRECISION)
         gates = add_gates(terms, gates_of(sums, M, U))
         gates, cell, hidden = cell_forward(gates, tl.where(begun[:, None], cell, 0.0), FAST)
-        tl.store(hidden_ptr + at, hidden.to(hidden_ptr.dtype.element_ty), mask)
-        image, place = next_place(image, place, width, IMAGES)
-        x, pixel, active = pixel_of(image, row, place, batch, height, width, REVERSE)
-        tl.debug_barrier()  # all threads have written their states, which the next step reads
-        state = load_state(hidden_ptr, pixel, -width, to_column, active & (row > 0), active & (place > 0), units, 1, U)
+        hidden = hidden.to(hidden_ptr.dtype.element_ty)
+        tl.store(hidden_ptr + at, hidden, mask)
         if activated_ptr is not None:
             store_gates(activated_ptr + activated_at, units, gates, mask)
             tl.store(cell_ptr + at, cell, mask)
+        image, place = next_place(image, place, width, IMAGES)
+        x, pixel, active = pixel_of(image, row, place, batch, height, width, REVERSE)
+        upper = from_lane_before(hidden, active & (row > 0))
+        left = tl.where((place > 0)[:, None], hidden, 0.0)
+        state = tl.reshape(tl.join(upper, left), (M, 2 * U))
         terms = load_terms(gates_ptr, strides, units, image, row, x, active, u)
 
 
@@ -129,8 +131,8 @@ def diagonal_lstm_backward_kernel(
     grad_hidden_ptr,  # (B, h, H, W), strides below
     activated_ptr,  # (B, H, W, 4h) contiguous
     cell_ptr,  # (B, H, W, h) fp32 contiguous
-    weight_ptr,  # (h, 2, 4h) contiguous
-    grad_gates_ptr,  # (B, H, W, 4h) contiguous, written and read
+    weight_ptr,  # (h, 2, h, 4) contiguous: unit of the neighbour, neighbour (upper, left), unit, gate
+    grad_gates_ptr,  # (B, H, W, 4h) contiguous, written
     batch,
     height,
     width,
@@ -149,40 +151,39 @@ def diagonal_lstm_backward_kernel(
 ):
     M: tl.constexpr = IMAGES * LANES
     LEFTWARD: tl.constexpr = not REVERSE
-    AHEAD: tl.constexpr = M * U < 4096  # a larger tile fills the registers
     maps = (grad_hidden_ptr, activated_ptr, cell_ptr)
     strides = (grad_image_stride, grad_unit_stride, grad_row_stride, grad_column_stride)
     to_previous = 1 if REVERSE else -1
     m = tl.arange(0, M)
     u = tl.arange(0, U)
-    weights = load_weights(weight_ptr, u, u < units, units, 8, U)
+    weights = load_matrix(weight_ptr, 2 * units, 4 * units, 2 * U, 4 * U)
     image = tl.program_id(0) * IMAGES + m // LANES
     row = height - 1 - m % LANES
     place = -(m % LANES)
     x, pixel, active = pixel_of(image, row, place, batch, height, width, LEFTWARD)
-    if AHEAD:
-        saved = load_saved(maps, strides, units, image, row, x, pixel, to_previous, place < width - 1, active, u)
+    previous = tl.zeros((M, U), tl.float32)
+    saved = load_saved(
+        maps, strides, units, image, row, x, pixel, to_previous, place < width - 1, previous, place == 0, active, u
+    )
     grad_cell = tl.zeros((M, U), tl.float32)
-    state = tl.zeros((M, 8 * U), grad_gates_ptr.dtype.element_ty)
+    state = tl.zeros((M, 4 * U), grad_gates_ptr.dtype.element_ty)
     for _ in range(steps):
         mask = active[:, None] & (u < units)[None, :]
         begun = place > 0
-        at = pixel[:, None] * (4 * units) + u[None, :]
-        sums = product(weights, tl.trans(state), tl.zeros((U, M), tl.float32), PRECISION)
-        if not AHEAD:
-            saved = load_saved(maps, strides, units, image, row, x, pixel, to_previous, place < width - 1, active, u)
+        sums = product(weights, tl.trans(state), tl.zeros((2 * U, M), tl.float32), PRECISION)
+        to_upper, to_left = tl.split(tl.permute(tl.reshape(sums, (U, 2, M)), (2, 0, 1)))
         from_layer, cell, previous, o, f, i, g = saved
-        grad_hidden = from_layer.to(tl.float32) + tl.trans(sums)
+        grad_hidden = from_layer.to(tl.float32) + tl.where(begun[:, None], to_left, 0.0)
+        grad_hidden += from_lane_before(to_upper, active & (row < height - 1))
         grad_cell = tl.where(begun[:, None], grad_cell, 0.0)
         grads, grad_cell = cell_backward(grad_hidden, grad_cell, widened((o, f, i, g)), cell, previous, FAST)
-        store_gates(grad_gates_ptr + at, units, grads, mask)
+        store_gates(grad_gates_ptr + pixel[:, None] * (4 * units) + u[None, :], units, grads, mask)
+        state = joined_gates(grads, M, U).to(state.dtype)
         image, place = next_place(image, place, width, IMAGES)
         x, pixel, active = pixel_of(image, row, place, batch, height, width, LEFTWARD)
-        tl.debug_barrier()  # all threads have written their gradients, which the next step reads
-        below, beside = active & (row < height - 1), active & (place > 0)
-        state = load_state(grad_gates_ptr, pixel, width, -to_previous, below, beside, units, 4, U)
-        if AHEAD:  # what the next step reads besides gradients is on its way while this one is computed
-            saved = load_saved(maps, strides, units, image, row, x, pixel, to_previous, place < width - 1, active, u)
+        saved = load_saved(  # of the next step, on their way while its products are computed
+            maps, strides, units, image, row, x, pixel, to_previous, place < width - 1, previous, place == 0, active, u
+        )
 
 
 def forward(
@@ -204,7 +205,7 @@ def forward(
     if isinstance(choice, TileLaunch):
         forward_by_tiles(gates, weight, hidden, activated, cell, choice, row_scan=False, reverse=reverse)
         return results
-    packed = weight.permute(0, 2, 1).contiguous()
+    packed = weight.unflatten(0, (4, units)).transpose(0, 1).contiguous()
     steps = choice.images_of_a_program(batch) * width + height - 1
     sizes = (batch, height, width, units, steps, *gates.stride())
     constants = {"REVERSE": reverse, **constants_of(choice, gates)}
@@ -231,7 +232,7 @@ def backward(
     if isinstance(choice, TileLaunch):
         backward_by_tiles(grad_hidden, activated, cell, weight, grad_gates, choice, row_scan=False, reverse=reverse)
         return grad_gates
-    packed = weight.permute(1, 2, 0).contiguous()
+    packed = weight.unflatten(0, (4, units)).permute(2, 3, 1, 0).contiguous()
     steps = choice.images_of_a_program(batch) * width + height - 1
     sizes = (batch, height, width, units, steps, *grad_hidden.stride())
     constants = {"REVERSE": reverse, **constants_of(choice, grad_hidden)}

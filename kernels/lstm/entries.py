@@ -49,7 +49,7 @@ AMD_SIZES = (("bf16", 32, 32), ("fp32", 32, 16))
 
 NO_FULL_TILES = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), "has no `full_tiles`")
 SPILLS = {
-    4096: {"sm_90": 128, "sm_100": 144},
+    4096: {"sm_90": 128, "sm_100": 168},
     2048: {"sm_80": 16, "sm_90": 16, "sm_100": 8, "sm_120": 8},
 }  # by numbers of a tile
 

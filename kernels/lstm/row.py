@@ -97,7 +97,7 @@ def load_saved_row(maps, strides, units, height, width, image, row, column, u, b
     row += tl.zeros_like(column)
     pixel = (image.to(tl.int64) * height + row) * width + column
     active = (image < batch) & (column < width)
-    return load_saved(maps, strides, units, image, row, column, pixel, -width, row > 0, active, u)
+    return load_saved(maps, strides, units, image, row, column, pixel, -width, row > 0, 0.0, active, active, u)
 
 
 @triton.jit(do_not_specialize=("batch", "steps"))

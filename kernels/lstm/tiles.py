@@ -186,7 +186,7 @@ def lstm_tiles_backward_kernel(
                 sums = product(weights, tl.trans(grad), sums, PRECISION)
             # Loaded before the products, these would take their layout: seven tiles are converted instead of one.
             from_layer, cell, previous, o, f, i, g = load_saved(
-                maps, strides, units, image, row, x, pixel, to_previous, begun, active, u
+                maps, strides, units, image, row, x, pixel, to_previous, begun, 0.0, active, active, u
             )
             grad_hidden = from_layer.to(tl.float32) + tl.trans(sums)
             grads, grad_cell = cell_backward(grad_hidden, grad_cell, widened((o, f, i, g)), cell, previous, FAST)

@@ -61,8 +61,8 @@ def tap_of_kernel(tap, first, width, corner, kernel_width):
 
 @kernel
 def masked_conv2d_pack_kernel(
-    weight_ptr,  # (outputs, inputs, size) contiguous
-    mask_ptr,  # bool, the same; or None
+    weight_ptr,  # (outputs, inputs, size) contiguous, or channels-last
+    mask_ptr,  # bool (outputs, inputs, size) contiguous, or None
     packed_ptr,  # (packed_rows, packed_columns * 16), written from column first_column * 16 on
     masked,  # outputs of a half whose mask is read: all, or 0; a pointer that is not read spares another compilation
     packed_rows,
@@ -73,26 +73,39 @@ def masked_conv2d_pack_kernel(
     run, parts,  # a place p is of the half p // run % parts: runs of one half follow runs of the other
     size, taps, rounds, first, width, corner, kernel_width,  # size: kh * kw; rounds: taps, and more to fill the columns
     MIRRORED: tl.constexpr,  # a row of packed weights is an input, a column an output
+    CHANNELS_LAST: tl.constexpr,  # the weight
     UNIT: tl.constexpr,
     FLAT: tl.constexpr,  # a power of two, INPUTS * size at least
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
 ):  # fmt: skip
-    """A program loads what INPUTS inputs have in all taps, which lie side by side, and picks tap after tap of it."""
+    """A program loads what INPUTS inputs have in all taps, which lie side by side, and picks tap after tap of it. Of a
+    channels-last weight it loads tap after tap."""
     place = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)[:, None]
     start = tl.program_id(1) * INPUTS
     half, output = place // run % parts, place // (run * parts) * run + place % run
-    flat = tl.arange(0, FLAT)[None, :]
-    there = (output < outputs) & (flat < INPUTS * size) & (start * size + flat < image_pitch * UNIT)
-    at = (half * outputs + output).to(tl.int64) * (image_pitch * UNIT) + start * size + flat
-    values = tl.load(weight_ptr + at, mask=there, other=0.0)
-    if mask_ptr is not None:
-        values = tl.where(tl.load(mask_ptr + at, mask=there & (output < masked), other=1) != 0, values, 0.0)
+    row_start = (half * outputs + output).to(tl.int64) * (image_pitch * UNIT)
     i = tl.arange(0, INPUTS)[None, :]
-    pitch *= UNIT
+    pitch, inputs = pitch * UNIT, image_pitch // size * UNIT
+    real = (output < outputs) & (start + i < inputs)
+    if not CHANNELS_LAST:
+        flat = tl.arange(0, FLAT)[None, :]
+        there = (output < outputs) & (flat < INPUTS * size) & (start * size + flat < image_pitch * UNIT)
+        at = row_start + start * size + flat
+        values = tl.load(weight_ptr + at, mask=there, other=0.0)
+        if mask_ptr is not None:
+            values = tl.where(tl.load(mask_ptr + at, mask=there & (output < masked), other=1) != 0, values, 0.0)
     for tap in range(rounds):
-        index = i * size + tap_of_kernel(tl.minimum(tap, taps - 1), first, width, corner, kernel_width)
-        taken = tl.where(tap < taps, picked(values, tl.arange(0, OUTPUTS)[:, None] * FLAT + index), 0.0)
+        tap_in_kernel = tap_of_kernel(tl.minimum(tap, taps - 1), first, width, corner, kernel_width)
+        if CHANNELS_LAST:
+            weight = weight_ptr + row_start + (tap_in_kernel * inputs + start + i)
+            taken = tl.load(weight, mask=real, other=0.0)
+            if mask_ptr is not None:
+                live = mask_ptr + row_start + ((start + i) * size + tap_in_kernel)
+                taken = tl.where(tl.load(live, mask=real & (output < masked), other=1) != 0, taken, 0.0)
+        else:
+            taken = picked(values, tl.arange(0, OUTPUTS)[:, None] * FLAT + i * size + tap_in_kernel)
+        taken = tl.where(tap < taps, taken, 0.0)
         if MIRRORED:
             row, column = start + i, place
         else:

@@ -99,7 +99,7 @@ def pixel_steps(x: Tensor, unit: int) -> tuple[int, ...]:
     return tuple(0 if x.shape[axis] == 1 else x.stride(axis) // unit for axis in (0, 2, 3))
 
 
-# Sizes and strides are found once for `torch.empty_strided`, which takes the host a third of what `torch.empty` takes.
+# Sizes and strides are found once for `new_empty_strided`, which takes the host a third of what `torch.empty` takes.
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
 
 
@@ -119,6 +119,7 @@ class Weights:
     walk: Walk
     geometry: Geometry
     masked: bool = True  # where False, the mask of a call is another weight's
+    channels_last: bool = False  # as it lies in memory; else contiguous
 
     @property
     def size(self) -> int:
@@ -145,12 +146,13 @@ class Weights:
     def unit(self, dtype: torch.dtype, *counts: int) -> int:
         """Elements of 16 bytes where an output's weights and the counts are multiples of them, else 1."""
         unit = 16 // dtype.itemsize
-        return unit if all(n % unit == 0 for n in (self.shape[1] * self.size, *counts)) else 1
+        row = self.shape[1] if self.channels_last else self.shape[1] * self.size
+        return unit if all(n % unit == 0 for n in (row, *counts)) else 1
 
     def flat(self, unit: int) -> int:
-        """`FLAT` of the kernels; one value for most kernel sizes, so that few are compiled: the first layers of models,
+        """`FLAT` of the packing; one value for most kernel sizes, so that few are compiled: the first layers of models,
         which have large kernels, have no unit."""
-        return max(256 if unit > 1 else 1024, next_power_of_2(16 * self.size))
+        return 16 if self.channels_last else max(256 if unit > 1 else 1024, next_power_of_2(16 * self.size))
 
 
 def blocks_of(choice: Choice, batch: int, height: int, width: int) -> tuple[dict[str, int], int, int, int]:
@@ -263,15 +265,16 @@ class Convolve:
         )  # fmt: skip
         return Launches(
             masked_conv2d_pack_kernel, (cdiv(places[0], rows), cdiv(places[1], 16)), arguments,
-            MIRRORED=self.mirrored, UNIT=unit, FLAT=weights.flat(unit), OUTPUTS=rows, INPUTS=16,
+            MIRRORED=self.mirrored, CHANNELS_LAST=weights.channels_last, UNIT=unit, FLAT=weights.flat(unit),
+            OUTPUTS=rows, INPUTS=16,
         )  # fmt: skip
 
     def results(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Uninitialized: (B, C, H, W), and what is kept."""
-        out = torch.empty_strided(*self.layout, dtype=x.dtype, device=x.device)
+        out = x.new_empty_strided(*self.layout)
         if not self.keep:
             return out, out
-        return out, torch.empty_strided(*self.kept_layout, dtype=self.kept_dtype, device=x.device)
+        return out, x.new_empty_strided(*self.kept_layout, dtype=self.kept_dtype)
 
     def __call__(
         self, x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None = None,
@@ -281,7 +284,7 @@ class Convolve:
         if self.choice.provider != "triton":
             return self.by_cudnn(x, weight, mask, bias, condition, residual, other, other_weight)
         out, kept = self.results(x)
-        packed = torch.empty_strided(*self.packed, dtype=x.dtype, device=x.device)
+        packed = x.new_empty_strided(*self.packed)
         self.pack(weight, mask, packed)
         if self.pack_other is not None:
             self.pack_other(other_weight, mask, packed)
@@ -384,9 +387,9 @@ class WeightGradient:
     def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.choice.provider != "triton":
             return self.by_cudnn(grad, x, weight, mask)
-        out = torch.empty_strided(*self.out, dtype=weight.dtype, device=weight.device)
-        partial = torch.empty_strided(*self.partial, dtype=torch.float32, device=x.device)
-        sums = torch.empty_strided(*self.sums, dtype=torch.float32, device=x.device) if self.adds_up else None
+        out = x.new_empty_strided(*self.out)
+        partial = x.new_empty_strided(*self.partial, dtype=torch.float32)
+        sums = x.new_empty_strided(*self.sums, dtype=torch.float32) if self.adds_up else None
         of_grad, of_x = (self.boxes[0](grad), self.boxes[1](x)) if self.boxes else (grad, x)
         self.run(of_grad, of_x, grad, partial, partial if sums is None else sums)
         self.sum(partial, mask, out)

@@ -145,9 +145,9 @@ def test_calls_of_one_kind_are_planned_once(monkeypatch):
     assert made == [1]
     masked_conv2d(x.detach()[:1], weight.detach(), mask, bias.detach(), impl="triton")
     assert made == [1, 1]
-    monkeypatch.setattr(launch, "RECORDS", 2)
+    monkeypatch.setattr(launch, "CALLS", 2)
     masked_conv2d(x.detach()[:, :, :3], weight.detach(), mask, bias.detach(), impl="triton")
-    assert len(launch._records) == 1
+    assert len(launch._calls) == 1
 
 
 def test_nothing_is_decided_inside_a_capture(monkeypatch):
@@ -418,7 +418,8 @@ def test_a_wrong_tap_is_noticed(tap, direction, dtype, monkeypatch):
 
 
 def reasons():
-    products = [getattr(one, name, one) for one in launch._records.values() for name in ("of_weight", "of_x")]
+    runs = [call.run for call in launch._calls.values()]
+    products = [getattr(run, name, run) for run in runs for name in ("weight_gradient", "x_gradient")]
     return [one.choice.why for one in products if hasattr(one, "choice")]
 
 
@@ -446,7 +447,7 @@ def test_choices_are_for_one_device_and_precision(monkeypatch):
     masked_conv2d(x, weight, mask, bias, impl="triton")
     monkeypatch.setattr(launch, "precision_of", lambda device, dtype: "tf32")
     masked_conv2d(x, weight, mask, bias, impl="triton")
-    assert len(launch._records) == 2
+    assert len(launch._calls) == 2
 
 
 def test_the_search_wants_a_gpu(capsys):

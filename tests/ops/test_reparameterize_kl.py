@@ -1,4 +1,4 @@
-"""Against float64, mpmath and torch.distributions: values, gradients, noise, layouts, extremes, registration."""
+"""Against float64, mpmath and torch.distributions: values, gradients, layouts, extremes."""
 
 import math
 
@@ -9,29 +9,10 @@ from torch.distributions import Normal, kl_divergence
 
 from fastgen.ops import reparameterize_kl
 from fastgen.ops.reparameterize_kl import reparameterize_kl_reference
+from tests.ops.reparameterize_kl_truth import IMPLS, gradients, inputs, truth
 
 pytest.importorskip("triton")
-IMPLS = ("reference", "triton")
 FINITE = torch.finfo(torch.float32).max
-
-
-def inputs(shape, dtype=torch.float32, device="cpu"):
-    mu, eps = torch.randn(shape), torch.randn(shape)
-    logvar = 2 * torch.randn(shape) - 1
-    return [x.to(device, dtype).requires_grad_() for x in (mu, logvar, eps)]
-
-
-def gradients(z, kl, variables):
-    """Of a scalar that weighs every element of z and kl differently."""
-    weight_z = torch.linspace(-1, 1, z.numel(), device=z.device).view(z.shape)
-    weight_kl = torch.linspace(0.5, 1.5, kl.numel(), device=z.device)
-    return torch.autograd.grad((z.to(kl.dtype) * weight_z).sum() + (kl * weight_kl).sum(), variables)
-
-
-def truth(variables, **options):
-    mu, logvar, eps = wide = [x.detach().double().requires_grad_() for x in variables]
-    z, kl = reparameterize_kl_reference(mu, logvar, eps=eps, **options)
-    return z, kl, gradients(z, kl, wide)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -231,177 +212,6 @@ def test_float64_keeps_its_precision(device):
     assert torch.autograd.gradgradcheck(function, (mu, logvar, eps))
 
 
-def test_second_derivative_of_the_kernel_is_refused(device):
-    mu, logvar, eps = inputs((2, 3), device=device)
-    z, _ = reparameterize_kl(mu, logvar, eps=eps, impl="triton")
-    (grad,) = torch.autograd.grad(z.square().sum(), mu, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        grad.sum().backward()
-
-
-def drawn(shape, device, seed=1, dtype=torch.float32):
-    """The noise itself: mean 0, log-variance 0."""
-    generator = torch.Generator(device).manual_seed(seed)
-    zeros = torch.zeros(shape, device=device, dtype=dtype)
-    return reparameterize_kl(zeros, zeros, generator=generator, impl="triton")[0]
-
-
-def ks_distance(sample):
-    ordered = sample.double().flatten().sort().values
-    step = torch.arange(1, len(ordered) + 1, device=sample.device).double() / len(ordered)
-    return (torch.special.ndtr(ordered) - step).abs().max().item()
-
-
-def test_noise_is_standard_normal(device):
-    noise = drawn((51, 999), device)
-    n = noise.numel()
-    assert abs(noise.mean()) < 4 / math.sqrt(n)
-    assert abs(noise.var() - 1) < 4 * math.sqrt(2 / n)
-    assert abs(noise.pow(4).mean() - 3) < 4 * math.sqrt(96 / n)
-    assert ks_distance(noise) < 1.63 / math.sqrt(n)  # 1 % level
-    assert 3.9 < noise.abs().max() < 6.9
-
-
-def test_noise_is_independent_between_elements_rows_and_seeds(device):
-    noise, other = drawn((51, 999), device).double(), drawn((51, 999), device, seed=2).double()
-    bound = 4.5 / math.sqrt(noise.numel())
-    for lag in range(1, 9):  # all lanes of a Philox counter and the next counter's
-        assert abs((noise[:, lag:] * noise[:, :-lag]).mean()) < bound
-        assert abs((noise[:, lag:].square() - 1).mul(noise[:, :-lag].square() - 1).mean() / 2) < bound
-    assert abs((noise[1:] * noise[:-1]).mean()) < bound
-    assert abs((noise * other).mean()) < bound
-    assert noise.flatten().unique().numel() > 0.99 * noise.numel()
-
-
-def test_noise_is_independent_between_launches(device):
-    zeros = torch.zeros(51, 999, device=device)
-    first, second = (reparameterize_kl(zeros, zeros, impl="triton")[0].double() for _ in range(2))
-    bound = 4.5 / math.sqrt(first.numel())
-    assert abs((first * second).mean()) < bound
-    assert abs(((first.square() - 1) * (second.square() - 1)).mean() / 2) < bound
-    assert abs((first[:, 1:] * second[:, :-1]).mean()) < bound and abs((first[1:] * second[:-1]).mean()) < bound
-
-
-def test_each_launch_draws_anew_and_a_seed_repeats(device):
-    mu = torch.zeros(4, 9, device=device)
-    torch.manual_seed(3)
-    first, second = (reparameterize_kl(mu, mu, impl="triton")[0] for _ in range(2))
-    torch.manual_seed(3)
-    again = reparameterize_kl(mu, mu, impl="triton")[0]
-    assert torch.equal(first, again) and not (first == second).any()
-
-
-def test_noise_does_not_depend_on_batch_tile_or_dtype(device, monkeypatch):
-    assert torch.equal(drawn((70, 37), device)[:3], drawn((3, 37), device))
-    assert torch.equal(drawn((72, 37), device)[:3], drawn((3, 37), device))  # read by sectors, and one by one
-    split = drawn((2, 4100), device)
-    monkeypatch.setattr("fastgen.kernels.vae.layout.PROGRAMS", 4)
-    assert torch.equal(split, drawn((2, 4100), device))  # now two and three tiles a program
-    assert torch.equal(drawn((3, 37), device).half(), drawn((3, 37), device, dtype=torch.half))
-    assert torch.equal(drawn((2, 3, 4), device), drawn((2, 12), device).view(2, 3, 4))
-
-
-@pytest.mark.parametrize("shape", [(3, 37), (2, 2500)])
-def test_backward_draws_the_same_noise(shape, device):
-    mu, logvar, _ = inputs(shape, device=device)
-    z, _ = reparameterize_kl(mu, logvar, impl="triton")
-    (grad,) = torch.autograd.grad(z.sum(), logvar)
-    torch.testing.assert_close(grad, 0.5 * (z - mu).detach(), rtol=1e-5, atol=1e-6)
-
-
-def test_repeats_bit_for_bit(device):
-    mu, logvar, eps = inputs((3, 5000), device=device)
-    first, second = (reparameterize_kl(mu, logvar, eps=eps, impl="triton") for _ in range(2))
-    assert torch.equal(first[1], second[1]) and torch.equal(first[0], second[0])
-
-
-@pytest.mark.parametrize("given", [True, False])
-def test_operator_is_registered_correctly(given, device):
-    mu, logvar, eps = inputs((3, 6), device=device)
-    eps = eps if given else None
-    seed = torch.tensor([5], device=device)
-    torch.library.opcheck(torch.ops.fastgen.reparameterize_kl, (mu, logvar, eps, seed, 0.1))
-    mu, logvar, eps = (None if x is None else x.detach() for x in (mu, logvar, eps))
-    arguments = (mu, None, mu, logvar, eps, seed, 0.0, [True, True, given])
-    torch.library.opcheck(torch.ops.fastgen.reparameterize_kl_backward, arguments)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_compiles_in_one_graph(impl, device):
-    mu, logvar, eps = inputs((3, 6), device=device)
-
-    def loss(mu, logvar, eps):
-        z, kl = reparameterize_kl(mu, logvar, eps=eps, free_bits=0.1, impl=impl)
-        _, other = reparameterize_kl(mu, logvar, impl=impl)
-        return z.square().sum() + kl.sum() + other.sum()
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(mu, logvar, eps)
-    expected = loss(mu, logvar, eps)
-    torch.testing.assert_close(compiled, expected)
-    for a, b in zip(*(torch.autograd.grad(x, (mu, logvar, eps)) for x in (compiled, expected)), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_autocast_computes_in_float32(impl, device):
-    x, weight = torch.randn(4, 8, device=device), torch.randn(12, 8, device=device, requires_grad=True)
-    with torch.autocast(device, dtype=torch.bfloat16):
-        mu, logvar = torch.nn.functional.linear(x, weight).chunk(2, dim=1)
-        z, kl = reparameterize_kl(mu, logvar, impl=impl)
-    assert z.dtype == torch.bfloat16 and kl.dtype == torch.float32
-    (z.float().sum() + kl.sum()).backward()
-    assert weight.grad.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "words"),
-    [
-        ({"mu": 3.0}, TypeError, "mu must be a float tensor, got float"),
-        ({"logvar": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "logvar must be a float tensor, got torch.int64"),
-        ({"logvar": torch.zeros(3, 2)}, ValueError, r"logvar must have the shape of mu, \(2, 3\), got \(3, 2\)"),
-        ({"eps": torch.zeros(2, 1)}, ValueError, "eps must have the shape of mu"),
-        ({"mu": torch.zeros(()), "logvar": torch.zeros(())}, ValueError, "batch dimension"),
-        ({"free_bits": -0.5}, ValueError, "free_bits must be finite and not negative, got -0.5"),
-        ({"free_bits": math.nan}, ValueError, "free_bits"),
-        ({"free_bits": "1"}, TypeError, "free_bits must be a number, got str"),
-        ({"generator": 3}, TypeError, "generator must be a torch.Generator or None, got int"),
-        ({"impl": "cuda"}, ValueError, "impl must be one of"),
-    ],
-)
-def test_bad_arguments_are_named(change, error, words):
-    arguments = {"mu": torch.zeros(2, 3), "logvar": torch.zeros(2, 3), **change}
-    with pytest.raises(error, match=words):
-        reparameterize_kl(arguments.pop("mu"), arguments.pop("logvar"), **arguments)
-
-
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("sizes", [(1, 1), (1, 10**7), (10**6, 2), (256, 2048), (8, 1023), (7, 1025), (1024, 4096)])
-def test_the_launch_covers_every_column_once(sizes, itemsize):
-    from fastgen.kernels.vae.layout import Rows, tiles_of
-
-    count, columns = sizes
-    tiles = tiles_of(Rows(count, 1, columns, ((columns, 0, 1),)), itemsize)
-    before = max(tiles.ALIGNED, 4) - 1 if tiles.ODD or tiles.ALIGNED else 0  # what a group may have before its row
-    assert tiles.splits * tiles.tiles * tiles.IN >= columns + before
-    assert (tiles.splits - 1) * tiles.tiles * tiles.IN < columns + before
-    assert tiles.splits <= 1024 and tiles.ROWS * tiles.OUT * tiles.IN == 1024
-    sector = 32 // itemsize
-    aligned = columns % 4 and columns >= sector and count * columns % sector == 0
-    assert (sector if aligned else 0) == tiles.ALIGNED
-
-
-@pytest.mark.parametrize("sizes", [(3, 4), (3, 2000), (2000, 4), (64, 1024), (33, 36)])
-def test_tiles_of_two_dimensions_cover_every_number_once(sizes):
-    from fastgen.kernels.vae.layout import Rows, tiles_of
-
-    outer, inner = sizes
-    tiles = tiles_of(Rows(5, outer, inner, ((outer * inner, inner, 1), (outer * inner, 1, outer))), 4)
-    count = -(-outer // tiles.OUT) * -(-inner // tiles.IN)
-    assert tiles.OUT > 1 and (tiles.splits - 1) * tiles.tiles < count <= tiles.splits * tiles.tiles
-    assert tiles.ROWS * tiles.OUT * tiles.IN == 1024
-    assert min(tiles.OUT, outer) >= 32 or inner < 32 or outer <= tiles.OUT
-
-
 @pytest.mark.gpu
 def test_offsets_beyond_int32():
     rows, columns = 2, 2**30 + 8
@@ -409,28 +219,3 @@ def test_offsets_beyond_int32():
     mu[1, -1] = 3
     z, kl = reparameterize_kl(mu, mu.new_zeros(()).expand_as(mu), eps=mu, impl="triton")
     assert z[1, -1] == 6 and kl.tolist()[0] == 0 and abs(kl.tolist()[1] - 4.5) < 1e-4
-
-
-@pytest.mark.gpu
-def test_a_captured_graph_draws_new_noise_at_each_replay():
-    mu = torch.zeros(8, 64, device="cuda", requires_grad=True)
-    logvar = torch.zeros(8, 64, device="cuda", requires_grad=True)
-
-    def step():
-        z, kl = reparameterize_kl(mu, logvar, impl="triton")
-        return z, *torch.autograd.grad(z.sum() + kl.sum(), (mu, logvar))
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        z, _, grad = step()
-    replays = []
-    for _ in range(2):
-        graph.replay()
-        replays.append(z.clone())
-        torch.testing.assert_close(grad, 0.5 * z, rtol=1e-5, atol=1e-6)
-    assert not torch.equal(*replays)

@@ -8,6 +8,7 @@ from fastgen.models import GatedPixelCNN, PixelCNN
 from fastgen.sampling.plan.plan import make_plan
 from fastgen.sampling.request import SampleRequest
 from fastgen.sampling.run.engine import Engine
+from fastgen.sampling.trace.network import Network
 from tests.sampling.recorded_graphs import stand_in
 
 MODELS = {
@@ -27,8 +28,8 @@ class Drawn:
     def __init__(self, name):
         self.model = MODELS[name]().eval()
         self.shape, self.distribution = self.model.shape, self.model.distribution
-        of_model = (self.model, self.shape, self.distribution, self.model.encode, None)
-        self.engine = Engine(*of_model, make_plan(*of_model, self.model.levels), "cuda_graph", "always")
+        network = Network(self.model, self.shape, self.model.encode, None, self.model.levels)
+        self.engine = Engine(make_plan(network, self.distribution), self.distribution, "cuda_graph", "always")
 
     @torch.no_grad()
     def check(self, n, seed, distribution=None, rows=None):

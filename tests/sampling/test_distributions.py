@@ -239,6 +239,10 @@ def test_bad_options_are_named(arguments):
 def test_other_bad_arguments_are_named():
     with pytest.raises(ValueError, match="levels"):
         Categorical(1)
+    with pytest.raises(ValueError, match=r"layout BKCHW: where all channels .* it is layout='B\(KC\)HW'"):
+        Categorical(4).logits(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="output= of accelerate picks the logits"):
+        Categorical(4).logits(torch.zeros(2, 3, 4))
     with pytest.raises(ValueError, match="layout"):
         Categorical(4, "BKHW")
     with pytest.raises(ValueError, match="n_mix"):

@@ -17,6 +17,7 @@ from fastgen.sampling.run import gpu_player
 from fastgen.sampling.run.cpu_player import CPUPlayer
 from fastgen.sampling.run.draw_loop import draw_batch
 from fastgen.sampling.run.gpu_player import GPUPlayer
+from fastgen.sampling.trace.network import Network
 from tests.sampling.exactness import assert_exact, pair
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy
@@ -144,7 +145,7 @@ def small(name):
     wrap = {Bernoulli: OneOfTwo, LogisticMixture: Flat}.get(type(distribution), lambda model: model)
     encode = (lambda x: x / 127.5 - 1) if isinstance(distribution, LogisticMixture) else model.encode
     levels = 256 if isinstance(distribution, LogisticMixture) else model.levels
-    return make_plan(wrap(model).eval(), model.shape, distribution, encode, None, levels), distribution
+    return make_plan(Network(wrap(model).eval(), model.shape, encode, None, levels), distribution), distribution
 
 
 OPTIONS = [(1.0, None, None), (0.6, None, None), (0.0, None, None), (1.0, 2, None), (0.7, None, 0.8), (1.5, 3, 0.6)]

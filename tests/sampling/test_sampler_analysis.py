@@ -23,11 +23,11 @@ def engines(monkeypatch):
     """A stand-in for the engine, which counts what is built and refuses for the reason `refused`."""
     state = types.SimpleNamespace(built=[], refused=None)
 
-    def build_engine(model, shape, distribution, encode, condition_example, dtype, backend, verify, kept):
+    def build_engine(network, distribution, backend, verify):
         if state.refused is not None:
             raise Unsupported(state.refused)
-        state.built.append(condition_example)
-        return FixedPoint(model, shape, encode)
+        state.built.append(network.condition)
+        return FixedPoint(network.model, network.shape, network.encode)
 
     monkeypatch.setattr("fastgen.sampling.backends.build_engine", build_engine)
     return state

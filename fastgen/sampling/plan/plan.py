@@ -1,14 +1,13 @@
 """From a model to the programs of all steps: order, schedule, layout, programs."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from fastgen.distributions import Distribution
 from fastgen.sampling.causality.drawing_order import Ordered, ordered
@@ -118,16 +117,9 @@ class Plan:
         return done / once if once else 1.0
 
 
-def make_plan(
-    model: nn.Module,
-    shape: Sequence[int],
-    distribution: Distribution,
-    encode: Callable[[Tensor], Tensor],
-    condition: Any,
-    levels: int | Tensor | torch.dtype,
-) -> Plan:
+def make_plan(network: Network, distribution: Distribution) -> Plan:
     """Raises NotCausalError, or Unsupported where the engine cannot take the model."""
-    network = Network(model, shape, encode, condition, levels)
+    shape = network.shape
     found: Ordered = ordered(network, distribution)
     traced = Traced.all_of(found.graph)
     output = found.graph.output

@@ -93,10 +93,9 @@ def make_rings(
             if not first[found.still].any():
                 rings[key], firsts[key] = ring, first * ring.pitch
     for program, of_program in zip(programs, served, strict=True):
-        for number, view in enumerate(program.moving()):
-            if view.memory in rings:
-                for step in of_program.tolist():
-                    steps[step].offsets[number] -= firsts[view.memory][step]
+        moved = [(number, firsts[view.memory]) for number, view in enumerate(program.moving()) if view.memory in rings]
+        for step in of_program.tolist() if moved else ():
+            steps[step].offsets[[number for number, _ in moved]] -= [first[step] for _, first in moved]
     return rings
 
 
@@ -110,13 +109,14 @@ def _touch(
     """Adds what the steps touch."""
     for program, of_program in zip(programs, served, strict=True):
         moving = {view: number for number, view in enumerate(program.moving())}
+        offsets = np.array([steps[step].offsets for step in of_program.tolist()])
         views = {view for instruction in program.instructions for view in views_of(instruction)}
         for view in views:
             if view.memory not in layouts:
                 continue
             one = touched[view.memory]
             if view in moving:
-                first = np.array([steps[step].offsets[moving[view]] for step in of_program.tolist()])
+                first = offsets[:, moving[view]]
             else:
                 first = np.full(len(of_program), view.offset.at(()))
                 one.still[of_program] = True

@@ -13,7 +13,6 @@ from fastgen.sampling.machine.language import AffineOffset, View
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
 from fastgen.sampling.rules.base import NOWHERE, SOFTMAX_ZERO, Rule, constant_operand, reduce_to, result_of
-from fastgen.sampling.rules.out_variants import out_variant
 from fastgen.sampling.trace.element_times import compact, shrunk
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, map_arguments
 
@@ -158,8 +157,6 @@ class Pointwise(Rule):
             builder.pointwise("copy", target, args[0])
         elif known is not None and self._is_plain(args):
             builder.pointwise(known[0], target, *known[1])
-        elif (function := out_variant(self.value.op)) is not None:
-            builder.call(function, *args, **kwargs, out=target)
         else:
             builder.fill(target, builder.make(result_of(self.value.op, self.value.output), *args, **kwargs))
         if self.vanishes is not None:  # whatever lies where the operand is low

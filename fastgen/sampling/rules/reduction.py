@@ -190,6 +190,16 @@ class Reduction(Rule):
             if same:
                 for d in self.dims:
                     found = builder.make(cut, found, d, box.start[d], box.sizes[d], box.steps[d])
+        elif name in ("sum", "mean", "amax") and self.dims and self._is_plain(seen):
+            for d in () if self.keeps else sorted(self.dims):
+                out = out.unsqueeze(d)
+            for d in self.dims:  # one after the other
+                sizes = [size if k != d else 1 for k, size in enumerate(seen.sizes)]
+                part = out if d == self.dims[-1] else builder.scratch(sizes, seen.memory.dtype)
+                last = [*(k for k in range(len(sizes)) if k != d), d]
+                builder.rowwise(name, part.order(last), seen.order(last))
+                seen = part
+            return
         else:
             found = builder.make(self.run, seen)
         builder.fill(out, found)

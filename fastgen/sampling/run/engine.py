@@ -4,16 +4,15 @@ import importlib.util
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgen.distributions import Distribution
 from fastgen.sampling.draws import draw_image, image_log_prob
-from fastgen.sampling.levels import dtype_of, image_of, known_levels
+from fastgen.sampling.levels import dtype_of, image_of
 from fastgen.sampling.machine.cpu.build import NoMachine, machine
 from fastgen.sampling.machine.parts import HALF, unknown_in
 from fastgen.sampling.plan.plan import Plan, make_plan
@@ -24,35 +23,23 @@ from fastgen.sampling.run.cuda_graph_player import CudaGraphPlayer
 from fastgen.sampling.run.draw_loop import Player, at_places, decode_batch, draw_batch, from_places
 from fastgen.sampling.run.margin import Margin
 from fastgen.sampling.run.torch_player import TorchPlayer
+from fastgen.sampling.trace.network import Network
 from fastgen.sampling.whole_pass import FixedPoint, whole_pass
 
-Kept = Callable[[], AbstractContextManager[Any]]
 PLAYERS: dict[str, Callable[..., Player]] = {"eager": TorchPlayer, "compiled": CPUPlayer, "cuda_graph": CudaGraphPlayer}
 MOST_UNKNOWN = 0.1  # of the steps, that torch plays between launches of the persistent kernel
 MOST_CORRECTIONS = 20
 MOST_PLAYERS = 3  # of other numbers of images, kept for the next batch
 
 
-def build_engine(
-    model: nn.Module,
-    shape: tuple[int, int, int],
-    distribution: Distribution,
-    encode: Callable[[Tensor], Tensor],
-    condition: Any,
-    dtype: torch.dtype,
-    backend: str,
-    verify: str,
-    kept: Kept = nullcontext,
-) -> "Engine":
-    """The engine of a causal model, for levels of `dtype`.
+def build_engine(network: Network, distribution: Distribution, backend: str, verify: str) -> "Engine":
+    """The engine of a causal model; `backend` and `verify` are as in `accelerate`.
 
     Raises:
         NotCausalError: the model is not causal in any order.
         Unsupported: the engine cannot take the model; the text says why.
     """
-    levels = dtype if dtype.is_floating_point else known_levels(distribution)
-    plan = make_plan(model, shape, distribution, encode, condition, levels)
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    plan, device = make_plan(network, distribution), network.device
     best, why = _best(plan, device)
     possible = {"eager", "cuda_graph"} if device.type == "cuda" else {"eager", best}
     unfit = _unfit_for_one_launch(plan, device) if backend == "persistent" else ""
@@ -65,7 +52,7 @@ def build_engine(
         reason = {"persistent": unfit, "compiled": why}.get(backend, f"the model is on {device.type}")
         tell(f"sampling falls back from the {backend} to the {chosen} backend: {reason}")
         plan.remarks.append(f"fallback: {chosen} instead of {backend}, because {reason}")
-    return Engine(model, shape, distribution, encode, condition, plan, chosen, verify, kept)
+    return Engine(plan, distribution, chosen, verify)
 
 
 def _best(plan: Plan, device: torch.device) -> tuple[str, str]:
@@ -130,36 +117,18 @@ class Engine:
     are finished.
 
     Args:
-        model, shape, distribution, encode: as in `accelerate`.
-        condition: of two images, an example.
         plan: of the model.
+        distribution, verify: as in `accelerate`.
         name: of the player, as `accelerate` takes it.
-        verify: as in `accelerate`.
-        kept: makes the context in which the model is called.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        shape: tuple[int, int, int],
-        distribution: Distribution,
-        encode: Callable[[Tensor], Tensor],
-        condition: Any,
-        plan: Plan,
-        name: str,
-        verify: str,
-        kept: Kept = nullcontext,
-    ) -> None:
-        self.model = model
-        self.shape = shape
+    def __init__(self, plan: Plan, distribution: Distribution, name: str, verify: str) -> None:
+        self.plan, self.network = plan, plan.network
+        self.shape = plan.network.shape
         self.distribution = distribution
-        self.encode = encode
-        self.condition = condition
-        self.plan = plan
         self.name = name
         self.verify = verify
-        self.kept = kept
-        self.most = _images_at_once(name, plan, next(model.parameters(), torch.empty(0)).device)
+        self.most = _images_at_once(name, plan, plan.network.device)
         self.margin = Margin()
         self._launched: int | None = None  # of a kernel, for the images of `run`
         self._players: dict[int, Player] = {}  # by number of images, the latest last
@@ -233,10 +202,9 @@ class Engine:
 
     def measure(self) -> None:
         """Measures the margin by a batch of two, where batches make no whole pass."""
-        device = next((t.device for t in (*self.model.parameters(), *self.model.buffers())), torch.device("cpu"))
-        noise = uniforms(self.distribution.noise_shape(2, self.shape), 0, device)
+        noise = uniforms(self.distribution.noise_shape(2, self.shape), 0, self.network.device)
         dtype = dtype_of(self.distribution)
-        request = SampleRequest(2, self.shape, noise, self.distribution, condition=self.condition, dtype=dtype)
+        request = SampleRequest(2, self.shape, noise, self.distribution, condition=self.network.condition, dtype=dtype)
         with self._all_or_nothing():
             levels, params, _ = self._draw(request, 2)
             truth = self._truth(request, levels)
@@ -309,12 +277,12 @@ class Engine:
         return params
 
     def _truth(self, request: SampleRequest, levels: Tensor) -> Tensor:
-        with self.kept():
-            return whole_pass(self.model, self.encode, levels, request.condition)
+        with self.network.kept():
+            return whole_pass(self.network.model, self.network.encode, levels, request.condition)
 
     def _settled(self, request: SampleRequest) -> SampleResult:
-        with self.kept():
-            return FixedPoint(self.model, self.shape, self.encode).run(request)
+        with self.network.kept():
+            return FixedPoint(self.network.model, self.shape, self.network.encode).run(request)
 
     def _from_first_wrong(self, request: SampleRequest, right: Tensor, wrong: Tensor) -> SampleRequest:
         """The request with the levels up to and including the first wrong place of each image known.

@@ -1,13 +1,14 @@
 """A stranger's model as a function of levels, and its graph."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastgen.sampling.model_state import unchanged
+from fastgen.sampling.model_state import Kept, device_of, unchanged
 from fastgen.sampling.trace.graph import Graph, Map, Operand, Unsupported, Value
 from fastgen.sampling.trace.recorder import trace
 
@@ -18,6 +19,11 @@ HALF = (torch.float16, torch.bfloat16)
 class Network:
     """model(encode(levels)[, condition]) on sample images; the condition has two rows wherever it has rows.
 
+    Args:
+        model: a stranger's; `shape`, `encode` and `condition` are as in `accelerate`.
+        levels: how many a channel has, or each place, or the dtype of real values; None: images are floats in [-1, 1].
+        kept: what the model runs in, `unchanged` where it is None.
+
     Attributes:
         samples: images (5, C, H, W).
         extremes: the least and the greatest that a level of an image can be.
@@ -27,44 +33,42 @@ class Network:
     def __init__(
         self,
         model: nn.Module,
-        shape: Sequence[int],
-        encode: Callable[[Tensor], Tensor] | None,
+        shape: tuple[int, int, int],
+        encode: Callable[[Tensor], Tensor],
         condition: Any,
-        levels: int | Tensor | torch.dtype,
+        levels: int | Tensor | torch.dtype | None,
+        kept: Kept | None = None,
     ) -> None:
-        """levels: how many a channel has, or each place, or the dtype of real values. Without `encode` the images are
-        floats in [-1, 1], which the model is given as they are."""
-        self.model = model
-        self.shape = tuple(shape)
-        self.encode = encode
-        self._conditional = condition is not None
+        self.model, self.shape, self.encode, self.condition = model, shape, encode, condition
+        self.kept: Kept = kept or partial(unchanged, model)
+        self.device = device_of(model)
         self._traced_beside = False
         self._leaves, self._structure = tree_flatten(condition)
         self._rows = [k for k, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor) and leaf.dim()]
         while True:
             self.extremes: tuple[int, int | Tensor] = (-1, 1)
-            if encode is not None and not isinstance(levels, torch.dtype):
+            if isinstance(levels, (int, Tensor)):
                 self.extremes = (0, levels - 1)
             self.samples = self._images(levels)
             try:
                 self._of_two = self._together([0, 1])
                 break
             except Exception:  # some places may have fewer levels than others, as columns of a table have
-                if encode is None or not isinstance(levels, int) or levels <= 2:
+                if not isinstance(levels, int) or levels <= 2:
                     raise
                 levels = (levels + 1) // 2
+        check_output(self._of_two)
         self.output_shape = tuple(self._of_two.shape)
 
-    def _images(self, levels: int | Tensor | torch.dtype) -> Tensor:
+    def _images(self, levels: int | Tensor | torch.dtype | None) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        tensors = (*self.model.parameters(), *self.model.buffers())
-        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+        device = self.device
         size = (5, *self.shape)
         if isinstance(levels, torch.dtype):
             return torch.randn(size, generator=generator).to(levels).to(device)
-        if self.encode is not None and isinstance(levels, int):
+        if isinstance(levels, int):
             return torch.randint(levels, size, generator=generator).to(device)
-        if self.encode is not None:
+        if levels is not None:
             return (torch.randint(2**32, size, generator=generator) % levels).to(device)
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.get_default_dtype())
         return (torch.rand(size, generator=generator) * 2 - 1).to(dtype).to(device)
@@ -73,9 +77,8 @@ class Network:
         leaves = list(self._leaves)
         for k, leaf in zip(self._rows, given, strict=True):
             leaves[k] = leaf
-        x = levels.clone()  # encode, or the model, may write into its argument
-        x = x if self.encode is None else self.encode(x)
-        return self.model(x, tree_unflatten(leaves, self._structure)) if self._conditional else self.model(x)
+        x = self.encode(levels.clone())  # which may write into its argument
+        return self.model(x, tree_unflatten(leaves, self._structure)) if self.condition is not None else self.model(x)
 
     def _beside(self, levels: Tensor, *given: Tensor) -> Tensor:
         """Of the first of two images; the second is constant. For models that take a batch of one for none."""
@@ -87,7 +90,7 @@ class Network:
     def run(self, levels: Tensor) -> Tensor:
         """The output for levels (n, C, H, W), all under the first row of the condition."""
         rows = [self._leaves[k][:1].expand(len(levels), *self._leaves[k].shape[1:]) for k in self._rows]
-        with unchanged(self.model):
+        with self.kept():
             return self._call(levels, *rows)
 
     def graph(self) -> tuple[Graph, list[Value]]:
@@ -121,7 +124,7 @@ class Network:
         rows = [self._leaves[k][:1] for k in self._rows]
         call = self._beside if self._traced_beside else self._call
         try:
-            with unchanged(self.model):
+            with self.kept():
                 return trace(call, self.model, self.samples[:1], rows)
         except Unsupported:
             raise
@@ -134,7 +137,7 @@ class Network:
         for b in range(2):
             rows = [self._leaves[k][b : b + 1] for k in self._rows]
             try:
-                with unchanged(self.model):
+                with self.kept():
                     graphs.append(trace(call, self.model, self.samples[b : b + 1], rows, keep_data=b == 0))
             except Unsupported:
                 raise
@@ -147,8 +150,16 @@ class Network:
     def _together(self, images: list[int]) -> Tensor:
         """The output for some of the sample images, each with a row of the condition."""
         rows = [self._leaves[k][[b % 2 for b in images]] for k in self._rows]
-        with unchanged(self.model):
+        with self.kept():
             return self._call(self.samples[images], *rows)
+
+
+def check_output(found: Any) -> None:
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"model must return a tensor of parameters, got {type(found).__name__}: output= picks it out of what the "
+            "model returns"
+        )
 
 
 def _check_same(graphs: Sequence[Graph], whole: Tensor) -> None:

@@ -8,6 +8,7 @@ from fastgen.kernels.sampler import words as w
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelCNNPP
 from fastgen.sampling.plan.plan import make_plan
 from fastgen.sampling.run.gpu_player import GPUPlayer
+from fastgen.sampling.trace.network import Network
 
 N = 3
 MODELS = {
@@ -126,7 +127,7 @@ class Addresses:
 def player(request):
     torch.manual_seed(0)
     model = MODELS[request.param]().eval()
-    plan = make_plan(model, model.shape, model.distribution, model.encode, None, model.levels)
+    plan = make_plan(Network(model, model.shape, model.encode, None, model.levels), model.distribution)
     return GPUPlayer(plan, N, torch.device("cpu"))
 
 
