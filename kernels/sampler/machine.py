@@ -60,6 +60,7 @@ def step_machine_kernel(
     ROWS: tl.constexpr,
     LEVELS: tl.constexpr,
     DOUBLE: tl.constexpr,
+    LINKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     first_image = (first_image + tl.program_id(0) * BM).to(tl.int64)
@@ -78,8 +79,8 @@ def step_machine_kernel(
                 number = tl.where(k < moves, tl.load(step + MOVES) + k, tl.load(program) + k - moves)
                 code = codes_ptr + number * WORDS
                 tl.debug_barrier()
-                instruction(memory_ptr, integers_ptr, weights_ptr, code, offsets, first_image, images, 0, 1,
-                            BM, BN, BK, BR, BP, ROWS, PRECISION)  # fmt: skip
+                instruction(memory_ptr, integers_ptr, weights_ptr, codes_ptr, code, offsets, first_image, images, 0, 1,
+                            BM, BN, BK, BR, BP, ROWS, LINKS, PRECISION)  # fmt: skip
 
 
 OPTIONS: dict[str, Any] = {"num_warps": 8, "num_stages": 2}
@@ -87,7 +88,8 @@ OPTIONS: dict[str, Any] = {"num_warps": 8, "num_stages": 2}
 
 class Tiles(NamedTuple):
     """Images of a program, which are the rows (BM), columns (BN) and depth (BK) of a part of a product; rows (BR) and
-    columns (BP) of other instructions; images (ROWS) and levels that are drawn at once; whether that is in float64."""
+    columns (BP) of other instructions; images (ROWS) and levels that are drawn at once; whether that is in float64;
+    whether products have LINKS."""
 
     BM: int = 16
     BN: int = 64
@@ -97,14 +99,18 @@ class Tiles(NamedTuple):
     ROWS: int = 4
     LEVELS: int = 256
     DOUBLE: bool = True
+    LINKS: bool = True
 
 
-SIZES = (Tiles(), Tiles(32), Tiles(64, BK=16))
+SIZES = (Tiles(), Tiles(32), Tiles(64, BN=32))  # of 64x64 sums no registers are left for what follows a product
+
+AMD = tuple(one._replace(LINKS=False) for one in SIZES)  # with them, hundreds of bytes are spilled there
 
 
 def tiles_for(images: int, device: torch.device) -> Tiles:
     """Larger tiles read the weights less often; they pay where smaller ones would not all run at the same time."""
-    found = next((one for one in SIZES[:-1] if cdiv(images, one.BM) <= processors_of(device)), SIZES[-1])
+    sizes = SIZES if torch.version.hip is None else AMD
+    found = next((one for one in sizes[:-1] if cdiv(images, one.BM) <= processors_of(device)), sizes[-1])
     return found._replace(DOUBLE=draws_in_float64(device))
 
 
@@ -150,7 +156,9 @@ def entry(kernel: Any, tiles: Tiles, weights: str, precision: str, skips: dict[s
     signature = {name: KINDS.get(name, kind) for name, kind in kinds.items() if name not in fixed}
     return Entry(
         kernel,
-        f"{weights} {precision}, {tiles.BM} images" + ("" if tiles.DOUBLE else ", float32 draws"),
+        f"{weights} {precision}, {tiles.BM} images"
+        + ("" if tiles.DOUBLE else ", float32 draws")
+        + ("" if tiles.LINKS else ", no links"),
         {**signature, "weights_ptr": f"*{weights}"},
         fixed,
         unaligned=tuple(GIVEN),
@@ -161,17 +169,18 @@ def entry(kernel: Any, tiles: Tiles, weights: str, precision: str, skips: dict[s
 
 
 def entries(kernel: Any) -> list[Entry]:
-    kinds = [(tiles, "fp32", "tf32x3", {"gfx942": "has no TF32"}) for tiles in SIZES]
-    kinds += [(tiles, "bf16", "half", {}) for tiles in SIZES]
-    kinds += [(Tiles(), "fp16", "half", {}), (Tiles(), "fp32", "ieee", dict.fromkeys(NVIDIA, "takes tf32x3"))]
+    """Of a kernel that plays instructions: for NVIDIA's chips, for those of consumers, for AMD's."""
+    kinds = [(k, "fp32", "tf32x3") for k in range(3)] + [(k, "bf16", "half") for k in range(3)] + [(0, "fp16", "half")]
+    others = [one for one in NVIDIA if one not in CONSUMERS]
     found = []
-    for tiles, weights, precision, skips in kinds:
-        skips = skips | dict.fromkeys(CONSUMERS, "draws in float32")
-        found.append(entry(kernel, tiles, weights, precision, skips))
-        if precision != "ieee":
-            skips = dict.fromkeys(("sm_80", "sm_90", "sm_100", "gfx942"), "draws in float64")
-            found.append(entry(kernel, tiles._replace(DOUBLE=False), weights, precision, skips))
-    return found
+    for k, weights, precision in kinds:
+        skips = {**dict.fromkeys(CONSUMERS, "draws in float32"), "gfx942": "has no links of products"}
+        found.append(entry(kernel, SIZES[k], weights, precision, skips))
+        skips = {**dict.fromkeys(others, "draws in float64"), "gfx942": "has no links of products"}
+        found.append(entry(kernel, SIZES[k]._replace(DOUBLE=False), weights, precision, skips))
+        if precision == "half":
+            found.append(entry(kernel, AMD[k], weights, precision, dict.fromkeys(NVIDIA, "has links of products")))
+    return [*found, entry(kernel, AMD[0], "fp32", "ieee", dict.fromkeys(NVIDIA, "takes tf32x3"))]
 
 
 CATALOGUE: list[Entry] = entries(step_machine_kernel)

@@ -87,6 +87,7 @@ def way_to_play(name: str, plan: Plan, distribution: Distribution, device: torch
             return Way(CudaGraphPlayer, [f"cuda_graph: torch's operations, a graph a row of draws, because {reason}"])
     from fastgen.kernels.sampler.machine import draws_in_float64  # these need Triton
     from fastgen.sampling.machine.gpu.draws import error_of_float32_draws
+    from fastgen.sampling.machine.gpu.fusion import fuse
     from fastgen.sampling.run.gpu_player import GPUPlayer, heavy_programs
     from fastgen.sampling.run.graph_player import GraphPlayer
 
@@ -96,10 +97,11 @@ def way_to_play(name: str, plan: Plan, distribution: Distribution, device: torch
         remarks.append(f"{name}: torch plays {by_torch} of {len(plan.steps)} steps, between launches, for {names}")
     of_draws = 0.0 if draws_in_float64(device) else error_of_float32_draws(distribution)
     if name == "cuda_graph":
-        (number, _), *_ = Counter(step.program for step in plan.steps).most_common(1)
+        known = {k for k, program in enumerate(plan.programs) if not unknown_in(program)}
+        ((number, _),) = Counter(step.program for step in plan.steps if step.program in known).most_common(1)
         how = (
             "cuda_graph: a graph a program, which serves all its steps; an instruction a launch, "
-            f"{1 + len(plan.programs[number].instructions)} for most draws; with top_k or top_p of more than 256 "
+            f"{1 + len(fuse(plan.programs[number].instructions))} for most draws; with top_k or top_p of more than 256 "
             "levels torch draws, between graphs"
         )
         return Way(GraphPlayer, [how, *remarks], of_draws)
