@@ -137,7 +137,7 @@ def make_plan(network: Network, distribution: Distribution) -> Plan:
     built: Built = {}
     while not _write_programs(plan, groups, built):
         pass  # again, with what was found to need storage
-    plan.scratch = share_scratch(plan.programs)
+    plan.scratch = share_scratch(program.views for program in plan.programs)
     plan.rings = make_rings(_windows(plan), plan.programs, plan.steps)
     return plan
 
