@@ -10,7 +10,7 @@
                                              a GPU and little time: its rates, every kernel once, headlines, the rest
     python -m benchmarks gpu-tests [PATH ..] the quick tests on this GPU in several processes (--full: all of them)
     python -m benchmarks host                what the host takes for a call of each operation; needs no GPU
-    python -m benchmarks status              for every kernel and GPU: are its rows fresh, stale or missing?
+    python -m benchmarks status              for every kernel and GPU: was it right, and are its rows of today's source?
     python -m benchmarks readme-tables       write the README's performance section from the saved rows
     python -m benchmarks adopt FILE ..       save rows that another machine brought back
     python -m benchmarks plots               draw the saved rows into runs/benchmarks/
