@@ -59,6 +59,8 @@ def step_launch_kernel(
     BP: tl.constexpr,
     ROWS: tl.constexpr,
     LEVELS: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    LINKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -67,7 +69,7 @@ def step_launch_kernel(
         first_image = program * ROWS
         draw(memory_ptr, integers_ptr, noise_ptr, known_ptr, mask_ptr, bad_ptr, draws_ptr,
              places_ptr + place * PLACE_WORDS, first_image.to(tl.int64), tl.minimum(n - first_image, ROWS),
-             ROWS, LEVELS)  # fmt: skip
+             ROWS, LEVELS, tl.float64 if DOUBLE else tl.float32)  # fmt: skip
         if program == 0:
             tl.store(counter_ptr + 1, place + 1)
     else:
@@ -81,9 +83,9 @@ def step_launch_kernel(
             first_image = tl.where(moves, program * BR, 0)
             images = tl.where(moves, tl.minimum(n - first_image, BR), n)
             code = codes_ptr + tl.where(moves, tl.load(step + MOVES) + (FIRST_MOVE - what), what) * WORDS
-            instruction(memory_ptr, integers_ptr, weights_ptr, code, offsets_ptr + tl.load(step + OFFSETS),
+            instruction(memory_ptr, integers_ptr, weights_ptr, codes_ptr, code, offsets_ptr + tl.load(step + OFFSETS),
                         first_image.to(tl.int64), images, tl.where(moves, 0, program), tl.where(moves, 1, programs),
-                        BM, BN, BK, BR, BP, ROWS, PRECISION)  # fmt: skip
+                        BM, BN, BK, BR, BP, ROWS, LINKS, PRECISION)  # fmt: skip
 
 
 def programs_for(code: Sequence[int], images: int, tiles: Tiles) -> int:

@@ -59,6 +59,8 @@ def step_machine_kernel(
     BP: tl.constexpr,
     ROWS: tl.constexpr,
     LEVELS: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    LINKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     first_image = (first_image + tl.program_id(0) * BM).to(tl.int64)
@@ -67,7 +69,7 @@ def step_machine_kernel(
         if drawing != 0:
             at = places_ptr + place * PLACE_WORDS
             draw(memory_ptr, integers_ptr, noise_ptr, known_ptr, mask_ptr, bad_ptr, draws_ptr, at, first_image, images,
-                 ROWS, LEVELS)  # fmt: skip
+                 ROWS, LEVELS, tl.float64 if DOUBLE else tl.float32)  # fmt: skip
         if place < until:
             step = steps_ptr + (place + 1) * STEP_WORDS
             program = programs_ptr + 2 * tl.load(step + PROGRAM)
@@ -77,8 +79,8 @@ def step_machine_kernel(
                 number = tl.where(k < moves, tl.load(step + MOVES) + k, tl.load(program) + k - moves)
                 code = codes_ptr + number * WORDS
                 tl.debug_barrier()
-                instruction(memory_ptr, integers_ptr, weights_ptr, code, offsets, first_image, images, 0, 1,
-                            BM, BN, BK, BR, BP, ROWS, PRECISION)  # fmt: skip
+                instruction(memory_ptr, integers_ptr, weights_ptr, codes_ptr, code, offsets, first_image, images, 0, 1,
+                            BM, BN, BK, BR, BP, ROWS, LINKS, PRECISION)  # fmt: skip
 
 
 OPTIONS: dict[str, Any] = {"num_warps": 8, "num_stages": 2}
@@ -86,7 +88,8 @@ OPTIONS: dict[str, Any] = {"num_warps": 8, "num_stages": 2}
 
 class Tiles(NamedTuple):
     """Images of a program, which are the rows (BM), columns (BN) and depth (BK) of a part of a product; rows (BR) and
-    columns (BP) of other instructions; images (ROWS) and levels that are drawn at once."""
+    columns (BP) of other instructions; images (ROWS) and levels that are drawn at once; whether that is in float64;
+    whether products have LINKS."""
 
     BM: int = 16
     BN: int = 64
@@ -95,14 +98,27 @@ class Tiles(NamedTuple):
     BP: int = 64
     ROWS: int = 4
     LEVELS: int = 256
+    DOUBLE: bool = True
+    LINKS: bool = True
 
 
-SIZES = (Tiles(), Tiles(32), Tiles(64, BK=16))
+SIZES = (Tiles(), Tiles(32), Tiles(64, BN=32))  # of 64x64 sums no registers are left for what follows a product
+
+AMD = tuple(one._replace(LINKS=False) for one in SIZES)  # with them, hundreds of bytes are spilled there
 
 
 def tiles_for(images: int, device: torch.device) -> Tiles:
     """Larger tiles read the weights less often; they pay where smaller ones would not all run at the same time."""
-    return next((one for one in SIZES[:-1] if cdiv(images, one.BM) <= processors_of(device)), SIZES[-1])
+    sizes = SIZES if torch.version.hip is None else AMD
+    found = next((one for one in sizes[:-1] if cdiv(images, one.BM) <= processors_of(device)), sizes[-1])
+    return found._replace(DOUBLE=draws_in_float64(device))
+
+
+def draws_in_float64(device: torch.device) -> bool:
+    """Not on NVIDIA's chips whose float64 runs at a 32nd or a 64th of float32's speed, which are those of consumers."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(device) in ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
 
 
 def play(
@@ -130,6 +146,7 @@ def play(
 
 
 KINDS = {"memory_ptr": "*fp32", "weights_ptr": "*fp32", "noise_ptr": "*fp32", "mask_ptr": "*u8", "bad_ptr": "*i32"}
+CONSUMERS = ("sm_86", "sm_89", "sm_120")  # and what is sold for single precision: see `draws_in_float64`
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
@@ -139,7 +156,9 @@ def entry(kernel: Any, tiles: Tiles, weights: str, precision: str, skips: dict[s
     signature = {name: KINDS.get(name, kind) for name, kind in kinds.items() if name not in fixed}
     return Entry(
         kernel,
-        f"{weights} {precision}, {tiles.BM} images",
+        f"{weights} {precision}, {tiles.BM} images"
+        + ("" if tiles.DOUBLE else ", float32 draws")
+        + ("" if tiles.LINKS else ", no links"),
         {**signature, "weights_ptr": f"*{weights}"},
         fixed,
         unaligned=tuple(GIVEN),
@@ -150,12 +169,18 @@ def entry(kernel: Any, tiles: Tiles, weights: str, precision: str, skips: dict[s
 
 
 def entries(kernel: Any) -> list[Entry]:
-    return [
-        *(entry(kernel, tiles, "fp32", "tf32x3", {"gfx942": "has no TF32"}) for tiles in SIZES),
-        *(entry(kernel, tiles, "bf16", "half", {}) for tiles in SIZES),
-        entry(kernel, Tiles(), "fp16", "half", {}),
-        entry(kernel, Tiles(), "fp32", "ieee", dict.fromkeys(NVIDIA, "takes tf32x3")),
-    ]
+    """Of a kernel that plays instructions: for NVIDIA's chips, for those of consumers, for AMD's."""
+    kinds = [(k, "fp32", "tf32x3") for k in range(3)] + [(k, "bf16", "half") for k in range(3)] + [(0, "fp16", "half")]
+    others = [one for one in NVIDIA if one not in CONSUMERS]
+    found = []
+    for k, weights, precision in kinds:
+        skips = {**dict.fromkeys(CONSUMERS, "draws in float32"), "gfx942": "has no links of products"}
+        found.append(entry(kernel, SIZES[k], weights, precision, skips))
+        skips = {**dict.fromkeys(others, "draws in float64"), "gfx942": "has no links of products"}
+        found.append(entry(kernel, SIZES[k]._replace(DOUBLE=False), weights, precision, skips))
+        if precision == "half":
+            found.append(entry(kernel, AMD[k], weights, precision, dict.fromkeys(NVIDIA, "has links of products")))
+    return [*found, entry(kernel, AMD[0], "fp32", "ieee", dict.fromkeys(NVIDIA, "takes tf32x3"))]
 
 
 CATALOGUE: list[Entry] = entries(step_machine_kernel)

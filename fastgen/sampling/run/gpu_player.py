@@ -1,6 +1,7 @@
 """Plays a plan with the step machine of GPUs: draws and steps of whole images in one launch."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,10 +10,12 @@ from torch import Tensor
 from fastgen.kernels.common import processors_of
 from fastgen.kernels.sampler.machine import Tiles, play, tiles_for
 from fastgen.sampling.machine.gpu.draws import Draws, unknown_draws
+from fastgen.sampling.machine.gpu.fusion import Fused, fuse
 from fastgen.sampling.machine.gpu.tables import Linker, with_views
 from fastgen.sampling.machine.language import View
-from fastgen.sampling.machine.parts import HALF, Part, parts_of
+from fastgen.sampling.machine.parts import HALF, unknown_in
 from fastgen.sampling.plan.plan import Plan, Step
+from fastgen.sampling.plan.temporaries import share_scratch
 from fastgen.sampling.request import SampleRequest
 from fastgen.sampling.run.arena import ArenaMemory
 from fastgen.sampling.run.memory import PlanMemory
@@ -28,9 +31,9 @@ def heavy_programs(plan: Plan, images: int, device: torch.device) -> set[int]:
     """Numbers of those that the whole GPU plays sooner, an instruction a launch, than a part of it in one launch."""
     found, tiles = set(), tiles_for(images, device)
     for number, program in enumerate(plan.programs):
-        parts = parts_of(program, half=True) or []
-        work = sum(part.depth * torch.Size(part.sizes).numel() for part in parts)  # for an image
-        if work * (tiles.BM - images / processors_of(device)) > WORTH_A_LAUNCH * len(parts):
+        joined = [] if unknown_in(program) else fuse(program.instructions, tiles.LINKS)
+        work = sum(one.head.depth * torch.Size(one.head.sizes).numel() for one in joined)  # for an image
+        if work * (tiles.BM - images / processors_of(device)) > WORTH_A_LAUNCH * len(joined):
             found.add(number)
     return found
 
@@ -60,24 +63,34 @@ class GPUPlayer(TorchPlayer):
 
     def allocated(self) -> PlanMemory:
         numbers: dict[float, View] = {}
-        self._parts: list[list[Part] | None] = []
+        self.tiles = self.tiles or tiles_for(self.n, self.device)
+        self._fused: list[list[Fused] | None] = []
         for program in self.plan.programs:
-            parts = parts_of(program, half=True)
-            self._parts.append(None if parts is None else [with_views(part, numbers) for part in parts])
-        sides = [side for parts in self._parts for part in parts or () for side in part.sides]
+            known = not unknown_in(program)
+            fused = fuse(program.instructions, self.tiles.LINKS) if known else None
+            self._fused.append(None if fused is None else [with_views(one, numbers) for one in fused])
+        sides = [side for fused in self._fused for one in fused or () for side in one.sides]
         constants = dict.fromkeys(side.view.memory for side in sides if side.view.memory.kind == "constant")
-        self._arena = ArenaMemory(self.plan, self.n, self.device, constants)
+        # An instruction writes as early as its first part does, into what must be free by then.
+        touched = [
+            program.views if fused is None else [one.views for one in fused]
+            for program, fused in zip(self.plan.programs, self._fused, strict=True)
+        ]
+        plan = replace(self.plan, scratch=share_scratch(touched))
+        self._arena = ArenaMemory(plan, self.n, self.device, constants)
         return self._arena
 
     def bound(self) -> list[Callable[[Step], None]]:
         self._launched = 0
-        kinds = {part.weight.memory.dtype for parts in self._parts for part in parts or () if part.weight is not None}
+        heads = [one.head for fused in self._fused for one in fused or ()]
+        kinds = {head.weight.memory.dtype for head in heads if head.weight is not None}
         weights = kinds.pop() if len(kinds) == 1 else torch.float32  # which holds those of other dtypes as they are
         self.precision = precision_on(self.device, weights)
-        tiles = self.tiles = self.tiles or tiles_for(self.n, self.device)
+        assert self.tiles is not None
+        tiles = self.tiles
         programs = [
-            None if parts is None else (parts, {view: k for k, view in enumerate(program.moving())})
-            for program, parts in zip(self.plan.programs, self._parts, strict=True)
+            None if fused is None else (fused, {view: k for k, view in enumerate(program.moving())})
+            for program, fused in zip(self.plan.programs, self._fused, strict=True)
         ]
         linker = Linker(self.memory, tiles.BN, tiles.BK, weights)
         self.tables = linker.link(programs, self.plan.steps, self.memory.moves, self.device)
@@ -85,7 +98,10 @@ class GPUPlayer(TorchPlayer):
         captures = self.captures or self.device.type == "cuda"
         self.steps = StepLaunches(arenas, self.tables, tiles, self.precision, self.n, captures)
         self.heavy = heavy_programs(self.plan, self.n, self.device)
-        return [TorchProgram(self.plan, number, self.memory) for number in range(len(programs))]
+        return [
+            TorchProgram(self.plan, number, self.memory, None if fused is None else ())
+            for number, fused in enumerate(self._fused)
+        ]
 
     @property
     def launches(self) -> int:
@@ -93,7 +109,7 @@ class GPUPlayer(TorchPlayer):
         return self._launched + self.steps.launches
 
     def knows(self, step: int) -> bool:
-        return self._parts[self.plan.steps[step].program] is not None
+        return self._fused[self.plan.steps[step].program] is not None
 
     def alone(self, step: int) -> bool:
         """Whether a step is played within a launch of draws and steps."""
