@@ -1,4 +1,5 @@
-"""Which backend draws for which condition: made when it is first asked for, made again when the model has changed."""
+"""Takes a condition and a dtype of levels; gives the backend that draws for them, made when it is first asked for, made
+again when the model has changed."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress

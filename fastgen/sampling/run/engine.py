@@ -1,4 +1,4 @@
-"""The engine: draws a batch with a player, then makes sure that its images are those of the model's own passes."""
+"""Takes a plan and a request; gives images: a player draws them, whole passes of the model make sure of them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -8,7 +8,7 @@ from fastgen.sampling.draws import draw_image, greatest_shift, uncertain_image
 from fastgen.sampling.request import SampleRequest, tell
 
 # Times the largest difference that was seen. `uncertain` takes that difference for every parameter at once, with the
-# worst signs, so that little more is needed.
+# worst signs: real errors do less, so that a small factor is enough.
 MARGIN = 1.5
 SHIFT_MARGIN = 3.0  # times the greatest shift of a step between levels that was seen: these have both signs
 MOST_SHIFTS = 8  # distributions, options included, whose shift is remembered

@@ -1,4 +1,4 @@
-"""A stranger's model as a function of levels, and its graph."""
+"""Takes a stranger's model; gives it as a function of levels on sample images, and its graph: `Network`."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
