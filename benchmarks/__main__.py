@@ -10,7 +10,8 @@
                                              a GPU and little time: its rates, every kernel once, headlines, the rest
     python -m benchmarks gpu-tests [PATH ..] the quick tests on this GPU in several processes (--full: all of them)
     python -m benchmarks host                what the host takes for a call of each operation; needs no GPU
-    python -m benchmarks status              for every kernel and GPU: are its rows fresh, stale or missing?
+    python -m benchmarks predict [FILE ..]   what whole images in one launch should take, by rates in these rows
+    python -m benchmarks status              for every kernel and GPU: was it right, and are its rows of today's source?
     python -m benchmarks readme-tables       write the README's performance section from the saved rows
     python -m benchmarks adopt FILE ..       save rows that another machine brought back
     python -m benchmarks plots               draw the saved rows into runs/benchmarks/
@@ -25,8 +26,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-COMMANDS = ("first-contact", "gpu-tests", "host", "status", "readme-tables", "adopt", "plots")
-WITH_PATHS = ("gpu-tests", "adopt")
+COMMANDS = ("first-contact", "gpu-tests", "host", "predict", "status", "readme-tables", "adopt", "plots")
+WITH_PATHS = ("gpu-tests", "predict", "adopt")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -96,6 +97,10 @@ def _run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
             return gpu_tests.run(out, arguments.names, arguments.budget, command, full=arguments.full)
         case "host":
             return host.run(folder, command)
+        case "predict":
+            from benchmarks import predict  # needs Triton
+
+            return predict.run(arguments.names, "toy" if arguments.dry_run else "gpu-full" if arguments.full else "gpu")
         case "status":
             return report.status(folder)
         case "readme-tables":

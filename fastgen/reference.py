@@ -1,10 +1,10 @@
-"""The reference, one page made from the docstrings: python -m fastgen.reference [FILE.html | FILE.md]"""
+"""The reference: one page, made from the docstrings of all public names."""
 
+import argparse
 import importlib
 import inspect
 import re
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +106,15 @@ def _text(item: Any) -> str:
     return "\n\n".join(blocks)
 
 
-def main(target: str = "reference.html") -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m fastgen.reference", description=__doc__)
+    parser.add_argument("file", nargs="?", default="reference.html", help="to write: .md, or else HTML (%(default)s)")
+    target = Path(parser.parse_args(arguments).file)
     page = markdown()
-    content = page if target.endswith(".md") else pages.to_html(page)
-    write_atomically({Path(target): content.encode()})
+    content = page if target.suffix == ".md" else pages.to_html(page)
+    write_atomically({target: content.encode()})
     print(target)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main()

@@ -65,6 +65,9 @@ def test_every_public_name_has_a_docstring():
 
 def test_the_page_is_written(tmp_path, capsys):
     for suffix in (".md", ".html"):
-        reference.main(str(tmp_path / f"page{suffix}"))
+        reference.main([str(tmp_path / f"page{suffix}")])
     page = (tmp_path / "page.html").read_text()
     assert "<h3>fastgen.ops.masked_conv2d</h3>" in page and (tmp_path / "page.md").read_text() == PAGE
+    with pytest.raises(SystemExit):
+        reference.main(["--help"])
+    assert "usage: python -m fastgen.reference" in capsys.readouterr().out

@@ -78,23 +78,30 @@ class Categorical:
         Raises:
             ValueError: the output has no axes of this layout.
         """
-        expected = f"expected K = {self.levels} logits in the layout {self.layout}"
+        axis = {"BTK": -1, "BHWK": -1, "BKT": 1, "BKCHW": 1, "BCKHW": 2}.get(self.layout)
         if self.layout in ("BTK", "BKT", "BHWK"):
-            axis = -1 if self.layout != "BKT" else 1
-            if params.dim() not in (2, len(self.layout)) or params.shape[axis] != self.levels:
-                raise ValueError(f"params has the shape {tuple(params.shape)}; {expected}")
-            return params.movedim(axis, 1).unsqueeze(2)
-        if self.layout in ("BKCHW", "BCKHW"):
-            axis = 1 if self.layout == "BKCHW" else 2
-            if params.dim() < 3 or params.shape[axis] != self.levels:
-                raise ValueError(f"params has the shape {tuple(params.shape)}; {expected}")
+            fits = params.dim() in (2, len(self.layout))
+        else:
+            fits = params.dim() >= (2 if axis is None else 3)
+        if not fits or (params.shape[1] % self.levels if axis is None else params.shape[axis] != self.levels):
+            raise self._misfit(params)
+        if axis is None:
+            n, size, *rest = params.shape
+            if self.layout == "B(KC)HW":
+                return params.view(n, self.levels, size // self.levels, *rest)
+            return params.view(n, size // self.levels, self.levels, *rest).transpose(1, 2)
+        if "C" in self.layout:
             return params if axis == 1 else params.transpose(1, 2)
-        if params.dim() < 2 or params.shape[1] % self.levels:
-            raise ValueError(f"params has the shape {tuple(params.shape)}; {expected}")
-        n, size, *rest = params.shape
-        if self.layout == "B(KC)HW":
-            return params.view(n, self.levels, size // self.levels, *rest)
-        return params.view(n, size // self.levels, self.levels, *rest).transpose(1, 2)
+        return params.movedim(axis, 1).unsqueeze(2)
+
+    def _misfit(self, params: Tensor) -> ValueError:
+        hint = "output= of accelerate picks the logits out of what the model returns"
+        if params.dim() == 2 and params.shape[1] % self.levels == 0:
+            hint = "where all channels are on one axis, as with one channel, it is layout='B(KC)HW' or 'B(CK)HW'"
+        return ValueError(
+            f"params has the shape {tuple(params.shape)}; expected K = {self.levels} logits in the layout "
+            f"{self.layout}: {hint}"
+        )
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Softmax over dim 1 in float64, after temperature, top-k and top-p: of logits (n, K, ...)."""

@@ -46,7 +46,11 @@ def is_plain(*tensors: Tensor | None) -> bool:
         or torch._C._functorch.maybe_current_level()
     ):
         return False
-    return all(tensor is None or type(tensor) is Tensor or type(tensor) is torch.nn.Parameter for tensor in tensors)
+    for tensor in tensors:
+        kind = type(tensor)
+        if kind is not Tensor and tensor is not None and kind is not torch.nn.Parameter:
+            return False
+    return True
 
 
 def may_read_values(tensor: Tensor) -> bool:

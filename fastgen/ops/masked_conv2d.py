@@ -1,5 +1,5 @@
-"""A convolution some of whose weights are masked out, with bias and activation: the definition in plain PyTorch, the
-operator that visits only live weights, the public function."""
+"""A convolution some of whose weights are masked, with bias and activation: its definition in plain PyTorch, the
+operator that visits only live weights, and the public function."""
 
 import functools
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgen.kernels.maps import empty_map
+from fastgen.kernels.maps import empty_map, result_size
 from fastgen.ops._implementation import is_plain, uses_triton
-from fastgen.ops._masked_conv2d_arguments import Geometry, as_pair, check_dtypes, checked_geometry, result_size
+from fastgen.ops._masked_conv2d_arguments import Geometry, as_pair, check_dtypes, checked_geometry
 
 
 def masked_conv2d_reference(
@@ -90,8 +90,8 @@ def _backward_operator(
     """Gradients of x, weight, bias, condition, other and other_weight, empty where not wanted."""
     tensors = (grad, grad_pre, x, weight, mask, out, kept, other, other_weight)
     geometry = (tuple(stride), tuple(padding), tuple(dilation))
-    found = _launch().backward(*tensors, geometry, saved, tuple(wanted))
-    return [x.new_empty(0) if one is None else one for one in found]
+    gradients = _launch().backward(*tensors, geometry, saved, tuple(wanted))
+    return [x.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
 
 @_backward_operator.register_fake
@@ -124,10 +124,10 @@ def in_aten(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _remember(ctx, inputs[:8], tuple(map(tuple, inputs[8:11])), *inputs[11:], *output)
+    _save(ctx, inputs[:8], tuple(map(tuple, inputs[8:11])), *inputs[11:], *output)
 
 
-def _remember(ctx, tensors, geometry, activation, keep, out, kept) -> None:
+def _save(ctx, tensors, geometry, activation, keep, out, kept) -> None:
     x, weight, mask, _, _, _, other, other_weight = tensors
     if keep != "both" and kept is not None:
         ctx.mark_non_differentiable(kept)
@@ -148,15 +148,14 @@ def _backward(ctx, grad, grad_kept):
         out = kept.chunk(2, 1)[0] if ctx.saved == "both" else grad
     tensors = (grad, grad_pre, x, weight, mask, out, out if kept is None else kept, other, other_weight)
     if not torch.is_grad_enabled() and is_plain(*tensors):
-        found = _launch().backward(*tensors, ctx.geometry, ctx.saved, wanted)
+        gradients = _launch().backward(*tensors, ctx.geometry, ctx.saved, wanted)
     else:
-        found = _backward_operator(*tensors, *ctx.geometry, ctx.saved, list(wanted))
-    of_x, of_weight, of_bias, of_condition, of_other, of_other_weight = (
-        one if asked else None for one, asked in zip(found, wanted, strict=True)
-    )
-    of_residual = grad if needs[5] else None
-    grads = (of_x, of_weight, None, of_bias, of_condition, of_residual, of_other, of_other_weight)
-    return grads + (None,) * (len(needs) - 8)
+        computed = _backward_operator(*tensors, *ctx.geometry, ctx.saved, list(wanted))
+        gradients = [gradient if asked else None for gradient, asked in zip(computed, wanted, strict=True)]
+    grad_x, grad_weight, grad_bias, grad_condition, *grads_of_other = gradients
+    grad_residual = grad if needs[5] else None
+    no_tensors = (None,) * (len(needs) - 8)
+    return grad_x, grad_weight, None, grad_bias, grad_condition, grad_residual, *grads_of_other, *no_tensors
 
 
 def _no_second_derivative(ctx, *grads):
@@ -167,14 +166,14 @@ _operator.register_autograd(_backward, setup_context=_setup_context)
 _backward_operator.register_autograd(_no_second_derivative)
 
 
-class _Directly(torch.autograd.Function):
+class _WithoutDispatch(torch.autograd.Function):
     """The operator without its dispatch, which takes the host longer than the launches."""
 
     @staticmethod
     def forward(ctx, *inputs):
         out, kept = _launch().forward(*inputs)
         geometry, activation, keep = inputs[8:]
-        _remember(ctx, inputs[:8], geometry, activation, keep, out, kept)
+        _save(ctx, inputs[:8], geometry, activation, keep, out, kept)
         return out, kept
 
     backward = staticmethod(_backward)
@@ -205,7 +204,7 @@ def fused(
     check_dtypes(x, weight, bias, condition, residual, other, other_weight)
     tensors = (x, weight, mask, bias, condition, residual, other, other_weight)
     keep = "both" if keep_pre else ""
-    train = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
+    train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if train and activation != "none" and not keep:
         plain, added = {"relu": ("", "sign"), "gated": ("valve", "both")}[activation]
         keep = plain if residual is None else added
@@ -214,7 +213,7 @@ def fused(
     if not is_plain(*tensors):
         return _operator(*tensors, *map(list, geometry), activation, keep)
     if train:
-        return _Directly.apply(*tensors, geometry, activation, keep)
+        return _WithoutDispatch.apply(*tensors, geometry, activation, keep)
     return _launch().forward(*tensors, geometry, activation, keep)
 
 
@@ -281,7 +280,7 @@ def masked_conv2d(
         )
     if x.dim() == 4:
         return fused(x, weight, mask, bias, geometry, activation, condition=condition, residual=residual)[0]
-    addends = [None if one is None else one.unsqueeze(0) for one in (condition, residual)]
+    addends = [None if addend is None else addend.unsqueeze(0) for addend in (condition, residual)]
     batch = x.unsqueeze(0)
     out = fused(batch, weight, mask, bias, geometry, activation, condition=addends[0], residual=addends[1])[0]
     return out.squeeze(0)
@@ -291,9 +290,9 @@ def under_autocast(x: Tensor, weight: Tensor, *more: Tensor | None) -> list[Any]
     """All in the autocast dtype where autocast is on, as `F.conv2d` takes them; float64 stays."""
     tensors: list[Any] = [x, weight, *more]
     kind = x.device.type
-    known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)  # which takes the host a microsecond
-    autocast = known and torch.is_autocast_enabled(kind)
-    if not autocast or torch.float64 in (x.dtype, weight.dtype):
+    # The question whether there is an autocast takes the host a microsecond.
+    known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
+    if not (known and torch.is_autocast_enabled(kind)) or torch.float64 in (x.dtype, weight.dtype):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]

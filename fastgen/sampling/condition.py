@@ -4,20 +4,36 @@ import inspect
 import re
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 
+def as_tensors(condition: Any) -> Any:
+    """NumPy's arrays as tensors, real numbers of torch's default type, and its integers as ints."""
+
+    def of(leaf: Any) -> Any:
+        if isinstance(leaf, np.integer):
+            return int(leaf)
+        if not isinstance(leaf, np.ndarray):
+            return leaf
+        found = torch.as_tensor(leaf)
+        return found.to(torch.get_default_dtype()) if found.is_floating_point() else found
+
+    return tree_map(of, condition)
+
+
 def rows_for(condition: Any, n: int, device: torch.device | None = None) -> Any:
     """The condition of n images, on `device`.
 
-    A tensor has one row an image, or a single row for all; an int is the class of all images. Whatever else the
-    pytree holds (and a tensor without dimensions) goes to the model unchanged.
+    A tensor or an array has one row an image, or a single row for all; an int is the class of all images. Whatever else
+    the pytree holds (and a tensor without dimensions) goes to the model unchanged.
 
     Raises:
         ValueError: a tensor has neither 1 nor n rows.
     """
+    condition = as_tensors(condition)
     if isinstance(condition, int) and not isinstance(condition, bool):
         return torch.full((n,), condition, dtype=torch.long, device=device)
 
@@ -25,8 +41,10 @@ def rows_for(condition: Any, n: int, device: torch.device | None = None) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         if leaf.dim() and leaf.shape[0] not in (1, n):
+            hint = "; texts of different lengths are padded to one, in one tensor" if type(condition) is list else ""
             raise ValueError(
                 f"condition has a tensor of shape {tuple(leaf.shape)}; expected {n} rows, one an image, or 1 for all"
+                + hint
             )
         leaf = leaf.to(device)
         return leaf.expand(n, *leaf.shape[1:]) if leaf.dim() else leaf
@@ -37,7 +55,7 @@ def rows_for(condition: Any, n: int, device: torch.device | None = None) -> Any:
 def rows_for_some(condition: Any, n: int, device: torch.device | None = None) -> Any:
     """As `rows_for`, but for one image where there are none; tensors may have no rows then."""
     if n == 0:
-        condition = tree_map(_of_one, condition)
+        condition = tree_map(_of_one, as_tensors(condition))
     return rows_for(condition, max(n, 1), device)
 
 
@@ -65,6 +83,7 @@ def kind(condition: Any) -> Any:
 
 def example(condition: Any, device: torch.device) -> Any:
     """The condition of two images, from that of any number."""
+    condition = as_tensors(condition)
     counts = {leaf.shape[0] for leaf in tree_leaves(condition) if isinstance(leaf, Tensor) and leaf.dim()}
     if counts - {1} and min(counts - {1}) >= 2:
         condition = rows_of(condition, slice(2))

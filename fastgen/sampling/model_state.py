@@ -1,14 +1,15 @@
 """A model is left as it was found (`unchanged`), and what has changed since an analysis is noticed (`ModelState`)."""
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+Kept = Callable[[], AbstractContextManager[Any]]  # a model may be called inside, and is afterwards as it was
 Change = Literal["nothing", "values", "structure"]
 PLAIN = (bool, int, float, complex, str, type(None))
 CONTAINERS = (dict, list, set)
@@ -128,6 +129,10 @@ class ModelState:
             return "nothing"
         same = all(new[name].is_floating_point() and torch.equal(old[name] == 0, new[name] == 0) for name in changed)
         return "values" if same else "structure"
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
 def _own(module: nn.Module) -> dict[str, Any]:

@@ -132,14 +132,14 @@ class Sampler:
         self._batches = Batches()
         with _turn():
             try:
-                blank = self._backends.blank_pass(condition)
+                first = self._backends.first_pass(condition)
             except Exception as error:
                 # A model that wants a condition fails without one, and is analysed when there is one.
                 if condition is not None or not wants_condition(model, error):
                     raise
                 self._waits = f"not analysed yet, the model fails without a condition: {error}"
             else:
-                self._backends.get(condition, dtype_of(distribution), blank)
+                self._backends.get(condition, dtype_of(distribution), first)
 
     def noise_shape(self, n: int) -> tuple[int, ...]:
         """The shape of `noise` for n images: (n, U, H, W), or (n, *shape) for a grid or a sequence with one uniform a
@@ -194,8 +194,8 @@ class Sampler:
             top_p: only the fewest most probable levels of a draw that together have this probability.
             known: integer levels, broadcastable to (n, C, H, W); read where known_mask is True.
             known_mask: bool, broadcastable to (n, C, H, W), True where the level in `known` is kept.
-            condition: what the model is conditioned on: any pytree whose tensors have one row an image, or one for
-                all; an int is one class for all. None: the condition given to `accelerate`.
+            condition: what the model is conditioned on: any pytree whose tensors, or NumPy arrays, have one row an
+                image, or one for all; an int is one class for all. None: the condition given to `accelerate`.
             progress: whether to show a bar.
             return_log_prob: whether to return the log-likelihoods, too.
             batch_size: most images at once. None: as many as run well together, or half as many where memory
@@ -225,7 +225,7 @@ class Sampler:
         known, known_mask = checked_known(
             known, known_mask, (n, *self.shape), levels_of(self.distribution), device, dtype
         )
-        condition = self._condition(condition, n)
+        condition = rows_for(self.condition if condition is None else condition, n, device)
         inward, shape = self._adapter.inward, self._adapter.shape
         with _turn():
             distribution = self._tempered(temperature, top_k, top_p)
@@ -311,9 +311,6 @@ class Sampler:
             with self._backends.calling(backend):
                 levels, params = backend.decode(asked, request)
         return levels[:n].to(dtype), params[:n]
-
-    def _condition(self, condition: Any, n: int) -> Any:
-        return rows_for(self.condition if condition is None else condition, n, self._backends.device)
 
     def _tempered(self, temperature: float, top_k: int | None, top_p: float | None) -> Distribution:
         key = (temperature, top_k, top_p)

@@ -1,5 +1,6 @@
 """Sampling by whole passes of the model: `Naive`, the definition, and `FixedPoint`, the same images in fewer passes."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from fastgen.sampling.condition import rows_for
 from fastgen.sampling.draws import draw_image, draw_pixel, image_log_prob
 from fastgen.sampling.levels import decoded_levels
 from fastgen.sampling.request import Draw, Place, SampleRequest, SampleResult
+from fastgen.sampling.trace.network import check_output
 
 
 class Naive:
@@ -37,6 +39,7 @@ class Naive:
     ) -> None:
         self.model = model
         self.encode = encode
+        self.shape = shape
         channels, height, width = shape
         raster: Iterator[Place] = ((c, i, j) for i in range(height) for j in range(width) for c in range(channels))
         self.order: list[Place] = list(raster if order is None else order)
@@ -147,38 +150,23 @@ def whole_pass(model: nn.Module, encode: Callable[[Tensor], Tensor], levels: Ten
 def _call(model: nn.Module, encode: Callable[[Tensor], Tensor], levels: Tensor, condition: Any) -> Tensor:
     x = encode(levels)
     params = model(x) if condition is None else model(x, condition)
-    if not isinstance(params, Tensor):
-        raise TypeError(f"model must return a tensor of parameters, got {type(params).__name__}")
+    check_output(params)
     return params
 
 
-class FixedPoint:
-    """All pixels of all images are drawn after every pass, until no level changes. The order of pixels is nowhere used.
+class FixedPoint(Naive):
+    """All pixels of all images are drawn after every pass, until no level changes. The order of pixels is that of
+    `decode` alone.
 
     The batch stays whole to the end: the output for an image could otherwise be rounded in another way.
-
-    Args:
-        model: called as model(encode(levels)[, condition]), as it is.
-        shape: (C, H, W).
-        encode: levels (n, C, H, W) int64 -> the model's input.
-        order: in which `decode` asks, as in `Naive`.
     """
 
     name = "fixed_point"
-    most: int | None = None
+    passes: int | None = None
 
-    def __init__(
-        self,
-        model: nn.Module,
-        shape: tuple[int, int, int],
-        encode: Callable[[Tensor], Tensor],
-        order: Sequence[Place] | None = None,
-    ) -> None:
-        self.model = model
-        self.encode = encode
-        self.naive = Naive(model, shape, encode, order)
-        self.draws = shape[0] * shape[1] * shape[2]
-        self.passes: int | None = None
+    @property
+    def draws(self) -> int:
+        return math.prod(self.shape)
 
     @property
     def work_ratio(self) -> float:
@@ -188,12 +176,6 @@ class FixedPoint:
     def explain(self) -> str:
         last = "" if self.passes is None else f"; {self.passes} for the last batch"
         return f"whole forward passes until the image no longer changes, {self.draws + 1} at most{last}"
-
-    def takes_weights(self) -> bool:
-        return False
-
-    def decode(self, draw: Draw, request: SampleRequest) -> tuple[Tensor, Tensor]:
-        return self.naive.decode(draw, request)
 
     def run(self, request: SampleRequest) -> SampleResult:
         """Raises RuntimeError where the images do not settle, so that the model cannot be causal."""

@@ -24,16 +24,16 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from fastgen.kernels.common import tanh
+from fastgen.kernels.common import tanh, tanh_near_0
 
 SPECIALIZED = ("x_channel", "residual_channel", "grad_channel", "grad_pre_channel")  # mostly 1
 
 
 def kernel(function: Any) -> Any:
-    """`triton.jit`, specialized for no value of an integer but those of SPECIALIZED."""
+    """`triton.jit`, which compiles once for all values of the integers, but for those of SPECIALIZED."""
     arguments = inspect.signature(function).parameters.values()
-    integers = [one.name for one in arguments if one.annotation is one.empty and not one.name.endswith(("ptr", "map"))]
-    return triton.jit(do_not_specialize=[name for name in integers if name not in SPECIALIZED])(function)
+    sizes = [a.name for a in arguments if a.annotation is a.empty and not a.name.endswith(("ptr", "map"))]
+    return triton.jit(do_not_specialize=[name for name in sizes if name not in SPECIALIZED])(function)
 
 
 @triton.jit
@@ -47,10 +47,9 @@ def product(a, b, accumulator, PRECISION: tl.constexpr):
 
 @triton.jit
 def picked(values, index):
-    """What lies at the places in `values`, counted over both its dimensions. Through shared memory: along one of two
-    dimensions Triton gathers by shuffles, which takes ten times as many instructions here."""
-    found = tl.gather(values.reshape(values.numel), index.reshape(index.numel), 0)
-    return found.reshape(index.shape)
+    """The elements of `values` at the places `index`, which count over both dimensions. Flat, as Triton then gathers in
+    shared memory; along one of two dimensions it gathers by shuffles, with ten times as many instructions here."""
+    return tl.gather(values.reshape(values.numel), index.reshape(index.numel), 0).reshape(index.shape)
 
 
 @triton.jit
@@ -61,8 +60,8 @@ def tap_of_kernel(tap, first, width, corner, kernel_width):
 
 @kernel
 def masked_conv2d_pack_kernel(
-    weight_ptr,  # (outputs, inputs, size) contiguous
-    mask_ptr,  # bool, the same; or None
+    weight_ptr,  # (outputs, inputs, size) contiguous, or channels-last
+    mask_ptr,  # bool (outputs, inputs, size) contiguous, or None
     packed_ptr,  # (packed_rows, packed_columns * 16), written from column first_column * 16 on
     masked,  # outputs of a half whose mask is read: all, or 0; a pointer that is not read spares another compilation
     packed_rows,
@@ -73,26 +72,39 @@ def masked_conv2d_pack_kernel(
     run, parts,  # a place p is of the half p // run % parts: runs of one half follow runs of the other
     size, taps, rounds, first, width, corner, kernel_width,  # size: kh * kw; rounds: taps, and more to fill the columns
     MIRRORED: tl.constexpr,  # a row of packed weights is an input, a column an output
+    CHANNELS_LAST: tl.constexpr,  # the weight
     UNIT: tl.constexpr,
     FLAT: tl.constexpr,  # a power of two, INPUTS * size at least
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
 ):  # fmt: skip
-    """A program loads what INPUTS inputs have in all taps, which lie side by side, and picks tap after tap of it."""
+    """A program loads what INPUTS inputs have in all taps, which lie side by side, and picks tap after tap of it. Of a
+    channels-last weight it loads tap after tap."""
     place = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)[:, None]
     start = tl.program_id(1) * INPUTS
     half, output = place // run % parts, place // (run * parts) * run + place % run
-    flat = tl.arange(0, FLAT)[None, :]
-    there = (output < outputs) & (flat < INPUTS * size) & (start * size + flat < image_pitch * UNIT)
-    at = (half * outputs + output).to(tl.int64) * (image_pitch * UNIT) + start * size + flat
-    values = tl.load(weight_ptr + at, mask=there, other=0.0)
-    if mask_ptr is not None:
-        values = tl.where(tl.load(mask_ptr + at, mask=there & (output < masked), other=1) != 0, values, 0.0)
+    row_start = (half * outputs + output).to(tl.int64) * (image_pitch * UNIT)
     i = tl.arange(0, INPUTS)[None, :]
-    pitch *= UNIT
+    pitch, inputs = pitch * UNIT, image_pitch // size * UNIT
+    real = (output < outputs) & (start + i < inputs)
+    if not CHANNELS_LAST:
+        flat = tl.arange(0, FLAT)[None, :]
+        there = (output < outputs) & (flat < INPUTS * size) & (start * size + flat < image_pitch * UNIT)
+        at = row_start + start * size + flat
+        values = tl.load(weight_ptr + at, mask=there, other=0.0)
+        if mask_ptr is not None:
+            values = tl.where(tl.load(mask_ptr + at, mask=there & (output < masked), other=1) != 0, values, 0.0)
     for tap in range(rounds):
-        index = i * size + tap_of_kernel(tl.minimum(tap, taps - 1), first, width, corner, kernel_width)
-        taken = tl.where(tap < taps, picked(values, tl.arange(0, OUTPUTS)[:, None] * FLAT + index), 0.0)
+        tap_in_kernel = tap_of_kernel(tl.minimum(tap, taps - 1), first, width, corner, kernel_width)
+        if CHANNELS_LAST:
+            weight = weight_ptr + row_start + (tap_in_kernel * inputs + start + i)
+            taken = tl.load(weight, mask=real, other=0.0)
+            if mask_ptr is not None:
+                live = mask_ptr + row_start + ((start + i) * size + tap_in_kernel)
+                taken = tl.where(tl.load(live, mask=real & (output < masked), other=1) != 0, taken, 0.0)
+        else:
+            taken = picked(values, tl.arange(0, OUTPUTS)[:, None] * FLAT + i * size + tap_in_kernel)
+        taken = tl.where(tap < taps, taken, 0.0)
         if MIRRORED:
             row, column = start + i, place
         else:
@@ -134,10 +146,10 @@ def pixels_of(block, height, width, across, down, IMAGES: tl.constexpr, HEIGHT: 
 @triton.jit
 def steps_of(tile, N: tl.constexpr, K: tl.constexpr, taps, channels, part_blocks, parts_read, rows, group_rows,
              group_channels, shown, mirrored):  # fmt: skip
-    """(blocks of columns that a tile of N channels walks through, blocks of the last tap that it leaves out in front).
+    """(number of steps of a tile of N channels, number of blocks of the last tap that it leaves out in front).
 
-    Of the last tap a colour sees only the groups before it, so that the walk ends early. In the gradient of the input
-    it is the later groups that have seen it, in both halves of a gate: there the first blocks are left out.
+    In the last tap a colour sees only the groups of channels before it, so that the walk ends early. In the gradient of
+    the input the later groups have seen it, in both halves of a gate: there the walk leaves out the first blocks.
     """
     blocks = part_blocks * parts_read
     start = tl.maximum(tile * N // group_channels + 1 - shown, 0) * group_rows
@@ -151,7 +163,7 @@ def steps_of(tile, N: tl.constexpr, K: tl.constexpr, taps, channels, part_blocks
 @triton.jit
 def place_of(step, skipped, K: tl.constexpr, taps, first, width, origin_y, origin_x, tap_y, tap_x, channels,
              part_blocks, parts_read):  # fmt: skip
-    """Of a step: (dy, dx, first channel in the half that it reads, that half's first channel, first packed column)."""
+    """What a step reads: (dy, dx, first channel in its part, that part's first channel, first packed column)."""
     blocks = part_blocks * parts_read
     tap, block = step // blocks, step % blocks
     block += tl.where(tap == taps - 1, skipped * (1 + block // (part_blocks - skipped)), 0)
@@ -166,7 +178,7 @@ def place_of(step, skipped, K: tl.constexpr, taps, first, width, origin_y, origi
 
 @triton.jit
 def halves_of(sums):
-    """The two halves of a gate, in the registers that they are in: (N, M) -> twice (N / 2, M)."""
+    """The two halves of a gate, without a move between registers: (N, M) -> twice (N / 2, M)."""
     N: tl.constexpr = sums.shape[0]
     M: tl.constexpr = sums.shape[1]
     signal, valve = tl.split(sums.reshape(N // 16, 2, 8, M).permute(0, 2, 3, 1))
@@ -185,16 +197,20 @@ def add_biases(sums, image, n, inside, biased, bias_ptr, condition_ptr, first, a
 
 @triton.jit
 def gate(signal, valve, FAST: tl.constexpr):
-    """FAST: two special functions an output, to 2^-11: bfloat16 keeps 2^-9."""
+    """tanh(signal) * sigmoid(valve). FAST: by two special functions, which err by 2^-11: bfloat16 keeps 2^-9. Else by
+    two exponentials and one division for both."""
     if FAST:
         return tanh(signal, True) * (0.5 + 0.5 * tanh(0.5 * valve, True))
-    else:
-        return tanh(signal) * tl.sigmoid(valve)
+    size = tl.abs(signal)
+    e, f = tl.exp(-2.0 * size), tl.exp(-valve)
+    small = size < 0.3
+    numerator = tl.where(small, tanh_near_0(signal), tl.where(signal < 0, e - 1.0, 1.0 - e))
+    return numerator / (tl.where(small, 1.0, 1.0 + e) * (1.0 + f))
 
 
 @triton.jit
 def write(to_map, values, half, at, inside, image, y, x, first, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """To a half of the channels of a map (B, H, W, halves, rows), from channel `first` on: by a descriptor where
+    """Writes a half of the channels of a map (B, H, W, halves, rows) from channel `first` on: by a descriptor where
     HEIGHT > 0, else to the offsets `at`."""
     if HEIGHT > 0:
         C: tl.constexpr = values.shape[0]

@@ -1,68 +1,43 @@
-"""Instructions of the step machine, each played by one program (CTA) for its images, tile after tile.
+"""Instructions of the step machine, each played tile after tile: all of its tiles, or every so many from some one on.
 
 A row is an image and a place in the three dimensions after it. No tile of an instruction reads what another one writes.
+What follows a product or a pointwise operation number by number, its links, is done in registers.
 """
 
 import triton
 import triton.language as tl
 
-from fastgen.kernels.common import tanh
+from fastgen.kernels.sampler.functions import apply
 from fastgen.kernels.sampler.words import (
-    ABS,
-    ADD,
     ADDED,
     ALONG,
     ALONG_B,
-    AMAX,
     BFLOAT16,
     COLUMNS,
     COPY_INT64,
     DEPTH,
-    DIV,
-    ELU,
-    ERASE,
-    EXP,
-    EXPM1,
     FLOAT16,
-    GATE,
-    GELU,
-    GELU_TANH,
+    HALF,
     HAS_ADDED,
-    HIDE,
     IN_ORDER,
-    LEAKY_RELU,
-    LOG,
-    LOG_SOFTMAX,
+    KEPT,
+    LINKS,
+    LINKS_AT,
     LOOKUP,
-    MAXIMUM,
-    MEAN,
-    MINIMUM,
     MOVE_INT64,
-    MUL,
-    NEG,
-    NORMALIZED,
-    NUMBER,
     OP,
     OUT,
-    RECIPROCAL,
-    RELU,
     ROUNDED,
-    RSQRT,
     S1,
     S2,
     S3,
-    SIGMOID,
-    SILU,
-    SOFTMAX,
-    SQRT,
-    SQUARE,
-    SUB,
-    SUM,
-    TANH,
     WEIGHT,
+    WORDS,
     A,
     B,
 )
+
+BJ = tl.constexpr(32)  # columns of a tile of `contract`
 
 
 @triton.jit
@@ -98,61 +73,14 @@ def rounded(x, code):
 
 
 @triton.jit
-def product(
-    memory_ptr,
-    weights_ptr,
-    code,
-    offsets,
-    first_image,
-    images,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """out = rows @ weight + added; the weight as panels (depth, BN), depth filled up with zeros to a multiple of BK."""
-    rows, columns, depth = (
-        rows_in(code, images),
-        tl.load(code + COLUMNS).to(tl.int32),
-        tl.load(code + DEPTH).to(tl.int32),
-    )
-    parts, panels = tl.cdiv(depth, BK), tl.cdiv(columns, BN)
-    k = tl.arange(0, BK)
-    for tile in range(0, tl.cdiv(rows, BM) * panels):
-        panel, m = tile % panels, tile // panels * BM + tl.arange(0, BM)
-        real = m < rows
-        m = tl.where(real, m, 0)
-        a_ptr = memory_ptr + places(code, A, offsets, first_image, m)[:, None] + k[None, :]
-        start = tl.multiple_of(tl.load(code + WEIGHT) + panel.to(tl.int64) * parts * (BK * BN), 16)
-        w_ptr = weights_ptr + start + (k[:, None] * BN + tl.arange(0, BN)[None, :])
-        total = tl.zeros((BM, BN), tl.float32)
-        for part in range(0, parts):
-            a = tl.load(a_ptr, mask=real[:, None] & (part * BK + k < depth)[None, :], other=0.0)
-            w = tl.load(w_ptr)
-            if PRECISION == "widened":  # weights in half precision, which the interpreter cannot multiply
-                total = tl.dot(a, w.to(tl.float32), total, input_precision="ieee")
-            elif PRECISION == "half":
-                total = tl.dot(a.to(w.dtype), w, total)
-            else:
-                total = tl.dot(a, w, total, input_precision=PRECISION)
-            a_ptr += BK
-            w_ptr += BK * BN
-        j = panel * BN + tl.arange(0, BN)
-        inside = real[:, None] & (j < columns)[None, :]
-        if tl.load(code + HAS_ADDED) != 0:
-            at = places(code, ADDED, offsets, first_image, m)
-            total += tl.load(memory_ptr + at[:, None] + j[None, :], mask=inside, other=0.0)
-        out_ptr = memory_ptr + places(code, OUT, offsets, first_image, m)[:, None] + j[None, :]
-        tl.store(out_ptr, rounded(total, code), mask=inside)
-
-
-@triton.jit
 def contract(
     memory_ptr,
     code,
     offsets,
     first_image,
     images,
+    first,
+    apart,
     ROWS: tl.constexpr,
     BJ: tl.constexpr,
     BK: tl.constexpr,
@@ -165,7 +93,7 @@ def contract(
     )
     along_a, along_b = tl.load(code + ALONG), tl.load(code + ALONG_B)
     panels = tl.cdiv(columns, BJ)
-    for tile in range(0, tl.cdiv(rows, ROWS) * panels):
+    for tile in range(first, tl.cdiv(rows, ROWS) * panels, apart):
         j, m = tile % panels * BJ + tl.arange(0, BJ), tile // panels * ROWS + tl.arange(0, ROWS)
         real = m < rows
         inside = real[:, None] & (j < columns)[None, :]
@@ -189,74 +117,119 @@ def contract(
 
 
 @triton.jit
-def expm1(x):
-    half = tanh(0.5 * x)
-    return tl.where(x < 1, 2 * half / (1 - half), tl.exp(x) - 1)
+def columns_of(code, j):
+    """Which columns of the result those of number j among the packed ones are."""
+    half = tl.load(code + HALF).to(tl.int32)
+    return tl.where(half > 0, j // 2 + j % 2 * half, j)
 
 
 @triton.jit
-def apply(op, a, b):
-    """What the op makes of numbers a and b."""
-    if op == ADD:
-        a = a + b
-    elif op == SUB:
-        a = a - b
-    elif op == MUL:
-        a = a * b
-    elif op == DIV:
-        a = tl.div_rn(a, b)
-    elif op == MAXIMUM:
-        a = tl.where((a > b) | (a != a), a, b)
-    elif op == MINIMUM:
-        a = tl.where((a < b) | (a != a), a, b)
-    elif op == NEG:
-        a = -a
-    elif op == RELU:
-        a = tl.where(a < 0, 0.0, a)
-    elif op == TANH:
-        a = tanh(a)
-    elif (op == SIGMOID) | (op == SILU):
-        a = tl.sigmoid(a) * tl.where(op == SILU, a, 1.0)
-    elif op == EXP:
-        a = tl.exp(a)
-    elif op == EXPM1:
-        a = expm1(a)
-    elif op == LOG:
-        a = tl.log(a)
-    elif op == GELU:
-        a = 0.5 * a * (1 + tl.erf(a * 0.7071067811865476))
-    elif op == GELU_TANH:
-        a = 0.5 * a * (1 + tanh(0.7978845608028654 * (a + 0.044715 * a * a * a)))
-    elif op == ELU:
-        a = tl.where(a > 0, a, b * expm1(a))
-    elif op == LEAKY_RELU:
-        a = tl.where(a > 0, a, b * a)
-    elif op == SQUARE:
-        a = a * a
-    elif op == ABS:
-        a = tl.abs(a)
-    elif op == SQRT:
-        a = tl.sqrt_rn(a)
-    elif op == RSQRT:
-        a = tl.div_rn(1.0, tl.sqrt_rn(a))
-    elif op == RECIPROCAL:
-        a = tl.div_rn(1.0, a)
-    elif op == GATE:
-        a = tanh(a) * tl.sigmoid(b)
-    elif op == HIDE:
-        a = tl.where(b != 0, float("-inf"), a)
-    elif op == ERASE:
-        a = tl.where(b != 0, 0.0, a)
-    return a
+def follow(memory_ptr, codes_ptr, code, offsets, first_image, m, j, inside, value, FOLDS: tl.constexpr):
+    """What the links of an instruction make of a tile of its result, and store.
+
+    They are done one after the other in a loop, so that the compiler joins no two of them to a multiply-add: every
+    number is rounded as if each link were an instruction."""
+    link = codes_ptr + tl.load(code + LINKS_AT) * WORDS
+    folded = 0
+    for _ in range(0, tl.load(code + LINKS).to(tl.int32)):
+        column, kept = j, inside
+        if FOLDS:
+            folded |= tl.load(link + HALF).to(tl.int32)
+            column = tl.where(folded > 0, j // 2, columns_of(code, j))
+            kept &= (j % 2 + folded < 2)[None, :]
+        other = value
+        if tl.load(link + HAS_ADDED) != 0:
+            along = column * tl.load(link + ADDED + 6).to(tl.int32)
+            at = places(link, ADDED, offsets, first_image, m)[:, None] + along[None, :]
+            other = tl.load(memory_ptr + at, mask=kept, other=1.0)
+        elif FOLDS:
+            if tl.load(link + HALF) != 0:
+                pair = (tl.arange(0, value.shape[1]) ^ 1)[None, :]
+                other = tl.gather(value, tl.broadcast_to(pair, value.shape), 1)
+        value = rounded(apply(tl.load(link + OP), value, other), link)
+        along = column * tl.load(link + OUT + 6).to(tl.int32)
+        at = places(link, OUT, offsets, first_image, m)[:, None] + along[None, :]
+        tl.store(memory_ptr + at, value, mask=kept & (j < tl.load(link + KEPT))[None, :])
+        link += WORDS
 
 
 @triton.jit
-def pointwise(memory_ptr, integers_ptr, code, offsets, first_image, images, BR: tl.constexpr, BP: tl.constexpr):
+def product(
+    memory_ptr,
+    weights_ptr,
+    codes_ptr,
+    code,
+    offsets,
+    first_image,
+    images,
+    first,
+    apart,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    LINKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out = rows @ weight + added; the weight as panels (depth, BN), depth filled up with zeros to a multiple of BK."""
+    rows, columns, depth = (
+        rows_in(code, images),
+        tl.load(code + COLUMNS).to(tl.int32),
+        tl.load(code + DEPTH).to(tl.int32),
+    )
+    parts, panels = tl.cdiv(depth, BK), tl.cdiv(columns, BN)
+    k = tl.arange(0, BK)
+    for tile in range(first, tl.cdiv(rows, BM) * panels, apart):
+        panel, m = tile % panels, tile // panels * BM + tl.arange(0, BM)
+        real = m < rows
+        m = tl.where(real, m, 0)
+        a_ptr = memory_ptr + places(code, A, offsets, first_image, m)[:, None] + k[None, :]
+        start = tl.multiple_of(tl.load(code + WEIGHT) + panel.to(tl.int64) * parts * (BK * BN), 16)
+        w_ptr = weights_ptr + start + (k[:, None] * BN + tl.arange(0, BN)[None, :])
+        total = tl.zeros((BM, BN), tl.float32)
+        for part in range(0, parts):
+            a = tl.load(a_ptr, mask=real[:, None] & (part * BK + k < depth)[None, :], other=0.0)
+            w = tl.load(w_ptr)
+            if PRECISION == "widened":  # weights in half precision, which the interpreter cannot multiply
+                total = tl.dot(a, w.to(tl.float32), total, input_precision="ieee")
+            elif PRECISION == "half":
+                total = tl.dot(a.to(w.dtype), w, total)
+            else:
+                total = tl.dot(a, w, total, input_precision=PRECISION)
+            a_ptr += BK
+            w_ptr += BK * BN
+        j = panel * BN + tl.arange(0, BN)
+        inside = real[:, None] & (j < columns)[None, :]
+        column = columns_of(code, j)
+        if tl.load(code + HAS_ADDED) != 0:
+            at = places(code, ADDED, offsets, first_image, m)
+            total += tl.load(memory_ptr + at[:, None] + column[None, :], mask=inside, other=0.0)
+        total = rounded(total, code)
+        kept = inside & (j < tl.load(code + KEPT))[None, :]
+        at = places(code, OUT, offsets, first_image, m)
+        tl.store(memory_ptr + at[:, None] + column[None, :], total, mask=kept)
+        if LINKED:
+            follow(memory_ptr, codes_ptr, code, offsets, first_image, m, j, inside, total, True)
+
+
+@triton.jit
+def pointwise(
+    memory_ptr,
+    integers_ptr,
+    codes_ptr,
+    code,
+    offsets,
+    first_image,
+    images,
+    first,
+    apart,
+    BR: tl.constexpr,
+    BP: tl.constexpr,
+):
     """out = op(a, b); copies; out = table[index], with the table in A and the index in B."""
     op = tl.load(code + OP)
     rows, columns = rows_in(code, images), tl.load(code + COLUMNS).to(tl.int32)
     panels = tl.cdiv(columns, BP)
-    for tile in range(0, tl.cdiv(rows, BR) * panels):  # of a row from left to right
+    for tile in range(first, tl.cdiv(rows, BR) * panels, apart):  # of a row from left to right
         j, m = tile % panels * BP + tl.arange(0, BP), tile // panels * BR + tl.arange(0, BR)
         real = m < rows
         inside = real[:, None] & (j < columns)[None, :]
@@ -281,51 +254,6 @@ def pointwise(memory_ptr, integers_ptr, code, offsets, first_image, images, BR: 
                 a = apply(op, a, tl.load(memory_ptr + b_at, mask=inside, other=1.0))
             if tl.load(code + IN_ORDER) != 0:
                 tl.debug_barrier()
-            tl.store(memory_ptr + out_at, rounded(a, code), mask=inside)
-
-
-@triton.jit
-def rowwise(memory_ptr, code, offsets, first_image, images, BR: tl.constexpr, BP: tl.constexpr):
-    """Along a row of A: its sum, mean, greatest number; its softmax, logarithm of that, or the row normalized."""
-    op, along, across = tl.load(code + OP), tl.load(code + ALONG), tl.load(code + OUT + 6)
-    rows, depth = rows_in(code, images), tl.load(code + DEPTH).to(tl.int32)
-    eps = tl.load(code + NUMBER).to(tl.int32).to(tl.float32, bitcast=True)
-    k = tl.arange(0, BP)
-    for tile in range(0, tl.cdiv(rows, BR)):
-        m = tile * BR + tl.arange(0, BR)
-        real = m < rows
-        m = tl.where(real, m, 0)
-        a_ptr = memory_ptr + places(code, A, offsets, first_image, m)
-        out_ptr = memory_ptr + places(code, OUT, offsets, first_image, m)
-        exponential = (op == SOFTMAX) | (op == LOG_SOFTMAX)
-        greatest = tl.full((BR, BP), float("-inf"), tl.float32)
-        sums = tl.zeros((BR, BP), tl.float32)
-        nan = tl.zeros((BR, BP), tl.int32)
-        for start in range(0, depth, BP):
-            inside = real[:, None] & (start + k < depth)[None, :]
-            a = tl.load(a_ptr[:, None] + ((start + k) * along)[None, :], mask=inside, other=0.0)
-            greatest = tl.maximum(greatest, tl.where(inside, a, float("-inf")))
-            sums += a
-            nan |= (a != a).to(tl.int32)
-        shift, total = tl.max(greatest, 1), tl.sum(sums, 1)
-        if op == AMAX:
-            tl.store(out_ptr, tl.where(tl.max(nan, 1) > 0, float("nan"), shift), mask=real)
-        elif (op == SUM) | (op == MEAN):
-            tl.store(out_ptr, rounded(tl.where(op == MEAN, total / depth, total), code), mask=real)
-        else:
-            shift = tl.where(exponential, shift, total / depth)  # what is taken off each number
-            sums = tl.zeros((BR, BP), tl.float32)
-            for start in range(0, depth, BP):
-                inside = real[:, None] & (start + k < depth)[None, :]
-                a = tl.load(a_ptr[:, None] + ((start + k) * along)[None, :], mask=inside, other=0.0) - shift[:, None]
-                sums += tl.where(inside, tl.where(exponential, tl.exp(a), a * a), 0.0)
-            total = tl.where(real, tl.sum(sums, 1), 1.0)
-            scale = tl.div_rn(1.0, tl.where(op == NORMALIZED, tl.sqrt_rn(total / depth + eps), total))
-            for start in range(0, depth, BP):
-                inside = real[:, None] & (start + k < depth)[None, :]
-                a = tl.load(a_ptr[:, None] + ((start + k) * along)[None, :], mask=inside, other=0.0) - shift[:, None]
-                if op == LOG_SOFTMAX:
-                    a -= tl.log(total)[:, None]
-                else:
-                    a = tl.where(exponential, tl.exp(a), a) * scale[:, None]
-                tl.store(out_ptr[:, None] + ((start + k) * across)[None, :], rounded(a, code), mask=inside)
+            a = rounded(a, code)
+            tl.store(memory_ptr + out_at, a, mask=inside & (j < tl.load(code + KEPT))[None, :])
+            follow(memory_ptr, codes_ptr, code, offsets, first_image, m, j, inside, a, False)

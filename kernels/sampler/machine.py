@@ -15,18 +15,14 @@ from torch import Tensor
 
 from fastgen.kernels.catalogue_entry import Entry
 from fastgen.kernels.common import cdiv, launch, processors_of
+from fastgen.kernels.sampler.dispatch import instruction
 from fastgen.kernels.sampler.draws import draw
-from fastgen.kernels.sampler.instructions import contract, pointwise, product, rowwise
 from fastgen.kernels.sampler.words import (
-    CONTRACT,
     MOVES,
     MOVES_COUNT,
     OFFSETS,
-    OP,
     PLACE_WORDS,
-    PRODUCT,
     PROGRAM,
-    SOFTMAX,
     STEP_WORDS,
     WORDS,
 )
@@ -63,6 +59,8 @@ def step_machine_kernel(
     BP: tl.constexpr,
     ROWS: tl.constexpr,
     LEVELS: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    LINKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     first_image = (first_image + tl.program_id(0) * BM).to(tl.int64)
@@ -71,7 +69,7 @@ def step_machine_kernel(
         if drawing != 0:
             at = places_ptr + place * PLACE_WORDS
             draw(memory_ptr, integers_ptr, noise_ptr, known_ptr, mask_ptr, bad_ptr, draws_ptr, at, first_image, images,
-                 ROWS, LEVELS)  # fmt: skip
+                 ROWS, LEVELS, tl.float64 if DOUBLE else tl.float32)  # fmt: skip
         if place < until:
             step = steps_ptr + (place + 1) * STEP_WORDS
             program = programs_ptr + 2 * tl.load(step + PROGRAM)
@@ -80,16 +78,9 @@ def step_machine_kernel(
             for k in range(0, moves + tl.load(program + 1).to(tl.int32)):
                 number = tl.where(k < moves, tl.load(step + MOVES) + k, tl.load(program) + k - moves)
                 code = codes_ptr + number * WORDS
-                op = tl.load(code + OP)
                 tl.debug_barrier()
-                if op == PRODUCT:
-                    product(memory_ptr, weights_ptr, code, offsets, first_image, images, BM, BN, BK, PRECISION)
-                elif op == CONTRACT:
-                    contract(memory_ptr, code, offsets, first_image, images, ROWS, 32, 16)
-                elif op >= SOFTMAX:
-                    rowwise(memory_ptr, code, offsets, first_image, images, BR, BP)
-                else:
-                    pointwise(memory_ptr, integers_ptr, code, offsets, first_image, images, BR, BP)
+                instruction(memory_ptr, integers_ptr, weights_ptr, codes_ptr, code, offsets, first_image, images, 0, 1,
+                            BM, BN, BK, BR, BP, ROWS, LINKS, PRECISION)  # fmt: skip
 
 
 OPTIONS: dict[str, Any] = {"num_warps": 8, "num_stages": 2}
@@ -97,7 +88,8 @@ OPTIONS: dict[str, Any] = {"num_warps": 8, "num_stages": 2}
 
 class Tiles(NamedTuple):
     """Images of a program, which are the rows (BM), columns (BN) and depth (BK) of a part of a product; rows (BR) and
-    columns (BP) of other instructions; images (ROWS) and levels that are drawn at once."""
+    columns (BP) of other instructions; images (ROWS) and levels that are drawn at once; whether that is in float64;
+    whether products have LINKS."""
 
     BM: int = 16
     BN: int = 64
@@ -106,14 +98,27 @@ class Tiles(NamedTuple):
     BP: int = 64
     ROWS: int = 4
     LEVELS: int = 256
+    DOUBLE: bool = True
+    LINKS: bool = True
 
 
-SIZES = (Tiles(), Tiles(32), Tiles(64, BK=16))
+SIZES = (Tiles(), Tiles(32), Tiles(64, BN=32))  # of 64x64 sums no registers are left for what follows a product
+
+AMD = tuple(one._replace(LINKS=False) for one in SIZES)  # with them, hundreds of bytes are spilled there
 
 
 def tiles_for(images: int, device: torch.device) -> Tiles:
     """Larger tiles read the weights less often; they pay where smaller ones would not all run at the same time."""
-    return next((one for one in SIZES[:-1] if cdiv(images, one.BM) <= processors_of(device)), SIZES[-1])
+    sizes = SIZES if torch.version.hip is None else AMD
+    found = next((one for one in sizes[:-1] if cdiv(images, one.BM) <= processors_of(device)), sizes[-1])
+    return found._replace(DOUBLE=draws_in_float64(device))
+
+
+def draws_in_float64(device: torch.device) -> bool:
+    """Not on NVIDIA's chips whose float64 runs at a 32nd or a 64th of float32's speed, which are those of consumers."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(device) in ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
 
 
 def play(
@@ -141,16 +146,19 @@ def play(
 
 
 KINDS = {"memory_ptr": "*fp32", "weights_ptr": "*fp32", "noise_ptr": "*fp32", "mask_ptr": "*u8", "bad_ptr": "*i32"}
+CONSUMERS = ("sm_86", "sm_89", "sm_120")  # and what is sold for single precision: see `draws_in_float64`
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
-def entry(tiles: Tiles, weights: str, precision: str, skips: dict[str, str]) -> Entry:
+def entry(kernel: Any, tiles: Tiles, weights: str, precision: str, skips: dict[str, str]) -> Entry:
     fixed = {**tiles._asdict(), "PRECISION": precision}
-    kinds = {name: "*i64" if name.endswith("_ptr") else "i32" for name in step_machine_kernel.arg_names}
+    kinds = {name: "*i64" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
     signature = {name: KINDS.get(name, kind) for name, kind in kinds.items() if name not in fixed}
     return Entry(
-        step_machine_kernel,
-        f"{weights} {precision}, {tiles.BM} images",
+        kernel,
+        f"{weights} {precision}, {tiles.BM} images"
+        + ("" if tiles.DOUBLE else ", float32 draws")
+        + ("" if tiles.LINKS else ", no links"),
         {**signature, "weights_ptr": f"*{weights}"},
         fixed,
         unaligned=tuple(GIVEN),
@@ -160,9 +168,19 @@ def entry(tiles: Tiles, weights: str, precision: str, skips: dict[str, str]) -> 
     )
 
 
-CATALOGUE: list[Entry] = [
-    *(entry(tiles, "fp32", "tf32x3", {"gfx942": "has no TF32"}) for tiles in SIZES),
-    *(entry(tiles, "bf16", "half", {}) for tiles in SIZES),
-    entry(Tiles(), "fp16", "half", {}),
-    entry(Tiles(), "fp32", "ieee", dict.fromkeys(NVIDIA, "takes tf32x3")),
-]
+def entries(kernel: Any) -> list[Entry]:
+    """Of a kernel that plays instructions: for NVIDIA's chips, for those of consumers, for AMD's."""
+    kinds = [(k, "fp32", "tf32x3") for k in range(3)] + [(k, "bf16", "half") for k in range(3)] + [(0, "fp16", "half")]
+    others = [one for one in NVIDIA if one not in CONSUMERS]
+    found = []
+    for k, weights, precision in kinds:
+        skips = {**dict.fromkeys(CONSUMERS, "draws in float32"), "gfx942": "has no links of products"}
+        found.append(entry(kernel, SIZES[k], weights, precision, skips))
+        skips = {**dict.fromkeys(others, "draws in float64"), "gfx942": "has no links of products"}
+        found.append(entry(kernel, SIZES[k]._replace(DOUBLE=False), weights, precision, skips))
+        if precision == "half":
+            found.append(entry(kernel, AMD[k], weights, precision, dict.fromkeys(NVIDIA, "has links of products")))
+    return [*found, entry(kernel, AMD[0], "fp32", "ieee", dict.fromkeys(NVIDIA, "takes tf32x3"))]
+
+
+CATALOGUE: list[Entry] = entries(step_machine_kernel)

@@ -3,6 +3,9 @@
 An instruction has WORDS words. A side of it (result, inputs) begins at OUT, A, B or ADDED and has SIDE words: where it
 begins in its arena, the number of its offset among those of a step (0: none), the strides of images, of three more
 dimensions and of columns.
+
+Links are what an instruction does to each number of its result before it is stored; they are written as instructions,
+with the sizes of theirs and their second operand in ADDED.
 """
 
 import triton.language as tl
@@ -10,28 +13,36 @@ import triton.language as tl
 # The ops of `fastgen.sampling.machine.definitions`; first those of one or two numbers.
 POINTWISE = (
     "copy", "add", "sub", "mul", "div", "maximum", "minimum", "neg", "relu", "tanh", "sigmoid", "exp", "expm1", "log",
-    "silu", "gelu", "gelu_tanh", "elu", "leaky_relu", "square", "abs", "sqrt", "rsqrt", "reciprocal", "gate", "hide",
-    "erase", "copy_int64", "move_int64", "lookup",
+    "silu", "gelu", "gelu_tanh", "elu", "leaky_relu", "square", "abs", "sqrt", "rsqrt", "reciprocal", "gate", "glu",
+    "hide", "erase", "copy_int64", "move_int64", "lookup",
 )  # fmt: skip
 ROWWISE = ("softmax", "log_softmax", "normalized", "sum", "mean", "amax")
 OPS = {name: number for number, name in enumerate((*POINTWISE, *ROWWISE, "product", "contract"))}
 
 (
     COPY, ADD, SUB, MUL, DIV, MAXIMUM, MINIMUM, NEG, RELU, TANH, SIGMOID, EXP, EXPM1, LOG,
-    SILU, GELU, GELU_TANH, ELU, LEAKY_RELU, SQUARE, ABS, SQRT, RSQRT, RECIPROCAL, GATE, HIDE,
-    ERASE, COPY_INT64, MOVE_INT64, LOOKUP,
+    SILU, GELU, GELU_TANH, ELU, LEAKY_RELU, SQUARE, ABS, SQRT, RSQRT, RECIPROCAL, GATE, GLU,
+    HIDE, ERASE, COPY_INT64, MOVE_INT64, LOOKUP,
     SOFTMAX, LOG_SOFTMAX, NORMALIZED, SUM, MEAN, AMAX,
     PRODUCT, CONTRACT,
 ) = map(tl.constexpr, range(len(OPS)))  # fmt: skip
 
 # Of an instruction. ALONG: strides of A and B along the depth. NUMBER: bits of a float32. IN_ORDER: a copy whose target
-# begins before its source, over which it may lie. ROUNDED: to what precision the result is rounded.
+# begins before its source, over which it may lie. ROUNDED: to what precision the result is rounded. KEPT: how many
+# columns of it are stored, all or none. LINKS, LINKS_AT: how many there are, and the number of the first among all
+# instructions. HALF: columns of a half, where a link folds the two halves of a product's columns, which are packed in
+# turns; of that link, 1.
 (
-    OP, DEPTH, ALONG, ALONG_B, NUMBER, WEIGHT, HAS_ADDED, IN_ORDER, ROUNDED, S1, S2, S3, COLUMNS
-) = map(tl.constexpr, range(13))  # fmt: skip
-OUT, A, B, ADDED = map(tl.constexpr, range(13, 41, 7))
-SIDE, WORDS = 7, tl.constexpr(41)
+    OP, DEPTH, ALONG, ALONG_B, NUMBER, WEIGHT, HAS_ADDED, IN_ORDER, ROUNDED, KEPT, LINKS, LINKS_AT, HALF,
+    S1, S2, S3, COLUMNS,
+) = map(tl.constexpr, range(17))  # fmt: skip
+OUT, A, B, ADDED = map(tl.constexpr, range(17, 45, 7))
+SIDE, WORDS = 7, tl.constexpr(45)
 FLOAT32, BFLOAT16, FLOAT16 = map(tl.constexpr, range(3))  # precisions
+
+# What a launch plays besides an instruction, which has its number: the draws of a place; nothing; a copy before a step,
+# the first one or (less by k) the k-th after it.
+DRAW, NOTHING, FIRST_MOVE = map(tl.constexpr, (-1, -2, -3))
 
 # Of a step: program, first word of its offsets, first of the copies before it and their number. Of a program: first
 # instruction, number.

@@ -17,6 +17,9 @@ GEOMETRIES = [
 ]
 
 
+EPSILON = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
 def make_mask(kind, out_channels, in_channels, size):
     if kind == "random":
         return torch.rand(out_channels, in_channels, *size) < 0.5
@@ -76,3 +79,11 @@ def strided(tensor, layout):
     wide = torch.full((*tensor.shape[:3], 2 * tensor.shape[3] + 1), torch.nan, dtype=tensor.dtype, device=tensor.device)
     wide[..., 1::2] = tensor
     return wide[..., 1::2]
+
+
+def check(found, expected, dtype=torch.float32, terms=1.0):
+    """Errors of a few roundings of the largest value; `terms` scales that for long sums of rounded terms."""
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape and one.dtype == dtype
+        error = (one.detach().double() - other).abs().max() if one.numel() else torch.tensor(0.0)
+        assert error <= 4 * EPSILON[dtype] * terms * max(1.0, other.abs().max().item() if other.numel() else 0), error

@@ -9,17 +9,10 @@ from torch.distributions import Normal, kl_divergence
 
 from fastgen.ops import reparameterize_kl
 from fastgen.ops.reparameterize_kl import reparameterize_kl_reference
-from tests.ops.latent_inputs import gradients, inputs
+from tests.ops.reparameterize_kl_truth import IMPLS, gradients, inputs, truth
 
 pytest.importorskip("triton")
-IMPLS = ("reference", "triton")
 FINITE = torch.finfo(torch.float32).max
-
-
-def truth(variables, **options):
-    mu, logvar, eps = wide = [x.detach().double().requires_grad_() for x in variables]
-    z, kl = reparameterize_kl_reference(mu, logvar, eps=eps, **options)
-    return z, kl, gradients(z, kl, wide)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -218,40 +211,6 @@ def test_float64_keeps_its_precision(device):
 
     assert torch.autograd.gradcheck(function, (mu, logvar, eps))
     assert torch.autograd.gradgradcheck(function, (mu, logvar, eps))
-
-
-def test_repeats_bit_for_bit(device):
-    mu, logvar, eps = inputs((3, 5000), device=device)
-    first, second = (reparameterize_kl(mu, logvar, eps=eps, impl="triton") for _ in range(2))
-    assert torch.equal(first[1], second[1]) and torch.equal(first[0], second[0])
-
-
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("sizes", [(1, 1), (1, 10**7), (10**6, 2), (256, 2048), (8, 1023), (7, 1025), (1024, 4096)])
-def test_the_launch_covers_every_column_once(sizes, itemsize):
-    from fastgen.kernels.vae.layout import Rows, tiles_of
-
-    count, columns = sizes
-    tiles = tiles_of(Rows(count, 1, columns, ((columns, 0, 1),)), itemsize)
-    before = max(tiles.ALIGNED, 4) - 1 if tiles.ODD or tiles.ALIGNED else 0  # what a group may have before its row
-    assert tiles.splits * tiles.tiles * tiles.IN >= columns + before
-    assert (tiles.splits - 1) * tiles.tiles * tiles.IN < columns + before
-    assert tiles.splits <= 1024 and tiles.ROWS * tiles.OUT * tiles.IN == 1024
-    sector = 32 // itemsize
-    aligned = columns % 4 and columns >= sector and count * columns % sector == 0
-    assert (sector if aligned else 0) == tiles.ALIGNED
-
-
-@pytest.mark.parametrize("sizes", [(3, 4), (3, 2000), (2000, 4), (64, 1024), (33, 36)])
-def test_tiles_of_two_dimensions_cover_every_number_once(sizes):
-    from fastgen.kernels.vae.layout import Rows, tiles_of
-
-    outer, inner = sizes
-    tiles = tiles_of(Rows(5, outer, inner, ((outer * inner, inner, 1), (outer * inner, 1, outer))), 4)
-    count = -(-outer // tiles.OUT) * -(-inner // tiles.IN)
-    assert tiles.OUT > 1 and (tiles.splits - 1) * tiles.tiles < count <= tiles.splits * tiles.tiles
-    assert tiles.ROWS * tiles.OUT * tiles.IN == 1024
-    assert min(tiles.OUT, outer) >= 32 or inner < 32 or outer <= tiles.OUT
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The noise that the kernels draw: its distribution, its independence, and that the backward draws it again."""
+"""The noise that the kernel draws: its distribution, its independence, and that the backward draws it again."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastgen.ops import reparameterize_kl
-from tests.ops.latent_inputs import inputs
+from tests.ops.reparameterize_kl_truth import inputs
 
 pytest.importorskip("triton")
 

@@ -1,4 +1,4 @@
-"""As an operator: registration, compilation, autocast, second derivatives; and its arguments."""
+"""The reparameterization as an operator: registered, compiled, under autocast; its arguments and its launches."""
 
 import math
 
@@ -6,18 +6,15 @@ import pytest
 import torch
 
 from fastgen.ops import reparameterize_kl
-from tests.ops.latent_inputs import inputs
+from tests.ops.reparameterize_kl_truth import IMPLS, inputs
 
 pytest.importorskip("triton")
-IMPLS = ("reference", "triton")
 
 
-def test_second_derivative_of_the_kernel_is_refused(device):
-    mu, logvar, eps = inputs((2, 3), device=device)
-    z, _ = reparameterize_kl(mu, logvar, eps=eps, impl="triton")
-    (grad,) = torch.autograd.grad(z.square().sum(), mu, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        grad.sum().backward()
+def test_repeats_bit_for_bit(device):
+    mu, logvar, eps = inputs((3, 5000), device=device)
+    first, second = (reparameterize_kl(mu, logvar, eps=eps, impl="triton") for _ in range(2))
+    assert torch.equal(first[1], second[1]) and torch.equal(first[0], second[0])
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -77,3 +74,39 @@ def test_bad_arguments_are_named(change, error, words):
     arguments = {"mu": torch.zeros(2, 3), "logvar": torch.zeros(2, 3), **change}
     with pytest.raises(error, match=words):
         reparameterize_kl(arguments.pop("mu"), arguments.pop("logvar"), **arguments)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 10**7), (10**6, 2), (256, 2048), (8, 1023), (7, 1025), (1024, 4096)])
+def test_the_launch_covers_every_column_once(sizes, itemsize):
+    from fastgen.kernels.vae.layout import Rows, tiles_of
+
+    count, columns = sizes
+    tiles = tiles_of(Rows(count, 1, columns, ((columns, 0, 1),)), itemsize)
+    before = max(tiles.ALIGNED, 4) - 1 if tiles.ODD or tiles.ALIGNED else 0  # what a group may have before its row
+    assert tiles.splits * tiles.tiles * tiles.IN >= columns + before
+    assert (tiles.splits - 1) * tiles.tiles * tiles.IN < columns + before
+    assert tiles.splits <= 1024 and tiles.ROWS * tiles.OUT * tiles.IN == 1024
+    sector = 32 // itemsize
+    aligned = columns % 4 and columns >= sector and count * columns % sector == 0
+    assert (sector if aligned else 0) == tiles.ALIGNED
+
+
+@pytest.mark.parametrize("sizes", [(3, 4), (3, 2000), (2000, 4), (64, 1024), (33, 36)])
+def test_tiles_of_two_dimensions_cover_every_number_once(sizes):
+    from fastgen.kernels.vae.layout import Rows, tiles_of
+
+    outer, inner = sizes
+    tiles = tiles_of(Rows(5, outer, inner, ((outer * inner, inner, 1), (outer * inner, 1, outer))), 4)
+    count = -(-outer // tiles.OUT) * -(-inner // tiles.IN)
+    assert tiles.OUT > 1 and (tiles.splits - 1) * tiles.tiles < count <= tiles.splits * tiles.tiles
+    assert tiles.ROWS * tiles.OUT * tiles.IN == 1024
+    assert min(tiles.OUT, outer) >= 32 or inner < 32 or outer <= tiles.OUT
+
+
+def test_second_derivative_of_the_kernel_is_refused(device):
+    mu, logvar, eps = inputs((2, 3), device=device)
+    z, _ = reparameterize_kl(mu, logvar, eps=eps, impl="triton")
+    (grad,) = torch.autograd.grad(z.square().sum(), mu, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()

@@ -10,6 +10,7 @@ from fastgen import Categorical
 from fastgen.sampling.levels import levels_of
 from fastgen.sampling.plan.plan import make_plan
 from fastgen.sampling.request import SampleRequest, uniforms
+from fastgen.sampling.trace.network import Network
 
 
 class Attention(nn.Module):
@@ -63,7 +64,7 @@ def distribution_of(model, levels=4):
 
 def planned(model, shape, distribution=None):
     distribution = distribution_of(model) if distribution is None else distribution
-    return make_plan(model.eval(), shape, distribution, encode_of(model), None, levels_of(distribution))
+    return make_plan(Network(model.eval(), shape, encode_of(model), None, levels_of(distribution)), distribution)
 
 
 def request(distribution, shape, n=2, seed=0, **more):

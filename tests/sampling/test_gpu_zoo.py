@@ -11,7 +11,7 @@ import torch
 
 from fastgen import accelerate
 from fastgen.sampling.machine.gpu.draws import KINDS
-from fastgen.sampling.machine.parts import parts_of
+from fastgen.sampling.machine.parts import unknown_in
 from fastgen.sampling.request import SampleRequest
 from fastgen.sampling.run.cpu_player import CPUPlayer
 from fastgen.sampling.run.draw_loop import draw_batch
@@ -37,7 +37,7 @@ def test_the_zoo_by_one_table(name):
         engine = sampler._backends.made[-1].backend
     if not isinstance(engine, Engine) or type(engine.distribution) not in KINDS:
         pytest.skip("has no plan, or draws that the machine does not know")
-    known = [parts_of(program) is not None for program in engine.plan.programs]
+    known = [not unknown_in(program) for program in engine.plan.programs]
     if not all(known[step.program] for step in engine.plan.steps[1:]):
         pytest.skip("has instructions that the machines do not know")
     noise = torch.rand(engine.distribution.noise_shape(N, shape), device=device)

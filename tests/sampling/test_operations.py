@@ -7,9 +7,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastgen import Categorical
+from fastgen import Categorical, accelerate
 from fastgen.sampling.causality.draws import draw_index_of, raster
 from fastgen.sampling.causality.ready_times import ready_times
+from fastgen.sampling.machine.parts import unknown_in
+from fastgen.sampling.plan.plan import make_plan
+from fastgen.sampling.trace.decompositions import WRITTEN_OUT
+from fastgen.sampling.trace.network import Network
 from fastgen.sampling.trace.recorder import trace
 from tests.sampling.exactness import assert_exact, pair
 from tests.sampling.zoo_case import DataMask
@@ -102,23 +106,17 @@ OPERATIONS = {
     "Fourier": filtered,
     "rotated": rotated,
     "cross product": lambda x: torch.linalg.cross(x[:, :3], x[:, 3:], dim=1).repeat(1, 2, 1, 1),
-    "bilinear form": by_pixel(lambda x: F.bilinear(x, x, torch.full((6, 6, 6), 0.1))),
-    "buckets": lambda x: torch.bucketize(x.contiguous(), torch.linspace(-2, 2, 9)) * 0.3 + x,
-    "table of buckets": table_of_buckets,
     "fake quantization": lambda x: torch.fake_quantize_per_tensor_affine(x, 0.1, 0, -128, 127),
-    "randomized ReLU": F.rrelu,
     "local response": lambda x: F.local_response_norm(x, 3),
     "groups of a pixel": by_pixel(lambda x: F.group_norm(x, 2)),
     "deviation": lambda x: x / torch.std_mean(x, 1, keepdim=True)[0],
     "quantile": lambda x: x - x.quantile(0.3, dim=1, keepdim=True),
     "vector quantization": nearest_code,
     "straight-through": straight_through,
-    "soft codes": codes_by_distance,
     "boolean masks": written_by_masks,
-    "overlapping patches": patches,
-    "constant grid": at_places,
     "average, its zeros not counted": lambda x: below(F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)),
     "average, last windows cut": coarse(lambda x: F.avg_pool2d(x, 3, 2, 1, ceil_mode=True), "nearest"),
+    "average, another divisor": coarse(lambda x: F.avg_pool2d(x, 2, divisor_override=3), "nearest"),
     "average along rows": lambda x: F.pad(F.avg_pool1d(x.flatten(0, 1), 3, 1, 1).view_as(x), (1, -1)),
     "greatest around": lambda x: below(F.max_pool2d(x, 3, 1, 1)),
     "greatest, last windows cut": coarse(lambda x: F.max_pool2d(x, (3, 2), 2, (1, 0), ceil_mode=True), "nearest"),
@@ -127,6 +125,15 @@ OPERATIONS = {
     "bicubic": lambda x: F.pad(F.interpolate(F.adaptive_avg_pool2d(x, (4, 3)), (4, 4), mode="bicubic"), (0, 0, 3, -3)),
     "area": coarse(lambda x: x[:, :, ::2, ::2], "area"),
 }  # fmt: skip
+WITHOUT_RULES = {  # of which whole passes draw
+    "bilinear form": by_pixel(lambda x: F.bilinear(x, x, torch.full((6, 6, 6), 0.1))),
+    "buckets": lambda x: torch.bucketize(x.contiguous(), torch.linspace(-2, 2, 9)) * 0.3 + x,
+    "table of buckets": table_of_buckets,
+    "randomized ReLU": F.rrelu,
+    "soft codes": codes_by_distance,
+    "overlapping patches": patches,
+    "constant grid": at_places,
+}
 
 
 class Between(nn.Module):
@@ -149,6 +156,41 @@ def test_the_engine_takes_it(name):
     assert fast.work_ratio <= 1.05
 
 
+@pytest.mark.parametrize("name", WITHOUT_RULES)
+def test_whole_passes_draw_what_has_no_rule(name):
+    model = Between(WITHOUT_RULES[name]).eval()
+    with pytest.warns(UserWarning, match="falls back to the fixed_point backend"):
+        fast = accelerate(model, SHAPE, distribution=DISTRIBUTION)
+    naive = accelerate(model, SHAPE, distribution=DISTRIBUTION, backend="naive")
+    noise = torch.rand(N, *SHAPE, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(fast.sample(N, noise=noise), naive.sample(N, noise=noise))
+    assert fast.stats.backend == "fixed_point"
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x * (x.square().mean(1, keepdim=True) + 1e-5).rsqrt(),
+        lambda x: x - x.amax(1, keepdim=True) + x.sum(1).unsqueeze(1),
+        lambda x: below(F.avg_pool2d(x, 3, 1, 1)),
+        lambda x: below(F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, 1)),
+    ],
+)
+def test_sums_means_and_maxima_are_the_machines_own(function):
+    network = Network(Between(function).eval(), SHAPE, lambda levels: levels.float(), None, 4)
+    plan = make_plan(network, DISTRIBUTION)
+    assert [name for program in plan.programs for name in unknown_in(program)] == []
+
+
+def test_the_greatest_of_windows_says_where_it_was():
+    x = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    for options in ((2,), (3, 2, 1), ((3, 2), 2, (1, 0), 1, True), (2, 1, 0, 2)):
+        expected = F.max_pool2d(x, *options, return_indices=True)
+        given = [(one, one) if isinstance(one, int) and not isinstance(one, bool) else one for one in options]
+        found = WRITTEN_OUT["max_pool2d_with_indices"](None, x, *given)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_nothing_moves_a_result_after_its_ready_time(name):
     """By changing every level, in double precision, of the operation itself behind one masked layer."""
@@ -167,6 +209,5 @@ def test_nothing_moves_a_result_after_its_ready_time(name):
 
 
 FLOATS = {
-    "Fourier", "rotated", "bilinear form", "table of buckets", "vector quantization", "straight-through", "soft codes",
-    "constant grid",
+    "Fourier", "rotated", "vector quantization", "straight-through",
 }  # fmt: skip

@@ -23,11 +23,11 @@ def engines(monkeypatch):
     """A stand-in for the engine, which counts what is built and refuses for the reason `refused`."""
     state = types.SimpleNamespace(built=[], refused=None)
 
-    def build_engine(model, shape, distribution, encode, condition_example, dtype, backend, verify, kept):
+    def build_engine(network, distribution, backend, verify):
         if state.refused is not None:
             raise Unsupported(state.refused)
-        state.built.append(condition_example)
-        return FixedPoint(model, shape, encode)
+        state.built.append(network.condition)
+        return FixedPoint(network.model, network.shape, network.encode)
 
     monkeypatch.setattr("fastgen.sampling.backends.build_engine", build_engine)
     return state
@@ -161,3 +161,11 @@ def test_a_normalization_in_training_mode_is_a_leak_and_keeps_its_statistics(bac
         accelerate(model, (1, 3, 3), distribution=Bernoulli(), backend=backend)
     assert model[1].num_batches_tracked == 0 and model[1].running_mean == 0
     accelerate(model.eval(), (1, 3, 3), distribution=Bernoulli(), backend=backend)
+
+
+def test_an_analysis_runs_the_model_three_times():
+    """On two images, and recorded on each of them, which must agree with the first run."""
+    model, calls = Stranger(1, 5).eval(), []
+    model.register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
+    sampler = accelerate(model, (1, 5, 4), distribution=Categorical(5, "B(KC)HW"), backend="eager")
+    assert calls == [2, 1, 1] and "eager:" in sampler.explain()

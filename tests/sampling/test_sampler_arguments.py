@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from causal_models import Stranger, small
@@ -76,3 +77,24 @@ def test_bad_arguments_of_accelerate_are_named():
         bad.forward = output
         with pytest.raises(error, match="model must return"):
             accelerate(bad, (1, 2, 3), distribution=Bernoulli(), backend="naive")
+
+
+class Conditioned(Stranger):
+    def forward(self, x, shift, of):
+        return super().forward(x) + shift[:, None, None, None] * of[:, :, None, None]
+
+
+def test_conditions_may_be_numpys_arrays():
+    sampler = accelerate(Conditioned(1, 5).eval(), (1, 5, 4), distribution=Categorical(5, "B(KC)HW"), backend="eager")
+    given = {"shift": np.array([1, 2]), "of": np.linspace(-1, 1, 10).reshape(2, 5)}
+    tensors = {"shift": torch.tensor([1, 2]), "of": torch.from_numpy(given["of"]).float()}
+    images = [sampler.sample(2, seed=0, condition=one) for one in (given, tensors)]
+    assert torch.equal(*images) and sampler.stats.backend == "eager"
+    params = [sampler.params(images[0], condition=one) for one in (given, tensors)]
+    assert torch.equal(*params)
+
+
+def test_a_list_of_texts_says_what_to_do():
+    sampler = accelerate(Stranger(1, 5).eval(), (1, 5, 4), distribution=Categorical(5, "B(KC)HW"), backend="naive")
+    with pytest.raises(ValueError, match=r"shape \(3,\); expected 2 rows.*padded to one"):
+        sampler.sample(2, condition=[torch.zeros(3), torch.zeros(2)])

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from fastgen.distributions import Distribution
 from fastgen.distributions.base import independent
+from fastgen.sampling.adapter import Adapter
 from fastgen.sampling.causality.draws import Draws, Order, layouts_of, possible_draws, possible_layouts
 from fastgen.sampling.causality.ready_times import Timed, ready_times
 from fastgen.sampling.causality.report import CausalityReport, Leak, NotCausalError, leaks_of, leaks_seen
 from fastgen.sampling.causality.search import search, topological_order
 from fastgen.sampling.causality.trials import dependences
 from fastgen.sampling.condition import example
+from fastgen.sampling.model_state import device_of
 from fastgen.sampling.request import checked_count, checked_shape
 from fastgen.sampling.rules.base import coarser
 from fastgen.sampling.trace.graph import Graph, Unsupported, Value
@@ -50,22 +52,6 @@ class Ordered:
         self.graph, self.conditions, self.timed = graph, conditions, timed
         self.order, self.needed = draws.order, draws.of_outputs()
         self.remarks = list(graph.remarks)
-
-
-def drawing_order(
-    model: nn.Module,
-    shape: Sequence[int],
-    distribution: Distribution,
-    encode: Callable[[Tensor], Tensor],
-    condition: Any,
-    levels: int | Tensor | torch.dtype,
-) -> tuple[Order, str | None]:
-    """(channel, row, column) of all draws, in an order in which the model is causal, and why that is not proven (None
-    where it is). Raises NotCausalError."""
-    try:
-        return ordered(Network(model, shape, encode, condition, levels), distribution).order, None
-    except NotByReadyTimes as found:
-        return found.order, str(found)
 
 
 def ordered(network: Network, distribution: Distribution) -> Ordered:
@@ -197,6 +183,7 @@ def check_causality(
     encode: Callable[[Tensor], Tensor] | None = None,
     condition: Any = None,
     levels: int = 2,
+    output: Callable[[Any], Tensor] | None = None,
 ) -> CausalityReport:
     """Whether every output of a model depends only on pixels before it in raster order.
 
@@ -210,8 +197,9 @@ def check_causality(
         channels_ordered: whether a channel may depend on the channels before it in its own pixel; its output may then
             have the channels on an axis of their own, or in one with the levels, contiguous or interleaved.
         encode: int64 levels 0..levels-1 -> the model's input; None: the model is given random floats in [-1, 1].
-        condition: the model's second argument, None for none.
+        condition: as in `accelerate`.
         levels: number of levels that `encode` takes.
+        output: what the model returns -> its parameters, as in `accelerate`.
 
     Returns:
         CausalityReport(ok, leaks, remark, proven): a leak names the output (c, i, j), the input (c, i, j), the first
@@ -227,9 +215,12 @@ def check_causality(
         raise TypeError(f"channels_ordered must be a bool, got {channels_ordered!r}")
     if encode is not None and not callable(encode):
         raise TypeError(f"encode must be callable or None, got {type(encode).__name__}")
+    if output is not None and not callable(output):
+        raise TypeError(f"output must be callable or None, got {type(output).__name__}")
     shape, levels = checked_shape(shape), checked_count("levels", levels, 1)
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    network = Network(model, shape, encode, None if condition is None else example(condition, device), levels)
+    model = Adapter(model, shape, None, output)
+    condition = None if condition is None else example(condition, device_of(model))
+    network = Network(model, shape, encode or torch.clone, condition, None if encode is None else levels)
     if len(network.output_shape) < 3 or network.output_shape[-2:] != shape[1:]:
         raise ValueError(f"model must return (B, ..., {shape[1]}, {shape[2]}), got the shape {network.output_shape}")
     params = (1, *network.output_shape[1:-2])

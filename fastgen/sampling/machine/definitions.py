@@ -45,6 +45,7 @@ POINTWISE: dict[str, Callable[..., Tensor]] = {
     "rsqrt": torch.rsqrt,
     "reciprocal": torch.reciprocal,
     "gate": _into(lambda a, b: a.tanh() * b.sigmoid()),
+    "glu": _into(lambda a, b: a * b.sigmoid()),
     # Where the second operand is not 0, what the first holds does not count.
     "hide": _into(lambda x, hidden: x.masked_fill(hidden != 0, -math.inf)),
     "erase": _into(lambda x, erased: x.masked_fill(erased != 0, 0)),

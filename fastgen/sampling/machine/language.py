@@ -305,6 +305,11 @@ class Program:
         """Equal for programs that differ in nothing but the offsets of a step."""
         return tuple(self.instructions)
 
+    @property
+    def views(self) -> list[tuple[View, ...]]:
+        """What each instruction reads and writes."""
+        return [views_of(one) for one in self.instructions]
+
     def moving(self) -> list[View]:
         """The views that move, each once, in the order of their first use."""
         found: dict[View, None] = {}

@@ -69,26 +69,31 @@ class Part:
 
     def collapsed(self) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
         """Sizes of the result with the least dimensions, columns last, and strides of all sides along them."""
-        sides, last = self.sides, len(self.sizes) - 1
-        sizes: list[int] = []
-        strides: list[list[int]] = [[] for _ in sides]
-        for d, size in enumerate(self.sizes):
-            if size == 1 and d != last:
-                continue
-            here = [side.strides[d] for side in sides]
-            # Columns stay by themselves, so that all parts that compute a map share it among threads in one way.
-            mergeable = sizes and d != last
-            if mergeable and all(old[-1] == size * new for old, new in zip(strides, here, strict=True)):
-                sizes[-1] *= size
-                for old, new in zip(strides, here, strict=True):
-                    old[-1] = new
-            else:
-                sizes.append(size)
-                for old, new in zip(strides, here, strict=True):
-                    old.append(new)
-        if not sizes:
-            sizes, strides = [1], [[0] for _ in sides]
-        return tuple(sizes), [tuple(one) for one in strides]
+        return collapse(self.sizes, self.sides)
+
+
+def collapse(sizes: Sequence[int], sides: Sequence[Side]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """These sizes with the least dimensions, columns last, and strides of the sides along them."""
+    last = len(sizes) - 1
+    found: list[int] = []
+    strides: list[list[int]] = [[] for _ in sides]
+    for d, size in enumerate(sizes):
+        if size == 1 and d != last:
+            continue
+        here = [side.strides[d] for side in sides]
+        # Columns stay by themselves, so that all parts that compute a map share it among threads in one way.
+        mergeable = found and d != last
+        if mergeable and all(old[-1] == size * new for old, new in zip(strides, here, strict=True)):
+            found[-1] *= size
+            for old, new in zip(strides, here, strict=True):
+                old[-1] = new
+        else:
+            found.append(size)
+            for old, new in zip(strides, here, strict=True):
+                old.append(new)
+    if not found:
+        found, strides = [1], [[0] for _ in sides]
+    return tuple(found), [tuple(one) for one in strides]
 
 
 HALF = (torch.bfloat16, torch.float16)
@@ -203,14 +208,6 @@ def sections(program: Program) -> list[Section]:
     return found
 
 
-def parts_of(program: Program, half: bool = False) -> list[Part] | None:
-    """None where not all of it is known."""
-    try:
-        return [part_of(one, half) for one in program.instructions]
-    except Unknown:
-        return None
-
-
 def unknown_in(program: Program) -> list[str]:
     """What the machine of GPUs does not know, by name, each once."""
     found: dict[str, None] = {}
@@ -219,12 +216,12 @@ def unknown_in(program: Program) -> list[str]:
             part_of(one, half=True)
         except Unknown:
             found[_name(one)] = None
-    return list(found)
+    return [name for name in found if not name.startswith("_")] or list(found)  # what puts results in place goes unsaid
 
 
 def _name(one: Instruction) -> str:
     if isinstance(one, Call):
         name = getattr(one.function, "__qualname__", type(one.function).__name__)
-        return name.removeprefix("_VariableFunctionsClass.")  # where torch keeps its functions
+        return name.removeprefix("_VariableFunctionsClass.").removeprefix("aten::")  # where torch keeps its functions
     name = one.op if isinstance(one, (Pointwise, Rowwise)) else type(one).__name__.lower()
     return f"{name} of {'x'.join(map(str, one.out.sizes))} {str(one.out.memory.dtype).removeprefix('torch.')}"

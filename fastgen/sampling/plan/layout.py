@@ -1,4 +1,5 @@
-"""Where the elements of a value lie in memory: dimensions that are computed whole innermost, zeros around it."""
+"""Takes a value, its times and who reads it; gives its `Layout` in memory: places outermost, features innermost, zeros
+around them where a reader looks beyond the value."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,10 +8,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fastgen.sampling.trace.element_times import compact
+from fastgen.sampling.trace.element_times import compact, kinds_of
 from fastgen.sampling.trace.graph import Map, Value
 
-FEATURE_KINDS = 4  # a dimension along which times take no more patterns holds features (of colours, say), not places
+FEATURE_KINDS = 4  # along features (of colours, say) times show so many patterns at most, along places more
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,7 @@ def dimension_order(times: Tensor, channels: int | None) -> tuple[int, ...]:
     """Places outermost, features innermost, otherwise as they are; `channels`: the dimension to have last of all."""
     places, core = [], compact(times)
     for d in range(times.dim()):
-        rows = core.movedim(d, 0).reshape(core.shape[d], -1)
-        differing = int((rows[1:] != rows[:-1]).any(1).sum()) if len(rows) > 1 else 0
-        kinds = 1 if differing == 0 else len(rows.unique(dim=0)) if len(rows) <= 4096 else len(rows)
+        kinds = kinds_of(core.movedim(d, 0))[0] if core.shape[d] > 1 else 1
         places.append(kinds > FEATURE_KINDS or (kinds > 1 and kinds == times.shape[d]))
     order = [d for d in range(times.dim()) if places[d]] + [d for d in range(times.dim()) if not places[d]]
     if channels is not None and not places[channels]:

@@ -1,4 +1,4 @@
-"""Memory for the rows of a value that are still to be read, not for all of the image.
+"""Takes the programs and offsets of all steps; gives memory for the rows that are still to be read: `Ring`.
 
 What every step reads and writes is known before any image is drawn. A value of which a step and all later ones touch a
 few rows only keeps a ring of rows; where a step would reach beyond its end, the rows still to be read move to its
@@ -53,11 +53,26 @@ class Ring:
         return sum(move.first for move in self.moves if move.step <= step)
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A value that a ring may hold a part of.
+
+    Attributes:
+        begun: rows from the first on that hold constants which are there from the beginning.
+        written: a later row that holds constants -> the step that writes them, with others of the row.
+    """
+
+    memory: Memory
+    layout: Layout
+    begun: int
+    written: dict[int, int]
+
+
 @dataclass(eq=False)
 class _Touched:
     """Rows from `low` to `high` that each step touches; `high` is -1 where it touches none.
 
-    still: whether views of it cannot be moved at a step, for they lie where they lie at all of them.
+    still: whether a step has a view of it whose offset is the same at all steps, so that its rows cannot move.
     """
 
     low: np.ndarray
@@ -65,20 +80,22 @@ class _Touched:
     still: np.ndarray
 
 
-def make_rings(
-    candidates: Iterable[tuple[Memory, Layout, bool]], programs: Sequence[Program], steps: Steps
-) -> dict[Memory, Ring]:
+def make_rings(candidates: Iterable[Candidate], programs: Sequence[Program], steps: Steps) -> dict[Memory, Ring]:
     """Rings by their memory, for those candidates that fit one; moves the offsets of the steps into them.
 
     Args:
-        candidates: memory and layout of a value, and whether its first row holds constants, there from the beginning.
+        candidates: the values.
     """
     layouts: dict[Memory, Layout] = {}
     touched: dict[Memory, _Touched] = {}
-    for memory, layout, begun in candidates:
+    written: dict[Memory, dict[int, int]] = {}
+    for candidate in candidates:
+        memory, layout = candidate.memory, candidate.layout
         one = _Touched(np.full(len(steps), 2**31), np.full(len(steps), -1), np.zeros(len(steps), dtype=bool))
-        if begun:
-            one.low[0] = one.high[0] = layout.before[layout.order[0]]
+        first_row = layout.before[layout.order[0]]
+        if candidate.begun:
+            one.low[0], one.high[0] = first_row, first_row + candidate.begun - 1
+        written[memory] = {first_row + row: step for row, step in candidate.written.items()}
         layouts[memory], touched[memory] = layout, one
     served = [np.array([k for k, step in enumerate(steps) if step.program == p]) for p in range(len(programs))]
     _touch(touched, layouts, programs, served, steps)
@@ -86,17 +103,17 @@ def make_rings(
     firsts: dict[Memory, np.ndarray] = {}
     for key, found in touched.items():
         ring = _ring(layouts[key], found)
-        if ring is not None:
+        early = any(((found.low <= row) & (found.high >= row))[:step].any() for row, step in written[key].items())
+        if ring is not None and not early:
             first = np.zeros(len(steps), dtype=np.int64)
             for move in ring.moves:
                 first[move.step :] += move.first
             if not first[found.still].any():
                 rings[key], firsts[key] = ring, first * ring.pitch
     for program, of_program in zip(programs, served, strict=True):
-        for number, view in enumerate(program.moving()):
-            if view.memory in rings:
-                for step in of_program.tolist():
-                    steps[step].offsets[number] -= firsts[view.memory][step]
+        moved = [(number, firsts[view.memory]) for number, view in enumerate(program.moving()) if view.memory in rings]
+        for step in of_program.tolist() if moved else ():
+            steps[step].offsets[[number for number, _ in moved]] -= [first[step] for _, first in moved]
     return rings
 
 
@@ -110,13 +127,14 @@ def _touch(
     """Adds what the steps touch."""
     for program, of_program in zip(programs, served, strict=True):
         moving = {view: number for number, view in enumerate(program.moving())}
+        offsets = np.array([steps[step].offsets for step in of_program.tolist()])
         views = {view for instruction in program.instructions for view in views_of(instruction)}
         for view in views:
             if view.memory not in layouts:
                 continue
             one = touched[view.memory]
             if view in moving:
-                first = np.array([steps[step].offsets[moving[view]] for step in of_program.tolist()])
+                first = offsets[:, moving[view]]
             else:
                 first = np.full(len(of_program), view.offset.at(()))
                 one.still[of_program] = True

@@ -1,11 +1,11 @@
-"""Shares the scratch memory of programs: a block serves again as soon as nothing reads what is in it."""
+"""Takes programs; gives the blocks that their scratch memory shares: one serves again once it is read no more."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from fastgen.sampling.machine.language import Memory, Program, views_of
+from fastgen.sampling.machine.language import Memory, View
 
 
 @dataclass
@@ -21,15 +21,16 @@ class Scratch:
     dtypes: list[torch.dtype] = field(default_factory=list)
 
 
-def share_scratch(programs: Iterable[Program]) -> Scratch:
-    """One set of blocks for all programs, of which one runs at a time."""
+def share_scratch(programs: Iterable[Iterable[Sequence[View]]]) -> Scratch:
+    """One set of blocks for all programs, of which one runs at a time: for each, the views that its instructions
+    read and write."""
     found = Scratch()
     for program in programs:
         first: dict[Memory, int] = {}
         last: dict[Memory, int] = {}
         blocks: dict[Memory, int] = {}
-        for k, instruction in enumerate(program.instructions):
-            for view in views_of(instruction):
+        for k, views in enumerate(program):
+            for view in views:
                 if view.memory.kind == "scratch":
                     first.setdefault(view.memory, k)
                     last[view.memory] = k

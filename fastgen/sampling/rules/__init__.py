@@ -7,7 +7,6 @@ from fastgen.sampling.rules.concatenation import Concatenation
 from fastgen.sampling.rules.convolution import Convolution
 from fastgen.sampling.rules.matmul import MatMul
 from fastgen.sampling.rules.pointwise import Pointwise
-from fastgen.sampling.rules.pooling import MaxPool2d
 from fastgen.sampling.rules.reduction import Cumulative, Lookup, Opaque, Reduction, Softmax
 from fastgen.sampling.rules.scan import DiagonalScan, RowScan
 from fastgen.sampling.rules.slicewise import Slicewise
@@ -43,8 +42,6 @@ def rule_kind(value: Value) -> type[Rule]:
         return TransposedConvolution
     if name in BY_NAME:
         return BY_NAME[name]
-    if name == "max_pool2d_with_indices" and MaxPool2d.takes(value):
-        return MaxPool2d
     if name == "embedding" and constant_operand(value.args[0]):
         return Lookup
     if name == "index" and constant_operand(value.args[0]) and len(value.args[1]) == 1:

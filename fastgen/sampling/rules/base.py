@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastgen.sampling.trace.element_times import ElementTimes, compact, shrunk
+from fastgen.sampling.trace.element_times import ElementTimes, compact, kinds_of, shrunk
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, Graph, Map, Operand, Value
 
 if TYPE_CHECKING:
@@ -160,6 +160,11 @@ class Rule(ABC):
         return 0
 
 
+def cut(found: Tensor, dim: int, start: int, size: int, step: int) -> Tensor:
+    """Part of a result (n, ...) along one dimension of the images."""
+    return found[(slice(None),) * (dim + 1) + (slice(start, start + (size - 1) * step + 1, step),)]
+
+
 def constant_operand(operand: Any) -> bool:
     return operand.map is not None and operand.map.value.kind == "constant"
 
@@ -217,23 +222,14 @@ def reduced(times: Tensor, dims: Sequence[int], reduce: Callable[..., Tensor]) -
 
 def groups_of(rows: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Equal rows: (numbers of the rows, the row) each."""
-    kinds, inverse = _kinds(rows)
+    kinds, inverse = kinds_of(rows)
     members = [torch.nonzero(inverse == k).flatten() for k in range(kinds)]
     return [(numbers, rows[numbers[0]]) for numbers in members]
 
 
 def few_groups_of(rows: Tensor, most: int) -> list[tuple[Tensor, Tensor]] | None:
     """The same; None where there are more kinds of rows."""
-    return groups_of(rows) if _kinds(rows)[0] <= most else None
-
-
-def _kinds(rows: Tensor) -> tuple[int, Tensor]:
-    """How many kinds of rows there are, and which one each is."""
-    flat = rows.reshape(len(rows), -1)
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(-(2**40), 2**40, (flat.shape[1],), generator=generator)
-    kinds, inverse = (flat.long() * weights).sum(1).unique(return_inverse=True)
-    return len(kinds), inverse
+    return groups_of(rows) if kinds_of(rows)[0] <= most else None
 
 
 def never(shape: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Operations that compute every element from the same place of their operands."""
+"""Operations that compute every element from the same place of their operands: `Pointwise`."""
 
 import functools
 import math
@@ -13,11 +13,10 @@ from fastgen.sampling.machine.language import AffineOffset, View
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
 from fastgen.sampling.rules.base import NOWHERE, SOFTMAX_ZERO, Rule, constant_operand, reduce_to, result_of
-from fastgen.sampling.rules.out_variants import out_variant
 from fastgen.sampling.trace.element_times import compact, shrunk
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, map_arguments
 
-SWALLOWS = 1e6  # what rounding of a sum has to take away, for its smaller part to count as nothing
+SWALLOWS = 1e6  # where a sum is rounded by more than this, its smaller part counts as nothing
 CONSTANT_TIME = torch.tensor(CONSTANT, dtype=torch.int32)
 ONE = (AffineOffset(0), 1, 1)  # all of a dimension of size 1
 
@@ -157,9 +156,7 @@ class Pointwise(Rule):
         if self.name in ("clone", "_to_copy"):
             builder.pointwise("copy", target, args[0])
         elif known is not None and self._is_plain(args):
-            builder.pointwise(known[0], target, *known[1])
-        elif (function := out_variant(self.value.op)) is not None:
-            builder.call(function, *args, **kwargs, out=target)
+            builder.pointwise(known[0], target, *(self._real(builder, one) for one in known[1]))
         else:
             builder.fill(target, builder.make(result_of(self.value.op, self.value.output), *args, **kwargs))
         if self.vanishes is not None:  # whatever lies where the operand is low
@@ -167,9 +164,18 @@ class Pointwise(Rule):
             builder.pointwise("erase", target, target, hidden)
 
     def _is_plain(self, args: Sequence[Any]) -> bool:
-        """Whether result and operands are real numbers of one type."""
+        """Whether result and operands are real numbers of one type, but for levels."""
         dtype = self.value.data.dtype
-        return dtype.is_floating_point and all(one.memory.dtype == dtype for one in args if isinstance(one, View))
+        types = (dtype, torch.int64)
+        return dtype.is_floating_point and all(one.memory.dtype in types for one in args if isinstance(one, View))
+
+    def _real(self, builder: Builder, operand: View | float) -> View | float:
+        """Levels as numbers of the result's type."""
+        if isinstance(operand, float) or operand.memory.dtype == self.value.data.dtype:
+            return operand
+        found = builder.scratch(operand.sizes, self.value.data.dtype)
+        builder.pointwise("copy", found, operand)
+        return found
 
 
 # Operators that are an op of the step language by another name, or by the same one.

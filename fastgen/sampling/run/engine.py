@@ -1,124 +1,45 @@
-"""The engine: draws a batch with a player, then makes sure that its images are those of the model's own passes."""
+"""Takes a plan and a request; gives images: a player draws them, whole passes of the model make sure of them."""
 
-import importlib.util
-import os
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgen.distributions import Distribution
 from fastgen.sampling.draws import draw_image, image_log_prob
-from fastgen.sampling.levels import dtype_of, image_of, known_levels
-from fastgen.sampling.machine.cpu.build import NoMachine, machine
-from fastgen.sampling.machine.parts import HALF, unknown_in
+from fastgen.sampling.levels import dtype_of, image_of
 from fastgen.sampling.plan.plan import Plan, make_plan
 from fastgen.sampling.request import Draw, SampleRequest, SampleResult, tell, uniforms
-from fastgen.sampling.run.arena import images_that_fit
-from fastgen.sampling.run.cpu_player import CPUPlayer, images_at_once
-from fastgen.sampling.run.cuda_graph_player import CudaGraphPlayer
 from fastgen.sampling.run.draw_loop import Player, at_places, decode_batch, draw_batch, from_places
 from fastgen.sampling.run.margin import Margin
-from fastgen.sampling.run.torch_player import TorchPlayer
+from fastgen.sampling.run.players import best_backend, most_images, unfit_for_gpu_machine, way_to_play
+from fastgen.sampling.trace.network import Network
 from fastgen.sampling.whole_pass import FixedPoint, whole_pass
 
-Kept = Callable[[], AbstractContextManager[Any]]
-PLAYERS: dict[str, Callable[..., Player]] = {"eager": TorchPlayer, "compiled": CPUPlayer, "cuda_graph": CudaGraphPlayer}
-MOST_UNKNOWN = 0.1  # of the steps, that torch plays between launches of the persistent kernel
 MOST_CORRECTIONS = 20
 MOST_PLAYERS = 3  # of other numbers of images, kept for the next batch
 
 
-def build_engine(
-    model: nn.Module,
-    shape: tuple[int, int, int],
-    distribution: Distribution,
-    encode: Callable[[Tensor], Tensor],
-    condition: Any,
-    dtype: torch.dtype,
-    backend: str,
-    verify: str,
-    kept: Kept = nullcontext,
-) -> "Engine":
-    """The engine of a causal model, for levels of `dtype`.
+def build_engine(network: Network, distribution: Distribution, backend: str, verify: str) -> "Engine":
+    """The engine of a causal model; `backend` and `verify` are as in `accelerate`.
 
     Raises:
         NotCausalError: the model is not causal in any order.
         Unsupported: the engine cannot take the model; the text says why.
     """
-    levels = dtype if dtype.is_floating_point else known_levels(distribution)
-    plan = make_plan(model, shape, distribution, encode, condition, levels)
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    best, why = _best(plan, device)
-    possible = {"eager", "cuda_graph"} if device.type == "cuda" else {"eager", best}
-    unfit = _unfit_for_one_launch(plan, device) if backend == "persistent" else ""
-    if not unfit:
-        possible.add("persistent")
-    chosen = backend if backend in possible else best
+    plan, device = make_plan(network, distribution), network.device
+    best, why = best_backend(plan, device)
+    unfit = unfit_for_gpu_machine(plan, device) if backend == "persistent" else ""
+    chosen = backend if backend in ("eager", best) or (backend == "persistent" and not unfit) else best
     if backend == "auto":
         plan.remarks.append(f"auto: {why}")
     elif backend != chosen:
         reason = {"persistent": unfit, "compiled": why}.get(backend, f"the model is on {device.type}")
         tell(f"sampling falls back from the {backend} to the {chosen} backend: {reason}")
         plan.remarks.append(f"fallback: {chosen} instead of {backend}, because {reason}")
-    return Engine(model, shape, distribution, encode, condition, plan, chosen, verify, kept)
-
-
-def _best(plan: Plan, device: torch.device) -> tuple[str, str]:
-    """The quickest backend for a model, and why."""
-    if device.type == "cuda":
-        return "cuda_graph", "on a GPU cuda_graph, which spares the host a launch an operation"
-    if plan.output_dtype != torch.float32:
-        return "eager", f"eager, since the step machine computes in float32 and the model in {plan.output_dtype}"
-    try:
-        found = machine()
-    except NoMachine as error:
-        return "eager", f"eager, since {error}"
-    return "compiled", f"on a CPU compiled: a step in machine code, {found.built}"
-
-
-def _player_of(name: str) -> Callable[..., Player]:
-    if name != "persistent":
-        return PLAYERS[name]
-    from fastgen.sampling.run.gpu_player import GPUPlayer  # needs Triton
-
-    return GPUPlayer
-
-
-def _images_at_once(name: str, plan: Plan, device: torch.device) -> int | None:
-    """The most images of a batch; None: as many as there are."""
-    if name == "compiled":
-        return images_at_once(plan)
-    return images_that_fit(plan, device) if name == "persistent" else None
-
-
-def _unfit_for_one_launch(plan: Plan, device: torch.device) -> str:
-    """Why the persistent kernel cannot play a plan; empty where it can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the model is on {device.type}"
-    if plan.output_dtype not in (torch.float32, *HALF):
-        return f"the kernel computes in float32 and in half precision, the model in {plan.output_dtype}"
-    served = Counter(step.program for step in plan.steps)
-    unknown = {number: unknown_in(plan.programs[number]) for number in served}
-    by_torch = sum(served[number] for number, names in unknown.items() if names)
-    names = ", ".join(sorted({name for found in unknown.values() for name in found}))
-    if by_torch > (0 if plan.computes_in_half else MOST_UNKNOWN * len(plan.steps)):
-        return f"the kernel does not know {names}, which {by_torch} of {len(plan.steps)} steps need"
-    if by_torch:
-        plan.remarks.append(
-            f"persistent: torch plays {by_torch} of {len(plan.steps)} steps, between launches, for {names}"
-        )
-    plan.remarks.append(
-        "persistent: images are drawn in one launch; with a distribution of your own, or top_k or top_p of more than "
-        "256 levels, torch draws, and each step is a launch"
-    )
-    return ""
+    return Engine(plan, distribution, chosen, verify)
 
 
 class Engine:
@@ -130,37 +51,20 @@ class Engine:
     are finished.
 
     Args:
-        model, shape, distribution, encode: as in `accelerate`.
-        condition: of two images, an example.
         plan: of the model.
+        distribution, verify: as in `accelerate`.
         name: of the player, as `accelerate` takes it.
-        verify: as in `accelerate`.
-        kept: makes the context in which the model is called.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        shape: tuple[int, int, int],
-        distribution: Distribution,
-        encode: Callable[[Tensor], Tensor],
-        condition: Any,
-        plan: Plan,
-        name: str,
-        verify: str,
-        kept: Kept = nullcontext,
-    ) -> None:
-        self.model = model
-        self.shape = shape
+    def __init__(self, plan: Plan, distribution: Distribution, name: str, verify: str) -> None:
+        self.plan, self.network = plan, plan.network
+        self.shape = plan.network.shape
         self.distribution = distribution
-        self.encode = encode
-        self.condition = condition
-        self.plan = plan
         self.name = name
         self.verify = verify
-        self.kept = kept
-        self.most = _images_at_once(name, plan, next(model.parameters(), torch.empty(0)).device)
-        self.margin = Margin()
+        self.most = most_images(name, plan, plan.network.device)
+        self._way = way_to_play(name, plan, distribution, plan.network.device)
+        self.margin = Margin(self._way.of_draws)
         self._launched: int | None = None  # of a kernel, for the images of `run`
         self._players: dict[int, Player] = {}  # by number of images, the latest last
 
@@ -202,11 +106,11 @@ class Engine:
             f"verify {self.verify}: {sure}",
             f"margin: {self.margin}",
         ]
-        return "\n".join([*lines, *plan.remarks])
+        return "\n".join([*lines, *self._way.remarks, *plan.remarks])
 
     def takes_weights(self) -> bool:
         self._players.clear()
-        self.margin = Margin()
+        self.margin = Margin(self._way.of_draws)
         return self.plan.renew()
 
     def run(self, request: SampleRequest) -> SampleResult:
@@ -233,10 +137,9 @@ class Engine:
 
     def measure(self) -> None:
         """Measures the margin by a batch of two, where batches make no whole pass."""
-        device = next((t.device for t in (*self.model.parameters(), *self.model.buffers())), torch.device("cpu"))
-        noise = uniforms(self.distribution.noise_shape(2, self.shape), 0, device)
+        noise = uniforms(self.distribution.noise_shape(2, self.shape), 0, self.network.device)
         dtype = dtype_of(self.distribution)
-        request = SampleRequest(2, self.shape, noise, self.distribution, condition=self.condition, dtype=dtype)
+        request = SampleRequest(2, self.shape, noise, self.distribution, condition=self.network.condition, dtype=dtype)
         with self._all_or_nothing():
             levels, params, _ = self._draw(request, 2)
             truth = self._truth(request, levels)
@@ -277,7 +180,7 @@ class Engine:
         if player is None:
             while len(self._players) >= MOST_PLAYERS:
                 self._players.pop(next(iter(self._players)))
-            player = _player_of(self.name)(self.plan, n, device)
+            player = self._way.player(self.plan, n, device)
         self._players[n] = player
         return player
 
@@ -309,12 +212,12 @@ class Engine:
         return params
 
     def _truth(self, request: SampleRequest, levels: Tensor) -> Tensor:
-        with self.kept():
-            return whole_pass(self.model, self.encode, levels, request.condition)
+        with self.network.kept():
+            return whole_pass(self.network.model, self.network.encode, levels, request.condition)
 
     def _settled(self, request: SampleRequest) -> SampleResult:
-        with self.kept():
-            return FixedPoint(self.model, self.shape, self.encode).run(request)
+        with self.network.kept():
+            return FixedPoint(self.network.model, self.shape, self.network.encode).run(request)
 
     def _from_first_wrong(self, request: SampleRequest, right: Tensor, wrong: Tensor) -> SampleRequest:
         """The request with the levels up to and including the first wrong place of each image known.

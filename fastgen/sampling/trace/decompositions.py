@@ -1,4 +1,4 @@
-"""Operators written out as simpler ones, which have rules: average pooling, resampling, distances, normalization.
+"""Operators written out as simpler ones, which have rules: pooling, resampling, distances, normalization.
 
 Each takes the operator and its arguments, and gives its result, or NotImplemented for arguments that it cannot take.
 """
@@ -12,21 +12,36 @@ from torch import Tensor
 
 aten = torch.ops.aten
 MOST_DIFFERENCES = 2**20  # elements up to which a distance is computed from differences, which rounds least
-MOST_WEIGHTS = 2**24  # of a resampling that does not go dimension by dimension
 
 
 def _many(sizes: Sequence[int], rank: int) -> list[int]:
     return list(sizes) * (rank if len(sizes) == 1 else 1)
 
 
-def _windows(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> tuple[int, int]:
-    """How many windows a pooling has along a dimension, and how far the last reaches beyond it."""
-    reach = dilation * (kernel - 1) + 1
-    room = size + 2 * padding - reach
-    count = (-(-room // stride) if ceil_mode else room // stride) + 1
-    if ceil_mode and (count - 1) * stride >= size + padding:
-        count -= 1
-    return count, max(0, (count - 1) * stride + reach - size - padding)
+def _windows(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    outside: float = 0,
+) -> Tensor:
+    """The windows of a pooling over the last dimensions of x, as views: (..., *windows, *elements of each)."""
+    rank = len(kernel)
+    pads: list[int] = []
+    reaches = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    for size, reach, s, p in zip(x.shape[-rank:], reaches, stride, padding, strict=True):
+        room = size + 2 * p - reach
+        count = (-(-room // s) if ceil_mode else room // s) + 1
+        if ceil_mode and (count - 1) * s >= size + p:  # a window that would see nothing but padding
+            count -= 1
+        pads = [p, max(0, (count - 1) * s + reach - size - p), *pads]
+    first = x.dim() - rank
+    x = aten.constant_pad_nd(x, pads, outside) if any(pads) else x
+    for k, (reach, s, d) in enumerate(zip(reaches, stride, dilation, strict=True)):
+        x = x.unfold(first + k, reach, s)[..., ::d]
+    return x
 
 
 def average(
@@ -39,29 +54,17 @@ def average(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Tensor:
-    """Average pooling as a convolution of each channel by itself, divided by how many elements a window holds."""
+    """The mean of windows, each divided by how many elements it holds where that is not all of them."""
     rank = int(func._schema.name[-2])
     kernel, padding = _many(kernel, rank), _many(padding, rank)
-    stride = _many(stride, rank) if stride else kernel
-    pads: list[int] = []
-    count = torch.ones(())
-    for size, k, s, p in zip(x.shape[-rank:], kernel, stride, padding, strict=True):
-        number, after = _windows(size, k, s, p, 1, ceil_mode)
-        first = torch.arange(number) * s - p
-        low, high = (-p, size + p) if count_include_pad else (0, size)
-        count = count.unsqueeze(-1) * ((first + k).clamp(max=high) - first.clamp(min=low))
-        pads = [p, after, *pads]
-    if divisor_override:
-        count = torch.full_like(count, divisor_override)
-    x, channels, lead = (aten.constant_pad_nd(x, pads) if any(pads) else x), x.shape[-rank - 1], x.shape[: -rank - 1]
-    same = bool((count == count.flatten()[0]).all())
-    share = 1 / float(count.flatten()[0]) if same else 1.0
-    weight = torch.full((channels, 1, *kernel), share, dtype=x.dtype, device=x.device)
-    found = aten.convolution(
-        x.reshape(-1, *x.shape[-rank - 1 :]), weight, None, stride, [0] * rank, [1] * rank, False, [0] * rank, channels
-    )
-    found = found if same else found / count.to(x)
-    return found.reshape(*lead, *found.shape[1:])
+    given = (kernel, _many(stride, rank) if stride else kernel, padding, [1] * rank, ceil_mode)
+    dims = list(range(-rank, 0))
+    if not ceil_mode and divisor_override is None and (count_include_pad or not any(padding)):
+        return _windows(x, *given).mean(dims)
+    room = torch.ones([size + 2 * p * count_include_pad for size, p in zip(x.shape[-rank:], padding, strict=True)])
+    held = [0] * rank if count_include_pad else padding
+    count = _windows(room.to(x), *given[:2], held, *given[3:]).sum(dims)
+    return _windows(x, *given).sum(dims) / (divisor_override or count)
 
 
 def maximum(
@@ -72,19 +75,15 @@ def maximum(
     padding: Sequence[int] = (0,),
     dilation: Sequence[int] = (1,),
     ceil_mode: bool = False,
-) -> Any:
-    """Max pooling of what has been padded with what is less than all."""
-    kernel, padding, dilation = _many(kernel, 2), _many(padding, 2), _many(dilation, 2)
-    stride = _many(stride, 2) if stride else kernel
-    pads: list[int] = []
-    for size, k, s, p, d in zip(x.shape[-2:], kernel, stride, padding, dilation, strict=True):
-        pads = [p, _windows(size, k, s, p, d, ceil_mode)[1], *pads]
-    if not any(pads):
-        return func(x, kernel, stride, [0], dilation) if ceil_mode else NotImplemented
-    width = x.shape[-1] + pads[0] + pads[1]
-    lowest = -math.inf if x.is_floating_point() else torch.iinfo(x.dtype).min
-    found, places = func(aten.constant_pad_nd(x, pads, lowest), kernel, stride, [0], dilation)
-    return found, (places // width - pads[2]) * x.shape[-1] + places % width - pads[0]
+) -> tuple[Tensor, Tensor]:
+    """The greatest of windows, and the number of its place."""
+    kernel = _many(kernel, 2)
+    given = (kernel, _many(stride, 2) if stride else kernel, _many(padding, 2), _many(dilation, 2), ceil_mode)
+    windows = _windows(x, *given, -math.inf if x.is_floating_point() else torch.iinfo(x.dtype).min)
+    found = windows.amax((-2, -1))
+    numbers = torch.arange(x.shape[-2:].numel(), device=x.device).view(x.shape[-2:])
+    places = torch.where(windows == found[..., None, None], _windows(numbers, *given), numbers.numel())
+    return found, places.amin((-2, -1))
 
 
 def resampled(func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -111,17 +110,6 @@ def resampled(func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             found = torch.bmm(rows, weights.expand(len(rows), -1, -1))
         flat = found.view(*before, -1, *after)
     return flat.view(*x.shape[:-rank], *flat.shape[1:])
-
-
-def by_grid(func: Any, x: Tensor, grid: Tensor, *args: Any) -> Tensor:
-    """Sampling at constant places: a product with the constant weights of all places."""
-    size, rank = math.prod(x.shape[2:]), x.dim() - 2
-    if not torch.equal(grid, grid[:1].expand_as(grid)) or size * grid[0].numel() // rank > MOST_WEIGHTS:
-        return NotImplemented
-    units = torch.eye(size, dtype=x.dtype, device=x.device).view(1, size, *x.shape[2:])
-    weights = func(units, grid[:1], *args)[0].flatten(1)
-    rows = x.flatten(2)
-    return torch.bmm(rows, weights.expand(len(rows), -1, -1)).view(*x.shape[:2], *grid.shape[1:-1])
 
 
 def convolution_by_patches(
@@ -153,82 +141,15 @@ def convolution_by_patches(
     return found if bias is None else found + bias.view(-1, 1, 1)
 
 
-def folded(
-    func: Any,
-    x: Tensor,
-    size: Sequence[int],
-    kernel: Sequence[int],
-    dilation: Sequence[int],
-    padding: Sequence[int],
-    stride: Sequence[int],
-) -> Tensor:
-    """Sums of patches at their places: a transposed convolution that puts every element where it belongs."""
-    taps = math.prod(kernel)
-    channels = x.shape[-2] // taps
-    places, extra = [], []
-    for n, k, d, p, s in zip(size, kernel, dilation, padding, stride, strict=True):
-        room = n + 2 * p - d * (k - 1) - 1
-        places.append(room // s + 1)
-        extra.append(room % s)
-    weight = torch.eye(taps, dtype=x.dtype, device=x.device).view(taps, 1, *kernel).repeat(channels, 1, 1, 1)
-    patches = x.reshape(-1, x.shape[-2], *places)
-    found = aten.convolution(patches, weight, None, stride, padding, dilation, True, extra, channels)
-    return found.reshape(*x.shape[:-2], *found.shape[1:])
-
-
 def distances(func: Any, a: Tensor, b: Tensor, p: float = 2.0, mode: int | None = None) -> Tensor:
     """Between all rows of a (..., P, D) and of b (..., R, D): (..., P, R)."""
-    if p == 2 and a[..., 0].numel() * b.shape[-2] * b.shape[-1] > MOST_DIFFERENCES:
+    if p != 2:
+        return NotImplemented
+    if a[..., 0].numel() * b.shape[-2] * b.shape[-1] > MOST_DIFFERENCES:
         squares = (a * a).sum(-1, keepdim=True) + (b * b).sum(-1).unsqueeze(-2) - 2 * torch.matmul(a, b.mT)
         return squares.clamp(min=0).sqrt()
-    apart = (a.unsqueeze(-2) - b.unsqueeze(-3)).abs()
-    if p == math.inf:
-        return apart.amax(-1)
-    if p == 0:
-        return (apart != 0).to(apart.dtype).sum(-1)
-    return apart.sum(-1) if p == 1 else (apart * apart).sum(-1).sqrt() if p == 2 else (apart**p).sum(-1) ** (1 / p)
-
-
-def bucketized(func: Any, x: Any, boundaries: Tensor, *, out_int32: bool = False, right: bool = False) -> Tensor:
-    """How many boundaries lie below x, or not above it."""
-    return searched(func, boundaries, x, out_int32=out_int32, right=right)
-
-
-def searched(
-    func: Any,
-    sequence: Tensor,
-    x: Any,
-    *,
-    out_int32: bool = False,
-    right: bool = False,
-    side: str | None = None,
-    sorter: Tensor | None = None,
-) -> Tensor:
-    if sorter is not None or not isinstance(x, Tensor):
-        return NotImplemented
-    row = sequence if sequence.dim() == 1 else sequence.unsqueeze(-2)
-    below = row <= x.unsqueeze(-1) if right or side == "right" else row < x.unsqueeze(-1)
-    return below.sum(-1, dtype=torch.int32 if out_int32 else torch.int64)
-
-
-def trilinear(
-    func: Any,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    expand_a: Sequence[int],
-    expand_b: Sequence[int],
-    expand_c: Sequence[int],
-    summed: Sequence[int],
-    unroll: int = 1,
-) -> Tensor:
-    for d in expand_a:
-        a = a.unsqueeze(d)
-    for d in expand_b:
-        b = b.unsqueeze(d)
-    for d in expand_c:
-        c = c.unsqueeze(d)
-    return (a * b * c).sum(list(summed)) if summed else a * b * c
+    apart = a.unsqueeze(-2) - b.unsqueeze(-3)
+    return (apart * apart).sum(-1).sqrt()
 
 
 def matrix_vector(func: Any, *args: Any, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -236,12 +157,6 @@ def matrix_vector(func: Any, *args: Any, beta: float = 1, alpha: float = 1) -> T
     *added, a, b = args
     found = aten.mm(a.reshape(-1, len(b)), b.unsqueeze(-1)).reshape(a.shape[:-1])
     return found if not added else beta * added[0] + alpha * found
-
-
-def randomized_relu(
-    func: Any, x: Tensor, noise: Tensor, lower: float = 0.125, upper: float = 1 / 3, training: bool = False, *_: Any
-) -> Tensor:
-    return NotImplemented if training else aten.leaky_relu(x, (lower + upper) / 2)
 
 
 def group_norm(
@@ -301,19 +216,12 @@ WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "adaptive_avg_pool1d": resampled,
     "_adaptive_avg_pool2d": resampled,
     "_adaptive_avg_pool3d": resampled,
-    "grid_sampler_2d": by_grid,
-    "grid_sampler_3d": by_grid,
-    "col2im": folded,
     "mv": matrix_vector,
     "addmv": matrix_vector,
     "dot": matrix_vector,
     "vdot": matrix_vector,
     "_cdist_forward": distances,
     "_euclidean_dist": distances,
-    "bucketize": bucketized,
-    "searchsorted": searched,
-    "_trilinear": trilinear,
-    "rrelu_with_noise": randomized_relu,
     "native_group_norm": group_norm,
     "std": variance,
     "var_mean": variance,

@@ -69,6 +69,15 @@ def shrunk(tensor: Tensor) -> Tensor:
     return tensor.expand(shape)
 
 
+def kinds_of(rows: Tensor) -> tuple[int, Tensor]:
+    """How many kinds of rows there are, and which one each is."""
+    flat = rows.reshape(len(rows), -1)
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(-(2**40), 2**40, (flat.shape[1],), generator=generator)
+    kinds, inverse = (flat.long() * weights).sum(1).unique(return_inverse=True)
+    return len(kinds), inverse
+
+
 def _minimum(target: Tensor, wanted: Tensor, region: Sequence[slice]) -> Tensor:
     """The target with min(target, wanted) in a region of it."""
     shape = target.shape

@@ -1,13 +1,14 @@
-"""A stranger's model as a function of levels, and its graph."""
+"""Takes a stranger's model; gives it as a function of levels on sample images, and its graph: `Network`."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastgen.sampling.model_state import unchanged
+from fastgen.sampling.model_state import Kept, device_of, unchanged
 from fastgen.sampling.trace.graph import Graph, Map, Operand, Unsupported, Value
 from fastgen.sampling.trace.recorder import trace
 
@@ -15,8 +16,27 @@ MOST_ELEMENTS = 4 * 10**8  # of one image; beyond, the analysis would not fit in
 HALF = (torch.float16, torch.bfloat16)
 
 
+def sample_images(model: nn.Module, shape: Sequence[int], levels: int | Tensor | torch.dtype | None) -> Tensor:
+    """Images (5, C, H, W) on the device of a model, always the same ones: see `Network`."""
+    generator, device, size = torch.Generator().manual_seed(0), device_of(model), (5, *shape)
+    if isinstance(levels, torch.dtype):
+        return torch.randn(size, generator=generator).to(levels).to(device)
+    if isinstance(levels, int):
+        return torch.randint(levels, size, generator=generator).to(device)
+    if levels is not None:
+        return (torch.randint(2**32, size, generator=generator) % levels).to(device)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    return (torch.rand(size, generator=generator) * 2 - 1).to(dtype).to(device)
+
+
 class Network:
     """model(encode(levels)[, condition]) on sample images; the condition has two rows wherever it has rows.
+
+    Args:
+        model: a stranger's; `shape`, `encode` and `condition` are as in `accelerate`.
+        levels: how many a channel has, or each place, or the dtype of real values; None: images are floats in [-1, 1].
+        kept: what the model runs in, `unchanged` where it is None.
+        of_two: the output for the first two of `sample_images`, where it is known.
 
     Attributes:
         samples: images (5, C, H, W).
@@ -27,55 +47,40 @@ class Network:
     def __init__(
         self,
         model: nn.Module,
-        shape: Sequence[int],
-        encode: Callable[[Tensor], Tensor] | None,
+        shape: tuple[int, int, int],
+        encode: Callable[[Tensor], Tensor],
         condition: Any,
-        levels: int | Tensor | torch.dtype,
+        levels: int | Tensor | torch.dtype | None,
+        kept: Kept | None = None,
+        of_two: Tensor | None = None,
     ) -> None:
-        """levels: how many a channel has, or each place, or the dtype of real values. Without `encode` the images are
-        floats in [-1, 1], which the model is given as they are."""
-        self.model = model
-        self.shape = tuple(shape)
-        self.encode = encode
-        self._conditional = condition is not None
+        self.model, self.shape, self.encode, self.condition = model, shape, encode, condition
+        self.kept: Kept = kept or partial(unchanged, model)
+        self.device = device_of(model)
         self._traced_beside = False
         self._leaves, self._structure = tree_flatten(condition)
         self._rows = [k for k, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor) and leaf.dim()]
         while True:
             self.extremes: tuple[int, int | Tensor] = (-1, 1)
-            if encode is not None and not isinstance(levels, torch.dtype):
+            if isinstance(levels, (int, Tensor)):
                 self.extremes = (0, levels - 1)
-            self.samples = self._images(levels)
+            self.samples = sample_images(model, shape, levels)
             try:
-                self._of_two = self._together([0, 1])
+                self._of_two = self._together([0, 1]) if of_two is None else of_two
                 break
             except Exception:  # some places may have fewer levels than others, as columns of a table have
-                if encode is None or not isinstance(levels, int) or levels <= 2:
+                if not isinstance(levels, int) or levels <= 2:
                     raise
                 levels = (levels + 1) // 2
+        check_output(self._of_two)
         self.output_shape = tuple(self._of_two.shape)
-
-    def _images(self, levels: int | Tensor | torch.dtype) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        tensors = (*self.model.parameters(), *self.model.buffers())
-        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-        size = (5, *self.shape)
-        if isinstance(levels, torch.dtype):
-            return torch.randn(size, generator=generator).to(levels).to(device)
-        if self.encode is not None and isinstance(levels, int):
-            return torch.randint(levels, size, generator=generator).to(device)
-        if self.encode is not None:
-            return (torch.randint(2**32, size, generator=generator) % levels).to(device)
-        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-        return (torch.rand(size, generator=generator) * 2 - 1).to(dtype).to(device)
 
     def _call(self, levels: Tensor, *given: Tensor) -> Tensor:
         leaves = list(self._leaves)
         for k, leaf in zip(self._rows, given, strict=True):
             leaves[k] = leaf
-        x = levels.clone()  # encode, or the model, may write into its argument
-        x = x if self.encode is None else self.encode(x)
-        return self.model(x, tree_unflatten(leaves, self._structure)) if self._conditional else self.model(x)
+        x = self.encode(levels.clone())  # which may write into its argument
+        return self.model(x, tree_unflatten(leaves, self._structure)) if self.condition is not None else self.model(x)
 
     def _beside(self, levels: Tensor, *given: Tensor) -> Tensor:
         """Of the first of two images; the second is constant. For models that take a batch of one for none."""
@@ -87,7 +92,7 @@ class Network:
     def run(self, levels: Tensor) -> Tensor:
         """The output for levels (n, C, H, W), all under the first row of the condition."""
         rows = [self._leaves[k][:1].expand(len(levels), *self._leaves[k].shape[1:]) for k in self._rows]
-        with unchanged(self.model):
+        with self.kept():
             return self._call(levels, *rows)
 
     def graph(self) -> tuple[Graph, list[Value]]:
@@ -121,7 +126,7 @@ class Network:
         rows = [self._leaves[k][:1] for k in self._rows]
         call = self._beside if self._traced_beside else self._call
         try:
-            with unchanged(self.model):
+            with self.kept():
                 return trace(call, self.model, self.samples[:1], rows)
         except Unsupported:
             raise
@@ -134,7 +139,7 @@ class Network:
         for b in range(2):
             rows = [self._leaves[k][b : b + 1] for k in self._rows]
             try:
-                with unchanged(self.model):
+                with self.kept():
                     graphs.append(trace(call, self.model, self.samples[b : b + 1], rows, keep_data=b == 0))
             except Unsupported:
                 raise
@@ -147,8 +152,16 @@ class Network:
     def _together(self, images: list[int]) -> Tensor:
         """The output for some of the sample images, each with a row of the condition."""
         rows = [self._leaves[k][[b % 2 for b in images]] for k in self._rows]
-        with unchanged(self.model):
+        with self.kept():
             return self._call(self.samples[images], *rows)
+
+
+def check_output(found: Any) -> None:
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"model must return a tensor of parameters, got {type(found).__name__}: output= picks it out of what the "
+            "model returns"
+        )
 
 
 def _check_same(graphs: Sequence[Graph], whole: Tensor) -> None:

@@ -70,7 +70,7 @@ WHOLE = {
     "convolution", "mm", "addmm", "bmm", "baddbmm", "mv", "dot", "addmv", "_softmax", "_log_softmax", "_safe_softmax",
     "native_layer_norm", "embedding", "sum", "mean", "amax", "amin", "max", "min", "var", "linalg_vector_norm",
     "logsumexp", "prod", "cumsum", "argmax", "any", "all", "norm", "diagonal_lstm", "row_lstm", "index",
-    "max_pool2d_with_indices", "cumprod", "logcumsumexp", "cummax", "cummin", "view_as_real_copy",
+    "cumprod", "logcumsumexp", "cummax", "cummin", "view_as_real_copy",
 } | ALONG  # fmt: skip
 
 

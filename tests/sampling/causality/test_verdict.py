@@ -267,6 +267,15 @@ def test_bits_read_as_floats():
     assert torch.equal(sampler.sample(8, seed=0), accelerate(model, SHAPE, backend="naive", **given).sample(8, seed=0))
 
 
+def test_parameters_are_picked_out_of_what_the_model_returns():
+    for function, ok in ((causal, True), (lambda x: x, False)):
+        model = Function(lambda x, function=function: {"params": function(x), "loss": x.sum()})
+        report = check_causality(model, SHAPE, output=lambda found: found["params"])
+        assert report.ok is ok
+        with pytest.raises(TypeError, match="got dict: output= picks it out"):
+            check_causality(model, SHAPE)
+
+
 def test_wrong_arguments_are_named():
     model = Function(causal)
     wrong = [
@@ -275,6 +284,7 @@ def test_wrong_arguments_are_named():
         (ValueError, "shape must be", (model, (1, 4, 0)), {}),
         (ValueError, "shape must be", (model, None), {}),
         (TypeError, "encode must be callable or None, got int", (model, SHAPE), {"encode": 3}),
+        (TypeError, "output must be callable or None, got int", (model, SHAPE), {"output": 3}),
         (TypeError, "channels_ordered must be a bool, got 'yes'", (model, SHAPE), {"channels_ordered": "yes"}),
         (ValueError, "levels must be an int >= 1, got 0", (model, SHAPE), {"levels": 0}),
         (TypeError, "levels must be an int, got '2'", (model, SHAPE), {"levels": "2"}),

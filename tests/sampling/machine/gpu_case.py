@@ -3,6 +3,7 @@
 import torch
 
 from fastgen.kernels.sampler.machine import Tiles, play
+from fastgen.sampling.machine.gpu.fusion import Fused
 from fastgen.sampling.machine.gpu.tables import Linker, with_views
 from fastgen.sampling.machine.language import AffineOffset, Memory, View, dense_strides
 from fastgen.sampling.machine.parts import HALF, part_of
@@ -28,9 +29,9 @@ class Blocks:
     def empty(self, *sizes, dtype=torch.float32):
         return self.view(torch.full((N, *sizes), float("nan") if dtype.is_floating_point else -1).to(dtype))
 
-    def add_constants(self, parts):
-        for part in parts:
-            for side in part.sides:
+    def add_constants(self, fused):
+        for one in fused:
+            for side in one.sides:
                 if side.view.memory.kind == "constant":
                     self.data.setdefault(side.view.memory, side.view.memory.data.view(1, -1))
 
@@ -55,19 +56,22 @@ class Blocks:
         return self.blocks[view.memory].view(N, *view.sizes)
 
 
-def run(blocks, instructions, offsets=None, moves=(), slots=None):
-    """Plays instructions as the program of one step; moves: (target, source) columns as slices of a view's block."""
+def run(blocks, instructions, offsets=None, moves=(), slots=None, join=None):
+    """Plays instructions as the program of one step; moves: (target, source) columns as slices of a view's block; join:
+    makes fused ones of them, one of each where there is None."""
     numbers, tiles = {}, Tiles()
-    parts = [with_views(part_of(one, half=True), numbers) for one in instructions]
-    blocks.add_constants(parts)
+    fused = [Fused(part_of(one, half=True)) for one in instructions] if join is None else join(instructions)
+    fused = [with_views(one, numbers) for one in fused]
+    blocks.add_constants(fused)
     blocks.place()
     step = Step(0, torch.tensor(offsets or [], dtype=torch.int64).numpy())
     moved = [
         (blocks.block(view.memory)[:, target], blocks.block(view.memory)[:, source]) for view, target, source in moves
     ]
-    weights = next((part.weight.memory.dtype for part in parts if part.weight is not None), torch.float32)
+    heads = [one.head for one in fused]
+    weights = next((head.weight.memory.dtype for head in heads if head.weight is not None), torch.float32)
     linker = Linker(blocks, tiles.BN, tiles.BK, weights)
-    tables = linker.link([(parts, slots or {})], [step], {0: moved}, torch.device("cpu"))
+    tables = linker.link([(fused, slots or {})], [step], {0: moved}, torch.device("cpu"))
     floats, integers = blocks.arenas[torch.float32], blocks.arenas[torch.int64]
     none = tables.steps
     tensors = (floats, integers, tables.weights, tables.codes, tables.programs, tables.steps, tables.offsets)

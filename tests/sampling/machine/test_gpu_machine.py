@@ -18,7 +18,7 @@ SPECIAL = torch.tensor(
     [0.0, -0.0, 1e-30, -1e-30, 1e-7, -1e-7, 1e-3, -1e-3, 0.3, -0.34, 0.5, -0.7, 1, -1, 2.5, -9, 20, -30, 60, -87.2]
     + [88.2, 88.5, -103, 200, -200, math.inf, -math.inf, math.nan]
 )
-OF_TWO = ("add", "sub", "mul", "div", "maximum", "minimum", "gate", "hide", "erase", "elu", "leaky_relu")
+OF_TWO = ("add", "sub", "mul", "div", "maximum", "minimum", "gate", "glu", "hide", "erase", "elu", "leaky_relu")
 
 
 def numbers_of(op):
@@ -57,7 +57,14 @@ def test_functions_are_as_near_to_the_truth_as_torch_is(op):
     assert torch.equal(found.isinf() & told, theirs.isinf() & told)
     fine = truth.isfinite() & theirs.isfinite()
     bound = 4e-7 * truth.abs() + 1.2e-38 + (theirs - truth).abs()  # three units in the last place more than torch's
-    if op in ("exp", "expm1", "sigmoid", "silu", "gate"):  # compiled, exp(x) is 2 to the power of a rounded product
+    if op in (
+        "exp",
+        "expm1",
+        "sigmoid",
+        "silu",
+        "gate",
+        "glu",
+    ):  # compiled, exp(x) is 2 to the power of a rounded product
         bound = bound + 1.2e-7 * (operands[-1].abs() * truth.abs()).nan_to_num(0)
     if op.startswith("gelu"):
         bound = bound + 1e-7 * operands[0].abs()  # far below zero it is the small difference of 1 and 1

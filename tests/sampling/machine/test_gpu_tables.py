@@ -8,6 +8,7 @@ from fastgen.kernels.sampler import words as w
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelCNNPP
 from fastgen.sampling.plan.plan import make_plan
 from fastgen.sampling.run.gpu_player import GPUPlayer
+from fastgen.sampling.trace.network import Network
 
 N = 3
 MODELS = {
@@ -17,13 +18,21 @@ MODELS = {
 }
 WIDE = {w.OPS[op] for op in ("softmax", "log_softmax", "normalized")}  # a result for every number of a row
 NARROW = {w.OPS[op] for op in ("sum", "mean", "amax")}
+NOWHERE = -(1 << 62)
 COPIES = {w.OPS["copy_int64"], w.OPS["move_int64"], w.OPS["lookup"]}
 
 
 class Addresses:
-    """Of an instruction for N images. All are numbers (elements, ...): elements of the result, what each one reads."""
+    """Of an instruction for N images. All are numbers (elements, ...): elements of the result, what each one reads.
 
-    def __init__(self, code, offsets):
+    Attributes:
+        written: by the head; NOWHERE where it keeps nothing.
+        own, shared: read for one element alone, and for several.
+        follow: of each link what it reads for one element alone (or None) and what it writes (or None); NOWHERE where
+            an element of the second half of the columns has been folded into one of the first.
+    """
+
+    def __init__(self, code, offsets, links=()):
         self.op = int(code[w.OP.value])
         self.code, self.offsets = code, offsets
         depth, columns = int(code[w.DEPTH.value]), int(code[w.COLUMNS.value])
@@ -33,7 +42,7 @@ class Addresses:
         product, contract = self.op == w.OPS["product"], self.op == w.OPS["contract"]
         self.rowwise = self.op in WIDE | NARROW
         self.written = self.of(w.OUT, [*rows[:-1], depth] if self.op in WIDE else self.sizes).ravel()
-        self.own, self.shared = [], []  # read for one element alone, and for several
+        self.own, self.shared, self.follow = [], [], []
         if product:
             self.shared.append(self.of(w.A, rows)[..., None] + np.arange(depth))
         elif contract:
@@ -51,6 +60,26 @@ class Addresses:
                 self.own.append(self.of(w.B, self.sizes).ravel())
         if code[w.HAS_ADDED.value]:
             self.own.append(self.of(w.ADDED, self.sizes).ravel())
+        folded = 0
+        for link in links:
+            assert (link[w.S1.value : w.COLUMNS.value + 1] == code[w.S1.value : w.COLUMNS.value + 1]).all()
+            folded = folded or int(link[w.HALF.value] * code[w.HALF.value])
+            assert link[w.KEPT.value] in (0, self.sizes[-1])
+            sides = [w.ADDED if link[w.HAS_ADDED.value] else None, w.OUT if link[w.KEPT.value] else None]
+            self.code = link
+            self.follow.append([None if side is None else self.of_half(side, folded) for side in sides])
+        self.code = code
+        assert code[w.KEPT.value] in (0, self.sizes[-1])
+        if not code[w.KEPT.value]:
+            self.written = np.full_like(self.written, NOWHERE)
+
+    def of_half(self, side, half):
+        """As `of`, NOWHERE for elements that are no longer there where half is not 0."""
+        found = self.of(side, self.sizes)
+        if half:
+            assert 2 * half == self.sizes[-1]
+            found[..., half:] = NOWHERE
+        return found.ravel()
 
     def of(self, side, sizes):
         start, slot, *strides = self.code[side.value : side.value + w.SIDE].tolist()
@@ -60,27 +89,37 @@ class Addresses:
         return found
 
     def check(self):
-        """No element is written twice; what is written, no other element reads."""
-        order = np.argsort(self.written, kind="stable")
-        sorted_ = self.written[order]
+        """No element is written twice; what is written, no other element reads, nor a later link."""
+        outs = [self.written, *(out for _, out in self.follow if out is not None)]
+        elements = np.tile(np.arange(len(self.written)), len(outs))
+        written = np.concatenate(outs)
+        elements, written = elements[written >= 0], written[written >= 0]
+        assert len(written), "nothing is kept"
+        order = np.argsort(written, kind="stable")
+        sorted_, elements = written[order], elements[order]
         assert (np.diff(sorted_) > 0).all(), "written twice"
 
         def writer_of(addresses):
             at = np.searchsorted(sorted_, addresses).clip(max=len(sorted_) - 1)
-            return np.where(sorted_[at] == addresses, order[at], -1)
+            return np.where(sorted_[at] == addresses, elements[at], -1)
 
-        if self.op in (w.OPS["copy_int64"], w.OPS["lookup"]):  # they read the other arena
-            return
+        before = self.written[self.written >= 0]
+        for read, out in self.follow:
+            if read is not None:
+                assert not np.isin(read[read >= 0], before).any(), "read by a later link"
+            if out is not None:
+                before = np.concatenate((before, out[out >= 0]))
         if self.code[w.IN_ORDER.value]:
             starts = [int(self.code[side.value]) for side in (w.OUT, w.A)]
             assert starts[0] < starts[1]
             reaches = [self.of(side, self.sizes).reshape(N, -1) for side in (w.OUT, w.A)]
             assert max(reaches[1][0]) < min(reaches[0][1]) and max(reaches[1][0]) < min(reaches[1][1])
             return
-        for addresses in self.own:
+        integers = self.op in (w.OPS["copy_int64"], w.OPS["lookup"])  # which are read from the other arena
+        for addresses in (*(() if integers else self.own), *(read for read, _ in self.follow if read is not None)):
             writer = writer_of(addresses)
             assert ((writer == -1) | (writer == np.arange(len(addresses)))).all(), "read by another element"
-        for addresses in self.shared:
+        for addresses in () if integers else self.shared:
             assert (writer_of(addresses.ravel()) == -1).all(), "read by several elements"
 
 
@@ -88,7 +127,7 @@ class Addresses:
 def player(request):
     torch.manual_seed(0)
     model = MODELS[request.param]().eval()
-    plan = make_plan(model, model.shape, model.distribution, model.encode, None, model.levels)
+    plan = make_plan(Network(model, model.shape, model.encode, None, model.levels), model.distribution)
     return GPUPlayer(plan, N, torch.device("cpu"))
 
 
@@ -99,38 +138,66 @@ def instructions_of(player):
     for program, first, moves, count in tables.steps.tolist():
         begin, number = programs[program].tolist()
         for k in (*range(moves, moves + count), *range(begin, begin + number)):
-            yield codes[k], offsets[first:]
+            links_at = codes[k][w.LINKS_AT.value]
+            yield codes[k], offsets[first:], codes[links_at : links_at + codes[k][w.LINKS.value]]
 
 
 def test_nobody_reads_what_another_one_writes(player):
     found = [Addresses(*one) for one in instructions_of(player)]
     for one in found:
         one.check()
-    assert len(found) > 400 and {w.OPS["product"], w.OPS["copy_int64"]} <= {one.op for one in found}
+    assert len(found) > 200 and {w.OPS["product"], w.OPS["copy_int64"]} <= {one.op for one in found}
+    assert sum(len(one.follow) for one in found) > 100
 
 
 def test_all_addresses_are_in_the_arenas_and_the_first_number_is_never_written(player):
     floats, integers = (player._arena.arenas[dtype].numel() for dtype in (torch.float32, torch.int64))
-    for code, offsets in instructions_of(player):
-        one = Addresses(code, offsets)
+    for one in (Addresses(*one) for one in instructions_of(player)):
         to_integers, from_integers = one.op == w.OPS["move_int64"], one.op in (w.OPS["move_int64"], w.OPS["copy_int64"])
-        assert one.written.min() > 0 and one.written.max() < (integers if to_integers else floats)
+        reads, writes = (
+            [side for side in sides if side is not None] for sides in zip((None, None), *one.follow, strict=True)
+        )
+        for addresses in (one.written, *writes):
+            addresses = addresses[addresses != NOWHERE]
+            assert (addresses > 0).all() and (addresses < (integers if to_integers else floats)).all()
         for addresses in (*one.own, *one.shared):
             assert addresses.min() >= 0 and addresses.max() < (integers if from_integers else floats)
+        for addresses in reads:
+            addresses = addresses[addresses != NOWHERE]
+            assert addresses.min() >= 0 and addresses.max() < floats
 
 
 def test_the_check_sees_a_race(player):
-    """A copy of what lies one further; a product into its own rows."""
-    codes = [(code.copy(), offsets) for code, offsets in instructions_of(player)]
-    copy, product = (next(one for one in codes if one[0][w.OP.value] == w.OPS[op]) for op in ("copy", "product"))
-    code, offsets = copy
+    """A copy of what lies one further; a product into its own rows; a link into the rows, of what the head writes, of
+    what another element writes."""
+    codes = [(code.copy(), offsets, links.copy()) for code, offsets, links in instructions_of(player)]
+    copy = next(one for one in codes if one[0][w.OP.value] == w.OPS["copy"])
+    product = next(one for one in codes if one[0][w.OP.value] == w.OPS["product"] and one[0][w.KEPT.value])
+    linked = next(one for one in codes if len(one[2]) and one[0][w.OP.value] == w.OPS["product"])
+    code, offsets, _ = copy
     code[w.IN_ORDER.value] = 0
-    code[w.S1.value : w.COLUMNS.value + 1] = 1, 1, 1, 4
+    code[w.S1.value : w.COLUMNS.value + 1], code[w.KEPT.value] = (1, 1, 1, 4), 4
     code[w.OUT.value : w.OUT.value + w.SIDE] = 100, 0, 50, 0, 0, 0, 1
     code[w.A.value : w.A.value + w.SIDE] = 101, 0, 50, 0, 0, 0, 1
     with pytest.raises(AssertionError, match="another element"):
         Addresses(code, offsets).check()
-    code, offsets = product
+    code, offsets, links = linked
+    out, rows, added = (slice(side.value, side.value + w.SIDE) for side in (w.OUT, w.A, w.ADDED))
+    last = links[-1].copy()
+    last[out] = code[rows]
+    with pytest.raises(AssertionError, match=r"written twice|several elements"):
+        Addresses(code, offsets, [last]).check()
+    reader = links[-1].copy()
+    reader[w.HAS_ADDED.value], reader[added] = 1, last[out]
+    before = links[-1].copy()
+    before[out] = last[out]
+    with pytest.raises(AssertionError, match=r"read by a later link|written twice"):
+        Addresses(code, offsets, [before, reader]).check()
+    reader[added] = reader[out]
+    reader[added][0] += 1
+    with pytest.raises(AssertionError, match="another element"):
+        Addresses(code, offsets, [reader]).check()
+    code, offsets, _ = product
     code[w.A.value : w.A.value + 3] = code[w.OUT.value : w.OUT.value + 3]
     with pytest.raises(AssertionError, match="several elements"):
         Addresses(code, offsets).check()

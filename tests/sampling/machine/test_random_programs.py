@@ -23,7 +23,7 @@ from fastgen.sampling.machine.parts import Unknown, part_of
 from tests.sampling.machine.played import Blocks, N, by_machine, by_torch
 
 SMOOTH = ("copy", "neg", "relu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "elu", "leaky_relu", "abs", "square")
-PAIRS = ("add", "sub", "mul", "maximum", "minimum", "gate", "hide", "erase")
+PAIRS = ("add", "sub", "mul", "maximum", "minimum", "gate", "glu", "hide", "erase")
 ROWS = ("softmax", "log_softmax", "sum", "mean", "amax", "normalized")
 STARTS = 4  # the box of a step begins at one of so many places along each of two dimensions
 

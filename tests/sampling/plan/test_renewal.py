@@ -9,6 +9,7 @@ from torch import nn
 from fastgen import Categorical, accelerate
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelCNNPP
 from fastgen.sampling.plan.plan import make_plan
+from fastgen.sampling.trace.network import Network
 from tests.sampling.zoo_case import DataMask
 
 
@@ -61,7 +62,7 @@ def test_the_next_batch_is_that_of_the_new_weights(name, backend):
 
 
 def plan_of(model, shape=(1, 5, 4)):
-    return make_plan(model, shape, Categorical(3, "B(KC)HW"), encode, None, 3)
+    return make_plan(Network(model, shape, encode, None, 3), Categorical(3, "B(KC)HW"))
 
 
 def test_other_numbers_fit_and_other_zeros_do_not():

@@ -14,7 +14,7 @@ def test_scratch_memory_serves_again_and_never_two_at_once():
     assert max(len(blocks) for blocks in plan.scratch.block_of) > 4
     for shared in (plan.scratch, None):
         for number, program in enumerate(plan.programs):
-            found = shared or share_scratch([program])
+            found = shared or share_scratch([program.views])
             block_of = found.block_of[number if shared else 0]
             uses = {}
             for k, instruction in enumerate(program.instructions):

@@ -76,6 +76,7 @@ using Apply = void (*)(float*, const float*, const float*, int64_t);
     F(minimum, a[i] < b[i] || a[i] != a[i] ? a[i] : b[i])  \
     F(rsqrt, 1.f / std::sqrt(a[i]))                        \
     F(gate, tanh_(a[i]) * sigmoid_(b[i]))                  \
+    F(glu, a[i] * sigmoid_(b[i]))                          \
     F(hide, b[i] != 0.f ? -INFINITY : a[i])                \
     F(erase, b[i] != 0.f ? 0.f : a[i])                     \
     F(gelu, gelu_(a[i]))                                   \

@@ -17,51 +17,9 @@
 
 #include "draws.h"
 #include "elementwise.h"
-#include "machine.h"
+#include "products.h"
 
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS = 8;
-#elif defined(__AVX__)
-constexpr int LANES = 8, ROWS = 4;
-#else
-constexpr int LANES = 4, ROWS = 4;
-#endif
-constexpr int VECTORS = 2, PANEL = VECTORS * LANES;  // ROWS * VECTORS sums and VECTORS weights fit the registers
-
-typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
-// --- how the work is shared: panels of columns, or rows where there are fewer panels than threads
-
-struct Share {
-    int64_t rows_from, rows_to, columns_from, columns_to;
-};
-
-Share share_of(const Instruction& one, int thread, int threads, bool whole_rows) {
-    int64_t rows = one.sizes[0] * one.sizes[1] * one.sizes[2] * one.sizes[3], columns = one.sizes[DIMS - 1];
-    int64_t panels = (columns + PANEL - 1) / PANEL;
-    if (panels < threads || whole_rows) return {rows * thread / threads, rows * (thread + 1) / threads, 0, columns};
-    int64_t to = panels * (thread + 1) / threads * PANEL;
-    return {0, rows, panels * thread / threads * PANEL, to < columns ? to : columns};
-}
-
-int64_t offset_of_row(const Side& side, const int64_t* sizes, int64_t row) {
-    int64_t offset = 0;
-    for (int d = DIMS - 2; d >= 0; d--) {
-        if (sizes[d] > 1) {
-            offset += row % sizes[d] * side.strides[d];
-            row /= sizes[d];
-        }
-    }
-    return offset;
-}
-
-template <class Number>
-Number* start_of(const Side& side, const int64_t* offsets) {
-    if (!side.base) return nullptr;
-    return reinterpret_cast<Number*>(side.base) + (side.slot < 0 ? 0 : offsets[side.slot]);
-}
 
 enum : int64_t {
     POINTWISE_OPS = sizeof(APPLY) / sizeof(Apply),
@@ -121,108 +79,6 @@ void copy_int64(const Instruction& one, const int64_t* offsets, Share share) {
         const int64_t* from = in + offset_of_row(one.in[0], one.sizes, row);
         for (int64_t j = share.columns_from; j < share.columns_to; j++)
             to[j * out_stride] = static_cast<Number>(from[j * in_stride]);
-    }
-}
-
-// --- products: rows (R, depth) times weights (depth, columns), packed as panels (depth, PANEL) one after the other
-
-struct Rows {
-    const float *in[ROWS], *added[ROWS];
-    float* out[ROWS];
-};
-
-template <int R>
-void tile(const Rows& rows, const float* weights, int64_t depth) {
-    Vector sums[R][VECTORS];
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < VECTORS; v++)
-            sums[r][v] = rows.added[r] ? *reinterpret_cast<const Vector*>(rows.added[r] + v * LANES) : Vector{};
-    for (int64_t k = 0; k < depth; k++, weights += PANEL) {
-        Vector weight[VECTORS];
-        for (int v = 0; v < VECTORS; v++) weight[v] = *reinterpret_cast<const Vector*>(weights + v * LANES);
-        for (int r = 0; r < R; r++) {
-            Vector x = rows.in[r][k] - Vector{};
-            for (int v = 0; v < VECTORS; v++) sums[r][v] += x * weight[v];
-        }
-    }
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < VECTORS; v++) *reinterpret_cast<Vector*>(rows.out[r] + v * LANES) = sums[r][v];
-}
-
-void (*const TILES[])(const Rows&, const float*, int64_t) = {
-    nullptr, tile<1>, tile<2>, tile<3>, tile<4>,
-#if defined(__AVX512F__)
-    tile<5>, tile<6>, tile<7>, tile<8>,
-#endif
-};
-
-void linear(const Instruction& one, const int64_t* offsets, Share share) {
-    const float* in = start_of<const float>(one.in[0], offsets);
-    const float* packed = start_of<const float>(one.in[1], offsets);
-    const float* added = start_of<const float>(one.in[2], offsets);
-    float* out = start_of<float>(one.out, offsets);
-    float edge[2][ROWS][PANEL];  // the last panel where it is not full
-    for (int64_t column = share.columns_from; column < share.columns_to; column += PANEL) {
-        const float* weights = packed + column * one.depth;
-        int64_t width = share.columns_to - column;
-        for (int64_t row = share.rows_from; row < share.rows_to; row += ROWS) {
-            int count = share.rows_to - row < ROWS ? static_cast<int>(share.rows_to - row) : ROWS;
-            Rows rows;
-            float* places[ROWS];
-            for (int r = 0; r < count; r++) {
-                rows.in[r] = in + offset_of_row(one.in[0], one.sizes, row + r);
-                rows.added[r] = added ? added + offset_of_row(one.in[2], one.sizes, row + r) + column : nullptr;
-                rows.out[r] = places[r] = out + offset_of_row(one.out, one.sizes, row + r) + column;
-                if (width < PANEL) {
-                    if (added) std::memcpy(edge[0][r], rows.added[r], width * sizeof(float));
-                    rows.added[r] = added ? edge[0][r] : nullptr;
-                    rows.out[r] = edge[1][r];
-                }
-            }
-            TILES[count](rows, weights, one.depth);
-            if (width < PANEL)
-                for (int r = 0; r < count; r++) std::memcpy(places[r], edge[1][r], width * sizeof(float));
-        }
-    }
-}
-
-// --- products of two computed factors: each row has a weight of its own
-
-void contract(const Instruction& one, const int64_t* offsets, Share share) {
-    const float* in = start_of<const float>(one.in[0], offsets);
-    const float* weights = start_of<const float>(one.in[1], offsets);
-    const float* added = start_of<const float>(one.in[2], offsets);
-    float* out = start_of<float>(one.out, offsets);
-    int64_t columns = one.sizes[DIMS - 1], depth = one.depth;
-    int64_t of_rows = one.depth_strides[0], of_weights = one.depth_strides[1];
-    int64_t across = one.in[1].strides[DIMS - 1], to = one.out.strides[DIMS - 1];
-    for (int64_t row = share.rows_from; row < share.rows_to; row++) {
-        const float* x = in + offset_of_row(one.in[0], one.sizes, row);
-        const float* w = weights + offset_of_row(one.in[1], one.sizes, row);
-        const float* from = added ? added + offset_of_row(one.in[2], one.sizes, row) : nullptr;
-        float* place = out + offset_of_row(one.out, one.sizes, row);
-        int64_t step = one.in[2].strides[DIMS - 1];
-        if (across == 1 && to == 1) {  // the weight's rows one after the other
-            for (int64_t j = 0; j < columns; j++) place[j] = from ? from[j * step] : 0.f;
-            for (int64_t k = 0; k < depth; k++) {
-                float scale = x[k * of_rows];
-                const float* along = w + k * of_weights;
-                for (int64_t j = 0; j < columns; j++) place[j] += scale * along[j];
-            }
-            continue;
-        }
-        for (int64_t j = 0; j < columns; j++) {
-            float sums[LANES] = {};
-            const float* along = w + j * across;
-            int64_t k = 0;
-            if (of_rows == 1 && of_weights == 1)
-                for (; k + LANES <= depth; k += LANES)
-                    for (int lane = 0; lane < LANES; lane++) sums[lane] += x[k + lane] * along[k + lane];
-            float sum = from ? from[j * step] : 0.f;
-            for (; k < depth; k++) sum += x[k * of_rows] * along[k * of_weights];
-            for (int lane = 0; lane < LANES; lane++) sum += sums[lane];
-            place[j * to] = sum;
-        }
     }
 }
 
