@@ -29,7 +29,7 @@ def entry(kernel: Any, dtype: str, tile: dict[str, Any], *, amd: bool = False, *
     skips = dict.fromkeys(NVIDIA, "compiled with its fast functions") if amd else {AMD: "compiled without NVIDIA's"}
     skips |= more.pop("skips", {})
     # What was reached; on sm_90 three TF32 products of 16 units go by shared memory. sm_100 has more, and no limit.
-    most = 15 if dtype == "fp32" and tile.get("K") == 16 else 10
+    most = 16 if dtype == "fp32" and tile.get("K") == 16 else 10
     barriers = {} if amd else dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_90", "sm_120"), most)
     options = {} if amd else {"maxnreg": min(255, 2048 // more["num_warps"])}
     config = f"{dtype} {sizes}{' AMD' if amd else ''}"
@@ -116,7 +116,7 @@ def tile_entries(kernel: Any, sizes: tuple[tuple[str, int, int, int, int], ...])
             more: dict[str, Any] = {"skips": NO_FULL_TILES} if largest else {}
             if not amd and (num_warps == 16 or (dtype, U) == ("fp32", 64)):
                 more |= {
-                    "spills": dict.fromkeys(NVIDIA, 48),
+                    "spills": dict.fromkeys(NVIDIA, 64),
                     "reason": "terms wait for the products; a few words a tile",
                 }
             entries.append(entry(kernel, dtype, tile, amd=amd, num_warps=num_warps, **more))
