@@ -38,7 +38,7 @@ def most_images(name: str, plan: Plan, device: torch.device) -> int | None:
     """The most images of a batch; None: as many as there are."""
     if name == "compiled":
         return images_at_once(plan)
-    return images_that_fit(plan, device) if name == "persistent" else None
+    return images_that_fit(plan, device) if name in ("persistent", "cuda_graph") else None
 
 
 def unfit_for_gpu_machine(plan: Plan, device: torch.device) -> str:
