@@ -43,13 +43,13 @@ def back(grad_ptr, first_ptr, second_ptr, at, saved_at, inside, SAVED: tl.conste
         first = tl.where(tl.load(first_ptr + saved_at, mask=inside, other=0) != 0, first, 0.0)
     if SAVED == "valve" or SAVED == "both":
         known = tl.load(first_ptr + saved_at, mask=inside, other=0.0).to(tl.float32)
-        inverse = 1.0 + tl.exp(-tl.load(second_ptr + saved_at, mask=inside, other=0.0).to(tl.float32))
-        s = 1.0 / inverse
+        valve = tl.load(second_ptr + saved_at, mask=inside, other=0.0).to(tl.float32)
         if SAVED == "both":
-            t = tanh(known)
+            s, t = tl.sigmoid(valve), tanh(known)
             out = t * s
         else:
-            out = known
+            out, inverse = known, 1.0 + tl.exp(-valve)
+            s = 1.0 / inverse
             t = tl.where(s > 0, out * inverse, 0.0)
             t = tl.where(t > 1, 1.0, tl.where(t < -1, -1.0, t))
         second = first * out * (1 - s)

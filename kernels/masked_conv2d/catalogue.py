@@ -19,10 +19,10 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", t
 SAME = ((1, 1), (1, 1), (1, 1))
 SPILLS = {  # bytes a thread, by what follows "masked_conv2d_" in a kernel's name
     "kernel": {"sm_120": 8, "gfx942": 208},
-    "activation_backward_kernel": {"sm_86": 8, "sm_89": 8, "sm_90": 8},
+    "activation_backward_kernel": {"sm_86": 8, "sm_89": 8, "sm_90": 8, "sm_100": 8},
     "weight_kernel": {"sm_100": 40, "sm_120": 8},
 }
-REASON = "with Triton 3.6.0 or 3.7.1, in kernels that hold a tile of sums; of AMD no GPU was at hand"
+REASON = "with Triton 3.6.0, 3.7.1 or 3.9.0, in kernels that hold a tile of sums; of AMD no GPU was at hand"
 Kind = tuple[Any, tuple[tuple[str, Any], ...], tuple[tuple[str, Any], ...]]  # kernel, signature, constants and options
 
 
