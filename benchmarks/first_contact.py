@@ -55,14 +55,15 @@ def headlines(session: Session) -> list[Case]:
     Raises:
         ValueError: a headline is no case.
     """
-    found: list[Case] = []
+    chosen: list[Case] = []
     for name, dtype, shape in HEADLINES:
-        own = [case for case in cases.load(name, SIZE, session.device) if case.op == name]
-        chosen = [case for case in own if dtype is None or (name_of(case.dtype), case.shape) == (dtype, shape)]
-        if not chosen:
+        candidates = [case for case in cases.load(name, SIZE, session.device) if case.op == name]
+        if dtype is not None:
+            candidates = [case for case in candidates if (name_of(case.dtype), case.shape) == (dtype, shape)]
+        if not candidates:
             raise ValueError(f"no case of {name} is {dtype} {shape}")
-        found += [case.without(*NOT_FIRST) for case in chosen]
-    return found
+        chosen += [case.without(*NOT_FIRST) for case in candidates]
+    return chosen
 
 
 def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
@@ -82,40 +83,41 @@ def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
     results = measure.Results(folder, [row for old in earlier for row in rows.load(old)])
     _preload()
     folder.mkdir(parents=True, exist_ok=True)
-    every, first = cases.load("launches", SIZE, device), headlines(session)
+    launch_cases, headline_cases = cases.load("launches", SIZE, device), headlines(session)
     comparing = replace(session, timing=False)
 
-    def left(some: Iterable[Case], *, timed: bool = True, but: frozenset[tuple] = frozenset()) -> list[Case]:
-        return rows.left(some, facts, {k: row for k, row in results.known.items() if k not in but}, timed=timed)
+    def left(candidates: Iterable[Case], *, timed: bool = True, again: frozenset[tuple] = frozenset()) -> list[Case]:
+        known = {key: row for key, row in results.known.items() if key not in again}
+        return rows.left(candidates, facts, known, timed=timed)
 
-    def together(some: list[Case]) -> list[Piece]:
+    def several_a_process(todo: list[Case]) -> list[Piece]:
         """Cases that lie side by side share their kernels: processes that take every n-th compile different ones."""
-        count = -(-len(some) // TOGETHER)
-        return [Piece(some[i::count], comparing, results.save) for i in range(count)]
+        count = -(-len(todo) // TOGETHER)
+        return [Piece(todo[i::count], comparing, results.save) for i in range(count)]
 
-    def alone(some: list[Case], own: Session = session) -> list[Piece]:
-        return [Piece([case], own, results.save) for case in some]
+    def one_a_process(todo: list[Case], its_session: Session = session) -> list[Piece]:
+        return [Piece([case], its_session, results.save) for case in todo]
 
-    def phase(name: str, todo: list[Piece], lanes: int = 1, until: float = end) -> None:
-        count = sum(len(piece.cases) for piece in todo)
+    def phase(name: str, pieces: list[Piece], lanes: int = 1, until: float = end) -> None:
+        count = sum(len(piece.cases) for piece in pieces)
         print(f"\n--- {time.monotonic() - start:.0f} s: {name}, {count} cases", flush=True)
         results.brief = lanes > 1
-        processes.run(todo, lanes=lanes, end=until, log=log.fileno())
+        processes.run(pieces, lanes=lanes, end=until, log=log.fileno())
 
     with (folder / "log.txt").open("ab", buffering=0) as log:
-        todo = together(left(every)) + alone(left(first, timed=False), comparing)
-        phase("every launch against float64", todo, os.cpu_count() or 1, start + FOR_LAUNCHES * (end - start))
+        pieces = several_a_process(left(launch_cases)) + one_a_process(left(headline_cases, timed=False), comparing)
+        phase("every launch against float64", pieces, os.cpu_count() or 1, start + FOR_LAUNCHES * (end - start))
         # One after the other, there may be memory enough.
-        small = frozenset(rows.key(row) for row in results.rows if row["problem"] == OUT_OF_MEMORY)
-        phase("headlines", alone(left(first, but=small)))
+        too_large = frozenset(rows.key(row) for row in results.rows if row["problem"] == OUT_OF_MEMORY)
+        phase("headlines", one_a_process(left(headline_cases, again=too_large)))
         for name, words in (("the rest", NOT_FIRST), ("the rest, what takes long", ())):
             rest = [case.without(*words) for case in cases.in_turns(cases.ON_A_GPU, SIZE, device)]
-            phase(name, together(left(every)) + alone(left(rest)))
-    report.footer(results.rows, 0, left([*every, *rest]), folder)
+            phase(name, several_a_process(left(launch_cases)) + one_a_process(left(rest)))
+    report.footer(results.rows, 0, left([*launch_cases, *rest]), folder)
     known = results.known
     kernels = "\n".join(report.kernels(list(known.values()), launches.catalogue()))
     (folder / tables.TABLE).write_text(f"{tables.gpu_table(facts['gpu'], known.values())}\n{kernels}\n")
-    shown = {(case.op, case.shape, name_of(case.dtype)) for case in first}
+    shown = {(case.op, case.shape, name_of(case.dtype)) for case in headline_cases}
     chosen = (row for row in known.values() if (row["op"], row["shape"], row["dtype"]) in shown)
     print(f"\n{kernels}\n\n{tables.gpu_table(facts['gpu'], chosen)}")
     return 1 if any(runner.went_wrong(row) for row in results.rows) else 0

@@ -58,9 +58,9 @@ class Share(Task):
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         alone = [item for item in items if ALONE in item.name] if self.index == 0 else []
         others = [item for item in items if ALONE not in item.name]
-        own = [*others[self.index :: self.count], *alone]
-        self.tell("collected", len(own))
-        items[:] = [item for item in own if item.nodeid not in self.outcomes]
+        share = [*others[self.index :: self.count], *alone]
+        self.tell("collected", len(share))
+        items[:] = [item for item in share if item.nodeid not in self.outcomes]
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.tell("started", nodeid)
@@ -106,24 +106,24 @@ def run(folder: Path, paths: Sequence[str], budget: float | None, command: str, 
         end = float("inf") if budget is None else start + budget
         processes.run(shares, lanes=count, end=end, log=file.fileno())
     seconds = time.monotonic() - start
-    found = counts(shares)
+    tally = counts(shares)
     broken = sum(share.collected is None for share in shares)
-    problem = f"{broken} processes found no test" if broken else f"{found['failed']} failed" * bool(found["failed"])
+    problem = f"{broken} processes found no test" if broken else f"{tally['failed']} failed" * bool(tally["failed"])
     case = Case(rows.TESTS, " ".join([chosen, *paths]), torch.float32, lambda device: {}, {"pytest": tuple}, None)
     row = empty_row(case, session, "pytest", "full", Checked(problem, launched=list(launches.catalogue())))
     # Of the kernels it keeps the source, and claims of no single one that it was launched.
-    row |= {"dtype": "all", "launched": [], "died_in": None, "verdict": None, **found, "seconds": seconds}
+    row |= {"dtype": "all", "launched": [], "died_in": None, "verdict": None, **tally, "seconds": seconds}
     rows.save([row | {"sanitizer": shutil.which("compute-sanitizer") is not None}], folder / rows.FILE)
-    print("\n".join(found["failures"]) if not broken else log.read_text()[-3000:])
-    print(", ".join(f"{found[word]} {word}" for word in OUTCOMES), f"{seconds:.0f} s")
+    print("\n".join(tally["failures"]) if not broken else log.read_text()[-3000:])
+    print(", ".join(f"{tally[word]} {word}" for word in OUTCOMES), f"{seconds:.0f} s")
     return 1 if problem else 0
 
 
 def counts(shares: Sequence[Share]) -> dict[str, Any]:
     """passed, failed, skipped, not_run; and the first failures, each with its last line."""
-    outcomes = {name: one for share in shares for name, one in share.outcomes.items()}
+    outcomes = {name: outcome for share in shares for name, outcome in share.outcomes.items()}
     words = Counter(word for word, _ in outcomes.values())
     failures = [f"{name}: {text}" for name, (word, text) in outcomes.items() if word == "failed"]
     collected = sum(share.collected or 0 for share in shares)
-    found = {word: words[word] for word in OUTCOMES[:3]}
-    return {**found, "not_run": collected - len(outcomes), "failures": failures[:50]}
+    numbers = {word: words[word] for word in OUTCOMES[:3]}
+    return {**numbers, "not_run": collected - len(outcomes), "failures": failures[:50]}

@@ -70,18 +70,18 @@ def mocked() -> Iterator[list[str]]:
 
 
 def cases() -> list[Case]:
-    found = []
-    for one in launches.of_host():
-        inputs = functools.partial(one.inputs, dtype=torch.float32)
-        own = {PROVIDER: functools.partial(one.call, impl="triton")}
-        found.append(Case(one.op, one.shape, torch.float32, inputs, own, None, ("fwd", "full")))
-    return found
+    small_cases = []
+    for operation in launches.of_host():
+        inputs = functools.partial(operation.inputs, dtype=torch.float32)
+        provider = {PROVIDER: functools.partial(operation.call, impl="triton")}
+        small_cases.append(Case(operation.op, operation.shape, torch.float32, inputs, provider, None, ("fwd", "full")))
+    return small_cases
 
 
 def measure(case: Case, session: Session) -> list[Row]:
     """A row a mode: the least of some means over calls, of the processor's time, for what else runs only adds to it."""
     inputs = case.inputs(session.device)
-    found = []
+    measured = []
     for mode in case.modes:
         with mocked() as launched:
             call = prepare(case, case.providers[PROVIDER], mode, inputs)
@@ -95,8 +95,8 @@ def measure(case: Case, session: Session) -> list[Row]:
                     call()
                 means.append(1e6 * (time.process_time() - start) / CALLS)
         row = empty_row(case, session, PROVIDER, mode, Checked(launched=names))
-        found.append(row | {"host_us": min(means), "launches": len(names)})
-    return found
+        measured.append(row | {"host_us": min(means), "launches": len(names)})
+    return measured
 
 
 def run(folder: Path, command: str) -> int:
@@ -105,8 +105,8 @@ def run(folder: Path, command: str) -> int:
     torch.set_num_threads(1)
     session = Session(machine.facts("cpu"), command, timing=False)
     for case in cases():
-        found = measure(case, session)
-        rows.save(found, folder / machine.folder_name(session.facts) / rows.FILE)
-        for row in found:
+        measured = measure(case, session)
+        rows.save(measured, folder / machine.folder_name(session.facts) / rows.FILE)
+        for row in measured:
             print(f"{case.title:<66} {row['mode']:<5} {row['host_us']:8.1f} us  {row['launches']} launches", flush=True)
     return 0

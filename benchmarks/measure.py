@@ -59,21 +59,20 @@ class Results:
         self._title = ""
         self._said: set[str] = set()  # providers of the case; what has no times is said once for all modes
 
-    def save(self, case: Case, found: list[Row]) -> None:
+    def save(self, case: Case, row: Row) -> None:
         if self.folder is not None:
-            rows.save(found, self.folder / rows.FILE)
-        self.rows += found
-        self.known.update((rows.key(row), row) for row in found)
-        for row in found:
-            if self.brief and not row["problem"]:
-                continue
-            title = case.title + ("" if row["threads"] is None else f", {row['threads']} threads")
-            if title != self._title:
-                self._title, self._said = title, set()
-                print(f"\n{title}\n{report.COLUMNS}")
-            if row["ms_p50"] or row["provider"] not in self._said:
-                print(report.line(row), flush=True)
-            self._said.add(row["provider"])
+            rows.save([row], self.folder / rows.FILE)
+        self.rows.append(row)
+        self.known[rows.key(row)] = row
+        if self.brief and not row["problem"]:
+            return
+        title = case.title + ("" if row["threads"] is None else f", {row['threads']} threads")
+        if title != self._title:
+            self._title, self._said = title, set()
+            print(f"\n{title}\n{report.COLUMNS}")
+        if row["ms_p50"] or row["provider"] not in self._said:
+            print(report.line(row), flush=True)
+        self._said.add(row["provider"])
 
 
 def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
@@ -93,10 +92,10 @@ def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
     for case in cases.in_turns(arguments.names or (cases.ON_A_GPU if cuda else cases.ON_A_CPU), size, session.device):
         for count in (None,) if cuda else threads:
             # One thread of a CPU is compiled for only where all is asked for.
-            one = case.without("compiled") if size == "cpu" and count != most else case
-            every.append(replace(one, threads=count))
+            variant = case.without("compiled") if size == "cpu" and count != most else case
+            every.append(replace(variant, threads=count))
     true = (rows.still_true(case, name, session.facts, results.known) for case in every for name in case.providers)
-    kept = {rows.key(row): row for found in true for row in found}
+    kept = {rows.key(row): row for found_rows in true for row in found_rows}
     todo = [Piece([case], session, results.save) for case in rows.left(every, session.facts, results.known)]
     budget = BUDGET if arguments.budget is None and not (arguments.names or arguments.full) else arguments.budget
     until = time.monotonic() + (float("inf") if budget is None else budget)
@@ -116,6 +115,7 @@ def _dry_run(names: Sequence[str], kind: str | None, command: str) -> int:
     report.header(session)
     results = Results(None)
     for case in cases.in_turns(names, "toy", session.device):
-        results.save(case, runner.measure(case, session))
+        for row in runner.measure(case, session):
+            results.save(case, row)
     report.footer(results.rows, 0, [], None)
     return 1 if any(runner.went_wrong(row) for row in results.rows) else 0

@@ -144,7 +144,7 @@ def pretrained(name: str | os.PathLike) -> Path:
 
 
 def configuration(model: nn.Module) -> dict[str, Any]:
-    """What `config.json` says of a model: of a module that is none of fastgen's, its class alone.
+    """The content of `config.json` for a model. A module that is none of fastgen's is described by its class alone.
 
     Raises:
         TypeError: it was built with an argument that JSON cannot say.
@@ -176,7 +176,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal in both files; the versions are for people."""
+    """The entries that must be equal in both files; the versions are for people."""
     return {key: config[key] for key in ("format", "class", "arguments")}
 
 
@@ -256,7 +256,7 @@ def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> No
         raise ValueError(f"{path}: does not fit {type(model).__name__}: missing {missing[:3]}, unknown {unknown[:3]}")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
-            found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
-            raise ValueError(f"{path}: {name} has the shape {found}, {type(model).__name__} needs {wanted}")
+            got, wanted = tuple(tensor.shape), tuple(expected[name].shape)
+            raise ValueError(f"{path}: {name} has the shape {got}, {type(model).__name__} needs {wanted}")
         if tensor.is_floating_point() != expected[name].is_floating_point():
             raise ValueError(f"{path}: {name} has the type {tensor.dtype}, expected {expected[name].dtype}")

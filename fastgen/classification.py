@@ -10,7 +10,7 @@ BINS = 10  # of confidences
 
 
 class Calibration(NamedTuple):
-    """What class probabilities are worth on images whose classes are known.
+    """Measures of class probabilities on images whose classes are known.
 
     Attributes:
         accuracy: the share of images whose most probable class is the right one.
@@ -37,7 +37,7 @@ class Calibration(NamedTuple):
 
 
 def calibration(log_probs: Tensor, labels: Tensor) -> Calibration:
-    """How good log-probabilities (N, n_classes) are, given the right classes (N,).
+    """Measures log-probabilities (N, n_classes) against the right classes (N,).
 
     Raises:
         ValueError: there are no images, or not as many classes as images.

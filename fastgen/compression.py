@@ -94,7 +94,7 @@ def decompress(model: Any, data: bytes, *, condition: Any = None) -> Tensor:
     header, words = Header.read(data)
     sampler = _sampler_of(model, condition)
     condition = _condition(sampler, condition, header.images)
-    header.check(_header(sampler, header.images, condition, header.of_images, header.words))
+    header.check(_header(sampler, header.images, condition, header.images_digest, header.words))
     decoder = queue.RangeDecoder(words)
 
     def code(probabilities: np.ndarray, digits: np.ndarray) -> np.ndarray:
@@ -103,15 +103,15 @@ def decompress(model: Any, data: bytes, *, condition: Any = None) -> Tensor:
         except AssertionError as error:  # how constriction says that these bits are of no symbol
             raise _other_images() from error
 
-    found, bits = [torch.empty(0, *sampler.shape, dtype=torch.long)], 0.0
+    decoded, bits = [torch.empty(0, *sampler.shape, dtype=torch.long)], 0.0
     for part in _batches(sampler, header.images):
         batch = _Batch(sampler, torch.zeros(part.stop - part.start, *sampler.shape, dtype=torch.long), code)
-        found.append(batch.run(_rows(condition, part)))
+        decoded.append(batch.run(_rows(condition, part)))
         bits += batch.bits
         if bits > 32 * header.words + SLACK:  # before a header that promises too many images fills the memory
             raise _other_images()
-    images = torch.cat(found)
-    if digest(plain(images)) != header.of_images:
+    images = torch.cat(decoded)
+    if digest(plain(images)) != header.images_digest:
         raise _other_images()
     return images
 
@@ -178,13 +178,13 @@ def _probabilities(
     """
     params = params.contiguous()
     if isinstance(distribution, Categorical):
-        found = distribution.logits(params).select(2, channel).double().contiguous().softmax(1)
+        probabilities = distribution.logits(params).select(2, channel).double().contiguous().softmax(1)
     elif isinstance(distribution, Bernoulli):
         logit = params[:, channel].double()
-        found = torch.stack((torch.sigmoid(-logit), torch.sigmoid(logit)), 1)
+        probabilities = torch.stack((torch.sigmoid(-logit), torch.sigmoid(logit)), 1)
     else:
-        found = level_probabilities(params.double(), previous, channels, 256)
-    return found.numpy()
+        probabilities = level_probabilities(params.double(), previous, channels, 256)
+    return probabilities.numpy()
 
 
 def _batches(sampler: Sampler, count: int) -> Iterator[slice]:
@@ -199,7 +199,7 @@ def _batch_size(sampler: Sampler) -> int:
 
 
 def _counts(sampler: Sampler) -> Tensor:
-    """How many levels there are, broadcastable to (C, H, W)."""
+    """The number of levels at each place, broadcastable to (C, H, W)."""
     return torch.as_tensor(levels_of(sampler.distribution))
 
 
@@ -221,13 +221,13 @@ def _one_row(leaf: Any) -> Any:
 
 
 def _leaves(condition: Any) -> list[Any]:
-    """What a condition holds; of keyword arguments also the names, in whatever order they were given."""
+    """The tensors and values of a condition; of keyword arguments their names as well, in alphabetical order."""
     if isinstance(condition, dict):
         return [leaf for name in sorted(condition) for leaf in (name, *tree_leaves(condition[name]))]
     return tree_leaves(condition)
 
 
-def _header(sampler: Sampler, images: int, condition: Any, of_images: bytes, words: int) -> Header:
+def _header(sampler: Sampler, images: int, condition: Any, images_digest: bytes, words: int) -> Header:
     def level_0(params: Tensor, place: tuple[int | None, int, int]) -> Tensor:
         return torch.zeros(0, dtype=torch.long)
 
@@ -241,7 +241,7 @@ def _header(sampler: Sampler, images: int, condition: Any, of_images: bytes, wor
             sampler.model, f"{type(sampler.model).__name__} {sampler.distribution} {_counts(sampler).tolist()}"
         ),
         digest(*(plain(_one_row(leaf)) for leaf in _leaves(condition))),
-        of_images,
+        images_digest,
         how_computed(sampler.model, backend, _batch_size(sampler)),
     )
 

@@ -57,7 +57,7 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """Of this process on its machine: the GPU that it takes."""
+    """The rank of this process on its machine, which is also the number of the GPU that it takes."""
     return int(os.environ.get("LOCAL_RANK", "0")) if started_by_torchrun() else 0
 
 
@@ -124,13 +124,13 @@ def shard(count: int) -> slice:
     return slice(*bounds)
 
 
-def merged(own: Tensor) -> Tensor:
-    """The sum over all processes, on the device of `own`. Where each has filled in its own part of a tensor of zeros,
-    that is exactly the whole tensor, whatever their number."""
+def merged(part: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, on its device. Where each has filled in its own part of zeros, that is
+    exactly the whole tensor, whatever their number."""
     if active():
-        own = own.contiguous().clone()
-        dist.all_reduce(own)
-    return own
+        part = part.contiguous().clone()
+        dist.all_reduce(part)
+    return part
 
 
 def mix(*numbers: int) -> int:

@@ -43,7 +43,7 @@ def log_likelihoods(
     """log p(x) of every image, or log p(x | y) of a class-conditional model.
 
     Args:
-        model: in evaluation mode; see the module's docstring.
+        model: a model in evaluation mode; see the module's docstring.
         images: integer levels (N, C, H, W), or batches such as a DataLoader gives: images, or pairs of images and
             classes (the classes are used where the model is class-conditional).
         condition: classes (N,), with a tensor of images.
@@ -68,15 +68,15 @@ def log_likelihoods(
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     conditional = condition is not None or getattr(model, "n_classes", None) is not None
     device = torch.device("cpu") if parameter is None else parameter.device
-    found = [torch.zeros(0, dtype=torch.float64)]
+    log_probs = [torch.zeros(0, dtype=torch.float64)]
     for number, (x, classes) in enumerate(_batches(images, condition, batch_size)):
         if shared and number % distributed.world_size() != distributed.rank():
-            found.append(torch.zeros(len(x), dtype=torch.float64))
+            log_probs.append(torch.zeros(len(x), dtype=torch.float64))
             continue
         x, classes = x.to(device), classes.to(device) if conditional and classes is not None else None
         with nullcontext() if seed is None else seeded(device, seed, number):
-            found.append(model.log_prob(x, condition=classes, **options).cpu().double())
-    return distributed.merged(torch.cat(found)) if shared else torch.cat(found)
+            log_probs.append(model.log_prob(x, condition=classes, **options).cpu().double())
+    return distributed.merged(torch.cat(log_probs)) if shared else torch.cat(log_probs)
 
 
 def _batches(images: Images, condition: Tensor | None, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -242,8 +242,8 @@ def typicality_threshold(
     resamples: int = 1000,
     generator: torch.Generator | None = None,
 ) -> float:
-    """What `typicality` of a group of inliers exceeds with probability `false_alarms`, by the bootstrap: groups are
-    drawn with replacement from held-out images (Nalisnick et al. 2019, algorithm 1)."""
+    """The threshold that `typicality` of a group of inliers exceeds with probability `false_alarms`. It is estimated by
+    the bootstrap: groups are drawn with replacement from held-out images (Nalisnick et al. 2019, algorithm 1)."""
     index = torch.randint(len(held_out_log_prob), (resamples * group,), generator=generator)
     scores = typicality(held_out_log_prob[index], training_log_prob, group=group)
     return rejection_threshold(scores, false_alarms)

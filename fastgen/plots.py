@@ -103,7 +103,7 @@ def to_pixels(images: Tensor, levels: int) -> Tensor:
 
 
 def columns_of(count: int) -> int:
-    """For a sheet about as high as wide."""
+    """The number of columns that makes a sheet of `count` pictures about as high as wide."""
     return max(1, round(count**0.5))
 
 
@@ -137,8 +137,8 @@ def curves(rows: Sequence[dict[str, float]], path: str | os.PathLike, *, lines: 
     for part in ("train", "validation"):
         for name in dict.fromkeys(key for row in rows for key in row if key.startswith(f"{part}_")):
             unit = name.removeprefix(f"{part}_")
-            found = [(row["step"], row[name]) for row in rows if name in row]
-            axes.plot(*zip(*found, strict=True), label=part, linewidth=1.2)
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axes.plot(*zip(*points, strict=True), label=part, linewidth=1.2)
     for number, (name, value) in enumerate((lines or {}).items()):
         axes.axhline(value, label=f"{name}: {value:.3f}", color=f"C{number + 2}", linestyle="--", linewidth=1)
     axes.set_ylabel(UNITS.get(unit, unit))
@@ -169,7 +169,7 @@ def reliability(results: dict[str, tuple[Tensor, Tensor]], path: str | os.PathLi
 
 
 def _axes(x: str, y: str, size: tuple[float, float]) -> Any:
-    """Of a new figure of matplotlib, with the names of its axes; None where it is not installed."""
+    """The axes of a new figure of matplotlib, named x and y; None where matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -20,7 +20,7 @@ MOST_TRAINING = 500  # training images from which it is estimated what is typica
 
 
 class Scores(NamedTuple):
-    """Of images, each (N,) float64.
+    """Scores of N images, each (N,) float64.
 
     Attributes:
         log_prob: log p(x), nats, of a class-conditional model with the class summed out; a lower bound of a VAE's.
@@ -44,7 +44,7 @@ class Scorer:
         model: trained on the data set.
         background: trained on `likelihood.perturb`ed images of it.
         dataset: whose training images say what is typical.
-        options: of `likelihood.log_likelihoods`.
+        options: further arguments of `likelihood.log_likelihoods`.
     """
 
     def __init__(self, model: Any, background: Any, dataset: Dataset, **options: Any) -> None:
@@ -58,7 +58,7 @@ class Scorer:
         return log_likelihoods(model, images, **self.options)
 
     def __call__(self, images: Tensor) -> Scores:
-        """Of integer levels (N, C, H, W)."""
+        """The scores of images, integer levels (N, C, H, W)."""
         log_prob, background = self._log_prob(self.model, images), self._log_prob(self.background, images)
         return Scores(log_prob, likelihood_ratio(log_prob, background), typicality(log_prob, self.training))
 
@@ -88,8 +88,8 @@ def surprise(model: AutoregressiveModel, images: Tensor, condition: Tensor | Non
     if model.training:
         raise ValueError("model is in training mode (dropout is on): call model.eval() before scoring")
     params = model(images, condition)
-    of_pixels = (each.movedim((-2, -1), (1, 2)).flatten(0, 2) for each in (params, images.long()))
-    nats = -model.distribution.log_prob(*of_pixels)
+    a_row_a_pixel = (each.movedim((-2, -1), (1, 2)).flatten(0, 2) for each in (params, images.long()))
+    nats = -model.distribution.log_prob(*a_row_a_pixel)
     return bits_per_dim(nats, (1,)).view(len(images), *images.shape[2:])
 
 

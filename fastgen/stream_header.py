@@ -20,29 +20,29 @@ DIGEST = 16  # bytes
 
 
 class Header(NamedTuple):
-    """Of a stream of images of one shape.
+    """The header of a stream: which images it holds, and what it can be decoded by.
 
     Attributes:
-        shape: of an image, one to three sizes.
-        images: their number.
-        words: of 32 bits, that follow.
-        of_weights, of_condition, of_images: digests.
+        shape: the shape of an image, one to three sizes.
+        images: the number of images.
+        words: the number of 32-bit words that follow the header.
+        model_digest, condition_digest, images_digest: 16 bytes each, of `digest`.
         computed: how the model was computed, as text.
     """
 
     shape: tuple[int, ...]
     images: int
     words: int
-    of_weights: bytes
-    of_condition: bytes
-    of_images: bytes
+    model_digest: bytes
+    condition_digest: bytes
+    images_digest: bytes
     computed: str
 
     def stream(self, words: bytes) -> bytes:
         """The whole stream: header, words, seal."""
         text = self.computed.encode()
         sizes = (*self.shape, 0, 0)[:3]
-        digests = (self.of_weights, self.of_condition, self.of_images)
+        digests = (self.model_digest, self.condition_digest, self.images_digest)
         fixed = _FIXED.pack(MAGIC, VERSION, len(self.shape), *sizes, self.images, self.words, *digests, len(text))
         body = fixed + text + words
         return body + digest(body)
@@ -62,7 +62,7 @@ class Header(NamedTuple):
             raise ValueError("data: is foreign: no stream of fastgen.compress begins so")
         if len(data) < _FIXED.size:
             raise ValueError(f"data: is truncated: {len(data)} bytes, and a header alone has {_FIXED.size}")
-        _, number, dims, *sizes, images, words, weights, condition, of_images, text = _FIXED.unpack_from(data)
+        _, number, dims, *sizes, images, words, weights, condition, images_digest, text = _FIXED.unpack_from(data)
         if number != VERSION:
             raise ValueError(f"data: is of version {number} of the format, this fastgen reads version {VERSION}")
         start = _FIXED.size + text
@@ -72,26 +72,26 @@ class Header(NamedTuple):
         if digest(data[:end]) != data[end:]:
             raise ValueError("data: is damaged: its seal does not fit what it holds")
         computed = data[_FIXED.size : start].decode(errors="replace")
-        header = cls(tuple(sizes[:dims]), images, words, weights, condition, of_images, computed)
+        header = cls(tuple(sizes[:dims]), images, words, weights, condition, images_digest, computed)
         return header, np.frombuffer(data, "<u4", words, start).astype(np.uint32)
 
     def check(self, here: "Header") -> None:
         """Raises ValueError where a stream cannot be decoded by the model and condition that `here` describes."""
         if self.shape != here.shape:
             raise ValueError(f"data: holds images of the shape {self.shape}, the model's are {here.shape}")
-        if self.of_weights != here.of_weights:
+        if self.model_digest != here.model_digest:
             raise ValueError("data: was compressed by another model, or with other weights")
         if self.computed != here.computed:
             raise ValueError(
                 "data: was compressed by other arithmetic, which rounds otherwise: "
                 f"it was computed by {self.computed}; here by {here.computed}"
             )
-        if self.of_condition != here.of_condition:
+        if self.condition_digest != here.condition_digest:
             raise ValueError("data: was compressed with another condition (the classes of a class-conditional model)")
 
 
 def how_computed(model: nn.Module, backend: str, batch: int) -> str:
-    """What the bits of a model's output depend on, besides its weights and its input."""
+    """A line that names all that the bits of a model's output depend on, besides its weights and its input."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     device = parameter.device.type
     name = torch.cuda.get_device_name(parameter.device) if device == "cuda" else torch.backends.cpu.get_cpu_capability()
@@ -103,7 +103,7 @@ def how_computed(model: nn.Module, backend: str, batch: int) -> str:
 
 
 def weights_digest(model: nn.Module, more: str) -> bytes:
-    """Of all parameters and buffers, by name, and of a text."""
+    """The digest of all parameters and buffers, with their names, and of a text."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return digest(more.encode(), *(part for name, tensor in sorted(tensors) for part in (name.encode(), plain(tensor))))
 
@@ -120,8 +120,8 @@ def plain(leaf: Any) -> bytes:
 
 def digest(*parts: bytes) -> bytes:
     """DIGEST bytes that other parts would not have."""
-    found = hashlib.blake2b(digest_size=DIGEST)
+    hasher = hashlib.blake2b(digest_size=DIGEST)
     for part in parts:
-        found.update(struct.pack("<Q", len(part)))
-        found.update(part)
-    return found.digest()
+        hasher.update(struct.pack("<Q", len(part)))
+        hasher.update(part)
+    return hasher.digest()

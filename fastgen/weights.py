@@ -31,17 +31,17 @@ def load_weights(model: nn.Module, source: str | os.PathLike) -> str:
     path = path / checkpoint.WEIGHTS if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"{path}: no such file, expected a run's folder, a .safetensors or a .pt file of weights")
-    found, own = _without_wrappers(_read(path)), model.state_dict()
-    masks = [name for name in found if name not in own and name.rpartition(".")[2] == "mask"]
-    found = {name: tensor for name, tensor in found.items() if name not in masks}
+    loaded, ours = _without_wrappers(_read(path)), model.state_dict()
+    masks = [name for name in loaded if name not in ours and name.rpartition(".")[2] == "mask"]
+    loaded = {name: tensor for name, tensor in loaded.items() if name not in masks}
     note = ""
-    if not found.keys() & own.keys() and [t.shape for t in found.values()] == [t.shape for t in own.values()]:
-        found = dict(zip(own, found.values(), strict=True))
+    if not loaded.keys() & ours.keys() and [t.shape for t in loaded.values()] == [t.shape for t in ours.values()]:
+        loaded = dict(zip(ours, loaded.values(), strict=True))
         note = (
-            f"{path}: knows other names; its {len(own)} tensors have the shapes of the model's and were taken in order"
+            f"{path}: knows other names; its {len(ours)} tensors have the shapes of the model's and were taken in order"
         )
-    checkpoint.check_fit(model, found, path)
-    model.load_state_dict(found)
+    checkpoint.check_fit(model, loaded, path)
+    model.load_state_dict(loaded)
     return note
 
 

@@ -149,7 +149,7 @@ def test_other_arithmetic_is_named(small, stream, monkeypatch):
         torch.set_num_threads(threads)
     with pytest.raises(ValueError, match=r"other arithmetic.*float32.*float64"):
         double = gated((1, 4, 4), 5).double()
-        monkeypatch.setattr(compression, "weights_digest", lambda *arguments: Header.read(stream)[0].of_weights)
+        monkeypatch.setattr(compression, "weights_digest", lambda *arguments: Header.read(stream)[0].model_digest)
         fastgen.decompress(double, stream)
     monkeypatch.setattr(compression, "MOST_IMAGES", 7)
     with pytest.raises(ValueError, match=r"batch 256.*batch 7"):

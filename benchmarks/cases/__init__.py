@@ -25,9 +25,9 @@ ONLY_ON_A_GPU = ("reduce-overhead", "max-autotune", "CUDA graph", "launched", "p
 
 def load(name: str, size: str, device: torch.device) -> list[Case]:
     """The cases of one benchmark; see benchmarks.harness.case.SIZES."""
-    found = importlib.import_module(f"benchmarks.cases.{name}").cases(size, device)
+    of_all_providers = importlib.import_module(f"benchmarks.cases.{name}").cases(size, device)
     words = (*LEFT_OUT.get(size, ()), *(ONLY_ON_A_GPU if device.type != "cuda" else ()))
-    return [case.without(*words) for case in found]
+    return [case.without(*words) for case in of_all_providers]
 
 
 def in_turns(names: Sequence[str], size: str, device: torch.device) -> Iterator[Case]:

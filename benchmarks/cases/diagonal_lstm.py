@@ -36,13 +36,13 @@ def cases(size: str, device: torch.device) -> Iterator[Case]:
 
     def rivals(units: int, n: int, dtype: torch.dtype) -> Rivals:
         loop = references.diagonal_lstm_skewed
-        found: Rivals = {"eager, skewed": loop, "compiled, skewed": references.compiled(loop)}
-        found["eager, by diagonals"] = diagonal_lstm_reference
+        providers: Rivals = {"eager, skewed": loop, "compiled, skewed": references.compiled(loop)}
+        providers["eager, by diagonals"] = diagonal_lstm_reference
         if not cuda:
-            found["eager, by pixels"] = pixel_by_pixel
+            providers["eager, by pixels"] = pixel_by_pixel
         if size != "toy":
-            found[landmark] = references.lstm_of_equal_length(2 * n - 1, units, device, dtype)
-        return found
+            providers[landmark] = references.lstm_of_equal_length(2 * n - 1, units, device, dtype)
+        return providers
 
     yield from scans.cases_of(size, device, diagonal_lstm, diagonal_lstm_reference, rivals, 2, landmark)
     yield from (_layer(size, device, *sizes) for sizes in scans.SIZES[size])

@@ -64,14 +64,14 @@ def cases(size: str, device: torch.device) -> Iterator[Case]:
         textbook, nats = references.reparameterize_kl_textbook, reconstruction_nll.RIVALS[likelihood]
         rivals = references.rivals_of(functools.partial(in_parts, kl=textbook, nats=nats))
         definition, operation = definition_of(likelihood), functools.partial(fused, likelihood=likelihood)
-        of_case = functools.partial(inputs, likelihood=likelihood, image=image, latent=latent)
-        example = of_case(torch.device("meta")).values()
+        case_inputs = functools.partial(inputs, likelihood=likelihood, image=image, latent=latent)
+        example = case_inputs(torch.device("meta")).values()
         z, _, params, target = (x.numel() * x.dtype.itemsize for x in example)
         yield Case(
             op="elbo",
             shape=f"{likelihood} {'x'.join(map(str, image))} D={latent}",
             dtype=torch.float32,
-            inputs=of_case,
+            inputs=case_inputs,
             providers=contenders(size, device, rivals, operation, definition),
             truth=definition,
             bytes=(3 * z + params + target, 5 * z + 2 * params + target),  # of the two operations, one after the other

@@ -79,12 +79,12 @@ class Operation(NamedTuple):
 
 
 def _latent(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
-    found = reparameterize_kl.inputs(device, shape, dtype)
-    return found | reparameterize_kl.noise(found)
+    inputs = reparameterize_kl.inputs(device, shape, dtype)
+    return inputs | reparameterize_kl.noise(inputs)
 
 
 def _kl_alone(mu: Tensor, logvar: Tensor, *, call: Callable[..., tuple[Tensor, Tensor]], **options: Any) -> Tensor:
-    """Of a call that draws its noise inside, the divergence alone can be compared."""
+    """The divergence alone: z of a call that draws its own noise cannot be compared."""
     return call(mu, logvar, **options)[1]
 
 
@@ -166,7 +166,7 @@ def _images(model: Any, noise: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return levels, torch.full((len(noise),), float(not wrong))
 
 
-def step_machines(machines: list[Machine], own: str) -> Iterator[Case]:
+def step_machines(machines: list[Machine], provider: str) -> Iterator[Case]:
     """The kernel that draws whole images, held to the naive loop: what is drawn, and the parameters it is drawn of."""
     for machine in machines:
         build, shape, _, n = machine
@@ -175,7 +175,7 @@ def step_machines(machines: list[Machine], own: str) -> Iterator[Case]:
             shape=f"step machine, {build.__name__} {'x'.join(map(str, shape))} B={n}",
             dtype=torch.float32,
             inputs=functools.partial(_model, machine=machine),
-            providers={own: functools.partial(_images, backend="persistent")},
+            providers={provider: functools.partial(_images, backend="persistent")},
             truth=functools.partial(_images, backend="naive"),
             modes=("fwd",),
             exact=True,
@@ -186,18 +186,21 @@ def step_machines(machines: list[Machine], own: str) -> Iterator[Case]:
 def cases(size: str, device: torch.device) -> Iterator[Case]:
     """Each with what plain PyTorch loses in that dtype, which the tolerance is taken from."""
     toy = size == "toy"
-    own = "fastgen" if device.type == "cuda" else f"fastgen, {INTERPRETED}"
-    yield from step_machines(TOY_MACHINES if toy else MACHINES, own)
+    provider = "fastgen" if device.type == "cuda" else f"fastgen, {INTERPRETED}"
+    yield from step_machines(TOY_MACHINES if toy else MACHINES, provider)
     for dtype, tf32 in [(torch.float32, True)] if toy else MODES:
-        for one in operations(TOY if toy else Tables()):
-            if tf32 or one.op in PRODUCTS:
+        for operation in operations(TOY if toy else Tables()):
+            if tf32 or operation.op in PRODUCTS:
                 yield Case(
                     op="launches",
-                    shape=f"{one.op} {one.shape}{'' if tf32 else ' IEEE'}",
+                    shape=f"{operation.op} {operation.shape}{'' if tf32 else ' IEEE'}",
                     dtype=dtype,
-                    inputs=functools.partial(one.inputs, dtype=dtype),
-                    providers={"definition": one.definition, own: functools.partial(one.call, impl="triton")},
-                    truth=one.definition,
+                    inputs=functools.partial(operation.inputs, dtype=dtype),
+                    providers={
+                        "definition": operation.definition,
+                        provider: functools.partial(operation.call, impl="triton"),
+                    },
+                    truth=operation.definition,
                     modes=("full",),
                     tf32=tf32,
                     timed=False,

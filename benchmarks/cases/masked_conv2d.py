@@ -97,7 +97,7 @@ def _layer(size: str, device: torch.device, layer: Layer, dtype: torch.dtype) ->
 def block_inputs(device: torch.device, sizes: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]:
     batch, channels, n = sizes
     maps = [torch.randn(batch, n, n, channels, device=device).permute(0, 3, 1, 2).to(dtype) for _ in range(2)]
-    vertical, horizontal = (one.requires_grad_() for one in maps)
+    vertical, horizontal = (x.requires_grad_() for x in maps)
     block = GatedMaskedBlock(channels, channels).to(device, dtype)
     return {"block": block, "vertical": vertical, "horizontal": horizontal}
 

@@ -64,14 +64,14 @@ def cases(size: str, device: torch.device) -> Iterator[Case]:
         operation = functools.partial(reconstruction_nll, likelihood=likelihood)
         definition = functools.partial(reconstruction_nll_reference, likelihood=likelihood)
         for dtype in dtypes:
-            of_case = functools.partial(inputs, likelihood=likelihood, image=image, dtype=dtype)
-            params, target = (x.numel() * x.dtype.itemsize for x in of_case(torch.device("meta")).values())
+            case_inputs = functools.partial(inputs, likelihood=likelihood, image=image, dtype=dtype)
+            params, target = (x.numel() * x.dtype.itemsize for x in case_inputs(torch.device("meta")).values())
             rivals = {**references.rivals_of(RIVALS[likelihood]), **OTHERS[likelihood]}
             yield Case(
                 op="reconstruction_nll",
                 shape=f"{likelihood} {'x'.join(map(str, image))}",
                 dtype=dtype,
-                inputs=of_case,
+                inputs=case_inputs,
                 providers=contenders(size, device, rivals, operation, definition),
                 truth=definition,
                 # The backward reads the parameters again and writes their gradient.

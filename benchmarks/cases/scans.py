@@ -39,14 +39,14 @@ def cases_of(
     landmark: str = "",
     suffix: str = "",
 ) -> Iterator[Case]:
-    """Of all sizes and dtypes. The first of the `rivals` (of units, n, dtype) is a loop, which a GPU also captures in a
-    CUDA graph."""
+    """A case for each size and dtype. `rivals` takes (units, n, dtype); the first of them is a loop, which a GPU also
+    captures in a CUDA graph."""
     for batch, units, n in SIZES[size]:
         for dtype in [torch.float32] if size.startswith("cpu") else [torch.float32, torch.bfloat16]:
-            own = rivals(units, n, dtype)
-            own["CUDA graph of the eager loop"] = graph_captured(next(iter(own.values())))
-            own["fastgen, CUDA graph"] = graph_captured(operation)
-            own["fastgen, by tiles"] = by_tiles(operation)
+            providers = rivals(units, n, dtype)
+            providers["CUDA graph of the eager loop"] = graph_captured(next(iter(providers.values())))
+            providers["fastgen, CUDA graph"] = graph_captured(operation)
+            providers["fastgen, by tiles"] = by_tiles(operation)
             # Read 4h gates a pixel, write h; the backward reads the gates' activations, cells and dh, and writes 4h.
             pixels, storage = batch * n * n, dtype.itemsize
             flops = 2 * taps * 4 * units**2 * pixels
@@ -55,7 +55,7 @@ def cases_of(
                 shape=f"B={batch} h={units} {n}x{n}{suffix}",
                 dtype=dtype,
                 inputs=functools.partial(inputs, sizes=(batch, units, n, n), taps=taps, dtype=dtype),
-                providers=contenders(size, device, own, operation, operation),
+                providers=contenders(size, device, providers, operation, operation),
                 truth=definition,
                 landmarks=frozenset({landmark}),
                 batch=batch,

@@ -32,10 +32,10 @@ def images(data: str, shape: Shape, levels: int, batch: int, device: torch.devic
     """
     if data == "random":
         return torch.randint(levels, (batch, *shape), dtype=torch.uint8, device=device)
-    found = load(data).train.images[:batch]
-    if tuple(found.shape) != (batch, *shape):
-        raise ValueError(f"{data} has no {batch} images {shape}, found {tuple(found.shape)}")
-    return found.to(device)
+    first_images = load(data).train.images[:batch]
+    if tuple(first_images.shape) != (batch, *shape):
+        raise ValueError(f"{data} has no {batch} images {shape}, found {tuple(first_images.shape)}")
+    return first_images.to(device)
 
 
 CONVOLUTIONS: dict[str, Any] = {"GatedPixelCNN": GatedPixelCNN, "PixelCNN": PixelCNN}
@@ -114,7 +114,7 @@ def _inputs(device: torch.device, job: Job, dtype: torch.dtype) -> dict[str, Any
 
 
 def _few_images(inputs: dict[str, Any]) -> dict[str, Any]:
-    """For the comparison: float64 takes twice the memory."""
+    """Fewer images for the comparison, as float64 takes twice the memory."""
     x = inputs["x"]
     return {"x": x if x.numel() <= 2**17 else x[:2]}
 
@@ -138,16 +138,22 @@ def truth(model: nn.Module, plain: nn.Module, x: Tensor, autocast: Any) -> Tenso
 
 
 def steps(
-    size: str, op: str, shape: str, inputs: Callable[..., Any], rivals: Rivals, own: Callable[..., Tensor], **more: Any
+    size: str,
+    op: str,
+    shape: str,
+    inputs: Callable[..., Any],
+    rivals: Rivals,
+    fastgen_loss: Callable[..., Tensor],
+    **more: Any,
 ) -> Iterator[Case]:
-    """Of one model in every dtype; `inputs` takes it."""
+    """The cases of one model, one for each dtype, which `inputs` is given."""
     dtypes = {"gpu": [torch.bfloat16], "gpu-full": [torch.float32, torch.bfloat16]}.get(size, [torch.float32])
-    providers = {**rivals, "fastgen": own}
+    providers = {**rivals, "fastgen": fastgen_loss}
     if size.endswith("-full"):
-        providers["fastgen, compiled"] = references.compiled(own)
+        providers["fastgen, compiled"] = references.compiled(fastgen_loss)
     for dtype in dtypes:
-        of_case = functools.partial(inputs, dtype=dtype)
-        yield Case(op, shape, dtype, of_case, providers, modes=("full",), **more)
+        case_inputs = functools.partial(inputs, dtype=dtype)
+        yield Case(op, shape, dtype, case_inputs, providers, modes=("full",), **more)
 
 
 def cases(size: str, device: torch.device) -> Iterator[Case]:

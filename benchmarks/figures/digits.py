@@ -55,11 +55,11 @@ def draw(saved: list[dict[str, Any]], target: Path = PICTURE) -> Path:
     with figure(target, (7, 4.2)) as page:
         axes = page.subplots()
         for number, kind in enumerate(dict.fromkeys(row["model"] for row in saved)):
-            own = [latest[key] for key in sorted(latest) if key[0] == kind]
-            values = [row["bits_per_dim"] for row in own]
-            label = kind if own[0]["exact"] else f"{kind} (at most)"
+            rows_of_kind = [latest[key] for key in sorted(latest) if key[0] == kind]
+            values = [row["bits_per_dim"] for row in rows_of_kind]
+            label = kind if rows_of_kind[0]["exact"] else f"{kind} (at most)"
             style = {"color": COLOURS[number], "marker": MARKERS[number]}
-            axes.plot([row["parameters"] for row in own], values, label=label, **style)
+            axes.plot([row["parameters"] for row in rows_of_kind], values, label=label, **style)
         axes.axhline(saved[0]["histogram"], color=COLOURS[7], linestyle="--", marker="", linewidth=1)
         axes.annotate("a histogram for each position", (min(row["parameters"] for row in saved), saved[0]["histogram"]),
                       xytext=(0, 4), textcoords="offset points", color=COLOURS[7], fontsize=9)  # fmt: skip
@@ -72,7 +72,7 @@ def draw(saved: list[dict[str, Any]], target: Path = PICTURE) -> Path:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["measure"]:
-        for found in measure():
-            rows.save([found], ROWS)
-            print(found["model"], found["parameters"], found["bits_per_dim"], round(found["cpu_s"]), flush=True)
+        for row in measure():
+            rows.save([row], ROWS)
+            print(row["model"], row["parameters"], row["bits_per_dim"], round(row["cpu_s"]), flush=True)
     print(draw(rows.read(ROWS)))

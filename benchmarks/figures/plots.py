@@ -23,17 +23,17 @@ def draw(saved: list[Row], folder: Path) -> list[Path]:
         raise ValueError("no saved row has a time to draw")
     files = []
     for name in sorted({row["gpu"] or row["cpu"] for row in timed}):
-        own = [row for row in timed if (row["gpu"] or row["cpu"]) == name]
-        target = folder / folder_name(own[0])
-        for op in sorted({row["op"] for row in own}):
-            of_op, title = [row for row in own if row["op"] == op], f"{op} on {name}"
-            files.append(_bars(title, of_op, target / f"{op}.png"))
-            batched, sized = ([row for row in of_op if row.get(field)] for field in ("batch", "bytes"))
+        rows_of_machine = [row for row in timed if (row["gpu"] or row["cpu"]) == name]
+        target = folder / folder_name(rows_of_machine[0])
+        for op in sorted({row["op"] for row in rows_of_machine}):
+            rows_of_op, title = [row for row in rows_of_machine if row["op"] == op], f"{op} on {name}"
+            files.append(_bars(title, rows_of_op, target / f"{op}.png"))
+            batched, sized = ([row for row in rows_of_op if row.get(field)] for field in ("batch", "bytes"))
             if len({row["batch"] for row in batched}) > 1:
                 files.append(_over_batch(title, batched, target / f"{op}-batch.png"))
             if len({row["bytes"] for row in sized}) > 1:
                 files.append(_over_size(title, sized, target / f"{op}-size.png"))
-        bounded = [row for row in own if row.get("bytes") and row.get("flops") and row.get("copy_gb_s")]
+        bounded = [row for row in rows_of_machine if row.get("bytes") and row.get("flops") and row.get("copy_gb_s")]
         if bounded:
             files.append(_roofline(f"Roofline of {name}, measured rates", bounded, target / "roofline.png"))
     return files
@@ -41,7 +41,7 @@ def draw(saved: list[Row], folder: Path) -> list[Path]:
 
 @contextmanager
 def _axes(file: Path, title: str, x: str, y: str, size: tuple[float, float] = (7, 4.5), **scale: Any) -> Iterator[Any]:
-    """Of a figure; `scale` is that of x, y is logarithmic."""
+    """The axes of a figure that is written to `file` at the end. y is logarithmic, and so is x if `scale` is given."""
     with figure(file, size) as page:
         axes = page.subplots()
         axes.set(title=title, xlabel=x, ylabel=y)
@@ -58,17 +58,17 @@ def _threads(row: Row) -> str:
 
 def _bars(title: str, rows: list[Row], file: Path) -> Path:
     """How many times as fast as the baseline of its case; 1 is the baseline itself."""
-    found: dict[str, dict[str, float]] = {}  # provider -> case -> how many times
+    speed_ups: dict[str, dict[str, float]] = {}  # provider -> case -> how many times
     for row in rows:
         label = f"{row['shape']}\n{row['dtype']} {row['mode']}{_threads(row)}"
         if row["provider"] != row["baseline"] and row["times_baseline"]:
-            found.setdefault(row["provider"], {})[label] = 1 / row["times_baseline"]
-    labels = list(dict.fromkeys(label for own in found.values() for label in own))
-    width = 0.8 / max(len(found), 1)
+            speed_ups.setdefault(row["provider"], {})[label] = 1 / row["times_baseline"]
+    labels = list(dict.fromkeys(label for by_case in speed_ups.values() for label in by_case))
+    width = 0.8 / max(len(speed_ups), 1)
     with _axes(file, title, "", f"speed-up over {rows[0]['baseline']}", (3 + 0.9 * len(labels), 4.5)) as axes:
-        for i, (provider, own) in enumerate(found.items()):
-            places = [k + width * (i - (len(found) - 1) / 2) for k in range(len(labels))]
-            axes.bar(places, [own.get(label, 0) for label in labels], width, label=provider)
+        for i, (provider, by_case) in enumerate(speed_ups.items()):
+            places = [k + width * (i - (len(speed_ups) - 1) / 2) for k in range(len(labels))]
+            axes.bar(places, [by_case.get(label, 0) for label in labels], width, label=provider)
         axes.axhline(1, color="black", linewidth=0.8, label=rows[0]["baseline"])
         axes.set_xticks(range(len(labels)), labels, fontsize=7, rotation=45, ha="right")
     return file
@@ -109,10 +109,10 @@ def _roofline(title: str, rows: list[Row], file: Path) -> Path:
     with _axes(file, title, "operations a byte", "TFLOP/s", (7, 5), base=10) as axes:
         for copy, matmul, name in {(r["copy_gb_s"] / 1e3, r["matmul_tflop_s"], r["dtype"] + _threads(r)) for r in rows}:
             x = sorted([*ends, min(max(matmul / copy, ends[0]), ends[1])])
-            axes.plot(x, [min(matmul, copy * one) for one in x], color="grey", marker="", linewidth=0.8)
+            axes.plot(x, [min(matmul, copy * intensity) for intensity in x], color="grey", marker="", linewidth=0.8)
             axes.annotate(name, (x[-1], min(matmul, copy * x[-1])), fontsize=7)
         for provider in dict.fromkeys(row["provider"] for row in rows):
-            own = [row for row in rows if row["provider"] == provider]
-            rates = [row["flops"] / row["ms_p50"] / 1e9 for row in own]
-            axes.scatter([row["flops"] / row["bytes"] for row in own], rates, s=14, label=provider)
+            rows_of_provider = [row for row in rows if row["provider"] == provider]
+            rates = [row["flops"] / row["ms_p50"] / 1e9 for row in rows_of_provider]
+            axes.scatter([row["flops"] / row["bytes"] for row in rows_of_provider], rates, s=14, label=provider)
     return file

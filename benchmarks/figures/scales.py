@@ -76,10 +76,13 @@ def draw(saved: list[dict[str, Any]], target: Path = PICTURE) -> Path:
     with figure(target, (13, 4)) as page:
         time_axes, work_axes, setup_axes = page.subplots(1, 3)
         for number, side in enumerate(sides):
-            own = [latest[key] for key in sorted(latest) if key[0] == side]
-            batches, style = [row["batch"] for row in own], {"color": COLOURS[number], "marker": MARKERS[number]}
-            time_axes.plot(batches, [row["sample_s"] for row in own], label=f"{side}x{side}", **style)
-            naive = [row["pass_s"] * side**2 for row in own]
+            rows_of_side = [latest[key] for key in sorted(latest) if key[0] == side]
+            batches, style = (
+                [row["batch"] for row in rows_of_side],
+                {"color": COLOURS[number], "marker": MARKERS[number]},
+            )
+            time_axes.plot(batches, [row["sample_s"] for row in rows_of_side], label=f"{side}x{side}", **style)
+            naive = [row["pass_s"] * side**2 for row in rows_of_side]
             time_axes.plot(batches, naive, linestyle="--", **style)
         time_axes.set(xlabel="images a batch", ylabel="CPU seconds a batch", title="drawn, and (dashed) by the loop")
         time_axes.set_xscale("log", base=2)
@@ -109,8 +112,8 @@ def draw(saved: list[dict[str, Any]], target: Path = PICTURE) -> Path:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["measure"]:
-        for found in measure():
-            rows.save([found], ROWS)
-            seconds = {name: round(value, 4) for name, value in found.items() if name.endswith("_s")}
-            print(found["side"], found["batch"], seconds, math.ceil(found["work_ratio"]), flush=True)
+        for row in measure():
+            rows.save([row], ROWS)
+            seconds = {name: round(value, 4) for name, value in row.items() if name.endswith("_s")}
+            print(row["side"], row["batch"], seconds, math.ceil(row["work_ratio"]), flush=True)
     print(draw(rows.read(ROWS)))

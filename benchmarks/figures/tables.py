@@ -20,12 +20,12 @@ Group = dict[str, Row]  # the rows of one case, mode and number of threads, by p
 
 def groups(saved: Iterable[Row]) -> list[Group]:
     """Sorted by name; what says how the tests went is in none."""
-    found: dict[tuple[str | int, ...], Group] = {}
+    by_case: dict[tuple[str | int, ...], Group] = {}
     for row in saved:
         if row["op"] != rows.TESTS:
             key = (row["op"], row["shape"], row["dtype"], row["mode"], row["threads"] or 0)
-            found.setdefault(key, {})[row["provider"]] = row
-    return [found[key] for key in sorted(found)]
+            by_case.setdefault(key, {})[row["provider"]] = row
+    return [by_case[key] for key in sorted(by_case)]
 
 
 def best_rival(group: Group, figure: str = "ms_p50") -> Row | None:
@@ -64,10 +64,10 @@ def gpu_summary(gpu: str, saved: list[Row]) -> Iterator[str]:
         if (row := group.get("fastgen")) and (faster := speed_up(row, group)):
             measured.setdefault((row["op"], row["mode"]), []).append((faster, speed_up(row, group, "graph_ms_p50")))
     body = []
-    for (op, mode), found in measured.items():
-        direct, graphs = [one for one, _ in found], [graph for _, graph in found if graph]
+    for (op, mode), speed_ups in measured.items():
+        direct, graphs = [ratio for ratio, _ in speed_ups], [ratio for _, ratio in speed_ups if ratio]
         figures = [f"{value:.2f}" for value in (geometric_mean(direct), min(direct), max(direct))]
-        body.append([op, mode, len(found), *figures, f"{geometric_mean(graphs):.2f}" if graphs else "-"])
+        body.append([op, mode, len(speed_ups), *figures, f"{geometric_mean(graphs):.2f}" if graphs else "-"])
     yield from markdown("operation | mode | sizes | geometric mean | least | greatest | in CUDA graphs", body)
 
 
@@ -94,12 +94,12 @@ def gpu_table(gpu: str, saved: Iterable[Row]) -> str:
 
 
 def cpu_samples(saved: Iterable[Row]) -> dict[str, list[Group]]:
-    """Of each CPU, the models and numbers of threads that it has sampled with."""
-    found: dict[str, list[Group]] = {}
+    """CPU -> its groups of rows of sampling, one for each model and number of threads."""
+    by_cpu: dict[str, list[Group]] = {}
     ratios = [row for row in saved if row["op"] == "sampling" and not row["gpu"] and row["times_baseline"]]
     for cpu in sorted({row["cpu"] for row in ratios}):
-        found[cpu] = groups(row for row in ratios if row["cpu"] == cpu)
-    return found
+        by_cpu[cpu] = groups(row for row in ratios if row["cpu"] == cpu)
+    return by_cpu
 
 
 def _about(group: Group) -> tuple[str, int, str]:

@@ -22,20 +22,20 @@ class Case:
     Attributes:
         op: name of the operation or job, that of its file.
         shape: the size in words, e.g. "1024x4096".
-        dtype: of the float inputs.
+        dtype: dtype of the float inputs.
         inputs: device -> keyword arguments of the providers. Float tensors that require a gradient, and the
             parameters of modules, are differentiated.
         providers: name -> function of the inputs. The first is the baseline, which speed-ups refer to.
         truth: the same function in float64; None where nothing is compared. See also `exact`.
-        modes: of "fwd" (evaluation, no gradient recorded), "bwd" (the backward alone), "full" (forward and backward).
-        bytes: that a forward and a backward must move at least: inputs read once, results written once.
+        modes: some of "fwd" (no gradient recorded), "bwd" (the backward alone), "full" (forward and backward).
+        bytes: the least that a forward and a backward must move: inputs read once, results written once.
         flops: multiplications and additions of a forward and a backward, at least.
         given: inputs -> arguments for the comparison alone: noise that is otherwise drawn, fewer images.
         exact: truth takes the inputs as they are, and outputs must be equal to the last bit.
         landmarks: providers that compute something else (a lower bound, another recurrence): not compared, no rivals.
         tf32: whether all float32 products may be rounded to TF32 on a GPU, those of rivals as well.
         timed: False: only compared, each launch waited for.
-        threads: of a CPU, that it is measured with; None: as many as torch takes by itself.
+        threads: the number of threads of a CPU; None: as many as torch takes by itself.
         batch: images of one call, for plots over it.
         share: provider -> how much one call does of what the row times: 1/784 where it makes one of 784 passes (and is
             not compared), 1000 where it launches a thousand nodes and the time of one is the question. The row's times
@@ -74,7 +74,7 @@ class Case:
 
     @staticmethod
     def in_mode(work: tuple[int, int], mode: str) -> int | None:
-        """Of `bytes` or `flops`; None where they are not known."""
+        """The part of `bytes` or `flops` that a mode needs; None where they are not known."""
         return {"fwd": work[0], "bwd": work[1], "full": sum(work)}[mode] or None
 
     def without(self, *words: str) -> "Case":
@@ -115,7 +115,7 @@ def contenders(
 def leaves(inputs: Mapping[str, Any]) -> list[Tensor]:
     """The tensors to differentiate, each once."""
     values = (value.parameters() if isinstance(value, nn.Module) else [value] for value in inputs.values())
-    tensors = (x for some in values for x in some if isinstance(x, Tensor) and x.requires_grad)
+    tensors = (x for group in values for x in group if isinstance(x, Tensor) and x.requires_grad)
     return list({id(tensor): tensor for tensor in tensors}.values())
 
 
@@ -138,8 +138,8 @@ def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
 
 
 def cotangents(outputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """What the backward starts from: every element of an output counts differently. In the layout of the output, as
-    the gradient comes from a next layer."""
+    """The gradients that a backward starts from. Every element of an output counts differently, and the layout is that
+    of the output, as it would be of a gradient from a next layer."""
     weights = (torch.linspace(0.5, 1.5, out.numel(), device=out.device).view(out.shape) for out in outputs)
     return [torch.empty_like(out).copy_(weight) for out, weight in zip(outputs, weights, strict=True)]
 

@@ -19,17 +19,17 @@ from benchmarks.harness.session import Session
 LIMIT = {torch.float64: 0.1, torch.float32: 0.1, torch.bfloat16: 0.5, torch.float16: 0.5}
 
 
-def relative_error(found: Tensor | None, expected: Tensor | None) -> float:
+def relative_error(actual: Tensor | None, expected: Tensor | None) -> float:
     """Largest difference over the largest expected size; a missing gradient counts as zeros."""
     if expected is None:
-        return 0.0 if found is None else math.inf
+        return 0.0 if actual is None else math.inf
     expected = expected.detach().double()
-    found = torch.zeros_like(expected) if found is None else found.detach().double()
-    if found.shape != expected.shape:
+    actual = torch.zeros_like(expected) if actual is None else actual.detach().double()
+    if actual.shape != expected.shape:
         return math.inf
     if expected.numel() == 0:
         return 0.0
-    error = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+    error = ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
     return error if math.isfinite(error) else math.inf
 
 
@@ -43,7 +43,7 @@ def evaluate(case: Case, call: Callable, inputs: dict[str, Any]) -> list[Tensor 
 
 @dataclass
 class Checked:
-    """What came of a provider's comparison with float64; first_call_s contains its compilation and autotuning."""
+    """The result of a provider's comparison with float64; first_call_s contains its compilation and autotuning."""
 
     problem: str = ""
     error: float | None = None
@@ -77,9 +77,9 @@ def compare(case: Case, inputs: dict[str, Any], session: Session) -> dict[str, C
             session.doing(case, name) as problems,
             launches.recorded(functools.partial(session.tell, "kernel")) as launched,
         ):
-            found = evaluate(case, call, inputs)
-            errors = [relative_error(a, b) for a, b in zip(found, expected, strict=True)]
-            del found
+            actual = evaluate(case, call, inputs)
+            errors = [relative_error(a, b) for a, b in zip(actual, expected, strict=True)]
+            del actual
         if problems:
             results[name] = Checked(problems[0], launched=launched)
             continue

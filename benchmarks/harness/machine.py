@@ -43,13 +43,13 @@ def power_state(device: torch.device) -> dict[str, str]:
 
 def cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+    model_name = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return model_name.group(1).strip() if model_name else platform.processor() or platform.machine()
 
 
 def allow_tf32(allowed: bool = True) -> None:
-    """For all float32 products, of convolutions and of matrices, of rivals and of fastgen. Nothing is read: torch's
-    older getters raise where a newer setting was used."""
+    """Allows or forbids TF32 in all float32 products, of convolutions and of matrices, of rivals and of fastgen. It
+    reads no setting: torch's older getters raise where a newer setting was used."""
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     torch.backends.cudnn.allow_tf32 = allowed
 
@@ -70,14 +70,14 @@ def facts(kind: str | None = None) -> dict[str, Any]:
     name = None if kind == "cpu" else gpu()
     if kind == "cuda" and name is None:
         raise ValueError("--device cuda: torch finds no CUDA GPU")
-    found = importlib.util.find_spec("triton")
+    triton = importlib.util.find_spec("triton")
     return {
         "gpu": name,
         "driver": _smi("driver_version")[0] if name else None,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if name else None,
         "torch": torch.__version__,
-        "triton": importlib.import_module("triton").__version__ if found else None,
+        "triton": importlib.import_module("triton").__version__ if triton else None,
         "python": platform.python_version(),
         "cpu": cpu_name(),
         "commit": commit(),
@@ -95,9 +95,9 @@ def commit() -> str:
 
     In a copy without its history, the environment variable FASTGEN_COMMIT says which commit it was made of.
     """
-    found = _output("git", "rev-parse", "HEAD")
+    head = _output("git", "rev-parse", "HEAD")
     changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
-    return (found + "+changes" if changed else found) or os.environ.get("FASTGEN_COMMIT") or "unknown"
+    return (head + "+changes" if changed else head) or os.environ.get("FASTGEN_COMMIT") or "unknown"
 
 
 def source_sha256() -> str:

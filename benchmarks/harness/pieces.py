@@ -15,7 +15,7 @@ from benchmarks.harness.rows import Row
 from benchmarks.harness.runner import empty_row, measure
 from benchmarks.harness.session import DeviceLost, Session
 
-Save = Callable[[Case, list[Row]], Any]
+Save = Callable[[Case, Row], Any]
 
 
 class Piece(Task):
@@ -23,8 +23,8 @@ class Piece(Task):
 
     Attributes:
         cases: those that are not done yet.
-        provider: what is being compared or timed, None where it is the case's own inputs or truth.
-        kernels: that the provider has launched, one a launch.
+        provider: the provider that is compared or timed now, None while the case's inputs or truth are computed.
+        kernels: names of the kernels that the provider has launched, one a launch.
     """
 
     def __init__(self, cases: list[Case], session: Session, save: Save) -> None:
@@ -60,7 +60,7 @@ class Piece(Task):
             self.kernels.append(news)
         elif kind == "row":
             self.done.add((news["provider"], news["mode"]))
-            self.save(self.cases[0], [news])
+            self.save(self.cases[0], news)
 
     def died(self, how: str) -> "Piece | None":
         """Saves the rows of what was being done, or of all providers where it was none's; the rest goes on."""
@@ -72,7 +72,8 @@ class Piece(Task):
         for name in case.providers:
             lacking = [mode for mode in case.timed_modes(name) if (name, mode) not in self.done]
             if name in dead:
-                self.save(case, [empty_row(case, self.session, name, mode, checked) for mode in lacking])
+                for mode in lacking:
+                    self.save(case, empty_row(case, self.session, name, mode, checked))
             elif not lacking:
                 dead.append(name)  # of a mode, all providers have rows or none
         if alive := set(case.providers) - set(dead):

@@ -25,10 +25,10 @@ def header(session: Session) -> None:
 
 
 def rates(session: Session) -> None:
-    for threads, found in session.rates.items():
-        own = ", ".join(f"{name} matmul {rate:.3g} TFLOP/s" for name, rate in found.items() if name != "copy")
+    for threads, measured in session.rates.items():
+        matmuls = ", ".join(f"{name} matmul {rate:.3g} TFLOP/s" for name, rate in measured.items() if name != "copy")
         where = "" if threads is None else f" with {threads} threads"
-        print(f"copy {found['copy']:.0f} GB/s, {own}{where} (measured)", flush=True)
+        print(f"copy {measured['copy']:.0f} GB/s, {matmuls}{where} (measured)", flush=True)
 
 
 def number(value: float | None, form: str = ".4g") -> str:
@@ -36,13 +36,13 @@ def number(value: float | None, form: str = ".4g") -> str:
 
 
 def share(row: Row) -> str:
-    """What of its work a row's call did, where that was not all, or more."""
+    """Says how much of the work, or how many times it, the row's call did; "" where it did it once."""
     part = row.get("share") or 1
     return f"extrapolated from 1/{1 / part:.0f} of it" if part < 1 else f"one of {part:.0f}" if part > 1 else ""
 
 
 def line(row: Row) -> str:
-    """Of a row, under COLUMNS; a problem last."""
+    """The line of a row under COLUMNS; a problem comes last."""
     spread = f"{row['ms_p20']:.3g}..{row['ms_p80']:.3g}" if row["ms_p50"] else "-"
     cells = [row["mode"], number(row["ms_p50"]), spread, number(row["times_baseline"], ".2f")]
     cells += [number(row.get("wall_ms_p50")), number(row.get("graph_ms_p50")), number(row.get("host_us"), ".3g")]
@@ -70,7 +70,7 @@ def changes(old: list[Row], new: list[Row]) -> list[str]:
     percentile are apart, and the medians differ by more than 3 %. Then one for each row that has a problem instead of
     the time that it had."""
     before = {rows.key(row): row for row in old if row.get("ms_p50")}
-    found, failing = list[tuple[float, str]](), list[str]()
+    changed, failing = list[tuple[float, str]](), list[str]()
     for row in new:
         past, name = (
             before.get(rows.key(row)),
@@ -84,8 +84,8 @@ def changes(old: list[Row], new: list[Row]) -> list[str]:
         ratio, apart = row["ms_p50"] / past["ms_p50"], row["ms_p20"] > past["ms_p80"] or row["ms_p80"] < past["ms_p20"]
         if apart and abs(ratio - 1) > NOISE:
             how = f"{max(ratio, 1 / ratio):.2f} times {'slower' if ratio > 1 else 'faster'}"
-            found.append((ratio, f"{name}: {past['ms_p50']:.4g} -> {row['ms_p50']:.4g} ms, {how}"))
-    return [text for _, text in sorted(found, reverse=True)] + failing
+            changed.append((ratio, f"{name}: {past['ms_p50']:.4g} -> {row['ms_p50']:.4g} ms, {how}"))
+    return [text for _, text in sorted(changed, reverse=True)] + failing
 
 
 def kernels(saved: list[Row], names: Iterable[str]) -> list[str]:
@@ -108,7 +108,7 @@ def kernels(saved: list[Row], names: Iterable[str]) -> list[str]:
         timed = [row for row in launched if row.get("ms_p50")]
         by = {"dead": [row for row in launched if row.get("died_in") == name]}
         by |= {word: [row for row in launched if row.get("verdict") == word] for word in ("wrong", "correct")}
-        word = next((word for word, found in by.items() if found), "not launched")
+        word = next((word for word in by if by[word]), "not launched")
         times = f"times {age(timed)} ({len(timed)} rows)"
         errors = [row["error"] for row in launched if row["error"] is not None]
         largest = f"largest error {max(errors):.1e}" if errors else ""

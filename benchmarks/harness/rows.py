@@ -49,13 +49,13 @@ def load(path: Path) -> list[Row]:
     """
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
-    found = {}
+    latest = {}
     for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
         for number, row in enumerate(read(file), 1):
             if not {"op", "mode", "provider"} <= row.keys():
                 raise ValueError(f"{file}:{number}: not a row of benchmark results")
-            found[key(row)] = row
-    return list(found.values())
+            latest[key(row)] = row
+    return list(latest.values())
 
 
 def save(rows: Iterable[Row], file: Path) -> None:
@@ -82,7 +82,7 @@ def still_true(case: Case, provider: str, facts: Row, saved: Mapping[tuple, Row]
     """The saved rows (by key) of a provider, failures among them; [] where one is missing or outdated: the versions
     must be today's, and so must the kernels that the row ran, or the whole source where it ran none. A rival in plain
     PyTorch does not depend on the source. With `timed`, a row that only says that a result is right does not do."""
-    found = []
+    rows = []
     for mode in case.timed_modes(provider):
         wanted = {"op": case.op, "shape": case.shape, "mode": mode, "dtype": name_of(case.dtype)}
         row = saved.get(key({**facts, **wanted, "provider": provider, "threads": case.threads}))
@@ -92,20 +92,20 @@ def still_true(case: Case, provider: str, facts: Row, saved: Mapping[tuple, Row]
         same = state(row) == "fresh" if row["kernels"] else row.get("source_sha256") == facts["source_sha256"]
         if not (rival or same) or (timed and case.timed and not row["ms_p50"] and not row["problem"]):
             return []
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
-def left(some: Iterable[Case], facts: Row, saved: Mapping[tuple, Row], *, timed: bool = True) -> list[Case]:
+def left(candidates: Iterable[Case], facts: Row, saved: Mapping[tuple, Row], *, timed: bool = True) -> list[Case]:
     """The cases with those providers whose rows are not `still_true`, and beside them the baseline, if it lives."""
-    found = []
-    for case in some:
-        done = {name: still_true(case, name, facts, saved, timed=timed) for name in case.providers}
-        lacking = {name for name, own in done.items() if not own}
-        dead = {name for name, own in done.items() if own and own[0]["verdict"] == "dead"}
+    cases = []
+    for case in candidates:
+        true_rows = {name: still_true(case, name, facts, saved, timed=timed) for name in case.providers}
+        lacking = {name for name, rows in true_rows.items() if not rows}
+        dead = {name for name, rows in true_rows.items() if rows and rows[0]["verdict"] == "dead"}
         if lacking:
-            found.append(case.only(lacking | ({case.baseline} - dead)))
-    return found
+            cases.append(case.only(lacking | ({case.baseline} - dead)))
+    return cases
 
 
 def state(row: Row) -> str:

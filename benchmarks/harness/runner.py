@@ -38,8 +38,9 @@ def verdict(error: float | None, problem: str) -> str | None:
 
 def went_wrong(row: Row) -> bool:
     """Whether a run with this row must fail: a wrong result, of whatever provider, or fastgen itself did not run."""
-    own = row["provider"] in ("fastgen", f"fastgen, {INTERPRETED}")
-    return row["verdict"] == "wrong" or (own and row["verdict"] == "dead" and OUT_OF_MEMORY not in row["problem"])
+    is_fastgen = row["provider"] in ("fastgen", f"fastgen, {INTERPRETED}")
+    died = row["verdict"] == "dead" and OUT_OF_MEMORY not in row["problem"]
+    return row["verdict"] == "wrong" or (is_fastgen and died)
 
 
 def prepare(case: Case, call: Callable, mode: str, inputs: dict[str, Any]) -> Callable[[], Any]:
@@ -170,7 +171,7 @@ def _time(case: Case, session: Session, mode: str, inputs: dict[str, Any], rows:
 
 
 def _of_the_floor(row: Row) -> Row:
-    """Which part of the measured copy bandwidth and matmul rate the floor's bytes and operations in this time are."""
+    """The floor's bytes and operations over the time, as parts of the measured copy bandwidth and matmul rate."""
 
     def fraction(work: int | None, rate: float | None) -> float | None:
         return work / (row["ms_p50"] / 1e3) / rate if work and rate and row["ms_p50"] else None

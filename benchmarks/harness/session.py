@@ -37,11 +37,11 @@ class Session:
 
     Attributes:
         facts: what every row says of the machine, `machine.facts`.
-        command: that was given.
+        command: the command line, for the rows.
         budget: seconds of samples for one provider in one mode.
         timing: False: only compare, take no time.
         patience: seconds that one step of one provider (its comparison, some samples) may take, compilation included.
-        rates: of `timing.rates`, by number of threads (None on a GPU); empty where they were not measured.
+        rates: results of `timing.rates` by number of threads (None on a GPU); empty where they were not measured.
         tell: is told ("doing", provider), ("kernel", name) before a launch, and ("row", row).
     """
 

@@ -23,9 +23,9 @@ class Samples(dict[str, list[float]]):
 
     def figures(self, share: float = 1) -> dict[str, float | int]:
         """Fields of a row: the quantiles of `ms` and the medians of the rest, over the `share` of a call."""
-        found = {f"ms_p{int(100 * q)}": quantile(self["ms"], q) / share for q in (0.2, 0.5, 0.8)}
-        found |= {name: quantile(values, 0.5) / share for name, values in self.items() if name != "ms"}
-        return {**found, "samples": len(self["ms"])}
+        fields = {f"ms_p{int(100 * q)}": quantile(self["ms"], q) / share for q in (0.2, 0.5, 0.8)}
+        fields |= {name: quantile(values, 0.5) / share for name, values in self.items() if name != "ms"}
+        return {**fields, "samples": len(self["ms"])}
 
 
 class CpuTimer:

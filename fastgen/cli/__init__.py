@@ -32,17 +32,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        found, unknown = self.parse_known_args(args, namespace)
-        parser = getattr(found, "parser", self)
+        parsed, unknown = self.parse_known_args(args, namespace)
+        parser = getattr(parsed, "parser", self)
         if unknown:
             options = [option for action in parser._actions for option in action.option_strings]
             close = get_close_matches(unknown[0].partition("=")[0], options, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             parser.error(f"unrecognized argument {unknown[0]!r}{hint}")
         for action in parser.needed:
-            if getattr(found, action.dest) is None:
+            if getattr(parsed, action.dest) is None:
                 parser.error(f"{action.option_strings[0]} is needed")
-        return found
+        return parsed
 
 
 def build_parser() -> Parser:

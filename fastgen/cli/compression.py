@@ -61,8 +61,8 @@ def run_compress(arguments: argparse.Namespace) -> int:
         split = split[: arguments.n]
     images, classes = split.images.long(), None if model.n_classes is None else split.labels
     stream, there = _timed("compress", model, images, classes)
-    found, back = _timed("decompress", model, stream, classes)
-    if not torch.equal(found, images):
+    decoded, back = _timed("decompress", model, stream, classes)
+    if not torch.equal(decoded, images):
         raise RuntimeError("the images that came back are not those that were compressed: this is a bug")
     prefix = b"" if classes is None else _with_classes(classes, model.n_classes)
     files.write_atomically({path: prefix + stream})
@@ -123,14 +123,14 @@ def _timed(name: str, model: Any, given: Any, classes: "Tensor | None") -> tuple
 
     start = time.perf_counter()
     try:
-        found = getattr(fastgen, name)(model, given, condition=classes)
+        result = getattr(fastgen, name)(model, given, condition=classes)
     except ImportError as error:
         raise ValueError(str(error)) from error
-    return found, time.perf_counter() - start
+    return result, time.perf_counter() - start
 
 
 def _seconds_of_a_pass(model: Any, images: "Tensor", classes: "Tensor | None") -> float:
-    """Of the model over as many images as run well together, for each of them."""
+    """Seconds an image of one pass of the model over as many images as run well together."""
     import torch
 
     device = next(model.parameters()).device
@@ -198,8 +198,8 @@ def other_codecs(images: "Tensor", levels: int) -> dict[str, int]:
         return len(buffer.getvalue())
 
     names = {"PNG": "PNG, optimized", "WebP": "WebP, lossless", "JXL": "JPEG XL, lossless"}
-    found = {}
+    sizes = {}
     for name in options:
-        found[f"{names[name]}, a file an image"] = sum(size(image, name) for image in pixels)
-        found[f"{names[name]}, one picture"] = size(sheet, name)
-    return found
+        sizes[f"{names[name]}, a file an image"] = sum(size(image, name) for image in pixels)
+        sizes[f"{names[name]}, one picture"] = size(sheet, name)
+    return sizes

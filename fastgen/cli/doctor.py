@@ -80,11 +80,9 @@ def gpus() -> list[str]:
         return [f"none: torch {torch.__version__} finds no GPU or no driver"]
     lines = []
     for index in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(index)
-        memory = f"{found.total_memory / 2**30:.0f} GiB, {found.multi_processor_count} multiprocessors"
-        lines.append(
-            f"{found.name}, compute capability {found.major}.{found.minor}, {memory}, CUDA {torch.version.cuda}"
-        )
+        gpu = torch.cuda.get_device_properties(index)
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB, {gpu.multi_processor_count} multiprocessors"
+        lines.append(f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {memory}, CUDA {torch.version.cuda}")
     return lines
 
 
@@ -114,19 +112,19 @@ def kernels(reason: str) -> list[tuple[str, str]]:
         families = {file.parent.name for file in files if "@triton.jit" in file.read_text()}
         return [(family, "no Triton") for family in sorted(families)]
     short = reason.partition(" (")[0]
-    found = []
+    lines = []
     for full in sorted(info.name for info in pkgutil.walk_packages(package.__path__, "fastgen.kernels.")):
         name = full.split(".")[2]
         try:
             module = importlib.import_module(full)
         except Exception as error:  # whatever stops a kernel from being defined is what the reader wants to know
-            found.append((name, f"cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}"))
+            lines.append((name, f"cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}"))
             continue
         entries: dict[str, list[Any]] = {}
         for entry in getattr(module, "CATALOGUE", []):
             entries.setdefault(entry.kernel.__name__, []).append(entry)
-        found += [(f"{name}.{kernel}", short or _skipped(configs)) for kernel, configs in entries.items()]
-    return found
+        lines += [(f"{name}.{kernel}", short or _skipped(configs)) for kernel, configs in entries.items()]
+    return lines
 
 
 def _skipped(entries: list[Any]) -> str:

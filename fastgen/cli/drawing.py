@@ -127,8 +127,8 @@ def draw(model: Any, arguments: argparse.Namespace, condition: "Tensor | None") 
 def _sampler(model: Any, arguments: argparse.Namespace, classes: "Tensor | None") -> Any:
     from fastgen import accelerate
 
-    one = None if classes is None else classes[:1]
-    return accelerate(model, model.shape, distribution=model.distribution, condition=one, backend=arguments.backend)
+    example = None if classes is None else classes[:1]
+    return accelerate(model, model.shape, distribution=model.distribution, condition=example, backend=arguments.backend)
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:

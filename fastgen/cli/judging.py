@@ -92,12 +92,12 @@ def run_classify(arguments: argparse.Namespace) -> int:
     images = split.images.long()
     with torch.no_grad():
         direct = torch.cat([rival(part.to(device)).cpu() for part in images.split(options["batch_size"])])
-    found = {
+    log_probs_by_name = {
         f"{type(model).__name__} by Bayes' rule": likelihood.class_posterior(model, images, **options).log_probs,
         "discriminative network": direct,
     }
     print(f"{len(images)} {arguments.split} images of {dataset.name}, {model.n_classes} classes")
-    judged = {name: calibration(log_probs, split.labels) for name, log_probs in found.items()}
+    judged = {name: calibration(log_probs, split.labels) for name, log_probs in log_probs_by_name.items()}
     for (name, result), size in zip(judged.items(), (_size(model), _size(rival)), strict=True):
         print(f"{name} ({size:,} parameters): {result}")
         print(_reliability(result))
@@ -111,7 +111,7 @@ def run_classify(arguments: argparse.Namespace) -> int:
 
 
 def _reliability(result: "Calibration") -> str:
-    """Of the bins that have images: their confidence, the share that is right, their number."""
+    """A line with each bin that has images: its confidence, the share that is right, the number of images."""
     bins = zip(result.confidence.tolist(), result.right.tolist(), result.images.tolist(), strict=True)
     parts = [f"{confidence:.2f}: {right:.2f} ({images})" for confidence, right, images in bins if images]
     return f"  confidence: share right (images)  {'  '.join(parts)}"
@@ -134,29 +134,29 @@ def run_score(arguments: argparse.Namespace) -> int:
     model, dataset, split, options = _loaded(arguments)
     background = _background(arguments, model, dataset)
     scorer = Scorer(model, background, dataset, **options)
-    found = scorer(split.images)
+    scores = scorer(split.images)
     buffer = io.StringIO()
     rows = csv.writer(buffer, lineterminator="\n")
     rows.writerow(["image", "label", "log_p_nats", "bits_per_dim", "likelihood_ratio_nats", "typicality_nats"])
     labels = [""] * len(split) if split.labels is None else split.labels.tolist()
-    columns = (found.log_prob, bits_per_dim(-found.log_prob, model.shape), found.likelihood_ratio, found.typicality)
+    columns = (scores.log_prob, bits_per_dim(-scores.log_prob, model.shape), scores.likelihood_ratio, scores.typicality)
     values = zip(*(column.tolist() for column in columns), strict=True)
     for place, (label, of_image) in enumerate(zip(labels, values, strict=True)):
         rows.writerow([place, label, *(f"{value:.6g}" for value in of_image)])
     files.write_atomically({path: buffer.getvalue().encode()})
-    mean = -found.log_prob.mean()
+    mean = -scores.log_prob.mean()
     print(
         f"{len(split)} {arguments.split} images of {dataset.name} in {path}: {mean:.2f} nats an image, "
         f"{bits_per_dim(mean, model.shape):.3f} bits/dim"
     )
     if isinstance(model, AutoregressiveModel):
         maps = path.with_suffix(".png")
-        _write_maps(model, split, found.log_prob.argsort(), min(arguments.maps, len(split)), maps)
+        _write_maps(model, split, scores.log_prob.argsort(), min(arguments.maps, len(split)), maps)
         print(f"the least likely images and the most likely, with the surprise at each pixel, in {maps}")
     generator = torch.Generator().manual_seed(arguments.seed)
     others = {kind: scorer(images) for kind, images in strangers(split.images, model.levels, generator).items()}
     print("AUROC against " + "".join(f"{name:>18}" for name in SCORES))
-    for kind, row in aurocs(found, others).items():
+    for kind, row in aurocs(scores, others).items():
         print(f"{kind:<14}" + "".join(f"{value:18.3f}" for value in row.values()))
     return 0
 

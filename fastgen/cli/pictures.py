@@ -127,12 +127,12 @@ def _array(path: str) -> Any:
     import numpy as np
 
     try:
-        found = np.load(path, allow_pickle=False)
-        if isinstance(found, np.ndarray):
-            return found
-        with found:
-            names = found.files
-            return found["images" if "images" in names else names[0]]
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            names = loaded.files
+            return loaded["images" if "images" in names else names[0]]
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
     except Exception as error:  # NumPy has no kind of its own for a damaged file, or for one that holds objects

@@ -115,26 +115,26 @@ def assemble(
         raise ValueError(f"{source}: has no training images")
     images = {name: _channels_first(array, f"{source}: {name}") for name, (array, _) in splits.items()}
     levels, note = _levels(images, levels, source, files)
-    found = {
+    assembled = {
         name: Split(
             _tensor(array, levels, f"{source}: {name}"), _classes(splits[name][1], len(array), f"{source}: {name}")
         )
         for name, array in images.items()
     }
-    missing = [name for name in ("test", "validation") if name not in found]
+    missing = [name for name in ("test", "validation") if name not in assembled]
     if missing:
-        train = found["train"]
+        train = assembled["train"]
         kept, parts = hold_out(len(train), missing, source)
-        found |= {name: train[places] for name, places in parts.items()}
-        found["train"] = train[kept]
-    shapes = {name: tuple(split.images.shape[1:]) for name, split in found.items()}
+        assembled |= {name: train[places] for name, places in parts.items()}
+        assembled["train"] = train[kept]
+    shapes = {name: tuple(split.images.shape[1:]) for name, split in assembled.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"{source}: the images of its splits differ in shape: {shapes}")
-    labels = [split.labels for split in found.values()]
+    labels = [split.labels for split in assembled.values()]
     n_classes = None
     if all(part is not None for part in labels):
         n_classes = int(torch.cat([part for part in labels if part is not None]).max()) + 1
-    return Dataset(source, levels, n_classes, found["train"], found["validation"], found["test"], note=note)
+    return Dataset(source, levels, n_classes, assembled["train"], assembled["validation"], assembled["test"], note=note)
 
 
 def _channels_first(images: np.ndarray, source: str) -> np.ndarray:

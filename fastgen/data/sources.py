@@ -119,15 +119,15 @@ def folder(path: str, levels: int | None = None, resize: int | None = None, crop
     files = {name: image_files(part) for name, part in roots.items()}
     if not files["train"]:
         raise ValueError(f"{source}: has no image files ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    kinds = {name: [file.relative_to(roots[name]).parts[:-1][:1] for file in found] for name, found in files.items()}
-    names = sorted({kind for found in kinds.values() for kind in found})
-    every = read_pixels(((str(file), file) for found in files.values() for file in found), source, resize, crop)
+    kinds = {name: [file.relative_to(roots[name]).parts[:-1][:1] for file in part] for name, part in files.items()}
+    names = sorted({kind for part in kinds.values() for kind in part})
+    every = read_pixels(((str(file), file) for part in files.values() for file in part), source, resize, crop)
     splits, start = {}, 0
-    for name, found in files.items():
-        if found:
+    for name, part in files.items():
+        if part:
             labels = None if () in names else np.array([names.index(kind) for kind in kinds[name]])
-            splits[name] = (every[start : start + len(found)], labels)
-            start += len(found)
+            splits[name] = (every[start : start + len(part)], labels)
+            start += len(part)
     return assemble(splits, levels, source, files=True)
 
 
@@ -244,9 +244,9 @@ def _fetched(name: str, url: str, md5: str) -> Path:
             content = response.read()
     except OSError as error:
         raise OSError(f"{url}{path.name} cannot be downloaded ({error}); put the file at {path} by hand") from error
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if found != md5:
-        raise ValueError(f"{url}{path.name}: its MD5 is {found}, expected {md5}; nothing was saved")
+    actual = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if actual != md5:
+        raise ValueError(f"{url}{path.name}: its MD5 is {actual}, expected {md5}; nothing was saved")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically({path: content})
     return path

@@ -13,8 +13,8 @@ def uniform_bits_per_dim(dataset: Dataset) -> float:
 
 
 def histogram_bits_per_dim(dataset: Dataset, split: Split) -> float:
-    """For each position and channel a histogram of the training and validation images, every count one higher (so that
-    no level has probability 0); its bits/dim on a split."""
+    """Bits/dim of a split by histograms of the training and validation images, one for each position and channel. Every
+    count is one higher, so that no level has probability 0."""
     seen = torch.cat((dataset.train.images, dataset.validation.images)).flatten(1).long()
     counts = torch.ones(seen.shape[1], dataset.levels, dtype=torch.float64)
     counts.scatter_add_(1, seen.T, torch.ones(seen.T.shape, dtype=torch.float64))

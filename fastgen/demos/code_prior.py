@@ -68,8 +68,8 @@ class VQVAE(nn.Module):
         if self.training:
             self._follow(flat, chosen)
         vectors = self.codebook[chosen].view_as(features.movedim(1, -1)).movedim(-1, 1)
-        through = features + (vectors - features).detach()
-        return F.mse_loss(self.decoder(through), x) + COMMITMENT * F.mse_loss(features, vectors)
+        straight_through = features + (vectors - features).detach()  # the vectors, with the gradient of the features
+        return F.mse_loss(self.decoder(straight_through), x) + COMMITMENT * F.mse_loss(features, vectors)
 
     def _follow(self, flat: Tensor, chosen: Tensor) -> None:
         counts = torch.bincount(chosen, minlength=len(self.counts)).to(flat.dtype)

@@ -107,7 +107,7 @@ def _fastest_thread_count(model: GatedPixelCNN, split: data.Split) -> int:
 
 
 def _versions() -> dict[str, str | None]:
-    """Of the packages that the numbers could depend on; None where one is not installed."""
+    """Versions of the packages that the numbers could depend on; None where one is not installed."""
     found: dict[str, str | None] = {}
     for name in ("torch", "triton", "numpy", "scikit-learn"):
         try:

@@ -157,9 +157,9 @@ def run(
         with torch.no_grad():
             log_q = torch.cat([log_prob(network, part) for part in parts]).double()
         spins = 2 * torch.cat(parts).double() - 1
-        found = estimate(temperature, energy(spins), log_q, sites)
+        estimates = estimate(temperature, energy(spins), log_q, sites)
         numbers[str(temperature)] = {
-            **found._asdict(),
+            **estimates._asdict(),
             "exact": kaufman(side, side, temperature),
             "infinite": onsager(temperature),
             "energy": energy(spins).mean().item() / sites,

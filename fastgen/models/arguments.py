@@ -1,4 +1,5 @@
-"""Checks of arguments that all models share. Values of tensors are read only where `may_read_values` allows it."""
+"""What all models do with their arguments: checks, and levels as floats. Values of tensors are read only where
+`may_read_values` allows it."""
 
 from typing import Any
 
@@ -6,6 +7,30 @@ import torch
 from torch import Tensor
 
 from fastgen.ops._implementation import may_read_values
+
+
+def check_shape(shape: Any) -> None:
+    """Raises ValueError where the shape of an image is not three positive ints."""
+    if len(shape) != 3 or any(not isinstance(size, int) or size < 1 for size in shape):
+        raise ValueError(f"shape must be three positive ints (C, H, W), got {shape!r}")
+
+
+def check_counts(least: int = 1, **counts: Any) -> None:
+    """Raises ValueError naming the first argument that is no int, or below `least`."""
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < least:
+            raise ValueError(f"{name} must be an int >= {least}, got {count!r}")
+
+
+def as_floats(x: Tensor, shape: tuple[int, ...], levels: int, dtype: torch.dtype) -> Tensor:
+    """Integer levels (B, C, H, W) as floats in [-1, 1]; a float tensor is taken as encoded already.
+
+    Raises:
+        ValueError: x is not (B, *shape).
+    """
+    if x.dim() != 4 or tuple(x.shape[1:]) != tuple(shape):
+        raise ValueError(f"x must have the shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
+    return x.to(dtype) if x.is_floating_point() else x.to(dtype) / (levels - 1) * 2 - 1
 
 
 def check_condition(condition: Any, n_classes: int | None) -> None:
@@ -23,14 +48,21 @@ def check_condition(condition: Any, n_classes: int | None) -> None:
     if condition is None:
         return
     assert n_classes is not None  # as above
-    found = torch.tensor(condition) if type(condition) is int else condition
-    if not isinstance(found, Tensor) or found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
-        kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
+    classes = torch.tensor(condition) if type(condition) is int else condition
+    if (
+        not isinstance(classes, Tensor)
+        or classes.is_floating_point()
+        or classes.is_complex()
+        or classes.dtype == torch.bool
+    ):
+        kind = classes.dtype if isinstance(classes, Tensor) else type(classes).__name__
         raise TypeError(f"condition must be an integer tensor of classes 0..{n_classes - 1}, got {kind}")
-    if not may_read_values(found) or torch._C._len_torch_dispatch_stack() > 0 or not found.numel():
+    if not may_read_values(classes) or torch._C._len_torch_dispatch_stack() > 0 or not classes.numel():
         return
-    if not 0 <= int(found.min()) <= int(found.max()) < n_classes:
-        raise ValueError(f"condition must hold classes 0..{n_classes - 1}, got {int(found.min())}..{int(found.max())}")
+    if not 0 <= int(classes.min()) <= int(classes.max()) < n_classes:
+        raise ValueError(
+            f"condition must hold classes 0..{n_classes - 1}, got {int(classes.min())}..{int(classes.max())}"
+        )
 
 
 def check_levels(x: Any, levels: int) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgen.models.arguments import check_condition
-from fastgen.models.networks import Decoder, Encoder, as_floats, check_arguments
+from fastgen.models.arguments import as_floats, check_condition, check_counts
+from fastgen.models.networks import Decoder, Encoder, check_network
 from fastgen.models.rebuildable import Rebuildable
 
 
@@ -39,9 +39,8 @@ class Autoencoder(Rebuildable):
         hidden: int = 512,
     ) -> None:
         super().__init__()
-        check_arguments(shape, network, latent_dim=latent_dim)
-        if not isinstance(levels, int) or levels < 2:
-            raise ValueError(f"levels must be an int >= 2, got {levels!r}")
+        check_network(shape, network, latent_dim=latent_dim)
+        check_counts(2, levels=levels)
         self.shape = tuple(shape)
         self.latent_dim = latent_dim
         self.levels = levels

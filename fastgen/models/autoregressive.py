@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastgen import ops
 from fastgen.distributions import Categorical, Distribution
-from fastgen.models.arguments import check_condition, check_levels
+from fastgen.models.arguments import as_floats, check_condition, check_levels, check_shape
 from fastgen.models.rebuildable import Rebuildable
 
 if TYPE_CHECKING:
@@ -34,8 +34,7 @@ class AutoregressiveModel(Rebuildable):
         n_classes: int | None = None,
     ) -> None:
         super().__init__()
-        if len(shape) != 3 or any(not isinstance(size, int) or size < 1 for size in shape):
-            raise ValueError(f"shape must be three positive ints (C, H, W), got {shape!r}")
+        check_shape(shape)
         self.shape: tuple[int, int, int] = (shape[0], shape[1], shape[2])
         self.levels = levels
         self.distribution = distribution
@@ -49,12 +48,8 @@ class AutoregressiveModel(Rebuildable):
         Raises:
             ValueError: x is not (B, *shape).
         """
-        if x.dim() != 4 or tuple(x.shape[1:]) != self.shape:
-            raise ValueError(f"x must have the shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
-        if x.is_floating_point():
-            return x
-        dtype = next(self.parameters()).dtype
-        return x.to(dtype) / (self.levels - 1) * 2 - 1
+        dtype = x.dtype if x.is_floating_point() else next(self.parameters()).dtype
+        return as_floats(x, self.shape, self.levels, dtype)
 
     def check_condition(self, condition: Tensor | None) -> None:
         """Raises ValueError or TypeError where a class is missing, wrong, or given to an unconditional model."""

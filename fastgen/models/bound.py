@@ -1,4 +1,4 @@
-"""What a VAE's training step measures."""
+"""The evidence lower bound of a VAE's training step, and its parts."""
 
 import math
 from typing import Any, NamedTuple

@@ -4,6 +4,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from fastgen.models.arguments import check_counts
 from fastgen.models.softmax import SoftmaxModel, channels_of, head_of, logits_of_colours
 from fastgen.nn import GatedMaskedBlock
 
@@ -35,8 +36,7 @@ class GatedPixelCNN(SoftmaxModel):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(shape, levels, n_classes)
-        if not isinstance(layers, int) or layers < 1:
-            raise ValueError(f"layers must be an int >= 1, got {layers!r}")
+        check_counts(layers=layers)
         colours = shape[0]
         channels = channels_of(channels, colours, 32)
         self.note_argument("channels", channels)

@@ -2,9 +2,9 @@
 
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 
+from fastgen.models.arguments import check_counts, check_shape
 from fastgen.nn.gated import ClassBias
 
 NETWORKS = ("convolutional", "mlp")
@@ -34,7 +34,7 @@ class Encoder(nn.Module):
         self, shape: Shape, outputs: int, *, network: str, channels: int, hidden: int, n_classes: int | None
     ) -> None:
         super().__init__()
-        check_arguments(shape, network, channels=channels, hidden=hidden)
+        check_network(shape, network, channels=channels, hidden=hidden)
         colours, height, width = shape
         first = channels if network == "convolutional" else hidden
         self.condition = None if n_classes is None else ClassBias(n_classes, first)
@@ -75,7 +75,7 @@ class Decoder(nn.Module):
         self, shape: Shape, inputs: int, planes: int, *, network: str, channels: int, hidden: int, n_classes: int | None
     ) -> None:
         super().__init__()
-        check_arguments(shape, network, channels=channels, hidden=hidden)
+        check_network(shape, network, channels=channels, hidden=hidden)
         self.planes = planes
         _, height, width = shape
         if network == "mlp":
@@ -96,7 +96,7 @@ class Decoder(nn.Module):
 
     @property
     def bias(self) -> Tensor:
-        """Of the last layer, (planes, places): one place for all pixels of a convolution, H*W of an MLP."""
+        """The bias of the last layer, (planes, 1) of a convolution, (planes, H * W) of an MLP: a view."""
         last = next(layer for layer in reversed(self.layers) if isinstance(layer, nn.Conv2d | nn.Linear))
         assert last.bias is not None
         return last.bias.view(self.planes, -1)
@@ -118,23 +118,9 @@ def stages_of(shape: Shape, channels: int) -> list[Shape]:
     return stages
 
 
-def check_arguments(shape: Shape, network: str, **counts: int) -> None:
-    """Raises ValueError naming what is not three positive ints, a known network, or a positive int."""
-    if len(shape) != 3 or any(not isinstance(size, int) or size < 1 for size in shape):
-        raise ValueError(f"shape must be three positive ints (C, H, W), got {shape!r}")
+def check_network(shape: Shape, network: str, **counts: int) -> None:
+    """Raises ValueError where shape is not three positive ints, network is unknown, or a count is no positive int."""
+    check_shape(shape)
     if network not in NETWORKS:
         raise ValueError(f"network must be one of {NETWORKS}, got {network!r}")
-    for name, count in counts.items():
-        if not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name} must be an int >= 1, got {count!r}")
-
-
-def as_floats(x: Tensor, shape: tuple[int, ...], levels: int, dtype: torch.dtype) -> Tensor:
-    """Integer levels (B, C, H, W) as floats in [-1, 1]; a float tensor is taken as encoded already.
-
-    Raises:
-        ValueError: x is not (B, *shape).
-    """
-    if x.dim() != 4 or tuple(x.shape[1:]) != tuple(shape):
-        raise ValueError(f"x must have the shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
-    return x.to(dtype) if x.is_floating_point() else x.to(dtype) / (levels - 1) * 2 - 1
+    check_counts(**counts)

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from fastgen.models.arguments import check_counts
 from fastgen.models.softmax import SoftmaxModel, channels_of, head_of
 from fastgen.nn import MaskedConv2d
 from fastgen.nn.gated import ClassBias
@@ -32,8 +33,7 @@ class PixelCNN(SoftmaxModel):
         n_classes: int | None = None,
     ) -> None:
         super().__init__(shape, levels, n_classes)
-        if not isinstance(layers, int) or layers < 0:
-            raise ValueError(f"layers must be an int >= 0, got {layers!r}")
+        check_counts(0, layers=layers)
         colours = shape[0]
         h = channels_of(channels, colours, 32)
         self.note_argument("channels", h)
@@ -53,5 +53,5 @@ class ResidualBlock(nn.Module):
         self.condition = None if n_classes is None else ClassBias(n_classes, h)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        own = None if self.condition is None else self.condition(condition).flatten(1)
-        return self.expand(self.look(self.reduce(x.relu()), condition=own), residual=x)
+        bias = None if self.condition is None else self.condition(condition).flatten(1)
+        return self.expand(self.look(self.reduce(x.relu()), condition=bias), residual=x)

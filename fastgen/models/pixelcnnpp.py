@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from fastgen.distributions import LogisticMixture
+from fastgen.models.arguments import check_counts
 from fastgen.models.autoregressive import AutoregressiveModel
 from fastgen.nn.gated import ClassBias
 
@@ -50,9 +51,7 @@ class PixelCNNPP(AutoregressiveModel):
         super().__init__(shape, 256, LogisticMixture(n_mix), n_classes)
         if shape[0] not in (1, 3):
             raise ValueError(f"shape must have 1 or 3 channels for a mixture of logistics, got {shape!r}")
-        for name, count in (("channels", channels), ("layers", layers)):
-            if not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} must be an int >= 1, got {count!r}")
+        check_counts(channels=channels, layers=layers)
         inputs = shape[0] + 1  # a channel of ones tells the image from the zeros around it
         self.rows_above = ShiftedConv2d(inputs, channels, (2, 3))
         self.row_above = ShiftedConv2d(inputs, channels, (1, 3))

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastgen.models.arguments import check_counts
 from fastgen.models.softmax import SoftmaxModel, channels_of, head_of
 from fastgen.nn import DiagonalBiLSTM, MaskedConv2d, RowLSTM
 from fastgen.nn.gated import ClassBias
@@ -46,9 +47,7 @@ class PixelRNN(SoftmaxModel):
             raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
         if skewed_padding and kind != "diagonal_bilstm":
             raise ValueError(f"skewed_padding is an option of kind='diagonal_bilstm', got kind={kind!r}")
-        for name, count in (("hidden_channels", hidden_channels), ("layers", layers)):
-            if not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} must be an int >= 1, got {count!r}")
+        check_counts(hidden_channels=hidden_channels, layers=layers)
         colours = shape[0]
         h = channels_of(hidden_channels, colours)
         head = channels_of(2 * h if head_channels is None else head_channels, colours)

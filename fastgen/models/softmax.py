@@ -1,8 +1,9 @@
-"""What the models share that end in a softmax for every colour: PixelCNN, Gated PixelCNN, PixelRNN."""
+"""Base class of the models that end in a softmax for every colour: PixelCNN, Gated PixelCNN, PixelRNN."""
 
 from torch import Tensor, nn
 
 from fastgen.distributions import Categorical
+from fastgen.models.arguments import check_counts
 from fastgen.models.autoregressive import AutoregressiveModel
 from fastgen.nn import MaskedConv2d
 
@@ -51,8 +52,7 @@ def channels_of(channels: int, colours: int, unit: int = 1) -> int:
     Raises:
         ValueError: channels is no int >= 1.
     """
-    if not isinstance(channels, int) or channels < 1:
-        raise ValueError(f"channels must be an int >= 1, got {channels!r}")
+    check_counts(channels=channels)
     if channels % colours == 0:
         return channels
     share = -(-channels // colours)

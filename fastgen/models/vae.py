@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from fastgen import ops
 from fastgen.models import decoded
-from fastgen.models.arguments import check_condition
+from fastgen.models.arguments import as_floats, check_condition, check_counts
 from fastgen.models.bound import Bound
-from fastgen.models.networks import Decoder, Encoder, as_floats, check_arguments
+from fastgen.models.networks import Decoder, Encoder, check_network
 from fastgen.models.rebuildable import Rebuildable
 from fastgen.ops.elbo import bound_of
 from fastgen.ops.reconstruction_nll import LIKELIHOODS
@@ -60,13 +60,12 @@ class VAE(Rebuildable):
         n_mix: int = 10,
     ) -> None:
         super().__init__()
-        check_arguments(shape, network, latent_dim=latent_dim, n_mix=n_mix)
+        check_network(shape, network, latent_dim=latent_dim, n_mix=n_mix)
         if likelihood not in LIKELIHOODS:
             raise ValueError(f"likelihood must be one of {LIKELIHOODS}, got {likelihood!r}")
         if likelihood == "logistic_mixture" and shape[0] not in (1, 3):
             raise ValueError(f"shape must have 1 or 3 channels for a mixture of logistics, got {shape!r}")
-        if not isinstance(levels, int) or levels < 2:
-            raise ValueError(f"levels must be an int >= 2, got {levels!r}")
+        check_counts(2, levels=levels)
         self.shape = tuple(shape)
         self.latent_dim = latent_dim
         self.likelihood = likelihood
@@ -186,8 +185,7 @@ class VAE(Rebuildable):
             n_samples: draws of z for each image; decoded in turns where all at once would take too much memory.
             generator: where the noise comes from; None is torch's default generator of the device.
         """
-        if not isinstance(n_samples, int) or n_samples < 1:
-            raise ValueError(f"n_samples must be an int >= 1, got {n_samples!r}")
+        check_counts(n_samples=n_samples)
         mu, logvar = self.encode(x, condition)
         at_once = PARAMETERS_AT_ONCE // max(1, x.shape[0] * self.planes * self.shape[1] * self.shape[2])
         at_once = min(max(1, at_once), n_samples)
@@ -224,7 +222,7 @@ class VAE(Rebuildable):
 
         Args:
             n: number of images.
-            seed: of the noise; None takes torch's default generator of the device.
+            seed: fixes the noise; None takes torch's default generator of the device.
             temperature: scale of the prior's standard deviation.
             condition: classes (n,) of a class-conditional model.
             expected: E[x | z] instead of a draw: smoother to look at, but no sample of the model.
@@ -232,8 +230,7 @@ class VAE(Rebuildable):
         Returns:
             Levels (n, C, H, W), int64 (for "gaussian" the nearest to the draw); with `expected`, floats.
         """
-        if not isinstance(n, int) or n < 0:
-            raise ValueError(f"n must be an int >= 0, got {n!r}")
+        check_counts(0, n=n)
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be a finite number >= 0, got {temperature!r}")
         like = next(self.parameters())
@@ -263,8 +260,7 @@ class VAE(Rebuildable):
             Floats (steps, B, C, H, W), or (steps, C, H, W), within 0..levels - 1; the first and the last are the
             reconstructions of x1 and x2.
         """
-        if not isinstance(steps, int) or steps < 2:
-            raise ValueError(f"steps must be an int >= 2, got {steps!r}")
+        check_counts(2, steps=steps)
         if x1.shape != x2.shape:
             raise ValueError(f"x1 and x2 must have one shape, got {tuple(x1.shape)} and {tuple(x2.shape)}")
         single = x1.dim() == 3
@@ -281,7 +277,7 @@ class VAE(Rebuildable):
 
         Args:
             x: (B, C, H, W) as in `elbo`.
-            dimension: of z, 0..D - 1.
+            dimension: index of the dimension of z, 0..D - 1.
             values: V numbers; the prior's standard deviation is 1.
             condition: classes (B,) of a class-conditional model.
 

@@ -116,11 +116,11 @@ class GatedMaskedBlock(nn.Module):
         if self.condition is not None:
             biases = self.condition(condition).flatten(1).chunk(2, 1)
         up, beside, across = self.vertical, self.horizontal, self.across
-        x, weight, bias, own = under_autocast(vertical, up.weight, up.bias, biases[0])
-        gated, sums = fused(x, weight, up.live_mask(), bias, up.geometry, "gated", condition=own, keep_pre=True)
-        x, weight, bias, own, sums, across_weight = under_autocast(
+        x, weight, bias, class_bias = under_autocast(vertical, up.weight, up.bias, biases[0])
+        gated, sums = fused(x, weight, up.live_mask(), bias, up.geometry, "gated", condition=class_bias, keep_pre=True)
+        x, weight, bias, class_bias, sums, across_weight = under_autocast(
             horizontal, beside.weight, across.bias, biases[1], sums, across.weight
         )
         second = {"other": sums, "other_weight": across_weight}
-        out, _ = fused(x, weight, beside.live_mask(), bias, beside.geometry, "gated", condition=own, **second)
+        out, _ = fused(x, weight, beside.live_mask(), bias, beside.geometry, "gated", condition=class_bias, **second)
         return gated, self.output(self.dropout(out), residual=horizontal if self.residual else None)

@@ -71,8 +71,8 @@ class MaskedConv2d(nn.Conv2d):
 
     def _set_mask(self, mask: Any) -> None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != self.weight.shape:
-            found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"mask must be a bool tensor of the shape {tuple(self.weight.shape)}, got {found}")
+            got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"mask must be a bool tensor of the shape {tuple(self.weight.shape)}, got {got}")
         self.register_buffer("mask", mask.to(self.weight.device), persistent=False)
         self._box, self._box_of = live_box(mask), state_of(self.mask)
 

@@ -34,7 +34,7 @@ class Interrupts:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """For work that changes nothing until it is done, and may take long."""
+        """Inside, an interrupt ends the work at once: it may take long, and changes nothing until it is done."""
         self._at_once = True
         try:
             if self.caught:

@@ -66,7 +66,7 @@ def train(
         data: a `fastgen.data.Dataset`; a torch Dataset of images, or pairs of images and classes, of which a tenth is
             held out for validation; a DataLoader, without validation (the latest weights then count as the best); or
             a pair of the last two, for training and validation. Integers reach the model as int64, floats as they are.
-        folder: of the run; see the module's docstring.
+        folder: the folder of the run; see the module's docstring.
         callbacks: see `fastgen.train.Callback`.
         init_from: weights to start from, as `fastgen.weights.load_weights` takes them.
         resume: go on from `training.pt`, exactly as if the run had never ended. `steps`, `max_seconds`, `patience`,
@@ -104,14 +104,14 @@ def train(
     folder = Path(folder)
     if not resume and (folder / state.STATE).exists():
         raise ValueError(f"folder {str(folder)!r} holds a run already: resume=True goes on with it")
-    found = state.read(folder) if resume else None
+    saved = state.read(folder) if resume else None
     if distributed.rank() == 0:
         make_folder(folder)
         clear_leftovers(folder)
     options: dict[str, Any] = {"augment": augment, "optimizer": optimizer, "schedule": schedule}
     run = Run(model, Data(data), folder, settings, device, **options)
-    if found is not None:
-        changed = state.restore(run, found)
+    if saved is not None:
+        changed = state.restore(run, saved)
         if progress and changed:
             print(f"resumed at step {run.step} with {', '.join(changed)}", flush=True)
     callbacks = [*_own_callbacks(run), *callbacks]

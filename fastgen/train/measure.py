@@ -57,9 +57,9 @@ class Loss(nn.Module):
         return -log_prob.mean()
 
     def _check(self, method: str, value: Any, shape: tuple[int, ...], meaning: str) -> None:
-        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        if found != shape:
-            raise ValueError(f"model.{method} must return a tensor of the shape {shape}, {meaning}, got {found}")
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if got != shape:
+            raise ValueError(f"model.{method} must return a tensor of the shape {shape}, {meaning}, got {got}")
 
     def batch(self, batch: Batch, device: torch.device) -> Batch:
         """Images (integers as int64) and the classes that the model asks for, on the device."""
@@ -70,12 +70,13 @@ class Loss(nn.Module):
 
 
 def unit(model: Any, shape: tuple[int, ...] | None = None, floats: bool = False) -> tuple[str, float]:
-    """What the loss of a model is shown as, and the factor to it: bits/dim; the squared error a dimension of an
-    autoencoder; nats an image of the density that a Gaussian VAE has of floats; the loss as it is where a model's own
-    `loss` may be anything.
+    """The unit in which the loss of a model is shown, and the factor from the loss to it.
+
+    "bits_per_dim" of a likelihood of levels; "squared_error" a dimension of an autoencoder; "density_nats" an image,
+    where a Gaussian VAE has a density of floats; "loss", as it is, where a model's own `loss` may be anything.
 
     Args:
-        shape: of an image; None is the model's.
+        shape: the shape of an image; None is the model's.
         floats: whether images are floats, and not levels.
     """
     dims = math.prod(model.shape if shape is None else shape)

@@ -99,8 +99,8 @@ def like(value: Any, parameter: Any) -> Any:
 
 
 def load_model(model: nn.Module, state: dict[str, Any]) -> None:
-    own = model.state_dict()
-    model.load_state_dict({name: like(value, own[name]) if name in own else value for name, value in state.items()})
+    ours = model.state_dict()
+    model.load_state_dict({name: like(value, ours[name]) if name in ours else value for name, value in state.items()})
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -31,9 +31,9 @@ class Run:
         step: optimizer steps taken.
         validated: the step of the latest scheduled validation.
         best: lowest validation figure of a scheduled validation, in `metric`'s unit; infinite before the first.
-        best_weights: of the averaged model at that moment, on the CPU.
+        best_weights: the averaged weights at that moment, on the CPU.
         stale: validations since the best one.
-        rows: of metrics.jsonl.
+        rows: the lines of metrics.jsonl.
         loss_sum, loss_count: of the steps since the last row; the sum over this process's share of the images.
     """
 
@@ -199,8 +199,8 @@ def _optimizer(model: nn.Module, settings: Settings, given: Optimizer | None) ->
         raise ValueError(f"model must have parameters that require a gradient, this {type(model).__name__} has none")
     if given is not None:
         optimizer = given if isinstance(given, torch.optim.Optimizer) else given(model.parameters())
-        own = set(map(id, model.parameters()))
-        foreign = sum(id(tensor) not in own for group in optimizer.param_groups for tensor in group["params"])
+        trained = set(map(id, model.parameters()))
+        foreign = sum(id(tensor) not in trained for group in optimizer.param_groups for tensor in group["params"])
         if foreign:
             raise ValueError(
                 f"optimizer must be of the model's own parameters, {foreign} of its tensors are not: make it after the "

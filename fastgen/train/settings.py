@@ -12,7 +12,7 @@ LEAST = {"steps": 1, "batch_size": 1, "warmup": 0, "validate_every": 1, "patienc
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train.
+    """How a model is trained.
 
     Attributes:
         steps: optimizer steps in all.
@@ -22,20 +22,20 @@ class Settings:
         warmup: steps over which the learning rate rises from 0.
         decay_steps: steps over which it falls to a hundredth; None becomes `steps`, but at least 2,000, so that a short
             run is the beginning of a longer one and can be resumed as such.
-        weight_decay: of AdamW, on weights of two or more dimensions.
+        weight_decay: AdamW's, on weights of two or more dimensions.
         clip: largest norm of the gradient.
         ema: decay of the averaged weights, less in the first steps.
         validate_every: steps from one validation to the next; each also saves the run.
         patience: validations without improvement before training stops; 0 never stops.
         max_seconds: wall time after which training stops at the next step; None for none.
-        seed: of the order of the images, dropout and noise. The weights are as the model has them.
+        seed: fixes the order of the images, dropout and noise. The first weights are those that the model has.
         beta: weight of the KL in a VAE's loss (Higgins et al. 2017); validation is of the bound itself, beta = 1.
         beta_warmup: steps over which that weight rises from 0 (annealing).
         free_bits: the least KL of each latent dimension in a VAE's loss, nats.
         precision: "auto" is bfloat16 autocast on GPUs (float16 where they lack it) and float32 elsewhere; "float32";
             "bfloat16". Validation is in float32.
         samples: images drawn at each validation into samples/; 0 for none.
-        parallel: of several processes: "ddp", or "fsdp" (FSDP2: parameters and optimizer sharded).
+        parallel: how several processes share a model: "ddp", or "fsdp" (FSDP2: parameters and optimizer sharded).
         cuda_graph: replay the model's forward and backward pass as a CUDA graph; for fixed shapes on one GPU.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Instructions of the step machine, each played by one program (CTA) for its images, tile after tile.
+"""Instructions of the step machine, each played tile after tile: all of its tiles, or every so many from some one on.
 
 A row is an image and a place in the three dimensions after it. No tile of an instruction reads what another one writes.
 What follows a product or a pointwise operation number by number, its links, is done in registers.
@@ -12,7 +12,6 @@ from fastgen.kernels.sampler.words import (
     ADDED,
     ALONG,
     ALONG_B,
-    AMAX,
     BFLOAT16,
     COLUMNS,
     COPY_INT64,
@@ -24,25 +23,21 @@ from fastgen.kernels.sampler.words import (
     KEPT,
     LINKS,
     LINKS_AT,
-    LOG_SOFTMAX,
     LOOKUP,
-    MEAN,
     MOVE_INT64,
-    NORMALIZED,
-    NUMBER,
     OP,
     OUT,
     ROUNDED,
     S1,
     S2,
     S3,
-    SOFTMAX,
-    SUM,
     WEIGHT,
     WORDS,
     A,
     B,
 )
+
+BJ = tl.constexpr(32)  # columns of a tile of `contract`
 
 
 @triton.jit
@@ -84,6 +79,8 @@ def contract(
     offsets,
     first_image,
     images,
+    first,
+    apart,
     ROWS: tl.constexpr,
     BJ: tl.constexpr,
     BK: tl.constexpr,
@@ -96,7 +93,7 @@ def contract(
     )
     along_a, along_b = tl.load(code + ALONG), tl.load(code + ALONG_B)
     panels = tl.cdiv(columns, BJ)
-    for tile in range(0, tl.cdiv(rows, ROWS) * panels):
+    for tile in range(first, tl.cdiv(rows, ROWS) * panels, apart):
         j, m = tile % panels * BJ + tl.arange(0, BJ), tile // panels * ROWS + tl.arange(0, ROWS)
         real = m < rows
         inside = real[:, None] & (j < columns)[None, :]
@@ -165,6 +162,8 @@ def product(
     offsets,
     first_image,
     images,
+    first,
+    apart,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -179,7 +178,7 @@ def product(
     )
     parts, panels = tl.cdiv(depth, BK), tl.cdiv(columns, BN)
     k = tl.arange(0, BK)
-    for tile in range(0, tl.cdiv(rows, BM) * panels):
+    for tile in range(first, tl.cdiv(rows, BM) * panels, apart):
         panel, m = tile % panels, tile // panels * BM + tl.arange(0, BM)
         real = m < rows
         m = tl.where(real, m, 0)
@@ -221,6 +220,8 @@ def pointwise(
     offsets,
     first_image,
     images,
+    first,
+    apart,
     BR: tl.constexpr,
     BP: tl.constexpr,
 ):
@@ -228,7 +229,7 @@ def pointwise(
     op = tl.load(code + OP)
     rows, columns = rows_in(code, images), tl.load(code + COLUMNS).to(tl.int32)
     panels = tl.cdiv(columns, BP)
-    for tile in range(0, tl.cdiv(rows, BR) * panels):  # of a row from left to right
+    for tile in range(first, tl.cdiv(rows, BR) * panels, apart):  # of a row from left to right
         j, m = tile % panels * BP + tl.arange(0, BP), tile // panels * BR + tl.arange(0, BR)
         real = m < rows
         inside = real[:, None] & (j < columns)[None, :]
@@ -256,50 +257,3 @@ def pointwise(
             a = rounded(a, code)
             tl.store(memory_ptr + out_at, a, mask=inside & (j < tl.load(code + KEPT))[None, :])
             follow(memory_ptr, codes_ptr, code, offsets, first_image, m, j, inside, a, False)
-
-
-@triton.jit
-def rowwise(memory_ptr, code, offsets, first_image, images, BR: tl.constexpr, BP: tl.constexpr):
-    """Along a row of A: its sum, mean, greatest number; its softmax, logarithm of that, or the row normalized."""
-    op, along, across = tl.load(code + OP), tl.load(code + ALONG), tl.load(code + OUT + 6)
-    rows, depth = rows_in(code, images), tl.load(code + DEPTH).to(tl.int32)
-    eps = tl.load(code + NUMBER).to(tl.int32).to(tl.float32, bitcast=True)
-    k = tl.arange(0, BP)
-    for tile in range(0, tl.cdiv(rows, BR)):
-        m = tile * BR + tl.arange(0, BR)
-        real = m < rows
-        m = tl.where(real, m, 0)
-        a_ptr = memory_ptr + places(code, A, offsets, first_image, m)
-        out_ptr = memory_ptr + places(code, OUT, offsets, first_image, m)
-        exponential = (op == SOFTMAX) | (op == LOG_SOFTMAX)
-        greatest = tl.full((BR, BP), float("-inf"), tl.float32)
-        sums = tl.zeros((BR, BP), tl.float32)
-        nan = tl.zeros((BR, BP), tl.int32)
-        for start in range(0, depth, BP):
-            inside = real[:, None] & (start + k < depth)[None, :]
-            a = tl.load(a_ptr[:, None] + ((start + k) * along)[None, :], mask=inside, other=0.0)
-            greatest = tl.maximum(greatest, tl.where(inside, a, float("-inf")))
-            sums += a
-            nan |= (a != a).to(tl.int32)
-        shift, total = tl.max(greatest, 1), tl.sum(sums, 1)
-        if op == AMAX:
-            tl.store(out_ptr, tl.where(tl.max(nan, 1) > 0, float("nan"), shift), mask=real)
-        elif (op == SUM) | (op == MEAN):
-            tl.store(out_ptr, rounded(tl.where(op == MEAN, total / depth, total), code), mask=real)
-        else:
-            shift = tl.where(exponential, shift, total / depth)  # what is taken off each number
-            sums = tl.zeros((BR, BP), tl.float32)
-            for start in range(0, depth, BP):
-                inside = real[:, None] & (start + k < depth)[None, :]
-                a = tl.load(a_ptr[:, None] + ((start + k) * along)[None, :], mask=inside, other=0.0) - shift[:, None]
-                sums += tl.where(inside, tl.where(exponential, tl.exp(a), a * a), 0.0)
-            total = tl.where(real, tl.sum(sums, 1), 1.0)
-            scale = tl.div_rn(1.0, tl.where(op == NORMALIZED, tl.sqrt_rn(total / depth + eps), total))
-            for start in range(0, depth, BP):
-                inside = real[:, None] & (start + k < depth)[None, :]
-                a = tl.load(a_ptr[:, None] + ((start + k) * along)[None, :], mask=inside, other=0.0) - shift[:, None]
-                if op == LOG_SOFTMAX:
-                    a -= tl.log(total)[:, None]
-                else:
-                    a = tl.where(exponential, tl.exp(a), a) * scale[:, None]
-                tl.store(out_ptr[:, None] + ((start + k) * across)[None, :], rounded(a, code), mask=inside)

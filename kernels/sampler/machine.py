@@ -15,18 +15,14 @@ from torch import Tensor
 
 from fastgen.kernels.catalogue_entry import Entry
 from fastgen.kernels.common import cdiv, launch, processors_of
+from fastgen.kernels.sampler.dispatch import instruction
 from fastgen.kernels.sampler.draws import draw
-from fastgen.kernels.sampler.instructions import contract, pointwise, product, rowwise
 from fastgen.kernels.sampler.words import (
-    CONTRACT,
     MOVES,
     MOVES_COUNT,
     OFFSETS,
-    OP,
     PLACE_WORDS,
-    PRODUCT,
     PROGRAM,
-    SOFTMAX,
     STEP_WORDS,
     WORDS,
 )
@@ -81,17 +77,9 @@ def step_machine_kernel(
             for k in range(0, moves + tl.load(program + 1).to(tl.int32)):
                 number = tl.where(k < moves, tl.load(step + MOVES) + k, tl.load(program) + k - moves)
                 code = codes_ptr + number * WORDS
-                op = tl.load(code + OP)
                 tl.debug_barrier()
-                if op == PRODUCT:
-                    product(memory_ptr, weights_ptr, codes_ptr, code, offsets, first_image, images, BM, BN, BK,
-                            LINKS, PRECISION)  # fmt: skip
-                elif op == CONTRACT:
-                    contract(memory_ptr, code, offsets, first_image, images, ROWS, 32, 16)
-                elif op >= SOFTMAX:
-                    rowwise(memory_ptr, code, offsets, first_image, images, BR, BP)
-                else:
-                    pointwise(memory_ptr, integers_ptr, codes_ptr, code, offsets, first_image, images, BR, BP)
+                instruction(memory_ptr, integers_ptr, weights_ptr, codes_ptr, code, offsets, first_image, images, 0, 1,
+                            BM, BN, BK, BR, BP, ROWS, LINKS, PRECISION)  # fmt: skip
 
 
 OPTIONS: dict[str, Any] = {"num_warps": 8, "num_stages": 2}
@@ -150,12 +138,12 @@ KINDS = {"memory_ptr": "*fp32", "weights_ptr": "*fp32", "noise_ptr": "*fp32", "m
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
-def entry(tiles: Tiles, weights: str, precision: str, skips: dict[str, str]) -> Entry:
+def entry(kernel: Any, tiles: Tiles, weights: str, precision: str, skips: dict[str, str]) -> Entry:
     fixed = {**tiles._asdict(), "PRECISION": precision}
-    kinds = {name: "*i64" if name.endswith("_ptr") else "i32" for name in step_machine_kernel.arg_names}
+    kinds = {name: "*i64" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
     signature = {name: KINDS.get(name, kind) for name, kind in kinds.items() if name not in fixed}
     return Entry(
-        step_machine_kernel,
+        kernel,
         f"{weights} {precision}, {tiles.BM} images" + ("" if tiles.LINKS else ", no links"),
         {**signature, "weights_ptr": f"*{weights}"},
         fixed,
@@ -167,11 +155,17 @@ def entry(tiles: Tiles, weights: str, precision: str, skips: dict[str, str]) -> 
 
 
 OTHERS = dict.fromkeys(NVIDIA, "has links of products")
-CATALOGUE: list[Entry] = [
-    *(entry(tiles, "fp32", "tf32x3", {"gfx942": "has no TF32"}) for tiles in SIZES),
-    *(entry(tiles, "bf16", "half", {"gfx942": "has no links of products"}) for tiles in SIZES),
-    *(entry(tiles, "bf16", "half", OTHERS) for tiles in AMD),
-    entry(Tiles(), "fp16", "half", {"gfx942": "has no links of products"}),
-    entry(AMD[0], "fp16", "half", OTHERS),
-    entry(AMD[0], "fp32", "ieee", dict.fromkeys(NVIDIA, "takes tf32x3")),
-]
+
+
+def entries(kernel: Any) -> list[Entry]:
+    return [
+        *(entry(kernel, tiles, "fp32", "tf32x3", {"gfx942": "has no TF32"}) for tiles in SIZES),
+        *(entry(kernel, tiles, "bf16", "half", {"gfx942": "has no links of products"}) for tiles in SIZES),
+        *(entry(kernel, tiles, "bf16", "half", OTHERS) for tiles in AMD),
+        entry(kernel, Tiles(), "fp16", "half", {"gfx942": "has no links of products"}),
+        entry(kernel, AMD[0], "fp16", "half", OTHERS),
+        entry(kernel, AMD[0], "fp32", "ieee", dict.fromkeys(NVIDIA, "takes tf32x3")),
+    ]
+
+
+CATALOGUE: list[Entry] = entries(step_machine_kernel)

@@ -40,6 +40,10 @@ OUT, A, B, ADDED = map(tl.constexpr, range(17, 45, 7))
 SIDE, WORDS = 7, tl.constexpr(45)
 FLOAT32, BFLOAT16, FLOAT16 = map(tl.constexpr, range(3))  # precisions
 
+# What a launch plays besides an instruction, which has its number: the draws of a place; nothing; a copy before a step,
+# the first one or (less by k) the k-th after it.
+DRAW, NOTHING, FIRST_MOVE = map(tl.constexpr, (-1, -2, -3))
+
 # Of a step: program, first word of its offsets, first of the copies before it and their number. Of a program: first
 # instruction, number.
 PROGRAM, OFFSETS, MOVES, MOVES_COUNT, STEP_WORDS = map(tl.constexpr, range(5))

@@ -8,6 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastgen.kernels.sampler import launches
+
 
 class RecordedGraph:
     """As `torch.cuda.CUDAGraph`: the operations of a capture, with the tensors that they read and wrote."""
@@ -26,6 +28,10 @@ class RecordedGraph:
 
 
 class _Capture(TorchDispatchMode):
+    """While it is the `now`, kernels of the step machine are recorded like operations."""
+
+    now = None
+
     def __init__(self, graph):
         super().__init__()
         self.graph, self.before = graph, {}
@@ -47,7 +53,12 @@ class _Capture(TorchDispatchMode):
             whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
             self.before.setdefault(tensor.untyped_storage()._cdata, (whole, whole.clone()))
 
+    def __enter__(self):
+        _Capture.now = self
+        return super().__enter__()
+
     def __exit__(self, *error):
+        _Capture.now = None
         super().__exit__(*error)
         for whole, before in self.before.values():
             whole.copy_(before)
@@ -63,6 +74,15 @@ def stand_in(monkeypatch):
         with _Capture(made):
             yield
 
+    launch = launches.launch
+
+    def launched(*args):
+        if _Capture.now is None:
+            launch(*args)
+        else:
+            _Capture.now.graph.calls.append((launch, args, {}, None))
+
+    monkeypatch.setattr(launches, "launch", launched)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: ("a stream of", device))

@@ -1,13 +1,15 @@
-"""The CUDA graph player over a stand-in for CUDA graphs: what is captured when, and that replays draw the images."""
+"""The players of CUDA graphs over a stand-in for these: what is captured when, and that replays draw the images."""
 
 import pytest
 import torch
 
-from fastgen import accelerate
-from fastgen.models import GatedPixelCNN, PixelCNN
+from fastgen import Categorical, accelerate
+from fastgen.kernels.sampler.machine import Tiles
+from fastgen.models import GatedPixelCNN, PixelCNN, PixelRNN
 from fastgen.sampling.plan.plan import make_plan
 from fastgen.sampling.request import SampleRequest
 from fastgen.sampling.run.engine import Engine
+from fastgen.sampling.run.graph_player import GraphPlayer
 from fastgen.sampling.trace.network import Network
 from tests.sampling.recorded_graphs import stand_in
 
@@ -15,6 +17,19 @@ MODELS = {
     "gated": lambda: GatedPixelCNN((1, 4, 3), 4, channels=6, layers=1),
     "plain, colours": lambda: PixelCNN((3, 3, 2), 3, channels=6, layers=1),
 }
+
+
+class Waves(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x).sin()
+
+
+class Own(Categorical):
+    """A distribution that the step machine does not know."""
 
 
 @pytest.fixture
@@ -25,9 +40,9 @@ def captured(monkeypatch):
 class Drawn:
     """An engine of CUDA graphs, held to the definition."""
 
-    def __init__(self, name):
+    def __init__(self, name, kind=Own):
         self.model = MODELS[name]().eval()
-        self.shape, self.distribution = self.model.shape, self.model.distribution
+        self.shape, self.distribution = self.model.shape, kind(self.model.levels)
         network = Network(self.model, self.shape, self.model.encode, None, self.model.levels)
         self.engine = Engine(make_plan(network, self.distribution), self.distribution, "cuda_graph", "always")
 
@@ -54,6 +69,7 @@ class Drawn:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_second_batch_is_captured_and_later_ones_replay_it(name, captured):
     drawn = Drawn(name)
+    assert "a graph a row of draws, because the kernel does not draw of Own" in drawn.engine.explain()
     rows = drawn.shape[1]
     for seed, graphs in enumerate((0, rows, rows, rows)):
         drawn.check(2, seed)
@@ -100,3 +116,52 @@ def test_a_smaller_batch_reuses_the_graphs(captured):
     assert len(captured) == 4 and [one.graph.replays for one in captured] == [3] * 4
     drawn.check(2, 3)  # less than half
     assert len(captured) == 4 and captured[0].graph.replays == 3
+
+
+MACHINE_MODELS = {
+    "gated": lambda: GatedPixelCNN((1, 3, 3), 4, channels=6, layers=1),
+    "plain, colours": lambda: PixelCNN((3, 2, 2), 3, channels=6, layers=1),
+    "diagonal": lambda: PixelRNN((1, 2, 3), 3, hidden_channels=4, layers=1),
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy
+@pytest.mark.parametrize("name", MACHINE_MODELS)
+def test_a_graph_a_program_draws_all_rows(name, captured, monkeypatch):
+    """With options and known levels, too: what differs from batch to batch lies at fixed places."""
+    monkeypatch.setitem(MODELS, name, MACHINE_MODELS[name])
+    drawn = Drawn(name, Categorical)
+    plan = drawn.engine.plan
+    assert "a graph a program, which serves all its steps" in drawn.engine.explain()
+    drawn.check(2, 0)
+    (player,) = drawn.engine._players.values()
+    assert isinstance(player, GraphPlayer)
+    kinds = {(one.program, len(player.memory.moves.get(k, ()))) for k, one in enumerate(plan.steps) if k}
+    assert 0 < len(captured) <= len(kinds)  # those of programs that several steps have
+    drawn.check(2, 1)
+    assert len(captured) <= len(kinds) + 1 < len(plan.steps)  # and of the step before the first draw
+    replays, graphs = [one.graph.replays for one in captured], len(captured)
+    drawn.check(2, 2, Categorical(drawn.model.levels, temperature=0.5))
+    drawn.check(2, 3, rows=1)
+    assert len(captured) == graphs and sum(one.graph.replays for one in captured) > sum(replays) + len(plan.order)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy
+def test_torch_draws_between_graphs_what_the_kernel_does_not(captured, monkeypatch):
+    monkeypatch.setattr(GraphPlayer, "tiles", Tiles(LEVELS=2))
+    drawn = Drawn("gated", Categorical)
+    for seed in range(2):
+        drawn.check(2, seed, drawn.distribution.tempered(1.0, 3, 0.9))
+
+
+def test_what_the_machine_does_not_know_torch_plays_and_explain_names(captured):
+    model = MODELS["gated"]().eval()
+
+    def explain(given):
+        network = Network(given, model.shape, model.encode, None, model.levels)
+        return Engine(make_plan(network, model.distribution), model.distribution, "cuda_graph", "always").explain()
+
+    because = "a graph a row of draws, because the kernel"
+    told = explain(Waves(model))
+    assert f"{because} does not know" in told and "sin, which" in told
+    assert f"{because} computes in float32" in explain(model.double())

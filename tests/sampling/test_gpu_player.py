@@ -3,13 +3,14 @@
 import pytest
 import torch
 from torch import nn
+from triton.runtime import interpreter
 
 from fastgen import Bernoulli, Categorical, LogisticMixture, accelerate
 from fastgen.kernels.sampler import words
 from fastgen.kernels.sampler.machine import Tiles
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelCNNPP, PixelRNN
 from fastgen.sampling.machine.cpu.build import machine
-from fastgen.sampling.machine.gpu.fusion import Fused
+from fastgen.sampling.machine.gpu.fusion import Fused, fuse
 from fastgen.sampling.machine.parts import part_of
 from fastgen.sampling.plan.plan import make_plan
 from fastgen.sampling.request import SampleRequest
@@ -17,6 +18,7 @@ from fastgen.sampling.run import gpu_player
 from fastgen.sampling.run.cpu_player import CPUPlayer
 from fastgen.sampling.run.draw_loop import draw_batch
 from fastgen.sampling.run.gpu_player import GPUPlayer
+from fastgen.sampling.run.graph_player import GraphPlayer
 from fastgen.sampling.trace.network import Network
 from tests.sampling.exactness import assert_exact, pair
 
@@ -140,6 +142,10 @@ class Waves(nn.Module):
 
 
 def small(name):
+    if name == "recurrent":
+        model = lively(PixelRNN((1, 2, 3), 3, hidden_channels=4, layers=1))
+        network = Network(model, model.shape, model.encode, None, model.levels)
+        return make_plan(network, model.distribution), model.distribution
     model = lively(SMALL[name][0]())
     distribution = SMALL[name][1] or model.distribution
     wrap = {Bernoulli: OneOfTwo, LogisticMixture: Flat}.get(type(distribution), lambda model: model)
@@ -197,6 +203,58 @@ def test_joined_or_not_the_numbers_are_the_same(monkeypatch):
     monkeypatch.setattr(gpu_player, "fuse", lambda instructions, _: [Fused(part_of(one)) for one in instructions])
     one_by_one = played(GPUPlayer, plan, request)
     assert all(torch.equal(*both) for both in zip(joined, one_by_one, strict=True))
+
+
+@pytest.fixture
+def last_program_first(monkeypatch):
+    """The programs of each launch in reverse."""
+    builder = interpreter.interpreter_builder
+    in_order = builder.set_grid_idx
+    monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: in_order(builder.grid_dim[0] - 1 - x, y, z))
+
+
+class OverTheWholeGPU(GraphPlayer):
+    """An instruction a launch; tiles that nothing is a multiple of."""
+
+    captures = False
+    tiles = Tiles(BM=16, BN=16, BK=16, BR=8, BP=16, ROWS=2, LEVELS=2)
+
+
+@pytest.mark.parametrize("name", [*SMALL, "recurrent"])
+def test_steps_over_the_whole_gpu_in_any_order_draw_the_same(name, last_program_first):
+    plan, distribution = small(name)
+    shape = tuple(plan.levels.shape[1:])
+    noise = torch.rand(distribution.noise_shape(17, shape))
+    known, mask = torch.randint(2, (17, *shape)), torch.rand(17, *shape) < 0.2
+    request = SampleRequest(17, shape, noise, distribution, known, mask)
+    (levels, params), (expected, expected_params) = (played(one, plan, request) for one in (OverTheWholeGPU, CPUPlayer))
+    assert torch.equal(levels, expected) and torch.equal(levels[mask], known[mask])
+    torch.testing.assert_close(params, expected_params, atol=1e-5, rtol=1e-5)
+
+
+def test_heavy_programs_are_played_over_the_whole_gpu_between_launches(monkeypatch, last_program_first):
+    plan, distribution = small("gated")
+    request = SampleRequest(3, (1, 3, 3), torch.rand(3, 1, 3, 3), distribution)
+    of_rows = plan.steps[3].program  # after the last draw of one
+    assert sum(step.program == of_rows for step in plan.steps) == 2
+    monkeypatch.setattr(gpu_player, "heavy_programs", lambda *_: {of_rows})
+    player = GPUPlayer(plan, 3, torch.device("cpu"))
+    assert not draw_batch(player, request)
+    assert torch.equal(player.levels, played(CPUPlayer, plan, request)[0])
+    assert player.launches == 1 + 3 + player.steps.launches
+    heavy = [k for k, step in enumerate(plan.steps) if step.program == of_rows]
+    moves = sum(target.shape[1] > 0 for k in heavy for target, _ in player.memory.moves.get(k, ()))
+    assert player.steps.launches == 2 * len(fuse(plan.programs[of_rows].instructions)) + moves
+
+
+def test_heavy_programs_are_those_of_rows_while_images_are_few(monkeypatch):
+    model = GatedPixelCNN((1, 8, 8), 4, channels=16, layers=2).eval()
+    plan = make_plan(Network(model, model.shape, model.encode, None, model.levels), model.distribution)
+    of_rows = {step.program for step in plan.steps[8:-1:8]}
+    monkeypatch.setattr(gpu_player, "processors_of", lambda device: 132)
+    monkeypatch.setattr(gpu_player, "WORTH_A_LAUNCH", 2**12)
+    found = {images: gpu_player.heavy_programs(plan, images, torch.device("cpu")) for images in (1, 16, 132 * 64)}
+    assert found == {1: of_rows, 16: of_rows, 132 * 64: set()}
 
 
 def test_known_levels_are_kept():

@@ -27,7 +27,7 @@ def main(channels=16, size=8):
     codec.update()
     params, y = torch.randn(1, 2 * channels, size, size), 9 * torch.randn(1, channels, size, size)
     gaussian, decoder = codec.gaussian_conditional, RansDecoder()
-    tables = [one.tolist() for one in (gaussian.quantized_cdf, gaussian.cdf_length, gaussian.offset)]
+    tables = [table.tolist() for table in (gaussian.quantized_cdf, gaussian.cdf_length, gaussian.offset)]
     network = Context([codec.context_prediction, codec.entropy_parameters])
     sampler = fastgen.accelerate(network, y.shape[1:], distribution=fastgen.Gaussian(), condition=params)
     y_hat = loop(sampler, gaussian, params, lambda _, means, i, j: (y[0, :, i, j] - means[0]).round().tolist())

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastgen.distributions import Distribution
 from fastgen.sampling.causality.drawing_order import Ordered, ordered
@@ -15,10 +16,10 @@ from fastgen.sampling.causality.draws import Order, draw_index_of
 from fastgen.sampling.causality.ready_times import Timed
 from fastgen.sampling.machine.language import Memory, Program
 from fastgen.sampling.plan.builder import Builder, NeedsStorage, Storage
-from fastgen.sampling.plan.layout import Box, Layout, layout
+from fastgen.sampling.plan.layout import Box, layout
 from fastgen.sampling.plan.renewal import Traced, renew
 from fastgen.sampling.plan.schedule import Schedule, running_times, schedule
-from fastgen.sampling.plan.sliding_rows import Ring, make_rings
+from fastgen.sampling.plan.sliding_rows import Candidate, Ring, make_rings
 from fastgen.sampling.plan.split_convolution import split_rows
 from fastgen.sampling.plan.temporaries import Scratch, share_scratch
 from fastgen.sampling.rules.convolution import Convolution
@@ -141,11 +142,12 @@ def make_plan(network: Network, distribution: Distribution) -> Plan:
     return plan
 
 
-def _windows(plan: Plan) -> Iterator[tuple[Memory, Layout, bool]]:
-    """Values of which a ring may hold a part: computed, of no use to anything but steps, constant in no later row.
-
-    With whether they are in the first.
-    """
+def _windows(plan: Plan) -> Iterator[Candidate]:
+    """Values of which a ring may hold a part: computed, of no use to anything but steps."""
+    boxes: dict[int, list[tuple[int, Box]]] = {}
+    for step, tasks in enumerate(plan.schedule.steps):
+        for value, box in tasks:
+            boxes.setdefault(value.index, []).append((step, box))
     output = {value.index for value in plan.output.values}
     for index, memory in plan.storage.memories.items():
         value = plan.timed.graph.values[index]
@@ -154,10 +156,30 @@ def _windows(plan: Plan) -> Iterator[tuple[Memory, Layout, bool]]:
         found = plan.storage.layouts[index]
         if found.order:
             outer = found.order[0]
-            constant = (compact(plan.schedule.times.of(value)) == CONSTANT).movedim(outer, 0)
-            rows = constant.reshape(len(constant), -1).any(1).expand(value.shape[outer])
-            if not rows[1:].any():
-                yield memory, found, bool(rows[0])
+            constant = compact(plan.schedule.times.of(value)) == CONSTANT
+            constant_rows = constant.movedim(outer, 0)
+            in_row = constant_rows.reshape(len(constant_rows), -1).any(1).expand(value.shape[outer])
+            rows = torch.nonzero(in_row).flatten().tolist()
+            late = bool(in_row[1:].any())
+            written = _written(value, boxes.get(index, []), constant.expand(value.shape), outer) if late else {}
+            begun = max((row + 1 for row in rows if row == 0 or row not in written), default=0)
+            yield Candidate(memory, found, begun, {row: step for row, step in written.items() if row >= begun})
+
+
+def _written(value: Value, boxes: list[tuple[int, Box]], constant: Tensor, outer: int) -> dict[int, int]:
+    """Rows whose constants are all computed again, with others in their boxes, and by which step they are.
+
+    Args:
+        boxes: of the value, with their steps, in order.
+        constant: which of its elements are.
+        outer: the dimension of rows.
+    """
+    never = 2**31 - 1
+    first = torch.full(value.shape, never, dtype=torch.int32)
+    for step, box in reversed(boxes):
+        first[box.slices] = step
+    last = torch.where(constant, first, -1).movedim(outer, 0).reshape(value.shape[outer], -1).amax(1).tolist()
+    return {row: step for row, step in enumerate(last) if 0 <= step < never}
 
 
 def _storage(timed: Timed, when: Schedule, order: Order, shape: Sequence[int]) -> Storage:

@@ -53,6 +53,21 @@ class Ring:
         return sum(move.first for move in self.moves if move.step <= step)
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A value that a ring may hold a part of.
+
+    Attributes:
+        begun: rows from the first on that hold constants which are there from the beginning.
+        written: a later row that holds constants -> the step that writes them, with others of the row.
+    """
+
+    memory: Memory
+    layout: Layout
+    begun: int
+    written: dict[int, int]
+
+
 @dataclass(eq=False)
 class _Touched:
     """Rows from `low` to `high` that each step touches; `high` is -1 where it touches none.
@@ -65,20 +80,22 @@ class _Touched:
     still: np.ndarray
 
 
-def make_rings(
-    candidates: Iterable[tuple[Memory, Layout, bool]], programs: Sequence[Program], steps: Steps
-) -> dict[Memory, Ring]:
+def make_rings(candidates: Iterable[Candidate], programs: Sequence[Program], steps: Steps) -> dict[Memory, Ring]:
     """Rings by their memory, for those candidates that fit one; moves the offsets of the steps into them.
 
     Args:
-        candidates: memory and layout of a value, and whether its first row holds constants, there from the beginning.
+        candidates: the values.
     """
     layouts: dict[Memory, Layout] = {}
     touched: dict[Memory, _Touched] = {}
-    for memory, layout, begun in candidates:
+    written: dict[Memory, dict[int, int]] = {}
+    for candidate in candidates:
+        memory, layout = candidate.memory, candidate.layout
         one = _Touched(np.full(len(steps), 2**31), np.full(len(steps), -1), np.zeros(len(steps), dtype=bool))
-        if begun:
-            one.low[0] = one.high[0] = layout.before[layout.order[0]]
+        first_row = layout.before[layout.order[0]]
+        if candidate.begun:
+            one.low[0], one.high[0] = first_row, first_row + candidate.begun - 1
+        written[memory] = {first_row + row: step for row, step in candidate.written.items()}
         layouts[memory], touched[memory] = layout, one
     served = [np.array([k for k, step in enumerate(steps) if step.program == p]) for p in range(len(programs))]
     _touch(touched, layouts, programs, served, steps)
@@ -86,7 +103,8 @@ def make_rings(
     firsts: dict[Memory, np.ndarray] = {}
     for key, found in touched.items():
         ring = _ring(layouts[key], found)
-        if ring is not None:
+        early = any(((found.low <= row) & (found.high >= row))[:step].any() for row, step in written[key].items())
+        if ring is not None and not early:
             first = np.zeros(len(steps), dtype=np.int64)
             for move in ring.moves:
                 first[move.step :] += move.first

@@ -156,7 +156,7 @@ class Pointwise(Rule):
         if self.name in ("clone", "_to_copy"):
             builder.pointwise("copy", target, args[0])
         elif known is not None and self._is_plain(args):
-            builder.pointwise(known[0], target, *known[1])
+            builder.pointwise(known[0], target, *(self._real(builder, one) for one in known[1]))
         else:
             builder.fill(target, builder.make(result_of(self.value.op, self.value.output), *args, **kwargs))
         if self.vanishes is not None:  # whatever lies where the operand is low
@@ -164,9 +164,18 @@ class Pointwise(Rule):
             builder.pointwise("erase", target, target, hidden)
 
     def _is_plain(self, args: Sequence[Any]) -> bool:
-        """Whether result and operands are real numbers of one type."""
+        """Whether result and operands are real numbers of one type, but for levels."""
         dtype = self.value.data.dtype
-        return dtype.is_floating_point and all(one.memory.dtype == dtype for one in args if isinstance(one, View))
+        types = (dtype, torch.int64)
+        return dtype.is_floating_point and all(one.memory.dtype in types for one in args if isinstance(one, View))
+
+    def _real(self, builder: Builder, operand: View | float) -> View | float:
+        """Levels as numbers of the result's type."""
+        if isinstance(operand, float) or operand.memory.dtype == self.value.data.dtype:
+            return operand
+        found = builder.scratch(operand.sizes, self.value.data.dtype)
+        builder.pointwise("copy", found, operand)
+        return found
 
 
 # Operators that are an op of the step language by another name, or by the same one.

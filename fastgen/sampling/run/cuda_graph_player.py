@@ -1,7 +1,7 @@
-"""The steps of a run as CUDA graphs: a row of draws a graph, nothing that the host has to wait for in between."""
+"""The steps of a run as CUDA graphs of torch's operations: a row of draws a graph, nothing that the host has to wait
+for in between. For what the step machine does not know, see `run.graph_player`."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastgen.sampling.request import SampleRequest
 from fastgen.sampling.run.draw_loop import draw_place
+from fastgen.sampling.run.fixed_request import FixedRequest
 from fastgen.sampling.run.margin import Held
 from fastgen.sampling.run.torch_player import TorchPlayer
 
@@ -27,7 +28,7 @@ class CudaGraphPlayer(TorchPlayer):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._captured = Held[dict[bool, Graphs]](MOST_CAPTURED)  # by distribution; then whether levels are known
-        self._fixed: SampleRequest | None = None
+        self._fixed: FixedRequest | None = None
         self._bad = torch.zeros((), dtype=torch.bool, device=self.device)
         with torch.cuda.device(self.device):  # the default stream of captures is that of whichever device came first
             self._stream, self._pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
@@ -41,7 +42,8 @@ class CudaGraphPlayer(TorchPlayer):
             return None
         draws = request.shape[0] if self.plan.whole_pixels else 1
         with torch.cuda.device(self.device):
-            fixed = self._held(request)
+            self._fixed = self._fixed or FixedRequest(request)
+            fixed = self._fixed.take(request)
             self._bad.zero_()
             for start, stop in self._rows(first):
                 if start >= first:
@@ -61,21 +63,6 @@ class CudaGraphPlayer(TorchPlayer):
                 draw_place(self, fixed, place, self._bad)
         graphs[start] = graph
         return graph
-
-    def _held(self, request: SampleRequest) -> SampleRequest:
-        """The request with its noise and known levels copied to where the graphs read them."""
-        if self._fixed is None:
-            known = torch.zeros((self.n, *request.shape), dtype=request.dtype, device=self.device)
-            noise = torch.empty_like(request.noise, memory_format=torch.contiguous_format)
-            self._fixed = replace(request, noise=noise, known=known, known_mask=known.bool(), progress=None)
-        fixed = replace(self._fixed, distribution=request.distribution)
-        fixed.noise.copy_(request.noise)
-        if request.known is None or request.known_mask is None:
-            return replace(fixed, known=None, known_mask=None)
-        assert fixed.known is not None and fixed.known_mask is not None
-        fixed.known.copy_(request.known)
-        fixed.known_mask.copy_(request.known_mask)
-        return fixed
 
     def _rows(self, first: int) -> Iterator[tuple[int, int]]:
         """Pieces of the drawing order, those before `first` left out."""

@@ -1,9 +1,6 @@
 """The engine: draws a batch with a player, then makes sure that its images are those of the model's own passes."""
 
-import importlib.util
-import os
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -13,21 +10,14 @@ from torch import Tensor
 from fastgen.distributions import Distribution
 from fastgen.sampling.draws import draw_image, image_log_prob
 from fastgen.sampling.levels import dtype_of, image_of
-from fastgen.sampling.machine.cpu.build import NoMachine, machine
-from fastgen.sampling.machine.parts import HALF, unknown_in
 from fastgen.sampling.plan.plan import Plan, make_plan
 from fastgen.sampling.request import Draw, SampleRequest, SampleResult, tell, uniforms
-from fastgen.sampling.run.arena import images_that_fit
-from fastgen.sampling.run.cpu_player import CPUPlayer, images_at_once
-from fastgen.sampling.run.cuda_graph_player import CudaGraphPlayer
 from fastgen.sampling.run.draw_loop import Player, at_places, decode_batch, draw_batch, from_places
 from fastgen.sampling.run.margin import Margin
-from fastgen.sampling.run.torch_player import TorchPlayer
+from fastgen.sampling.run.players import best_backend, most_images, player_for, unfit_for_gpu_machine
 from fastgen.sampling.trace.network import Network
 from fastgen.sampling.whole_pass import FixedPoint, whole_pass
 
-PLAYERS: dict[str, Callable[..., Player]] = {"eager": TorchPlayer, "compiled": CPUPlayer, "cuda_graph": CudaGraphPlayer}
-MOST_UNKNOWN = 0.1  # of the steps, that torch plays between launches of the persistent kernel
 MOST_CORRECTIONS = 20
 MOST_PLAYERS = 3  # of other numbers of images, kept for the next batch
 
@@ -40,12 +30,9 @@ def build_engine(network: Network, distribution: Distribution, backend: str, ver
         Unsupported: the engine cannot take the model; the text says why.
     """
     plan, device = make_plan(network, distribution), network.device
-    best, why = _best(plan, device)
-    possible = {"eager", "cuda_graph"} if device.type == "cuda" else {"eager", best}
-    unfit = _unfit_for_one_launch(plan, device) if backend == "persistent" else ""
-    if not unfit:
-        possible.add("persistent")
-    chosen = backend if backend in possible else best
+    best, why = best_backend(plan, device)
+    unfit = unfit_for_gpu_machine(plan, device) if backend == "persistent" else ""
+    chosen = backend if backend in ("eager", best) or (backend == "persistent" and not unfit) else best
     if backend == "auto":
         plan.remarks.append(f"auto: {why}")
     elif backend != chosen:
@@ -53,59 +40,6 @@ def build_engine(network: Network, distribution: Distribution, backend: str, ver
         tell(f"sampling falls back from the {backend} to the {chosen} backend: {reason}")
         plan.remarks.append(f"fallback: {chosen} instead of {backend}, because {reason}")
     return Engine(plan, distribution, chosen, verify)
-
-
-def _best(plan: Plan, device: torch.device) -> tuple[str, str]:
-    """The quickest backend for a model, and why."""
-    if device.type == "cuda":
-        return "cuda_graph", "on a GPU cuda_graph, which spares the host a launch an operation"
-    if plan.output_dtype != torch.float32:
-        return "eager", f"eager, since the step machine computes in float32 and the model in {plan.output_dtype}"
-    try:
-        found = machine()
-    except NoMachine as error:
-        return "eager", f"eager, since {error}"
-    return "compiled", f"on a CPU compiled: a step in machine code, {found.built}"
-
-
-def _player_of(name: str) -> Callable[..., Player]:
-    if name != "persistent":
-        return PLAYERS[name]
-    from fastgen.sampling.run.gpu_player import GPUPlayer  # needs Triton
-
-    return GPUPlayer
-
-
-def _images_at_once(name: str, plan: Plan, device: torch.device) -> int | None:
-    """The most images of a batch; None: as many as there are."""
-    if name == "compiled":
-        return images_at_once(plan)
-    return images_that_fit(plan, device) if name == "persistent" else None
-
-
-def _unfit_for_one_launch(plan: Plan, device: torch.device) -> str:
-    """Why the persistent kernel cannot play a plan; empty where it can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the model is on {device.type}"
-    if plan.output_dtype not in (torch.float32, *HALF):
-        return f"the kernel computes in float32 and in half precision, the model in {plan.output_dtype}"
-    served = Counter(step.program for step in plan.steps)
-    unknown = {number: unknown_in(plan.programs[number]) for number in served}
-    by_torch = sum(served[number] for number, names in unknown.items() if names)
-    names = ", ".join(sorted({name for found in unknown.values() for name in found}))
-    if by_torch > (0 if plan.computes_in_half else MOST_UNKNOWN * len(plan.steps)):
-        return f"the kernel does not know {names}, which {by_torch} of {len(plan.steps)} steps need"
-    if by_torch:
-        plan.remarks.append(
-            f"persistent: torch plays {by_torch} of {len(plan.steps)} steps, between launches, for {names}"
-        )
-    plan.remarks.append(
-        "persistent: images are drawn in one launch; with a distribution of your own, or top_k or top_p of more than "
-        "256 levels, torch draws, and each step is a launch"
-    )
-    return ""
 
 
 class Engine:
@@ -128,7 +62,8 @@ class Engine:
         self.distribution = distribution
         self.name = name
         self.verify = verify
-        self.most = _images_at_once(name, plan, plan.network.device)
+        self.most = most_images(name, plan, plan.network.device)
+        self._made, self._how = player_for(name, plan, distribution, plan.network.device)
         self.margin = Margin()
         self._launched: int | None = None  # of a kernel, for the images of `run`
         self._players: dict[int, Player] = {}  # by number of images, the latest last
@@ -171,7 +106,7 @@ class Engine:
             f"verify {self.verify}: {sure}",
             f"margin: {self.margin}",
         ]
-        return "\n".join([*lines, *plan.remarks])
+        return "\n".join([*lines, *self._how, *plan.remarks])
 
     def takes_weights(self) -> bool:
         self._players.clear()
@@ -245,7 +180,7 @@ class Engine:
         if player is None:
             while len(self._players) >= MOST_PLAYERS:
                 self._players.pop(next(iter(self._players)))
-            player = _player_of(self.name)(self.plan, n, device)
+            player = self._made(self.plan, n, device)
         self._players[n] = player
         return player
 

@@ -7,19 +7,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.kernels.common import processors_of
 from fastgen.kernels.sampler.machine import Tiles, play, tiles_for
 from fastgen.sampling.machine.gpu.draws import Draws, unknown_draws
 from fastgen.sampling.machine.gpu.fusion import Fused, fuse
 from fastgen.sampling.machine.gpu.tables import Linker, with_views
 from fastgen.sampling.machine.language import View
 from fastgen.sampling.machine.parts import HALF, unknown_in
-from fastgen.sampling.plan.plan import Step
+from fastgen.sampling.plan.plan import Plan, Step
 from fastgen.sampling.plan.temporaries import share_scratch
 from fastgen.sampling.request import SampleRequest
 from fastgen.sampling.run.arena import ArenaMemory
 from fastgen.sampling.run.memory import PlanMemory
+from fastgen.sampling.run.step_launches import StepLaunches
 from fastgen.sampling.run.torch_player import TorchPlayer
 from fastgen.sampling.run.torch_program import TorchProgram
+
+# Multiply-adds of one processor in the time that a launch takes: an assumption, not measured.
+WORTH_A_LAUNCH = 2**20
+
+
+def heavy_programs(plan: Plan, images: int, device: torch.device) -> set[int]:
+    """Numbers of those that the whole GPU plays sooner, an instruction a launch, than a part of it in one launch."""
+    found, tiles = set(), tiles_for(images, device)
+    for number, program in enumerate(plan.programs):
+        fused = [] if unknown_in(program) else fuse(program.instructions, tiles.LINKS)
+        work = sum(one.head.depth * torch.Size(one.head.sizes).numel() for one in fused)  # for an image
+        if work * (tiles.BM - images / processors_of(device)) > WORTH_A_LAUNCH * len(fused):
+            found.add(number)
+    return found
 
 
 def precision_on(device: torch.device, weights: torch.dtype) -> str:
@@ -33,13 +49,17 @@ def precision_on(device: torch.device, weights: torch.dtype) -> str:
 
 
 class GPUPlayer(TorchPlayer):
-    """A `Player`. Steps whose programs the machine does not know are played by torch between launches.
+    """A `Player`. Between launches of draws and steps, steps of heavy programs are played over the whole GPU, an
+    instruction a launch, and those whose programs the machine does not know by torch.
 
     Attributes:
-        launches: of the kernel, so far.
+        steps: plays single steps over the whole GPU.
+        captures: whether it captures them on a device without graphs, too.
+        heavy: numbers of programs.
     """
 
     tiles: Tiles | None = None
+    captures = False
 
     def allocated(self) -> PlanMemory:
         numbers: dict[float, View] = {}
@@ -61,7 +81,7 @@ class GPUPlayer(TorchPlayer):
         return self._arena
 
     def bound(self) -> list[Callable[[Step], None]]:
-        self.launches = 0
+        self._launched = 0
         heads = [one.head for fused in self._fused for one in fused or ()]
         kinds = {head.weight.memory.dtype for head in heads if head.weight is not None}
         weights = kinds.pop() if len(kinds) == 1 else torch.float32  # which holds those of other dtypes as they are
@@ -74,19 +94,41 @@ class GPUPlayer(TorchPlayer):
         ]
         linker = Linker(self.memory, tiles.BN, tiles.BK, weights)
         self.tables = linker.link(programs, self.plan.steps, self.memory.moves, self.device)
+        arenas = (self._arena.arenas[torch.float32], self._arena.arenas[torch.int64])
+        captures = self.captures or self.device.type == "cuda"
+        self.steps = StepLaunches(arenas, self.tables, tiles, self.precision, self.n, captures)
+        self.heavy = heavy_programs(self.plan, self.n, self.device)
         return [
             TorchProgram(self.plan, number, self.memory, None if fused is None else ())
             for number, fused in enumerate(self._fused)
         ]
 
+    @property
+    def launches(self) -> int:
+        """Of kernels, so far."""
+        return self._launched + self.steps.launches
+
     def knows(self, step: int) -> bool:
         return self._fused[self.plan.steps[step].program] is not None
 
+    def alone(self, step: int) -> bool:
+        """Whether a step is played within a launch of draws and steps."""
+        return self.knows(step) and self.plan.steps[step].program not in self.heavy
+
     def run(self, number: int) -> None:
-        if self.knows(number):
+        if self.alone(number):
             self._launch(None, number - 1, number, number)
+        elif self.knows(number):
+            self.steps.go_to(number)
+            self.steps.play(number, None)
         else:
             super().run(number)
+
+    @property
+    def draws_of_row(self) -> tuple[int, int]:
+        """Places of a row, and draws of a place."""
+        channels, columns = self.levels.shape[1], self.levels.shape[-1]
+        return (columns, channels) if self.plan.whole_pixels else (columns * channels, 1)
 
     def step(self, place: int) -> None:
         if self.knows(place + 1):
@@ -96,24 +138,27 @@ class GPUPlayer(TorchPlayer):
 
     def play(self, request: SampleRequest, first: int) -> Tensor | None:
         """Draws all places from number `first` on; whether a parameter was NaN. None: the machine cannot draw these."""
-        plan, count = self.plan, len(self.plan.order)
         assert self.tiles is not None
         arena = self._arena.arenas[torch.float32]
         if unknown_draws(request, self.params(), arena, self.tiles.LEVELS) is not None:
             return None
+        return self.draw_all(request, first)
+
+    def draw_all(self, request: SampleRequest, first: int) -> Tensor:
+        plan, count = self.plan, len(self.plan.order)
         draws = Draws(request, self.params(), self.levels, plan.order, plan.whole_pixels)
-        row = self.levels.shape[-1] * (1 if plan.whole_pixels else self.levels.shape[1])
+        row, of_place = self.draws_of_row
         place = first
         while place < count:
             # All in one launch, where nobody wants to see how it goes.
             last = count if request.progress is None else min(count, (place // row + 1) * row)
-            stop = next((k for k in range(place, last) if not self.knows(k + 1)), last)
+            stop = next((k for k in range(place, last) if not self.alone(k + 1)), last)
             self._launch(draws, place, min(stop + 1, last), stop)
             if stop < last:
-                super().step(stop)
+                self.step(stop)
                 stop += 1
             if request.progress is not None:
-                request.progress((stop - place) * (self.levels.shape[1] if plan.whole_pixels else 1))
+                request.progress((stop - place) * of_place)
             place = stop
         return draws.bad[0] != 0
 
@@ -128,5 +173,5 @@ class GPUPlayer(TorchPlayer):
         if draws is not None:
             of_request = (draws.code, draws.places, draws.noise, draws.known, draws.mask, draws.bad)
         tensors = (floats, integers, tables.weights, tables.codes, tables.programs, tables.steps, tables.offsets)
-        self.launches += 1
+        self._launched += 1
         play((*tensors, *of_request), self.tiles, self.precision, first, last, until, draws is not None, images)

@@ -19,8 +19,8 @@ def run():
     def start(providers, **options):
         saved = {}
 
-        def save(case, rows):
-            saved.update({(row["provider"], row["mode"]): row for row in rows})
+        def save(case, row):
+            saved[row["provider"], row["mode"]] = row
 
         return processes.run(
             [Piece([case(providers, modes=("fwd", "bwd"), threads=1)], session, save)], **options

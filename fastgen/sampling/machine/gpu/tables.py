@@ -101,7 +101,8 @@ class Linker:
             codes += moved
             offsets += [0, *step.offsets.tolist()]
         weights = torch.cat(self._weights) if self._weights else torch.zeros(ALIGNED, dtype=self.dtype)
-        tables = [np.array(one or [[0]], dtype=np.int64) for one in (codes, ranges, rows, offsets)]
+        codes = codes or [[0] * words.WORDS.value]
+        tables = [np.array(one, dtype=np.int64) for one in (codes, ranges, rows, offsets)]
         codes_, programs_, steps_, offsets_ = (torch.from_numpy(one).to(device) for one in tables)
         return Tables(codes_, programs_, steps_, offsets_, weights.to(device))
 

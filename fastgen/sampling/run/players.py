@@ -1,0 +1,113 @@
+"""Which backends can play a plan, which one is the quickest, and which player that takes; why, as text for people."""
+
+import importlib.util
+import os
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+
+from fastgen.distributions import Distribution
+from fastgen.sampling.machine.cpu.build import NoMachine, machine
+from fastgen.sampling.machine.parts import HALF, unknown_in
+from fastgen.sampling.plan.plan import Plan
+from fastgen.sampling.run.arena import images_that_fit
+from fastgen.sampling.run.cpu_player import CPUPlayer, images_at_once
+from fastgen.sampling.run.cuda_graph_player import CudaGraphPlayer
+from fastgen.sampling.run.draw_loop import Player
+from fastgen.sampling.run.torch_player import TorchPlayer
+
+MOST_UNKNOWN = 0.1  # of the steps, that torch plays between launches of the step machine
+
+
+def best_backend(plan: Plan, device: torch.device) -> tuple[str, str]:
+    """The quickest backend for a model, and why."""
+    if device.type == "cuda":
+        return "cuda_graph", "on a GPU cuda_graph, which spares the host a launch an operation"
+    if plan.output_dtype != torch.float32:
+        return "eager", f"eager, since the step machine computes in float32 and the model in {plan.output_dtype}"
+    try:
+        found = machine()
+    except NoMachine as error:
+        return "eager", f"eager, since {error}"
+    return "compiled", f"on a CPU compiled: a step in machine code, {found.built}"
+
+
+def most_images(name: str, plan: Plan, device: torch.device) -> int | None:
+    """The most images of a batch; None: as many as there are."""
+    if name == "compiled":
+        return images_at_once(plan)
+    return images_that_fit(plan, device) if name == "persistent" else None
+
+
+def unfit_for_gpu_machine(plan: Plan, device: torch.device) -> str:
+    """Why the step machine of GPUs cannot play a plan; empty where it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the model is on {device.type}"
+    if plan.output_dtype not in (torch.float32, *HALF):
+        return f"the kernel computes in float32 and in half precision, the model in {plan.output_dtype}"
+    by_torch, names = _by_torch(plan)
+    if by_torch > (0 if plan.computes_in_half else MOST_UNKNOWN * len(plan.steps)):
+        return f"the kernel does not know {names}, which {by_torch} of {len(plan.steps)} steps need"
+    return ""
+
+
+def _by_torch(plan: Plan) -> tuple[int, str]:
+    """How many steps the machine does not know, and the names of what it does not."""
+    served = Counter(step.program for step in plan.steps)
+    unknown = {number: unknown_in(plan.programs[number]) for number in served}
+    names = sorted({name for found in unknown.values() for name in found})
+    return sum(served[number] for number, found in unknown.items() if found), ", ".join(names)
+
+
+def player_for(
+    name: str, plan: Plan, distribution: Distribution, device: torch.device
+) -> tuple[Callable[..., Player], list[str]]:
+    """The player of a backend, which is possible, and how it plays, for people."""
+    if name == "eager":
+        return TorchPlayer, []
+    if name == "compiled":
+        return CPUPlayer, []
+    if name == "cuda_graph":
+        reason = unfit_for_gpu_machine(plan, device) or _not_drawn(distribution)
+        if reason:
+            return CudaGraphPlayer, [f"cuda_graph: torch's operations, a graph a row of draws, because {reason}"]
+    from fastgen.sampling.run.gpu_player import GPUPlayer, heavy_programs  # need Triton
+    from fastgen.sampling.run.graph_player import GraphPlayer
+
+    by_torch, names = _by_torch(plan)
+    remarks = []
+    if by_torch:
+        remarks.append(f"{name}: torch plays {by_torch} of {len(plan.steps)} steps, between launches, for {names}")
+    if name == "cuda_graph":
+        steps = Counter(step.program for step in plan.steps)
+        (number, _), *_ = steps.most_common(1)
+        return GraphPlayer, [
+            f"cuda_graph: a graph a program, which serves all its steps; an instruction a launch, "
+            f"{1 + len(plan.programs[number].instructions)} for most draws; with top_k or top_p of more than 256 "
+            "levels torch draws, between graphs",
+            *remarks,
+        ]
+    heavy = heavy_programs(plan, 1, device)
+    return GPUPlayer, [
+        "persistent: images are drawn in one launch; with a distribution of your own, or top_k or top_p of more than "
+        "256 levels, torch draws, and each step is a launch",
+        *(
+            [
+                f"persistent: heavy programs, {len(heavy)} of {len(plan.programs)}, are played over the whole GPU, an "
+                "instruction a launch, while there are few images"
+            ]
+            if heavy
+            else []
+        ),
+        *remarks,
+    ]
+
+
+def _not_drawn(distribution: Distribution) -> str:
+    """Why the step machine does not draw of a distribution, whatever its options; empty where it does."""
+    from fastgen.sampling.machine.gpu.draws import KINDS  # needs Triton
+
+    return "" if type(distribution) in KINDS else f"the kernel does not draw of {type(distribution).__name__}"

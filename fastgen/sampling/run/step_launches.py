@@ -1,0 +1,93 @@
+"""Steps of a plan over a whole GPU, an instruction a launch, as CUDA graphs that serve all steps of a program."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen.kernels.common import cdiv
+from fastgen.kernels.sampler import words
+from fastgen.kernels.sampler.launches import play_one, programs_for
+from fastgen.kernels.sampler.machine import Tiles
+from fastgen.sampling.machine.gpu.tables import Tables
+
+Key = tuple[int, int, bool]  # a program, the copies before its step, whether a place is drawn before
+
+
+class StepLaunches:
+    """The step that comes next, and the place that is drawn next, stand on the device.
+
+    Args:
+        arenas: of float32 and int64.
+        tables, tiles, precision: as the kernel takes them.
+        n: images.
+        captures: whether launches are captured the second time that they are asked for. The first time warms up what
+            may not be initialized during a capture.
+
+    Attributes:
+        launches: of the kernel, so far, those of graphs included.
+        captured: graphs.
+    """
+
+    def __init__(
+        self, arenas: tuple[Tensor, Tensor], tables: Tables, tiles: Tiles, precision: str, n: int, captures: bool
+    ) -> None:
+        self.launches = 0
+        self.captured: dict[Key, Any] = {}
+        self._tensors = (*arenas, tables.weights, tables.codes, tables.steps, tables.offsets)
+        self._next = torch.zeros(2, dtype=torch.int64, device=arenas[0].device)
+        none = tables.steps  # nothing is read there
+        self._no_draws = (none, none, arenas[0], none, none.view(torch.uint8)[0], none.view(torch.int32)[0])
+        self._tiles, self._precision, self._n, self._captures = tiles, precision, n, captures
+        self._programs, self._steps = tables.programs.tolist(), tables.steps.tolist()
+        self._grids = [programs_for(code, n, tiles) for code in tables.codes.tolist()]
+        self._asked: set[Key] = set()
+        self._stream: Any = None
+
+    def go_to(self, place: int) -> None:
+        """What comes next is the draw of a place, or else the step before it."""
+        self._next.fill_(place)
+
+    def draw(self, draws: tuple[Tensor, ...]) -> None:
+        """Draws the next place without its step."""
+        self._play([(words.DRAW.value, cdiv(self._n, self._tiles.ROWS)), (words.NOTHING.value, 1)], draws)
+
+    def play(self, step: int, draws: tuple[Tensor, ...] | None) -> None:
+        """Plays a step, the next one, and draws the place before it where there are draws: the tables of a request, at
+        the same addresses always."""
+        program, _, _, moves = self._steps[step]
+        key = program, moves, draws is not None
+        graph = self.captured.get(key)
+        launches = self._of(*key)
+        if graph is None and not (self._captures and key in self._asked):
+            self._asked.add(key)
+            self._play(launches, draws)
+            return
+        if graph is None:
+            graph = self._capture(key, launches, draws)
+        graph.replay()
+        self.launches += len(launches)
+
+    def _of(self, program: int, moves: int, drawing: bool) -> list[tuple[int, int]]:
+        """What is launched, and with how many programs."""
+        first, count = self._programs[program]
+        found = [(words.DRAW.value, cdiv(self._n, self._tiles.ROWS))] if drawing else []
+        found += [(words.FIRST_MOVE.value - k, cdiv(self._n, self._tiles.BR)) for k in range(moves)]
+        found += [(number, self._grids[number]) for number in range(first, first + count)]
+        return [*found, (words.NOTHING.value, 1)] if len(found) == drawing else found
+
+    def _play(self, launches: list[tuple[int, int]], draws: tuple[Tensor, ...] | None) -> None:
+        tensors = (*self._tensors, *(draws or self._no_draws), self._next)
+        for what, programs in launches:
+            play_one(tensors, self._tiles, self._precision, what, programs, self._n)
+        self.launches += len(launches)
+
+    def _capture(self, key: Key, launches: list[tuple[int, int]], draws: tuple[Tensor, ...] | None) -> Any:
+        device, before = self._next.device, self.launches
+        with torch.cuda.device(device):  # the default stream of captures is that of whichever device came first
+            self._stream = self._stream or torch.cuda.Stream(device)
+            graph = self.captured[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                self._play(launches, draws)
+        self.launches = before
+        return graph
