@@ -16,7 +16,7 @@ from fastgen.kernels.common import cdiv, launch
 from fastgen.kernels.sampler.dispatch import instruction
 from fastgen.kernels.sampler.draws import draw
 from fastgen.kernels.sampler.instructions import BJ
-from fastgen.kernels.sampler.machine import GIVEN, OPTIONS, Tiles, entries
+from fastgen.kernels.sampler.machine import GIVEN, Tiles, entries, options_of
 from fastgen.kernels.sampler.words import (
     COLUMNS,
     CONTRACT,
@@ -107,7 +107,7 @@ def play_one(tensors: tuple[Tensor, ...], tiles: Tiles, precision: str, what: in
         what: see the kernel.
         programs: `programs_for` an instruction; of draws and copies one for ROWS and BR images.
     """
-    constants: dict[str, Any] = {**tiles._asdict(), "PRECISION": precision, **OPTIONS}
+    constants: dict[str, Any] = {**tiles._asdict(), "PRECISION": precision, **options_of(tiles)}
     launch(step_launch_kernel, (programs,), (*tensors, what, images), constants)
 
 

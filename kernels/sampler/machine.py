@@ -104,6 +104,12 @@ SIZES = (Tiles(), Tiles(32), Tiles(64, BN=32))  # of 64x64 sums no registers are
 AMD = tuple(one._replace(LINKS=False) for one in SIZES)  # with them, hundreds of bytes are spilled there
 
 
+def options_of(tiles: Tiles) -> dict[str, Any]:
+    """Of the compiler. Where a program would leave room for a second one with 128 registers, ptxas takes no more, and
+    spills; a limit takes that thought from it. AMD's compiler knows none."""
+    return OPTIONS | ({"maxnreg": 255} if tiles.LINKS else {})
+
+
 def tiles_for(images: int, device: torch.device) -> Tiles:
     """Larger tiles read the weights less often; they pay where smaller ones would not all run at the same time."""
     sizes = SIZES if torch.version.hip is None else AMD
@@ -129,7 +135,7 @@ def play(
         first, last, until, drawing: see the kernel.
         images: from the first to before the last.
     """
-    constants: dict[str, Any] = {**tiles._asdict(), "PRECISION": precision, **OPTIONS}
+    constants: dict[str, Any] = {**tiles._asdict(), "PRECISION": precision, **options_of(tiles)}
     args = (*tensors, first, last, until, int(drawing), *images)
     launch(step_machine_kernel, (cdiv(images[1] - images[0], tiles.BM),), args, constants)
 
@@ -150,6 +156,7 @@ def entry(kernel: Any, tiles: Tiles, weights: str, precision: str, skips: dict[s
         unaligned=tuple(GIVEN),
         requires=dict.fromkeys(NVIDIA, "mma") if precision != "ieee" else {},
         skips=skips,
+        options={key: value for key, value in options_of(tiles).items() if key not in OPTIONS},
         **OPTIONS,
     )
 
