@@ -11,7 +11,7 @@
     python -m benchmarks gpu-tests [PATH ..] the quick tests on this GPU in several processes (--full: all of them)
     python -m benchmarks host                what the host takes for a call of each operation; needs no GPU
     python -m benchmarks predict [FILE ..]   what whole images in one launch should take, by rates in these rows
-    python -m benchmarks status              for every kernel and GPU: are its rows fresh, stale or missing?
+    python -m benchmarks status              for every kernel and GPU: was it right, and are its rows of today's source?
     python -m benchmarks readme-tables       write the README's performance section from the saved rows
     python -m benchmarks adopt FILE ..       save rows that another machine brought back
     python -m benchmarks plots               draw the saved rows into runs/benchmarks/

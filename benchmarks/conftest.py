@@ -29,6 +29,7 @@ def pytest_generate_tests(metafunc):
         pytest.param(case, provider, mode, id=f"{name}-{case.shape}-{name_of(case.dtype)}-{provider}-{mode}")
         for name in ([only] if only else NAMES)
         for case in load(name, size, DEVICE)
+        if case.timed
         for provider in case.providers
         for mode in case.timed_modes(provider)
         if INTERPRETED not in provider

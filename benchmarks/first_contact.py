@@ -92,8 +92,12 @@ def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
 
     def several_a_process(todo: list[Case]) -> list[Piece]:
         """Cases that lie side by side share their kernels: processes that take every n-th compile different ones."""
-        count = -(-len(todo) // TOGETHER)
-        return [Piece(todo[i::count], comparing, results.save) for i in range(count)]
+        pieces = []
+        for blocking in (True, False):
+            alike = [case for case in todo if case.blocking is blocking]
+            count = -(-len(alike) // TOGETHER)
+            pieces += [Piece(alike[i::count], comparing, results.save) for i in range(count)]
+        return pieces
 
     def one_a_process(todo: list[Case], its_session: Session = session) -> list[Piece]:
         return [Piece([case], its_session, results.save) for case in todo]

@@ -4,8 +4,9 @@
 
 Prints registers a thread, bytes of local memory a thread (spills) and shared memory a block of every entry of every
 `CATALOGUE`. Exit status 1 names each problem: a kernel that is launched and in no catalogue, an entry that does not
-compile, spills beyond its allowance, needs more shared memory than the chip has, lacks an instruction that it should
-have, or whose wgmma products ptxas serializes. Exit status 2: the gate itself could not run.
+compile, spills beyond its allowance, has more barriers than its allowance, needs more shared memory than the chip has,
+lacks an instruction that it should have, or whose wgmma products ptxas serializes. Exit status 2: the gate itself could
+not run.
 """
 
 import argparse
@@ -62,6 +63,7 @@ class Resources:
     registers: int = 0
     spills: int = 0
     shared: int = 0
+    barriers: int = 0
     problem: str = ""
 
 
@@ -123,6 +125,7 @@ def compile_entry(module_name: str, index: int, target: Target) -> Resources:
         read = _read_cubin if target.backend == "cuda" else _read_amdgcn
         static_shared = read(compiled, row)
         serialized = _serialized(compiled, target)
+        row.barriers = compiled.asm.get("ptx", "").count("bar.sync")
     except Exception as error:  # the compiler raises many kinds: any of them is a finding, not a crash
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]
         row.problem = f"does not compile: {type(error).__name__}: {lines[-1].strip()}"
@@ -134,6 +137,8 @@ def compile_entry(module_name: str, index: int, target: Target) -> Resources:
         problems.append(f"{row.spills} bytes of spills, allowed {entry.spills.get(target.name, 0)}")
     if row.shared > target.shared_limit:
         problems.append(f"{row.shared} bytes of shared memory, the chip has {target.shared_limit}")
+    if row.barriers > entry.barriers.get(target.name, row.barriers):
+        problems.append(f"{row.barriers} barriers, allowed {entry.barriers[target.name]}")
     if required and required not in _assembly(compiled, target):
         problems.append(f"no {required} instruction")
     row.problem = "; ".join(problems + serialized)

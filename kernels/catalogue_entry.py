@@ -31,6 +31,8 @@ class Entry:
         num_warps, num_stages: as in the launch.
         options: further compiler options of the launch, e.g. {"maxnreg": 128}.
         spills: bytes of local memory allowed per thread, by target ("sm_80", ..., "gfx942"); 0 where not named.
+        barriers: how many barriers of a block the PTX may have, a loop's counted once, by target; any number where
+            not named.
         requires: text that the PTX or SASS of a target must contain, e.g. {"sm_90": "wgmma"}.
         skips: targets that this configuration is never launched on, each with the reason.
         reason: why spills are allowed; needed where `spills` is given.
@@ -46,6 +48,7 @@ class Entry:
     num_stages: int = 3
     options: Mapping[str, Any] = field(default_factory=dict)
     spills: Mapping[str, int] = field(default_factory=dict)
+    barriers: Mapping[str, int] = field(default_factory=dict)
     requires: Mapping[str, str] = field(default_factory=dict)
     skips: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""

@@ -28,6 +28,13 @@ def next_power_of_2(n: int) -> int:
 
 
 @triton.jit
+def tanh_near_0(x):
+    """To float32's precision for |x| < 0.3."""
+    q = x * x
+    return x * (1.0 + q * (-1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835 + q * (-1382 / 155925))))))
+
+
+@triton.jit
 def tanh(x, FAST: tl.constexpr = False):
     """To float32's precision, also near 0, where the quotient cancels; never NaN for a finite x.
 
@@ -38,9 +45,7 @@ def tanh(x, FAST: tl.constexpr = False):
     size = tl.abs(x)
     e = tl.exp(-2.0 * size)
     far = (1.0 - e) / (1.0 + e)
-    q = x * x
-    near = x * (1.0 + q * (-1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835 + q * (-1382 / 155925))))))
-    return tl.where(size < 0.3, near, tl.where(x < 0, -far, far))
+    return tl.where(size < 0.3, tanh_near_0(x), tl.where(x < 0, -far, far))
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """Feature maps as kernels write them. Needs no Triton: the operators describe their results by it as well."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,14 @@ def empty_map(like: Tensor, channels: int, height: int, width: int, dtype: torch
     """
     size = (like.shape[0], channels, height, width)
     return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def result_size(x: Tensor, weight: Tensor, geometry: Any) -> list[int]:
+    """[height, width] of the result of a convolution; geometry: its stride, padding and dilation, in pairs."""
+    return [
+        (x.shape[a] + 2 * padding - dilation * (weight.shape[a] - 1) - 1) // stride + 1
+        for a, stride, padding, dilation in zip((-2, -1), *geometry, strict=True)
+    ]
 
 
 def order_of(x: Tensor) -> tuple[int, ...]:

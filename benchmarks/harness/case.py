@@ -34,7 +34,9 @@ class Case:
         exact: truth takes the inputs as they are, and outputs must be equal to the last bit.
         landmarks: providers that compute something else (a lower bound, another recurrence): not compared, no rivals.
         tf32: whether all float32 products may be rounded to TF32 on a GPU, those of rivals as well.
-        timed: False: only compared, each launch waited for.
+        timed: False: it is only compared.
+        blocking: each launch is waited for, so that a failure shows at the launch that it is of. No CUDA graph can be
+            captured then.
         threads: the number of threads of a CPU; None: as many as torch takes by itself.
         batch: images of one call, for plots over it.
         share: provider -> how much one call does of what the row times: 1/784 where it makes one of 784 passes (and is
@@ -58,6 +60,7 @@ class Case:
     landmarks: frozenset[str] = frozenset()
     tf32: bool = True
     timed: bool = True
+    blocking: bool = False
     threads: int | None = None
     batch: int | None = None
     share: Mapping[str, float] = field(default_factory=dict)

@@ -37,8 +37,7 @@ class Piece(Task):
         self.done: set[tuple[str, str]] = set()  # providers and modes of the case that have their rows
 
     def work(self, tell: Tell) -> None:
-        if not any(case.timed for case in self.cases):
-            # A failure shows at the launch that it is of; nothing can be captured in a CUDA graph then.
+        if all(case.blocking for case in self.cases):
             os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
         if not self.session.timing:
             torch._inductor.config.compile_threads = 1  # other such pieces compile at the same time

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.kernels.maps import result_size
+
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # stride, padding, dilation
 ACTIVATIONS = ("none", "relu", "gated")
 
@@ -13,16 +15,9 @@ ACTIVATIONS = ("none", "relu", "gated")
 def as_pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
     """(along the height, along the width); ValueError where it is no int >= least, nor a pair of them."""
     pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
-    if len(pair) != 2 or any(not isinstance(one, int) or one < least for one in pair):
+    if len(pair) != 2 or any(not isinstance(side, int) or side < least for side in pair):
         raise ValueError(f"{name} must be an int >= {least} or a pair of them, got {value!r}")
     return pair
-
-
-def result_size(x: Tensor, weight: Tensor, geometry: Any) -> list[int]:
-    return [
-        (x.shape[a] + 2 * padding - dilation * (weight.shape[a] - 1) - 1) // stride + 1
-        for a, stride, padding, dilation in zip((-2, -1), *geometry, strict=True)
-    ]
 
 
 def _check_float(name: str, tensor: Any, device: torch.device | None = None) -> None:
@@ -88,15 +83,15 @@ def checked_geometry(*arguments: Any) -> Geometry:
         return check(*arguments)
     try:
         key = tuple([(a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a for a in arguments])
-        found = _checked.get(key)
+        geometry = _checked.get(key)
     except TypeError:  # what cannot be hashed
         return check(*arguments)
-    if found is None:
-        found = check(*arguments)
+    if geometry is None:
+        geometry = check(*arguments)
         if len(_checked) >= 4096:
             _checked.clear()
-        _checked[key] = found
-    return found
+        _checked[key] = geometry
+    return geometry
 
 
 def check_dtypes(x: Tensor, *tensors: Tensor | None) -> None:

@@ -1,5 +1,5 @@
-"""A convolution some of whose weights are masked out, with bias and activation: the definition in plain PyTorch, the
-operator that visits only live weights, the public function."""
+"""A convolution some of whose weights are masked, with bias and activation: its definition in plain PyTorch, the
+operator that visits only live weights, and the public function."""
 
 import functools
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgen.kernels.maps import empty_map
+from fastgen.kernels.maps import empty_map, result_size
 from fastgen.ops._implementation import is_plain, uses_triton
-from fastgen.ops._masked_conv2d_arguments import Geometry, as_pair, check_dtypes, checked_geometry, result_size
+from fastgen.ops._masked_conv2d_arguments import Geometry, as_pair, check_dtypes, checked_geometry
 
 
 def masked_conv2d_reference(
@@ -90,8 +90,8 @@ def _backward_operator(
     """Gradients of x, weight, bias, condition, other and other_weight, empty where not wanted."""
     tensors = (grad, grad_pre, x, weight, mask, out, kept, other, other_weight)
     geometry = (tuple(stride), tuple(padding), tuple(dilation))
-    found = _launch().backward(*tensors, geometry, saved, tuple(wanted))
-    return [x.new_empty(0) if one is None else one for one in found]
+    gradients = _launch().backward(*tensors, geometry, saved, tuple(wanted))
+    return [x.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
 
 @_backward_operator.register_fake
@@ -152,10 +152,10 @@ def _backward(ctx, grad, grad_kept):
     else:
         computed = _backward_operator(*tensors, *ctx.geometry, ctx.saved, list(wanted))
         gradients = [gradient if asked else None for gradient, asked in zip(computed, wanted, strict=True)]
-    of_x, of_weight, of_bias, of_condition, of_other, of_other_weight = gradients
-    of_residual = grad if needs[5] else None
+    grad_x, grad_weight, grad_bias, grad_condition, *grads_of_other = gradients
+    grad_residual = grad if needs[5] else None
     no_tensors = (None,) * (len(needs) - 8)
-    return of_x, of_weight, None, of_bias, of_condition, of_residual, of_other, of_other_weight, *no_tensors
+    return grad_x, grad_weight, None, grad_bias, grad_condition, grad_residual, *grads_of_other, *no_tensors
 
 
 def _no_second_derivative(ctx, *grads):
@@ -280,7 +280,7 @@ def masked_conv2d(
         )
     if x.dim() == 4:
         return fused(x, weight, mask, bias, geometry, activation, condition=condition, residual=residual)[0]
-    addends = [None if one is None else one.unsqueeze(0) for one in (condition, residual)]
+    addends = [None if addend is None else addend.unsqueeze(0) for addend in (condition, residual)]
     batch = x.unsqueeze(0)
     out = fused(batch, weight, mask, bias, geometry, activation, condition=addends[0], residual=addends[1])[0]
     return out.squeeze(0)

@@ -119,7 +119,7 @@ class Adapter(nn.Module):
             params = params.squeeze(-2)
         return params.movedim(1, -1) if self.levels_last else params
 
-    def find_batch(self, run: Callable[[], Tensor]) -> Tensor | None:
+    def find_batch(self, run: Callable[[], Any]) -> Any:
         """Sets `batch` to the one size that the model takes, where it does not take two images; what `run`, a pass of
         two images, returns then. None: it fails at each size."""
         for self.batch in BATCHES:

@@ -1,4 +1,5 @@
-"""Which backend draws for which condition: made when it is first asked for, made again when the model has changed."""
+"""Takes a condition and a dtype of levels; gives the backend that draws for them, made when it is first asked for, made
+again when the model has changed."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -20,10 +21,11 @@ from fastgen.sampling.model_state import ModelState, device_of
 from fastgen.sampling.request import Backend, SampleRequest, tell
 from fastgen.sampling.run.engine import Engine, build_engine
 from fastgen.sampling.trace.graph import Unsupported
-from fastgen.sampling.trace.network import Network
+from fastgen.sampling.trace.network import Network, sample_images
 from fastgen.sampling.whole_pass import FixedPoint, Naive, places_of, whole_pass
 
 WHOLE_PASSES = ("naive", "fixed_point")
+First = tuple[Tensor, bool]  # the output for two images; whether they are the first two of `sample_images`, or blank
 MOST_KINDS = 8  # of conditions (prompts of another length, for instance) that have a backend each
 
 
@@ -71,7 +73,7 @@ class Backends:
         return device_of(self.model)
 
     def kept(self) -> AbstractContextManager[None]:
-        """The model may be called inside, and is afterwards as it was. After `get` or `blank_pass`."""
+        """The model may be called inside, and is afterwards as it was. After `get` or `first_pass`."""
         assert self._state is not None
         return self._state.kept()
 
@@ -79,8 +81,8 @@ class Backends:
         """`kept` around a backend that calls the model again and again; an engine does so where it calls the model."""
         return nullcontext() if isinstance(backend, Engine) else self.kept()
 
-    def get(self, condition: Any, dtype: torch.dtype = torch.long, blank: Tensor | None = None) -> Backend:
-        """The backend for this kind of condition, and the model as it now is. `blank`: of `blank_pass`."""
+    def get(self, condition: Any, dtype: torch.dtype = torch.long, first: First | None = None) -> Backend:
+        """The backend for this kind of condition, and the model as it now is. `first`: of `first_pass`."""
         self._notice_changes()
         # Under autocast the model is another function: its own passes must meet what the engine was made from.
         device = self.device
@@ -89,14 +91,14 @@ class Backends:
         key = (kind(condition), dtype, cast)
         made = next((made for made in self.made if made.key == key), None)
         if made is None:
-            if blank is None and dtype == dtype_of(self.distribution):
-                blank = self.blank_pass(condition)
-            made = self._make(key, condition, dtype, blank)
+            if first is None and dtype == dtype_of(self.distribution):
+                first = self.first_pass(condition)
+            made = self._make(key, condition, dtype, first)
         self.made = [one for one in self.made if one is not made][1 - MOST_KINDS :] + [made]
         return made.backend
 
-    def blank_pass(self, condition: Any) -> Tensor:
-        """The model's output for two blank images. Whatever does not fit together fails here, with a plain error.
+    def first_pass(self, condition: Any) -> First:
+        """The model's output for two images. Whatever does not fit together fails here, with a plain error.
 
         It is found out here whether the model takes one number of images only, and, without an `encode`, whether it
         takes integers, as one of tokens does.
@@ -104,12 +106,12 @@ class Backends:
         self._notice_changes()
         condition = example(condition, self.device)
         try:
-            return self._blank(condition)
+            return self._of_two(condition)
         except Exception as error:
             waits = condition is None and wants_condition(self.model.model, error)
             if self.model.batch is not None or waits or self._takes_two(condition):
                 raise
-            found = self.model.find_batch(partial(self._blank, condition))
+            found = self.model.find_batch(partial(self._of_two, condition))
             if found is None:
                 raise
             return found
@@ -124,17 +126,20 @@ class Backends:
                 return True
         return False
 
-    def _blank(self, condition: Any) -> Tensor:
+    def _of_two(self, condition: Any) -> First:
         dtype = dtype_of(self.distribution)
         levels = torch.zeros((2, *self.shape), dtype=dtype, device=self.device)
+        samples = sample_images(self.model, self.shape, self._levels(dtype))[:2]
 
-        def blank(integers: bool) -> Tensor:
+        def passed(integers: bool) -> First:
             self.integers = integers
-            with self.kept():
-                return whole_pass(self.model, self._encode(dtype), levels, condition)
+            with suppress(Exception), self.kept():
+                return whole_pass(self.model, self._encode(dtype), samples, condition), True
+            with self.kept():  # no place has fewer levels than one
+                return whole_pass(self.model, self._encode(dtype), levels, condition), False
 
         if self.custom_encode is not None or dtype.is_floating_point:
-            return blank(False)
+            return passed(False)
         integers = False
         if len(self.model.outer) < 3:  # tokens or codes, perhaps; a model that casts floats to them does not fail
             with self.kept():
@@ -143,7 +148,7 @@ class Backends:
         errors: list[Exception] = []
         for one in (integers, not integers):
             try:
-                return blank(one)
+                return passed(one)
             except Exception as error:
                 errors.append(error)
         self.integers = False
@@ -172,19 +177,21 @@ class Backends:
             if change == "structure" or not all(made.backend.takes_weights() for made in self.made):
                 self.made.clear()
 
-    def _make(self, key: Any, condition: Any, dtype: torch.dtype, blank: Tensor | None) -> Made:
+    def _make(self, key: Any, condition: Any, dtype: torch.dtype, first: First | None) -> Made:
         encode = self._encode(dtype)
-        if blank is not None:
+        params = None
+        if first is not None:
+            params, sampled = first
             check_params = getattr(self.distribution, "check_params", None)
             if check_params is not None:
-                check_params(blank[..., 0, 0], self.shape[0])
-            noise = torch.zeros(self.distribution.noise_shape(2, self.shape), device=blank.device)
-            draw_image(SampleRequest(2, self.shape, noise, self.distribution, dtype=dtype), blank)
-        levels = dtype if dtype.is_floating_point else known_levels(self.distribution)
+                check_params(params[..., 0, 0], self.shape[0])
+            noise = torch.zeros(self.distribution.noise_shape(2, self.shape), device=params.device)
+            draw_image(SampleRequest(2, self.shape, noise, self.distribution, dtype=dtype), params)
+            params = params if sampled else None
         order: Order | None = None
         remark = None
         try:
-            network = Network(self.model, self.shape, encode, condition, levels, self.kept)
+            network = Network(self.model, self.shape, encode, condition, self._levels(dtype), self.kept, params)
             if self.choice not in WHOLE_PASSES:
                 return Made(key, build_engine(network, self.distribution, self.choice, self.verify), None)
             order = ordered(network, self.distribution).order
@@ -198,6 +205,9 @@ class Backends:
         kind_of = Naive if self.choice == "naive" else FixedPoint
         places = None if order is None else places_of(order, self.shape, self.distribution)
         return Made(key, kind_of(self.model, self.shape, encode, places), remark)
+
+    def _levels(self, dtype: torch.dtype) -> int | Tensor | torch.dtype:
+        return dtype if dtype.is_floating_point else known_levels(self.distribution)
 
     @property
     def _dtype(self) -> torch.dtype:

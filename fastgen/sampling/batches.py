@@ -1,4 +1,4 @@
-"""Many images as batches of a size that runs well and fits into memory."""
+"""Takes a request for many images; gives those of its parts, each of a size that runs well and fits into memory."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Draws from the model's output, in one place, so that no two backends can draw differently."""
+"""Takes the model's output and noise; gives levels: in one place, so that no two backends can draw differently."""
 
 import torch
 from torch import Tensor

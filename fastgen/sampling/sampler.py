@@ -132,14 +132,14 @@ class Sampler:
         self._batches = Batches()
         with _turn():
             try:
-                blank = self._backends.blank_pass(condition)
+                first = self._backends.first_pass(condition)
             except Exception as error:
                 # A model that wants a condition fails without one, and is analysed when there is one.
                 if condition is not None or not wants_condition(model, error):
                     raise
                 self._waits = f"not analysed yet, the model fails without a condition: {error}"
             else:
-                self._backends.get(condition, dtype_of(distribution), blank)
+                self._backends.get(condition, dtype_of(distribution), first)
 
     def noise_shape(self, n: int) -> tuple[int, ...]:
         """The shape of `noise` for n images: (n, U, H, W), or (n, *shape) for a grid or a sequence with one uniform a

@@ -5,8 +5,8 @@ launched. Two designs were studied and not built:
 
 More programs an image, where a batch leaves the chip empty: 16 images of 64 units are 16 programs a direction, 32 of
 132 processors. A program has one image then, and what divides an image further, its units or its rows, must wait for
-other programs in each of its steps. A step of one program was estimated at 1.1 us, of which 0.4 are a barrier, a load
-and a store. Four programs save 0.5 us of products and functions a step, and wait 1.0 to 1.5 us for each other. From
+other programs in each of its steps. A step of one program was estimated at 1.1 us, when its states still went by global
+memory. Four programs save 0.5 us of products and functions a step, and wait 1.0 to 1.5 us for each other. From
 about 128 units it may pay; such a launch was written, and removed, as nobody could measure it: it needs all its
 programs at once, a bound for the wait, and an error where one is lost. Rows in bands, each of which trails the one
 above, would wait for no answer, but must publish every state to other processors: a fence a step, which is estimated

@@ -36,8 +36,7 @@ class ScanLaunch:
 
 @dataclass(frozen=True)
 class TileLaunch:
-    """One launch: each program scans its images by tiles of M pixels and U units, in parts of K (a backward, with one
-    product instead of four: 2K)."""
+    """One launch: each program scans its images by tiles of M pixels and U units, in parts of K."""
 
     M: int
     U: int
@@ -47,7 +46,7 @@ class TileLaunch:
 
     @property
     def constants(self) -> dict[str, Any]:
-        tile = {"M": self.M, "U": self.U}
+        tile = {"M": self.M, "U": self.U, "K": self.K}
         return {**tile, "num_warps": self.num_warps, "num_stages": 3, **registers(self.num_warps)}
 
 
@@ -88,7 +87,7 @@ def arithmetic(x: Tensor) -> dict[str, Any]:
     return {"PRECISION": "tf32" if tf32_allowed() else "tf32x3", "FAST": False}
 
 
-def choose(x: Tensor, lanes: int, units: int) -> ScanLaunch | TileLaunch:
+def choose(x: Tensor, lanes: int, units: int, *, backward: bool = False) -> ScanLaunch | TileLaunch:
     """The launch for x (B, ...) with `lanes` pixels side by side in an image, by what was compiled without spills.
 
     Weights and cell states stay with a program where they fit its registers and its shared memory: in half precision
@@ -101,11 +100,13 @@ def choose(x: Tensor, lanes: int, units: int) -> ScanLaunch | TileLaunch:
     """
     device = x.device
     single = arithmetic(x)["PRECISION"] if x.dtype == torch.float32 else ""
-    return _choose(x.shape[0], lanes, units, single, full_tiles(device), processors_of(device))
+    return _choose(x.shape[0], lanes, units, single, full_tiles(device), processors_of(device), backward)
 
 
 @functools.lru_cache(1024)
-def _choose(batch: int, lanes: int, units: int, single: str, full: bool, processors: int) -> ScanLaunch | TileLaunch:
+def _choose(
+    batch: int, lanes: int, units: int, single: str, full: bool, processors: int, backward: bool
+) -> ScanLaunch | TileLaunch:
     """single: the precision of float32, "" in half precision."""
     most, widest = (4096 if full and units % 16 == 0 else 2048), 64
     if single:
@@ -115,7 +116,7 @@ def _choose(batch: int, lanes: int, units: int, single: str, full: bool, process
     padded = max(16, next_power_of_2(units))
     slots = next_power_of_2(lanes)
     if slots * padded > most or slots > 128 or padded > widest:
-        return _by_tiles(batch, lanes, units, bool(single), processors)
+        return _by_tiles(batch, lanes, units, bool(single), full, processors, backward)
     images = max(1, 16 // slots)  # tensor cores multiply 16 rows at least
     while 2 * images * slots <= 64 and 2 * images * slots * padded <= most and batch > images * processors:
         images *= 2  # a step of a larger tile takes hardly longer
@@ -131,24 +132,33 @@ def warps_of(tile: int) -> int:
     return 4 if tile <= 512 else 8 if tile <= 1024 else 16
 
 
-def scan_by_tiles(x: Tensor, lanes: int, units: int) -> TileLaunch:
+def scan_by_tiles(x: Tensor, lanes: int, units: int, *, backward: bool = False) -> TileLaunch:
     """One launch, a program an image or more, for any number of units."""
-    return _by_tiles(x.shape[0], lanes, units, x.dtype == torch.float32, processors_of(x.device))
+    device = x.device
+    single = x.dtype == torch.float32
+    return _by_tiles(x.shape[0], lanes, units, single, full_tiles(device), processors_of(device), backward)
 
 
-def _by_tiles(batch: int, lanes: int, units: int, single: bool, processors: int) -> TileLaunch:
-    """The tile is the largest without spills, so that weights are read least often."""
-    padded = min(64, max(16, next_power_of_2(units)))
-    num_warps = 8
-    if not single:
-        M = 64 if padded < 64 or torch.version.hip is not None else 32
-        U, K = padded, min(32, padded)
+def _by_tiles(
+    batch: int, lanes: int, units: int, single: bool, full: bool, processors: int, backward: bool
+) -> TileLaunch:
+    """The largest tile without more than a few words of spills reads weights least often, and waits least often: a step
+    takes 2 barriers a part of K of a tile, and about 5 a tile. The backward has one product instead of four, and the
+    larger parts."""
+    padded = min(128, max(16, next_power_of_2(units)))
+    if torch.version.hip is not None:
+        M, U, K, num_warps = (16, 32, 16, 4) if single and padded > 16 else (64, min(64, padded), min(32, padded), 8)
+        K *= 2 if backward else 1
     elif padded == 16:
-        M, U, K = 64, 16, 16
-    elif torch.version.hip is None:
-        M, U, K = 32, 64, 16
+        M, U, K, num_warps = 64, 16, 32 if backward else 16, 8
+    elif single:
+        U = 128 if backward and padded == 128 else 64
+        M, K, num_warps = 32, 32, 4 if backward and U == 64 else 8
+    elif padded == 32:
+        M, U, K, num_warps = 64, 32, 64 if backward else 32, 8
     else:
-        M, U, K, num_warps = 16, 32, 16, 4
+        K = (64 if full else 32) * (2 if backward else 1)  # shared memory of other chips holds no more
+        M, U, num_warps = 32, padded, 16 if padded == 128 else 8
     return TileLaunch(M, U, K, max(1, min(cdiv(batch, max(1, M // lanes)), processors)), num_warps)
 
 

@@ -228,7 +228,7 @@ def backward(
     grad_gates = empty_map(grad_hidden, 4 * units, height, width)
     if batch == 0:
         return grad_gates
-    choice = choice or choose(grad_hidden, height, units)
+    choice = choice or choose(grad_hidden, height, units, backward=True)
     if isinstance(choice, TileLaunch):
         backward_by_tiles(grad_hidden, activated, cell, weight, grad_gates, choice, row_scan=False, reverse=reverse)
         return grad_gates

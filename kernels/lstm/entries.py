@@ -28,9 +28,14 @@ def entry(kernel: Any, dtype: str, tile: dict[str, Any], *, amd: bool = False, *
     sizes = " ".join(f"{name}={value}" for name, value in tile.items() if type(value) is int)
     skips = dict.fromkeys(NVIDIA, "compiled with its fast functions") if amd else {AMD: "compiled without NVIDIA's"}
     skips |= more.pop("skips", {})
+    # What was reached; on sm_90 three TF32 products of 16 units go by shared memory. sm_100 has more, and no limit.
+    most = 16 if dtype == "fp32" and tile.get("K") == 16 else 10
+    barriers = {} if amd else dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_90", "sm_120"), most)
     options = {} if amd else {"maxnreg": min(255, 2048 // more["num_warps"])}
     config = f"{dtype} {sizes}{' AMD' if amd else ''}"
-    return Entry(kernel, config, signature, fixed, aligned=aligned, skips=skips, options=options, **more)
+    return Entry(
+        kernel, config, signature, fixed, aligned=aligned, skips=skips, options=options, barriers=barriers, **more
+    )
 
 
 # dtype, LANES, U: shapes that `choose` gives, with one image side by side
@@ -70,24 +75,49 @@ def scan_entries(kernel: Any, **constants: Any) -> list[Entry]:
     return entries
 
 
-# dtype, M, U, K, warps: what `scan_by_tiles` gives
-TILE_SIZES = (
+# dtype, M, U, K, warps: what `scan_by_tiles` gives on NVIDIA's chips; those of the largest K need `full_tiles`
+FORWARD_TILES = (
     ("bf16", 64, 16, 16, 8),
     ("bf16", 64, 32, 32, 8),
     ("bf16", 32, 64, 32, 8),
-    ("fp16", 32, 64, 32, 8),
+    ("bf16", 32, 64, 64, 8),
+    ("bf16", 32, 128, 32, 16),
+    ("bf16", 32, 128, 64, 16),
+    ("fp16", 32, 128, 64, 16),
     ("fp32", 64, 16, 16, 8),
-    ("fp32", 32, 64, 16, 8),
-    ("tf32", 32, 64, 16, 8),
+    ("fp32", 32, 64, 32, 8),
+    ("tf32", 32, 64, 32, 8),
 )
-AMD_TILE_SIZES = (("bf16", 64, 32, 32, 8), ("bf16", 64, 64, 32, 8), ("fp32", 64, 16, 16, 8), ("fp32", 16, 32, 16, 4))
+BACKWARD_TILES = (
+    ("bf16", 64, 16, 32, 8),
+    ("bf16", 64, 32, 64, 8),
+    ("bf16", 32, 64, 64, 8),
+    ("bf16", 32, 64, 128, 8),
+    ("bf16", 32, 128, 64, 16),
+    ("bf16", 32, 128, 128, 16),
+    ("fp16", 32, 128, 128, 16),
+    ("fp32", 64, 16, 32, 8),
+    ("fp32", 32, 64, 32, 4),
+    ("fp32", 32, 128, 32, 8),
+    ("tf32", 32, 128, 32, 8),
+)
+AMD_TILES = (("bf16", 64, 32, 32, 8), ("bf16", 64, 64, 32, 8), ("fp32", 64, 16, 16, 8), ("fp32", 16, 32, 16, 4))
 
 
-def tile_entries(kernel: Any, parts: int) -> list[Entry]:
-    """Of both scans; parts: K of the kernel over that of the launch."""
+def tile_entries(kernel: Any, sizes: tuple[tuple[str, int, int, int, int], ...]) -> list[Entry]:
+    """Of both scans."""
+    twice = sizes is BACKWARD_TILES
+    on_amd = tuple((dtype, M, U, K * (2 if twice else 1), num_warps) for dtype, M, U, K, num_warps in AMD_TILES)
     entries = []
-    for taps, (amd, sizes) in itertools.product((2, 3), ((False, TILE_SIZES), (True, AMD_TILE_SIZES))):
-        for dtype, M, U, K, num_warps in sizes:
-            tile = {"M": M, "U": U, "K": parts * K, "TAPS": taps, "ROW_SCAN": taps == 3, "REVERSE": False}
-            entries.append(entry(kernel, dtype, tile, amd=amd, num_warps=num_warps))
+    for taps, (amd, tiles) in itertools.product((2, 3), ((False, sizes), (True, on_amd))):
+        for dtype, M, U, K, num_warps in tiles:
+            tile = {"M": M, "U": U, "K": K, "TAPS": taps, "ROW_SCAN": taps == 3, "REVERSE": False}
+            largest = not amd and max(size[3] for size in sizes) == K
+            more: dict[str, Any] = {"skips": NO_FULL_TILES} if largest else {}
+            if not amd and (num_warps == 16 or (dtype, U) == ("fp32", 64)):
+                more |= {
+                    "spills": dict.fromkeys(NVIDIA, 64),
+                    "reason": "terms wait for the products; a few words a tile",
+                }
+            entries.append(entry(kernel, dtype, tile, amd=amd, num_warps=num_warps, **more))
     return entries

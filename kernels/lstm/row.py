@@ -1,7 +1,7 @@
 """The Row LSTM in one launch: a program walks all rows of its images, forward and backward.
 
-The design is that of `fastgen.kernels.lstm.diagonal`: the output is the state, read behind a barrier a row later, and
-cell states stay in registers. A tile's M lanes are the columns of an image. The weights of all taps do not fit shared
+Lanes are the columns of an image. The output is the state: a step writes it, and the next one reads it behind a barrier
+of the program's threads, shifted by each tap. Cell states stay in registers. The weights of all taps do not fit shared
 memory and are read again for every row, from the caches.
 """
 
@@ -201,7 +201,7 @@ def backward(
     grad_gates = empty_map(grad_hidden, 4 * units, height, width)
     if batch == 0:
         return grad_gates
-    choice = choice or choose(grad_hidden, width, units)
+    choice = choice or choose(grad_hidden, width, units, backward=True)
     if isinstance(choice, TileLaunch):
         backward_by_tiles(grad_hidden, activated, cell, weight, grad_gates, choice, row_scan=True)
         return grad_gates

@@ -27,7 +27,7 @@ from fastgen.kernels.lstm.cell import (
     widened,
 )
 from fastgen.kernels.lstm.choice import TileLaunch, constants_of
-from fastgen.kernels.lstm.entries import tile_entries
+from fastgen.kernels.lstm.entries import BACKWARD_TILES, FORWARD_TILES, tile_entries
 
 
 @triton.jit
@@ -95,6 +95,10 @@ def lstm_tiles_forward_kernel(
         for tile in range(tiles * tl.cdiv(units, U)):
             m = tile % tiles * M + tl.arange(0, M)
             u = tile // tiles * U + tl.arange(0, U)
+            if (
+                U == 128
+            ):  # cell states, float32, are stored four at a time: in the layout of the terms if those are, too
+                u = tl.max_contiguous(u, 4)
             image, row, column, x, pixel, active, begun = place(
                 m, step, first_image, images, height, width, ROW_SCAN, REVERSE
             )
@@ -225,7 +229,7 @@ def forward_by_tiles(
         cell = gates.new_empty((batch, lanes, units), dtype=torch.float32)
         strides = (lanes * units, 0, units) if row_scan else (lanes * units, units, 0)
     pointers = (gates, packed, hidden, activated, cell)
-    constants = {"ROW_SCAN": row_scan, "REVERSE": reverse, "TAPS": taps, "K": choice.K}
+    constants = {"ROW_SCAN": row_scan, "REVERSE": reverse, "TAPS": taps}
     launch_tiles(lstm_tiles_forward_kernel, pointers, gates, strides, choice, units=units, **constants)
 
 
@@ -245,8 +249,10 @@ def backward_by_tiles(
     packed = weight.permute(1, 2, 0).contiguous()
     grad_cell = cell.new_empty(batch, width if row_scan else height, units)
     pointers = (grad_hidden, activated, cell, packed, grad_gates, grad_cell)
-    constants = {"ROW_SCAN": row_scan, "REVERSE": reverse, "TAPS": weight.shape[2], "K": 2 * choice.K}
+    constants = {"ROW_SCAN": row_scan, "REVERSE": reverse, "TAPS": weight.shape[2]}
     launch_tiles(lstm_tiles_backward_kernel, pointers, grad_hidden, (), choice, units=units, **constants)
 
 
-CATALOGUE = tile_entries(lstm_tiles_forward_kernel, 1) + tile_entries(lstm_tiles_backward_kernel, 2)
+CATALOGUE = tile_entries(lstm_tiles_forward_kernel, FORWARD_TILES) + tile_entries(
+    lstm_tiles_backward_kernel, BACKWARD_TILES
+)

@@ -43,13 +43,14 @@ def back(grad_ptr, first_ptr, second_ptr, at, saved_at, inside, SAVED: tl.conste
         first = tl.where(tl.load(first_ptr + saved_at, mask=inside, other=0) != 0, first, 0.0)
     if SAVED == "valve" or SAVED == "both":
         known = tl.load(first_ptr + saved_at, mask=inside, other=0.0).to(tl.float32)
-        s = tl.sigmoid(tl.load(second_ptr + saved_at, mask=inside, other=0.0).to(tl.float32))
+        valve = tl.load(second_ptr + saved_at, mask=inside, other=0.0).to(tl.float32)
         if SAVED == "both":
-            t = tanh(known)
+            s, t = tl.sigmoid(valve), tanh(known)
             out = t * s
         else:
-            out = known
-            t = tl.where(s > 0, out / s, 0.0)
+            out, inverse = known, 1.0 + tl.exp(-valve)
+            s = 1.0 / inverse
+            t = tl.where(s > 0, out * inverse, 0.0)
             t = tl.where(t > 1, 1.0, tl.where(t < -1, -1.0, t))
         second = first * out * (1 - s)
         first = first * (s - out * t)
@@ -66,7 +67,7 @@ def masked_conv2d_activation_backward_kernel(
     sums_ptr,  # written: (shares, groups, parts * rows) float32, or None
     group,  # pixels that share a bias: height * width for an image's own, all of them for none
     shares, groups,  # shares: programs of a group
-    steps,  # blocks of pixels a program walks through
+    steps,  # blocks of pixels of a program
     height, width, rows, saved_pitch,
     grad_image, grad_y, grad_x, grad_pre_image, grad_pre_y, grad_pre_x, grad_channel, grad_pre_channel,
     SAVED: tl.constexpr, UNIT: tl.constexpr, PIXELS: tl.constexpr, ROWS: tl.constexpr,
@@ -115,7 +116,7 @@ def masked_conv2d_activation_backward_kernel(
 @triton.jit
 def live_blocks(tile, N: tl.constexpr, K: tl.constexpr, taps, channels, blocks, rows, parts, group_rows,
                 group_channels, shown):  # fmt: skip
-    """Blocks of columns of which some row of the tile sees one: all but those of later colours in the last tap."""
+    """How many blocks of columns some row of the tile sees: all but those of later colours in the last tap."""
     part, last = tile * N // rows, tl.minimum(tile * N + N, parts * rows) - 1
     end = tl.where(last // rows == part, (last % rows // group_rows + shown) * group_channels, channels)
     return tl.maximum((taps - 1) * blocks + tl.minimum((end + K - 1) // K, blocks), 1)
@@ -142,7 +143,7 @@ def masked_conv2d_weight_kernel(
     adds_up, batch, height, width_out, x_height, x_width,
     across, down,  # boxes side by side
     step_y, step_x,  # the convolution's stride
-    steps,  # blocks of pixels a program walks through
+    steps,  # blocks of pixels of a program
     channels,
     blocks,  # of columns, of a tap
     rows,  # of a half

@@ -19,17 +19,17 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", t
 SAME = ((1, 1), (1, 1), (1, 1))
 SPILLS = {  # bytes a thread, by what follows "masked_conv2d_" in a kernel's name
     "kernel": {"sm_120": 8, "gfx942": 208},
-    "activation_backward_kernel": {"sm_86": 8, "sm_89": 8, "sm_90": 8},
+    "activation_backward_kernel": {"sm_86": 8, "sm_89": 8, "sm_90": 8, "sm_100": 8},
     "weight_kernel": {"sm_100": 40, "sm_120": 8},
 }
-REASON = "with Triton 3.6.0 or 3.7.1, in kernels that hold a tile of sums; of AMD no GPU was at hand"
+REASON = "with Triton 3.6.0, 3.7.1 or 3.9.0, in kernels that hold a tile of sums; of AMD no GPU was at hand"
 Kind = tuple[Any, tuple[tuple[str, Any], ...], tuple[tuple[str, Any], ...]]  # kernel, signature, constants and options
 
 
 @contextlib.contextmanager
 def noted(chip: str) -> Iterator[dict[Kind, None]]:
     """Inside, launches are not made: what Triton would compile for them on this chip, each once."""
-    found: dict[Kind, None] = {}
+    kinds: dict[Kind, None] = {}
 
     def note(self: Any, *tensors: Any) -> None:
         signature, constants = {}, dict(self.constants)
@@ -42,13 +42,13 @@ def noted(chip: str) -> Iterator[dict[Kind, None]]:
                 signature[name] = f"*{TYPES[value.dtype]}"
             else:
                 signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
-        found[self.kernel, tuple(signature.items()), tuple(constants.items())] = None
+        kinds[self.kernel, tuple(signature.items()), tuple(constants.items())] = None
 
     before, products.Launches.__call__ = products.Launches.__call__, note  # type: ignore[method-assign]
     launch.forget()
     try:
         with config.pretended(chip):
-            yield found
+            yield kinds
     finally:
         products.Launches.__call__ = before  # type: ignore[method-assign]
         launch.forget()
@@ -69,11 +69,8 @@ def run_layer(
     outputs = 2 * results if gated else results
     mask = torch.zeros(outputs, channels, 3, 3, dtype=torch.bool)
     mask.view(outputs, channels, 9)[..., :5] = True
-    x, result, weight = (
-        feature_map(channels),
-        feature_map(results),
-        torch.empty(mask.shape, dtype=dtype, device="meta", memory_format=weights),
-    )
+    x, result = feature_map(channels), feature_map(results)
+    weight = torch.empty(mask.shape, dtype=dtype, device="meta", memory_format=weights)
     bias, condition = weight.new_empty(outputs), weight.new_empty(batch, outputs) if gated else None
     other = feature_map(256) if adds and gated else None
     other_weight = weight.new_empty(outputs, 256, 1, 1) if adds and gated else None
@@ -103,23 +100,23 @@ def run_layers() -> None:
 def entries() -> list[Entry]:
     chips: dict[Kind, list[str]] = {}
     for chip in CHIPS:
-        with noted(chip) as found:
+        with noted(chip) as kinds:
             run_layers()
-        for kind in found:
+        for kind in kinds:
             chips.setdefault(kind, []).append(chip)
     made = []
     for (kernel, signature, constants), on in chips.items():
         fixed = dict(constants)
         more: dict[str, Any] = {name: fixed.pop(name) for name in ("num_warps", "num_stages") if name in fixed}
         types = dict(signature)
-        told = [str(value) for name, value in fixed.items() if name.isupper() and value != ""]
-        told += [f"no {name.split('_')[0]}" for name, value in fixed.items() if value is None]
+        words = [str(value) for name, value in fixed.items() if name.isupper() and value != ""]
+        words += [f"no {name.split('_')[0]}" for name, value in fixed.items() if value is None]
         matrix = fixed.get("PRECISION") == "tf32" or (fixed.get("PRECISION") == "ieee" and "bf16" in signature[0][1])
         skips = {chip: "is launched otherwise there" for chip in CHIPS if chip not in on}
         more |= {"requires": {"sm_90": "wgmma"} if matrix and "sm_90" in on else {}, "skips": skips}
         spills = SPILLS.get(kernel.__name__.removeprefix("masked_conv2d_"))
         more |= {"spills": spills, "reason": REASON} if spills else {}
-        made.append(Entry(kernel, " ".join((signature[0][1], *told)), types, fixed, **more))
+        made.append(Entry(kernel, " ".join((signature[0][1], *words)), types, fixed, **more))
     return made
 
 

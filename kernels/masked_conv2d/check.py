@@ -2,7 +2,7 @@
 configurations on single chips.
 
 A product is tried on a few images of random numbers of the same shapes and strides, with the very kernel that will be
-launched, as sizes do not specialize it. The truth is cuDNN's dense convolution in float64. The allowed error, over the
+launched, as sizes do not specialize it. The truth is cuDNN's convolution in float64. The allowed error, over the
 largest value of the result, is what the kernel's own arithmetic loses (u: half of torch.finfo.eps):
 
     half precision      the sums are float32 and rounded once, by u; tanh.approx of the gate in bfloat16 adds u / 8.
@@ -53,51 +53,50 @@ def tried(make: Callable[..., Any], *tensors: Tensor | None) -> Any:
         return product
     for tile in dict.fromkeys((product.choice.tile, product.choice.tile._replace(tma=False))):
         choice = product.choice._replace(tile=tile)
-        made = make(*tensors, choice=choice)
-        key = key_of(made, x)
+        candidate = make(*tensors, choice=choice)
+        key = key_of(candidate, x)
         if key not in _trusted:
             _trusted[key] = is_right(make, tensors, choice)
         if _trusted[key]:
-            return made
+            return candidate
     return make(*tensors, choice=Choice("cropped", product.choice.tile, FAILED))
 
 
 def is_right(make: Callable[..., Any], tensors: tuple[Tensor | None, ...], choice: Choice) -> bool:
-    """Within `tolerance`, and twice the same. What does not compile or launch is not right. Where memory is out, that
-    is raised: it says nothing about the kernel."""
-    product = make(*tensors, choice=choice)
-    few = few_images(product, tensors)
+    """Whether all errors are within `tolerance` and a second run gives the same bits. What does not compile or launch
+    is not right. Where memory is out, that is raised: it says nothing about the kernel."""
+    few = few_images(make(*tensors, choice=choice), tensors)
     product = make(*few, choice=choice)
     try:
-        found, again, expected = results(product, few), results(product, few), truth(product, few)
+        computed, again, expected = results(product, few), results(product, few), truth(product, few)
     except torch.OutOfMemoryError:
         raise
     except Exception as problem:  # too much shared memory, too many registers, a compiler's own failure
         warnings.warn(f"masked_conv2d: {choice.tile} does not run and is not used: {problem}", stacklevel=2)
         return False
-    error = max(map(error_of, found, expected))
-    if error <= tolerance(product, few[0].device) and all(map(torch.equal, found, again)):
+    error = max(map(error_of, computed, expected))
+    if error <= tolerance(product, few[0].device) and all(map(torch.equal, computed, again)):
         return True
     warnings.warn(f"masked_conv2d: {choice.tile} gives wrong results ({error:.1e}); it is not used", stacklevel=2)
     return False
 
 
 def few_images(product: Any, tensors: tuple[Tensor | None, ...]) -> list[Any]:
-    """Random numbers of the dtypes, strides and shapes of the tensors of a product, but for the batch."""
+    """Random numbers of the dtypes, strides and shapes of a product's tensors, for fewer images."""
     x = tensors[0]
     assert x is not None
     images = max(1, min(x.shape[0], cdiv(PIXELS, x.shape[2] * x.shape[3])))
     generator = torch.Generator(x.device).manual_seed(0)
     few: list[Any] = []
-    for place, one in enumerate(tensors):
-        if one is None or one.dtype == torch.bool:
-            few.append(one)
+    for place, tensor in enumerate(tensors):
+        if tensor is None or tensor.dtype == torch.bool:
+            few.append(tensor)
             continue
-        shape = (images if place in product.maps else one.shape[0], *one.shape[1:])
-        reach = 1 + sum((size - 1) * step for size, step in zip(shape, one.stride(), strict=True))
-        scale = (2 / one[0].numel()) ** 0.5 if place in product.kernels else 1.0  # so that sums are of size 1
-        values = torch.randn(reach, generator=generator, device=one.device) * scale
-        few.append(values.to(one.dtype).as_strided(shape, one.stride()))
+        shape = (images if place in product.maps else tensor.shape[0], *tensor.shape[1:])
+        reach = 1 + sum((size - 1) * step for size, step in zip(shape, tensor.stride(), strict=True))
+        scale = (2 / tensor[0].numel()) ** 0.5 if place in product.kernels else 1.0  # so that sums are of size 1
+        values = torch.randn(reach, generator=generator, device=x.device) * scale
+        few.append(values.to(tensor.dtype).as_strided(shape, tensor.stride()))
     return few
 
 
@@ -107,7 +106,7 @@ def results(product: Any, tensors: Any) -> list[Tensor]:
 
 def truth(product: Any, tensors: Any) -> list[Tensor]:
     """As `results`, in float64."""
-    wide = [one.double() if one is not None and one.is_floating_point() else one for one in tensors]
+    wide = [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
     return _compared(product, *product.by_cudnn(*wide))
 
 
@@ -118,14 +117,14 @@ def _compared(product: Any, first: Tensor, second: Tensor | None) -> list[Tensor
     return [first, second] if product.keep else [first]
 
 
-def error_of(found: Tensor, truth: Tensor) -> float:
+def error_of(computed: Tensor, truth: Tensor) -> float:
     """Largest difference over the largest value; infinite where there is a NaN."""
-    error = ((found.double() - truth).abs().max() / truth.double().abs().max().clamp(min=1e-30)).item()
+    error = ((computed.double() - truth).abs().max() / truth.double().abs().max().clamp(min=1e-30)).item()
     return error if error == error else float("inf")
 
 
 def tolerance(product: Any, device: torch.device) -> float:
-    """Of `error_of`."""
+    """What `error_of` may be."""
     dtype = product.layer.dtype
     if dtype != torch.float32:
         return torch.finfo(dtype).eps

@@ -1,9 +1,9 @@
 """What runs a product of a masked convolution: a kernel with a launch configuration, or cuDNN.
 
-By rules that hold on every chip, until a GPU was measured: `python -m fastgen.kernels.masked_conv2d.tune` times the
-candidates of a layer and cuDNN on this machine's GPU and saves them as `<GPU>.json`, in the folder FASTGEN_TUNED
-(default ~/.cache/fastgen/masked_conv2d), which is looked up first, or in `tuned/` beside this file, which ships. A
-measured row overrides the rule. No GPU has been measured yet: that folder is empty.
+A rule decides until a GPU was measured: `python -m fastgen.kernels.masked_conv2d.tune` times the candidates of a layer
+and cuDNN on this machine's GPU and saves the times as `<GPU>.json` in the folder FASTGEN_TUNED (default
+~/.cache/fastgen/masked_conv2d). A measured row overrides the rule, and one in that folder overrides one in `tuned/`
+beside this file, which ships. No GPU has been measured yet: nothing ships.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ PROVIDERS = ("triton", "dense", "cropped")
 
 
 class Tile(NamedTuple):
-    """Of a program: M pixels by N channels (both halves of a gate together) in steps of K columns; of the weight's
-    gradient N rows by K columns in steps of M pixels. tma: with tensor descriptors."""
+    """What a program computes: M pixels by N channels (both halves of a gate together) in steps of K columns; for the
+    gradient of the weight N rows by K columns in steps of M pixels. tma: it loads by tensor descriptors."""
 
     M: int
     N: int
@@ -39,7 +39,7 @@ class Tile(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """provider: one of PROVIDERS, cuDNN with dense or cropped kernels but for "triton". why: a reason to be read."""
+    """provider: "triton", or cuDNN with "dense" or "cropped" weights. why: the reason, for people."""
 
     provider: str
     tile: Tile
@@ -48,7 +48,7 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """What a choice depends on. `pixels` is the number of results of a channel, B * H' * W'.
+    """What a choice depends on.
 
     direction: "out" (the result), "in" (the gradient of the input), "weight" (its gradient).
     """
@@ -58,37 +58,31 @@ class Layer:
     rows: int  # channels written, of both halves with a gate
     channels: int  # channels read
     taps: int  # live ones
-    pixels: int
+    pixels: int  # of the written map, in all images
     step: int  # product of the strides
     gated: bool  # whether the product passes a gate
     tma: bool  # whether tensor descriptors can address the maps
 
     @property
     def key(self) -> str:
-        """Name in the tables. Pixels are rounded to a power of two: a choice holds for similar batches."""
-        size = 1 << max(self.pixels - 1, 1).bit_length()
-        kind = str(self.dtype).removeprefix("torch.")
-        gate = " gated" if self.gated else ""
-        return (
-            f"{self.direction} {kind} {self.channels}->{self.rows}{gate} taps {self.taps} step {self.step} "
-            f"pixels {size}"
-        )
+        """The name in tables. Pixels are rounded up to a power of two: a choice holds for similar batches."""
+        kind, gate = str(self.dtype).removeprefix("torch."), " gated" if self.gated else ""
+        sizes = f"{self.channels}->{self.rows}{gate} taps {self.taps} step {self.step}"
+        return f"{self.direction} {kind} {sizes} pixels {1 << max(self.pixels - 1, 1).bit_length()}"
 
     @property
     def gathers(self) -> bool:
-        """Below 16 channels a block of one tap would be mostly padding, as a matrix product needs 16 columns."""
+        """Whether a block of columns holds several taps: one tap of fewer channels does not fill the least of 16."""
         return self.channels < 16
 
 
-EMULATED: str | None = None  # "sm_90", say: what CPU tensors count as where kernels are compiled and emulated
-
-
-ALWAYS_KERNELS = False  # also where cuDNN is expected to be faster: to compile and to test them
+EMULATED: str | None = None  # the chip, "sm_90" say, that CPU tensors count as where kernels are compiled or emulated
+ALWAYS_KERNELS = False  # whether the kernels run also where cuDNN is expected to be faster: to compile and to test them
 
 
 @contextlib.contextmanager
 def pretended(chip: str) -> Iterator[None]:
-    """Inside, tensors that are on no GPU count as on this chip, and all products are the kernels'."""
+    """Inside, tensors that are on no GPU count as on this chip, and the kernels compute all products."""
     global EMULATED, ALWAYS_KERNELS
     before = EMULATED, ALWAYS_KERNELS
     EMULATED, ALWAYS_KERNELS = chip, True
@@ -107,14 +101,14 @@ def _chip_of_gpu(index: int) -> str:
 
 
 def chip_of(device: torch.device) -> str:
-    """ "sm_90" and the like, "gfx942" and the like, or "interpreter" for the CPU."""
+    """The name of the GPU's architecture ("sm_90", "gfx942"), or "interpreter" for the CPU."""
     if device.type != "cuda":
         return EMULATED or "interpreter"
     return _chip_of_gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def precision_of(device: torch.device, dtype: torch.dtype) -> str:
-    """The products' `input_precision`: TF32 for float32 where PyTorch's setting for convolutions allows it."""
+    """The `input_precision` of products: TF32 for float32 where PyTorch's setting for convolutions allows it."""
     if chip_of(device) == "interpreter":
         return "float32"
     if dtype != torch.float32:
@@ -126,20 +120,15 @@ def precision_of(device: torch.device, dtype: torch.dtype) -> str:
 
 @functools.cache
 def has_tma(chip: str) -> bool:
-    """Hopper and later, where this Triton takes descriptors made on the host. The interpreter plays them as well."""
+    """Whether kernels can load by descriptors: on Hopper and later, and in the interpreter."""
     if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
         return False
     return chip == "interpreter" or (chip.startswith("sm_") and int(chip[3:]) >= 90)
 
 
-def power_of_two(n: int, low: int, high: int) -> int:
-    """The least power of two that is at least n, kept in [low, high]."""
-    return min(max(next_power_of_2(n), low), high)
-
-
 def side_of(channels: int, most: int) -> int:
-    """A tile's side: `most`, half of it where that pads the channels by a tenth less, or less for few channels."""
-    side = power_of_two(channels, 16, most)
+    """The side of a tile: a power of two in [16, most], half of `most` where that pads the channels by a tenth less."""
+    side = min(max(next_power_of_2(channels), 16), most)
     half = side // 2
     return half if half >= 64 and cdiv(channels, side) * side > 1.1 * cdiv(channels, half) * half else side
 
@@ -171,7 +160,7 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
         return Tile(line, wide, deep, 8 if wide * deep > 64 * 64 else 4, stages, layer.tma and deep >= 32)
     if scalar:
         return Tile(64, min(wide, 64), 16, 4, 2)
-    deep = power_of_two(layer.channels, 16, line)
+    deep = min(max(next_power_of_2(layer.channels), 16), line)
     if layer.gathers:
         deep = 16 if 0 < layer.taps * layer.channels % 32 <= 16 else 32
     tiles = -(-layer.pixels // 128) * -(-layer.rows // wide)
@@ -183,13 +172,13 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
 def candidates(chip: str, layer: Layer, precision: str) -> list[Tile]:
     """What the search tries, eight at most: the default, smaller and larger ones, by descriptors and without."""
     base = default_tile(chip, layer, precision)
-    found = [base, base._replace(tma=False), base._replace(num_stages=base.num_stages + 1)]
-    found += [base._replace(M=64, N=min(base.N, 64), num_warps=4), base._replace(M=64, num_warps=4)]
+    tiles = [base, base._replace(tma=False), base._replace(num_stages=base.num_stages + 1)]
+    tiles += [base._replace(M=64, N=min(base.N, 64), num_warps=4), base._replace(M=64, num_warps=4)]
     if layer.direction == "weight":
-        found += [base._replace(M=2 * base.M), base._replace(K=max(base.K // 2, 16), num_warps=4)]
+        tiles += [base._replace(M=2 * base.M), base._replace(K=max(base.K // 2, 16), num_warps=4)]
     else:
-        found += [base._replace(M=256, num_stages=max(base.num_stages - 1, 2))]
-    return list(dict.fromkeys(found))
+        tiles += [base._replace(M=256, num_stages=max(base.num_stages - 1, 2))]
+    return list(dict.fromkeys(tiles))
 
 
 def rule(chip: str, layer: Layer, precision: str, boxed: int) -> str:
@@ -214,40 +203,35 @@ def rule(chip: str, layer: Layer, precision: str, boxed: int) -> str:
 # --- measured choices
 
 
-def folder() -> Path:
-    """Where this machine's measurements are kept."""
+def table_of(folder: Path, gpu: str) -> Path:
+    return folder / (re.sub(r"[^A-Za-z0-9.]+", "-", gpu).strip("-") + ".json")
+
+
+def own_folder() -> Path:
+    """Where the measurements of this machine are kept."""
     return Path(os.environ.get("FASTGEN_TUNED") or Path.home() / ".cache/fastgen/masked_conv2d")
 
 
-def file_name(gpu: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "-", gpu).strip("-") + ".json"
-
-
 @functools.cache
-def measured(gpu: str) -> dict[str, Any]:
-    """Measured choices by `Layer.key`: {"provider": one of PROVIDERS, "tile": fields of Tile, "ms": {name: time}}.
+def measured(gpu: str) -> dict[str, Choice]:
+    """Measured choices by `Layer.key`. In the file each is {"provider", "tile": fields of Tile, "ms": {name: time}}.
 
     Raises:
         ValueError: the file is not what the search writes.
     """
-    found: dict[str, Any] = {}
-    for place in (SHIPPED, folder()):
-        path = place / file_name(gpu)
+    rows: dict[str, Choice] = {}
+    for path in (table_of(SHIPPED, gpu), table_of(own_folder(), gpu)):
         if not path.exists():
             continue
         try:
-            layers = json.loads(path.read_text())["layers"]
-            for key, row in layers.items():
+            for key, row in json.loads(path.read_text())["layers"].items():
                 if row["provider"] not in PROVIDERS:
                     raise ValueError(f"unknown provider {row['provider']!r} for {key!r}")
-                found[key] = {**row, "tile": Tile(**row["tile"])}
+                times = ", ".join(f"{name} {ms:.4g} ms" for name, ms in row["ms"].items())
+                rows[key] = Choice(row["provider"], Tile(**row["tile"]), f"measured: {times}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no table of measured masked convolutions: {error}; remove it") from error
-    return found
-
-
-def _times(row: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {ms:.4g} ms" for name, ms in row["ms"].items())
+    return rows
 
 
 def choose(device: torch.device, layer: Layer, precision: str, boxed: int) -> Choice:
@@ -257,10 +241,9 @@ def choose(device: torch.device, layer: Layer, precision: str, boxed: int) -> Ch
     if layer.direction == "in" and layer.step > 1:
         return Choice("cropped", tile, "the kernels have no gradient of the input with a stride")
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else chip
-    row = measured(gpu).get(layer.key) if chip != "interpreter" else None
-    if row is not None:
-        tile = row["tile"] if layer.tma else row["tile"]._replace(tma=False)
-        return Choice(row["provider"], tile, f"measured: {_times(row)}")
+    choice = measured(gpu).get(layer.key) if chip != "interpreter" else None
+    if choice is not None:
+        return choice if layer.tma else choice._replace(tile=choice.tile._replace(tma=False))
     if not ALWAYS_KERNELS and (why := rule(chip, layer, precision, boxed)):
         return Choice("cropped", tile, f"by rule, not measured: {why}")
     return Choice("triton", tile, "by rule, not measured")
@@ -268,24 +251,21 @@ def choose(device: torch.device, layer: Layer, precision: str, boxed: int) -> Ch
 
 def save(gpu: str, layers: dict[str, Any], versions: dict[str, str]) -> Path:
     """Adds rows to this machine's table of the GPU; a reader sees the old file or the new one, never a part."""
-    path = folder() / file_name(gpu)
-    found: dict[str, Any] = {}
-    if path.exists():
-        found = json.loads(path.read_text())["layers"]
-    found |= {key: {**row, "tile": row["tile"]._asdict()} for key, row in layers.items()}
+    path = table_of(own_folder(), gpu)
+    rows = json.loads(path.read_text())["layers"] if path.exists() else {}
+    rows |= {key: {**row, "tile": row["tile"]._asdict()} for key, row in layers.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump({"gpu": gpu, **versions, "layers": dict(sorted(found.items()))}, file, indent=1)
+        json.dump({"gpu": gpu, **versions, "layers": dict(sorted(rows.items()))}, file, indent=1)
     os.replace(file.name, path)
     measured.cache_clear()
     return path
 
 
 def describe(gpu: str) -> str:
-    """One line a measured layer: what "auto" runs there and why. For reports."""
+    """A line a measured layer: what "auto" runs and why. For reports."""
     rows = measured(gpu)
     if not rows:
         return f"masked_conv2d on {gpu}: not yet measured, what runs is chosen by rule"
-    lines = [f"masked_conv2d on {gpu}, measured:"]
-    lines += [f"  {key}: {row['provider']} ({_times(row)})" for key, row in sorted(rows.items())]
-    return "\n".join(lines)
+    lines = [f"  {key}: {choice.provider} ({choice.why})" for key, choice in sorted(rows.items())]
+    return "\n".join([f"masked_conv2d on {gpu}:", *lines])

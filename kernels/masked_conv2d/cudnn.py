@@ -1,8 +1,8 @@
 """The same operation by cuDNN, for the layers where it is expected or was measured to be faster than the kernels.
 
-"dense" convolves with zeros for what is masked; "cropped" with the smallest box of taps that holds all live weights
-(the upper two of three rows, say), which reads nothing of what the box leaves out. Weights are channels-last, so that
-maps stay as they are.
+It convolves with zeros for what is masked: with the whole weight, or with the smallest box of taps that holds all live
+weights (the upper two of three rows, say), which reads nothing of what the box leaves out. Weights are channels-last,
+so that cuDNN reads and writes channels-last maps.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fastgen.kernels.masked_conv2d.walk import Geometry
 
-Box = tuple[int, int, int, int] | None  # (top, bottom, left, right); None: dense
+Box = tuple[int, int, int, int] | None  # (top, bottom, left, right); None: the whole weight
 
 
 def cropped(weight: Tensor, mask: Tensor | None, box: Box, geometry: Geometry) -> tuple[Tensor, list[int], list[int]]:
@@ -35,7 +35,7 @@ def forward(
     condition: Tensor | None, residual: Tensor | None, other: Tensor | None, other_weight: Tensor | None,
     activation: str, keep: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The result and what is kept, both channels-last; the finish is PyTorch's."""
+    """The result and what is kept, both channels-last; PyTorch computes what follows the sums."""
     live, padding, pads = cropped(weight, mask, box, geometry)
     padded = F.pad(x, pads) if any(pads) else x
     pre = F.conv2d(padded, live, bias, geometry.stride, padding, geometry.dilation)
@@ -60,12 +60,15 @@ def forward(
 def input_gradient(
     grad: Tensor, size: tuple[int, ...], weight: Tensor, mask: Tensor | None, box: Box, geometry: Geometry
 ) -> Tensor:
-    """The gradient of an input (B, I, H, W) from that of the sums."""
+    """The gradient of an input (B, I, H, W) from that of the sums, channels-last."""
     live, padding, pads = cropped(weight, mask, box, geometry)
     height, width = size[2] + pads[2] + pads[3], size[3] + pads[0] + pads[1]
     padded = grad.new_empty(1).expand(*size[:2], height, width)
-    of_x = _backward(grad, padded, live, padding, geometry, [True, False, False])[0]
-    return F.pad(of_x, [-pad for pad in pads]) if any(pads) else of_x
+    gradient = torch.ops.aten.convolution_backward(
+        grad, padded, live, None, geometry.stride, padding, geometry.dilation, False, [0, 0], 1, [True, False, False]
+    )[0]
+    gradient = F.pad(gradient, [-pad for pad in pads]) if any(pads) else gradient
+    return gradient.contiguous(memory_format=torch.channels_last)
 
 
 def weight_gradient(
@@ -74,16 +77,10 @@ def weight_gradient(
     """The gradient of the weight from that of the sums, contiguous, zero where masked."""
     live, padding, pads = cropped(weight, mask, box, geometry)
     padded = F.pad(x, pads) if any(pads) else x
-    of_live = _backward(grad, padded, live, padding, geometry, [False, True, False])[1]
+    live_gradient = torch.ops.aten.convolution_backward(
+        grad, padded, live, None, geometry.stride, padding, geometry.dilation, False, [0, 0], 1, [False, True, False]
+    )[1]
     top, bottom, left, right = box or (0, weight.shape[2], 0, weight.shape[3])
-    of_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    of_weight[:, :, top:bottom, left:right] = of_live
-    return of_weight if mask is None else torch.where(mask, of_weight, 0).contiguous()
-
-
-def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, padding: list[int], geometry: Geometry, wanted: list[bool]
-) -> tuple[Tensor, ...]:
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, geometry.stride, padding, geometry.dilation, False, [0, 0], 1, wanted
-    )
+    gradient = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    gradient[:, :, top:bottom, left:right] = live_gradient
+    return gradient if mask is None else torch.where(mask, gradient, 0).contiguous()

@@ -24,16 +24,16 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from fastgen.kernels.common import tanh
+from fastgen.kernels.common import tanh, tanh_near_0
 
 SPECIALIZED = ("x_channel", "residual_channel", "grad_channel", "grad_pre_channel")  # mostly 1
 
 
 def kernel(function: Any) -> Any:
-    """`triton.jit`, specialized for no value of an integer but those of SPECIALIZED."""
+    """`triton.jit`, which compiles once for all values of the integers, but for those of SPECIALIZED."""
     arguments = inspect.signature(function).parameters.values()
-    integers = [one.name for one in arguments if one.annotation is one.empty and not one.name.endswith(("ptr", "map"))]
-    return triton.jit(do_not_specialize=[name for name in integers if name not in SPECIALIZED])(function)
+    sizes = [a.name for a in arguments if a.annotation is a.empty and not a.name.endswith(("ptr", "map"))]
+    return triton.jit(do_not_specialize=[name for name in sizes if name not in SPECIALIZED])(function)
 
 
 @triton.jit
@@ -47,10 +47,9 @@ def product(a, b, accumulator, PRECISION: tl.constexpr):
 
 @triton.jit
 def picked(values, index):
-    """What lies at the places in `values`, counted over both its dimensions. Through shared memory: along one of two
-    dimensions Triton gathers by shuffles, which takes ten times as many instructions here."""
-    found = tl.gather(values.reshape(values.numel), index.reshape(index.numel), 0)
-    return found.reshape(index.shape)
+    """The elements of `values` at the places `index`, which count over both dimensions. Flat, as Triton then gathers in
+    shared memory; along one of two dimensions it gathers by shuffles, with ten times as many instructions here."""
+    return tl.gather(values.reshape(values.numel), index.reshape(index.numel), 0).reshape(index.shape)
 
 
 @triton.jit
@@ -147,10 +146,10 @@ def pixels_of(block, height, width, across, down, IMAGES: tl.constexpr, HEIGHT: 
 @triton.jit
 def steps_of(tile, N: tl.constexpr, K: tl.constexpr, taps, channels, part_blocks, parts_read, rows, group_rows,
              group_channels, shown, mirrored):  # fmt: skip
-    """(blocks of columns that a tile of N channels walks through, blocks of the last tap that it leaves out in front).
+    """(number of steps of a tile of N channels, number of blocks of the last tap that it leaves out in front).
 
-    Of the last tap a colour sees only the groups before it, so that the walk ends early. In the gradient of the input
-    it is the later groups that have seen it, in both halves of a gate: there the first blocks are left out.
+    In the last tap a colour sees only the groups of channels before it, so that the walk ends early. In the gradient of
+    the input the later groups have seen it, in both halves of a gate: there the walk leaves out the first blocks.
     """
     blocks = part_blocks * parts_read
     start = tl.maximum(tile * N // group_channels + 1 - shown, 0) * group_rows
@@ -164,7 +163,7 @@ def steps_of(tile, N: tl.constexpr, K: tl.constexpr, taps, channels, part_blocks
 @triton.jit
 def place_of(step, skipped, K: tl.constexpr, taps, first, width, origin_y, origin_x, tap_y, tap_x, channels,
              part_blocks, parts_read):  # fmt: skip
-    """Of a step: (dy, dx, first channel in the half that it reads, that half's first channel, first packed column)."""
+    """What a step reads: (dy, dx, first channel in its part, that part's first channel, first packed column)."""
     blocks = part_blocks * parts_read
     tap, block = step // blocks, step % blocks
     block += tl.where(tap == taps - 1, skipped * (1 + block // (part_blocks - skipped)), 0)
@@ -179,7 +178,7 @@ def place_of(step, skipped, K: tl.constexpr, taps, first, width, origin_y, origi
 
 @triton.jit
 def halves_of(sums):
-    """The two halves of a gate, in the registers that they are in: (N, M) -> twice (N / 2, M)."""
+    """The two halves of a gate, without a move between registers: (N, M) -> twice (N / 2, M)."""
     N: tl.constexpr = sums.shape[0]
     M: tl.constexpr = sums.shape[1]
     signal, valve = tl.split(sums.reshape(N // 16, 2, 8, M).permute(0, 2, 3, 1))
@@ -198,16 +197,20 @@ def add_biases(sums, image, n, inside, biased, bias_ptr, condition_ptr, first, a
 
 @triton.jit
 def gate(signal, valve, FAST: tl.constexpr):
-    """FAST: two special functions an output, to 2^-11: bfloat16 keeps 2^-9."""
+    """tanh(signal) * sigmoid(valve). FAST: by two special functions, which err by 2^-11: bfloat16 keeps 2^-9. Else by
+    two exponentials and one division for both."""
     if FAST:
         return tanh(signal, True) * (0.5 + 0.5 * tanh(0.5 * valve, True))
-    else:
-        return tanh(signal) * tl.sigmoid(valve)
+    size = tl.abs(signal)
+    e, f = tl.exp(-2.0 * size), tl.exp(-valve)
+    small = size < 0.3
+    numerator = tl.where(small, tanh_near_0(signal), tl.where(signal < 0, e - 1.0, 1.0 - e))
+    return numerator / (tl.where(small, 1.0, 1.0 + e) * (1.0 + f))
 
 
 @triton.jit
 def write(to_map, values, half, at, inside, image, y, x, first, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """To a half of the channels of a map (B, H, W, halves, rows), from channel `first` on: by a descriptor where
+    """Writes a half of the channels of a map (B, H, W, halves, rows) from channel `first` on: by a descriptor where
     HEIGHT > 0, else to the offsets `at`."""
     if HEIGHT > 0:
         C: tl.constexpr = values.shape[0]

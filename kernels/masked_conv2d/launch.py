@@ -1,10 +1,11 @@
 """The masked convolution forward and backward: what runs, in which order.
 
-Forward: pack the weights (small), then one product with all that follows in its finish. Backward: a pass that leads
-back through the activation, then the gradient of the input (pack, one product), that of the weight (one product, one
-sum), those of the biases (one sum). Work and traffic of a layer are counted in benchmarks/cases/masked_conv2d.py.
+Forward: one kernel packs the weights, and one computes the product and all that follows it. Backward: a pass computes
+the gradient of the sums from that of the result; then come the gradient of the input (packing, one product), that of
+the weight (one product, one kernel that adds shares) and those of the biases (one kernel each). The work and traffic of
+a layer are counted in benchmarks/cases/masked_conv2d.py.
 
-What depends on shapes, strides, dtypes and the mask is found on the first call with them and looked up later.
+The first call with some shapes, strides, dtypes and mask plans what runs; later calls look the plan up.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,20 +16,27 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels.common import cdiv
+from fastgen.kernels.maps import result_size
 from fastgen.kernels.masked_conv2d import check
 from fastgen.kernels.masked_conv2d.backward import masked_conv2d_activation_backward_kernel
 from fastgen.kernels.masked_conv2d.config import precision_of
-from fastgen.kernels.masked_conv2d.products import (
-    Convolve,
+from fastgen.kernels.masked_conv2d.layout import (
     Launches,
-    WeightGradient,
-    Weights,
+    as_input,
+    as_map,
+    as_weight,
     channels_last,
     contiguous,
     pixel_steps,
     side_by_side,
-    sum_of,
     unit_of,
+)
+from fastgen.kernels.masked_conv2d.products import (
+    Convolve,
+    WeightGradient,
+    Weights,
+    products_of,
+    sum_of,
 )
 from fastgen.kernels.masked_conv2d.walk import POINTWISE, Geometry, Walk, known_walk, refuse_in_capture
 
@@ -41,8 +49,8 @@ Tensors = tuple[Tensor | None, ...]
 
 
 class Call(NamedTuple):
-    """What is found once for calls of one kind. copies: tensors that the kernels cannot read as they lie, by place, and
-    what copies them."""
+    """The plan of calls of one kind. copies: the places of tensors that the kernels cannot read as they lie, and what
+    copies them."""
 
     run: Callable[..., Any]
     copies: list[tuple[int, Callable[[Tensor], Tensor]]]
@@ -52,27 +60,9 @@ _calls: dict[Any, Call] = {}
 
 
 def forget() -> None:
-    """What was found for shapes and devices, and what was tried; for tests, and after a search."""
+    """Drops all plans and all results of checks; for tests, and after a search."""
     _calls.clear()
     check._trusted.clear()
-
-
-# --- how tensors must lie
-
-
-def as_map(x: Tensor) -> Tensor:
-    """x (B, C, H, W) with its channels side by side."""
-    return x if side_by_side(x) else x.contiguous(memory_format=torch.channels_last)
-
-
-def as_input(x: Tensor) -> Tensor:
-    """As `as_map`, but that the few channels of an image are read as they lie."""
-    return x if x.shape[1] < 16 else as_map(x)
-
-
-def as_weight(weight: Tensor) -> Tensor:
-    """Contiguous, or channels-last."""
-    return weight if weight.is_contiguous(memory_format=torch.channels_last) else weight.contiguous()
 
 
 READ = (as_input, as_weight, Tensor.contiguous, Tensor.contiguous, Tensor.contiguous, None, as_map, Tensor.contiguous)
@@ -100,18 +90,6 @@ def _new_call(key: tuple[Any, ...], x: Tensor, tensors: Tensors, reads: Sequence
         _calls.clear()
     call = _calls[key] = Call(make(*laid_out(tensors, copies)), copies)
     return call
-
-
-def result_size(x: Tensor, weight: Tensor, geometry: Pairs) -> tuple[int, int]:
-    """(height, width); ValueError where there are more than MAX_PIXELS pixels."""
-    stride, padding, dilation = geometry
-    height, width = (
-        (x.shape[2 + a] + 2 * padding[a] - dilation[a] * (weight.shape[2 + a] - 1) - 1) // stride[a] + 1
-        for a in range(2)
-    )
-    if x.shape[0] * max(height * width, x.shape[2] * x.shape[3]) > MAX_PIXELS:
-        raise ValueError(f"x has more than {MAX_PIXELS} pixels, {tuple(x.shape)}: split the batch")
-    return height, width
 
 
 def weights_of(weight: Tensor, walk: Walk, geometry: Pairs) -> Weights:
@@ -143,9 +121,11 @@ def forward(
     if call is None:
 
         def make(x: Tensor, weight: Tensor, *rest: Tensor | None) -> Any:
-            size = (weight.shape[0] // walk.parts, *result_size(x, weight, geometry))
-            options: Any = {"size": size, "activation": activation, "keep": keep}
-            planned = partial(Convolve, weights=weights_of(weight, walk, geometry), **options)
+            height, width = result_size(x, weight, geometry)
+            if x.shape[0] * max(height * width, x.shape[2] * x.shape[3]) > MAX_PIXELS:
+                raise ValueError(f"x has more than {MAX_PIXELS} pixels, {tuple(x.shape)}: split the batch")
+            size, weights = (weight.shape[0] // walk.parts, height, width), weights_of(weight, walk, geometry)
+            planned = partial(Convolve, weights=weights, size=size, activation=activation, keep=keep)
             product = check.tried(planned, x, weight, *rest)
             return product if all(product.size) else lambda x, *rest: product.results(x)
 
@@ -164,7 +144,7 @@ class Backward:
 
     Attributes:
         x_gradient, weight_gradient, other_gradient, other_weight_gradient: the products for what is wanted, else None.
-        passes: the pass through the activation, or None.
+        passes: the launches of the pass over the gradient of the result, or None.
         written: whether the pass writes the gradient of the sums.
         adds_up: whether it adds that up for the biases; where it does not, the product for the weight may.
     """
@@ -301,17 +281,14 @@ def explain(x: Tensor, weight: Tensor, mask: Tensor | None, geometry: Geometry, 
     """A line a product of a layer: what will run and why."""
     x, weight = as_input(x), as_weight(weight)
     weights = weights_of(weight, known_walk(mask, weight.shape, 2 if activation == "gated" else 1), geometry)
-    size = (weight.shape[0] // weights.walk.parts, *result_size(x, weight, geometry))
-    grad = x.new_empty_strided(*channels_last(x.shape[0], weight.shape[0], *size[1:]))
-    products: dict[str, Any] = {
-        "result": Convolve(x, weight, mask, weights=weights, size=size, activation=activation),
-        "gradient of the input": Convolve(grad, weight, mask, weights=weights, size=tuple(x.shape[1:]), mirrored=True),
-        "gradient of the weight": WeightGradient(grad, x, weight, mask, weights=weights, adds_up=False),
-    }
+    names = {"out": "result", "in": "gradient of the input", "weight": "gradient of the weight"}
     lines = []
-    for name, product in products.items():
+    planned = products_of(x, weight, mask, weights, result_size(x, weight, geometry), activation, "")
+    for direction, (make, tensors) in planned.items():
+        product = make(*tensors)
         provider, tile, why = product.choice
         if provider == "triton" and check._trusted.get(check.key_of(product, x)) is False:
             provider, why = "cropped", check.FAILED
-        lines.append(f"{name}: {f'triton, {tile}' if provider == 'triton' else f'cuDNN, {provider}'} ({why})")
+        runs = f"triton, {tile}" if provider == "triton" else f"cuDNN, {provider}"
+        lines.append(f"{names[direction]}: {runs} ({why})")
     return "\n".join(lines)

@@ -8,16 +8,29 @@ and launches. Sizes reach the kernels as plain integers, so that nothing lies on
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgen.kernels.common import cdiv, next_power_of_2, prepare
+from fastgen.kernels.common import cdiv, next_power_of_2
 from fastgen.kernels.masked_conv2d import cudnn
 from fastgen.kernels.masked_conv2d.backward import masked_conv2d_sum_kernel, masked_conv2d_weight_kernel
 from fastgen.kernels.masked_conv2d.config import Choice, Layer, chip_of, choose, has_tma, precision_of
 from fastgen.kernels.masked_conv2d.forward import masked_conv2d_kernel, masked_conv2d_pack_kernel
+from fastgen.kernels.masked_conv2d.layout import (
+    Boxes,
+    Launches,
+    Layout,
+    box_of,
+    boxes_of_map,
+    boxes_of_result,
+    channels_last,
+    contiguous,
+    pixel_steps,
+    unit_of,
+)
 from fastgen.kernels.masked_conv2d.walk import Geometry, Walk, walk_arguments
 
 # Shares of the pixels are cut so that about as many programs run, two on each multiprocessor of a Hopper: every share
@@ -25,90 +38,6 @@ from fastgen.kernels.masked_conv2d.walk import Geometry, Walk, walk_arguments
 # on the chip.
 PROGRAMS = 256
 RUN = 8  # rows of a half of a gate that lie side by side in packed weights, see forward.py
-BOX = ("IMAGES", "HEIGHT", "WIDTH")
-
-
-class Launches:
-    """Launches of one kernel in which only the tensors differ."""
-
-    __slots__ = ("arguments", "constants", "grid", "kernel", "ready")
-
-    def __init__(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[int, ...], **constants: Any) -> None:
-        self.kernel, self.grid, self.arguments, self.constants = kernel, grid, arguments, constants
-        self.ready: Any = None
-
-    def __call__(self, *tensors: Any) -> None:
-        arguments = tensors + self.arguments
-        if self.ready is None:
-            self.ready = prepare(self.kernel, arguments, self.constants)
-        self.ready(self.grid, arguments)
-
-
-class Boxes:
-    """Makes tensor descriptors of tensors of one kind, in blocks; Triton's own constructor takes the host longer."""
-
-    __slots__ = ("fields", "kind")
-
-    def __init__(self, like: Tensor, sizes: list[int], strides: list[int], block: list[int]) -> None:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        self.kind = TensorDescriptor
-        self.fields = {**vars(TensorDescriptor(like, sizes, strides, block)), "base": None}
-
-    def __call__(self, x: Tensor) -> Any:
-        made = object.__new__(self.kind)
-        made.__dict__.update(self.fields)
-        made.base = x
-        return made
-
-
-def boxes_of_map(x: Tensor, box: list[int], channels: int) -> Boxes:
-    order = (0, 2, 3, 1)
-    return Boxes(x, [x.shape[a] for a in order], [x.stride(a) for a in order], [*box, channels])
-
-
-def boxes_of_result(x: Tensor, halves: int, box: list[int], channels: int) -> Boxes:
-    """Of a channels-last map whose channels are `halves` times as many."""
-    batch, all_rows, height, width = x.shape
-    rows = all_rows // halves
-    strides = [height * width * all_rows, width * all_rows, all_rows, rows, 1]
-    return Boxes(x, [batch, height, width, halves, rows], strides, [*box, 1, channels])
-
-
-def box_of(pixels: int, batch: int, height: int, width: int) -> tuple[int, int, int]:
-    """(images, rows, columns) of a box of `pixels` pixels, all powers of two, of which the fewest boxes are needed."""
-    powers = [1 << i for i in range(pixels.bit_length())]
-    shapes = [(pixels // (high * wide), high, wide) for wide in powers for high in powers if high * wide <= pixels]
-    # Among equals the widest, whose pixels lie side by side.
-    return min(shapes, key=lambda s: (cdiv(batch, s[0]) * cdiv(height, s[1]) * cdiv(width, s[2]), -s[2], -s[1]))
-
-
-def side_by_side(x: Tensor) -> bool:
-    """Whether the kernels can read a map (B, C, H, W) as it lies."""
-    return x.stride(1) == 1 or x.shape[1] == 1
-
-
-def unit_of(x: Tensor, *counts: int) -> int:
-    """Elements of 16 bytes where all strides of the pixels, counts and the address are multiples of them, else 1."""
-    unit = 16 // x.element_size()
-    steps = (x.stride(axis) for axis in (0, 2, 3) if x.shape[axis] > 1)
-    return 1 if x.data_ptr() % 16 or any(n % unit for n in (*steps, *counts)) else unit
-
-
-def pixel_steps(x: Tensor, unit: int) -> tuple[int, ...]:
-    return tuple(0 if x.shape[axis] == 1 else x.stride(axis) // unit for axis in (0, 2, 3))
-
-
-# Sizes and strides are found once for `new_empty_strided`, which takes the host a third of what `torch.empty` takes.
-Layout = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-def channels_last(batch: int, channels: int, height: int, width: int) -> Layout:
-    return (batch, channels, height, width), (height * width * channels, 1, width * channels, channels)
-
-
-def contiguous(*size: int) -> Layout:
-    return size, tuple(math.prod(size[axis + 1 :]) for axis in range(len(size)))
 
 
 @dataclass(frozen=True)
@@ -130,45 +59,64 @@ class Weights:
         descriptors would address comes in units of 16 bytes."""
         x, step = maps[0], self.geometry.stride[0] * self.geometry.stride[1]
         tma = step == 1 and aligned and x.shape[1] >= 16 and has_tma(chip_of(x.device))
-        for one in maps:
-            steps = [one.stride(axis) * one.element_size() for axis in (0, 2, 3)]
-            tma = tma and one.stride(1) == 1 and one.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in steps)
+        for read in maps:
+            steps = [read.stride(axis) * read.element_size() for axis in (0, 2, 3)]
+            tma = (
+                tma and read.stride(1) == 1 and read.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in steps)
+            )
         return Layer(direction, x.dtype, rows, x.shape[1], self.walk.live, pixels, step, gated, tma)
 
     def choose(self, layer: Layer, device: torch.device) -> Choice:
         top, bottom, left, right = self.walk.box
         return choose(device, layer, precision_of(device, layer.dtype), (bottom - top) * (right - left))
 
-    def box(self, choice: Choice) -> tuple[int, int, int, int] | None:
-        """What cuDNN convolves with; None: all."""
-        return self.walk.box if choice.provider == "cropped" and self.walk.live else None
+    def for_cudnn(self, choice: Choice, mask: Tensor | None) -> tuple[Tensor | None, cudnn.Box, Geometry]:
+        """(the weight's mask, the box of taps that cuDNN convolves with, the geometry)."""
+        box = self.walk.box if choice.provider == "cropped" and self.walk.live else None
+        return mask if self.masked else None, box, self.geometry
 
-    def unit(self, dtype: torch.dtype, *counts: int) -> int:
-        """Elements of 16 bytes where an output's weights and the counts are multiples of them, else 1."""
-        unit = 16 // dtype.itemsize
-        row = self.shape[1] if self.channels_last else self.shape[1] * self.size
-        return unit if all(n % unit == 0 for n in (row, *counts)) else 1
+    def packing(
+        self, layout: Layout, dtype: torch.dtype, *, columns: int, first: int, pitch: int, runs: tuple[int, int],
+        taps: tuple[int, ...], mirrored: bool,
+    ) -> Launches:  # fmt: skip
+        """Packs the weight into `columns` columns of a packed tensor from the first on, `pitch` for each tap.
 
-    def flat(self, unit: int) -> int:
-        """`FLAT` of the packing; one value for most kernel sizes, so that few are compiled: the first layers of models,
-        which have large kernels, have no unit."""
-        return 16 if self.channels_last else max(256 if unit > 1 else 1024, next_power_of_2(16 * self.size))
+        runs: how many rows of a half of a gate lie side by side, and the number of halves. taps: visited ones, rounds
+        of the kernel, the walk's first and width, the corner of its box.
+        """
+        (packed_rows, packed_columns), (outputs, inputs) = layout[0], self.shape[:2]
+        unit, row = 16 // dtype.itemsize, inputs if self.channels_last else inputs * self.size
+        unit = 1 if row % unit or pitch % unit else unit
+        rows, half = 16 if unit > 1 else 4, outputs // runs[1]
+        # One value for most sizes, so that few kernels are compiled. First layers of models, whose kernels are large,
+        # have no unit.
+        flat = 16 if self.channels_last else max(256 if unit > 1 else 1024, next_power_of_2(16 * self.size))
+        arguments = (
+            half if self.masked else 0, packed_rows, columns // 16, packed_columns // 16, first // 16, pitch // unit,
+            half, inputs * self.size // unit, *runs, self.size, *taps, self.shape[3],
+        )  # fmt: skip
+        places = (pitch, packed_rows) if mirrored else (packed_rows, pitch)
+        return Launches(
+            masked_conv2d_pack_kernel, (cdiv(places[0], rows), cdiv(places[1], 16)), arguments, MIRRORED=mirrored,
+            CHANNELS_LAST=self.channels_last, UNIT=unit, FLAT=flat, OUTPUTS=rows, INPUTS=16,
+        )  # fmt: skip
 
 
 def blocks_of(choice: Choice, batch: int, height: int, width: int) -> tuple[dict[str, int], int, int, int]:
     """How the pixels of a map are divided: (constants of the kernel, boxes across, boxes down, number of blocks)."""
-    pixels = choice.tile.M
-    if not choice.tile.tma:
-        return dict(zip(BOX, (pixels, 0, 0), strict=True)), 1, 1, cdiv(batch * height * width, pixels)
-    box = box_of(pixels, batch, height, width)
-    across, down = cdiv(width, box[2]), cdiv(height, box[1])
-    return dict(zip(BOX, box, strict=True)), across, down, cdiv(batch, box[0]) * across * down
+    box, across, down = (choice.tile.M, 0, 0), 1, 1
+    blocks = cdiv(batch * height * width, choice.tile.M)
+    if choice.tile.tma:
+        box = box_of(choice.tile.M, batch, height, width)
+        across, down = cdiv(width, box[2]), cdiv(height, box[1])
+        blocks = cdiv(batch, box[0]) * across * down
+    return dict(zip(("IMAGES", "HEIGHT", "WIDTH"), box, strict=True)), across, down, blocks
 
 
 class Convolve:
     """activation(conv(x, weight) + conv1x1(other) + biases) + residual, or with `mirrored` the gradient of the input.
 
-    Constructed with the tensors of a first call, weights and mask contiguous; results are channels-last. `choice`
+    Constructed with the tensors of a first call, laid out as launch.py says; results are channels-last. `choice`
     instead of what is chosen.
 
     Attributes:
@@ -211,13 +159,14 @@ class Convolve:
         columns = cdiv(walk.taps * pitch, tile.K) * tile.K
         packed_columns = columns + cdiv(others, tile.K) * tile.K
         self.packed = contiguous(row_tiles * tile.N, packed_columns)
-        taps = (walk.taps, cdiv(columns, pitch), walk.first, walk.width, walk.box[0] * weights.shape[3] + walk.box[2])
-        halves = (pitch // parts, parts) if mirrored else (RUN, 2 if gated else 1)
-        self.pack = self._packing(weights, columns, 0, pitch, halves, taps)
-        self.pack_other = None
+        corner = walk.box[0] * weights.shape[3] + walk.box[2]
+        runs = (pitch // parts, parts) if mirrored else (RUN, 2 if gated else 1)
+        pack = partial(Weights.packing, layout=self.packed, dtype=x.dtype, runs=runs, mirrored=mirrored)
+        taps = (walk.taps, cdiv(columns, pitch), walk.first, walk.width, corner)
+        self.pack, self.pack_other = pack(weights, columns=columns, first=0, pitch=pitch, taps=taps), None
         if other_weight is not None:
             rest, pointwise = packed_columns - columns, Weights(other_weight.shape, walk, weights.geometry, False)
-            self.pack_other = self._packing(pointwise, rest, columns, rest, halves, (1, 1, 0, 1, 0))
+            self.pack_other = pack(pointwise, columns=rest, first=columns, pitch=rest, taps=(1, 1, 0, 1, 0))
         unit = 1 if layer.gathers else unit_of(x, channels)
         if other is not None and unit != unit_of(other, others):
             unit = 1
@@ -229,10 +178,9 @@ class Convolve:
             0 if bias is None else rows, 0 if residual is None else rows // out_unit,
             0.0 if activation == "relu" else -math.inf, int(mirrored), batch, height, width, *x.shape[2:], across, down,
             *((1, 1) if mirrored else weights.geometry.stride), *walk_arguments(walk, weights.geometry, mirrored),
-            channels // unit, part_blocks, parts, rows // out_unit,
-            row_tiles, columns, packed_columns // 16, others // unit, *pixel_steps(x, unit),
-            *((0,) * 3 if other is None else pixel_steps(other, unit)),
-            *((0,) * 3 if residual is None else pixel_steps(residual, out_unit)), x.stride(1) if layer.gathers else 1,
+            channels // unit, part_blocks, parts, rows // out_unit, row_tiles, columns, packed_columns // 16,
+            others // unit, *pixel_steps(x, unit), *pixel_steps(other, unit), *pixel_steps(residual, out_unit),
+            x.stride(1) if layer.gathers else 1,
             1 if residual is None or residual.shape[1] == 1 else residual.stride(1),
         )  # fmt: skip
         self.run = Launches(
@@ -243,38 +191,18 @@ class Convolve:
         )  # fmt: skip
         self.boxes: tuple[Any, ...] = ()
         if tile.tma:
-            block = list(box.values())
+            block = tuple(box.values())
             out, kept = self.results(x)
-            of_kept = boxes_of_result(kept, 2 if keep == "both" else 1, block, written) if gated and keep else None
-            of_packed = Boxes(x, list(self.packed[0]), list(self.packed[1]), [tile.N, tile.K])
-            of_other = None if other is None else boxes_of_map(other, block, tile.K)
-            of_out = boxes_of_result(out, 1, block, written)
-            self.boxes = (boxes_of_map(x, block, tile.K), of_packed, of_other, of_out, of_kept)
-
-    def _packing(self, weights: Weights, columns: int, first: int, pitch: int, halves: Any, taps: Any) -> Launches:
-        """Of a weight into as many columns from the first on, `pitch` for each tap."""
-        outputs, inputs = weights.shape[:2]
-        packed_rows, packed_columns = self.packed[0]
-        unit = weights.unit(self.layer.dtype, pitch)
-        rows = 16 if unit > 1 else 4
-        places = (pitch, packed_rows) if self.mirrored else (packed_rows, pitch)
-        arguments = (
-            outputs // halves[1] if weights.masked else 0, packed_rows, columns // 16, packed_columns // 16,
-            first // 16, pitch // unit, outputs // halves[1], inputs * weights.size // unit, *halves, weights.size,
-            *taps, weights.shape[3],
-        )  # fmt: skip
-        return Launches(
-            masked_conv2d_pack_kernel, (cdiv(places[0], rows), cdiv(places[1], 16)), arguments,
-            MIRRORED=self.mirrored, CHANNELS_LAST=weights.channels_last, UNIT=unit, FLAT=weights.flat(unit),
-            OUTPUTS=rows, INPUTS=16,
-        )  # fmt: skip
+            kept_boxes = boxes_of_result(kept, 2 if keep == "both" else 1, block, written) if gated and keep else None
+            packed_boxes = Boxes(x, *self.packed, [tile.N, tile.K])
+            other_boxes = None if other is None else boxes_of_map(other, block, tile.K)
+            out_boxes = boxes_of_result(out, 1, block, written)
+            self.boxes = (boxes_of_map(x, block, tile.K), packed_boxes, other_boxes, out_boxes, kept_boxes)
 
     def results(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Uninitialized: (B, C, H, W), and what is kept."""
         out = x.new_empty_strided(*self.layout)
-        if not self.keep:
-            return out, out
-        return out, x.new_empty_strided(*self.kept_layout, dtype=self.kept_dtype)
+        return out, x.new_empty_strided(*self.kept_layout, dtype=self.kept_dtype) if self.keep else out
 
     def __call__(
         self, x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None = None,
@@ -291,9 +219,9 @@ class Convolve:
         read: tuple[Any, ...] = (x, packed, other)
         written: tuple[Any, ...] = (out, kept if self.keep else None)
         if self.boxes:
-            of_x, of_packed, of_other, of_out, of_kept = self.boxes
-            read = (of_x(x), of_packed(packed), None if of_other is None else of_other(other))
-            written = (of_out(out), written[1] if of_kept is None else of_kept(kept))
+            x_boxes, packed_boxes, other_boxes, out_boxes, kept_boxes = self.boxes
+            read = (x_boxes(x), packed_boxes(packed), None if other_boxes is None else other_boxes(other))
+            written = (out_boxes(out), written[1] if kept_boxes is None else kept_boxes(kept))
         # What is not there is not read; in its place x spares another compilation, but costs a gate registers.
         absent = None if self.activation == "gated" else x
         self.run(*read, x if bias is None else bias, condition, absent if residual is None else residual, *written)
@@ -302,15 +230,13 @@ class Convolve:
     def by_cudnn(
         self, x, weight, mask, bias=None, condition=None, residual=None, other=None, other_weight=None
     ) -> tuple[Tensor, Tensor]:
-        """The sums by cuDNN, the finish by PyTorch."""
-        box, mask = self.weights.box(self.choice), mask if self.weights.masked else None
+        """The sums by cuDNN, what follows them by PyTorch."""
+        how = self.weights.for_cudnn(self.choice, mask)
         if self.mirrored:
-            of_x = cudnn.input_gradient(x, self.size, weight, mask, box, self.weights.geometry)
-            return of_x.contiguous(memory_format=torch.channels_last), of_x
-        return cudnn.forward(
-            x, weight, mask, box, self.weights.geometry, bias, condition, residual, other, other_weight,
-            self.activation, self.keep,
-        )  # fmt: skip
+            gradient = cudnn.input_gradient(x, self.size, weight, *how)
+            return gradient, gradient
+        added = (bias, condition, residual, other, other_weight)
+        return cudnn.forward(x, weight, *how, *added, self.activation, self.keep)
 
 
 def sum_of(
@@ -376,11 +302,8 @@ class WeightGradient:
             GRAD_UNIT=grad_unit, PRECISION=precision_of(x.device, x.dtype), **box, N=tile.N, K=tile.K,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-        self.boxes: tuple[Any, ...] = ()
-        if tile.tma:
-            self.boxes = tuple(
-                boxes_of_map(one, list(box.values()), side) for one, side in ((grad, tile.N), (x, tile.K))
-            )
+        block = tuple(box.values())
+        self.boxes = (boxes_of_map(grad, block, tile.N), boxes_of_map(x, block, tile.K)) if tile.tma else None
         taps = (walk.taps, walk.first, walk.width, walk.box[0], walk.box[2])
         self.sum = sum_of(shares, columns, pitch, weights.shape, taps, weights.masked)
 
@@ -388,14 +311,31 @@ class WeightGradient:
         if self.choice.provider != "triton":
             return self.by_cudnn(grad, x, weight, mask)
         out = x.new_empty_strided(*self.out)
-        partial = x.new_empty_strided(*self.partial, dtype=torch.float32)
+        partial_sums = x.new_empty_strided(*self.partial, dtype=torch.float32)
         sums = x.new_empty_strided(*self.sums, dtype=torch.float32) if self.adds_up else None
-        of_grad, of_x = (self.boxes[0](grad), self.boxes[1](x)) if self.boxes else (grad, x)
-        self.run(of_grad, of_x, grad, partial, partial if sums is None else sums)
-        self.sum(partial, mask, out)
+        read = (self.boxes[0](grad), self.boxes[1](x)) if self.boxes else (grad, x)
+        self.run(*read, grad, partial_sums, partial_sums if sums is None else sums)
+        self.sum(partial_sums, mask, out)
         return out, sums
 
     def by_cudnn(self, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        box, mask = self.weights.box(self.choice), mask if self.weights.masked else None
-        of_weight = cudnn.weight_gradient(grad, x, weight, mask, box, self.weights.geometry)
-        return of_weight, grad.sum((0, 2, 3))[None, None] if self.adds_up else None
+        gradient = cudnn.weight_gradient(grad, x, weight, *self.weights.for_cudnn(self.choice, mask))
+        return gradient, grad.sum((0, 2, 3))[None, None] if self.adds_up else None
+
+
+def products_of(
+    x: Tensor, weight: Tensor, mask: Tensor | None, weights: Weights, size: Sequence[int], activation: str, keep: str
+) -> dict[str, tuple[Any, tuple[Tensor | None, ...]]]:
+    """By `Layer.direction`: what makes each product of a layer, and its tensors, for a result of this height and width.
+    The gradient of the sums is not initialized."""
+    grad = x.new_empty_strided(*channels_last(x.shape[0], weight.shape[0], *size))
+    result: dict[str, Any] = {
+        "size": (weight.shape[0] // weights.walk.parts, *size),
+        "activation": activation,
+        "keep": keep,
+    }
+    return {
+        "out": (partial(Convolve, weights=weights, **result), (x, weight, mask)),
+        "in": (partial(Convolve, weights=weights, size=tuple(x.shape[1:]), mirrored=True), (grad, weight, mask)),
+        "weight": (partial(WeightGradient, weights=weights, adds_up=activation == "none"), (grad, x, weight, mask)),
+    }

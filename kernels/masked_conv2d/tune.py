@@ -23,12 +23,12 @@ from torch import Tensor
 from fastgen.kernels.masked_conv2d.check import is_right
 from fastgen.kernels.masked_conv2d.config import Choice, Tile, candidates, chip_of, describe, precision_of, save
 from fastgen.kernels.masked_conv2d.launch import forget
-from fastgen.kernels.masked_conv2d.products import Convolve, WeightGradient, Weights
+from fastgen.kernels.masked_conv2d.products import Weights, products_of
 from fastgen.kernels.masked_conv2d.walk import Geometry, known_walk
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DIRECTIONS = ("out", "in", "weight")
-Product = tuple[Callable[..., Any], tuple[Tensor, ...]]  # what makes one of the products, and the tensors of a call
+Product = tuple[Callable[..., Any], tuple[Tensor | None, ...]]  # what makes one of the products, and its tensors
 
 
 @dataclass(frozen=True)
@@ -48,27 +48,22 @@ class Problem:
         """On random numbers."""
         generator = torch.Generator(device).manual_seed(0)
 
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=device)
-
         def feature_map(channels: int) -> Tensor:
-            return normal(self.batch, self.size, self.size, channels).permute(0, 3, 1, 2).to(self.dtype)
+            values = torch.randn(self.batch, self.size, self.size, channels, generator=generator, device=device)
+            return values.permute(0, 3, 1, 2).to(self.dtype)
 
         live = torch.zeros(self.kernel**2, dtype=torch.bool)
         live[: self.kernel**2 // 2 + (self.mask == "B")] = True
         shape = torch.Size((self.outputs, self.channels, self.kernel, self.kernel))
         mask = live.view(self.kernel, self.kernel).expand(shape).contiguous().to(device)
-        weight = (normal(*shape) / (self.channels * self.kernel**2 / 2) ** 0.5).to(self.dtype)
-        x, grad, padding = feature_map(self.channels), feature_map(self.outputs), self.kernel // 2
-        walk = known_walk(mask, shape, 2 if self.gated else 1)
-        weights = Weights(shape, walk, Geometry((1, 1), (padding, padding), (1, 1)))
-        if direction == "weight":
-            return partial(WeightGradient, weights=weights, adds_up=not self.gated), (grad, x, weight, mask)
-        if direction == "in":
-            return partial(Convolve, weights=weights, size=tuple(x.shape[1:]), mirrored=True), (grad, weight, mask)
-        options: dict[str, Any] = {"activation": "gated", "keep": "valve"} if self.gated else {}
-        size = (self.outputs // walk.parts, self.size, self.size)
-        return partial(Convolve, weights=weights, size=size, **options), (x, weight, mask)
+        weight = torch.randn(shape, generator=generator, device=device) / (self.channels * self.kernel**2 / 2) ** 0.5
+        padding = (self.kernel // 2, self.kernel // 2)
+        weights = Weights(shape, known_walk(mask, shape, 1 + self.gated), Geometry((1, 1), padding, (1, 1)))
+        finish = ("gated", "valve") if self.gated else ("none", "")
+        x = feature_map(self.channels)
+        products = products_of(x, weight.to(self.dtype), mask, weights, (self.size, self.size), *finish)
+        make, tensors = products[direction]
+        return make, tensors if direction == "out" else (feature_map(self.outputs), *tensors[1:])
 
 
 def usual_problems() -> list[Problem]:
@@ -83,7 +78,7 @@ def usual_problems() -> list[Problem]:
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device, budget: float = 0.05) -> float:
-    """Median time of a call; on a GPU between events, after the L2 cache was written over."""
+    """Median time of a call, after the L2 cache was written over; on a GPU between events."""
     call()
     times: list[float] = []
     flush = torch.empty(2**28 if device.type == "cuda" else 1, dtype=torch.uint8, device=device)

@@ -51,7 +51,7 @@ class Walk(NamedTuple):
 
 
 def walk_of(live: Tensor, parts: int) -> Walk:
-    """Of a mask (O, I, kh, kw) on the CPU."""
+    """What is known of a mask (O, I, kh, kw) on the CPU."""
     rows, channels = live.shape[0] // parts, live.shape[1]
     occupied = live.any(0).any(0)
     if not occupied.any():
@@ -62,7 +62,7 @@ def walk_of(live: Tensor, parts: int) -> Walk:
     first, last = taps[0], taps[-1]
     width = box[3] - box[2]
     seen = live[:, :, box[0] + last // width, box[2] + last % width].unflatten(0, (parts, rows)).any(0)
-    found = (rows, channels, 1)
+    groups_seen = (rows, channels, 1)
     fewest = rows * channels
     for groups in (2, 3, 4):
         if rows % groups or channels % groups:
@@ -71,8 +71,8 @@ def walk_of(live: Tensor, parts: int) -> Walk:
             limit = (torch.arange(groups) + shown) * (channels // groups)
             allowed = torch.arange(channels) < limit.repeat_interleave(rows // groups)[:, None]
             if not (seen & ~allowed).any() and int(allowed.sum()) < fewest:
-                found, fewest = (rows // groups, channels // groups, shown), int(allowed.sum())
-    return Walk(box, first, last - first + 1, len(taps), *found, parts)
+                groups_seen, fewest = (rows // groups, channels // groups, shown), int(allowed.sum())
+    return Walk(box, first, last - first + 1, len(taps), *groups_seen, parts)
 
 
 _known: dict[int, tuple[Any, int, dict[int, Walk]]] = {}  # by id: the mask (weak), its version, walks by parts
@@ -80,10 +80,10 @@ _all_live: dict[tuple[int, ...], Walk] = {}
 
 
 def known_walk(mask: Tensor | None, shape: torch.Size, parts: int) -> Walk:
-    """Of a mask; None: all of `shape` (O, I, kh, kw) is live.
+    """What is known of a mask; None: all of `shape` (O, I, kh, kw) is live.
 
-    The first call with a mask tensor, and each after it was written into, waits for the GPU to read it. Writing
-    through `.data` is not seen.
+    The first call with a mask tensor, and the first after each write into it, waits until the GPU has sent it. A write
+    by way of `.data` is not noticed.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, and the mask was not read before.
@@ -113,7 +113,7 @@ def refuse_in_capture(x: Tensor, what: str, how: str) -> None:
 
 
 def walk_arguments(walk: Walk, geometry: Geometry, mirrored: bool) -> tuple[int, ...]:
-    """`WALK` of the kernels; mirrored: for the gradient of the input."""
+    """The kernels' arguments from `taps` to `shown`; mirrored: for the gradient of the input."""
     sign = -1 if mirrored else 1
     origins = [walk.box[2 * a] * geometry.dilation[a] - geometry.padding[a] for a in range(2)]
     places = (sign * origins[0], sign * origins[1], sign * geometry.dilation[0], sign * geometry.dilation[1])

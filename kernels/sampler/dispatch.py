@@ -37,8 +37,8 @@ def instruction(
     """Tiles first, first + apart, ... of an instruction for some images."""
     op = tl.load(code + OP)
     if op == PRODUCT:
-        product(memory_ptr, weights_ptr, codes_ptr, code, offsets, first_image, images, first, apart, BM, BN, BK, LINKS,
-                PRECISION)  # fmt: skip
+        product(memory_ptr, weights_ptr, codes_ptr, code, offsets, first_image, images, first, apart,
+                BM, BN, BK, LINKS, PRECISION)  # fmt: skip
     elif op == CONTRACT:
         contract(memory_ptr, code, offsets, first_image, images, first, apart, ROWS, BJ, 16)
     elif op >= SOFTMAX:

@@ -1,4 +1,4 @@
-"""Draws of a place by inverse CDF, in float64, as `fastgen.distributions` defines them."""
+"""Draws of a place by inverse CDF, as `fastgen.distributions` defines them: in float64, or in float32 (`REAL`)."""
 
 import triton
 import triton.language as tl
@@ -34,11 +34,12 @@ from fastgen.kernels.sampler.words import (
 )
 
 MIN_LOG_SCALE = tl.constexpr(-7.0)
-ROUNDS = tl.constexpr(6755399441055744.0)  # 1.5 * 2^52: x + it - it is x rounded to an integer, half to even
+# 1.5 * 2^52, 1.5 * 2^23: x + it - it is x rounded to an integer, half to even.
+ROUNDS_FLOAT64, ROUNDS_FLOAT32 = map(tl.constexpr, (6755399441055744.0, 12582912.0))
 
 
 @triton.jit
-def choose(params, step, count, u, temperature, free, BLOCK: tl.constexpr):
+def choose(params, step, count, u, temperature, free, BLOCK: tl.constexpr, REAL: tl.constexpr):
     """The first of `count` logits of each row (`step` apart) whose cumulative probability exceeds u; at temperature 0
     the greatest. params: pointers (rows,)."""
     v = tl.arange(0, BLOCK)
@@ -48,44 +49,47 @@ def choose(params, step, count, u, temperature, free, BLOCK: tl.constexpr):
         real = free[:, None] & (start + v < count)[None, :]
         logits = tl.load(params[:, None] + ((start + v) * step)[None, :], mask=real, other=minus_infinity)
         greatest = tl.maximum(greatest, logits)
-    best = tl.where(free, tl.max(greatest, 1), 0.0).to(tl.float64)
+    best = tl.where(free, tl.max(greatest, 1), 0.0).to(REAL)
     scale = 1 / tl.where(temperature == 0, 1.0, temperature)
-    total = tl.zeros((u.shape[0], BLOCK), tl.float64)
+    total = tl.zeros((u.shape[0], BLOCK), REAL)
     for start in range(0, count, BLOCK):
         real = free[:, None] & (start + v < count)[None, :]
         logits = tl.load(params[:, None] + ((start + v) * step)[None, :], mask=real, other=minus_infinity)
-        total += tl.exp((logits.to(tl.float64) - best[:, None]) * scale)
+        total += tl.exp((logits.to(REAL) - best[:, None]) * scale)
     threshold = u * tl.sum(total, 1)
-    found = tl.zeros((u.shape[0], BLOCK), tl.int32) + (count - 1)
-    before = tl.zeros(u.shape, tl.float64)
+    found = tl.zeros((u.shape[0], BLOCK), tl.int32) + count
+    likely = tl.zeros((u.shape[0], BLOCK), tl.int32)
+    before = tl.zeros(u.shape, REAL)
     for start in range(0, count, BLOCK):
         real = free[:, None] & (start + v < count)[None, :]
         logits = tl.load(params[:, None] + ((start + v) * step)[None, :], mask=real, other=minus_infinity)
-        logits = logits.to(tl.float64)
+        logits = logits.to(REAL)
         shares = tl.exp((logits - best[:, None]) * scale)
         sums = before[:, None] + tl.cumsum(shares, 1)
         # Sums are rounded in no fixed order: of two equal ones the latter may be greater.
         hit = (sums > threshold[:, None]) & (shares > 0)
         hit = tl.where(temperature == 0, logits == best[:, None], hit)
         found = tl.where(hit, tl.minimum(found, (start + v)[None, :]), found)
+        likely = tl.where(shares > 0, (start + v)[None, :], likely)
         before = tl.max(sums, 1)
-    return tl.min(found, 1)
+    found = tl.min(found, 1)
+    return tl.where(found == count, tl.max(likely, 1), found)  # where the last sum was rounded to less than its share
 
 
 @triton.jit
-def choose_of_top(params, step, count, u, temperature, free, top_k, top_p, BLOCK: tl.constexpr):
+def choose_of_top(params, step, count, u, temperature, free, top_k, top_p, BLOCK: tl.constexpr, REAL: tl.constexpr):
     """As `choose`, for up to BLOCK logits, among the most probable: top_k of them, of these the fewest that together
     have top_p of their sum."""
     v = tl.arange(0, BLOCK)
     minus_infinity = float("-inf")
     real = free[:, None] & (v < count)[None, :]
-    logits = tl.load(params[:, None] + (v * step)[None, :], mask=real, other=minus_infinity).to(tl.float64)
+    logits = tl.load(params[:, None] + (v * step)[None, :], mask=real, other=minus_infinity).to(REAL)
     best = tl.where(free, tl.max(logits, 1), 0.0)
     shares = tl.exp((logits - best[:, None]) / temperature)
     rank = tl.zeros((u.shape[0], BLOCK), tl.int32)
-    before = tl.zeros((u.shape[0], BLOCK), tl.float64)  # the sum of all that are more probable
+    before = tl.zeros((u.shape[0], BLOCK), REAL)  # the sum of all that are more probable
     for j in range(0, count):
-        other = tl.load(params + j * step, mask=free, other=minus_infinity).to(tl.float64)
+        other = tl.load(params + j * step, mask=free, other=minus_infinity).to(REAL)
         share = tl.exp((other - best) / temperature)[:, None]
         ahead = (share > shares) | ((share == shares) & (j < v)[None, :])
         rank += ahead.to(tl.int32)
@@ -93,7 +97,8 @@ def choose_of_top(params, step, count, u, temperature, free, top_k, top_p, BLOCK
     shares = tl.where(rank < top_k, shares, 0.0)
     shares = tl.where(before < (top_p * tl.sum(shares, 1))[:, None], shares, 0.0)
     hit = (tl.cumsum(shares, 1) > (u * tl.sum(shares, 1))[:, None]) & (shares > 0)
-    return tl.min(tl.where(hit, v[None, :], count - 1), 1)
+    found = tl.min(tl.where(hit, v[None, :], count), 1)
+    return tl.where(found == count, tl.max(tl.where(shares > 0, v[None, :], 0), 1), found)
 
 
 @triton.jit
@@ -108,38 +113,39 @@ def has_nan(params, step, count, free, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def tanh64(x):
+def hyperbolic_tangent(x):
     shrunk = tl.exp(-2 * tl.abs(x))
     size = (1 - shrunk) / (1 + shrunk)
     return tl.where(x < 0, -size, size)
 
 
 @triton.jit
-def of_component(params, step, mixtures, kinds, component, colour, kind, free):
+def of_component(params, step, mixtures, kinds, component, colour, kind, free, REAL: tl.constexpr):
     at = mixtures + (colour * kinds + kind) * mixtures + component
-    return tl.load(params + at * step, mask=free, other=0.0).to(tl.float64)
+    return tl.load(params + at * step, mask=free, other=0.0).to(REAL)
 
 
 @triton.jit
-def mixture_level(params, step, draws, component, channel, u, temperature, drawn, free):
+def mixture_level(params, step, draws, component, channel, u, temperature, drawn, free, REAL: tl.constexpr):
     """Of a logistic of the mixture. Parameters of a pixel: logits, then means, log-scales (and, for colours,
     coefficients) of each channel. drawn: pointers to the levels of the pixel."""
     m = tl.load(draws + LEVELS)
     kinds = tl.where(tl.load(draws + PARAMETERS) == 10 * m, 3, 2)
-    x = of_component(params, step, m, kinds, component, channel, 0, free)
+    x = of_component(params, step, m, kinds, component, channel, 0, free, REAL)
     if (kinds == 3) & (channel > 0):
-        red = tl.load(drawn, mask=free, other=0).to(tl.float64) / 127.5 - 1
-        coefficient = of_component(params, step, m, kinds, component, channel - 1, 2, free)
-        x += tanh64(coefficient) * red
+        red = tl.load(drawn, mask=free, other=0).to(REAL) / 127.5 - 1
+        coefficient = of_component(params, step, m, kinds, component, channel - 1, 2, free, REAL)
+        x += hyperbolic_tangent(coefficient) * red
         if channel == 2:
-            green = tl.load(drawn + tl.load(draws + DRAWN_CHANNEL), mask=free, other=0).to(tl.float64) / 127.5 - 1
-            x += tanh64(of_component(params, step, m, kinds, component, 2, 2, free)) * green
+            green = tl.load(drawn + tl.load(draws + DRAWN_CHANNEL), mask=free, other=0).to(REAL) / 127.5 - 1
+            x += hyperbolic_tangent(of_component(params, step, m, kinds, component, 2, 2, free, REAL)) * green
     if temperature > 0:
-        log_scale = of_component(params, step, m, kinds, component, channel, 1, free)
+        log_scale = of_component(params, step, m, kinds, component, channel, 1, free, REAL)
         scale = tl.exp(tl.maximum(log_scale, MIN_LOG_SCALE)) * temperature
         x += scale * (tl.log(u) - tl.log(1 - u))
     x = (tl.minimum(tl.maximum(x, -1.0), 1.0) + 1) * 127.5
-    x = (x + ROUNDS) - ROUNDS
+    rounds: tl.constexpr = ROUNDS_FLOAT64 if tl.float64 == REAL else ROUNDS_FLOAT32
+    x = (x + rounds) - rounds
     return tl.where(x == x, x, 0.0).to(tl.int32)
 
 
@@ -157,10 +163,11 @@ def draw(
     images,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    REAL: tl.constexpr,
 ):
     """The levels of a place, channel after channel; `bad` where a parameter of a level that is not known is NaN."""
     kind, step = tl.load(draws + KIND), tl.load(draws + PARAMS_LEVEL)
-    temperature = tl.load(draws + TEMPERATURE).to(tl.float64, bitcast=True)
+    temperature = tl.load(draws + TEMPERATURE).to(tl.float64, bitcast=True).to(REAL)
     count, parameters = tl.load(draws + LEVELS).to(tl.int32), tl.load(draws + PARAMETERS).to(tl.int32)
     first = tl.load(place + FIRST_CHANNEL).to(tl.int32)
     for channel in range(first, first + tl.load(draws + CHANNELS).to(tl.int32)):
@@ -179,24 +186,24 @@ def draw(
             params = memory_ptr + at + tl.where(of_pixel, 0, channel) * tl.load(draws + PARAMS_CHANNEL)
             noise = noise_ptr + tl.load(place + NOISE_AT) + image * tl.load(draws + NOISE_IMAGE)
             to_channel = tl.load(draws + NOISE_CHANNEL)
-            u = tl.load(noise + tl.where(of_pixel, 0, channel) * to_channel, mask=free, other=0.0).to(tl.float64)
+            u = tl.load(noise + tl.where(of_pixel, 0, channel) * to_channel, mask=free, other=0.0).to(REAL)
             drawn = integers_ptr + tl.load(place + DRAWN_AT) + image * tl.load(draws + DRAWN_IMAGE)
             if has_nan(params, step, parameters, free, BLOCK):
                 tl.store(bad_ptr, 1)
             if kind == BERNOULLI:
-                logit = tl.load(params, mask=free, other=0.0).to(tl.float64)
+                logit = tl.load(params, mask=free, other=0.0).to(REAL)
                 warmth = tl.where(temperature == 0, 1.0, temperature)
                 level = tl.where(temperature == 0, logit > 0, u >= 1 / (1 + tl.exp(logit / warmth))).to(tl.int32)
             else:
                 top_k = tl.load(draws + TOP_K)
                 if top_k > 0:
-                    top_p = tl.load(draws + TOP_P).to(tl.float64, bitcast=True)
-                    level = choose_of_top(params, step, count, u, temperature, free, top_k, top_p, BLOCK)
+                    top_p = tl.load(draws + TOP_P).to(tl.float64, bitcast=True).to(REAL)
+                    level = choose_of_top(params, step, count, u, temperature, free, top_k, top_p, BLOCK, REAL)
                 else:
-                    level = choose(params, step, count, u, temperature, free, BLOCK)
+                    level = choose(params, step, count, u, temperature, free, BLOCK, REAL)
                 if kind == MIXTURE:
-                    own = tl.load(noise + (channel + 1) * to_channel, mask=free, other=0.5).to(tl.float64)
-                    level = mixture_level(params, step, draws, level, channel, own, temperature, drawn, free)
+                    own = tl.load(noise + (channel + 1) * to_channel, mask=free, other=0.5).to(REAL)
+                    level = mixture_level(params, step, draws, level, channel, own, temperature, drawn, free, REAL)
             level = level.to(tl.int64)
             if tl.load(draws + HAS_KNOWN) != 0:
                 at = tl.load(place + KNOWN_AT) + image * tl.load(draws + KNOWN_IMAGE)

@@ -59,6 +59,7 @@ def step_launch_kernel(
     BP: tl.constexpr,
     ROWS: tl.constexpr,
     LEVELS: tl.constexpr,
+    DOUBLE: tl.constexpr,
     LINKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -68,7 +69,7 @@ def step_launch_kernel(
         first_image = program * ROWS
         draw(memory_ptr, integers_ptr, noise_ptr, known_ptr, mask_ptr, bad_ptr, draws_ptr,
              places_ptr + place * PLACE_WORDS, first_image.to(tl.int64), tl.minimum(n - first_image, ROWS),
-             ROWS, LEVELS)  # fmt: skip
+             ROWS, LEVELS, tl.float64 if DOUBLE else tl.float32)  # fmt: skip
         if program == 0:
             tl.store(counter_ptr + 1, place + 1)
     else:

@@ -59,6 +59,7 @@ def step_machine_kernel(
     BP: tl.constexpr,
     ROWS: tl.constexpr,
     LEVELS: tl.constexpr,
+    DOUBLE: tl.constexpr,
     LINKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -68,7 +69,7 @@ def step_machine_kernel(
         if drawing != 0:
             at = places_ptr + place * PLACE_WORDS
             draw(memory_ptr, integers_ptr, noise_ptr, known_ptr, mask_ptr, bad_ptr, draws_ptr, at, first_image, images,
-                 ROWS, LEVELS)  # fmt: skip
+                 ROWS, LEVELS, tl.float64 if DOUBLE else tl.float32)  # fmt: skip
         if place < until:
             step = steps_ptr + (place + 1) * STEP_WORDS
             program = programs_ptr + 2 * tl.load(step + PROGRAM)
@@ -87,7 +88,8 @@ OPTIONS: dict[str, Any] = {"num_warps": 8, "num_stages": 2}
 
 class Tiles(NamedTuple):
     """Images of a program, which are the rows (BM), columns (BN) and depth (BK) of a part of a product; rows (BR) and
-    columns (BP) of other instructions; images (ROWS) and levels that are drawn at once; whether products have LINKS."""
+    columns (BP) of other instructions; images (ROWS) and levels that are drawn at once; whether that is in float64;
+    whether products have LINKS."""
 
     BM: int = 16
     BN: int = 64
@@ -96,6 +98,7 @@ class Tiles(NamedTuple):
     BP: int = 64
     ROWS: int = 4
     LEVELS: int = 256
+    DOUBLE: bool = True
     LINKS: bool = True
 
 
@@ -113,7 +116,15 @@ def options_of(tiles: Tiles) -> dict[str, Any]:
 def tiles_for(images: int, device: torch.device) -> Tiles:
     """Larger tiles read the weights less often; they pay where smaller ones would not all run at the same time."""
     sizes = SIZES if torch.version.hip is None else AMD
-    return next((one for one in sizes[:-1] if cdiv(images, one.BM) <= processors_of(device)), sizes[-1])
+    found = next((one for one in sizes[:-1] if cdiv(images, one.BM) <= processors_of(device)), sizes[-1])
+    return found._replace(DOUBLE=draws_in_float64(device))
+
+
+def draws_in_float64(device: torch.device) -> bool:
+    """Not on NVIDIA's chips whose float64 runs at a 32nd or a 64th of float32's speed, which are those of consumers."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(device) in ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
 
 
 def play(
@@ -141,6 +152,7 @@ def play(
 
 
 KINDS = {"memory_ptr": "*fp32", "weights_ptr": "*fp32", "noise_ptr": "*fp32", "mask_ptr": "*u8", "bad_ptr": "*i32"}
+CONSUMERS = ("sm_86", "sm_89", "sm_120")  # and what is sold for single precision: see `draws_in_float64`
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
@@ -150,7 +162,9 @@ def entry(kernel: Any, tiles: Tiles, weights: str, precision: str, skips: dict[s
     signature = {name: KINDS.get(name, kind) for name, kind in kinds.items() if name not in fixed}
     return Entry(
         kernel,
-        f"{weights} {precision}, {tiles.BM} images" + ("" if tiles.LINKS else ", no links"),
+        f"{weights} {precision}, {tiles.BM} images"
+        + ("" if tiles.DOUBLE else ", float32 draws")
+        + ("" if tiles.LINKS else ", no links"),
         {**signature, "weights_ptr": f"*{weights}"},
         fixed,
         unaligned=tuple(GIVEN),
@@ -161,18 +175,19 @@ def entry(kernel: Any, tiles: Tiles, weights: str, precision: str, skips: dict[s
     )
 
 
-OTHERS = dict.fromkeys(NVIDIA, "has links of products")
-
-
 def entries(kernel: Any) -> list[Entry]:
-    return [
-        *(entry(kernel, tiles, "fp32", "tf32x3", {"gfx942": "has no TF32"}) for tiles in SIZES),
-        *(entry(kernel, tiles, "bf16", "half", {"gfx942": "has no links of products"}) for tiles in SIZES),
-        *(entry(kernel, tiles, "bf16", "half", OTHERS) for tiles in AMD),
-        entry(kernel, Tiles(), "fp16", "half", {"gfx942": "has no links of products"}),
-        entry(kernel, AMD[0], "fp16", "half", OTHERS),
-        entry(kernel, AMD[0], "fp32", "ieee", dict.fromkeys(NVIDIA, "takes tf32x3")),
-    ]
+    """Of a kernel that plays instructions: for NVIDIA's chips, for those of consumers, for AMD's."""
+    kinds = [(k, "fp32", "tf32x3") for k in range(3)] + [(k, "bf16", "half") for k in range(3)] + [(0, "fp16", "half")]
+    others = [one for one in NVIDIA if one not in CONSUMERS]
+    found = []
+    for k, weights, precision in kinds:
+        skips = {**dict.fromkeys(CONSUMERS, "draws in float32"), "gfx942": "has no links of products"}
+        found.append(entry(kernel, SIZES[k], weights, precision, skips))
+        skips = {**dict.fromkeys(others, "draws in float64"), "gfx942": "has no links of products"}
+        found.append(entry(kernel, SIZES[k]._replace(DOUBLE=False), weights, precision, skips))
+        if precision == "half":
+            found.append(entry(kernel, AMD[k], weights, precision, dict.fromkeys(NVIDIA, "has links of products")))
+    return [*found, entry(kernel, AMD[0], "fp32", "ieee", dict.fromkeys(NVIDIA, "takes tf32x3"))]
 
 
 CATALOGUE: list[Entry] = entries(step_machine_kernel)

@@ -62,7 +62,7 @@ def planted(monkeypatch, tmp_path):
 
     def start(fault, *options):
         monkeypatch.setattr(first_contact, "PATIENCE", 2.0 if fault is hang else 20.0)
-        compared = {"modes": ("full",), "timed": False}
+        compared = {"modes": ("full",), "timed": False, "blocking": True}
         own = {"launches": [case_of("launch", fault, **compared), case_of("next", square, **compared)]}
         own["square"] = [case_of("headline", fault), case_of("later", square)]
         monkeypatch.setattr(cases, "load", lambda name, size, device: own[name])

@@ -62,6 +62,8 @@ CATALOGUE = [
     Entry(dot_kernel, "wrong arguments", {"x_ptr": "*fp16"}, {"BLOCK": 64}),
     Entry(dot_kernel, "no compile", {"x_ptr": "*fp16", "out_ptr": "fp32"}, {"BLOCK": 64}),
     entry("no reason", 64, 4, spills={"sm_90": 8}),
+    entry("barriers", 64, 4, barriers={"sm_90": 0}),
+    entry("barriers, allowed", 64, 4, barriers={"sm_90": 100}),
 ]
 """,
 }
@@ -111,6 +113,7 @@ def test_a_healthy_kernel_passes(report):
         ("wrong arguments", "sm_90", "missing ['out_ptr']"),
         ("no compile", "sm_90", "does not compile"),
         ("no reason", "sm_90", "without a reason"),
+        ("barriers", "sm_90", "barriers, allowed 0"),
     ],
 )
 def test_each_fault_is_named(report, config, target, words):
@@ -118,7 +121,7 @@ def test_each_fault_is_named(report, config, target, words):
     assert any(f"[{config}] on {target}" in problem for problem in report["problems"])
 
 
-@pytest.mark.parametrize("config", ["spills, allowed", "wgmma"])
+@pytest.mark.parametrize("config", ["spills, allowed", "wgmma", "barriers, allowed"])
 def test_what_is_allowed_or_present_passes(report, config):
     assert problem_of(report, config, "sm_90") == ""
 

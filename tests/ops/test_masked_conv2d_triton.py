@@ -92,11 +92,13 @@ def test_half_precision(dtype, activation, path, device):
     check(found, expected, dtype)
 
 
+@pytest.mark.parametrize("layout", ["sliced", "channels_last"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_an_image_s_own_bias_and_a_residual_of_any_strides(activation, path, device):
+def test_an_image_s_own_bias_and_a_residual_of_any_strides(activation, layout, path, device):
+    """Channels-last it is read in units of 16 bytes."""
     x, weight, mask, bias = problem("B", 3, 16, 20, 4, 5, dtype=torch.float32, device=device)
     condition = strided(torch.randn(3, 20, 1, 1, device=device), "sliced")[..., 0, 0]
-    residual = strided(torch.randn(3, 10 if activation == "gated" else 20, 4, 5, device=device), "sliced")
+    residual = strided(torch.randn(3, 10 if activation == "gated" else 20, 4, 5, device=device), layout)
     inputs = [x, weight, bias, condition.requires_grad_(), residual.requires_grad_()]
 
     def expected(x, weight, bias, condition, residual):

@@ -147,7 +147,8 @@ def test_two_orders_of_memory(size, given, device):
         grads = torch.autograd.grad((z * weights).sum() + (kl * weights.flatten(1)[:, 0]).sum(), variables[: 2 + given])
         results.append((z, *grads))
         torch.testing.assert_close(kl, reparameterize_kl_reference(*variables[:2], eps=variables[2])[1])
-    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    for one, other in zip(*results, strict=True):  # compiled, each layout contracts multiply-adds of its own
+        torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(3, 6), (16, 37)])

@@ -157,11 +157,10 @@ def test_torch_draws_between_graphs_what_the_kernel_does_not(captured, monkeypat
 def test_what_the_machine_does_not_know_torch_plays_and_explain_names(captured):
     model = MODELS["gated"]().eval()
 
-    def explain(given):
-        network = Network(given, model.shape, model.encode, None, model.levels)
+    def explained(outer):
+        network = Network(outer, model.shape, model.encode, None, model.levels)
         return Engine(make_plan(network, model.distribution), model.distribution, "cuda_graph", "always").explain()
 
-    because = "a graph a row of draws, because the kernel"
-    told = explain(Waves(model))
+    because, told = "a graph a row of draws, because the kernel", explained(Waves(model))
     assert f"{because} does not know" in told and "sin, which" in told
-    assert f"{because} computes in float32" in explain(model.double())
+    assert f"{because} computes in float32" in explained(model.double())

@@ -10,7 +10,7 @@ from fastgen.kernels.sampler import words
 from fastgen.kernels.sampler.machine import Tiles
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelCNNPP, PixelRNN
 from fastgen.sampling.machine.cpu.build import machine
-from fastgen.sampling.machine.gpu.fusion import Fused, fuse
+from fastgen.sampling.machine.gpu.fusion import Fused
 from fastgen.sampling.machine.parts import part_of
 from fastgen.sampling.plan.plan import make_plan
 from fastgen.sampling.request import SampleRequest
@@ -193,18 +193,6 @@ def test_tiles_of_images_in_any_order_draw_the_same(precision, monkeypatch):
     torch.testing.assert_close(found[1], expected[1], atol=1e-5, rtol=1e-5)
 
 
-def test_joined_or_not_the_numbers_are_the_same(monkeypatch):
-    plan, distribution = small("gated")
-    request = SampleRequest(3, (1, 3, 3), torch.rand(3, 1, 3, 3), distribution)
-    joined = played(GPUPlayer, plan, request)
-    monkeypatch.setattr(GPUPlayer, "tiles", Tiles(LINKS=False))
-    products_alone = played(GPUPlayer, plan, request)
-    assert all(torch.equal(*both) for both in zip(joined, products_alone, strict=True))
-    monkeypatch.setattr(gpu_player, "fuse", lambda instructions, _: [Fused(part_of(one)) for one in instructions])
-    one_by_one = played(GPUPlayer, plan, request)
-    assert all(torch.equal(*both) for both in zip(joined, one_by_one, strict=True))
-
-
 @pytest.fixture
 def last_program_first(monkeypatch):
     """The programs of each launch in reverse."""
@@ -244,7 +232,7 @@ def test_heavy_programs_are_played_over_the_whole_gpu_between_launches(monkeypat
     assert player.launches == 1 + 3 + player.steps.launches
     heavy = [k for k, step in enumerate(plan.steps) if step.program == of_rows]
     moves = sum(target.shape[1] > 0 for k in heavy for target, _ in player.memory.moves.get(k, ()))
-    assert player.steps.launches == 2 * len(fuse(plan.programs[of_rows].instructions)) + moves
+    assert player.steps.launches == 2 * len(player._fused[of_rows]) + moves
 
 
 def test_heavy_programs_are_those_of_rows_while_images_are_few(monkeypatch):
@@ -255,6 +243,18 @@ def test_heavy_programs_are_those_of_rows_while_images_are_few(monkeypatch):
     monkeypatch.setattr(gpu_player, "WORTH_A_LAUNCH", 2**12)
     found = {images: gpu_player.heavy_programs(plan, images, torch.device("cpu")) for images in (1, 16, 132 * 64)}
     assert found == {1: of_rows, 16: of_rows, 132 * 64: set()}
+
+
+def test_joined_or_not_the_numbers_are_the_same(monkeypatch):
+    plan, distribution = small("gated")
+    request = SampleRequest(3, (1, 3, 3), torch.rand(3, 1, 3, 3), distribution)
+    joined = played(GPUPlayer, plan, request)
+    monkeypatch.setattr(GPUPlayer, "tiles", Tiles(LINKS=False))
+    products_alone = played(GPUPlayer, plan, request)
+    assert all(torch.equal(*both) for both in zip(joined, products_alone, strict=True))
+    monkeypatch.setattr(gpu_player, "fuse", lambda instructions, _: [Fused(part_of(one)) for one in instructions])
+    one_by_one = played(GPUPlayer, plan, request)
+    assert all(torch.equal(*both) for both in zip(joined, one_by_one, strict=True))
 
 
 def test_known_levels_are_kept():

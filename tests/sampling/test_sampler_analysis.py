@@ -161,3 +161,11 @@ def test_a_normalization_in_training_mode_is_a_leak_and_keeps_its_statistics(bac
         accelerate(model, (1, 3, 3), distribution=Bernoulli(), backend=backend)
     assert model[1].num_batches_tracked == 0 and model[1].running_mean == 0
     accelerate(model.eval(), (1, 3, 3), distribution=Bernoulli(), backend=backend)
+
+
+def test_an_analysis_runs_the_model_three_times():
+    """On two images, and recorded on each of them, which must agree with the first run."""
+    model, calls = Stranger(1, 5).eval(), []
+    model.register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
+    sampler = accelerate(model, (1, 5, 4), distribution=Categorical(5, "B(KC)HW"), backend="eager")
+    assert calls == [2, 1, 1] and "eager:" in sampler.explain()

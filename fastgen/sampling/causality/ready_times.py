@@ -1,4 +1,4 @@
-"""Ready times: the draw index of the last level that an element depends on. They prove that a model is causal.
+"""Takes a graph and a drawing order; gives ready times: the draw index of the last level that an element depends on.
 
 A level is ready when it is drawn, a constant always. Every operation says which elements of its operands an element
 reads, and the element is ready with the last of them. A convolution with the kernel [[1, 1, 1], [1, 0, 0], [0, 0, 0]]
@@ -11,7 +11,7 @@ reads, and the element is ready with the last of them. A convolution with the ke
 
 Its centre reads the draws 0, 1, 2 and 3, so that it is ready after draw 3. Each element is ready before its own draw:
 the layer is causal. Only weights that are exactly zero hide anything. The times hold for all inputs, and are an upper
-bound: `x - x` counts as depending on x.
+bound: `x - x` counts as depending on x. So they prove that a model is causal, not that it leaks.
 """
 
 from dataclasses import dataclass

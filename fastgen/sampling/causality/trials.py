@@ -1,4 +1,4 @@
-"""Whether a model is causal by changing its input and looking: for what ready times cannot tell.
+"""Takes a `Network`; gives the dependences that changing its input shows, for what ready times cannot tell.
 
 A trial leads from one image to another, a level at a time, and notes which outputs move with each level. Levels are
 changed in each image by itself (a star around it) or one after the other (a walk), so that they are seen among many

@@ -216,12 +216,12 @@ def unknown_in(program: Program) -> list[str]:
             part_of(one, half=True)
         except Unknown:
             found[_name(one)] = None
-    return list(found)
+    return [name for name in found if not name.startswith("_")] or list(found)  # what puts results in place goes unsaid
 
 
 def _name(one: Instruction) -> str:
     if isinstance(one, Call):
         name = getattr(one.function, "__qualname__", type(one.function).__name__)
-        return name.removeprefix("_VariableFunctionsClass.")  # where torch keeps its functions
+        return name.removeprefix("_VariableFunctionsClass.").removeprefix("aten::")  # where torch keeps its functions
     name = one.op if isinstance(one, (Pointwise, Rowwise)) else type(one).__name__.lower()
     return f"{name} of {'x'.join(map(str, one.out.sizes))} {str(one.out.memory.dtype).removeprefix('torch.')}"

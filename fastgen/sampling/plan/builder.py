@@ -1,4 +1,4 @@
-"""Writes the program of one step: rules ask it for views of their operands and for a place for their result."""
+"""Takes the boxes of one step; gives its program. Rules ask for views of their operands, for a place for the result."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -106,8 +106,6 @@ class Builder:
         """Where the result of this task goes, dimensions in the value's order."""
         if value.index in self.storage.stored:
             return self._view(Map.identity(value), self.region(box))
-        if value.index in self.local:
-            raise NeedsStorage(value)
         view = self.scratch(box.sizes, value.data.dtype, self.storage.layouts[value.index].order)
         self.local[value.index] = (self.task, box, view)
         return view

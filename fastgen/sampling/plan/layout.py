@@ -1,4 +1,5 @@
-"""Where the elements of a value lie in memory: dimensions that are computed whole innermost, zeros around it."""
+"""Takes a value, its times and who reads it; gives its `Layout` in memory: places outermost, features innermost, zeros
+around them where a reader looks beyond the value."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from torch import Tensor
 from fastgen.sampling.trace.element_times import compact, kinds_of
 from fastgen.sampling.trace.graph import Map, Value
 
-FEATURE_KINDS = 4  # a dimension along which times take no more patterns holds features (of colours, say), not places
+FEATURE_KINDS = 4  # along features (of colours, say) times show so many patterns at most, along places more
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def dimension_order(times: Tensor, channels: int | None) -> tuple[int, ...]:
     """Places outermost, features innermost, otherwise as they are; `channels`: the dimension to have last of all."""
     places, core = [], compact(times)
     for d in range(times.dim()):
-        kinds = kinds_of(core.movedim(d, 0))[0]
+        kinds = kinds_of(core.movedim(d, 0))[0] if core.shape[d] > 1 else 1
         places.append(kinds > FEATURE_KINDS or (kinds > 1 and kinds == times.shape[d]))
     order = [d for d in range(times.dim()) if places[d]] + [d for d in range(times.dim()) if not places[d]]
     if channels is not None and not places[channels]:

@@ -1,4 +1,4 @@
-"""From a model to the programs of all steps: order, schedule, layout, programs."""
+"""Takes a `Network`; gives its `Plan`: the drawing order, the schedule, where values lie, the programs of all steps."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -143,7 +143,7 @@ def make_plan(network: Network, distribution: Distribution) -> Plan:
 
 
 def _windows(plan: Plan) -> Iterator[Candidate]:
-    """Values of which a ring may hold a part: computed, of no use to anything but steps."""
+    """Values of which a ring may hold some rows: steps compute them, and only steps read them."""
     boxes: dict[int, list[tuple[int, Box]]] = {}
     for step, tasks in enumerate(plan.schedule.steps):
         for value, box in tasks:
@@ -283,7 +283,6 @@ def _build(plan: Plan, step: int, built: Built) -> Builder:
                     written = True
                 except NeedsStorage as missing:  # the rest is written all the same, to find all that is missing
                     plan.storage.stored.add(missing.value.index)
-                    builder.local.pop(value.index, None)
         if len(plan.storage.stored) == before:
             built[step] = builder, frozenset(builder.local)
             return builder

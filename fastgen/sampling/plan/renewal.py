@@ -1,4 +1,4 @@
-"""Other weights in a plan: the same operations, zeros and order, so that nothing but constants is made again.
+"""Takes a plan and a model whose weights have changed; gives the plan their values, where all else is the same.
 
 A plan's constants are views of what the trace held: a convolution's weights, cropped, say. So the model is traced once
 more, and where it does the same, the new numbers go where the old ones were.

@@ -1,4 +1,4 @@
-"""When each element is computed: once, as late as the end of a row where nothing needs it before, and in which boxes.
+"""Takes ready times and deadlines; gives the step at which each element is computed, and in which boxes: `Schedule`.
 
 Step s follows the draw of place s of the drawing order; step -1 comes before the first. An element is computed at the
 step of its ready time, or, where that is not too late for any element that needs it, at the end of a later row: so the
@@ -22,7 +22,7 @@ class Schedule:
     """Attributes:
     steps: step -> (value, box) in the order of computation; the first is step -1.
     times: when each element is computed, see `running_times`.
-    stored: indices of the values that are read at another step than they are computed at.
+    stored: indices of the values that are read at another step than they are computed at, or computed in several boxes.
     """
 
     steps: list[list[tuple[Value, Box]]]
@@ -81,6 +81,8 @@ def schedule(timed: Timed, draws: int, times: ElementTimes, deadlines: Sequence[
     for value in timed.computed:
         for step, boxes in _boxes(times.of(value), known).items():
             steps[step + 1] += [(value, box) for box in boxes]
+            if len(boxes) > 1:  # which readers see as one
+                stored.add(value.index)
     return Schedule(steps, times, stored)
 
 
@@ -105,7 +107,7 @@ def _read_later(timed: Timed, times: ElementTimes, deadlines: Sequence[tuple[Ope
 
 
 def _boxes(times: Tensor, known: dict[bytes, dict[int, list[Box]]]) -> dict[int, list[Box]]:
-    """Step -> boxes that hold exactly the elements of that step, or more where nobody minds."""
+    """Step -> boxes that hold the elements of that step, and perhaps others that are constant or that nobody needs."""
     core = compact(shrunk(times)).contiguous()
     full = [d for d, size in enumerate(core.shape) if size < times.shape[d]]
     key = bytes(str((tuple(times.shape), tuple(full))), "ascii") + core.numpy().tobytes()

@@ -1,4 +1,4 @@
-"""Memory for the rows of a value that are still to be read, not for all of the image.
+"""Takes the programs and offsets of all steps; gives memory for the rows that are still to be read: `Ring`.
 
 What every step reads and writes is known before any image is drawn. A value of which a step and all later ones touch a
 few rows only keeps a ring of rows; where a step would reach beyond its end, the rows still to be read move to its
@@ -72,7 +72,7 @@ class Candidate:
 class _Touched:
     """Rows from `low` to `high` that each step touches; `high` is -1 where it touches none.
 
-    still: whether views of it cannot be moved at a step, for they lie where they lie at all of them.
+    still: whether a step has a view of it whose offset is the same at all steps, so that its rows cannot move.
     """
 
     low: np.ndarray

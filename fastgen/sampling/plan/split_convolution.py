@@ -1,4 +1,5 @@
-"""Convolutions in two parts: what they sum from earlier rows of an image is computed for a whole row at once."""
+"""Takes a timed graph; splits its convolutions in two: what they sum from earlier rows is computed for a whole row at
+once, and the rest, pixel by pixel, is added to it."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Shares the scratch memory of programs: a block serves again as soon as nothing reads what is in it."""
+"""Takes programs; gives the blocks that their scratch memory shares: one serves again once it is read no more."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field

@@ -160,6 +160,11 @@ class Rule(ABC):
         return 0
 
 
+def cut(found: Tensor, dim: int, start: int, size: int, step: int) -> Tensor:
+    """Part of a result (n, ...) along one dimension of the images."""
+    return found[(slice(None),) * (dim + 1) + (slice(start, start + (size - 1) * step + 1, step),)]
+
+
 def constant_operand(operand: Any) -> bool:
     return operand.map is not None and operand.map.value.kind == "constant"
 

@@ -1,4 +1,4 @@
-"""Concatenation and stacking."""
+"""Concatenation and stacking: each element is copied from the operand that it comes from."""
 
 from collections.abc import Iterator
 from functools import cached_property

@@ -1,4 +1,4 @@
-"""Operations that compute every element from the same place of their operands."""
+"""Operations that compute every element from the same place of their operands: `Pointwise`."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ from fastgen.sampling.rules.base import NOWHERE, SOFTMAX_ZERO, Rule, constant_op
 from fastgen.sampling.trace.element_times import compact, shrunk
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, map_arguments
 
-SWALLOWS = 1e6  # what rounding of a sum has to take away, for its smaller part to count as nothing
+SWALLOWS = 1e6  # where a sum is rounded by more than this, its smaller part counts as nothing
 CONSTANT_TIME = torch.tensor(CONSTANT, dtype=torch.int32)
 ONE = (AffineOffset(0), 1, 1)  # all of a dimension of size 1
 

@@ -18,20 +18,17 @@ from fastgen.sampling.rules.base import (
     argument,
     batched_arguments,
     constant_operand,
+    cut,
     reduced,
     result_of,
 )
+from fastgen.sampling.rules.slicewise import Slicewise
 from fastgen.sampling.trace.element_times import compact, shrunk
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported, Value
 
 
 def whole(shape: Sequence[int]) -> list[tuple[AffineOffset, int, int]]:
     return [(AffineOffset(0), size, 1) for size in shape]
-
-
-def cut(found: Tensor, dim: int, start: int, size: int, step: int) -> Tensor:
-    """Part of a result (n, ...) along one dimension of the images."""
-    return found[(slice(None),) * (dim + 1) + (slice(start, start + (size - 1) * step + 1, step),)]
 
 
 def _beside_others(low: Tensor, dims: Sequence[int]) -> Tensor | None:
@@ -103,8 +100,8 @@ class Softmax(Rule):
 GREATEST = {"amax", "max", "logsumexp"}
 
 
-class Reduction(Rule):
-    """Each result depends on all that is reduced into it; further dimensions stay.
+class Reduction(Slicewise):
+    """Sums, means, norms, the greatest: one result, or, of a normalization, as many as there were.
 
     What is low beside others that are not takes no part in a maximum, as in a softmax that is written out.
     """
@@ -125,56 +122,16 @@ class Reduction(Rule):
         """Whether result and operand are real numbers of one type."""
         return self.value.data.dtype.is_floating_point and seen.memory.dtype == self.value.data.dtype
 
-    @property
-    def dims(self) -> list[int]:
-        rank = len(self.value.args[0].shape)
-        if self.value.op._schema.name.endswith("native_layer_norm"):
-            return list(range(rank - len(self.value.args[1]), rank))
-        found = argument(self.value, "dim")
-        found = argument(self.value, "dims") if found is None else found
-        if found is None or found == []:
-            return list(range(rank))
-        return [d % max(rank, 1) for d in (found if isinstance(found, (list, tuple)) else [found])]
-
-    @property
-    def keeps(self) -> bool:
-        return len(self.value.shape) == len(self.value.args[0].shape)
-
-    def ready(self) -> tuple[Tensor, Tensor | None]:
-        x = self.analysis.ready(self.value.args[0])
-        x = x if self._hidden is None else torch.where(self._hidden, CONSTANT, compact(x)).expand(x.shape)
-        return self._dropped(reduced(x, self.dims, torch.amax)).expand(self.value.shape), None
-
-    def _dropped(self, times: Tensor) -> Tensor:
-        """Without the dimensions that are reduced, where the result has none."""
-        if self.keeps:
+    def _seen(self, operand: Operand, times: Tensor, instead: int) -> Tensor:
+        if self._hidden is None or operand is not self.value.args[0]:
             return times
-        return times[tuple(0 if d in self.dims else slice(None) for d in range(times.dim()))]
-
-    def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
-        x = self.value.args[0]
-        if self.value.shape == x.shape:
-            times = reduced(times, self.dims, torch.amin)
-        elif not self.keeps:
-            for d in sorted(self.dims):
-                times = times.unsqueeze(d)
-        wanted = times.expand(x.shape)
-        if self._hidden is not None:
-            wanted = torch.where(self._hidden, NEVER, compact(wanted)).expand(x.shape)
-        yield x, wanted
-        for one in self.value.operands[1:]:
-            if not constant_operand(one):
-                yield one, compact(times).amin().expand(one.shape)
+        return torch.where(self._hidden, instead, compact(times)).expand(times.shape)
 
     def emit(self, builder: Builder, box: Box) -> None:
         out, x = builder.out(self.value, box), self.value.args[0]
-        kept = [d for d in range(len(x.shape)) if d not in self.dims]
         name = self.value.op._schema.name.split("::")[1]
         same = self.value.shape == x.shape  # layer normalization gives all that it has averaged over
-        region = whole(x.shape)
-        for k, d in enumerate(range(len(x.shape)) if self.keeps else kept):
-            if d in kept:
-                region[d] = builder.region(box)[k]
+        region = self.region_of(x, builder.region(box))
         seen: Any = builder.read(x, region)
         if self.unseen is not None:  # what lies there may not have been computed
             hidden = builder.scratch(seen.sizes, seen.memory.dtype)
@@ -191,7 +148,7 @@ class Reduction(Rule):
                 for d in self.dims:
                     found = builder.make(cut, found, d, box.start[d], box.sizes[d], box.steps[d])
         elif name in ("sum", "mean", "amax") and self.dims and self._is_plain(seen):
-            for d in () if self.keeps else sorted(self.dims):
+            for d in () if self.mixed else self.dims:
                 out = out.unsqueeze(d)
             for d in self.dims:  # one after the other
                 sizes = [size if k != d else 1 for k, size in enumerate(seen.sizes)]
@@ -223,12 +180,6 @@ class Reduction(Rule):
         for k, (op, operand) in enumerate(steps):
             every = builder.read(operand, whole(operand.shape)).expand(out.sizes)
             builder.pointwise(op, out if k == len(steps) - 1 else found, found, every)
-
-    def fixed(self, box: Box) -> tuple[int, ...]:
-        """Where a normalization that gives only some of what it has averaged over begins."""
-        if not self.value.op._schema.name.endswith("native_layer_norm"):
-            return ()
-        return tuple(box.start[d] for d in self.dims) if self.value.shape == self.value.args[0].shape else ()
 
 
 class Cumulative(Rule):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastgen.sampling.machine.language import AffineOffset, View
 from fastgen.sampling.plan.builder import Builder
+from fastgen.sampling.plan.indexed import Region
 from fastgen.sampling.plan.layout import Box
 from fastgen.sampling.rules.base import (
     Analysis,
@@ -15,13 +16,13 @@ from fastgen.sampling.rules.base import (
     argument,
     batched_arguments,
     constant_operand,
+    cut,
     never,
     reduced,
     result_of,
 )
-from fastgen.sampling.rules.reduction import cut
 from fastgen.sampling.trace.element_times import compact
-from fastgen.sampling.trace.graph import CONSTANT, Operand, Value, map_arguments
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Value, map_arguments
 
 # Along the dimension `dim` of their schema, or several.
 ALONG = {
@@ -63,7 +64,8 @@ class Slicewise(Rule):
     def ready(self) -> tuple[Tensor, Tensor | None]:
         found = torch.full((), CONSTANT, dtype=torch.int32)
         for one in self.aligned:
-            times = reduced(self.analysis.ready(one)[self._used()], self.dims, torch.amax)
+            times = self._seen(one, self.analysis.ready(one), CONSTANT)
+            times = reduced(times[self._used()], self.dims, torch.amax)
             times = times[tuple(0 if d in self.dims else slice(None) for d in range(times.dim()))]
             for d in self.mixed:
                 times = times.unsqueeze(d)
@@ -75,11 +77,26 @@ class Slicewise(Rule):
         times = times[tuple(0 if d in self.mixed else slice(None) for d in range(times.dim()))]
         for d in self.dims:
             times = times.unsqueeze(d)
-        for one in self.aligned:
-            if not constant_operand(one):
+        for one in (one for one in self.value.operands if not constant_operand(one)):
+            if one not in self.aligned:
+                yield one, compact(times).amin().expand(one.shape)
+                continue
+            wanted = times
+            if any(one.shape[d] > times.shape[d] for d in self.place):
                 wanted = never(one.shape).contiguous()
                 wanted[self._used()] = times
-                yield one, wanted
+            yield one, self._seen(one, wanted.expand(one.shape), NEVER)
+
+    def _seen(self, operand: Operand, times: Tensor, instead: int) -> Tensor:
+        """Times of an operand's elements, something else for those that take no part."""
+        return times
+
+    def region_of(self, operand: Operand, region: Region) -> Region:
+        """What is read of an operand for a region of the result."""
+        return [
+            region[self.place[d]] if d in self.place else (AffineOffset(0), size, 1)
+            for d, size in enumerate(operand.shape)
+        ]
 
     def _used(self) -> tuple[slice, ...]:
         """Of an operand, which may be larger than the result."""
@@ -95,11 +112,7 @@ class Slicewise(Rule):
         def view(operand: Operand) -> View | Tensor:
             if not any(operand is one for one in self.aligned):
                 return self.analysis.data(operand)
-            inner = [
-                region[self.place[d]] if d in self.place else (AffineOffset(0), size, 1)
-                for d, size in enumerate(operand.shape)
-            ]
-            return builder.read(operand, inner)
+            return builder.read(operand, self.region_of(operand, region))
 
         args, kwargs = (map_arguments(one, view) for one in batched_arguments(self.value, self.dims))
         found: Any = builder.make(result_of(self.value.op, self.value.output), *args, **kwargs)
@@ -110,8 +123,12 @@ class Slicewise(Rule):
 
 def along(value: Value) -> list[int]:
     """The dimensions of its operands along which an operation works."""
+    rank = len(value.operands[0].shape)
     if value.op._schema.name == "aten::view_as_real_copy":
         return []
+    if value.op._schema.name == "aten::native_layer_norm":
+        return list(range(rank - len(value.args[1]), rank))
     dims = argument(value, "dim")
-    rank = len(value.operands[0].shape)
-    return sorted(d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims]))
+    if dims is None or dims == []:
+        return list(range(rank))
+    return sorted(d % max(rank, 1) for d in (dims if isinstance(dims, (list, tuple)) else [dims]))

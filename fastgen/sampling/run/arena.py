@@ -70,4 +70,5 @@ def images_that_fit(plan: Plan, device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
-    return max(1, int(SHARE_OF_MEMORY * free) // max(1, plan.bytes_of_image))
+    of_image = plan.bytes_of_image * (2 if plan.computes_in_half else 1)  # where half precision is held as float32
+    return max(1, int(SHARE_OF_MEMORY * free) // max(1, of_image))

@@ -1,4 +1,4 @@
-"""The engine: draws a batch with a player, then makes sure that its images are those of the model's own passes."""
+"""Takes a plan and a request; gives images: a player draws them, whole passes of the model make sure of them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from fastgen.sampling.plan.plan import Plan, make_plan
 from fastgen.sampling.request import Draw, SampleRequest, SampleResult, tell, uniforms
 from fastgen.sampling.run.draw_loop import Player, at_places, decode_batch, draw_batch, from_places
 from fastgen.sampling.run.margin import Margin
-from fastgen.sampling.run.players import best_backend, most_images, player_for, unfit_for_gpu_machine
+from fastgen.sampling.run.players import best_backend, most_images, unfit_for_gpu_machine, way_to_play
 from fastgen.sampling.trace.network import Network
 from fastgen.sampling.whole_pass import FixedPoint, whole_pass
 
@@ -63,8 +63,8 @@ class Engine:
         self.name = name
         self.verify = verify
         self.most = most_images(name, plan, plan.network.device)
-        self._made, self._how = player_for(name, plan, distribution, plan.network.device)
-        self.margin = Margin()
+        self._way = way_to_play(name, plan, distribution, plan.network.device)
+        self.margin = Margin(self._way.of_draws)
         self._launched: int | None = None  # of a kernel, for the images of `run`
         self._players: dict[int, Player] = {}  # by number of images, the latest last
 
@@ -106,11 +106,11 @@ class Engine:
             f"verify {self.verify}: {sure}",
             f"margin: {self.margin}",
         ]
-        return "\n".join([*lines, *self._how, *plan.remarks])
+        return "\n".join([*lines, *self._way.remarks, *plan.remarks])
 
     def takes_weights(self) -> bool:
         self._players.clear()
-        self.margin = Margin()
+        self.margin = Margin(self._way.of_draws)
         return self.plan.renew()
 
     def run(self, request: SampleRequest) -> SampleResult:
@@ -180,7 +180,7 @@ class Engine:
         if player is None:
             while len(self._players) >= MOST_PLAYERS:
                 self._players.pop(next(iter(self._players)))
-            player = self._made(self.plan, n, device)
+            player = self._way.player(self.plan, n, device)
         self._players[n] = player
         return player
 

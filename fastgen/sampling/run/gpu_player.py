@@ -31,9 +31,9 @@ def heavy_programs(plan: Plan, images: int, device: torch.device) -> set[int]:
     """Numbers of those that the whole GPU plays sooner, an instruction a launch, than a part of it in one launch."""
     found, tiles = set(), tiles_for(images, device)
     for number, program in enumerate(plan.programs):
-        fused = [] if unknown_in(program) else fuse(program.instructions, tiles.LINKS)
-        work = sum(one.head.depth * torch.Size(one.head.sizes).numel() for one in fused)  # for an image
-        if work * (tiles.BM - images / processors_of(device)) > WORTH_A_LAUNCH * len(fused):
+        joined = [] if unknown_in(program) else fuse(program.instructions, tiles.LINKS)
+        work = sum(one.head.depth * torch.Size(one.head.sizes).numel() for one in joined)  # for an image
+        if work * (tiles.BM - images / processors_of(device)) > WORTH_A_LAUNCH * len(joined):
             found.add(number)
     return found
 

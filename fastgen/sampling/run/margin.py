@@ -8,7 +8,7 @@ from fastgen.sampling.draws import draw_image, greatest_shift, uncertain_image
 from fastgen.sampling.request import SampleRequest, tell
 
 # Times the largest difference that was seen. `uncertain` takes that difference for every parameter at once, with the
-# worst signs, so that little more is needed.
+# worst signs: real errors do less, so that a small factor is enough.
 MARGIN = 1.5
 SHIFT_MARGIN = 3.0  # times the greatest shift of a step between levels that was seen: these have both signs
 MOST_SHIFTS = 8  # distributions, options included, whose shift is remembered
@@ -40,6 +40,10 @@ class Held(Generic[T]):
 class Margin:
     """The errors that whole passes have shown, of all batches of one engine.
 
+    Args:
+        of_draws: what draws that are not made in float64 may be wrong by besides, in a parameter or in a cumulative
+            probability.
+
     Attributes:
         error: the largest difference of a parameter; None before the first pass.
         scale: the largest parameter of the pass that showed it.
@@ -47,7 +51,8 @@ class Margin:
             levels are drawn.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, of_draws: float = 0.0) -> None:
+        self.of_draws = of_draws
         self.error: float | None = None
         self.scale = 0.0
         self.of_values: float | None = None
@@ -77,7 +82,8 @@ class Margin:
         if self.error is None:
             return True
         shift = self._shifts.get(request.distribution)
-        return uncertain_image(request, params, levels, MARGIN * self.error, shift and SHIFT_MARGIN * shift)
+        error, shift = MARGIN * self.error + self.of_draws, shift and SHIFT_MARGIN * shift + self.of_draws
+        return uncertain_image(request, params, levels, error, shift)
 
     def __str__(self) -> str:
         if self.error is None:
@@ -86,6 +92,8 @@ class Margin:
         steps = "" if shift is None else f", {SHIFT_MARGIN * shift:.1e} in a cumulative probability"
         if self.of_values is not None:
             steps = f", {MARGIN * self.of_values:.1e} in a value that is drawn"
+        if self.of_draws:
+            steps += f", and {self.of_draws:.1e} of draws in float32"
         return (
             f"{MARGIN * self.error:.1e} in a parameter{steps} (the model's and this output differed by "
             f"{self.error:.1e} at most, of parameters up to {self.scale:.1e})"

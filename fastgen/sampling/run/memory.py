@@ -1,4 +1,5 @@
-"""The memory of a plan for a batch of n images: one block for every value that lasts, blocks that programs share."""
+"""Takes a plan and a number of images; gives their memory: a block for each value that lasts, blocks that programs
+share."""
 
 from typing import Any
 

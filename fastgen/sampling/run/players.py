@@ -4,6 +4,7 @@ import importlib.util
 import os
 from collections import Counter
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -37,7 +38,7 @@ def most_images(name: str, plan: Plan, device: torch.device) -> int | None:
     """The most images of a batch; None: as many as there are."""
     if name == "compiled":
         return images_at_once(plan)
-    return images_that_fit(plan, device) if name == "persistent" else None
+    return images_that_fit(plan, device) if name in ("persistent", "cuda_graph") else None
 
 
 def unfit_for_gpu_machine(plan: Plan, device: torch.device) -> str:
@@ -62,48 +63,57 @@ def _by_torch(plan: Plan) -> tuple[int, str]:
     return sum(served[number] for number, found in unknown.items() if found), ", ".join(names)
 
 
-def player_for(
-    name: str, plan: Plan, distribution: Distribution, device: torch.device
-) -> tuple[Callable[..., Player], list[str]]:
-    """The player of a backend, which is possible, and how it plays, for people."""
+class Way(NamedTuple):
+    """Attributes:
+    player: of a backend.
+    remarks: how it plays, for people.
+    of_draws: as in `Margin`.
+    """
+
+    player: Callable[..., Player]
+    remarks: list[str]
+    of_draws: float = 0.0
+
+
+def way_to_play(name: str, plan: Plan, distribution: Distribution, device: torch.device) -> Way:
+    """How a backend, which is possible, plays a plan."""
     if name == "eager":
-        return TorchPlayer, []
+        return Way(TorchPlayer, [])
     if name == "compiled":
-        return CPUPlayer, []
+        return Way(CPUPlayer, [])
     if name == "cuda_graph":
         reason = unfit_for_gpu_machine(plan, device) or _not_drawn(distribution)
         if reason:
-            return CudaGraphPlayer, [f"cuda_graph: torch's operations, a graph a row of draws, because {reason}"]
-    from fastgen.sampling.run.gpu_player import GPUPlayer, heavy_programs  # need Triton
+            return Way(CudaGraphPlayer, [f"cuda_graph: torch's operations, a graph a row of draws, because {reason}"])
+    from fastgen.kernels.sampler.machine import draws_in_float64  # these need Triton
+    from fastgen.sampling.machine.gpu.draws import error_of_float32_draws
+    from fastgen.sampling.machine.gpu.fusion import fuse
+    from fastgen.sampling.run.gpu_player import GPUPlayer, heavy_programs
     from fastgen.sampling.run.graph_player import GraphPlayer
 
     by_torch, names = _by_torch(plan)
     remarks = []
     if by_torch:
         remarks.append(f"{name}: torch plays {by_torch} of {len(plan.steps)} steps, between launches, for {names}")
+    of_draws = 0.0 if draws_in_float64(device) else error_of_float32_draws(distribution)
     if name == "cuda_graph":
-        steps = Counter(step.program for step in plan.steps)
-        (number, _), *_ = steps.most_common(1)
-        return GraphPlayer, [
-            f"cuda_graph: a graph a program, which serves all its steps; an instruction a launch, "
-            f"{1 + len(plan.programs[number].instructions)} for most draws; with top_k or top_p of more than 256 "
-            "levels torch draws, between graphs",
-            *remarks,
-        ]
+        known = {k for k, program in enumerate(plan.programs) if not unknown_in(program)}
+        ((number, _),) = Counter(step.program for step in plan.steps if step.program in known).most_common(1)
+        how = (
+            "cuda_graph: a graph a program, which serves all its steps; an instruction a launch, "
+            f"{1 + len(fuse(plan.programs[number].instructions))} for most draws; with top_k or top_p of more than 256 "
+            "levels torch draws, between graphs"
+        )
+        return Way(GraphPlayer, [how, *remarks], of_draws)
     heavy = heavy_programs(plan, 1, device)
-    return GPUPlayer, [
+    if heavy:
+        between = "are played over the whole GPU, an instruction a launch, while there are few images"
+        remarks.insert(0, f"persistent: heavy programs, {len(heavy)} of {len(plan.programs)}, {between}")
+    how = (
         "persistent: images are drawn in one launch; with a distribution of your own, or top_k or top_p of more than "
-        "256 levels, torch draws, and each step is a launch",
-        *(
-            [
-                f"persistent: heavy programs, {len(heavy)} of {len(plan.programs)}, are played over the whole GPU, an "
-                "instruction a launch, while there are few images"
-            ]
-            if heavy
-            else []
-        ),
-        *remarks,
-    ]
+        "256 levels, torch draws, and each step is a launch"
+    )
+    return Way(GPUPlayer, [how, *remarks], of_draws)
 
 
 def _not_drawn(distribution: Distribution) -> str:

@@ -1,4 +1,4 @@
-"""Fills in what leading known pixels decide: all activations of whole images at once, as in a pass of the model."""
+"""Takes levels of whole images; gives all activations at once, as a pass of the model does, where pixels are known."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""A program played by torch, instruction by instruction, as `machine.definitions` says what they mean."""
+"""Takes a program and memory; plays it with torch, each instruction as `machine.definitions` says what it means."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""A stranger's model as a function of levels, and its graph."""
+"""Takes a stranger's model; gives it as a function of levels on sample images, and its graph: `Network`."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,6 +16,19 @@ MOST_ELEMENTS = 4 * 10**8  # of one image; beyond, the analysis would not fit in
 HALF = (torch.float16, torch.bfloat16)
 
 
+def sample_images(model: nn.Module, shape: Sequence[int], levels: int | Tensor | torch.dtype | None) -> Tensor:
+    """Images (5, C, H, W) on the device of a model, always the same ones: see `Network`."""
+    generator, device, size = torch.Generator().manual_seed(0), device_of(model), (5, *shape)
+    if isinstance(levels, torch.dtype):
+        return torch.randn(size, generator=generator).to(levels).to(device)
+    if isinstance(levels, int):
+        return torch.randint(levels, size, generator=generator).to(device)
+    if levels is not None:
+        return (torch.randint(2**32, size, generator=generator) % levels).to(device)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    return (torch.rand(size, generator=generator) * 2 - 1).to(dtype).to(device)
+
+
 class Network:
     """model(encode(levels)[, condition]) on sample images; the condition has two rows wherever it has rows.
 
@@ -23,6 +36,7 @@ class Network:
         model: a stranger's; `shape`, `encode` and `condition` are as in `accelerate`.
         levels: how many a channel has, or each place, or the dtype of real values; None: images are floats in [-1, 1].
         kept: what the model runs in, `unchanged` where it is None.
+        of_two: the output for the first two of `sample_images`, where it is known.
 
     Attributes:
         samples: images (5, C, H, W).
@@ -38,6 +52,7 @@ class Network:
         condition: Any,
         levels: int | Tensor | torch.dtype | None,
         kept: Kept | None = None,
+        of_two: Tensor | None = None,
     ) -> None:
         self.model, self.shape, self.encode, self.condition = model, shape, encode, condition
         self.kept: Kept = kept or partial(unchanged, model)
@@ -49,9 +64,9 @@ class Network:
             self.extremes: tuple[int, int | Tensor] = (-1, 1)
             if isinstance(levels, (int, Tensor)):
                 self.extremes = (0, levels - 1)
-            self.samples = self._images(levels)
+            self.samples = sample_images(model, shape, levels)
             try:
-                self._of_two = self._together([0, 1])
+                self._of_two = self._together([0, 1]) if of_two is None else of_two
                 break
             except Exception:  # some places may have fewer levels than others, as columns of a table have
                 if not isinstance(levels, int) or levels <= 2:
@@ -59,19 +74,6 @@ class Network:
                 levels = (levels + 1) // 2
         check_output(self._of_two)
         self.output_shape = tuple(self._of_two.shape)
-
-    def _images(self, levels: int | Tensor | torch.dtype | None) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        device = self.device
-        size = (5, *self.shape)
-        if isinstance(levels, torch.dtype):
-            return torch.randn(size, generator=generator).to(levels).to(device)
-        if isinstance(levels, int):
-            return torch.randint(levels, size, generator=generator).to(device)
-        if levels is not None:
-            return (torch.randint(2**32, size, generator=generator) % levels).to(device)
-        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-        return (torch.rand(size, generator=generator) * 2 - 1).to(dtype).to(device)
 
     def _call(self, levels: Tensor, *given: Tensor) -> Tensor:
         leaves = list(self._leaves)

@@ -1,4 +1,4 @@
-"""Records one run of a model, operator by operator, into a `Graph`.
+"""Takes a function of tensors; gives the `Graph` of one run of it, recorded operator by operator.
 
 A dispatch mode sees every ATen operator with its tensors. Views, copies and writes in place need no operation of their
 own: for every storage the recorder knows which value each of its elements holds, so that slices, permutations, padding,

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.harness import machine, processes
 from benchmarks.harness.pieces import Piece
 from benchmarks.harness.session import Session
-from tests.benchmarks.square import case
+from tests.benchmarks.square import case, square
 
 
 @pytest.fixture
@@ -62,3 +62,23 @@ def test_when_the_time_is_over_what_still_runs_is_late_and_no_failure(run):
 def test_nothing_starts_after_its_time(run):
     late, saved = run({}, start_until=time.monotonic() - 1)
     assert len(late) == 1 and not saved
+
+
+def test_what_goes_on_is_what_lacks_a_row_without_the_one_that_died():
+    """A provider that has no time of the backward alone lacks nothing once it has its forward."""
+    saved = []
+    providers = {"compiled reduce-overhead": square, "bad": square}
+    first, later = case(providers, modes=("fwd", "bwd")), case({}, "later")
+    session = Session(machine.facts("cpu"), "")
+    piece = Piece(
+        [first, later], session, lambda case, row: saved.append((row["provider"], row["mode"], row["problem"]))
+    )
+    for name in first.providers:
+        piece.hear("row", {"provider": name, "mode": "fwd", "problem": ""})
+    piece.hear("doing", "bad")
+    rest = piece.died("killed by SIGSEGV")
+    assert saved[3:] == [("bad", "bwd", "killed by SIGSEGV")]
+    assert [list(one.providers) for one in rest.cases] == [["eager"], ["eager"]] and rest.cases[1].shape == "later"
+    piece.hear("case", None)
+    piece.hear("case", None)
+    assert piece.died("killed by SIGKILL") is None  # it had done all

@@ -3,7 +3,7 @@
 import torch
 
 from fastgen.models import PixelCNN
-from fastgen.sampling.run import engine as engines
+from fastgen.sampling.run import engine, players
 from fastgen.sampling.run.draw_loop import draw_batch
 from tests.sampling.exactness import pair
 
@@ -12,10 +12,10 @@ def test_large_batches_run_in_parts_that_fit_a_cache(monkeypatch):
     torch.manual_seed(0)
     model = PixelCNN((1, 6, 5), 4, channels=8, layers=2).eval()
     whole, _ = pair(model, model.shape, "compiled", distribution=model.distribution)
-    monkeypatch.setattr(engines, "images_at_once", lambda plan: 8)
+    monkeypatch.setattr(players, "images_at_once", lambda plan: 8)
     sizes = []
     monkeypatch.setattr(
-        engines, "draw_batch", lambda player, request: (sizes.append(player.n), draw_batch(player, request))[1]
+        engine, "draw_batch", lambda player, request: (sizes.append(player.n), draw_batch(player, request))[1]
     )
     parts, _ = pair(model, model.shape, "compiled", distribution=model.distribution)
     assert torch.equal(parts.sample(23, seed=0), whole.sample(23, seed=0))

@@ -82,6 +82,13 @@ def _bits(number: float) -> int:
     return int(struct.unpack("<q", struct.pack("<d", number))[0])
 
 
+def error_of_float32_draws(distribution: Any) -> float:
+    """What rounding does to a cumulative probability at most, or to a logistic, in the kernel's float32: about 64 times
+    a unit in the last place (a share rounds as its logarithm does, sums of a block of 256 levels as a tree of them),
+    and one more for each further block."""
+    return (64 + getattr(distribution, "levels", 0) / 256) * 2.0**-24
+
+
 def unknown_draws(request: SampleRequest, params: Tensor, arena: Tensor, most: int) -> str | None:
     """What the machine cannot draw of a request, None where it can; most: levels with top_k or top_p."""
     distribution: Any = request.distribution

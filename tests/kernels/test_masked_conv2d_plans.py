@@ -1,0 +1,205 @@
+"""What runs a product of the masked convolution: plans of calls, tiles, the rule, measured tables."""
+
+import itertools
+import sys
+
+import pytest
+import torch
+
+from fastgen.kernels.masked_conv2d import catalogue, config, launch, walk
+from fastgen.kernels.masked_conv2d.config import Layer, Tile
+from fastgen.kernels.masked_conv2d.layout import box_of
+from fastgen.kernels.masked_conv2d.products import Convolve
+from fastgen.models import GatedPixelCNN
+from fastgen.nn import MaskedConv2d
+from fastgen.ops import masked_conv2d
+from tests.ops.masked_conv2d_truth import problem
+
+CPU = torch.device("cpu")
+CHIPS = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_remembered():
+    launch.forget()
+    yield
+    launch.forget()
+
+
+def test_calls_of_one_kind_are_planned_once(monkeypatch):
+    made = []
+    whole = Convolve.__init__
+    monkeypatch.setattr(Convolve, "__init__", lambda self, *args, **more: made.append(1) or whole(self, *args, **more))
+    x, weight, mask, bias = problem("B", 2, 16, 8, 4, 4, dtype=torch.float32)
+    for _ in range(3):
+        masked_conv2d(x.detach(), weight.detach(), mask.clone(), bias.detach(), impl="triton")
+    assert made == [1]
+    masked_conv2d(x.detach()[:1], weight.detach(), mask, bias.detach(), impl="triton")
+    assert made == [1, 1]
+    monkeypatch.setattr(launch, "CALLS", 2)
+    masked_conv2d(x.detach()[:, :, :3], weight.detach(), mask, bias.detach(), impl="triton")
+    assert len(launch._calls) == 1
+
+
+def test_nothing_is_decided_inside_a_capture(monkeypatch):
+    """A device that captures, pretended: what was seen before runs, what is new is refused."""
+    x, weight, mask, bias = (one.detach() for one in problem("B", 2, 16, 8, 4, 4, dtype=torch.float32))
+    masked_conv2d(x, weight, mask, bias, impl="triton")
+
+    def refuse(x, what, how):
+        raise RuntimeError(f"{what} {how}")
+
+    monkeypatch.setattr(launch, "refuse_in_capture", refuse)
+    monkeypatch.setattr(walk, "refuse_in_capture", refuse)
+    masked_conv2d(x, weight, mask, bias, impl="triton")
+    with pytest.raises(RuntimeError, match="a shape"):
+        masked_conv2d(x[:1], weight, mask, bias, impl="triton")
+    with pytest.raises(RuntimeError, match="reads a mask once"):
+        masked_conv2d(x, weight, mask.clone(), bias, impl="triton")
+
+
+def layers(tma):
+    for direction, dtype, rows, channels, pixels in itertools.product(
+        ("out", "in", "weight"), (torch.float32, torch.bfloat16), (1, 24, 128, 768), (1, 3, 48, 256), (50, 10**6)
+    ):
+        for gated in (False, True) if direction == "out" else (False,):
+            yield Layer(direction, dtype, 2 * rows if gated else rows, channels, 5, pixels, 1, gated, tma)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_every_default_fits_its_chip(chip, precision):
+    """Powers of two, at least 16 for a product, the buffers within shared memory, the sums within the registers."""
+    for layer in layers(config.has_tma(chip)):
+        tile = config.default_tile(chip, layer, precision)
+        assert all(side >= 16 and side & (side - 1) == 0 for side in (tile.M, tile.N, tile.K))
+        weight = layer.direction == "weight"
+        step = tile.M * (tile.N + tile.K) if weight else (tile.M + tile.N) * tile.K
+        buffers = tile.num_stages - (chip not in ("sm_90", "sm_100") and not tile.tma)  # registers hold one there
+        assert max(buffers, 1) * step * layer.dtype.itemsize <= CHIPS[chip] * 1024
+        sums = tile.N * tile.K if weight else tile.M * tile.N
+        assert sums / (32 * tile.num_warps) <= 128
+        assert not tile.tma or config.has_tma(chip)
+        found = config.candidates(chip, layer, precision)
+        assert found[0] == tile and len(found) == len(set(found)) <= 8
+
+
+@pytest.mark.parametrize("size", [(1, 5, 5), (7, 4, 4), (2, 28, 28), (3, 1, 200), (1, 1, 1), (128, 8, 8)], ids=str)
+def test_boxes_waste_the_least(size):
+    box = box_of(128, *size)
+    assert box[0] * box[1] * box[2] == 128
+    count = 1
+    for full, side in zip(size, box, strict=True):
+        assert side & (side - 1) == 0
+        count *= -(-full // side)
+    assert count >= -(-size[0] * size[1] * size[2] // 128)
+    if size == (128, 8, 8):
+        assert count == 64
+
+
+LAYER = Layer("out", torch.bfloat16, 256, 128, 5, 16 * 28 * 28, 1, True, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "precision", "why"),
+    [
+        ({}, "ieee", ""),
+        ({"direction": "weight"}, "ieee", ""),
+        ({"dtype": torch.float32}, "tf32", ""),
+        ({"dtype": torch.float32}, "ieee", "float32 without TF32"),
+        ({"dtype": torch.float32, "direction": "weight"}, "tf32", "gradient of a float32 weight"),
+        ({"channels": 129}, "ieee", "no multiple of 8"),
+        ({"channels": 130, "dtype": torch.float32}, "tf32", "no multiple of 4"),
+        ({"channels": 120}, "ieee", ""),
+        ({"channels": 3, "taps": 24}, "ieee", ""),
+        ({"taps": 25}, "ieee", "25 of 28 taps"),
+    ],
+)
+def test_cudnn_by_rule(changes, precision, why, monkeypatch):
+    layer = Layer(**{**vars(LAYER), **changes})
+    boxed = 28 if layer.taps > 5 else 6
+    found = config.rule("sm_90", layer, precision, boxed)
+    assert why in found and bool(why) == bool(found)
+    assert config.rule("interpreter", layer, precision, boxed) == ""
+    monkeypatch.setattr(config, "EMULATED", "sm_90")
+    assert config.choose(CPU, layer, precision, boxed).provider == ("cropped" if why else "triton")
+
+
+def test_what_the_kernels_cannot_do_is_done_by_cudnn():
+    layer = Layer("in", torch.bfloat16, 128, 128, 5, 1000, 4, False, False)
+    assert config.choose(CPU, layer, "float32", 6).provider == "cropped"
+    assert config.choose(CPU, Layer(**{**vars(layer), "step": 1}), "float32", 6).provider == "triton"
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTGEN_TUNED", str(tmp_path))
+    monkeypatch.setattr(config, "EMULATED", "sm_90")
+    config.measured.cache_clear()
+    yield tmp_path / "sm-90.json"
+    config.measured.cache_clear()
+
+
+def test_without_a_measurement_the_rule_decides(table):
+    found = config.choose(CPU, LAYER, "ieee", 6)
+    assert found[:2] == ("triton", config.default_tile("sm_90", LAYER, "ieee")) and "not measured" in found.why
+    assert "not yet measured" in config.describe("sm_90")
+    assert not list(config.SHIPPED.glob("*.json"))
+
+
+def test_a_measured_choice_is_saved_and_overrides_the_rule(table):
+    by_rule = Layer(**{**vars(LAYER), "channels": 129, "tma": False})
+    tile = Tile(64, 32, 64, 4, 3, True)
+    row = {"provider": "cropped", "tile": tile, "ms": {"triton": 2.0, "cropped": 1.0}, "refused": 0}
+    assert config.save("sm_90", {LAYER.key: row}, {"torch": "2"}) == table
+    config.save("sm_90", {by_rule.key: {**row, "provider": "triton"}}, {"torch": "2"})
+    found = config.choose(CPU, LAYER, "ieee", 6)
+    assert found[:2] == ("cropped", tile) and "cropped 1 ms" in found.why
+    assert config.choose(CPU, by_rule, "ieee", 6)[:2] == ("triton", Tile(64, 32, 64, 4, 3, False))
+    assert "cropped 1 ms" in config.describe("sm_90") and LAYER.key in config.describe("sm_90")
+    assert [file.name for file in table.parent.iterdir()] == [table.name]
+    near = Layer(**{**vars(LAYER), "pixels": LAYER.pixels + 7})
+    assert config.choose(CPU, near, "ieee", 6).provider == "cropped"
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"layers": {"k": {"provider": "magic"}}}', '{"layers": {"k": {"provider": "dense"}}}']
+)
+def test_a_damaged_table_is_named(table, content):
+    table.write_text(content)
+    with pytest.raises(ValueError, match=r"sm-90\.json is no table"):
+        config.choose(CPU, LAYER, "ieee", 6)
+
+
+def test_a_layer_tells_what_will_run(monkeypatch):
+    layer = MaskedConv2d(16, 32, 3, padding=1, mask_type="B", activation="gated")
+    assert "PyTorch's definition" in layer.provider(torch.zeros(1, 16, 4, 4))
+    monkeypatch.setattr(config, "EMULATED", "sm_90")
+    monkeypatch.setattr("fastgen.nn.masked_conv.uses_triton", lambda impl, x: True)
+    with torch.backends.cudnn.flags(allow_tf32=True):
+        lines = layer.provider(torch.zeros(1, 16, 4, 4)).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["result", "gradient of the input", "gradient of the weight"]
+    assert "triton" in lines[0] and "cropped" in lines[2] and "by rule, not measured" in lines[2]
+
+
+def test_choices_are_for_one_device_and_precision(monkeypatch):
+    """TF32 that is switched is another kind of call."""
+    monkeypatch.setattr(launch, "precision_of", lambda device, dtype: "ieee")
+    x, weight, mask, bias = (one.detach() for one in problem("B", 2, 16, 16, 4, 4, (1, 1), dtype=torch.float32))
+    masked_conv2d(x, weight, mask, bias, impl="triton")
+    monkeypatch.setattr(launch, "precision_of", lambda device, dtype: "tf32")
+    masked_conv2d(x, weight, mask, bias, impl="triton")
+    assert len(launch._calls) == 2
+
+
+def test_a_training_step_of_the_gated_pixelcnn_compiles_few_kernels(monkeypatch):
+    """28x28 images, batch 64, bfloat16, as on an H100; the gradient of the logits lies as they do."""
+    for module in ("fastgen.ops.masked_conv2d", "fastgen.nn.masked_conv"):
+        monkeypatch.setattr(sys.modules[module], "uses_triton", lambda impl, x: True)
+    model = GatedPixelCNN((1, 28, 28), layers=3).bfloat16()
+    with catalogue.noted("sm_90") as found:
+        out = model(torch.zeros(64, 1, 28, 28, dtype=torch.long))
+        out.backward(torch.empty_like(out))
+    names = [kind[0].__name__ for kind in found]
+    assert names.count("masked_conv2d_kernel") == 5  # with what launches them, not the number of layers
+    assert len(found) <= 14
