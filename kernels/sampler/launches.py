@@ -108,7 +108,7 @@ def play_one(tensors: tuple[Tensor, ...], tiles: Tiles, precision: str, what: in
         what: see the kernel.
         programs: `programs_for` an instruction; of draws and copies one for ROWS and BR images.
     """
-    constants: dict[str, Any] = {**tiles._asdict(), "PRECISION": precision, **options_of(tiles, precision)}
+    constants: dict[str, Any] = {**tiles._asdict(), "PRECISION": precision, **options_of(tiles)}
     launch(step_launch_kernel, (programs,), (*tensors, what, images), constants)
 
 

@@ -104,6 +104,12 @@ SIZES = (Tiles(), Tiles(32), Tiles(64, BN=32))  # of 64x64 sums no registers are
 AMD = tuple(one._replace(LINKS=False) for one in SIZES)  # with them, hundreds of bytes are spilled there
 
 
+def options_of(tiles: Tiles) -> dict[str, Any]:
+    """Of the compiler. Where a program would leave room for a second one with 128 registers, ptxas takes no more, and
+    spills; a limit takes that thought from it. AMD's compiler knows none."""
+    return OPTIONS | ({"maxnreg": 255} if tiles.LINKS else {})
+
+
 def tiles_for(images: int, device: torch.device) -> Tiles:
     """Larger tiles read the weights less often; they pay where smaller ones would not all run at the same time."""
     sizes = SIZES if torch.version.hip is None else AMD
@@ -143,7 +149,7 @@ def play(
         first, last, until, drawing: see the kernel.
         images: from the first to before the last.
     """
-    constants: dict[str, Any] = {**tiles._asdict(), "PRECISION": precision, **options_of(tiles, precision)}
+    constants: dict[str, Any] = {**tiles._asdict(), "PRECISION": precision, **options_of(tiles)}
     args = (*tensors, first, last, until, int(drawing), *images)
     launch(step_machine_kernel, (cdiv(images[1] - images[0], tiles.BM),), args, constants)
 
@@ -171,6 +177,8 @@ def entry(kernel: Any, tiles: Tiles, weights: str, precision: str, skips: dict[s
         num_stages=options.pop("num_stages"),
         options=options,
         skips=skips,
+        options={key: value for key, value in options_of(tiles).items() if key not in OPTIONS},
+        **OPTIONS,
     )
 
 
