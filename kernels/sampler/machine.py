@@ -83,6 +83,9 @@ def step_machine_kernel(
                             BM, BN, BK, BR, BP, ROWS, LINKS, PRECISION)  # fmt: skip
 
 
+OPTIONS: dict[str, Any] = {"num_warps": 8, "num_stages": 2}
+
+
 class Tiles(NamedTuple):
     """Images of a program, which are the rows (BM), columns (BN) and depth (BK) of a part of a product; rows (BR) and
     columns (BP) of other instructions; images (ROWS) and levels that are drawn at once; whether that is in float64;
@@ -115,12 +118,6 @@ def tiles_for(images: int, device: torch.device) -> Tiles:
     sizes = SIZES if torch.version.hip is None else AMD
     found = next((one for one in sizes[:-1] if cdiv(images, one.BM) <= processors_of(device)), sizes[-1])
     return found._replace(DOUBLE=draws_in_float64(device))
-
-
-def options_of(tiles: Tiles, precision: str) -> dict[str, Any]:
-    """Of the compiler, which would take 128 registers for draws in float32 beside products of TF32, and spill."""
-    options = {"num_warps": 8, "num_stages": 2}
-    return options if tiles.DOUBLE or precision != "tf32x3" else {**options, "maxnreg": 255}
 
 
 def draws_in_float64(device: torch.device) -> bool:
@@ -163,7 +160,6 @@ def entry(kernel: Any, tiles: Tiles, weights: str, precision: str, skips: dict[s
     fixed = {**tiles._asdict(), "PRECISION": precision}
     kinds = {name: "*i64" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
     signature = {name: KINDS.get(name, kind) for name, kind in kinds.items() if name not in fixed}
-    options = options_of(tiles, precision)
     return Entry(
         kernel,
         f"{weights} {precision}, {tiles.BM} images"
@@ -173,9 +169,6 @@ def entry(kernel: Any, tiles: Tiles, weights: str, precision: str, skips: dict[s
         fixed,
         unaligned=tuple(GIVEN),
         requires=dict.fromkeys(NVIDIA, "mma") if precision != "ieee" else {},
-        num_warps=options.pop("num_warps"),
-        num_stages=options.pop("num_stages"),
-        options=options,
         skips=skips,
         options={key: value for key, value in options_of(tiles).items() if key not in OPTIONS},
         **OPTIONS,
