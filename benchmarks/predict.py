@@ -7,7 +7,8 @@ launch owns some images and plays all instructions one after the other, with a b
     an instruction   its fixed time, and the longest of: weights from L2, multiply-adds, activations
     a draw           a fixed time for each of its groups of images
 
-One whole pass of the model, which makes sure of a batch, is not part of it.
+One whole pass of the model, which makes sure of a batch, is not part of it. Heavy programs (ends of rows), which
+`persistent` plays over the whole GPU while images are few, are counted as parts of the one launch: that is too slow.
 """
 
 import functools

@@ -7,7 +7,7 @@ from triton.runtime import interpreter
 
 from fastgen import Bernoulli, Categorical, LogisticMixture, accelerate
 from fastgen.kernels.sampler import words
-from fastgen.kernels.sampler.machine import Tiles
+from fastgen.kernels.sampler.machine import SIZES, Tiles
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelCNNPP, PixelRNN
 from fastgen.sampling.machine.cpu.build import machine
 from fastgen.sampling.machine.gpu.fusion import Fused
@@ -239,9 +239,9 @@ def test_heavy_programs_are_those_of_rows_while_images_are_few(monkeypatch):
     model = GatedPixelCNN((1, 8, 8), 4, channels=16, layers=2).eval()
     plan = make_plan(Network(model, model.shape, model.encode, None, model.levels), model.distribution)
     of_rows = {step.program for step in plan.steps[8:-1:8]}
-    monkeypatch.setattr(gpu_player, "processors_of", lambda device: 132)
     monkeypatch.setattr(gpu_player, "WORTH_A_LAUNCH", 2**12)
-    found = {images: gpu_player.heavy_programs(plan, images, torch.device("cpu")) for images in (1, 16, 132 * 64)}
+    batches = {1: SIZES[0], 16: SIZES[0], 132 * 64: SIZES[2]}
+    found = {n: gpu_player.heavy_programs(plan, n, tiles, 132) for n, tiles in batches.items()}
     assert found == {1: of_rows, 16: of_rows, 132 * 64: set()}
 
 

@@ -27,13 +27,13 @@ from fastgen.sampling.run.torch_program import TorchProgram
 WORTH_A_LAUNCH = 2**20
 
 
-def heavy_programs(plan: Plan, images: int, device: torch.device) -> set[int]:
+def heavy_programs(plan: Plan, images: int, tiles: Tiles, processors: float) -> set[int]:
     """Numbers of those that the whole GPU plays sooner, an instruction a launch, than a part of it in one launch."""
-    found, tiles = set(), tiles_for(images, device)
+    found = set()
     for number, program in enumerate(plan.programs):
         joined = [] if unknown_in(program) else fuse(program.instructions, tiles.LINKS)
         work = sum(one.head.depth * torch.Size(one.head.sizes).numel() for one in joined)  # for an image
-        if work * (tiles.BM - images / processors_of(device)) > WORTH_A_LAUNCH * len(joined):
+        if work * (tiles.BM - images / processors) > WORTH_A_LAUNCH * len(joined):
             found.add(number)
     return found
 
@@ -97,7 +97,7 @@ class GPUPlayer(TorchPlayer):
         arenas = (self._arena.arenas[torch.float32], self._arena.arenas[torch.int64])
         captures = self.captures or self.device.type == "cuda"
         self.steps = StepLaunches(arenas, self.tables, tiles, self.precision, self.n, captures)
-        self.heavy = heavy_programs(self.plan, self.n, self.device)
+        self.heavy = heavy_programs(self.plan, self.n, tiles, processors_of(self.device))
         return [
             TorchProgram(self.plan, number, self.memory, None if fused is None else ())
             for number, fused in enumerate(self._fused)

@@ -85,7 +85,8 @@ def way_to_play(name: str, plan: Plan, distribution: Distribution, device: torch
         reason = unfit_for_gpu_machine(plan, device) or _not_drawn(distribution)
         if reason:
             return Way(CudaGraphPlayer, [f"cuda_graph: torch's operations, a graph a row of draws, because {reason}"])
-    from fastgen.kernels.sampler.machine import draws_in_float64  # these need Triton
+    from fastgen.kernels.common import processors_of  # these need Triton
+    from fastgen.kernels.sampler.machine import draws_in_float64, tiles_for
     from fastgen.sampling.machine.gpu.draws import error_of_float32_draws
     from fastgen.sampling.machine.gpu.fusion import fuse
     from fastgen.sampling.run.gpu_player import GPUPlayer, heavy_programs
@@ -105,7 +106,7 @@ def way_to_play(name: str, plan: Plan, distribution: Distribution, device: torch
             "levels torch draws, between graphs"
         )
         return Way(GraphPlayer, [how, *remarks], of_draws)
-    heavy = heavy_programs(plan, 1, device)
+    heavy = heavy_programs(plan, 1, tiles_for(1, device), processors_of(device))
     if heavy:
         between = "are played over the whole GPU, an instruction a launch, while there are few images"
         remarks.insert(0, f"persistent: heavy programs, {len(heavy)} of {len(plan.programs)}, {between}")
