@@ -108,8 +108,8 @@ AMD = tuple(one._replace(LINKS=False) for one in SIZES)  # with them, hundreds o
 
 
 def options_of(tiles: Tiles) -> dict[str, Any]:
-    """Of the compiler. Where a program would leave room for a second one with 128 registers, ptxas takes no more, and
-    spills; a limit takes that thought from it. AMD's compiler knows none."""
+    """Of the compiler. By itself ptxas stops at 128 registers, with which two programs fit a processor, and spills; an
+    explicit limit makes it take more. AMD's compiler has no such option."""
     return OPTIONS | ({"maxnreg": 255} if tiles.LINKS else {})
 
 
