@@ -96,7 +96,8 @@ def gpu_table(gpu: str, saved: Iterable[Row]) -> str:
 def cpu_samples(saved: Iterable[Row]) -> dict[str, list[Group]]:
     """CPU -> its groups of rows of sampling, one for each model and number of threads."""
     by_cpu: dict[str, list[Group]] = {}
-    ratios = [row for row in saved if row["op"] == "sampling" and not row["gpu"] and row["times_baseline"]]
+    sampled = [row for row in saved if row["op"] == "sampling" and not row["gpu"]]
+    ratios = [row for row in sampled if row["times_baseline"] or row["problem"]]
     for cpu in sorted({row["cpu"] for row in ratios}):
         by_cpu[cpu] = groups(row for row in ratios if row["cpu"] == cpu)
     return by_cpu
@@ -114,7 +115,8 @@ def cpu_table(cpu: str, sampled: list[Group]) -> str:
     body = []
     for group in sampled:
         model, threads, date = _about(group)
-        times = [number(group[name]["times_baseline"] if name in group else None, ".3g") for name in names]
+        found = [group.get(name, {"problem": None, "times_baseline": None}) for name in names]
+        times = [row["problem"] or number(row["times_baseline"], ".3g") for row in found]
         body.append([model, threads, *times, date])
     lines = [f"# Sampling on a CPU ({cpu})", ""]
     lines += ["Time of a whole batch of images, in units of one forward pass of the same batch in the same run.", ""]
@@ -130,11 +132,12 @@ def cpu_summary(cpu: str, sampled: list[Group]) -> list[str]:
         "",
     ]
     most: dict[str, list[object]] = {}
-    for group in (group for group in sampled if "fastgen" in group):
+    for group in (group for group in sampled if "fastgen" in group and group["fastgen"]["times_baseline"]):
         model, threads, date = _about(group)
         draws = math.prod(int(side) for side in re.findall(r"\d+(?=x)|(?<=x)\d+", model))
-        naive = group["naive"]["times_baseline"] if "naive" in group else draws
-        mark, fast = "" if "naive" in group else r"\*", group["fastgen"]["times_baseline"]
+        timed = "naive" in group and group["naive"]["times_baseline"]
+        naive = timed or draws
+        mark, fast = "" if timed else r"\*", group["fastgen"]["times_baseline"]
         most[model] = [model, threads, f"{naive:.0f}{mark}", f"{fast:.3g}", f"{naive / fast:.0f}", date]
     return [*lines, *markdown("model | threads | loop | fastgen | times as fast | measured", most.values())]
 

@@ -249,4 +249,4 @@ def test_errors_of_a_model_are_its_own():
 
     with pytest.raises(ValueError, match="model must return"):
         accelerate(Wrong(), (1, 2, 3), distribution=Categorical(3))
-    assert Wrong.calls < 10  # no other number of images is tried
+    assert Wrong.calls <= 5  # no other number of images is tried

@@ -57,6 +57,15 @@ def test_without_gpu_rows_nothing_is_claimed_of_a_gpu():
     assert "| m 1x2x3 | 1 | 3.7 | 2 | - | 2" in table and "| n 1x4x4 | 1 | - | 0.5 | 20 | 2" in table
 
 
+def test_a_wrong_result_is_called_wrong_and_has_no_time():
+    of_cpu = {"op": "sampling", "gpu": None, "cpu": "C", "baseline": "forward pass", "shape": "M 1x4x4", "threads": 1}
+    naive = row(**of_cpu, provider="naive", times_baseline=16.0)
+    wrong = row(**of_cpu, provider="fastgen", times_baseline=None, ms_p50=None, problem="wrong: error 1, allowed 0")
+    sampled = tables.cpu_samples([naive, wrong])["C"]
+    assert "| 16 | wrong: error 1, allowed 0 |" in tables.cpu_table("C", sampled)
+    assert "M 1x4x4" not in "\n".join(tables.cpu_summary("C", sampled))
+
+
 def test_the_readme_is_what_the_rows_say():
     assert main(["readme-tables", "--check"]) == 0, "run `make readme-tables` and commit the result"
 
