@@ -135,7 +135,7 @@ def predict(plan: Plan, batch: int, rates: Rates) -> Prediction | str:
     from_l2 = min(rates.weights, rates.together / at_once)
     terms, instructions = dict.fromkeys(TERMS, 0.0), 0
     for number, times in served.items():
-        for one in fuse(plan.programs[number].instructions, tiles.LINKS):
+        for one in fuse(plan.programs[number].instructions):
             work = work_of(one, tiles, images)
             of = {
                 "weights": work.weights / from_l2,
