@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.sampling.machine.cpu.pages import LargePages
 from fastgen.sampling.machine.language import Memory, View
 from fastgen.sampling.plan.plan import Plan
 from fastgen.sampling.plan.sliding_rows import Ring
@@ -22,6 +23,7 @@ class PlanMemory:
     def __init__(self, plan: Plan, n: int, device: torch.device) -> None:
         self.plan, self.n, self.device = plan, n, device
         self._blocks: dict[Memory, Tensor] = {}
+        self._pages = LargePages()
         self._scratch = [
             self.allocate(n * size, dtype) for size, dtype in zip(plan.scratch.sizes, plan.scratch.dtypes, strict=True)
         ]
@@ -38,6 +40,8 @@ class PlanMemory:
 
     def allocate(self, size: int, dtype: torch.dtype) -> Tensor:
         """(size,) zeros."""
+        if self.device.type == "cpu":
+            return self._pages.take(size, dtype)
         return torch.zeros(size, dtype=dtype, device=self.device)
 
     def block(self, memory: Memory, program: int = 0) -> Tensor:
