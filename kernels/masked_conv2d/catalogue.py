@@ -44,13 +44,13 @@ def noted(chip: str) -> Iterator[dict[Kind, None]]:
                 signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
         kinds[self.kernel, tuple(signature.items()), tuple(constants.items())] = None
 
-    before, products.Launches.__call__ = products.Launches.__call__, note  # type: ignore[method-assign]
+    before = products.Launches.__call__, config.EMULATED, config.ALWAYS_KERNELS
+    products.Launches.__call__, config.EMULATED, config.ALWAYS_KERNELS = note, chip, True  # type: ignore
     launch.forget()
     try:
-        with config.pretended(chip):
-            yield kinds
+        yield kinds
     finally:
-        products.Launches.__call__ = before  # type: ignore[method-assign]
+        products.Launches.__call__, config.EMULATED, config.ALWAYS_KERNELS = before  # type: ignore
         launch.forget()
 
 

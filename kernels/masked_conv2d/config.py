@@ -6,13 +6,11 @@ and cuDNN on this machine's GPU and saves the times as `<GPU>.json` in the folde
 beside this file, which ships. No GPU has been measured yet: nothing ships.
 """
 
-import contextlib
 import functools
 import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,18 +77,6 @@ EMULATED: str | None = None  # the chip, "sm_90" say, that CPU tensors count as 
 ALWAYS_KERNELS = False  # whether the kernels run also where cuDNN is expected to be faster: to compile and to test them
 
 
-@contextlib.contextmanager
-def pretended(chip: str) -> Iterator[None]:
-    """Inside, tensors that are on no GPU count as on this chip, and the kernels compute all products."""
-    global EMULATED, ALWAYS_KERNELS
-    before = EMULATED, ALWAYS_KERNELS
-    EMULATED, ALWAYS_KERNELS = chip, True
-    try:
-        yield
-    finally:
-        EMULATED, ALWAYS_KERNELS = before
-
-
 @functools.cache
 def _chip_of_gpu(index: int) -> str:
     properties = torch.cuda.get_device_properties(index)
@@ -108,9 +94,9 @@ def chip_of(device: torch.device) -> str:
 
 def precision_of(device: torch.device, dtype: torch.dtype) -> str:
     """The `input_precision` of products: TF32 for float32 where PyTorch's setting for convolutions allows it."""
-    if chip_of(device) == "interpreter":
+    if device.type != "cuda" and EMULATED is None:
         return "float32"
-    if dtype != torch.float32:
+    if dtype is not torch.float32:
         return "ieee"
     settings = getattr(torch.backends.cudnn, "conv", None)  # of PyTorch 2.9 and later; the older one warns there
     allowed = torch.backends.cudnn.allow_tf32 if settings is None else settings.fp32_precision == "tf32"

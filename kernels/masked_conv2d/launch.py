@@ -288,11 +288,9 @@ def backward(
 
 def explain(x: Tensor, weight: Tensor, mask: Tensor | None, geometry: Geometry, activation: str) -> str:
     """A line a product of a layer: what will run and why."""
-    x, weight = as_input(x), as_weight(weight)
-    weights = weights_of(weight, known_walk(mask, weight.shape, 2 if activation == "gated" else 1), geometry)
     names = {"out": "result", "in": "gradient of the input", "weight": "gradient of the weight"}
     lines = []
-    planned = products_of(x, weight, mask, weights, result_size(x, weight, geometry), activation, "")
+    planned = products_of(as_input(x), as_weight(weight), mask, geometry, activation, "")
     for direction, (make, tensors) in planned.items():
         product = make(*tensors)
         provider, tile, why = product.choice

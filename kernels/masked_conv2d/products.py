@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels.common import cdiv, next_power_of_2
+from fastgen.kernels.maps import result_size
 from fastgen.kernels.masked_conv2d import cudnn
 from fastgen.kernels.masked_conv2d.backward import masked_conv2d_sum_kernel, masked_conv2d_weight_kernel
 from fastgen.kernels.masked_conv2d.config import Choice, Layer, chip_of, choose, has_tma, precision_of
@@ -31,7 +32,7 @@ from fastgen.kernels.masked_conv2d.layout import (
     pixel_steps,
     unit_of,
 )
-from fastgen.kernels.masked_conv2d.walk import Geometry, Walk, walk_arguments
+from fastgen.kernels.masked_conv2d.walk import Geometry, Walk, known_walk, walk_arguments
 
 # Shares of the pixels are cut so that about as many programs run, two on each multiprocessor of a Hopper: every share
 # is written and read again, which with more would be more than the maps for few images. A constant: sums do not depend
@@ -330,18 +331,17 @@ class WeightGradient:
 
 
 def products_of(
-    x: Tensor, weight: Tensor, mask: Tensor | None, weights: Weights, size: Sequence[int], activation: str, keep: str
+    x: Tensor, weight: Tensor, mask: Tensor | None, geometry: Geometry, activation: str, keep: str
 ) -> dict[str, tuple[Any, tuple[Tensor | None, ...]]]:
-    """By `Layer.direction`: what makes each product of a layer, and its tensors, for a result of this height and width.
-    The gradient of the sums is not initialized."""
+    """By `Layer.direction`: what makes each product of a layer, and its tensors. The gradient of the sums is not
+    initialized."""
+    walk = known_walk(mask, weight.shape, 2 if activation == "gated" else 1)
+    weights = Weights(weight.shape, walk, geometry, channels_last=not weight.is_contiguous())
+    size = result_size(x, weight, geometry)
     grad = x.new_empty_strided(*channels_last(x.shape[0], weight.shape[0], *size))
-    result: dict[str, Any] = {
-        "size": (weight.shape[0] // weights.walk.parts, *size),
-        "activation": activation,
-        "keep": keep,
-    }
+    made: Any = {"weights": weights, "size": (weight.shape[0] // walk.parts, *size)}
     return {
-        "out": (partial(Convolve, weights=weights, **result), (x, weight, mask)),
+        "out": (partial(Convolve, **made, activation=activation, keep=keep), (x, weight, mask)),
         "in": (partial(Convolve, weights=weights, size=tuple(x.shape[1:]), mirrored=True), (grad, weight, mask)),
         "weight": (partial(WeightGradient, weights=weights, adds_up=activation == "none"), (grad, x, weight, mask)),
     }

@@ -23,8 +23,8 @@ from torch import Tensor
 from fastgen.kernels.masked_conv2d.check import is_right
 from fastgen.kernels.masked_conv2d.config import Choice, Tile, candidates, chip_of, describe, precision_of, save
 from fastgen.kernels.masked_conv2d.launch import forget
-from fastgen.kernels.masked_conv2d.products import Weights, products_of
-from fastgen.kernels.masked_conv2d.walk import Geometry, known_walk
+from fastgen.kernels.masked_conv2d.products import products_of
+from fastgen.kernels.masked_conv2d.walk import Geometry
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DIRECTIONS = ("out", "in", "weight")
@@ -57,12 +57,9 @@ class Problem:
         shape = torch.Size((self.outputs, self.channels, self.kernel, self.kernel))
         mask = live.view(self.kernel, self.kernel).expand(shape).contiguous().to(device)
         weight = torch.randn(shape, generator=generator, device=device) / (self.channels * self.kernel**2 / 2) ** 0.5
-        padding = (self.kernel // 2, self.kernel // 2)
-        weights = Weights(shape, known_walk(mask, shape, 1 + self.gated), Geometry((1, 1), padding, (1, 1)))
-        finish = ("gated", "valve") if self.gated else ("none", "")
-        x = feature_map(self.channels)
-        products = products_of(x, weight.to(self.dtype), mask, weights, (self.size, self.size), *finish)
-        make, tensors = products[direction]
+        geometry = Geometry((1, 1), (self.kernel // 2, self.kernel // 2), (1, 1))
+        x, finish = feature_map(self.channels), ("gated", "valve") if self.gated else ("none", "")
+        make, tensors = products_of(x, weight.to(self.dtype), mask, geometry, *finish)[direction]
         return make, tensors if direction == "out" else (feature_map(self.outputs), *tensors[1:])
 
 
