@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgen.distributions import Distribution
-from fastgen.sampling.causality.drawing_order import Ordered, ordered
+from fastgen.sampling.causality.drawing_order import ordered
 from fastgen.sampling.causality.draws import Order, draw_index_of
 from fastgen.sampling.causality.ready_times import Timed
 from fastgen.sampling.machine.language import Memory, Program
@@ -61,11 +61,11 @@ class Plan:
     leaves: list[Value]
     network: Network
     traced: list[Traced]
+    remarks: list[str]
     programs: list[Program] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     scratch: Scratch = field(default_factory=Scratch)
     rings: dict[Memory, Ring] = field(default_factory=dict)
-    remarks: list[str] = field(default_factory=list)
 
     def renew(self) -> bool:
         """Takes over the model's weights as they are now; False, and nothing changed, where that needs another plan."""
@@ -121,16 +121,14 @@ class Plan:
 def make_plan(network: Network, distribution: Distribution) -> Plan:
     """Raises NotCausalError, or Unsupported where the engine cannot take the model."""
     shape = network.shape
-    found: Ordered = ordered(network, distribution)
-    traced = Traced.all_of(found.graph)
-    output, ends = found.graph.output, row_ends(found.order)
-    deadline = (found.needed - 1).expand(output.shape)
-    times = running_times(found.timed, ends, deadline, partial(split_rows, found.timed, ends))
-    when = schedule(found.timed, len(found.order), times)
-    storage = _storage(found.timed, when, found.order, shape)
-    whole_pixels = len(found.order) == shape[1] * shape[2]
-    plan = Plan(found.timed, when, storage, found.order, whole_pixels, output, found.conditions, network, traced)
-    plan.remarks = found.remarks
+    draws, timed, conditions = ordered(network, distribution)
+    traced = Traced.all_of(timed.graph)
+    output, order, ends = timed.graph.output, draws.order, row_ends(draws.order)
+    times = running_times(timed, ends, draws.of_outputs() - 1, partial(split_rows, timed, ends))
+    when = schedule(timed, len(order), times)
+    storage = _storage(timed, when, order, shape)
+    whole_pixels = len(order) == shape[1] * shape[2]
+    plan = Plan(timed, when, storage, order, whole_pixels, output, conditions, network, traced, timed.graph.remarks)
     groups = _alike(plan)
     built: Built = {}
     while not _write_programs(plan, groups, built):
