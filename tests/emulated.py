@@ -24,7 +24,7 @@ def pytest_configure(config):
     as_on_a_gpu = {
         "arithmetic": lambda x: arithmetic(types.SimpleNamespace(is_cuda=True, dtype=x.dtype)),
         "processors_of": lambda device: processors,
-        "full_tiles": lambda device: ARCH // 10 in (9, 10),
+        "generation_of": lambda device: ARCH // 10,
     }
     for module in (choice, diagonal, row, tiles):
         for name, replacement in as_on_a_gpu.items():

@@ -241,5 +241,5 @@ def backward(
     return grad_gates
 
 
-CATALOGUE = scan_entries(diagonal_lstm_forward_kernel, REVERSE=False)
-CATALOGUE += scan_entries(diagonal_lstm_backward_kernel, REVERSE=False)
+CATALOGUE = scan_entries(diagonal_lstm_forward_kernel, backward=False, REVERSE=False)
+CATALOGUE += scan_entries(diagonal_lstm_backward_kernel, backward=True, REVERSE=False)

@@ -177,7 +177,7 @@ def forward(
     hidden, activated, cell = results = empty_results(gates, save)
     if batch == 0:
         return results
-    choice = choice or choose(gates, width, units)
+    choice = choice or choose(gates, width, units, taps)
     if isinstance(choice, TileLaunch):
         forward_by_tiles(gates, weight, hidden, activated, cell, choice, row_scan=True)
         return results
@@ -201,7 +201,7 @@ def backward(
     grad_gates = empty_map(grad_hidden, 4 * units, height, width)
     if batch == 0:
         return grad_gates
-    choice = choice or choose(grad_hidden, width, units, backward=True)
+    choice = choice or choose(grad_hidden, width, units, weight.shape[2], backward=True)
     if isinstance(choice, TileLaunch):
         backward_by_tiles(grad_hidden, activated, cell, weight, grad_gates, choice, row_scan=True)
         return grad_gates
@@ -214,4 +214,6 @@ def backward(
     return grad_gates
 
 
-CATALOGUE = scan_entries(row_lstm_forward_kernel) + scan_entries(row_lstm_backward_kernel)
+CATALOGUE = scan_entries(row_lstm_forward_kernel, backward=False) + scan_entries(
+    row_lstm_backward_kernel, backward=True
+)

@@ -27,7 +27,7 @@ from fastgen.kernels.lstm.cell import (
     widened,
 )
 from fastgen.kernels.lstm.choice import TileLaunch, constants_of
-from fastgen.kernels.lstm.entries import BACKWARD_TILES, FORWARD_TILES, tile_entries
+from fastgen.kernels.lstm.entries import tile_entries
 
 
 @triton.jit
@@ -51,9 +51,16 @@ def place(m, step, first_image, images, height, width, ROW_SCAN: tl.constexpr, R
 
 
 @triton.jit
-def state_of(tap, TAPS: tl.constexpr, ROW_SCAN: tl.constexpr):
-    """How far above a pixel, and to its right in the order of the scan, the state of a tap lies."""
-    return 1 if ROW_SCAN else 1 - tap, tap - TAPS // 2 if ROW_SCAN else -tap
+def state_of(tap, pixel, row, column, active, height, width, TAPS: tl.constexpr, ROW_SCAN: tl.constexpr,
+             REVERSE: tl.constexpr, BACK: tl.constexpr):  # fmt: skip
+    """The pixel whose state a tap multiplies, or with BACK the one whose tap has multiplied this pixel's: its offset in
+    pixels, and whether the image has it."""
+    down = -1 if ROW_SCAN else tap - 1
+    right = tap - TAPS // 2 if ROW_SCAN else -tap  # in the order of the scan
+    if BACK:
+        down, right = -down, -right
+    inside = (row + down >= 0) & (row + down < height) & (column + right >= 0) & (column + right < width)
+    return pixel + down * width + (-right if REVERSE else right), active & inside
 
 
 @triton.jit(do_not_specialize=("batch", "images"))
@@ -83,6 +90,7 @@ def lstm_tiles_forward_kernel(
     M: tl.constexpr,
     U: tl.constexpr,
     K: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):
     strides = (gates_image_stride, gates_unit_stride, gates_row_stride, gates_column_stride)
     cell_strides = (cell_image_stride, 1, cell_row_stride, cell_column_stride)
@@ -108,18 +116,20 @@ def lstm_tiles_forward_kernel(
             cell_at = cell_ptr + offsets(cell_strides, image, row, x, u)
             cell = tl.load(cell_at + to_previous, mask & begun[:, None], other=0.0)
             n = tile // tiles * (4 * U) + tl.arange(0, 4 * U)  # units and their gates
+            weight_row = weight_ptr + (n % 4 * units + n // 4) * (TAPS * units)
             sums = tl.zeros((4 * U, M), tl.float32)
-            for part in range(TAPS * parts):
-                tap = part // parts
+            for part in range(TAPS // TOGETHER * parts):
                 k = part % parts * K + tl.arange(0, K)
-                up, right = state_of(tap, TAPS, ROW_SCAN)
-                near = pixel - up * width + (-right if REVERSE else right)
-                seen = active & (row >= up) & (column + right >= 0) & (column + right < width)
-                state = hidden_ptr + near[:, None] * units + k[None, :]
-                state = tl.load(state, seen[:, None] & (k < units)[None, :], other=0.0)
-                weights = weight_ptr + ((n % 4 * units + n // 4) * (TAPS * units))[:, None] + (tap * units + k)[None, :]
-                weights = tl.load(weights, (n // 4 < units)[:, None] & (k < units)[None, :], other=0.0)
-                sums = product(weights, tl.trans(state), sums, PRECISION)
+                for other in tl.static_range(TOGETHER):
+                    tap = part // parts * TOGETHER + other
+                    near, seen = state_of(
+                        tap, pixel, row, column, active, height, width, TAPS, ROW_SCAN, REVERSE, False
+                    )
+                    state = hidden_ptr + near[:, None] * units + k[None, :]
+                    state = tl.load(state, seen[:, None] & (k < units)[None, :], other=0.0)
+                    weights = weight_row[:, None] + (tap * units + k)[None, :]
+                    weights = tl.load(weights, (n // 4 < units)[:, None] & (k < units)[None, :], other=0.0)
+                    sums = product(weights, tl.trans(state), sums, PRECISION)
             gates = add_gates(terms, gates_of(sums, M, U))
             gates, cell, hidden = cell_forward(gates, cell, FAST)
             tl.store(hidden_ptr + pixel[:, None] * units + u[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask)
@@ -180,9 +190,7 @@ def lstm_tiles_backward_kernel(
             for part in range(TAPS * parts):
                 tap = part // parts
                 k = part % parts * K + tl.arange(0, K)  # units of all four gates
-                down, left = state_of(tap, TAPS, ROW_SCAN)
-                near = pixel + down * width + (left if REVERSE else -left)
-                seen = active & (row + down < height) & (column - left >= 0) & (column - left < width)
+                near, seen = state_of(tap, pixel, row, column, active, height, width, TAPS, ROW_SCAN, REVERSE, True)
                 grad = grad_gates_ptr + near[:, None] * (4 * units) + k[None, :]
                 grad = tl.load(grad, seen[:, None] & (k < 4 * units)[None, :], other=0.0)
                 weights = weight_ptr + (u * (TAPS * 4 * units))[:, None] + (tap * 4 * units + k)[None, :]
@@ -229,7 +237,7 @@ def forward_by_tiles(
         cell = gates.new_empty((batch, lanes, units), dtype=torch.float32)
         strides = (lanes * units, 0, units) if row_scan else (lanes * units, units, 0)
     pointers = (gates, packed, hidden, activated, cell)
-    constants = {"ROW_SCAN": row_scan, "REVERSE": reverse, "TAPS": taps}
+    constants = {"ROW_SCAN": row_scan, "REVERSE": reverse, "TAPS": taps, "TOGETHER": choice.TOGETHER}
     launch_tiles(lstm_tiles_forward_kernel, pointers, gates, strides, choice, units=units, **constants)
 
 
@@ -253,6 +261,6 @@ def backward_by_tiles(
     launch_tiles(lstm_tiles_backward_kernel, pointers, grad_hidden, (), choice, units=units, **constants)
 
 
-CATALOGUE = tile_entries(lstm_tiles_forward_kernel, FORWARD_TILES) + tile_entries(
-    lstm_tiles_backward_kernel, BACKWARD_TILES
+CATALOGUE = tile_entries(lstm_tiles_forward_kernel, backward=False) + tile_entries(
+    lstm_tiles_backward_kernel, backward=True
 )

@@ -1,5 +1,6 @@
 """The scans' kernels, every variant, against the pixel loop in float64: in the interpreter, or on a GPU."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -51,8 +52,13 @@ VARIANTS = {
     "tiles": (TileLaunch(16, 16, 16, 1), (6, 2, 3, 4)),
     "tiles of a long row": (TileLaunch(16, 16, 16, 1), (3, 2, 2, 7)),
     "tiles of a column": (TileLaunch(16, 16, 16, 2), (2, 2, 5, 1)),
+    "all taps together": (TileLaunch(16, 16, 16, 1, TOGETHER=0), (2, 17, 3, 3)),
     "tiles of more units": (TileLaunch(16, 16, 16, 2), (3, 19, 3, 2)),
 }
+
+
+def all_together(launch, taps):
+    return dataclasses.replace(launch, TOGETHER=taps) if getattr(launch, "TOGETHER", 1) == 0 else launch
 
 
 @pytest.mark.parametrize(
@@ -63,6 +69,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_diagonal_variants_equal_the_pixel_loop(variant, dtype, reverse, device):
     launch, size = VARIANTS[variant]
+    launch = all_together(launch, 2)
     gates, weight, grad = problem(*size, 2, dtype, device)
     inputs = (gates.double(), weight.double(), grad.double())
     hidden, grad_gates, _ = gradients(lambda g, w: diagonal_pixels(g, w, reverse), *inputs)
@@ -74,6 +81,7 @@ def test_diagonal_variants_equal_the_pixel_loop(variant, dtype, reverse, device)
 def test_row_variants_equal_the_pixel_loop(variant, dtype, device):
     launch, (batch, units, width, height) = VARIANTS[variant]
     taps = 5 if "stream" in variant or "long" in variant else 3
+    launch = all_together(launch, taps)
     gates, weight, grad = problem(batch, units, height, width, taps, dtype, device)
     hidden, grad_gates, _ = gradients(row_pixels, gates.double(), weight.double(), grad.double())
     check(rows(gates, weight, grad, launch), (hidden, hidden, grad_gates), dtype)
