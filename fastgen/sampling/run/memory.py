@@ -29,12 +29,10 @@ class PlanMemory:
         ]
         self._initial: list[tuple[Tensor, Tensor]] = []  # values, and what they begin with
         self.moves: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        for index in sorted(plan.storage.stored):
-            value = plan.timed.graph.values[index]
-            if value.kind == "computed":
-                constant = plan.schedule.times.of(value) == CONSTANT
-                if constant.any() or plan.storage.memories.get(index) in plan.rings:
-                    self._start_with(value, torch.where(constant, value.data, 0).to(device))
+        for value in (one for one in plan.timed.computed if one in plan.storage.stored):
+            constant = plan.schedule.times.of(value) == CONSTANT
+            if constant.any() or plan.storage.memories.get(value) in plan.rings:
+                self._start_with(value, torch.where(constant, value.data, 0).to(device))
         self.levels = self.inner(plan.levels)[:, 0]
         self.params = self._output()
 
@@ -67,7 +65,7 @@ class PlanMemory:
 
     def inner(self, value: Value) -> Tensor:
         """A stored value, (n, *shape)."""
-        return self.plan.storage.layouts[value.index].inner(self.block(self.plan.storage.memory(value)))
+        return self.plan.storage.layouts[value].inner(self.block(self.plan.storage.memory(value)))
 
     def rewind(self) -> None:
         """Rings and values with constants as they begin."""

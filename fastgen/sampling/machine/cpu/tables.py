@@ -16,17 +16,20 @@ from fastgen.sampling.machine.parts import DIMS, Blocks, Part, Side
 Key = tuple[Any, ...]
 
 
+def words(names: str) -> list[tuple[str, Any]]:
+    """Fields of 64 bits as ctypes has them: integers, and pointers, whose names begin with a star."""
+    return [(one.lstrip("*"), ctypes.c_void_p if one[0] == "*" else ctypes.c_int64) for one in names.split()]
+
+
 class SideCode(ctypes.Structure):
-    _fields_: ClassVar = [("base", ctypes.c_void_p), ("slot", ctypes.c_int64), ("strides", ctypes.c_int64 * DIMS)]
+    _fields_: ClassVar = [*words("*base slot"), ("strides", ctypes.c_int64 * DIMS)]
 
 
 class Code(ctypes.Structure):
     """An instruction as `machine.h` has it."""
 
     _fields_: ClassVar = [
-        ("op", ctypes.c_int64),
-        ("waits", ctypes.c_int64),
-        ("depth", ctypes.c_int64),
+        *words("op waits depth"),
         ("depth_strides", ctypes.c_int64 * 2),
         ("number", ctypes.c_double),
         ("sizes", ctypes.c_int64 * DIMS),
