@@ -28,11 +28,11 @@ from fastgen.kernels.masked_conv2d.forward import corner_of, kernel, lies_in, pi
 
 
 @triton.jit
-def back(grad_ptr, first_ptr, second_ptr, at, saved_at, inside, SAVED: tl.constexpr):
+def back(grad_ptr, first_ptr, second_ptr, at, saved_at, rows, inside, SAVED: tl.constexpr):
     """The gradient of what entered the activation, of both its halves with a gate, float32; zero outside.
 
     SAVED and what its maps are: "none"; "relu": the result; "sign": what passed; "valve": the result, the second half;
-    "both": the halves. at: offsets into the gradient; saved_at: into the maps.
+    "both": the halves in one map, `rows` apart. at: offsets into the gradient; saved_at: into the maps.
     """
     first = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
     second = first
@@ -43,7 +43,8 @@ def back(grad_ptr, first_ptr, second_ptr, at, saved_at, inside, SAVED: tl.conste
         first = tl.where(tl.load(first_ptr + saved_at, mask=inside, other=0) != 0, first, 0.0)
     if SAVED == "valve" or SAVED == "both":
         known = tl.load(first_ptr + saved_at, mask=inside, other=0.0).to(tl.float32)
-        valve = tl.load(second_ptr + saved_at, mask=inside, other=0.0).to(tl.float32)
+        valve_ptr = first_ptr + rows if SAVED == "both" else second_ptr
+        valve = tl.load(valve_ptr + saved_at, mask=inside, other=0.0).to(tl.float32)
         if SAVED == "both":
             s, t = tl.sigmoid(valve), tanh(known)
             out = t * s
@@ -88,7 +89,7 @@ def masked_conv2d_activation_backward_kernel(
         x = (pixel % width).to(tl.int64)
         pixel = pixel.to(tl.int64)
         at = (image * grad_image + y * grad_y + x * grad_x) * UNIT + n.to(tl.int64) * grad_channel
-        first, second = back(grad_ptr, first_ptr, second_ptr, at, pixel * saved_pitch * UNIT + n, inside, SAVED)
+        first, second = back(grad_ptr, first_ptr, second_ptr, at, pixel * (saved_pitch * UNIT) + n, rows, inside, SAVED)
         if grad_pre_ptr is not None:
             at = grad_pre_ptr + (image * grad_pre_image + y * grad_pre_y + x * grad_pre_x) * UNIT
             first += tl.load(at + n.to(tl.int64) * grad_pre_channel, mask=inside, other=0.0).to(tl.float32)

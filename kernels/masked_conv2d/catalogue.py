@@ -77,11 +77,11 @@ def run_layer(
     residual = result if adds and not gated else None
     keep = {"none": "", "relu": "sign" if adds else "", "gated": "both" if adds else "valve"}[activation]
     tensors = (x, weight, mask, bias, condition, residual, other, other_weight)
-    out, kept = launch.forward(*tensors, SAME, activation, keep)
+    out, kept, plans = launch.forward(*tensors, SAME, activation, keep)
     used = feature_map(256) if keep == "both" else None
     wanted = (channels >= 16, True, True, False, other is not None, other is not None)
     given = (result, used, x, weight, mask, out, out if kept is None else kept, other, other_weight)
-    launch.backward(*given, SAME, keep or activation, wanted)
+    launch.backward(*given, SAME, keep or activation, wanted, plans)
 
 
 def run_layers() -> None:

@@ -12,7 +12,6 @@ import importlib.util
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,13 +202,10 @@ def rule(chip: str, layer: Layer, precision: str, boxed: int) -> str:
 # --- measured choices
 
 
-def table_of(folder: Path, gpu: str) -> Path:
-    return folder / (re.sub(r"[^A-Za-z0-9.]+", "-", gpu).strip("-") + ".json")
-
-
-def own_folder() -> Path:
+def own_table(gpu: str) -> Path:
     """Where the measurements of this machine are kept."""
-    return Path(os.environ.get("FASTGEN_TUNED") or Path.home() / ".cache/fastgen/masked_conv2d")
+    folder = Path(os.environ.get("FASTGEN_TUNED") or Path.home() / ".cache/fastgen/masked_conv2d")
+    return folder / (re.sub(r"[^A-Za-z0-9.]+", "-", gpu).strip("-") + ".json")
 
 
 @functools.cache
@@ -220,9 +216,8 @@ def measured(gpu: str) -> dict[str, Choice]:
         ValueError: the file is not what the search writes.
     """
     rows: dict[str, Choice] = {}
-    for path in (table_of(SHIPPED, gpu), table_of(own_folder(), gpu)):
-        if not path.exists():
-            continue
+    own = own_table(gpu)
+    for path in (path for path in (SHIPPED / own.name, own) if path.exists()):
         try:
             for key, row in json.loads(path.read_text())["layers"].items():
                 if row["provider"] not in PROVIDERS:
@@ -251,21 +246,19 @@ def choose(device: torch.device, layer: Layer, precision: str, boxed: int) -> Ch
 
 def save(gpu: str, layers: dict[str, Any], versions: dict[str, str]) -> Path:
     """Adds rows to this machine's table of the GPU; a reader sees the old file or the new one, never a part."""
-    path = table_of(own_folder(), gpu)
+    path = own_table(gpu)
     rows = json.loads(path.read_text())["layers"] if path.exists() else {}
     rows |= {key: {**row, "tile": row["tile"]._asdict()} for key, row in layers.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump({"gpu": gpu, **versions, "layers": dict(sorted(rows.items()))}, file, indent=1)
-    os.replace(file.name, path)
+    whole = path.with_suffix(f".{os.getpid()}.tmp")
+    whole.write_text(json.dumps({"gpu": gpu, **versions, "layers": dict(sorted(rows.items()))}, indent=1))
+    whole.replace(path)
     measured.cache_clear()
     return path
 
 
 def describe(gpu: str) -> str:
     """A line a measured layer: what "auto" runs and why. For reports."""
-    rows = measured(gpu)
-    if not rows:
-        return f"masked_conv2d on {gpu}: not yet measured, what runs is chosen by rule"
-    lines = [f"  {key}: {choice.provider} ({choice.why})" for key, choice in sorted(rows.items())]
-    return "\n".join([f"masked_conv2d on {gpu}:", *lines])
+    lines = [f"  {key}: {choice.provider} ({choice.why})" for key, choice in sorted(measured(gpu).items())]
+    head = f"masked_conv2d on {gpu}:"
+    return "\n".join([head, *lines]) if lines else f"{head} not yet measured, what runs is chosen by rule"

@@ -74,7 +74,8 @@ def masked_conv2d_pack_kernel(
     MIRRORED: tl.constexpr,  # a row of packed weights is an input, a column an output
     CHANNELS_LAST: tl.constexpr,  # the weight
     UNIT: tl.constexpr,
-    FLAT: tl.constexpr,  # a power of two, INPUTS * size at least
+    LAG: tl.constexpr,  # elements of 16 bytes
+    FLAT: tl.constexpr,  # a power of two, INPUTS * size + 7 * LAG at least
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
 ):  # fmt: skip
@@ -87,9 +88,12 @@ def masked_conv2d_pack_kernel(
     i = tl.arange(0, INPUTS)[None, :]
     pitch, inputs = pitch * UNIT, image_pitch // size * UNIT
     real = (output < outputs) & (start + i < inputs)
+    # 32 threads pick from eight rows (every other one, MIRRORED) or four: these begin at different banks.
+    o = tl.arange(0, OUTPUTS)[:, None]
+    lag = o // 2 % 8 * LAG if MIRRORED else o % 4 * (2 * LAG)
     if not CHANNELS_LAST:
-        flat = tl.arange(0, FLAT)[None, :]
-        there = (output < outputs) & (flat < INPUTS * size) & (start * size + flat < image_pitch * UNIT)
+        flat = tl.arange(0, FLAT)[None, :] - lag
+        there = (output < outputs) & (flat >= 0) & (flat < INPUTS * size) & (start * size + flat < image_pitch * UNIT)
         at = row_start + start * size + flat
         values = tl.load(weight_ptr + at, mask=there, other=0.0)
         if mask_ptr is not None:
@@ -103,7 +107,7 @@ def masked_conv2d_pack_kernel(
                 live = mask_ptr + row_start + ((start + i) * size + tap_in_kernel)
                 taken = tl.where(tl.load(live, mask=real & (output < masked), other=1) != 0, taken, 0.0)
         else:
-            taken = picked(values, tl.arange(0, OUTPUTS)[:, None] * FLAT + i * size + tap_in_kernel)
+            taken = picked(values, o * FLAT + lag + i * size + tap_in_kernel)
         taken = tl.where(tap < taps, taken, 0.0)
         if MIRRORED:
             row, column = start + i, place

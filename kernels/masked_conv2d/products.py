@@ -90,7 +90,11 @@ class Weights:
         rows, half = 16 if unit > 1 else 4, outputs // runs[1]
         # One value for most sizes, so that few kernels are compiled. First layers of models, whose kernels are large,
         # have no unit.
-        flat = 16 if self.channels_last else max(256 if unit > 1 else 1024, next_power_of_2(16 * self.size))
+        flat = (
+            16
+            if self.channels_last
+            else max(256 if unit > 1 else 1024, next_power_of_2(16 * self.size + 112 // dtype.itemsize))
+        )
         arguments = (
             half if self.masked else 0, packed_rows, columns // 16, packed_columns // 16, first // 16, pitch // unit,
             half, inputs * self.size // unit, *runs, self.size, *taps, self.shape[3],
@@ -98,7 +102,7 @@ class Weights:
         places = (pitch, packed_rows) if mirrored else (packed_rows, pitch)
         return Launches(
             masked_conv2d_pack_kernel, (cdiv(places[0], rows), cdiv(places[1], 16)), arguments, MIRRORED=mirrored,
-            CHANNELS_LAST=self.channels_last, UNIT=unit, FLAT=flat, OUTPUTS=rows, INPUTS=16,
+            CHANNELS_LAST=self.channels_last, UNIT=unit, LAG=16 // dtype.itemsize, FLAT=flat, OUTPUTS=rows, INPUTS=16,
         )  # fmt: skip
 
 
@@ -211,20 +215,22 @@ class Convolve:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if self.choice.provider != "triton":
             return self.by_cudnn(x, weight, mask, bias, condition, residual, other, other_weight)
-        out, kept = self.results(x)
-        packed = x.new_empty_strided(*self.packed)
+        read_x: Any = x
+        packed: Any = x.new_empty_strided(*self.packed)
         self.pack(weight, mask, packed)
         if self.pack_other is not None:
             self.pack_other(other_weight, mask, packed)
-        read: tuple[Any, ...] = (x, packed, other)
-        written: tuple[Any, ...] = (out, kept if self.keep else None)
+        out, kept = self.results(x)
+        to_out: Any = out
+        to_kept: Any = kept if self.keep else None
         if self.boxes:
             x_boxes, packed_boxes, other_boxes, out_boxes, kept_boxes = self.boxes
-            read = (x_boxes(x), packed_boxes(packed), None if other_boxes is None else other_boxes(other))
-            written = (out_boxes(out), written[1] if kept_boxes is None else kept_boxes(kept))
+            read_x, packed, to_out = x_boxes(x), packed_boxes(packed), out_boxes(out)
+            other = other if other is None else other_boxes(other)
+            to_kept = to_kept if kept_boxes is None else kept_boxes(kept)
         # What is not there is not read; in its place x spares another compilation, but costs a gate registers.
-        absent = None if self.activation == "gated" else x
-        self.run(*read, x if bias is None else bias, condition, absent if residual is None else residual, *written)
+        residual = x if residual is None and self.activation != "gated" else residual
+        self.run(read_x, packed, other, x if bias is None else bias, condition, residual, to_out, to_kept)
         return out, kept
 
     def by_cudnn(
