@@ -95,6 +95,7 @@ def lstm_tiles_forward_kernel(
     K: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
+    tl.static_assert(TAPS % TOGETHER == 0)
     strides = (gates_image_stride, gates_unit_stride, gates_row_stride, gates_column_stride)
     cell_strides = (cell_image_stride, 1, cell_row_stride, cell_column_stride)
     to_previous = -cell_row_stride if ROW_SCAN else cell_column_stride if REVERSE else -cell_column_stride
