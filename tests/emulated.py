@@ -48,7 +48,7 @@ def pytest_configure(config):
     as_on_a_gpu = {
         "arithmetic": lambda x: arithmetic(types.SimpleNamespace(is_cuda=True, dtype=x.dtype)),
         "processors_of": lambda device: processors,
-        "full_tiles": lambda device: ARCH // 10 in (9, 10),
+        "generation_of": lambda device: ARCH // 10,
         "precision_on": lambda device: "tf32x3",
     }
     for module in (choice, diagonal, row, tiles, gpu_player):

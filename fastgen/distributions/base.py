@@ -27,7 +27,11 @@ def independent(distribution: Distribution) -> bool:
 
 
 def level_counts(levels: Any) -> Tensor:
-    """Numbers of levels of channels or places, as a tensor of one to three dimensions."""
+    """Numbers of levels of channels or places, as a tensor of one to three dimensions.
+
+    Raises:
+        ValueError: they are no ints >= 1, none is 2 or more, or they have another number of dimensions.
+    """
     expected = "levels must be an int >= 2, or ints >= 1 that are broadcastable to the shape, one of them >= 2"
     try:
         counts = torch.as_tensor(levels)
@@ -45,6 +49,7 @@ def precise(params: Tensor) -> Tensor:
 
 
 def check_options(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raises ValueError where an option of sampling has a wrong type or lies out of its range."""
     if not (isinstance(temperature, numbers.Real) and 0 <= temperature < math.inf):
         raise ValueError(f"temperature must be a finite number >= 0, got {temperature!r}")
     if top_k is not None and (not isinstance(top_k, numbers.Integral) or isinstance(top_k, bool) or top_k < 1):
@@ -54,6 +59,7 @@ def check_options(temperature: float, top_k: int | None, top_p: float | None) ->
 
 
 def no_ranking(name: str, top_k: int | None, top_p: float | None) -> None:
+    """Raises ValueError where top_k or top_p is given to a distribution whose levels are not ranked."""
     if top_k is not None or top_p is not None:
         raise ValueError(f"top_k and top_p are not defined for {name}: use temperature")
 

@@ -37,6 +37,11 @@ class Categorical:
             holds both, "B(KC)HW" (channel fastest) or "B(CK)HW" (level fastest). With C = 1, a model that
             gives (B, K, H, W) fits either of the last two. Of sequences (B, T) "BTK" or "BKT", of grids (B, H, W)
             "BHWK"; at one place all three are (B, K).
+        temperature, top_k, top_p: options of sampling, which `tempered` sets.
+
+    Raises:
+        ValueError: levels, layout or an option of sampling is none of these. All methods that take params raise it
+            where these do not have the layout, and `check_params` where they are of another number of channels.
     """
 
     levels: Any  # an int once it has been made
@@ -191,7 +196,12 @@ class Categorical:
 
 @dataclass(frozen=True)
 class Bernoulli:
-    """One logit for every channel of a pixel; levels 0 and 1, 1 where noise >= 1 - sigmoid(logit)."""
+    """One logit for every channel of a pixel; levels 0 and 1, 1 where noise >= 1 - sigmoid(logit).
+
+    Raises:
+        ValueError: temperature is no finite number >= 0; in `tempered`, top_k or top_p is given; in `check_params`,
+            params has not one logit a channel.
+    """
 
     temperature: float = 1.0
     independent_channels: ClassVar[bool] = True

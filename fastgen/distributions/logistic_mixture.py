@@ -27,6 +27,10 @@ class LogisticMixture:
     M log-scales (not below -7) and M coefficients (tanh; r->g, r->b, g->b); for one channel 3*M: M logits,
     M means, M log-scales. Levels 0..255 stand for -1..1. Of the C + 1 uniforms at a pixel the first chooses the
     component, the others are the channels' own.
+
+    Raises:
+        ValueError: n_mix is no int >= 1, or temperature no finite number >= 0; in `tempered`, top_k or top_p is given;
+            in the methods that take params, these are not 3*M or 10*M, or not of as many channels.
     """
 
     n_mix: int = 10
@@ -101,11 +105,11 @@ class LogisticMixture:
         return ((x.clamp(-1, 1) + 1) * 127.5).round().nan_to_num(0).long()
 
     def check_params(self, params: Tensor, channels: int) -> None:
-        found = self._split(params)[1].shape[1]
-        if found != channels:
+        colours = self._split(params)[1].shape[1]
+        if colours != channels:
             raise ValueError(
-                f"params has the shape {tuple(params.shape)}, a mixture of n_mix = {self.n_mix} for {found} channels; "
-                f"expected {channels} channels (1 or 3)"
+                f"params has the shape {tuple(params.shape)}, a mixture of n_mix = {self.n_mix} for {colours} "
+                f"channels; expected {channels} channels (1 or 3)"
             )
 
     def log_prob(self, params: Tensor, levels: Tensor) -> Tensor:

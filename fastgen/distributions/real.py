@@ -80,6 +80,9 @@ class Gaussian(_LocationScale):
     """Parameters a pixel (2C): C means, then C log-variances. Channels are independent given the parameters.
 
     `temperature` multiplies the standard deviations; 0 takes the mean.
+
+    Raises:
+        ValueError: a wrong temperature; in `tempered`, top_k or top_p; in `check_params`, params that are not 2C.
     """
 
     _spread = "log-variances"
@@ -100,6 +103,9 @@ class Logistic(_LocationScale):
 
     A value is mean + scale * (log u - log(1 - u)); its standard deviation is scale * pi / sqrt(3). `temperature`
     multiplies the scales; 0 takes the mean.
+
+    Raises:
+        ValueError: a wrong temperature; in `tempered`, top_k or top_p; in `check_params`, params that are not 2C.
     """
 
     _spread = "log-scales"
@@ -125,6 +131,10 @@ class GaussianMixture:
     each channel M means and M log-variances. Of the C + 1 uniforms at a pixel the first chooses the component.
 
     `temperature` divides the logits and multiplies the standard deviations; 0 takes the mean of the likeliest.
+
+    Raises:
+        ValueError: n_mix is no int >= 1, or temperature no finite number >= 0; in `tempered`, top_k or top_p is given;
+            in `check_params`, params are not M + 2 * C * M.
     """
 
     n_mix: int

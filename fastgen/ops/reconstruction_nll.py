@@ -1,5 +1,5 @@
 """Exact negative log-likelihood of an image given a decoder's parameters: Bernoulli, Gaussian, softmax over levels, and
-PixelCNN++'s discretized mixture of logistics. The definition in plain PyTorch, the operator, the public function."""
+PixelCNN++'s discretized mixture of logistics. The definition in plain PyTorch, and the public function."""
 
 import math
 
@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgen.mixture import DEVIATION_LIMIT, LOGIT_LIMIT, component_mean, mixture_log_prob, split_mixture
-from fastgen.ops._implementation import is_plain, may_read_values, uses_triton
+from fastgen.ops._implementation import may_read_values, uses_triton
+from fastgen.ops._nll_kernels import nll_by_kernel
 
 LIKELIHOODS = ("bernoulli", "gaussian", "categorical", "logistic_mixture")
 REDUCTIONS = ("sample", "none")
@@ -78,132 +79,6 @@ def _pixelcnnpp(params: Tensor, target: Tensor) -> Tensor:
         last = torch.where(x[:, channel] > 0.999, -F.softplus(lower), inside)
         log_joint = log_joint + torch.where(x[:, channel] < -0.999, upper - F.softplus(upper), last)
     return -log_joint.logsumexp(1, keepdim=True)
-
-
-# --- the operators; params (B, P, H, W), categorical (B, K, C, H, W), target (B, C, H, W)
-
-SUMS = {"categorical": 2, "logistic_mixture": 4}  # numbers an element, of a mixture a pixel, that its backward takes
-
-
-def _forward(
-    params: Tensor, target: Tensor, likelihood: str, levels: int, per_element: bool, save: bool = True
-) -> tuple[Tensor, Tensor | None]:
-    from fastgen.kernels.likelihood import categorical, mixture, pointwise
-
-    target = target.view(torch.uint8) if target.dtype == torch.bool else target
-    if likelihood == "logistic_mixture":
-        return mixture.forward(params, target, levels, per_element, save)
-    if likelihood == "categorical":
-        return categorical.forward(params, target, per_element, save)
-    gaussian = likelihood == "gaussian"
-    return pointwise.forward(_planes(params, gaussian), target, gaussian, per_element), None
-
-
-def _run_backward(
-    upstream: Tensor, params: Tensor, target: Tensor, kept: Tensor | None, likelihood: str, levels: int
-) -> Tensor:
-    from fastgen.kernels.likelihood import categorical, mixture, pointwise
-
-    target = target.view(torch.uint8) if target.dtype == torch.bool else target
-    upstream = _over_image(upstream)
-    grad = torch.empty_like(params)
-    if likelihood == "logistic_mixture":
-        assert kept is not None
-        mixture.backward(params, target, upstream.expand(-1, 1, *target.shape[2:]), kept, grad, levels)
-        return grad
-    upstream = upstream.expand(target.shape)
-    if likelihood == "categorical":
-        assert kept is not None
-        categorical.backward(params, target, upstream, kept, grad)
-    else:
-        gaussian = likelihood == "gaussian"
-        pointwise.backward(_planes(params, gaussian), target, upstream, _planes(grad, gaussian), gaussian)
-    return grad
-
-
-@torch.library.custom_op("fastgen::reconstruction_nll", mutates_args=())
-def _operator(params: Tensor, target: Tensor, likelihood: str, levels: int, per_element: bool) -> tuple[Tensor, Tensor]:
-    """Nats, and what the backward takes: an empty tensor where that is nothing."""
-    nll, kept = _forward(params, target, likelihood, levels, per_element)
-    return nll, params.new_empty(0) if kept is None else kept
-
-
-@_operator.register_fake
-def _(params: Tensor, target: Tensor, likelihood: str, levels: int, per_element: bool) -> tuple[Tensor, Tensor]:
-    batch, channels, height, width = target.shape
-    channels = 1 if likelihood == "logistic_mixture" else channels
-    nll = params.new_empty((batch, channels, height, width) if per_element else (batch,), dtype=torch.float32)
-    if likelihood not in SUMS:
-        return nll, params.new_empty(0)
-    size = (batch, SUMS[likelihood], *target.shape[2 if likelihood == "logistic_mixture" else 1 :])
-    return nll, params.new_empty(size, dtype=torch.float32)
-
-
-@torch.library.custom_op("fastgen::reconstruction_nll_backward", mutates_args=())
-def _backward_operator(
-    upstream: Tensor, params: Tensor, target: Tensor, kept: Tensor, likelihood: str, levels: int
-) -> Tensor:
-    return _run_backward(upstream, params, target, kept, likelihood, levels)
-
-
-@_backward_operator.register_fake
-def _(upstream: Tensor, params: Tensor, target: Tensor, kept: Tensor, likelihood: str, levels: int) -> Tensor:
-    return torch.empty_like(params)
-
-
-def _planes(params: Tensor, gaussian: bool) -> Tensor:
-    """A view (B, P, C, H, W): the P parameters of an element on dim 1."""
-    return params.unflatten(1, (2, -1)) if gaussian else params.unsqueeze(1)
-
-
-def _over_image(upstream: Tensor) -> Tensor:
-    """Upstream gradients (B,) or (B, C, H, W) with four dimensions, float32."""
-    return (upstream if upstream.dim() == 4 else upstream[:, None, None, None]).float()
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    params, target, ctx.likelihood, ctx.levels, _ = inputs
-    ctx.save_for_backward(params, target, output[1])
-
-
-def _gradients(ctx, backward, upstream):
-    """Of params and target."""
-    params, target, kept = ctx.saved_tensors
-    if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
-        return None, None
-    grad = backward(upstream, params, target, kept, ctx.likelihood, ctx.levels)
-    if not ctx.needs_input_grad[1]:
-        return grad, None
-    # The mean and the target enter as a difference; a Bernoulli's nats are linear in its target.
-    by_target = -grad.chunk(2, 1)[0] if ctx.likelihood == "gaussian" else -_over_image(upstream) * params
-    return grad, by_target.to(target.dtype)
-
-
-def _backward(ctx, upstream, _grad_kept):
-    return *_gradients(ctx, _backward_operator, upstream), None, None, None
-
-
-_operator.register_autograd(_backward, setup_context=_setup_context)
-
-
-class _Direct(torch.autograd.Function):
-    """The kernels without operators."""
-
-    @staticmethod
-    def forward(ctx, params, target, likelihood, levels, per_element):
-        nll, kept = _forward(params, target, likelihood, levels, per_element)
-        ctx.likelihood, ctx.levels = likelihood, levels
-        ctx.save_for_backward(params, target, kept)
-        return nll
-
-    @staticmethod
-    def backward(ctx, upstream):
-        # Where the gradient is to be differentiated, the operator says that it cannot be.
-        run = _backward_operator if torch.is_grad_enabled() else _run_backward
-        return *_gradients(ctx, run, upstream), None, None, None
-
-
-# --- the public function
 
 
 def _check_shapes(params: Tensor, target: Tensor, likelihood: str) -> None:
@@ -328,18 +203,7 @@ def reconstruction_nll(
     _check_shapes(params, target, likelihood)
     check_levels(target, likelihood, params.shape[1] if likelihood == "categorical" else levels)
     if compat is None and _uses_kernel(impl, params, likelihood):
-        # The kernels see four dimensions, and five for a softmax: those that an image lacks are added, as views.
-        missing = 4 - target.dim()
-        for _ in range(missing):
-            params, target = params.unsqueeze(-1), target.unsqueeze(-1)
-        options = (likelihood, levels, reduction == "none")
-        if not is_plain(params, target):
-            nll = _operator(params, target, *options)[0]
-        elif torch.is_grad_enabled() and (params.requires_grad or target.requires_grad):
-            nll = _Direct.apply(params, target, *options)
-        else:
-            nll = _forward(params, target, *options, save=False)[0]
-        return nll.view(nll.shape[: nll.dim() - missing]) if reduction == "none" and missing else nll
+        return nll_by_kernel(params, target, likelihood, levels, per_element=reduction == "none")
     if compat is not None and impl == "triton":
         raise ValueError("compat='pixelcnn++' has no Triton kernel: use impl='auto' or 'reference'")
     return reconstruction_nll_reference(params, target, likelihood, levels=levels, reduction=reduction, compat=compat)

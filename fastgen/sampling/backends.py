@@ -194,7 +194,7 @@ class Backends:
             network = Network(self.model, self.shape, encode, condition, self._levels(dtype), self.kept, params)
             if self.choice not in WHOLE_PASSES:
                 return Made(key, build_engine(network, self.distribution, self.choice, self.verify), None)
-            order = ordered(network, self.distribution).order
+            order = ordered(network, self.distribution).draws.order
         except Unsupported as reason:
             order, remark = (reason.order, str(reason)) if isinstance(reason, NotByReadyTimes) else (None, None)
             if self.choice not in WHOLE_PASSES:

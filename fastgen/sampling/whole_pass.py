@@ -177,9 +177,13 @@ class FixedPoint(Naive):
         last = "" if self.passes is None else f"; {self.passes} for the last batch"
         return f"whole forward passes until the image no longer changes, {self.draws + 1} at most{last}"
 
-    def run(self, request: SampleRequest) -> SampleResult:
-        """Raises RuntimeError where the images do not settle, so that the model cannot be causal."""
-        levels = first_levels(request)
+    def run(self, request: SampleRequest, begin: Tensor | None = None) -> SampleResult:
+        """Takes levels for the first pass, where some are known to be nearly right.
+
+        Raises:
+            RuntimeError: the images do not settle, so that the model cannot be causal.
+        """
+        levels = first_levels(request) if begin is None else begin
         reported = 0
         for passes in range(1, self.draws + 2):
             params = whole_pass(self.model, self.encode, levels, request.condition)

@@ -36,18 +36,24 @@ class ScanLaunch:
 
 @dataclass(frozen=True)
 class TileLaunch:
-    """One launch: each program scans its images by tiles of M pixels and U units, in parts of K."""
+    """One launch: each program scans its images by tiles of M pixels and U units. A tile adds up its products in parts,
+    of K states of TOGETHER neighbours.
+
+    num_stages: 2 where tensor cores read both factors from shared memory, which then holds two parts, elsewhere 3.
+    """
 
     M: int
     U: int
     K: int
     programs: int
     num_warps: int = 4
+    TOGETHER: int = 1
+    num_stages: int = 3
 
     @property
     def constants(self) -> dict[str, Any]:
         tile = {"M": self.M, "U": self.U, "K": self.K}
-        return {**tile, "num_warps": self.num_warps, "num_stages": 3, **registers(self.num_warps)}
+        return {**tile, "num_warps": self.num_warps, "num_stages": self.num_stages, **registers(self.num_warps)}
 
 
 @functools.cache
@@ -57,10 +63,17 @@ def registers(num_warps: int) -> dict[str, int]:
 
 
 @functools.cache
-def full_tiles(device: torch.device) -> bool:
+def generation_of(device: torch.device) -> int:
+    """The compute capability of NVIDIA's chip, the number before the point; 0 on AMD's; 9 where there is none."""
+    if device.type != "cuda":
+        return 9
+    return 0 if torch.version.hip is not None else torch.cuda.get_device_capability(device)[0]
+
+
+def full_tiles(generation: int) -> bool:
     """Whether a tile of 4096 numbers fits the registers: on Hopper and data-centre Blackwell, whose tensor cores read
     both factors from shared memory."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return generation in (9, 10)
 
 
 def constants_of(launch: ScanLaunch | TileLaunch, x: Tensor) -> dict[str, Any]:
@@ -87,7 +100,7 @@ def arithmetic(x: Tensor) -> dict[str, Any]:
     return {"PRECISION": "tf32" if tf32_allowed() else "tf32x3", "FAST": False}
 
 
-def choose(x: Tensor, lanes: int, units: int, *, backward: bool = False) -> ScanLaunch | TileLaunch:
+def choose(x: Tensor, lanes: int, units: int, taps: int = 2, *, backward: bool = False) -> ScanLaunch | TileLaunch:
     """The launch for x (B, ...) with `lanes` pixels side by side in an image, by what was compiled without spills.
 
     Weights and cell states stay with a program where they fit its registers and its shared memory: in half precision
@@ -98,25 +111,34 @@ def choose(x: Tensor, lanes: int, units: int, *, backward: bool = False) -> Scan
     Units that are no multiple of 16 are loaded one by one, which takes more registers: they get half of the largest
     tile, and still spill some words (on sm_90 72 bytes at most).
     """
-    device = x.device
+    return launch_of(*_chip_and_precision(x), x.shape[0], lanes, units, taps, backward)
+
+
+def scan_by_tiles(x: Tensor, lanes: int, units: int, taps: int = 2, *, backward: bool = False) -> TileLaunch:
+    """One launch, a program an image or more, for any number of units."""
+    generation, processors, single = _chip_and_precision(x)
+    return tile_launch_of(generation, processors, bool(single), x.shape[0], lanes, units, taps, backward)
+
+
+def _chip_and_precision(x: Tensor) -> tuple[int, int, str]:
+    """Its generation and number of processors; the precision of products of float32, "" in half precision."""
     single = arithmetic(x)["PRECISION"] if x.dtype == torch.float32 else ""
-    return _choose(x.shape[0], lanes, units, single, full_tiles(device), processors_of(device), backward)
+    return generation_of(x.device), processors_of(x.device), single
 
 
 @functools.lru_cache(1024)
-def _choose(
-    batch: int, lanes: int, units: int, single: str, full: bool, processors: int, backward: bool
+def launch_of(
+    generation: int, processors: int, single: str, batch: int, lanes: int, units: int, taps: int, backward: bool
 ) -> ScanLaunch | TileLaunch:
-    """single: the precision of float32, "" in half precision."""
-    most, widest = (4096 if full and units % 16 == 0 else 2048), 64
+    most, widest = (4096 if full_tiles(generation) and units % 16 == 0 else 2048), 64
     if single:
         most, widest = (1024, 32) if single == "tf32" else (512, 16)
-    if torch.version.hip is not None:
+    if generation == 0:
         most, widest = min(most, 1024), min(widest, 32)
     padded = max(16, next_power_of_2(units))
     slots = next_power_of_2(lanes)
     if slots * padded > most or slots > 128 or padded > widest:
-        return _by_tiles(batch, lanes, units, bool(single), full, processors, backward)
+        return tile_launch_of(generation, processors, bool(single), batch, lanes, units, taps, backward)
     images = max(1, 16 // slots)  # tensor cores multiply 16 rows at least
     while 2 * images * slots <= 64 and 2 * images * slots * padded <= most and batch > images * processors:
         images *= 2  # a step of a larger tile takes hardly longer
@@ -132,34 +154,35 @@ def warps_of(tile: int) -> int:
     return 4 if tile <= 512 else 8 if tile <= 1024 else 16
 
 
-def scan_by_tiles(x: Tensor, lanes: int, units: int, *, backward: bool = False) -> TileLaunch:
-    """One launch, a program an image or more, for any number of units."""
-    device = x.device
-    single = x.dtype == torch.float32
-    return _by_tiles(x.shape[0], lanes, units, single, full_tiles(device), processors_of(device), backward)
-
-
-def _by_tiles(
-    batch: int, lanes: int, units: int, single: bool, full: bool, processors: int, backward: bool
+def tile_launch_of(
+    generation: int, processors: int, single: bool, batch: int, lanes: int, units: int, taps: int, backward: bool
 ) -> TileLaunch:
-    """The largest tile without more than a few words of spills reads weights least often, and waits least often: a step
-    takes 2 barriers a part of K of a tile, and about 5 a tile. The backward has one product instead of four, and the
-    larger parts."""
+    """The largest tile without more than a few words of spills reads weights least often, and the largest parts that
+    shared memory holds wait least often: a step takes 2 barriers a part, and about 4 a tile. The backward has one
+    product instead of four, and the larger parts."""
     padded = min(128, max(16, next_power_of_2(units)))
-    if torch.version.hip is not None:
+    full = full_tiles(generation)
+    together, num_stages = 1, 3
+    if generation == 0:
         M, U, K, num_warps = (16, 32, 16, 4) if single and padded > 16 else (64, min(64, padded), min(32, padded), 8)
         K *= 2 if backward else 1
     elif padded == 16:
         M, U, K, num_warps = 64, 16, 32 if backward else 16, 8
     elif single:
         U = 128 if backward and padded == 128 else 64
-        M, K, num_warps = 32, 32, 4 if backward and U == 64 else 8
+        M, K, num_warps = 32, 64 if backward and generation == 9 else 32, 4 if backward and U == 64 else 8
     elif padded == 32:
         M, U, K, num_warps = 64, 32, 64 if backward else 32, 8
+    elif backward:
+        M, U, K, num_warps = 32, padded, 256 if full else 64, 16 if padded == 128 else 8
+        num_stages = 2 if generation == 9 else 3
     else:
-        K = (64 if full else 32) * (2 if backward else 1)  # shared memory of other chips holds no more
+        together = taps if full and taps in (2, 3) else 1
+        K = 64 if full and together == 1 else 32
         M, U, num_warps = 32, padded, 16 if padded == 128 else 8
-    return TileLaunch(M, U, K, max(1, min(cdiv(batch, max(1, M // lanes)), processors)), num_warps)
+        num_stages = 2 if generation == 9 else 3
+    programs = max(1, min(cdiv(batch, max(1, M // lanes)), processors))
+    return TileLaunch(M, U, K, programs, num_warps, together, num_stages)
 
 
 def empty_results(gates: Tensor, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:

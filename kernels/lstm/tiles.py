@@ -1,9 +1,12 @@
-"""The diagonal and the Row LSTM by tiles, for any size, in one launch a scan.
+"""The diagonal and the Row LSTM by tiles, for sizes of which a program cannot hold weights and states, a launch a scan.
 
-A step is a diagonal (`ROW_SCAN` false) or a row; its pixels depend on the step before alone. A program scans its images
-side by side: it cuts the pixels of a step into tiles of M pixels and U units, which walk the states of their neighbours
-in parts of K, tile after tile; its threads wait for each other after a step. All state lies in global memory, that is
-in the caches.
+A step computes a diagonal of each image, or with ROW_SCAN a row: pixels that depend on the step before, and not on each
+other. A program scans its images side by side. It cuts the pixels of a step into tiles of M pixels and U units, and
+computes tile after tile. The gates of a tile are products of weights with the hidden states of its neighbours, a
+neighbour a tap, added up in parts of K units (of several taps, if they are taken TOGETHER). States are written to
+memory, and read from the cache in the next step; after a step the threads wait until all have written.
+
+Arguments: `fastgen.kernels.lstm.cell`.
 """
 
 from typing import Any
@@ -27,7 +30,7 @@ from fastgen.kernels.lstm.cell import (
     widened,
 )
 from fastgen.kernels.lstm.choice import TileLaunch, constants_of
-from fastgen.kernels.lstm.entries import BACKWARD_TILES, FORWARD_TILES, tile_entries
+from fastgen.kernels.lstm.entries import tile_entries
 
 
 @triton.jit
@@ -38,8 +41,8 @@ def pixels_of(step, height, width, ROW_SCAN: tl.constexpr):
 
 @triton.jit
 def place(m, step, first_image, images, height, width, ROW_SCAN: tl.constexpr, REVERSE: tl.constexpr):
-    """Where the m-th pixel of a step lies: image, row, column in the order of the scan, column x, offset in pixels;
-    whether it is one, and whether one has come before whose cell state it takes."""
+    """The m-th pixel of a step: its image, row, column in the order of the scan, column x in memory and offset in
+    pixels; whether there is such a pixel; and whether it has a previous one, whose cell state it takes."""
     top = step if ROW_SCAN else tl.maximum(step - width + 1, 0)
     count = pixels_of(step, height, width, ROW_SCAN)
     image = first_image + m // count
@@ -51,18 +54,25 @@ def place(m, step, first_image, images, height, width, ROW_SCAN: tl.constexpr, R
 
 
 @triton.jit
-def state_of(tap, TAPS: tl.constexpr, ROW_SCAN: tl.constexpr):
-    """How far above a pixel, and to its right in the order of the scan, the state of a tap lies."""
-    return 1 if ROW_SCAN else 1 - tap, tap - TAPS // 2 if ROW_SCAN else -tap
+def state_of(tap, pixel, row, column, active, height, width, TAPS: tl.constexpr, ROW_SCAN: tl.constexpr,
+             REVERSE: tl.constexpr, BACK: tl.constexpr):  # fmt: skip
+    """The neighbour whose state a pixel takes by a tap, or with BACK the one that takes this pixel's: its offset in
+    pixels, and whether it lies in the image."""
+    down = -1 if ROW_SCAN else tap - 1
+    right = tap - TAPS // 2 if ROW_SCAN else -tap  # in the order of the scan
+    if BACK:
+        down, right = -down, -right
+    inside = (row + down >= 0) & (row + down < height) & (column + right >= 0) & (column + right < width)
+    return pixel + down * width + (-right if REVERSE else right), active & inside
 
 
 @triton.jit(do_not_specialize=("batch", "images"))
 def lstm_tiles_forward_kernel(
-    gates_ptr,  # (B, 4h, H, W), strides below
-    weight_ptr,  # (4h, taps, h) contiguous
-    hidden_ptr,  # (B, H, W, h) contiguous, written and read
-    activated_ptr,  # (B, H, W, 4h) contiguous, written, or None
-    cell_ptr,  # fp32, units contiguous, strides below, written and read
+    gates_ptr,
+    weight_ptr,  # (4h, taps, h)
+    hidden_ptr,  # written and read
+    activated_ptr,
+    cell_ptr,  # never None, of the strides below, written and read
     batch,
     images,  # of a program
     height,
@@ -83,7 +93,9 @@ def lstm_tiles_forward_kernel(
     M: tl.constexpr,
     U: tl.constexpr,
     K: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):
+    tl.static_assert(TAPS % TOGETHER == 0)
     strides = (gates_image_stride, gates_unit_stride, gates_row_stride, gates_column_stride)
     cell_strides = (cell_image_stride, 1, cell_row_stride, cell_column_stride)
     to_previous = -cell_row_stride if ROW_SCAN else cell_column_stride if REVERSE else -cell_column_stride
@@ -108,18 +120,20 @@ def lstm_tiles_forward_kernel(
             cell_at = cell_ptr + offsets(cell_strides, image, row, x, u)
             cell = tl.load(cell_at + to_previous, mask & begun[:, None], other=0.0)
             n = tile // tiles * (4 * U) + tl.arange(0, 4 * U)  # units and their gates
+            weight_row = weight_ptr + (n % 4 * units + n // 4) * (TAPS * units)
             sums = tl.zeros((4 * U, M), tl.float32)
-            for part in range(TAPS * parts):
-                tap = part // parts
+            for part in range(TAPS // TOGETHER * parts):
                 k = part % parts * K + tl.arange(0, K)
-                up, right = state_of(tap, TAPS, ROW_SCAN)
-                near = pixel - up * width + (-right if REVERSE else right)
-                seen = active & (row >= up) & (column + right >= 0) & (column + right < width)
-                state = hidden_ptr + near[:, None] * units + k[None, :]
-                state = tl.load(state, seen[:, None] & (k < units)[None, :], other=0.0)
-                weights = weight_ptr + ((n % 4 * units + n // 4) * (TAPS * units))[:, None] + (tap * units + k)[None, :]
-                weights = tl.load(weights, (n // 4 < units)[:, None] & (k < units)[None, :], other=0.0)
-                sums = product(weights, tl.trans(state), sums, PRECISION)
+                for other in tl.static_range(TOGETHER):
+                    tap = part // parts * TOGETHER + other
+                    near, seen = state_of(
+                        tap, pixel, row, column, active, height, width, TAPS, ROW_SCAN, REVERSE, False
+                    )
+                    state = hidden_ptr + near[:, None] * units + k[None, :]
+                    state = tl.load(state, seen[:, None] & (k < units)[None, :], other=0.0)
+                    weights = weight_row[:, None] + (tap * units + k)[None, :]
+                    weights = tl.load(weights, (n // 4 < units)[:, None] & (k < units)[None, :], other=0.0)
+                    sums = product(weights, tl.trans(state), sums, PRECISION)
             gates = add_gates(terms, gates_of(sums, M, U))
             gates, cell, hidden = cell_forward(gates, cell, FAST)
             tl.store(hidden_ptr + pixel[:, None] * units + u[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask)
@@ -131,12 +145,12 @@ def lstm_tiles_forward_kernel(
 
 @triton.jit(do_not_specialize=("batch", "images"))
 def lstm_tiles_backward_kernel(
-    grad_hidden_ptr,  # (B, h, H, W), strides below
-    activated_ptr,  # (B, H, W, 4h) contiguous
-    cell_ptr,  # (B, H, W, h) fp32 contiguous
-    weight_ptr,  # (h, taps, 4h) contiguous
-    grad_gates_ptr,  # (B, H, W, 4h) contiguous, written and read
-    grad_cell_ptr,  # fp32, (B, H, h), or (B, W, h) by rows, contiguous: of the pixel before, written and read
+    grad_hidden_ptr,
+    activated_ptr,
+    cell_ptr,
+    weight_ptr,  # (h, taps, 4h)
+    grad_gates_ptr,  # written and read
+    grad_cell_ptr,  # fp32, (B, H, h), of a row scan (B, W, h): of each lane's previous pixel, written and read
     batch,
     images,
     height,
@@ -180,9 +194,7 @@ def lstm_tiles_backward_kernel(
             for part in range(TAPS * parts):
                 tap = part // parts
                 k = part % parts * K + tl.arange(0, K)  # units of all four gates
-                down, left = state_of(tap, TAPS, ROW_SCAN)
-                near = pixel + down * width + (left if REVERSE else -left)
-                seen = active & (row + down < height) & (column - left >= 0) & (column - left < width)
+                near, seen = state_of(tap, pixel, row, column, active, height, width, TAPS, ROW_SCAN, REVERSE, True)
                 grad = grad_gates_ptr + near[:, None] * (4 * units) + k[None, :]
                 grad = tl.load(grad, seen[:, None] & (k < 4 * units)[None, :], other=0.0)
                 weights = weight_ptr + (u * (TAPS * 4 * units))[:, None] + (tap * 4 * units + k)[None, :]
@@ -201,7 +213,7 @@ def lstm_tiles_backward_kernel(
 
 def launch_tiles(kernel: Any, pointers: tuple[Tensor | None, ...], maps: Tensor, strides: tuple[int, ...],
                  choice: TileLaunch, *, units: int, **constants: Any) -> None:  # fmt: skip
-    """maps (B, channels, H, W): the argument that the first of the strides are of."""
+    """maps (B, channels, H, W): the tensor whose strides the kernel takes first."""
     batch, height, width = maps.shape[0], *maps.shape[2:]
     images = cdiv(batch, choice.programs)
     args = (*pointers, batch, images, height, width, units, *maps.stride(), *strides)
@@ -229,7 +241,7 @@ def forward_by_tiles(
         cell = gates.new_empty((batch, lanes, units), dtype=torch.float32)
         strides = (lanes * units, 0, units) if row_scan else (lanes * units, units, 0)
     pointers = (gates, packed, hidden, activated, cell)
-    constants = {"ROW_SCAN": row_scan, "REVERSE": reverse, "TAPS": taps}
+    constants = {"ROW_SCAN": row_scan, "REVERSE": reverse, "TAPS": taps, "TOGETHER": choice.TOGETHER}
     launch_tiles(lstm_tiles_forward_kernel, pointers, gates, strides, choice, units=units, **constants)
 
 
@@ -253,6 +265,6 @@ def backward_by_tiles(
     launch_tiles(lstm_tiles_backward_kernel, pointers, grad_hidden, (), choice, units=units, **constants)
 
 
-CATALOGUE = tile_entries(lstm_tiles_forward_kernel, FORWARD_TILES) + tile_entries(
-    lstm_tiles_backward_kernel, BACKWARD_TILES
+CATALOGUE = tile_entries(lstm_tiles_forward_kernel, backward=False) + tile_entries(
+    lstm_tiles_backward_kernel, backward=True
 )

@@ -119,7 +119,8 @@ def _tiles_of(rows: Rows, sector: int, programs: int) -> Tiles:
     starts = [columns, *(stride[0] for stride in rows.strides if stride)]
     # The compiler sees multiples of 16 for itself.
     fours = not odd and rows.outer == 1 and all(n % 4 == 0 for n in starts) and any(n % 16 for n in starts)
-    aligned = sector if (odd or (fours and sector > 8)) and rows.aligned(sector) else 0
+    # Several short rows of fours are one request of a warp, which then begins with a sector.
+    aligned = sector if (odd or (fours and sector > 8 and columns >= 128)) and rows.aligned(sector) else 0
     if square:
         IN = min(next_power_of_2(rows.inner), max(32, TILE // next_power_of_2(rows.outer)))
         OUT = min(next_power_of_2(rows.outer), TILE // IN)

@@ -1,6 +1,8 @@
 """The scans' kernels, every variant, against the pixel loop in float64: in the interpreter, or on a GPU."""
 
+import dataclasses
 import functools
+import itertools
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 from fastgen.kernels.lstm import diagonal as diagonal_kernels
 from fastgen.kernels.lstm import row as row_kernels
-from fastgen.kernels.lstm.choice import ScanLaunch, TileLaunch, choose
+from fastgen.kernels.lstm.choice import ScanLaunch, TileLaunch, choose, tile_launch_of
 from fastgen.ops import diagonal_lstm, row_lstm
 from tests.ops.lstm_truth import diagonal_pixels, gradients, row_pixels
 
@@ -51,8 +53,13 @@ VARIANTS = {
     "tiles": (TileLaunch(16, 16, 16, 1), (6, 2, 3, 4)),
     "tiles of a long row": (TileLaunch(16, 16, 16, 1), (3, 2, 2, 7)),
     "tiles of a column": (TileLaunch(16, 16, 16, 2), (2, 2, 5, 1)),
+    "all taps together": (TileLaunch(16, 16, 16, 1, TOGETHER=0), (2, 17, 3, 3)),
     "tiles of more units": (TileLaunch(16, 16, 16, 2), (3, 19, 3, 2)),
 }
+
+
+def all_together(launch, taps):
+    return dataclasses.replace(launch, TOGETHER=taps) if getattr(launch, "TOGETHER", 1) == 0 else launch
 
 
 @pytest.mark.parametrize(
@@ -63,6 +70,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_diagonal_variants_equal_the_pixel_loop(variant, dtype, reverse, device):
     launch, size = VARIANTS[variant]
+    launch = all_together(launch, 2)
     gates, weight, grad = problem(*size, 2, dtype, device)
     inputs = (gates.double(), weight.double(), grad.double())
     hidden, grad_gates, _ = gradients(lambda g, w: diagonal_pixels(g, w, reverse), *inputs)
@@ -74,6 +82,7 @@ def test_diagonal_variants_equal_the_pixel_loop(variant, dtype, reverse, device)
 def test_row_variants_equal_the_pixel_loop(variant, dtype, device):
     launch, (batch, units, width, height) = VARIANTS[variant]
     taps = 5 if "stream" in variant or "long" in variant else 3
+    launch = all_together(launch, taps)
     gates, weight, grad = problem(batch, units, height, width, taps, dtype, device)
     hidden, grad_gates, _ = gradients(row_pixels, gates.double(), weight.double(), grad.double())
     check(rows(gates, weight, grad, launch), (hidden, hidden, grad_gates), dtype)
@@ -198,6 +207,19 @@ def test_the_choice_covers_the_problem(batch, lanes, units, dtype, kind):
         assert launch.programs * launch.IMAGES <= max(batch + launch.IMAGES - 1, launch.IMAGES)
     else:
         assert 0 < launch.programs <= batch
+
+
+@pytest.mark.parametrize("generation", [0, 8, 9, 10, 12])
+@pytest.mark.parametrize("taps", [1, 2, 3, 5, 7])
+def test_tiles_take_all_taps_and_fit_shared_memory(generation, taps):
+    """Of half precision: as many parts as lie in shared memory at once, each of weights and states."""
+    limit = {0: 64, 8: 99, 9: 227, 10: 227, 12: 99}[generation]
+    for units, backward in itertools.product((16, 32, 64, 128, 300), (False, True)):
+        launch = tile_launch_of(generation, 132, False, 16, 32, units, taps, backward)
+        assert taps % launch.TOGETHER == 0 and not (backward and launch.TOGETHER > 1)
+        rows = launch.U * (1 if backward else 4) + launch.M
+        parts = 1 if generation == 0 else 2
+        assert parts * launch.TOGETHER * rows * launch.K * 2 <= limit * 1024
 
 
 @pytest.mark.gpu

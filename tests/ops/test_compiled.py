@@ -13,8 +13,10 @@ LEVELS = {"bernoulli": 2, "gaussian": 256, "categorical": 7, "logistic_mixture":
 
 
 def of_likelihood(likelihood, impl):
+    channels = 1 if impl == "reference" else 3  # a mixture's definition on RGB takes half a minute to trace
+
     def call(n):
-        params, target = make(likelihood, n, 3, n + 1, n + 2)
+        params, target = make(likelihood, n, channels, n + 1, n + 2)
         return (params,), lambda p: ops.reconstruction_nll(p, target, likelihood, impl=impl)
 
     return call

@@ -8,7 +8,7 @@
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,19 +39,12 @@ class NotByReadyTimes(Unsupported):
         self.order = order
 
 
-class Ordered:
-    """Ready times for an order in which the model is causal, and when each output is needed first.
+class Ordered(NamedTuple):
+    """Draws in an order in which the model is causal, its ready times in that order, the values of its condition."""
 
-    Attributes:
-        graph, conditions: of the network.
-        timed, order, needed: its ready times in this order; `needed` has the output's shape.
-        remarks: what to tell people.
-    """
-
-    def __init__(self, graph: Graph, conditions: list[Value], timed: Timed, draws: Draws) -> None:
-        self.graph, self.conditions, self.timed = graph, conditions, timed
-        self.order, self.needed = draws.order, draws.of_outputs()
-        self.remarks = list(graph.remarks)
+    draws: Draws
+    timed: Timed
+    conditions: list[Value]
 
 
 def ordered(network: Network, distribution: Distribution) -> Ordered:
@@ -71,7 +64,7 @@ def ordered(network: Network, distribution: Distribution) -> Ordered:
         raise NotByReadyTimes(f"{reason} (causal as far as trials show, not proven)", order) from reason
     in_raster = _in_raster(graph, candidates)
     if in_raster is not None:
-        return Ordered(graph, conditions, *in_raster)
+        return Ordered(*in_raster, conditions)
 
     def output_ready(draw_index: Tensor) -> Tensor:
         return ready_times(graph, draw_index).output_ready()
@@ -83,9 +76,8 @@ def ordered(network: Network, distribution: Distribution) -> Ordered:
     for one, depends in zip(candidates, known, strict=True):
         draws = search(output_ready, one, depends).draws
         if draws is not None:
-            ordered = Ordered(graph, conditions, ready_times(graph, draws.of_levels()), draws)
-            ordered.remarks.append(OTHER_ORDER)
-            return ordered
+            graph.remarks.append(OTHER_ORDER)
+            return Ordered(draws, ready_times(graph, draws.of_levels()), conditions)
     finest = candidates[-1]
     report = CausalityReport(False, leaks_of(ready_times(graph, finest.of_levels()), finest, network.model))
     if all(search(certainly_ready, *given).circle for given in zip(candidates, known, strict=True)):
@@ -95,14 +87,14 @@ def ordered(network: Network, distribution: Distribution) -> Ordered:
     raise NotByReadyTimes(f"{doubt}; causal as far as trials show, not proven", order)
 
 
-def _in_raster(graph: Graph, candidates: Sequence[Draws]) -> tuple[Timed, Draws] | None:
+def _in_raster(graph: Graph, candidates: Sequence[Draws]) -> tuple[Draws, Timed] | None:
     finest = candidates[-1]
     timed = ready_times(graph, finest.of_levels())
     for one in candidates:
         draws = len(finest) // len(one)  # of the finest order in one of this
         if bool((coarser(timed.output_ready(), draws) < one.of_outputs()).all()):
             timed.analysis.coarsen(draws)
-            return timed, one
+            return one, timed
     return None
 
 

@@ -30,7 +30,7 @@ class Timed:
 
     graph: Graph
     analysis: Analysis
-    rules: dict[int, Rule]
+    rules: dict[Value, Rule]
 
     @property
     def computed(self) -> list[Value]:
@@ -49,7 +49,7 @@ def ready_times(graph: Graph, draw_index: Tensor, bound: Timed | None = None) ->
             last level that it certainly depends on.
     """
     analysis = Analysis(graph, certain=bound is not None)
-    rules: dict[int, Rule] = {}
+    rules: dict[Value, Rule] = {}
     for value in list(graph.values):
         if value.kind == "levels":
             analysis.set(value, draw_index)
@@ -58,7 +58,7 @@ def ready_times(graph: Graph, draw_index: Tensor, bound: Timed | None = None) ->
         elif value.kind == "constant":
             continue
         else:
-            rule = rules[value.index] = rule_for(value, analysis)
+            rule = rules[value] = rule_for(value, analysis)
             ready, low = rule.ready()
             if bound is not None:
                 doubtful = erased(value, bound.analysis, analysis, ready)
@@ -83,7 +83,7 @@ def path_to_input(timed: Timed, operand: Operand, element: tuple[int, ...]) -> l
         times = torch.full(value.shape, NEVER, dtype=torch.int32)
         times[place] = 0
         following = None
-        for one, wanted in timed.rules[value.index].needs(times):
+        for one, wanted in timed.rules[value].needs(times):
             found = (wanted == 0) & (timed.analysis.ready(one) == target)
             if found.any():
                 first = torch.nonzero(found)[0]

@@ -40,21 +40,21 @@ class NeedsStorage(Exception):
 class Storage:
     """Where every value lies: in memory for the whole image, as a constant, or in scratch for the length of a step."""
 
-    def __init__(self, layouts: dict[int, Layout], stored: set[int]) -> None:
+    def __init__(self, layouts: dict[Value, Layout], stored: set[Value]) -> None:
         self.layouts = layouts
         self.stored = stored
-        self.memories: dict[int, Memory] = {}
+        self.memories: dict[Value, Memory] = {}
         self._indexed: dict[Operand, Indexed] = {}
 
     def memory(self, value: Value) -> Memory:
         """The block of a value that is stored, or of a constant."""
-        if value.index not in self.memories:
+        if value not in self.memories:
             if value.kind == "constant":
-                self.memories[value.index] = constant(value.data).memory
+                self.memories[value] = constant(value.data).memory
             else:
-                size = self.layouts[value.index].numel
-                self.memories[value.index] = Memory("stored", value.index, size, value.data.dtype)
-        return self.memories[value.index]
+                size = self.layouts[value].numel
+                self.memories[value] = Memory("stored", value.index, size, value.data.dtype)
+        return self.memories[value]
 
     def indexed(self, operand: Operand) -> Indexed:
         if operand not in self._indexed:
@@ -65,7 +65,7 @@ class Storage:
         """Strides of a value in its block, and the place of its first element."""
         if value.kind == "constant":
             return dense_strides(value.shape), 0
-        found = self.layouts[value.index]
+        found = self.layouts[value]
         return found.strides, found.origin
 
 
@@ -91,7 +91,7 @@ class Builder:
         self.checks: list[Check] = []
         self.temporaries = 0
         self.scratches = 0
-        self.local: dict[int, tuple[int, Box, View]] = {}  # value -> its task, box and scratch in this step
+        self.local: dict[Value, tuple[int, Box, View]] = {}  # task, box and scratch of a value in this step
 
     # --- what rules use
 
@@ -104,10 +104,10 @@ class Builder:
 
     def out(self, value: Value, box: Box) -> View:
         """Where the result of this task goes, dimensions in the value's order."""
-        if value.index in self.storage.stored:
+        if value in self.storage.stored:
             return self._view(Map.identity(value), self.region(box))
-        view = self.scratch(box.sizes, value.data.dtype, self.storage.layouts[value.index].order)
-        self.local[value.index] = (self.task, box, view)
+        view = self.scratch(box.sizes, value.data.dtype, self.storage.layouts[value].order)
+        self.local[value] = (self.task, box, view)
         return view
 
     def read(self, operand: Operand, region: Region) -> View:
@@ -158,14 +158,14 @@ class Builder:
     def _view(self, where: Map, region: Region) -> View:
         value = where.value
         sizes = tuple(size for _, size, _ in region)
-        if value.kind != "computed" or value.index in self.storage.stored:
+        if value.kind != "computed" or value in self.storage.stored:
             strides, origin = self.storage.strides(value)
             units = [sum(s * t for s, t in zip(step, strides, strict=True)) for step in where.steps]
             origin += sum(s * t for s, t in zip(where.start, strides, strict=True))
             offset = AffineOffset.weighted(origin, [(one[0], unit) for one, unit in zip(region, units, strict=True)])
             along = tuple(unit * step for unit, (_, _, step) in zip(units, region, strict=True))
             return View(self.storage.memory(value), sizes, along, offset, self.task)
-        if value.index not in self.local:
+        if value not in self.local:
             raise NeedsStorage(value)
         first = [
             AffineOffset.weighted(k, [(one[0], s[d]) for one, s in zip(region, where.steps, strict=True) if s[d]])
@@ -177,7 +177,7 @@ class Builder:
     def _local_view(
         self, value: Value, first: list[AffineOffset], steps: list[list[int]], sizes: tuple[int, ...]
     ) -> View:
-        task, box, view = self.local[value.index]
+        task, box, view = self.local[value]
         here = self.tasks[self.task][1].start
         offset = 0
         along = [0] * len(sizes)
@@ -207,7 +207,7 @@ class Builder:
         self.indexed_reads.append(read)
         values = [indexed.values[number] for number in read.numbers]
         for value in values:
-            if value.kind == "computed" and value.index not in self.storage.stored:
+            if value.kind == "computed" and value not in self.storage.stored:
                 raise NeedsStorage(value)
         strides = _strides_of(places) if len(values) == 1 else None
         if strides is not None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from fastgen.distributions import Distribution
-from fastgen.sampling.causality.drawing_order import Ordered, ordered
+from fastgen.sampling.causality.drawing_order import ordered
 from fastgen.sampling.causality.draws import Order, draw_index_of
 from fastgen.sampling.causality.ready_times import Timed
-from fastgen.sampling.machine.language import Memory, Program
+from fastgen.sampling.machine.language import Memory, Product, Program
 from fastgen.sampling.plan.builder import Builder, NeedsStorage, Storage
 from fastgen.sampling.plan.layout import Box, layout
 from fastgen.sampling.plan.renewal import Traced, renew
-from fastgen.sampling.plan.schedule import Schedule, running_times, schedule
+from fastgen.sampling.plan.schedule import Schedule, row_ends, running_times, schedule
 from fastgen.sampling.plan.sliding_rows import Candidate, Ring, make_rings
 from fastgen.sampling.plan.split_convolution import split_rows
 from fastgen.sampling.plan.temporaries import Scratch, share_scratch
@@ -61,11 +61,11 @@ class Plan:
     leaves: list[Value]
     network: Network
     traced: list[Traced]
+    remarks: list[str]
     programs: list[Program] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     scratch: Scratch = field(default_factory=Scratch)
     rings: dict[Memory, Ring] = field(default_factory=dict)
-    remarks: list[str] = field(default_factory=list)
 
     def renew(self) -> bool:
         """Takes over the model's weights as they are now; False, and nothing changed, where that needs another plan."""
@@ -96,6 +96,15 @@ class Plan:
         return self.timed.graph.data_of(self.output).dtype
 
     @cached_property
+    def multiply_adds(self) -> int:
+        """Of the products of all steps, for one image."""
+        of_program = [
+            sum(one.multiply_adds for one in program.instructions if isinstance(one, Product))
+            for program in self.programs
+        ]
+        return sum(of_program[step.program] for step in self.steps)
+
+    @cached_property
     def work_ratio(self) -> float:
         """Multiply-adds of all steps over those of the same activations computed once each.
 
@@ -103,12 +112,12 @@ class Plan:
         of both, so that the least is 1.
         """
         done, once = 0.0, 0.0
-        by_value: dict[int, list[Box]] = {}
+        by_value: dict[Value, list[Box]] = {}
         for tasks in self.schedule.steps:
             for value, box in tasks:
-                by_value.setdefault(value.index, []).append(box)
-        for index, boxes in by_value.items():
-            value, cost = self.timed.graph.values[index], self.timed.rules[index].multiply_adds
+                by_value.setdefault(value, []).append(box)
+        for value, boxes in by_value.items():
+            cost = self.timed.rules[value].multiply_adds
             if cost:
                 computed = torch.zeros(value.shape, dtype=torch.bool)
                 for box in boxes:
@@ -121,18 +130,14 @@ class Plan:
 def make_plan(network: Network, distribution: Distribution) -> Plan:
     """Raises NotCausalError, or Unsupported where the engine cannot take the model."""
     shape = network.shape
-    found: Ordered = ordered(network, distribution)
-    traced = Traced.all_of(found.graph)
-    output = found.graph.output
-    deadlines = [(output, (found.needed - 1).expand(output.shape))]
-    times = running_times(found.timed, found.order, deadlines)
-    if split_rows(found.timed, found.order, times):
-        times = running_times(found.timed, found.order, deadlines)
-    when = schedule(found.timed, len(found.order), times, deadlines)
-    storage = _storage(found.timed, when, found.order, shape)
-    whole_pixels = len(found.order) == shape[1] * shape[2]
-    plan = Plan(found.timed, when, storage, found.order, whole_pixels, output, found.conditions, network, traced)
-    plan.remarks = found.remarks
+    draws, timed, conditions = ordered(network, distribution)
+    traced = Traced.all_of(timed.graph)
+    output, order, ends = timed.graph.output, draws.order, row_ends(draws.order)
+    times = running_times(timed, ends, draws.of_outputs() - 1, partial(split_rows, timed, ends))
+    when = schedule(timed, len(order), times)
+    storage = _storage(timed, when, order, shape)
+    whole_pixels = len(order) == shape[1] * shape[2]
+    plan = Plan(timed, when, storage, order, whole_pixels, output, conditions, network, traced, timed.graph.remarks)
     groups = _alike(plan)
     built: Built = {}
     while not _write_programs(plan, groups, built):
@@ -144,16 +149,14 @@ def make_plan(network: Network, distribution: Distribution) -> Plan:
 
 def _windows(plan: Plan) -> Iterator[Candidate]:
     """Values of which a ring may hold some rows: steps compute them, and only steps read them."""
-    boxes: dict[int, list[tuple[int, Box]]] = {}
+    boxes: dict[Value, list[tuple[int, Box]]] = {}
     for step, tasks in enumerate(plan.schedule.steps):
         for value, box in tasks:
-            boxes.setdefault(value.index, []).append((step, box))
-    output = {value.index for value in plan.output.values}
-    for index, memory in plan.storage.memories.items():
-        value = plan.timed.graph.values[index]
-        if value.kind != "computed" or index in output or plan.timed.rules[index].keeps_state:
+            boxes.setdefault(value, []).append((step, box))
+    for value, memory in plan.storage.memories.items():
+        if value.kind != "computed" or value in plan.output.values or plan.timed.rules[value].keeps_state:
             continue
-        found = plan.storage.layouts[index]
+        found = plan.storage.layouts[value]
         if found.order:
             outer = found.order[0]
             constant = compact(plan.schedule.times.of(value)) == CONSTANT
@@ -161,7 +164,7 @@ def _windows(plan: Plan) -> Iterator[Candidate]:
             in_row = constant_rows.reshape(len(constant_rows), -1).any(1).expand(value.shape[outer])
             rows = torch.nonzero(in_row).flatten().tolist()
             late = bool(in_row[1:].any())
-            written = _written(value, boxes.get(index, []), constant.expand(value.shape), outer) if late else {}
+            written = _written(value, boxes.get(value, []), constant.expand(value.shape), outer) if late else {}
             begun = max((row + 1 for row in rows if row == 0 or row not in written), default=0)
             yield Candidate(memory, found, begun, {row: step for row, step in written.items() if row >= begun})
 
@@ -184,42 +187,38 @@ def _written(value: Value, boxes: list[tuple[int, Box]], constant: Tensor, outer
 
 def _storage(timed: Timed, when: Schedule, order: Order, shape: Sequence[int]) -> Storage:
     graph = timed.graph
-    maps: dict[int, list[Map]] = {}
-    stored = set(when.stored)
-    reads = [timed.graph.output]
-    for value in timed.computed:
-        reads += timed.rules[value.index].reads()
-    for operand in reads:
+    maps: dict[Value, list[Map]] = {}
+    # Programs show which other values must be, see `NeedsStorage`.
+    stored = {*graph.output.values, *(value for value, rule in timed.rules.items() if rule.keeps_state)}
+    for operand in (graph.output, *(one for rule in timed.rules.values() for one in rule.reads())):
         if operand.map is not None:
-            maps.setdefault(operand.map.value.index, []).append(operand.map)
-            if operand.map.padded:
-                stored.add(operand.map.value.index)
-        else:
-            stored |= {value.index for value in operand.values}
+            maps.setdefault(operand.map.value, []).append(operand.map)
+        if operand.map is None or operand.map.padded:
+            stored |= set(operand.values)
     layouts = {}
     feature_maps = _feature_maps(timed)
     for value in graph.values:
         if value.kind != "constant":
             times = draw_index_of(order, shape) if value.kind == "levels" else when.times.of(value)
-            rule = timed.rules.get(value.index)
-            channels = 1 if value.index in feature_maps else rule.channels if rule is not None else None
-            layouts[value.index] = layout(value, times, maps.get(value.index, []), channels)
+            rule = timed.rules.get(value)
+            channels = 1 if value in feature_maps else rule.channels if rule is not None else None
+            layouts[value] = layout(value, times, maps.get(value, []), channels)
     return Storage(layouts, stored)
 
 
-def _feature_maps(timed: Timed) -> set[int]:
+def _feature_maps(timed: Timed) -> set[Value]:
     """Values (1, C, ...) that convolutions compute or read, and what is computed from them place by place."""
-    found: set[int] = set()
+    found: set[Value] = set()
     for value in timed.computed:
         sources = [source for operand in value.operands for source in operand.values]
-        if isinstance(timed.rules[value.index], Convolution):
-            found |= {value.index, *(one.index for one in sources if len(one.shape) == len(value.shape))}
-        elif any(one.index in found and len(one.shape) == len(value.shape) for one in sources):
-            found.add(value.index)
+        if isinstance(timed.rules[value], Convolution):
+            found |= {value, *(one for one in sources if len(one.shape) == len(value.shape))}
+        elif any(one in found and len(one.shape) == len(value.shape) for one in sources):
+            found.add(value)
     return found
 
 
-Built = dict[int, tuple[Builder, frozenset[int]]]  # step -> what wrote its program, values local to it
+Built = dict[int, tuple[Builder, frozenset[Value]]]  # step -> what wrote its program, values local to it
 
 
 def _alike(plan: Plan) -> list[list[int]]:
@@ -227,7 +226,7 @@ def _alike(plan: Plan) -> list[list[int]]:
     rules = plan.timed.rules
     groups: dict[Any, list[int]] = {}
     for step, tasks in enumerate(plan.schedule.steps):
-        key = tuple((value.index, box.sizes, box.steps, rules[value.index].fixed(box)) for value, box in tasks)
+        key = tuple((value, box.sizes, box.steps, rules[value].fixed(box)) for value, box in tasks)
         groups.setdefault(key, []).append(step)
     return list(groups.values())
 
@@ -279,10 +278,10 @@ def _build(plan: Plan, step: int, built: Built) -> Builder:
             builder.task, written = number, False
             while not written:
                 try:
-                    plan.timed.rules[value.index].emit(builder, box)
+                    plan.timed.rules[value].emit(builder, box)
                     written = True
                 except NeedsStorage as missing:  # the rest is written all the same, to find all that is missing
-                    plan.storage.stored.add(missing.value.index)
+                    plan.storage.stored.add(missing.value)
         if len(plan.storage.stored) == before:
             built[step] = builder, frozenset(builder.local)
             return builder

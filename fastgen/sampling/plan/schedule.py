@@ -5,7 +5,7 @@ step of its ready time, or, where that is not too late for any element that need
 vertical stack of a gated PixelCNN and the coarse levels of a strided model run a row at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from fastgen.sampling.causality.ready_times import Timed
 from fastgen.sampling.plan.layout import Box
 from fastgen.sampling.trace.element_times import ElementTimes, compact, shrunk
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, READY, Operand, Value, coordinates
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, READY, Value, coordinates
 
 
 @dataclass(eq=False)
@@ -22,12 +22,10 @@ class Schedule:
     """Attributes:
     steps: step -> (value, box) in the order of computation; the first is step -1.
     times: when each element is computed, see `running_times`.
-    stored: indices of the values that are read at another step than they are computed at, or computed in several boxes.
     """
 
     steps: list[list[tuple[Value, Box]]]
     times: ElementTimes
-    stored: set[int]
 
 
 def row_ends(order: Sequence[tuple[int, int, int]]) -> Tensor:
@@ -41,24 +39,30 @@ def row_ends(order: Sequence[tuple[int, int, int]]) -> Tensor:
 
 
 def running_times(
-    timed: Timed, order: Sequence[tuple[int, int, int]], deadlines: Sequence[tuple[Operand, Tensor]]
+    timed: Timed, ends: Tensor, deadline: Tensor, split: Callable[[Value, Tensor], Value | None]
 ) -> ElementTimes:
-    """When each element is computed, for those that the deadlines ask for and all that those need.
+    """When each element is computed, for those of the output and all that they need, from the last value to the first.
 
     CONSTANT where it needs no computation, NEVER where nobody needs it.
+
+    Args:
+        ends: of rows, see `row_ends`.
+        deadline: when the output is needed.
+        split: given a value and its times, may write it as a sum with another value, new in the graph, which it gives.
     """
-    ends = row_ends(order)
     wanted, times = ElementTimes(NEVER), ElementTimes(CONSTANT)
-    for operand, deadline in deadlines:
-        wanted.scatter_min(operand, deadline)
-    for value in reversed(timed.computed):
-        rule = timed.rules[value.index]
-        latest = rule.needed_within(shrunk(wanted.of(value)))
+    wanted.scatter_min(timed.graph.output, deadline)
+    pending = timed.computed
+    while pending:
+        value = pending.pop()
+        latest = timed.rules[value].needed_within(shrunk(wanted.of(value)))
         when = at_row_end(ends, timed.analysis.ready_of(value), latest)
         times.set(value, when)
+        part = split(value, when)
+        pending += [] if part is None else [part]
         running = compact(when)
         running = torch.where(running == CONSTANT, NEVER, running).expand(value.shape)
-        for operand, needed in rule.needs(running):
+        for operand, needed in timed.rules[value].needs(running):
             wanted.scatter_min(operand, needed)
     return times
 
@@ -73,37 +77,14 @@ def at_row_end(ends: Tensor, ready: Tensor, latest: Tensor) -> Tensor:
     return torch.where(ready == CONSTANT, CONSTANT, when).expand(shape)
 
 
-def schedule(timed: Timed, draws: int, times: ElementTimes, deadlines: Sequence[tuple[Operand, Tensor]]) -> Schedule:
+def schedule(timed: Timed, draws: int, times: ElementTimes) -> Schedule:
     """The steps of an image of so many draws, from its `running_times`."""
-    stored = _read_later(timed, times, deadlines)
     steps: list[list[tuple[Value, Box]]] = [[] for _ in range(draws + 1)]
     known: dict[bytes, dict[int, list[Box]]] = {}
     for value in timed.computed:
         for step, boxes in _boxes(times.of(value), known).items():
             steps[step + 1] += [(value, box) for box in boxes]
-            if len(boxes) > 1:  # which readers see as one
-                stored.add(value.index)
-    return Schedule(steps, times, stored)
-
-
-def _read_later(timed: Timed, times: ElementTimes, deadlines: Sequence[tuple[Operand, Tensor]]) -> set[int]:
-    """Values some element of which is needed at a step after that of its computation."""
-    last = ElementTimes(NEVER)  # of the negated times, of which the least is the last
-    for operand, needed in deadlines:
-        last.scatter_min(operand, torch.where(needed == NEVER, NEVER, -needed))
-    for value in timed.computed:
-        when = compact(times.of(value))
-        running = torch.where((when == CONSTANT) | (when == NEVER), NEVER, -when).expand(value.shape)
-        for operand, needed in timed.rules[value.index].needs(running):
-            last.scatter_min(operand, needed)
-    found = set()
-    for value in timed.computed:
-        when, need = compact(times.of(value)), compact(last.of(value))
-        if timed.rules[value.index].keeps_state or ((need != NEVER) & (-need != when)).any():
-            found.add(value.index)
-    for operand, _ in deadlines:
-        found |= {value.index for value in operand.values}
-    return found
+    return Schedule(steps, times)
 
 
 def _boxes(times: Tensor, known: dict[bytes, dict[int, list[Box]]]) -> dict[int, list[Box]]:

@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.sampling.causality.draws import Order
 from fastgen.sampling.causality.ready_times import Timed
-from fastgen.sampling.plan.schedule import at_row_end, row_ends
-from fastgen.sampling.rules import Analysis, Rule
+from fastgen.sampling.plan.schedule import at_row_end
+from fastgen.sampling.rules import Analysis
 from fastgen.sampling.rules.convolution import Convolution
 from fastgen.sampling.rules.transposed import TransposedConvolution
-from fastgen.sampling.trace.element_times import ElementTimes, compact
+from fastgen.sampling.trace.element_times import compact
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, Map, Operand, Value
 
 
@@ -26,66 +25,43 @@ class ConvolutionPlusMap:
         return "aten.convolution"
 
 
-def split_rows(timed: Timed, order: Order, times: ElementTimes) -> bool:
-    """Splits, in place, convolutions that run pixel by pixel and part of which can run row by row; whether any did.
+def split_rows(timed: Timed, ends: Tensor, value: Value, times: Tensor) -> Value | None:
+    """Splits, in place, a convolution that runs pixel by pixel and part of which can run row by row.
 
     The rows of the kernel before its last live one go to a value of their own. One product computes it for a whole
     row of the image, where each pixel by itself would have to fetch all of those weights for the few numbers it has.
 
     Args:
-        times: when each element is computed as things are.
+        ends: of rows, see `row_ends`.
+        value: any of the graph.
+        times: when each of its elements is computed.
+
+    Returns:
+        The value of that part, None where there is none, or where it would not run at fewer steps.
     """
-    graph, analysis, ends = timed.graph, timed.analysis, row_ends(order)
-    known = list(graph.values)
-    earlier: dict[int, tuple[Convolution, Operand]] = {}
-    for value in known:
-        rule = timed.rules.get(value.index)
-        if isinstance(rule, Convolution):
-            found = _earlier_rows(timed, rule, ends, times.of(value))
-            if found is not None:
-                graph.number(found[0].value)
-                earlier[value.index] = found
-    if not earlier:
-        return False
-    values: list[Value] = []
-    rules: list[Rule] = []
-    for value in known:
-        rule = timed.rules.get(value.index)
-        if value.index in earlier:
-            first, last_row = earlier[value.index]
-            analysis.set(first.value, *first.ready())
-            onto = Operand(graph, value.shape, map=Map.identity(first.value))
-            value.op, value.args = ConvolutionPlusMap(), (value.args[0], last_row, onto, *value.args[3:])
-            values.append(first.value)
-            rules.append(first)
-            rule = Convolution(value, analysis)
-        values.append(value)
-        rules += [] if rule is None else [rule]
-    graph.values = [*values, *graph.values[len(known) :]]  # the last are constants of the parts
-    for index, value in enumerate(graph.values):
-        value.index = index
-    timed.rules = {rule.value.index: rule for rule in rules}
-    return True
-
-
-def _earlier_rows(timed: Timed, rule: Convolution, ends: Tensor, times: Tensor) -> tuple[Convolution, Operand] | None:
-    """The convolution by all rows of the kernel but its last live one, and the weights of that one; None where it would
-    not run at fewer steps, or there is one row alone."""
-    value, graph, analysis = rule.value, timed.graph, timed.analysis
-    if isinstance(rule, TransposedConvolution) or rule.groups > 1 or rule.rank < 2 or _steps(times) <= 2 * len(ends):
+    rule, graph, analysis = timed.rules[value], timed.graph, timed.analysis
+    if not isinstance(rule, Convolution) or isinstance(rule, TransposedConvolution) or value.derive is not None:
         return None
-    live = torch.nonzero(rule.live.movedim(2, 0).flatten(1).any(1)).flatten().tolist()
-    if len(live) < 2:
+    live = torch.nonzero(rule.live.movedim(2, 0).flatten(1).any(1)).flatten().tolist() if rule.rank > 1 else []
+    if rule.groups > 1 or len(live) < 2 or _steps(times) <= 2 * len(ends):
         return None
     rows, last_row = (_rows(analysis, rule.weight, kept) for kept in (slice(live[-1]), slice(live[-1], None)))
     x, _, bias, *rest = value.args
-    first = Value("computed", value.shape, value.data, value.op, (x, rows, bias, *rest))
+    first = Value("computed", value.shape, value.data, value.op, (x, rows, bias, *rest), index=len(graph.values))
     first.module = value.module
     first.derive = lambda: first.compute(*(graph.data_of(one) for one in first.operands)).contiguous()
     first.data = first.derive()
     found = Convolution(first, analysis)
-    fewer = 2 * _steps(at_row_end(ends, found.ready()[0], times)) <= _steps(times)
-    return (found, last_row) if fewer else None
+    ready = found.ready()
+    if 2 * _steps(at_row_end(ends, ready[0], times)) > _steps(times):
+        return None
+    graph.number(first)
+    graph.values.insert(graph.values.index(value), first)
+    analysis.set(first, *ready)
+    onto = Operand(graph, value.shape, map=Map.identity(first))
+    value.op, value.args = ConvolutionPlusMap(), (x, last_row, onto, *rest)
+    timed.rules |= {first: found, value: Convolution(value, analysis)}
+    return first
 
 
 def _rows(analysis: Analysis, weight: Tensor, kept: slice) -> Operand:

@@ -12,7 +12,9 @@ from fastgen.sampling.trace.element_times import ElementTimes, compact, kinds_of
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, Graph, Map, Operand, Value
 
 if TYPE_CHECKING:
+    from fastgen.sampling.machine.language import View
     from fastgen.sampling.plan.builder import Builder
+    from fastgen.sampling.plan.indexed import Region
     from fastgen.sampling.plan.layout import Box
 
 SOFTMAX_ZERO = -1e4  # what is below by this much vanishes in a softmax
@@ -125,6 +127,7 @@ class Rule(ABC):
     def __init__(self, value: Value, analysis: Analysis) -> None:
         self.value = value
         self.analysis = analysis
+        self._hides: dict[Operand, Operand] = {}
 
     @abstractmethod
     def ready(self) -> tuple[Tensor, Tensor | None]:
@@ -145,6 +148,17 @@ class Rule(ABC):
     def reads(self) -> list[Operand]:
         """Operands as they are read, with what padding puts around them."""
         return self.value.operands
+
+    def seen(self, builder: "Builder", operand: Operand, region: "Region", hidden: Tensor | None) -> "View":
+        """A region of an operand, -inf where it is `hidden`: what lies there may not have been computed."""
+        found = builder.read(operand, region)
+        if hidden is None:
+            return found
+        if operand not in self._hides:
+            self._hides[operand] = self.analysis.constant(hidden.expand(operand.shape).float())
+        target = builder.scratch(found.sizes, found.memory.dtype)
+        builder.pointwise("hide", target, found, builder.read(self._hides[operand], region))
+        return target
 
     def fixed(self, box: "Box") -> tuple[Any, ...]:
         """What besides the sizes of the box the program depends on."""

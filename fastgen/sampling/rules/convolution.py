@@ -102,21 +102,15 @@ class Convolution(Rule):
             padded = padded.narrow(d, k * dilation, span)[(slice(None),) * d + (slice(None, None, stride),)]
         return padded
 
-    def _around(self, times: Tensor) -> Tensor:
-        """Times of the input with those of the zeros around it."""
-        pads = [pad for one in reversed(self.padding) for pad in (one, one)]
-        return F.pad(times, pads, value=CONSTANT)
-
     def ready(self) -> tuple[Tensor, Tensor | None]:
         x, live, blocks = self.analysis.ready(self.x), self.live, list(self._blocks())
         if x.stride(1) == 0:  # the same for all channels: a channel of each kind of kernel will do
             x, live, blocks = x[:, :1], self.live.any(1, keepdim=True), [(slice(0, len(live)), slice(0, 1))]
-        x = self._around(x)
         found: list[tuple[Tensor, Tensor]] = []  # output channels, and their times without a dimension of channels
         for outs, ins in blocks:
             inputs = x[:, ins].transpose(0, 1)
             for numbers, kind in groups_of(live[outs]):
-                found.append((outs.start + numbers, self._latest(inputs, kind.flatten(1), len(x))))
+                found.append((outs.start + numbers, self._latest(inputs, kind.flatten(1))))
         out = _of_channels(found, self.value.shape)
         if self.bias is not None:
             out = torch.maximum(compact(out), compact(self.analysis.ready(self.bias)).view(1, -1, *[1] * self.rank))
@@ -124,14 +118,46 @@ class Convolution(Rule):
             out = torch.maximum(compact(out), compact(self.analysis.ready(self.onto)))
         return out.expand(self.value.shape), None
 
-    def _latest(self, inputs: Tensor, live: Tensor, images: int) -> Tensor:
-        """Of what some taps see of padded inputs (channels, images, ...): (images, ...). `live`: (channels, taps)."""
-        best = torch.full((images, *self.value.shape[2:]), CONSTANT, dtype=torch.int32)
+    def _latest(self, inputs: Tensor, live: Tensor) -> Tensor:
+        """Of what some taps see of inputs (channels, images, ...): (images, ...). `live`: (channels, taps)."""
+        return self._gathered(inputs, live, CONSTANT)
+
+    def _first(self, results: Tensor, live: Tensor) -> Tensor:
+        """When what the taps see is needed for results (channels, images, ...): (images, ...)."""
+        return -self._scattered(-results, live, -NEVER, self.x.shape[2:])
+
+    def _reached(self, times: Tensor, least: int) -> tuple[Tensor, tuple[slice, ...]]:
+        """Times (..., the map that taps reach into) with `least` around them, as far as any tap reaches; where they lie
+        in that."""
+        sizes = times.shape[-self.rank :]
+        pads: list[int] = []
+        options = zip(sizes, self.places, self.stride, self.dilation, self.kernel, self.padding, strict=True)
+        for size, places, stride, dilation, kernel, pad in options:
+            reach = stride * (places - 1) + dilation * (kernel - 1) + 1
+            pads = [pad, max(0, reach - size - pad), *pads]
+        inner = tuple(slice(pad, pad + size) for pad, size in zip(self.padding, sizes, strict=True))
+        return F.pad(times, pads, value=least), inner
+
+    def _gathered(self, times: Tensor, live: Tensor, least: int) -> Tensor:
+        """At each of the kernel's places the greatest of the times that live taps meet on the map they reach into."""
+        around, _ = self._reached(times, least)
+        best = torch.full((times.shape[1], *self.places), least, dtype=torch.int32)
         for number, tap in enumerate(self.taps):
             channels = torch.nonzero(live[:, number]).flatten()
             if len(channels):
-                torch.maximum(best, self._window(tap, inputs)[channels].amax(0), out=best)
+                torch.maximum(best, self._window(tap, around)[channels].amax(0), out=best)
         return best
+
+    def _scattered(self, times: Tensor, live: Tensor, least: int, sizes: Sequence[int]) -> Tensor:
+        """On the map, of these sizes, that taps reach into, the greatest of the times at places whose live taps meet an
+        element of it."""
+        best, inner = self._reached(torch.full((times.shape[1], *sizes), least, dtype=torch.int32), least)
+        for number, tap in enumerate(self.taps):
+            channels = torch.nonzero(live[:, number]).flatten()
+            if len(channels):
+                window = self._window(tap, best)
+                window.copy_(torch.maximum(window, times[channels].amax(0)))
+        return best[(slice(None), *inner)]
 
     def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
         if self.onto is not None:
@@ -146,19 +172,8 @@ class Convolution(Rule):
         for outs, ins in blocks:
             results = times[:, outs].transpose(0, 1)
             for numbers, kind in groups_of(live[outs].transpose(0, 1)):
-                found.append((ins.start + numbers, self._first(results, kind.flatten(1), len(times))))
+                found.append((ins.start + numbers, self._first(results, kind.flatten(1))))
         yield self.x, _of_channels(found, self.x.shape)
-
-    def _first(self, results: Tensor, live: Tensor, images: int) -> Tensor:
-        """When what the taps see is needed for results (channels, images, ...): (images, ...)."""
-        sizes = list(zip(self.x.shape[2:], self.padding, strict=True))
-        best = torch.full((images, *(size + 2 * pad for size, pad in sizes)), NEVER, dtype=torch.int32)
-        for number, tap in enumerate(self.taps):
-            channels = torch.nonzero(live[:, number]).flatten()
-            if len(channels):
-                window = self._window(tap, best)
-                window.copy_(torch.minimum(window, results[channels].amin(0)))
-        return best[(slice(None), *(slice(pad, pad + size) for size, pad in sizes))]
 
     # --- computing a part
 

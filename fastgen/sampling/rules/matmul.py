@@ -2,19 +2,18 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgen.sampling.machine.language import AffineOffset, View, constant
+from fastgen.sampling.machine.language import AffineOffset, View
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
-from fastgen.sampling.rules.base import Analysis, Rule, constant_operand, few_groups_of, reduce_to
+from fastgen.sampling.rules.base import Rule, constant_operand, few_groups_of, reduce_to
 from fastgen.sampling.rules.pointwise import ONE
 from fastgen.sampling.trace.element_times import compact
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Value
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand
 
 PATTERNS = 64  # kinds of columns up to which they are treated kind by kind
 CHUNK = 2**24
@@ -22,10 +21,6 @@ CHUNK = 2**24
 
 class MatMul(Rule):
     """(..., M, K) @ (..., K, N); an element that is a constant zero takes no part."""
-
-    def __init__(self, value: Value, analysis: Analysis) -> None:
-        super().__init__(value, analysis)
-        self._cuts: dict[tuple[int, ...], View] = {}
 
     @property
     def factors(self) -> tuple[Operand, Operand]:
@@ -76,11 +71,13 @@ class MatMul(Rule):
         batch = region[:-2]
         plain = all(self.value.kwargs.get(name, 1) == 1 for name in ("alpha", "beta"))
         if constant_operand(b) and not batch and plain:
-            left = builder.read(a, [region[-2], inner])
+            columns = (AffineOffset(box.start[-1]), box.sizes[-1], box.steps[-1])
             if summand is None or (constant_operand(summand) and summand.shape[:-1] in ((), (1,))):
-                bias = None if summand is None else self._cut(summand, len(summand.shape) - 1, box)
-                added = None if bias is None else replace(bias, sizes=bias.sizes[-1:], strides=bias.strides[-1:])
-                builder.product(out, left, self._cut(b, 1, box), added)
+                added = None
+                if summand is not None:
+                    bias = [*[ONE] * (len(summand.shape) - 1), columns if summand.shape[-1] > 1 else ONE]
+                    added = builder.read(summand, bias).order([len(bias) - 1])
+                builder.product(out, builder.read(a, [region[-2], inner]), builder.read(b, [inner, columns]), added)
                 return
         first = builder.read(a, [*batch[len(batch) - len(a.shape) + 2 :], region[-2], inner])
         second = builder.read(b, [*batch[len(batch) - len(b.shape) + 2 :], inner, region[-1]])
@@ -108,18 +105,6 @@ class MatMul(Rule):
         aligned = region[len(region) - len(self.summand.shape) :]
         cut = [one if size > 1 else ONE for one, size in zip(aligned, self.summand.shape, strict=True)]
         return builder.read(self.summand, cut).expand(box.sizes)
-
-    def _cut(self, operand: Operand, dim: int, box: Box) -> View:
-        """The columns of a constant that a box needs."""
-        start, size, step = box.start[-1], box.sizes[-1], box.steps[-1]
-        key = (id(operand), dim, start, size, step)
-        if key not in self._cuts:
-            data = self.analysis.data(operand)
-            if data.shape[dim] > 1:
-                data = data.narrow(dim, start, (size - 1) * step + 1)
-                data = data[(slice(None),) * dim + (slice(None, None, step),)]
-            self._cuts[key] = constant(data)
-        return self._cuts[key]
 
 
 def _without(times: Tensor, zero: Tensor, instead: int) -> Tensor:

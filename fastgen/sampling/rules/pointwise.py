@@ -140,7 +140,7 @@ class Pointwise(Rule):
 
     def emit(self, builder: Builder, box: Box) -> None:
         out = builder.out(self.value, box)
-        order = [d for d in builder.storage.layouts[self.value.index].order if box.sizes[d] > 1]
+        order = [d for d in builder.storage.layouts[self.value].order if box.sizes[d] > 1]
         region = builder.region(box)
 
         def view(operand: Operand) -> View | Tensor:

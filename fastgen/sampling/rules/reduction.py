@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,10 +57,6 @@ class Softmax(Rule):
             unseen = shrunk(value.data <= NEXT_TO_NOTHING)
         self._hidden = compact(unseen) if unseen is not None and unseen.any() else None
 
-    @cached_property
-    def unseen(self) -> Operand | None:
-        return None if self._hidden is None else self.analysis.constant(self._hidden.expand(self.value.shape).float())
-
     def ready(self) -> tuple[Tensor, Tensor | None]:
         times = self.analysis.ready(self.value.args[0])
         if self._hidden is None:
@@ -84,11 +79,7 @@ class Softmax(Rule):
         region = builder.region(box)
         region[dim] = (AffineOffset(0), self.value.shape[dim], 1)
         last = [*(d for d in range(len(region)) if d != dim), dim]
-        x = builder.read(self.value.args[0], region).order(last)
-        if self.unseen is not None:  # what lies there may not have been computed
-            hidden = builder.scratch(x.sizes, x.memory.dtype)
-            builder.pointwise("hide", hidden, x, builder.read(self.unseen, region).order(last))
-            x = hidden
+        x = self.seen(builder, self.value.args[0], region, self._hidden).order(last)
         whole_row = box.sizes[dim] == self.value.shape[dim]
         found = out.order(last) if whole_row else builder.scratch(x.sizes, self.value.data.dtype)
         builder.rowwise("log_softmax" if self._is_log else "softmax", found, x)
@@ -113,11 +104,6 @@ class Reduction(Slicewise):
         greatest = value.op._schema.name.split("::")[1] in GREATEST and self.dims
         self._hidden = _beside_others(analysis.softmax_zero(value.args[0]), self.dims) if greatest else None
 
-    @cached_property
-    def unseen(self) -> Operand | None:
-        shape = self.value.args[0].shape
-        return None if self._hidden is None else self.analysis.constant(self._hidden.expand(shape).float())
-
     def _is_plain(self, seen: View) -> bool:
         """Whether result and operand are real numbers of one type."""
         return self.value.data.dtype.is_floating_point and seen.memory.dtype == self.value.data.dtype
@@ -132,11 +118,7 @@ class Reduction(Slicewise):
         name = self.value.op._schema.name.split("::")[1]
         same = self.value.shape == x.shape  # layer normalization gives all that it has averaged over
         region = self.region_of(x, builder.region(box))
-        seen: Any = builder.read(x, region)
-        if self.unseen is not None:  # what lies there may not have been computed
-            hidden = builder.scratch(seen.sizes, seen.memory.dtype)
-            builder.pointwise("hide", hidden, seen, builder.read(self.unseen, region))
-            seen = hidden
+        seen = self.seen(builder, x, region, self._hidden)
         if name == "native_layer_norm":
             normalized, weight, bias, eps = self.value.args[1:]
             weight, bias = (None if one is None else self.analysis.data(one) for one in (weight, bias))
@@ -182,36 +164,21 @@ class Reduction(Slicewise):
             builder.pointwise(op, out if k == len(steps) - 1 else found, found, every)
 
 
-class Cumulative(Rule):
-    """Running sums, products, maxima: each result depends on what comes before it along one dimension."""
+class Cumulative(Slicewise):
+    """Running sums, products, maxima: each result depends on what comes before it along one dimension.
+
+    What comes after it is read all the same, and changes nothing.
+    """
 
     sees_zeros = False
 
-    @property
-    def dim(self) -> int:
-        return self.value.args[1] % max(len(self.value.shape), 1)
-
     def ready(self) -> tuple[Tensor, Tensor | None]:
-        return compact(self.analysis.ready(self.value.args[0])).cummax(self.dim).values.expand(self.value.shape), None
+        (dim,) = self.dims
+        return compact(self.analysis.ready(self.value.args[0])).cummax(dim).values.expand(self.value.shape), None
 
     def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
-        yield (
-            self.value.args[0],
-            compact(times).flip(self.dim).cummin(self.dim).values.flip(self.dim).expand(times.shape),
-        )
-
-    def fixed(self, box: Box) -> tuple[int, ...]:
-        return (box.start[self.dim],)
-
-    def emit(self, builder: Builder, box: Box) -> None:
-        dim, out = self.dim, builder.out(self.value, box)
-        region = builder.region(box)
-        region[dim] = (AffineOffset(0), box.start[dim] + (box.sizes[dim] - 1) * box.steps[dim] + 1, 1)
-        (_, *args), kwargs = batched_arguments(self.value, [dim])
-        run = result_of(self.value.op, self.value.output)
-        found = builder.make(run, builder.read(self.value.args[0], region), *args, **kwargs)
-        found = builder.make(cut, found, dim, box.start[dim], box.sizes[dim], box.steps[dim])
-        builder.fill(out, found)
+        (dim,) = self.dims
+        yield self.value.args[0], compact(times).flip(dim).cummin(dim).values.flip(dim).expand(times.shape)
 
 
 class Lookup(Rule):

@@ -5,7 +5,6 @@ The value of a scan holds hidden and cell states, (1, 2, h, H, W), of which the 
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -176,10 +175,6 @@ class DiagonalScan(Scan):
     @property
     def reverse(self) -> bool:
         return bool(self.value.args[2])
-
-    @property
-    def options(self) -> tuple[Any, ...]:
-        return (self.reverse,)
 
     def before(self, times: Tensor, fill: int) -> Tensor:
         if self.reverse:

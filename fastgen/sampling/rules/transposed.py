@@ -9,7 +9,6 @@ from fractions import Fraction
 from itertools import product
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastgen.sampling.machine.language import AffineOffset, View
@@ -31,37 +30,11 @@ class TransposedConvolution(Convolution):
     def places(self) -> tuple[int, ...]:
         return self.x.shape[2:]
 
-    def _reached(self) -> tuple[list[int], tuple[slice, ...]]:
-        """Size of all that a transpose reaches, and where the output lies in it."""
-        inputs, outputs = self.x.shape[2:], self.value.shape[2:]
-        options = zip(self.stride, inputs, self.dilation, self.kernel, self.padding, outputs, strict=True)
-        sizes = [max(s * (n - 1) + d * (k - 1) + 1, pad + out) for s, n, d, k, pad, out in options]
-        inner = tuple(slice(p, p + out) for p, out in zip(self.padding, outputs, strict=True))
-        return sizes, inner
+    def _latest(self, inputs: Tensor, live: Tensor) -> Tensor:
+        return self._scattered(inputs, live, CONSTANT, self.value.shape[2:])
 
-    def _around(self, times: Tensor) -> Tensor:
-        return times
-
-    def _latest(self, inputs: Tensor, live: Tensor, images: int) -> Tensor:
-        sizes, inner = self._reached()
-        best = torch.full((images, *sizes), CONSTANT, dtype=torch.int32)
-        for number, tap in enumerate(self.taps):
-            channels = torch.nonzero(live[:, number]).flatten()
-            if len(channels):
-                window = self._window(tap, best)
-                window.copy_(torch.maximum(window, inputs[channels].amax(0)))
-        return best[(slice(None), *inner)]
-
-    def _first(self, results: Tensor, live: Tensor, images: int) -> Tensor:
-        sizes, inner = self._reached()
-        reached = torch.full((*results.shape[:2], *sizes), NEVER, dtype=torch.int32)
-        reached[(slice(None), slice(None), *inner)] = results
-        best = torch.full((images, *self.places), NEVER, dtype=torch.int32)
-        for number, tap in enumerate(self.taps):
-            channels = torch.nonzero(live[:, number]).flatten()
-            if len(channels):
-                torch.minimum(best, self._window(tap, reached)[channels].amin(0), out=best)
-        return best
+    def _first(self, results: Tensor, live: Tensor) -> Tensor:
+        return -self._gathered(-results, live, -NEVER)
 
     # --- computing a part
 

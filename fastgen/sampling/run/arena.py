@@ -31,8 +31,7 @@ class ArenaMemory(PlanMemory):
         sizes = dict.fromkeys((torch.float32, torch.int64), ALIGNED)
         for size, dtype in zip(plan.scratch.sizes, map(_held_as, plan.scratch.dtypes), strict=True):
             sizes[dtype] = sizes.get(dtype, 0) + _room(n * size)
-        stored = (plan.timed.graph.values[index] for index in plan.storage.stored)
-        lasting = (plan.levels, *plan.leaves, *plan.output.values, *stored)
+        lasting = (plan.levels, *plan.leaves, *plan.output.values, *plan.storage.stored)
         memories = {*plan.storage.memories.values(), *(plan.storage.memory(value) for value in lasting)}
         for memory in (one for one in memories if one.kind == "stored"):
             dtype = _held_as(memory.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgen.sampling.machine.cpu.build import machine
 from fastgen.sampling.machine.cpu.draws import Draws, DrawsCode, knows
-from fastgen.sampling.machine.cpu.tables import Linker
+from fastgen.sampling.machine.cpu.tables import Linker, words
 from fastgen.sampling.machine.language import Program, views_of
 from fastgen.sampling.machine.parts import Part, sections
 from fastgen.sampling.plan.plan import Plan, Step
@@ -24,25 +24,15 @@ FULL_TILES = 16  # images from which on products run at full speed
 
 
 class ProgramCode(ctypes.Structure):
-    _fields_: ClassVar = [("code", ctypes.c_void_p), ("count", ctypes.c_int64), ("threads", ctypes.c_int64)]
+    _fields_: ClassVar = words("*code count threads")
 
 
 class StepCode(ctypes.Structure):
-    _fields_: ClassVar = [
-        ("program", ctypes.c_int64),
-        ("offsets", ctypes.c_void_p),
-        ("moves", ctypes.c_int64),
-        ("moves_end", ctypes.c_int64),
-    ]
+    _fields_: ClassVar = words("program *offsets moves moves_end")
 
 
 class MoveCode(ctypes.Structure):
-    _fields_: ClassVar = [
-        ("target", ctypes.c_void_p),
-        ("source", ctypes.c_void_p),
-        ("image", ctypes.c_int64),
-        ("bytes", ctypes.c_int64),
-    ]
+    _fields_: ClassVar = words("*target *source image bytes")
 
 
 class PlayCode(ctypes.Structure):

@@ -101,6 +101,7 @@ class Engine:
         lines = [
             f"{self.name}: {len(plan.timed.computed)} operations, {len(plan.order)} draws, {len(plan.programs)} "
             f"programs for {len(plan.steps)} steps, work ratio {plan.work_ratio:.3f}",
+            f"{plan.multiply_adds / 1e6:.6g} million multiply-adds an image in products",
             f"memory: {plan.bytes_of_image / 2**20:.2f} MiB an image",
             "weights that are exactly zero are taken as masked; another pattern of zeros makes another schedule",
             f"verify {self.verify}: {sure}",
@@ -116,11 +117,11 @@ class Engine:
     def run(self, request: SampleRequest) -> SampleResult:
         with self._all_or_nothing():
             self._launched = None
-            if self.real and self.verify == "always":
-                return self._settled(request)
             levels, params, bad = self._draw(request, self._size(request.n))
             result = SampleResult(levels.clone(), None, bad)
-            if self.verify == "always" or (self.verify == "auto" and self.decidable):
+            if self.real and self.verify == "always":
+                self._settle(request, result, params)
+            elif self.verify == "always" or (self.verify == "auto" and self.decidable):
                 params = self._make_sure(request, result, params)
             if request.return_log_prob and result.log_prob is None:
                 result.log_prob = image_log_prob(request.distribution, params, result.levels)
@@ -206,18 +207,25 @@ class Engine:
             asked_levels, asked_params, bad = self._draw(asked, min(size, max(request.n, len(rows))))
             result.bad = result.bad | bad
             params[rows], result.levels[rows] = asked_params, asked_levels
-        settled = self._settled(replace(request, progress=None))
-        result.levels, result.log_prob, result.bad = settled.levels, settled.log_prob, settled.bad
-        result.passes += settled.passes
+        self._settle(request, result, params)
         return params
+
+    def _settle(self, request: SampleRequest, result: SampleResult, params: Tensor) -> None:
+        """Whole passes of the model from the levels of a batch on, drawn of `params`, until no level changes."""
+        truth = self._truth(request, result.levels)
+        result.error = max(self.margin.measure(request, params, truth, self.half), result.error or 0.0)
+        begin = draw_image(request, truth)[0]
+        if self.real:  # what a value that is not finite touches, even by a weight of zero, would never settle
+            begin = begin.nan_to_num(0, 0, 0)
+        with self.network.kept():
+            whole = FixedPoint(self.network.model, self.shape, self.network.encode)
+            settled = whole.run(replace(request, progress=None), begin)
+        result.levels, result.log_prob, result.bad = settled.levels, settled.log_prob, settled.bad
+        result.passes += 1 + settled.passes
 
     def _truth(self, request: SampleRequest, levels: Tensor) -> Tensor:
         with self.network.kept():
             return whole_pass(self.network.model, self.network.encode, levels, request.condition)
-
-    def _settled(self, request: SampleRequest) -> SampleResult:
-        with self.network.kept():
-            return FixedPoint(self.network.model, self.shape, self.network.encode).run(request)
 
     def _from_first_wrong(self, request: SampleRequest, right: Tensor, wrong: Tensor) -> SampleRequest:
         """The request with the levels up to and including the first wrong place of each image known.

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.sampling.machine.cpu.pages import LargePages
 from fastgen.sampling.machine.language import Memory, View
 from fastgen.sampling.plan.plan import Plan
 from fastgen.sampling.plan.sliding_rows import Ring
@@ -22,22 +23,23 @@ class PlanMemory:
     def __init__(self, plan: Plan, n: int, device: torch.device) -> None:
         self.plan, self.n, self.device = plan, n, device
         self._blocks: dict[Memory, Tensor] = {}
+        self._pages = LargePages()
         self._scratch = [
             self.allocate(n * size, dtype) for size, dtype in zip(plan.scratch.sizes, plan.scratch.dtypes, strict=True)
         ]
         self._initial: list[tuple[Tensor, Tensor]] = []  # values, and what they begin with
         self.moves: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        for index in sorted(plan.storage.stored):
-            value = plan.timed.graph.values[index]
-            if value.kind == "computed":
-                constant = plan.schedule.times.of(value) == CONSTANT
-                if constant.any() or plan.storage.memories.get(index) in plan.rings:
-                    self._start_with(value, torch.where(constant, value.data, 0).to(device))
+        for value in (one for one in plan.timed.computed if one in plan.storage.stored):
+            constant = plan.schedule.times.of(value) == CONSTANT
+            if constant.any() or plan.storage.memories.get(value) in plan.rings:
+                self._start_with(value, torch.where(constant, value.data, 0).to(device))
         self.levels = self.inner(plan.levels)[:, 0]
         self.params = self._output()
 
     def allocate(self, size: int, dtype: torch.dtype) -> Tensor:
         """(size,) zeros."""
+        if self.device.type == "cpu":
+            return self._pages.take(size, dtype)
         return torch.zeros(size, dtype=dtype, device=self.device)
 
     def block(self, memory: Memory, program: int = 0) -> Tensor:
@@ -63,7 +65,7 @@ class PlanMemory:
 
     def inner(self, value: Value) -> Tensor:
         """A stored value, (n, *shape)."""
-        return self.plan.storage.layouts[value.index].inner(self.block(self.plan.storage.memory(value)))
+        return self.plan.storage.layouts[value].inner(self.block(self.plan.storage.memory(value)))
 
     def rewind(self) -> None:
         """Rings and values with constants as they begin."""

@@ -12,40 +12,40 @@ from fastgen.sampling.rules.scan import Scan
 from fastgen.sampling.trace.graph import Map, Operand, Value
 
 
-def prefill(plan: Plan, given: Mapping[int, Tensor], store: Callable[[Value, Tensor], None]) -> None:
+def prefill(plan: Plan, given: Mapping[Value, Tensor], store: Callable[[Value, Tensor], None]) -> None:
     """Computes every value for a batch of images.
 
     Args:
         plan: of the network.
-        given: index of the levels and the condition's values -> (n, *shape).
+        given: the levels and the condition's values, (n, *shape).
         store: called with each value that sampling keeps, and its elements (n, *shape). Those that pixels not known
             yet decide are of no use, and computed again when their time comes.
     """
     n, device = len(next(iter(given.values()))), next(iter(given.values())).device
     empty = torch.empty((n, 0), device=device)
-    found: dict[int, Tensor] = dict(given)
-    last_use: dict[int, int] = {}
+    found: dict[Value, Tensor] = dict(given)
+    last_use: dict[Value, Value] = {}
     for value in plan.timed.computed:
         for operand in value.operands:
             for source in operand.values:
-                last_use[source.index] = value.index
+                last_use[source] = value
 
     def whole(value: Value) -> Tensor:
         if value.kind == "constant":
             return value.data.to(device).expand(n, *value.shape)
-        return found[value.index]
+        return found[value]
 
     for value in plan.timed.computed:
-        rule = plan.timed.rules[value.index]
+        rule = plan.timed.rules[value]
         result = (
             rule.whole(_read(rule.gates, whole, empty)) if isinstance(rule, Scan) else _compute(value, whole, empty)
         )
-        found[value.index] = result
-        if value.index in plan.storage.stored:
+        found[value] = result
+        if value in plan.storage.stored:
             store(value, result)
-        for index in {source.index for operand in value.operands for source in operand.values}:
-            if last_use[index] == value.index:
-                found.pop(index, None)
+        for source in {source for operand in value.operands for source in operand.values}:
+            if last_use[source] is value:
+                found.pop(source, None)
 
 
 def _compute(value: Value, whole: Callable[[Value], Tensor], empty: Tensor) -> Tensor:

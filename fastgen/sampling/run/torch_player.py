@@ -57,7 +57,7 @@ class TorchPlayer:
         """Computes all that the first `count` places of levels (n, C, H, W) decide, in one pass."""
         self.levels.copy_(levels)
         given = {  # players may hold half precision as float32
-            value.index: self.memory.inner(value).to(value.data.dtype).contiguous()
+            value: self.memory.inner(value).to(value.data.dtype).contiguous()
             for value in (self.plan.levels, *self.plan.leaves)
         }
         prefill(self.plan, given, lambda value, found: self.memory.keep(value, found, count))

@@ -152,13 +152,6 @@ def distances(func: Any, a: Tensor, b: Tensor, p: float = 2.0, mode: int | None 
     return (apart * apart).sum(-1).sqrt()
 
 
-def matrix_vector(func: Any, *args: Any, beta: float = 1, alpha: float = 1) -> Tensor:
-    """A matrix or a vector times a vector, added to another where there are three: products of matrices."""
-    *added, a, b = args
-    found = aten.mm(a.reshape(-1, len(b)), b.unsqueeze(-1)).reshape(a.shape[:-1])
-    return found if not added else beta * added[0] + alpha * found
-
-
 def group_norm(
     func: Any,
     x: Tensor,
@@ -216,10 +209,6 @@ WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "adaptive_avg_pool1d": resampled,
     "_adaptive_avg_pool2d": resampled,
     "_adaptive_avg_pool3d": resampled,
-    "mv": matrix_vector,
-    "addmv": matrix_vector,
-    "dot": matrix_vector,
-    "vdot": matrix_vector,
     "_cdist_forward": distances,
     "_euclidean_dist": distances,
     "native_group_norm": group_norm,

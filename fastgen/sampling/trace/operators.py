@@ -29,6 +29,10 @@ DECOMPOSED = get_decompositions(
         aten.log_sigmoid_forward,
         aten.rms_norm,
         aten.aminmax,
+        aten.mv,
+        aten.addmv,
+        aten.dot,
+        aten.vdot,
     ]
 )
 DECOMPOSED[torch.ops.fastgen.masked_conv2d.default] = in_aten  # what runs on a GPU
@@ -67,7 +71,7 @@ SCANS = {"diagonal_lstm", "row_lstm"}  # of fastgen
 
 # Read in one piece: where no map describes such an operand, it becomes a value of its own.
 WHOLE = {
-    "convolution", "mm", "addmm", "bmm", "baddbmm", "mv", "dot", "addmv", "_softmax", "_log_softmax", "_safe_softmax",
+    "convolution", "mm", "addmm", "bmm", "baddbmm", "_softmax", "_log_softmax", "_safe_softmax",
     "native_layer_norm", "embedding", "sum", "mean", "amax", "amin", "max", "min", "var", "linalg_vector_norm",
     "logsumexp", "prod", "cumsum", "argmax", "any", "all", "norm", "diagonal_lstm", "row_lstm", "index",
     "cumprod", "logcumsumexp", "cummax", "cummin", "view_as_real_copy",

@@ -111,7 +111,7 @@ def test_a_level_is_needed_with_the_first_element_that_reads_it(name, expanded):
         if value is not first:
             running = torch.where(timed.analysis.ready_of(value) == CONSTANT, NEVER, found.of(value))
             running = found.of(value) if torch.equal(running, found.of(value)) else running  # as it is expanded
-            for operand, times in timed.rules[value.index].needs(running):
+            for operand, times in timed.rules[value].needs(running):
                 found.scatter_min(operand, times)
     expected = torch.where(known(name).T, wanted.reshape(1, -1), NEVER).amin(1)
     assert torch.equal(found.of(first).reshape(-1), expected.int())

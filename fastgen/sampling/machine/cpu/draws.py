@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgen.distributions import Bernoulli, Categorical, LogisticMixture
+from fastgen.sampling.machine.cpu.tables import words
 from fastgen.sampling.request import SampleRequest
 
 KINDS = {Categorical: 0, Bernoulli: 1, LogisticMixture: 2}
@@ -16,31 +17,15 @@ KINDS = {Categorical: 0, Bernoulli: 1, LogisticMixture: 2}
 class Placed(ctypes.Structure):
     """A tensor with places, as `machine.h` has it."""
 
-    _fields_: ClassVar = [
-        ("base", ctypes.c_void_p),
-        ("at", ctypes.c_void_p),
-        ("image", ctypes.c_int64),
-        ("channel", ctypes.c_int64),
-        ("level", ctypes.c_int64),
-    ]
+    _fields_: ClassVar = words("*base *at image channel level")
 
 
 class DrawsCode(ctypes.Structure):
     _fields_: ClassVar = [
-        ("kind", ctypes.c_int64),
-        ("channels", ctypes.c_int64),
-        ("levels", ctypes.c_int64),
-        ("parameters", ctypes.c_int64),
-        ("params", Placed),
-        ("drawn", Placed),
-        ("noise", Placed),
-        ("known", Placed),
-        ("mask", Placed),
-        ("temperature", ctypes.c_double),
-        ("top_p", ctypes.c_double),
-        ("top_k", ctypes.c_int64),
-        ("first_channel", ctypes.c_void_p),
-        ("bad", ctypes.c_void_p),
+        *words("kind channels levels parameters"),
+        *((name, Placed) for name in ("params", "drawn", "noise", "known", "mask")),
+        *((name, ctypes.c_double) for name in ("temperature", "top_p")),
+        *words("top_k *first_channel *bad"),
     ]
 
 

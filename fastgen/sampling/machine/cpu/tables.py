@@ -9,23 +9,27 @@ import torch
 from torch import Tensor
 
 from fastgen.sampling.machine.cpu.build import Machine
+from fastgen.sampling.machine.cpu.pages import LargePages
 from fastgen.sampling.machine.language import View
 from fastgen.sampling.machine.parts import DIMS, Blocks, Part, Side
 
 Key = tuple[Any, ...]
 
 
+def words(names: str) -> list[tuple[str, Any]]:
+    """Fields of 64 bits as ctypes has them: integers, and pointers, whose names begin with a star."""
+    return [(one.lstrip("*"), ctypes.c_void_p if one[0] == "*" else ctypes.c_int64) for one in names.split()]
+
+
 class SideCode(ctypes.Structure):
-    _fields_: ClassVar = [("base", ctypes.c_void_p), ("slot", ctypes.c_int64), ("strides", ctypes.c_int64 * DIMS)]
+    _fields_: ClassVar = [*words("*base slot"), ("strides", ctypes.c_int64 * DIMS)]
 
 
 class Code(ctypes.Structure):
     """An instruction as `machine.h` has it."""
 
     _fields_: ClassVar = [
-        ("op", ctypes.c_int64),
-        ("waits", ctypes.c_int64),
-        ("depth", ctypes.c_int64),
+        *words("op waits depth"),
         ("depth_strides", ctypes.c_int64 * 2),
         ("number", ctypes.c_double),
         ("sizes", ctypes.c_int64 * DIMS),
@@ -40,6 +44,7 @@ class Linker:
     def __init__(self, machine: Machine, n: int, memory: Blocks) -> None:
         self.machine, self.n, self.memory = machine, n, memory
         self._packed: dict[View, Tensor] = {}
+        self._pages = LargePages()
         self._numbers: dict[float, Tensor] = {}
 
     def link(self, parts: Sequence[Part], program: int, slots: dict[View, int]) -> "ctypes.Array[Code]":
@@ -82,10 +87,11 @@ class Linker:
             panel = self.machine.panel
             depth, columns = weight.sizes
             panels = -(-columns // panel)
-            wide = torch.zeros(depth, panels * panel)
             data = self.memory.block(weight.memory)[0]
+            wide = torch.zeros(depth, panels * panel)
             wide[:, :columns] = data.as_strided(weight.sizes, weight.strides, weight.offset.at(()))
-            self._packed[weight] = wide.view(depth, panels, panel).transpose(0, 1).contiguous()
+            found = self._pages.take(wide.numel(), wide.dtype).view(panels, depth, panel)
+            self._packed[weight] = found.copy_(wide.view(depth, panels, panel).transpose(0, 1))
         return self._packed[weight]
 
     def _waits(self, parts: Sequence[Part], program: int) -> list[bool]:
