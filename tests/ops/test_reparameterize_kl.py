@@ -220,3 +220,15 @@ def test_offsets_beyond_int32():
     mu[1, -1] = 3
     z, kl = reparameterize_kl(mu, mu.new_zeros(()).expand_as(mu), eps=mu, impl="triton")
     assert z[1, -1] == 6 and kl.tolist()[0] == 0 and abs(kl.tolist()[1] - 4.5) < 1e-4
+
+
+def test_a_layout_changes_nothing_where_rows_share_a_sector(device):
+    """Both rows write the sector, and must write the same: ptxemu finds a race where they do not."""
+    mu, logvar, eps = (torch.randn(8, 129, device=device, requires_grad=True) for _ in range(3))
+    grad_kl = torch.arange(1.0, 9.0, device=device)
+    grads = []
+    for impl in ("triton", "reference"):
+        kl = reparameterize_kl(mu, logvar, eps=eps, impl=impl)[1]
+        grads.append(torch.autograd.grad(kl, (mu, logvar), grad_kl))
+    for found, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
