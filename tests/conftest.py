@@ -5,6 +5,7 @@ that take few minutes; `python -m benchmarks gpu-tests` does so in several proce
 """
 
 import ast
+import dataclasses
 import importlib.util
 import os
 import sys
@@ -103,13 +104,16 @@ def _memory_goes_back():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _masks_are_bool():
-    """Triton's interpreter refuses masks of loads and stores that are not bool. Triton 3.9 does so by itself, earlier
-    ones do not."""
+def _interpreter():
+    """Triton's interpreter refuses masks of loads and stores that are not bool, as that of Triton 3.9 does by itself.
+
+    It does not compute integers a second time to see whether they overflow: it would assert it only with the option
+    `debug`, which an interpreter never has, and spends a quarter of its time so.
+    """
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         yield
         return
-    from triton.runtime.interpreter import InterpreterBuilder
+    from triton.runtime.interpreter import InterpreterBuilder, interpreter_builder
 
     def checked(method, place):
         def call(self, *arguments, **more):
@@ -123,6 +127,8 @@ def _masks_are_bool():
     with pytest.MonkeyPatch.context() as patch:
         for name, place in (("create_masked_load", 1), ("create_masked_store", 2)):
             patch.setattr(InterpreterBuilder, name, checked(getattr(InterpreterBuilder, name), place))
+        options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+        patch.setattr(interpreter_builder, "options", options)
         yield
 
 

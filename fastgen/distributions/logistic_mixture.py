@@ -108,8 +108,8 @@ class LogisticMixture:
         colours = self._split(params)[1].shape[1]
         if colours != channels:
             raise ValueError(
-                f"params has the shape {tuple(params.shape)}, a mixture of n_mix = {self.n_mix} for {colours} channels; "
-                f"expected {channels} channels (1 or 3)"
+                f"params has the shape {tuple(params.shape)}, a mixture of n_mix = {self.n_mix} for {colours} "
+                f"channels; expected {channels} channels (1 or 3)"
             )
 
     def log_prob(self, params: Tensor, levels: Tensor) -> Tensor:

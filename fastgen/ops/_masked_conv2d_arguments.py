@@ -1,5 +1,6 @@
 """The checks of a masked convolution's arguments: each error names the argument, its value and what was expected."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,22 @@ Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # stride, p
 ACTIVATIONS = ("none", "relu", "gated")
 
 
+def as_pairs(stride: Any, padding: Any, dilation: Any) -> Geometry:
+    """Each as a pair; ValueError where one is out of range."""
+    return as_pair("stride", stride, 1), as_pair("padding", padding, 0), as_pair("dilation", dilation, 1)
+
+
+_as_pairs = functools.lru_cache(4096, typed=True)(as_pairs)
+
+
+def known_pairs(stride: Any, padding: Any, dilation: Any) -> Geometry:
+    """`as_pairs`, once for all calls with the same."""
+    try:
+        return _as_pairs(stride, padding, dilation)
+    except TypeError:  # a list
+        return as_pairs(stride, padding, dilation)
+
+
 def as_pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
     """(along the height, along the width); ValueError where it is no int >= least, nor a pair of them."""
     pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
@@ -20,7 +37,7 @@ def as_pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int
     return pair
 
 
-def _check_float(name: str, tensor: Any, device: torch.device | None = None) -> None:
+def check_float(name: str, tensor: Any, device: torch.device | None = None) -> None:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{name} must be a float tensor, got {kind}")
@@ -28,10 +45,10 @@ def _check_float(name: str, tensor: Any, device: torch.device | None = None) -> 
         raise ValueError(f"{name} is on {tensor.device}, x on {device}; expected the same device")
 
 
-def check(x, weight, mask, bias, condition, residual, stride, padding, dilation, activation) -> Geometry:
-    """Stride, padding and dilation in pairs, if all arguments of `masked_conv2d` fit."""
-    _check_float("x", x)
-    _check_float("weight", weight, x.device)
+def check(x, weight, mask, bias, condition, residual, geometry: Geometry, activation) -> None:
+    """Raises TypeError or ValueError where the arguments of `masked_conv2d` do not fit."""
+    check_float("x", x)
+    check_float("weight", weight, x.device)
     if weight.dim() != 4:
         raise ValueError(f"weight must have the shape (O, I, kh, kw), got {tuple(weight.shape)}")
     if x.dim() not in (3, 4) or x.shape[-3] != weight.shape[1]:
@@ -53,7 +70,6 @@ def check(x, weight, mask, bias, condition, residual, stride, padding, dilation,
         raise ValueError(
             f"activation='gated' halves the channels: weight needs an even number, got {tuple(weight.shape)}"
         )
-    geometry = (as_pair("stride", stride, 1), as_pair("padding", padding, 0), as_pair("dilation", dilation, 1))
     for axis, side in ((-2, "height"), (-1, "width")):
         reach = geometry[2][axis] * (weight.shape[axis] - 1) + 1
         if x.shape[axis] + 2 * geometry[1][axis] < reach:
@@ -68,30 +84,9 @@ def check(x, weight, mask, bias, condition, residual, stride, padding, dilation,
         ("residual", residual, (*x.shape[:-3], channels, *result_size(x, weight, geometry))),
     ):
         if tensor is not None:
-            _check_float(name, tensor, x.device)
+            check_float(name, tensor, x.device)
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} must have the shape {shape}, got {tuple(tensor.shape)}")
-    return geometry
-
-
-_checked: dict[Any, Geometry] = {}  # by all that `check` reads
-
-
-def checked_geometry(*arguments: Any) -> Geometry:
-    """`check`, once for each kind of call."""
-    if torch.compiler.is_compiling():
-        return check(*arguments)
-    try:
-        key = tuple([(a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a for a in arguments])
-        geometry = _checked.get(key)
-    except TypeError:  # what cannot be hashed
-        return check(*arguments)
-    if geometry is None:
-        geometry = check(*arguments)
-        if len(_checked) >= 4096:
-            _checked.clear()
-        _checked[key] = geometry
-    return geometry
 
 
 def check_dtypes(x: Tensor, *tensors: Tensor | None) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fastgen.kernels.maps import empty_map, result_size
 from fastgen.ops._implementation import is_plain, uses_triton
-from fastgen.ops._masked_conv2d_arguments import Geometry, as_pair, check_dtypes, checked_geometry
+from fastgen.ops._masked_conv2d_arguments import as_pairs, check, check_dtypes, check_float, known_pairs
 
 
 def masked_conv2d_reference(
@@ -29,8 +29,7 @@ def masked_conv2d_reference(
 ) -> Tensor:
     """The definition: arguments and result as in `masked_conv2d`, any float dtype, differentiable by autograd."""
     live = weight if mask is None else torch.where(mask, weight, 0)
-    geometry = (as_pair("stride", stride, 1), as_pair("padding", padding, 0), as_pair("dilation", dilation, 1))
-    out = F.conv2d(x, live, bias, *geometry)
+    out = F.conv2d(x, live, bias, *as_pairs(stride, padding, dilation))
     if condition is not None:
         out = out + condition[..., None, None]
     if activation == "relu":
@@ -58,7 +57,7 @@ def _operator(
     """As `fused` below, and what is kept: "", empty; "sign", with ReLU what passes, bool; "valve", the input of the
     gate's second half (B, O / 2, H', W'); "both" halves' (B, O, H', W'), differentiable."""
     tensors = (x, weight, mask, bias, condition, residual, other, other_weight)
-    out, kept = _launch().forward(*tensors, (tuple(stride), tuple(padding), tuple(dilation)), activation, keep)
+    out, kept, _ = _launch().forward(*tensors, (tuple(stride), tuple(padding), tuple(dilation)), activation, keep)
     return out, x.new_empty(0) if kept is None else kept
 
 
@@ -124,20 +123,22 @@ def in_aten(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _save(ctx, inputs[:8], tuple(map(tuple, inputs[8:11])), *inputs[11:], *output)
-
-
-def _save(ctx, tensors, geometry, activation, keep, out, kept) -> None:
-    x, weight, mask, _, _, _, other, other_weight = tensors
-    if keep != "both" and kept is not None:
+    out, kept = output
+    activation, keep = inputs[11:]
+    if keep != "both":
         ctx.mark_non_differentiable(kept)
+    _save(ctx, inputs[:8], tuple(map(tuple, inputs[8:11])), activation, keep, out, kept, None)
+
+
+def _save(ctx, tensors, geometry, activation, keep, out, kept, plans) -> None:
+    x, weight, mask, _, _, _, other, other_weight = tensors
     ctx.set_materialize_grads(False)
-    ctx.geometry, ctx.saved = geometry, keep or activation
+    ctx.geometry, ctx.saved, ctx.plans = geometry, keep or activation, plans
     # Where only the shape of the result counts, its gradient has that too, or half of what is kept.
     ctx.save_for_backward(x, weight, mask, other, other_weight, out if ctx.saved in ("relu", "valve") else None, kept)
 
 
-def _backward(ctx, grad, grad_kept):
+def _backward(ctx, grad, grad_kept=None):
     x, weight, mask, other, other_weight, out, kept = ctx.saved_tensors
     grad_pre = grad_kept if ctx.saved == "both" else None
     needs = ctx.needs_input_grad
@@ -147,15 +148,15 @@ def _backward(ctx, grad, grad_kept):
     if out is None:
         out = kept.chunk(2, 1)[0] if ctx.saved == "both" else grad
     tensors = (grad, grad_pre, x, weight, mask, out, out if kept is None else kept, other, other_weight)
-    if not torch.is_grad_enabled() and is_plain(*tensors):
-        gradients = _launch().backward(*tensors, ctx.geometry, ctx.saved, wanted)
+    if not torch.is_grad_enabled() and is_plain(grad, grad_pre, x, weight):
+        gradients = _launch().backward(*tensors, ctx.geometry, ctx.saved, wanted, ctx.plans)
     else:
         computed = _backward_operator(*tensors, *ctx.geometry, ctx.saved, list(wanted))
         gradients = [gradient if asked else None for gradient, asked in zip(computed, wanted, strict=True)]
-    grad_x, grad_weight, grad_bias, grad_condition, *grads_of_other = gradients
-    grad_residual = grad if needs[5] else None
-    no_tensors = (None,) * (len(needs) - 8)
-    return grad_x, grad_weight, None, grad_bias, grad_condition, grad_residual, *grads_of_other, *no_tensors
+    x_gradient, weight_gradient, bias_gradient, condition_gradient, *others = gradients
+    residual_gradient = grad if needs[5] else None
+    tensors = (x_gradient, weight_gradient, None, bias_gradient, condition_gradient, residual_gradient, *others)
+    return tensors + (None,) * (len(needs) - 8)
 
 
 def _no_second_derivative(ctx, *grads):
@@ -166,17 +167,30 @@ _operator.register_autograd(_backward, setup_context=_setup_context)
 _backward_operator.register_autograd(_no_second_derivative)
 
 
+def _check(x, weight, mask, bias, condition, residual, other, other_weight, geometry, activation) -> None:
+    check(x, weight, mask, bias, condition, residual, geometry, activation)
+    check_dtypes(x, weight, bias, condition, residual, other, other_weight)
+
+
 class _WithoutDispatch(torch.autograd.Function):
     """The operator without its dispatch, which takes the host longer than the launches."""
 
     @staticmethod
     def forward(ctx, *inputs):
-        out, kept = _launch().forward(*inputs)
         geometry, activation, keep = inputs[8:]
-        _save(ctx, inputs[:8], geometry, activation, keep, out, kept)
-        return out, kept
+        out, kept, plans = _launch().forward(*inputs, _check)
+        _save(ctx, inputs[:8], geometry, activation, keep, out, kept, plans)
+        return (out, kept) if keep == "both" else out
 
     backward = staticmethod(_backward)
+
+
+# `Function.apply` looks for transforms of `torch.func`, which `is_plain` has excluded, and goes on to this one.
+_apply_without_dispatch = super(torch.autograd.Function, _WithoutDispatch).apply
+
+
+# What the backward needs beside the result: without a residual, and with one, which hides what passed.
+KEEP = {"none": ("", ""), "relu": ("", "sign"), "gated": ("valve", "both")}
 
 
 def fused(
@@ -184,7 +198,7 @@ def fused(
     weight: Tensor,
     mask: Tensor | None,
     bias: Tensor | None,
-    geometry: Geometry,
+    geometry: Any,
     activation: str,
     *,
     condition: Tensor | None = None,
@@ -196,25 +210,29 @@ def fused(
     """One launch: activation(conv(x) + conv1x1(other) + bias + condition) + residual, and what enters the activation.
 
     The second result is only there with keep_pre, which needs the gate. geometry: stride, padding, dilation. Other
-    arguments as in `forward` of the kernels.
+    arguments as in `forward` of the kernels. What is given is checked once for each kind of call.
 
     Raises:
-        TypeError: dtypes differ.
+        TypeError, ValueError: as `masked_conv2d`.
     """
-    check_dtypes(x, weight, bias, condition, residual, other, other_weight)
     tensors = (x, weight, mask, bias, condition, residual, other, other_weight)
-    keep = "both" if keep_pre else ""
-    train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if train and activation != "none" and not keep:
-        plain, added = {"relu": ("", "sign"), "gated": ("valve", "both")}[activation]
-        keep = plain if residual is None else added
+    train = torch.is_grad_enabled()
+    if train:
+        train = False
+        for tensor in tensors:  # `any` of a generator takes the host longer
+            train = train or (tensor is not None and tensor.requires_grad)
+    keep = "both" if keep_pre else KEEP.get(activation, ("", ""))[residual is not None] if train else ""
+    if not is_plain(*tensors):
+        geometry = as_pairs(*geometry)
+        _check(*tensors, geometry, activation)
+        return _operator(*tensors, *map(list, geometry), activation, keep)
+    geometry = known_pairs(*geometry)
+    if not train:
+        return _launch().forward(*tensors, geometry, activation, keep, _check)[:2]
     if x.shape[1] >= 16 and x.stride(1) != 1:  # here, so that it is kept so for the backward
         tensors = (x.contiguous(memory_format=torch.channels_last), *tensors[1:])
-    if not is_plain(*tensors):
-        return _operator(*tensors, *map(list, geometry), activation, keep)
-    if train:
-        return _WithoutDispatch.apply(*tensors, geometry, activation, keep)
-    return _launch().forward(*tensors, geometry, activation, keep)
+    found = _apply_without_dispatch(*tensors, geometry, activation, keep)
+    return found if keep == "both" else (found, None)
 
 
 # --- the public function
@@ -270,9 +288,15 @@ def masked_conv2d(
         RuntimeError: impl="triton" where it cannot run; a second derivative of the kernel; a mask or a shape that is
             seen for the first time while a CUDA graph is captured.
     """
-    geometry = checked_geometry(x, weight, mask, bias, condition, residual, stride, padding, dilation, activation)
-    x, weight, bias, condition, residual = under_autocast(x, weight, bias, condition, residual)
-    if not runs_triton(impl, x):
+    check_float("x", x)
+    triton, cast, geometry = runs_triton(impl, x), autocast_dtype(x) is not None, (stride, padding, dilation)
+    if triton and not cast and x.dim() == 4:
+        return fused(x, weight, mask, bias, geometry, activation, condition=condition, residual=residual)[0]
+    geometry = as_pairs(*geometry)
+    check(x, weight, mask, bias, condition, residual, geometry, activation)
+    if cast:
+        x, weight, bias, condition, residual = under_autocast(x, weight, bias, condition, residual)
+    if not triton:
         check_dtypes(x, weight, bias, condition, residual)
         options = dict(zip(("stride", "padding", "dilation"), geometry, strict=True))
         return masked_conv2d_reference(
@@ -286,15 +310,19 @@ def masked_conv2d(
     return out.squeeze(0)
 
 
-def under_autocast(x: Tensor, weight: Tensor, *more: Tensor | None) -> list[Any]:
-    """All in the autocast dtype where autocast is on, as `F.conv2d` takes them; float64 stays."""
-    tensors: list[Any] = [x, weight, *more]
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The autocast dtype of x's device where autocast is on."""
     kind = x.device.type
     # The question whether there is an autocast takes the host a microsecond.
     known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
-    if not (known and torch.is_autocast_enabled(kind)) or torch.float64 in (x.dtype, weight.dtype):
+    return torch.get_autocast_dtype(kind) if known and torch.is_autocast_enabled(kind) else None
+
+
+def under_autocast(x: Tensor, weight: Tensor, *more: Tensor | None) -> list[Any]:
+    """All in the autocast dtype where autocast is on, as `F.conv2d` takes them; float64 stays."""
+    dtype, tensors = autocast_dtype(x), [x, weight, *more]
+    if dtype is None or torch.float64 in (x.dtype, weight.dtype):
         return tensors
-    dtype = torch.get_autocast_dtype(kind)
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 

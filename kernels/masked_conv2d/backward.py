@@ -24,15 +24,24 @@ import triton
 import triton.language as tl
 
 from fastgen.kernels.common import tanh
-from fastgen.kernels.masked_conv2d.forward import corner_of, kernel, lies_in, picked, pixels_of, product
+from fastgen.kernels.masked_conv2d.forward import (
+    corner_of,
+    kernel,
+    lies_in,
+    offset_of,
+    picked,
+    pixels_of,
+    product,
+    seen_from,
+)
 
 
 @triton.jit
-def back(grad_ptr, first_ptr, second_ptr, at, saved_at, inside, SAVED: tl.constexpr):
+def back(grad_ptr, first_ptr, second_ptr, at, saved_at, rows, inside, SAVED: tl.constexpr):
     """The gradient of what entered the activation, of both its halves with a gate, float32; zero outside.
 
     SAVED and what its maps are: "none"; "relu": the result; "sign": what passed; "valve": the result, the second half;
-    "both": the halves. at: offsets into the gradient; saved_at: into the maps.
+    "both": the halves in one map, `rows` apart. at: offsets into the gradient; saved_at: into the maps.
     """
     first = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
     second = first
@@ -43,7 +52,8 @@ def back(grad_ptr, first_ptr, second_ptr, at, saved_at, inside, SAVED: tl.conste
         first = tl.where(tl.load(first_ptr + saved_at, mask=inside, other=0) != 0, first, 0.0)
     if SAVED == "valve" or SAVED == "both":
         known = tl.load(first_ptr + saved_at, mask=inside, other=0.0).to(tl.float32)
-        valve = tl.load(second_ptr + saved_at, mask=inside, other=0.0).to(tl.float32)
+        valve_ptr = first_ptr + rows if SAVED == "both" else second_ptr
+        valve = tl.load(valve_ptr + saved_at, mask=inside, other=0.0).to(tl.float32)
         if SAVED == "both":
             s, t = tl.sigmoid(valve), tanh(known)
             out = t * s
@@ -59,13 +69,13 @@ def back(grad_ptr, first_ptr, second_ptr, at, saved_at, inside, SAVED: tl.conste
 
 @kernel
 def masked_conv2d_activation_backward_kernel(
-    grad_ptr,  # (B, height, width, rows), strides below
+    grad_ptr,  # (B, height, width, rows)
     grad_pre_ptr,  # (B, height, width, parts * rows) or None: gradient of the sums themselves, added
     first_ptr,  # (B, height, width, rows) at `saved_pitch` a pixel; see `back`
     second_ptr,
     grad_sums_ptr,  # written: (B, height, width, parts * rows), or None
     sums_ptr,  # written: (shares, groups, parts * rows) float32, or None
-    group,  # pixels that share a bias: height * width for an image's own, all of them for none
+    group_pixels,  # that share a bias: height * width for an image's own, all of them for none
     shares, groups,  # shares: programs of a group
     steps,  # blocks of pixels of a program
     height, width, rows, saved_pitch,
@@ -75,22 +85,20 @@ def masked_conv2d_activation_backward_kernel(
     parts: tl.constexpr = 2 if SAVED == "valve" or SAVED == "both" else 1
     rows = rows * UNIT
     n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[None, :]
-    start = tl.program_id(0) // shares * group
-    end = start + group
+    start = tl.program_id(0) // shares * group_pixels
+    end = start + group_pixels
     start += tl.program_id(0) % shares * steps * PIXELS
     first_sum = tl.zeros((PIXELS, ROWS), tl.float32)
     second_sum = tl.zeros((PIXELS, ROWS), tl.float32)
     for step in range(steps):
         pixel = (start + step * PIXELS + tl.arange(0, PIXELS))[:, None]
         inside = (pixel < end) & (n < rows)
-        image = (pixel // (height * width)).to(tl.int64)
-        y = (pixel // width % height).to(tl.int64)
-        x = (pixel % width).to(tl.int64)
+        image, y, x = pixel // (height * width), pixel // width % height, pixel % width
         pixel = pixel.to(tl.int64)
-        at = (image * grad_image + y * grad_y + x * grad_x) * UNIT + n.to(tl.int64) * grad_channel
-        first, second = back(grad_ptr, first_ptr, second_ptr, at, pixel * saved_pitch * UNIT + n, inside, SAVED)
+        at = offset_of(image, y, x, grad_image, grad_y, grad_x) * UNIT + n.to(tl.int64) * grad_channel
+        first, second = back(grad_ptr, first_ptr, second_ptr, at, pixel * (saved_pitch * UNIT) + n, rows, inside, SAVED)
         if grad_pre_ptr is not None:
-            at = grad_pre_ptr + (image * grad_pre_image + y * grad_pre_y + x * grad_pre_x) * UNIT
+            at = grad_pre_ptr + offset_of(image, y, x, grad_pre_image, grad_pre_y, grad_pre_x) * UNIT
             first += tl.load(at + n.to(tl.int64) * grad_pre_channel, mask=inside, other=0.0).to(tl.float32)
             if parts == 2:
                 at += (n + rows).to(tl.int64) * grad_pre_channel
@@ -128,35 +136,29 @@ def grad_block(grad_ptr, block, n, batch, height, width, across, down, all_rows,
     """The gradients of a block of pixels (pixels, rows), and where its pixels lie."""
     image, i, j = pixels_of(block, height, width, across, down, IMAGES, HEIGHT, WIDTH)
     inside = (image < batch) & (i < height) & (j < width)
-    at = image.to(tl.int64) * grad_image + i.to(tl.int64) * grad_y + j.to(tl.int64) * grad_x
-    at = (at * UNIT)[:, None] + n[None, :]
+    at = (offset_of(image, i, j, grad_image, grad_y, grad_x) * UNIT)[:, None] + n[None, :]
     return tl.load(grad_ptr + at, mask=inside[:, None] & (n < all_rows)[None, :], other=0.0), image, i, j, inside
 
 
 @kernel
 def masked_conv2d_weight_kernel(
-    grad_map,  # (B, height, width_out, parts * rows), channels side by side: gradient of the sums; strides below
-    x_map,  # (B, x_height, x_width, channels), strides below
+    grad_map,  # (B, height, width, parts * rows), channels side by side: gradient of the sums
+    x_map,  # (B, x_height, x_width, channels)
     grad_ptr,  # the gradient as a pointer, also where grad_map is a descriptor
     partial_ptr,  # (shares, parts * rows, all_columns * 16) float32, written
     sums_ptr,  # (shares, blocks of columns, parts * rows) float32, written where `adds_up`: sums over pixels
-    adds_up, batch, height, width_out, x_height, x_width,
-    across, down,  # boxes side by side
-    step_y, step_x,  # the convolution's stride
+    adds_up, batch, height, width, x_height, x_width, across, down, step_y, step_x,
     steps,  # blocks of pixels of a program
     channels,
     blocks,  # of columns, of a tap
     rows,  # of a half
     parts, row_tiles, all_columns,
-    taps, first, width, origin_y, origin_x, tap_y, tap_x, group_rows, group_channels, shown,  # walk.py
-    grad_image, grad_y, grad_x, x_image, x_y, x_x, x_channel,
-    GATHER: tl.constexpr,  # columns of several taps in a block
+    taps, first_tap, box_width, origin_y, origin_x, tap_y, tap_x, group_rows, group_channels, shown,
+    grad_image, grad_y, grad_x, x_image, x_y, x_x, x_channel, GATHER: tl.constexpr,
     UNIT: tl.constexpr,  # of x and its channels
     GRAD_UNIT: tl.constexpr,  # of the gradient and rows
-    PRECISION: tl.constexpr,
-    IMAGES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,  # as in the forward
-    N: tl.constexpr,  # rows
-    K: tl.constexpr,  # columns
+    PRECISION: tl.constexpr, IMAGES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr,
+    K: tl.constexpr,
 ):  # fmt: skip
     BOXES: tl.constexpr = HEIGHT > 0
     M: tl.constexpr = IMAGES * HEIGHT * WIDTH if BOXES else IMAGES
@@ -174,8 +176,7 @@ def masked_conv2d_weight_kernel(
         live = live_blocks(tile, N, K, taps, channels, blocks, rows, parts, group_rows, group_channels, shown)
         tap, channel = column // blocks, column % blocks * K + k
         real = channel < channels
-    dy = origin_y + (first + tap) // width * tap_y
-    dx = origin_x + (first + tap) % width * tap_x
+    dy, dx = seen_from(tap, first_tap, box_width, origin_y, origin_x, tap_y, tap_x)
     start = tl.program_id(1) * steps
     if column < live:
         if not BOXES:
@@ -190,10 +191,10 @@ def masked_conv2d_weight_kernel(
                 seen_x = x_map.load([image, y + dy, x + dx, column % blocks * K]).reshape(M, K)
             else:
                 grad, image, i, j, inside = grad_block(
-                    grad_ptr, start + step, n, batch, height, width_out, across, down, all_rows, grad_image, grad_y,
+                    grad_ptr, start + step, n, batch, height, width, across, down, all_rows, grad_image, grad_y,
                     grad_x, GRAD_UNIT, IMAGES, HEIGHT, WIDTH)  # fmt: skip
                 y, x = i * step_y, j * step_x
-                at = image.to(tl.int64) * x_image + y.to(tl.int64) * x_y + x.to(tl.int64) * x_x
+                at = offset_of(image, y, x, x_image, x_y, x_x)
                 seen = inside[:, None] & lies_in(y[:, None] + dy, x[:, None] + dx, x_height, x_width)
                 seen_x = tl.load(read + (at * UNIT)[:, None], mask=seen & real, other=0.0)
             total = product(grad.T, seen_x, total, PRECISION)
@@ -205,7 +206,7 @@ def masked_conv2d_weight_kernel(
         added = tl.zeros((M, N), tl.float32)
         for step in range(column, tl.where(column < live, steps, 0), live):
             added += grad_block(
-                grad_ptr, start + step, n, batch, height, width_out, across, down, all_rows, grad_image, grad_y,
+                grad_ptr, start + step, n, batch, height, width, across, down, all_rows, grad_image, grad_y,
                 grad_x, GRAD_UNIT, IMAGES, HEIGHT, WIDTH)[0].to(tl.float32)  # fmt: skip
         at = (tl.program_id(1).to(tl.int64) * programs + column) * all_rows + n
         tl.store(sums_ptr + at, tl.sum(added, 0), mask=n < all_rows)
@@ -216,12 +217,12 @@ def masked_conv2d_sum_kernel(
     partial_ptr,  # (shares, outputs, all_columns) float32
     mask_ptr,  # bool (outputs, inputs, size) contiguous, or None, as in the packing
     out_ptr,  # the same shape, contiguous, written whole
-    masked,  # outputs whose mask is read: all, or 0
+    live_rows,
     shares, outputs, all_columns,
     image_pitch,  # inputs * size
     pitch,  # columns of a tap
     inputs,  # of a program
-    size, taps, first, width, top, left, kernel_width,
+    size, taps, first_tap, box_width, top, left, kernel_width,
     FLAT: tl.constexpr,  # a power of two, inputs * size at least
     OUTPUTS: tl.constexpr,
 ):  # fmt: skip
@@ -239,12 +240,12 @@ def masked_conv2d_sum_kernel(
         total += tl.load(partial_ptr + at, mask=there, other=0.0)
         at += outputs.to(tl.int64) * all_columns
     ky, kx = flat % size // kernel_width - top, flat % size % kernel_width - left
-    tap, i = ky * width + kx - first, flat // size
-    live = (kx >= 0) & (kx < width) & (tap >= 0) & (tap < taps) & (i < inputs)
+    tap, i = ky * box_width + kx - first_tap, flat // size
+    live = (kx >= 0) & (kx < box_width) & (tap >= 0) & (tap < taps) & (i < inputs)
     index = tl.arange(0, OUTPUTS)[:, None] * FLAT + tl.where(live, tap * inputs + i, 0)
     total = tl.where(live, picked(total, index), 0.0)
     there = (output < outputs) & (i < inputs) & (start * size + flat < image_pitch)
     at = output.to(tl.int64) * image_pitch + start * size + flat
     if mask_ptr is not None:
-        total = tl.where(tl.load(mask_ptr + at, mask=there & (output < masked), other=1) != 0, total, 0.0)
+        total = tl.where(tl.load(mask_ptr + at, mask=there & (output < live_rows), other=1) != 0, total, 0.0)
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=there)

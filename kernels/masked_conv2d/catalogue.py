@@ -44,13 +44,13 @@ def noted(chip: str) -> Iterator[dict[Kind, None]]:
                 signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
         kinds[self.kernel, tuple(signature.items()), tuple(constants.items())] = None
 
-    before, products.Launches.__call__ = products.Launches.__call__, note  # type: ignore[method-assign]
+    before = products.Launches.__call__, config.EMULATED, config.ALWAYS_KERNELS
+    products.Launches.__call__, config.EMULATED, config.ALWAYS_KERNELS = note, chip, True  # type: ignore
     launch.forget()
     try:
-        with config.pretended(chip):
-            yield kinds
+        yield kinds
     finally:
-        products.Launches.__call__ = before  # type: ignore[method-assign]
+        products.Launches.__call__, config.EMULATED, config.ALWAYS_KERNELS = before  # type: ignore
         launch.forget()
 
 
@@ -77,11 +77,11 @@ def run_layer(
     residual = result if adds and not gated else None
     keep = {"none": "", "relu": "sign" if adds else "", "gated": "both" if adds else "valve"}[activation]
     tensors = (x, weight, mask, bias, condition, residual, other, other_weight)
-    out, kept = launch.forward(*tensors, SAME, activation, keep)
+    out, kept, plans = launch.forward(*tensors, SAME, activation, keep)
     used = feature_map(256) if keep == "both" else None
     wanted = (channels >= 16, True, True, False, other is not None, other is not None)
     given = (result, used, x, weight, mask, out, out if kept is None else kept, other, other_weight)
-    launch.backward(*given, SAME, keep or activation, wanted)
+    launch.backward(*given, SAME, keep or activation, wanted, plans)
 
 
 def run_layers() -> None:

@@ -44,22 +44,20 @@ def key_of(product: Any, x: Tensor) -> tuple[Any, ...]:
     return (layer, product.choice.tile, *product.run.constants.items(), x.get_device())
 
 
-def tried(make: Callable[..., Any], *tensors: Tensor | None) -> Any:
-    """`make(*tensors)`, a product, if it gives the right numbers, with descriptors or without; else by cuDNN, with a
+def tried(make: Callable[..., Any], x: Tensor, *tensors: Tensor | None) -> Any:
+    """`make(x, *tensors)`, a product, if it gives the right numbers, with descriptors or without; else by cuDNN, with a
     warning. Each compiled kernel is tried once."""
-    product, x = make(*tensors), tensors[0]
-    assert x is not None
+    product = make(x, *tensors)
     if product.choice.provider != "triton" or not can_be_wrong(x):
         return product
     for tile in dict.fromkeys((product.choice.tile, product.choice.tile._replace(tma=False))):
-        choice = product.choice._replace(tile=tile)
-        candidate = make(*tensors, choice=choice)
+        candidate = make(x, *tensors, choice=product.choice._replace(tile=tile))
         key = key_of(candidate, x)
         if key not in _trusted:
-            _trusted[key] = is_right(make, tensors, choice)
+            _trusted[key] = is_right(make, (x, *tensors), candidate.choice)
         if _trusted[key]:
             return candidate
-    return make(*tensors, choice=Choice("cropped", product.choice.tile, FAILED))
+    return make(x, *tensors, choice=Choice("cropped", product.choice.tile, FAILED))
 
 
 def is_right(make: Callable[..., Any], tensors: tuple[Tensor | None, ...], choice: Choice) -> bool:
@@ -67,67 +65,59 @@ def is_right(make: Callable[..., Any], tensors: tuple[Tensor | None, ...], choic
     is not right. Where memory is out, that is raised: it says nothing about the kernel."""
     few = few_images(make(*tensors, choice=choice), tensors)
     product = make(*few, choice=choice)
+    problem = ""
     try:
-        computed, again, expected = results(product, few), results(product, few), truth(product, few)
+        found, again, expected = results(product, few), results(product, few), truth(product, few)
+        error = max(map(error_of, found, expected))
+        if error > tolerance(product, few[0].device) or not all(map(torch.equal, found, again)):
+            problem = f"gives wrong results ({error:.1e}); it is not used"
     except torch.OutOfMemoryError:
         raise
-    except Exception as problem:  # too much shared memory, too many registers, a compiler's own failure
-        warnings.warn(f"masked_conv2d: {choice.tile} does not run and is not used: {problem}", stacklevel=2)
-        return False
-    error = max(map(error_of, computed, expected))
-    if error <= tolerance(product, few[0].device) and all(map(torch.equal, computed, again)):
-        return True
-    warnings.warn(f"masked_conv2d: {choice.tile} gives wrong results ({error:.1e}); it is not used", stacklevel=2)
-    return False
+    except Exception as failure:  # too much shared memory, too many registers, a compiler's own failure
+        problem = f"does not run and is not used: {failure}"
+    if problem:
+        warnings.warn(f"masked_conv2d: {choice.tile} {problem}", stacklevel=2)
+    return not problem
 
 
 def few_images(product: Any, tensors: tuple[Tensor | None, ...]) -> list[Any]:
     """Random numbers of the dtypes, strides and shapes of a product's tensors, for fewer images."""
-    x = tensors[0]
-    assert x is not None
+    x: Any = tensors[0]
     images = max(1, min(x.shape[0], cdiv(PIXELS, x.shape[2] * x.shape[3])))
     generator = torch.Generator(x.device).manual_seed(0)
-    few: list[Any] = []
+    few: list[Any] = list(tensors)
     for place, tensor in enumerate(tensors):
-        if tensor is None or tensor.dtype == torch.bool:
-            few.append(tensor)
-            continue
-        shape = (images if place in product.maps else tensor.shape[0], *tensor.shape[1:])
-        reach = 1 + sum((size - 1) * step for size, step in zip(shape, tensor.stride(), strict=True))
-        scale = (2 / tensor[0].numel()) ** 0.5 if place in product.kernels else 1.0  # so that sums are of size 1
-        values = torch.randn(reach, generator=generator, device=x.device) * scale
-        few.append(values.to(tensor.dtype).as_strided(shape, tensor.stride()))
+        if tensor is not None and tensor.dtype != torch.bool:
+            shape = (images if place in product.maps else tensor.shape[0], *tensor.shape[1:])
+            reach = 1 + sum((size - 1) * step for size, step in zip(shape, tensor.stride(), strict=True))
+            scale = (2 / tensor[0].numel()) ** 0.5 if place in product.kernels else 1.0  # so that sums are of size 1
+            values = torch.randn(reach, generator=generator, device=x.device) * scale
+            few[place] = values.to(tensor.dtype).as_strided(shape, tensor.stride())
     return few
 
 
-def results(product: Any, tensors: Any) -> list[Tensor]:
-    return _compared(product, *product(*tensors))
+def results(product: Any, tensors: Any, by_cudnn: bool = False) -> list[Tensor]:
+    """What a product writes."""
+    first, second = product.by_cudnn(*tensors) if by_cudnn else product(*tensors)
+    if product.layer.direction == "weight":
+        return [first] if second is None else [first, second.sum((0, 1))]
+    return [first, second] if product.keep else [first]
 
 
 def truth(product: Any, tensors: Any) -> list[Tensor]:
     """As `results`, in float64."""
-    wide = [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
-    return _compared(product, *product.by_cudnn(*wide))
+    return results(product, [t.double() if t is not None and t.is_floating_point() else t for t in tensors], True)
 
 
-def _compared(product: Any, first: Tensor, second: Tensor | None) -> list[Tensor]:
-    if product.layer.direction == "weight":
-        return [first] if second is None else [first, second.sum((0, 1))]
-    assert second is not None
-    return [first, second] if product.keep else [first]
-
-
-def error_of(computed: Tensor, truth: Tensor) -> float:
+def error_of(found: Tensor, truth: Tensor) -> float:
     """Largest difference over the largest value; infinite where there is a NaN."""
-    error = ((computed.double() - truth).abs().max() / truth.double().abs().max().clamp(min=1e-30)).item()
-    return error if error == error else float("inf")
+    error = ((found.double() - truth).abs().max() / truth.double().abs().max().clamp(min=1e-30)).item()
+    return error if error == error else math.inf
 
 
 def tolerance(product: Any, device: torch.device) -> float:
     """What `error_of` may be."""
     dtype = product.layer.dtype
-    if dtype != torch.float32:
-        return torch.finfo(dtype).eps
     if precision_of(device, dtype) == "tf32":
         return 2**-9
-    return torch.finfo(dtype).eps * (16 + math.sqrt(product.terms))
+    return torch.finfo(dtype).eps * (16 + math.sqrt(product.terms) if dtype == torch.float32 else 1)

@@ -6,14 +6,11 @@ and cuDNN on this machine's GPU and saves the times as `<GPU>.json` in the folde
 beside this file, which ships. No GPU has been measured yet: nothing ships.
 """
 
-import contextlib
 import functools
 import importlib.util
 import json
 import os
 import re
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,18 +77,6 @@ EMULATED: str | None = None  # the chip, "sm_90" say, that CPU tensors count as 
 ALWAYS_KERNELS = False  # whether the kernels run also where cuDNN is expected to be faster: to compile and to test them
 
 
-@contextlib.contextmanager
-def pretended(chip: str) -> Iterator[None]:
-    """Inside, tensors that are on no GPU count as on this chip, and the kernels compute all products."""
-    global EMULATED, ALWAYS_KERNELS
-    before = EMULATED, ALWAYS_KERNELS
-    EMULATED, ALWAYS_KERNELS = chip, True
-    try:
-        yield
-    finally:
-        EMULATED, ALWAYS_KERNELS = before
-
-
 @functools.cache
 def _chip_of_gpu(index: int) -> str:
     properties = torch.cuda.get_device_properties(index)
@@ -109,9 +94,9 @@ def chip_of(device: torch.device) -> str:
 
 def precision_of(device: torch.device, dtype: torch.dtype) -> str:
     """The `input_precision` of products: TF32 for float32 where PyTorch's setting for convolutions allows it."""
-    if chip_of(device) == "interpreter":
+    if device.type != "cuda" and EMULATED is None:
         return "float32"
-    if dtype != torch.float32:
+    if dtype is not torch.float32:
         return "ieee"
     settings = getattr(torch.backends.cudnn, "conv", None)  # of PyTorch 2.9 and later; the older one warns there
     allowed = torch.backends.cudnn.allow_tf32 if settings is None else settings.fp32_precision == "tf32"
@@ -203,13 +188,10 @@ def rule(chip: str, layer: Layer, precision: str, boxed: int) -> str:
 # --- measured choices
 
 
-def table_of(folder: Path, gpu: str) -> Path:
-    return folder / (re.sub(r"[^A-Za-z0-9.]+", "-", gpu).strip("-") + ".json")
-
-
-def own_folder() -> Path:
+def own_table(gpu: str) -> Path:
     """Where the measurements of this machine are kept."""
-    return Path(os.environ.get("FASTGEN_TUNED") or Path.home() / ".cache/fastgen/masked_conv2d")
+    folder = Path(os.environ.get("FASTGEN_TUNED") or Path.home() / ".cache/fastgen/masked_conv2d")
+    return folder / (re.sub(r"[^A-Za-z0-9.]+", "-", gpu).strip("-") + ".json")
 
 
 @functools.cache
@@ -220,9 +202,8 @@ def measured(gpu: str) -> dict[str, Choice]:
         ValueError: the file is not what the search writes.
     """
     rows: dict[str, Choice] = {}
-    for path in (table_of(SHIPPED, gpu), table_of(own_folder(), gpu)):
-        if not path.exists():
-            continue
+    own = own_table(gpu)
+    for path in (path for path in (SHIPPED / own.name, own) if path.exists()):
         try:
             for key, row in json.loads(path.read_text())["layers"].items():
                 if row["provider"] not in PROVIDERS:
@@ -251,21 +232,19 @@ def choose(device: torch.device, layer: Layer, precision: str, boxed: int) -> Ch
 
 def save(gpu: str, layers: dict[str, Any], versions: dict[str, str]) -> Path:
     """Adds rows to this machine's table of the GPU; a reader sees the old file or the new one, never a part."""
-    path = table_of(own_folder(), gpu)
+    path = own_table(gpu)
     rows = json.loads(path.read_text())["layers"] if path.exists() else {}
     rows |= {key: {**row, "tile": row["tile"]._asdict()} for key, row in layers.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump({"gpu": gpu, **versions, "layers": dict(sorted(rows.items()))}, file, indent=1)
-    os.replace(file.name, path)
+    whole = path.with_suffix(f".{os.getpid()}.tmp")
+    whole.write_text(json.dumps({"gpu": gpu, **versions, "layers": dict(sorted(rows.items()))}, indent=1))
+    whole.replace(path)
     measured.cache_clear()
     return path
 
 
 def describe(gpu: str) -> str:
     """A line a measured layer: what "auto" runs and why. For reports."""
-    rows = measured(gpu)
-    if not rows:
-        return f"masked_conv2d on {gpu}: not yet measured, what runs is chosen by rule"
-    lines = [f"  {key}: {choice.provider} ({choice.why})" for key, choice in sorted(rows.items())]
-    return "\n".join([f"masked_conv2d on {gpu}:", *lines])
+    lines = [f"  {key}: {choice.provider} ({choice.why})" for key, choice in sorted(measured(gpu).items())]
+    head = f"masked_conv2d on {gpu}:"
+    return "\n".join([head, *lines]) if lines else f"{head} not yet measured, what runs is chosen by rule"

@@ -53,9 +53,9 @@ def picked(values, index):
 
 
 @triton.jit
-def tap_of_kernel(tap, first, width, corner, kernel_width):
+def tap_of_kernel(tap, first_tap, box_width, corner, kernel_width):
     """Where a visited tap lies in the raster order of the whole kernel (kh, kw)."""
-    return corner + (first + tap) // width * kernel_width + (first + tap) % width
+    return corner + (first_tap + tap) // box_width * kernel_width + (first_tap + tap) % box_width
 
 
 @kernel
@@ -63,18 +63,22 @@ def masked_conv2d_pack_kernel(
     weight_ptr,  # (outputs, inputs, size) contiguous, or channels-last
     mask_ptr,  # bool (outputs, inputs, size) contiguous, or None
     packed_ptr,  # (packed_rows, packed_columns * 16), written from column first_column * 16 on
-    masked,  # outputs of a half whose mask is read: all, or 0; a pointer that is not read spares another compilation
-    packed_rows,
+    live_rows, packed_rows,  # live_rows: of a half
     columns, packed_columns, first_column,  # in sixteens; columns: to be filled
     pitch,  # columns of a tap, in units
     outputs,  # of a half of a gate
     image_pitch,  # inputs * size, in units
     run, parts,  # a place p is of the half p // run % parts: runs of one half follow runs of the other
-    size, taps, rounds, first, width, corner, kernel_width,  # size: kh * kw; rounds: taps, and more to fill the columns
+    size,  # kh * kw
+    taps,
+    rounds,  # taps, and more to fill the columns
+    first_tap, box_width,
+    corner, kernel_width,  # corner: of the box, in raster order of the kernel
     MIRRORED: tl.constexpr,  # a row of packed weights is an input, a column an output
     CHANNELS_LAST: tl.constexpr,  # the weight
     UNIT: tl.constexpr,
-    FLAT: tl.constexpr,  # a power of two, INPUTS * size at least
+    LAG: tl.constexpr,  # elements of 16 bytes
+    FLAT: tl.constexpr,  # a power of two, INPUTS * size + 7 * LAG at least
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
 ):  # fmt: skip
@@ -87,23 +91,26 @@ def masked_conv2d_pack_kernel(
     i = tl.arange(0, INPUTS)[None, :]
     pitch, inputs = pitch * UNIT, image_pitch // size * UNIT
     real = (output < outputs) & (start + i < inputs)
+    # 32 threads pick from eight rows (every other one, MIRRORED) or four: these begin at different banks.
+    o = tl.arange(0, OUTPUTS)[:, None]
+    lag = o // 2 % 8 * LAG if MIRRORED else o % 4 * (2 * LAG)
     if not CHANNELS_LAST:
-        flat = tl.arange(0, FLAT)[None, :]
-        there = (output < outputs) & (flat < INPUTS * size) & (start * size + flat < image_pitch * UNIT)
+        flat = tl.arange(0, FLAT)[None, :] - lag
+        there = (output < outputs) & (flat >= 0) & (flat < INPUTS * size) & (start * size + flat < image_pitch * UNIT)
         at = row_start + start * size + flat
         values = tl.load(weight_ptr + at, mask=there, other=0.0)
         if mask_ptr is not None:
-            values = tl.where(tl.load(mask_ptr + at, mask=there & (output < masked), other=1) != 0, values, 0.0)
+            values = tl.where(tl.load(mask_ptr + at, mask=there & (output < live_rows), other=1) != 0, values, 0.0)
     for tap in range(rounds):
-        tap_in_kernel = tap_of_kernel(tl.minimum(tap, taps - 1), first, width, corner, kernel_width)
+        tap_in_kernel = tap_of_kernel(tl.minimum(tap, taps - 1), first_tap, box_width, corner, kernel_width)
         if CHANNELS_LAST:
             weight = weight_ptr + row_start + (tap_in_kernel * inputs + start + i)
             taken = tl.load(weight, mask=real, other=0.0)
             if mask_ptr is not None:
                 live = mask_ptr + row_start + ((start + i) * size + tap_in_kernel)
-                taken = tl.where(tl.load(live, mask=real & (output < masked), other=1) != 0, taken, 0.0)
+                taken = tl.where(tl.load(live, mask=real & (output < live_rows), other=1) != 0, taken, 0.0)
         else:
-            taken = picked(values, tl.arange(0, OUTPUTS)[:, None] * FLAT + i * size + tap_in_kernel)
+            taken = picked(values, o * FLAT + lag + i * size + tap_in_kernel)
         taken = tl.where(tap < taps, taken, 0.0)
         if MIRRORED:
             row, column = start + i, place
@@ -144,6 +151,19 @@ def pixels_of(block, height, width, across, down, IMAGES: tl.constexpr, HEIGHT: 
 
 
 @triton.jit
+def offset_of(image, y, x, image_step, y_step, x_step):
+    """Of pixels of a map, in 64 bits."""
+    return image.to(tl.int64) * image_step + y.to(tl.int64) * y_step + x.to(tl.int64) * x_step
+
+
+@triton.jit
+def seen_from(tap, first_tap, box_width, origin_y, origin_x, tap_y, tap_x):
+    """(dy, dx) from the place of a result to what a visited tap sees."""
+    tap += first_tap
+    return origin_y + tap // box_width * tap_y, origin_x + tap % box_width * tap_x
+
+
+@triton.jit
 def steps_of(tile, N: tl.constexpr, K: tl.constexpr, taps, channels, part_blocks, parts_read, rows, group_rows,
              group_channels, shown, mirrored):  # fmt: skip
     """(number of steps of a tile of N channels, number of blocks of the last tap that it leaves out in front).
@@ -161,16 +181,13 @@ def steps_of(tile, N: tl.constexpr, K: tl.constexpr, taps, channels, part_blocks
 
 
 @triton.jit
-def place_of(step, skipped, K: tl.constexpr, taps, first, width, origin_y, origin_x, tap_y, tap_x, channels,
-             part_blocks, parts_read):  # fmt: skip
-    """What a step reads: (dy, dx, first channel in its part, that part's first channel, first packed column)."""
+def place_of(step, skipped, K: tl.constexpr, taps, channels, part_blocks, parts_read):
+    """What a step reads: (tap, first channel in its part, that part's first channel, first packed column)."""
     blocks = part_blocks * parts_read
     tap, block = step // blocks, step % blocks
     block += tl.where(tap == taps - 1, skipped * (1 + block // (part_blocks - skipped)), 0)
     part = block // part_blocks
-    dy = origin_y + (first + tap) // width * tap_y
-    dx = origin_x + (first + tap) % width * tap_x
-    return dy, dx, (block - part * part_blocks) * K, part * channels, (tap * blocks + block) * K
+    return tap, (block - part * part_blocks) * K, part * channels, (tap * blocks + block) * K
 
 
 # --- what follows the sums: tiles of (channels, pixels)
@@ -186,11 +203,11 @@ def halves_of(sums):
 
 
 @triton.jit
-def add_biases(sums, image, n, inside, biased, bias_ptr, condition_ptr, first, all_rows):
-    """The bias of each channel, and an image's own (B, all_rows); first: 0, or rows for the second half of a gate."""
-    sums += tl.load(bias_ptr + first + n, mask=n < biased, other=0.0).to(tl.float32)
+def add_biases(sums, image, n, inside, bias_rows, bias_ptr, condition_ptr, half, all_rows):
+    """The bias of each channel, and an image's own (B, all_rows); half: 0, or rows for the second half of a gate."""
+    sums += tl.load(bias_ptr + half + n, mask=n < bias_rows, other=0.0).to(tl.float32)
     if condition_ptr is not None:
-        own = condition_ptr + image * all_rows + first + n
+        own = condition_ptr + image * all_rows + half + n
         sums += tl.load(own, mask=inside, other=0.0).to(tl.float32)
     return sums
 
@@ -209,36 +226,33 @@ def gate(signal, valve, FAST: tl.constexpr):
 
 
 @triton.jit
-def write(to_map, values, half, at, inside, image, y, x, first, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """Writes a half of the channels of a map (B, H, W, halves, rows) from channel `first` on: by a descriptor where
+def write(to_map, values, half, at, inside, image, y, x, channel, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Writes a half of the channels of a map (B, H, W, halves, rows) from one channel on: by a descriptor where
     HEIGHT > 0, else to the offsets `at`."""
     if HEIGHT > 0:
         C: tl.constexpr = values.shape[0]
         IMAGES: tl.constexpr = values.shape[1] // (HEIGHT * WIDTH)
         box = values.to(to_map.dtype).T.reshape(IMAGES, HEIGHT, WIDTH, 1, C)
-        to_map.store([image, y, x, half, first], box)
+        to_map.store([image, y, x, half, channel], box)
     else:
         tl.store(to_map + at, values.to(to_map.dtype.element_ty), mask=inside)
 
 
 @kernel
 def masked_conv2d_kernel(
-    x_map,  # (B, x_height, x_width, parts_read * channels), strides below
+    x_map,  # (B, x_height, x_width, parts_read * channels)
     packed_map,  # (row_tiles * N, packed_columns * 16)
     other_map,  # (B, out_height, out_width, other_channels) or None: a second map, seen at the pixel itself
     bias_ptr,  # (all rows)
     condition_ptr,  # (B, all rows) or None
-    residual_ptr,  # (B, out_height, out_width, rows), strides below; or None
+    residual_ptr,  # (B, out_height, out_width, rows) or None
     out_map,  # (B, out_height, out_width, 1, rows) contiguous, written
     kept_map,  # written: KEEP "valve": as out; "both": with two halves; "sign": a pointer, bool, as out
-    biased,  # rows whose bias is read: all, or 0
-    added,  # rows whose residual is read, in units: all, or 0
-    floor,  # without a gate: what is less is raised to it; 0 for ReLU, else -inf
+    bias_rows, residual_rows,
+    least,  # without a gate: what is less is raised to it; 0 for ReLU, else -inf
     mirrored,  # for the gradient of the input
-    batch, out_height, out_width, x_height, x_width,
-    across, down,  # boxes side by side
-    step_y, step_x,  # the convolution's stride
-    taps, first, width, origin_y, origin_x, tap_y, tap_x, group_rows, group_channels, shown,  # walk.py
+    batch, out_height, out_width, x_height, x_width, across, down, step_y, step_x,
+    taps, first_tap, box_width, origin_y, origin_x, tap_y, tap_x, group_rows, group_channels, shown,
     channels,  # of a part
     part_blocks, parts_read,
     rows,  # written, of each half with a gate
@@ -246,9 +260,7 @@ def masked_conv2d_kernel(
     columns,  # packed columns of x, before those of the other map
     packed_columns, other_channels,
     x_image, x_y, x_x, other_image, other_y, other_x, residual_image, residual_y, residual_x,
-    x_channel,  # 1 but where gathered
-    residual_channel,
-    GATHER: tl.constexpr,  # columns of several taps in a block
+    x_channel, residual_channel, GATHER: tl.constexpr,
     UNIT: tl.constexpr,  # of x, other and their channels
     OUT_UNIT: tl.constexpr,  # of rows and the residual
     GATED: tl.constexpr, KEEP: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -266,7 +278,7 @@ def masked_conv2d_kernel(
         image, i, j = pixels_of(block, out_height, out_width, across, down, IMAGES, HEIGHT, WIDTH)
         inside = image < batch
         y, x = i * step_y, j * step_x
-        base = image.to(tl.int64) * x_image + y.to(tl.int64) * x_y + x.to(tl.int64) * x_x
+        base = offset_of(image, y, x, x_image, x_y, x_x)
         y = tl.where(inside, y, -(2**30))  # far from the map
         read = x_map + (base * UNIT)[None, :] + k[:, None]
         weights = packed_map + (tile * N + tl.arange(0, N)).to(tl.int64)[:, None] * (packed_columns * 16) + k[None, :]
@@ -275,8 +287,7 @@ def masked_conv2d_kernel(
         tl.assume(steps > 0)
         for step in range(steps):
             tap, channel = (step * K + k) // channels, (step * K + k) % channels
-            dy = (origin_y + (first + tap) // width * tap_y)[:, None]
-            dx = (origin_x + (first + tap) % width * tap_x)[:, None]
+            dy, dx = seen_from(tap[:, None], first_tap, box_width, origin_y, origin_x, tap_y, tap_x)
             seen = (tap < taps)[:, None] & lies_in(y[None, :] + dy, x[None, :] + dx, x_height, x_width)
             at = (dy.to(tl.int64) * x_y + dx.to(tl.int64) * x_x) + channel.to(tl.int64)[:, None] * x_channel
             a = tl.load(x_map + base[None, :] + at, mask=seen, other=0.0)
@@ -286,8 +297,8 @@ def masked_conv2d_kernel(
                                   group_channels, shown, mirrored)  # fmt: skip
         tl.assume(steps > 0)
         for step in range(steps):
-            dy, dx, channel, start, column = place_of(step, skipped, K, taps, first, width, origin_y, origin_x, tap_y,
-                                                      tap_x, channels, part_blocks, parts_read)  # fmt: skip
+            tap, channel, start, column = place_of(step, skipped, K, taps, channels, part_blocks, parts_read)
+            dy, dx = seen_from(tap, first_tap, box_width, origin_y, origin_x, tap_y, tap_x)
             if BOXES:
                 a = x_map.load([first_image, first_y + dy, first_x + dx, start + channel]).reshape(M, K).T
                 w = packed_map.load([tile * N, column])
@@ -299,8 +310,7 @@ def masked_conv2d_kernel(
             sums = product(w, a, sums, PRECISION)
     if other_map is not None:
         if not BOXES:
-            at = image.to(tl.int64) * other_image + i.to(tl.int64) * other_y + j.to(tl.int64) * other_x
-            read = other_map + (at * UNIT)[None, :] + k[:, None]
+            read = other_map + (offset_of(image, i, j, other_image, other_y, other_x) * UNIT)[None, :] + k[:, None]
         blocks = (other_channels + K - 1) // K
         tl.assume(blocks > 0)
         for step in range(blocks):
@@ -319,8 +329,8 @@ def masked_conv2d_kernel(
     at = pixel * rows + n
     if GATED:
         sums, valve = halves_of(sums)
-        sums = add_biases(sums, image, n, inside, biased, bias_ptr, condition_ptr, 0, 2 * rows)
-        valve = add_biases(valve, image, n, inside, biased, bias_ptr, condition_ptr, rows, 2 * rows)
+        sums = add_biases(sums, image, n, inside, bias_rows, bias_ptr, condition_ptr, 0, 2 * rows)
+        valve = add_biases(valve, image, n, inside, bias_rows, bias_ptr, condition_ptr, rows, 2 * rows)
         if KEEP == "valve":
             write(kept_map, valve, 0, at, inside, first_image, first_y, first_x, tile * C, HEIGHT, WIDTH)
         if KEEP == "both":
@@ -329,12 +339,12 @@ def masked_conv2d_kernel(
             write(kept_map, valve, 1, half + rows, inside, first_image, first_y, first_x, tile * C, HEIGHT, WIDTH)
         sums = gate(sums, valve, FAST)
     else:
-        sums = add_biases(sums, image, n, inside, biased, bias_ptr, condition_ptr, 0, rows)
+        sums = add_biases(sums, image, n, inside, bias_rows, bias_ptr, condition_ptr, 0, rows)
         if KEEP == "sign":
             tl.store(kept_map + at, (sums <= 0) == 0, mask=inside)  # a NaN passes
-        sums = tl.where(sums < floor, floor, sums)  # keeps NaN
+        sums = tl.where(sums < least, least, sums)  # keeps NaN
     if residual_ptr is not None:
-        where = (image * residual_image + i * residual_y + j * residual_x) * OUT_UNIT
+        where = offset_of(image, i, j, residual_image, residual_y, residual_x) * OUT_UNIT
         where += n.to(tl.int64) * residual_channel
-        sums += tl.load(residual_ptr + where, mask=inside & (n < added * OUT_UNIT), other=0.0).to(tl.float32)
+        sums += tl.load(residual_ptr + where, mask=inside & (n < residual_rows * OUT_UNIT), other=0.0).to(tl.float32)
     write(out_map, sums, 0, at, inside, first_image, first_y, first_x, tile * C, HEIGHT, WIDTH)

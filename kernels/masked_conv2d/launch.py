@@ -38,7 +38,7 @@ from fastgen.kernels.masked_conv2d.products import (
     products_of,
     sum_of,
 )
-from fastgen.kernels.masked_conv2d.walk import POINTWISE, Geometry, Walk, known_walk, refuse_in_capture
+from fastgen.kernels.masked_conv2d.walk import POINTWISE, Geometry, Walk, known_walk, refuse_in_capture, seen_walk
 
 MAX_PIXELS = 2**31 - 2**25  # pixels are counted in 32 bits, with room for the last blocks; offsets in 64
 PASS_PROGRAMS = 1024  # of the pass, about; a constant, so that sums do not depend on the chip
@@ -50,13 +50,15 @@ Tensors = tuple[Tensor | None, ...]
 
 class Call(NamedTuple):
     """The plan of calls of one kind. copies: the places of tensors that the kernels cannot read as they lie, and what
-    copies them."""
+    copies them. gradients: the plans of the gradients of calls of this kind."""
 
     run: Callable[..., Any]
     copies: list[tuple[int, Callable[[Tensor], Tensor]]]
+    gradients: dict[Any, "Call"]
 
 
-_calls: dict[Any, Call] = {}
+Calls = dict[Any, Call]
+_calls: Calls = {}
 
 
 def forget() -> None:
@@ -77,18 +79,18 @@ def laid_out(tensors: Tensors, copies: Sequence[tuple[int, Callable[[Tensor], Te
 
 
 def kinds_of(tensors: Tensors) -> list[Any]:
-    """What a call is planned for, of each tensor: its shape, strides and alignment."""
-    return [None if t is None else (t.shape, t.stride(), t.data_ptr() % 16 == 0) for t in tensors]
+    """What a call is planned for, of each tensor."""
+    return [t if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in tensors]
 
 
-def _new_call(key: tuple[Any, ...], x: Tensor, tensors: Tensors, reads: Sequence[Any], make: Any) -> Call:
+def _new_call(calls: Calls, key: Any, x: Tensor, tensors: Tensors, reads: Sequence[Any], make: Any) -> Call:
     """make: of tensors that lie as they must, what runs for such."""
     refuse_in_capture(x, "chooses what runs the first time that it sees a shape, and cannot do so", "this shape")
     pairs = enumerate(zip(tensors, reads, strict=True))
     copies = [(i, read) for i, (t, read) in pairs if t is not None and read is not None and read(t) is not t]
-    if len(_calls) >= CALLS:
-        _calls.clear()
-    call = _calls[key] = Call(make(*laid_out(tensors, copies)), copies)
+    if len(calls) >= CALLS:
+        calls.clear()
+    call = calls[key] = Call(make(*laid_out(tensors, copies)), copies, {})
     return call
 
 
@@ -102,23 +104,28 @@ def weights_of(weight: Tensor, walk: Walk, geometry: Pairs) -> Weights:
 def forward(
     x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, condition: Tensor | None,
     residual: Tensor | None, other: Tensor | None, other_weight: Tensor | None,
-    geometry: Pairs, activation: str, keep: str,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """activation(conv(x, weight) + conv1x1(other, other_weight) + bias + condition) + residual, and what is kept.
+    geometry: Pairs, activation: str, keep: str, check_all: Callable[..., None] | None = None,
+) -> tuple[Tensor, Tensor | None, Calls]:  # fmt: skip
+    """activation(conv(x, weight) + conv1x1(other, other_weight) + bias + condition) + residual, what is kept, and
+    plans for `backward`.
 
     x (B, I, H, W), weight (O, I, kh, kw), bias (O,), condition (B, O), residual like the result, other (B, C, H', W'),
     other_weight (O, C, 1, 1). keep: "", with ReLU "sign" (what passes, bool), with a gate "valve" (the second half's
-    input) or "both" halves'; the second result is None for "".
+    input) or "both" halves'; the second result is None for "". check_all: is called with the tensors, geometry and
+    activation before another kind of call is planned, or another mask is read.
 
     Raises:
         ValueError: more than MAX_PIXELS pixels: split the batch.
     """
     tensors: Any = (x, weight, mask, bias, condition, residual, other, other_weight)
-    walk = known_walk(mask, weight.shape, 2 if activation == "gated" else 1)
-    kind = (walk, geometry, activation, keep, x.dtype, x.get_device(), precision_of(x.device, x.dtype))
-    key = (*kind, *kinds_of(tensors))
-    call = _calls.get(key)
+    parts = 2 if activation == "gated" else 1
+    kind = (geometry, activation, keep, precision_of(x.device, x.dtype), *kinds_of(tensors))
+    call = _calls.get((seen_walk(mask, weight.shape, parts), kind))
     if call is None:
+        if check_all is not None:
+            check_all(*tensors, geometry, activation)
+        walk = known_walk(mask, weight.shape, parts)
+        key = (walk, kind)
 
         def make(x: Tensor, weight: Tensor, *rest: Tensor | None) -> Any:
             height, width = result_size(x, weight, geometry)
@@ -129,11 +136,11 @@ def forward(
             product = check.tried(planned, x, weight, *rest)
             return product if all(product.size) else lambda x, *rest: product.results(x)
 
-        call = _new_call(key, x, tensors, READ, make)
+        call = _calls.get(key) or _new_call(_calls, key, x, tensors, READ, make)
     if call.copies:
         tensors = laid_out(tensors, call.copies)
     out, kept = call.run(*tensors)
-    return out, kept if keep else None
+    return out, kept if keep else None, call.gradients
 
 
 # --- the gradients
@@ -154,11 +161,13 @@ class Backward:
     other_gradient: Any = None
     other_weight_gradient: Any = None
     passes: Any = None
+    bias_sum: Any = None
+    condition_sum: Any = None
 
     def __init__(
         self, grad, grad_pre, x, weight, mask, out, kept, other, other_weight, walk, geometry, saved, wanted
     ) -> None:
-        wants_x, wants_weight, wants_bias, wants_condition, wants_other, wants_other_weight = self.wanted = wanted
+        wants_x, wants_weight, wants_bias, wants_condition, wants_other, wants_other_weight = wanted
         batch, rows, height, width = grad.shape
         self.saved, self.rows = saved, walk.parts * rows
         self.layout = channels_last(batch, self.rows, height, width)
@@ -189,8 +198,9 @@ class Backward:
             self._plan_pass(grad, grad_pre, batch if wants_condition else 1)
         if wants_bias or wants_condition:
             (shares, groups, rows), _ = self.sums if self.adds_up else self.weight_gradient.sums
-            self.bias_sum = sum_of(shares * groups, rows, rows, (1, rows, 1, 1))
-            self.condition_sum = sum_of(shares, rows, rows, (groups, rows, 1, 1))
+            self.bias, self.condition = contiguous(rows), contiguous(batch, rows)
+            self.bias_sum = sum_of(shares * groups, rows, rows, (1, rows, 1, 1)) if wants_bias else None
+            self.condition_sum = sum_of(shares, rows, rows, (groups, rows, 1, 1)) if wants_condition else None
 
     def _plan_pass(self, grad: Tensor, grad_pre: Tensor | None, groups: int) -> None:
         """groups: images that have a bias of their own, else 1."""
@@ -214,19 +224,14 @@ class Backward:
         )  # fmt: skip
 
     def __call__(self, grad, grad_pre, x, weight, mask, out, kept, other, other_weight) -> list[Tensor | None]:
-        sums, totals, saved = grad, None, self.saved
+        sums, totals = grad, None
         if self.passes is not None:
             if self.written:
                 sums = grad.new_empty_strided(*self.layout)
             if self.adds_up:
                 totals = grad.new_empty_strided(*self.sums, dtype=torch.float32)
-            first = second = None
-            if saved == "both":
-                first, second = kept.chunk(2, 1)
-            elif saved == "sign":
-                first = kept
-            elif saved != "none":
-                first, second = out, kept if saved == "valve" else None
+            first = None if self.saved == "none" else kept if self.saved in ("both", "sign") else out
+            second = kept if self.saved == "valve" else None
             self.passes(grad, grad_pre, first, second, sums if self.written else None, totals)
         gradients: list[Tensor | None] = [None] * 6
         if self.x_gradient is not None:
@@ -234,11 +239,11 @@ class Backward:
         if self.weight_gradient is not None:
             gradients[1], added = self.weight_gradient(sums, x, weight, mask)
             totals = added if totals is None else totals
-        if self.wanted[2]:
-            gradients[2] = weight.new_empty_strided((self.rows,), (1,))
+        if self.bias_sum is not None:
+            gradients[2] = weight.new_empty_strided(*self.bias)
             self.bias_sum(totals, mask, gradients[2])
-        if self.wanted[3]:
-            gradients[3] = weight.new_empty_strided((len(x), self.rows), (self.rows, 1))
+        if self.condition_sum is not None:
+            gradients[3] = weight.new_empty_strided(*self.condition)
             self.condition_sum(totals, mask, gradients[3])
         if self.other_gradient is not None:
             gradients[4] = self.other_gradient(sums, other_weight, mask)[0]
@@ -250,12 +255,13 @@ class Backward:
 def backward(
     grad: Tensor | None, grad_pre: Tensor | None, x: Tensor, weight: Tensor, mask: Tensor | None, out: Tensor,
     kept: Tensor, other: Tensor | None, other_weight: Tensor | None, geometry: Pairs, saved: str,
-    wanted: tuple[bool, ...],
+    wanted: tuple[bool, ...], known: Calls | None = None,
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of x, weight, bias, condition, other and other_weight, as `wanted`; the rest are None.
 
     grad: of the result, grad_pre: of the sums where these were kept and used; one is not None. saved: what the forward
     kept, or its activation where it kept nothing. out is of the result's shape; it is read for "relu" and "valve".
+    known: what the call of `forward` with these tensors returned.
     """
     if out.numel() == 0:
         like = (x, weight, weight[:, 0, 0, 0], weight.new_empty(out.shape[0], weight.shape[0]), other, other_weight)
@@ -265,13 +271,16 @@ def backward(
         assert grad_pre is not None, "autograd asks for no gradient of nothing"
         grad, grad_pre, saved = grad_pre, None, "none"
     tensors: Any = (grad, grad_pre, x, weight, mask, out, kept, other, other_weight)
-    walk = known_walk(mask, weight.shape, 2 if saved in ("valve", "both") else 1)
-    kind = (walk, geometry, saved, wanted, x.dtype, x.get_device(), precision_of(x.device, x.dtype))
-    key = (*kind, *kinds_of(tensors))
-    call = _calls.get(key)
+    parts = 2 if saved in ("valve", "both") else 1
+    key: Any = (saved, wanted, precision_of(x.device, x.dtype), *kinds_of((weight, grad, grad_pre)))
+    calls = known
+    if calls is None:
+        calls, key = _calls, (key, geometry, known_walk(mask, weight.shape, parts), *kinds_of(tensors))
+    call = calls.get(key)
     if call is None:
+        walk = known_walk(mask, weight.shape, parts)
         make = partial(Backward, walk=walk, geometry=geometry, saved=saved, wanted=wanted)
-        call = _new_call(key, x, tensors, READ_BACKWARD, make)
+        call = _new_call(calls, key, x, tensors, READ_BACKWARD, make)
     if call.copies:
         tensors = laid_out(tensors, call.copies)
     return call.run(*tensors)
@@ -279,11 +288,9 @@ def backward(
 
 def explain(x: Tensor, weight: Tensor, mask: Tensor | None, geometry: Geometry, activation: str) -> str:
     """A line a product of a layer: what will run and why."""
-    x, weight = as_input(x), as_weight(weight)
-    weights = weights_of(weight, known_walk(mask, weight.shape, 2 if activation == "gated" else 1), geometry)
     names = {"out": "result", "in": "gradient of the input", "weight": "gradient of the weight"}
     lines = []
-    planned = products_of(x, weight, mask, weights, result_size(x, weight, geometry), activation, "")
+    planned = products_of(as_input(x), as_weight(weight), mask, geometry, activation, "")
     for direction, (make, tensors) in planned.items():
         product = make(*tensors)
         provider, tile, why = product.choice

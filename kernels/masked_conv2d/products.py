@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels.common import cdiv, next_power_of_2
+from fastgen.kernels.maps import result_size
 from fastgen.kernels.masked_conv2d import cudnn
 from fastgen.kernels.masked_conv2d.backward import masked_conv2d_sum_kernel, masked_conv2d_weight_kernel
 from fastgen.kernels.masked_conv2d.config import Choice, Layer, chip_of, choose, has_tma, precision_of
@@ -31,7 +32,7 @@ from fastgen.kernels.masked_conv2d.layout import (
     pixel_steps,
     unit_of,
 )
-from fastgen.kernels.masked_conv2d.walk import Geometry, Walk, walk_arguments
+from fastgen.kernels.masked_conv2d.walk import Geometry, Walk, known_walk, walk_arguments
 
 # Shares of the pixels are cut so that about as many programs run, two on each multiprocessor of a Hopper: every share
 # is written and read again, which with more would be more than the maps for few images. A constant: sums do not depend
@@ -90,7 +91,11 @@ class Weights:
         rows, half = 16 if unit > 1 else 4, outputs // runs[1]
         # One value for most sizes, so that few kernels are compiled. First layers of models, whose kernels are large,
         # have no unit.
-        flat = 16 if self.channels_last else max(256 if unit > 1 else 1024, next_power_of_2(16 * self.size))
+        flat = (
+            16
+            if self.channels_last
+            else max(256 if unit > 1 else 1024, next_power_of_2(16 * self.size + 112 // dtype.itemsize))
+        )
         arguments = (
             half if self.masked else 0, packed_rows, columns // 16, packed_columns // 16, first // 16, pitch // unit,
             half, inputs * self.size // unit, *runs, self.size, *taps, self.shape[3],
@@ -98,7 +103,7 @@ class Weights:
         places = (pitch, packed_rows) if mirrored else (packed_rows, pitch)
         return Launches(
             masked_conv2d_pack_kernel, (cdiv(places[0], rows), cdiv(places[1], 16)), arguments, MIRRORED=mirrored,
-            CHANNELS_LAST=self.channels_last, UNIT=unit, FLAT=flat, OUTPUTS=rows, INPUTS=16,
+            CHANNELS_LAST=self.channels_last, UNIT=unit, LAG=16 // dtype.itemsize, FLAT=flat, OUTPUTS=rows, INPUTS=16,
         )  # fmt: skip
 
 
@@ -211,20 +216,22 @@ class Convolve:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if self.choice.provider != "triton":
             return self.by_cudnn(x, weight, mask, bias, condition, residual, other, other_weight)
-        out, kept = self.results(x)
-        packed = x.new_empty_strided(*self.packed)
+        read_x: Any = x
+        packed: Any = x.new_empty_strided(*self.packed)
         self.pack(weight, mask, packed)
         if self.pack_other is not None:
             self.pack_other(other_weight, mask, packed)
-        read: tuple[Any, ...] = (x, packed, other)
-        written: tuple[Any, ...] = (out, kept if self.keep else None)
+        out, kept = self.results(x)
+        to_out: Any = out
+        to_kept: Any = kept if self.keep else None
         if self.boxes:
             x_boxes, packed_boxes, other_boxes, out_boxes, kept_boxes = self.boxes
-            read = (x_boxes(x), packed_boxes(packed), None if other_boxes is None else other_boxes(other))
-            written = (out_boxes(out), written[1] if kept_boxes is None else kept_boxes(kept))
+            read_x, packed, to_out = x_boxes(x), packed_boxes(packed), out_boxes(out)
+            other = other if other is None else other_boxes(other)
+            to_kept = to_kept if kept_boxes is None else kept_boxes(kept)
         # What is not there is not read; in its place x spares another compilation, but costs a gate registers.
-        absent = None if self.activation == "gated" else x
-        self.run(*read, x if bias is None else bias, condition, absent if residual is None else residual, *written)
+        residual = x if residual is None and self.activation != "gated" else residual
+        self.run(read_x, packed, other, x if bias is None else bias, condition, residual, to_out, to_kept)
         return out, kept
 
     def by_cudnn(
@@ -324,18 +331,17 @@ class WeightGradient:
 
 
 def products_of(
-    x: Tensor, weight: Tensor, mask: Tensor | None, weights: Weights, size: Sequence[int], activation: str, keep: str
+    x: Tensor, weight: Tensor, mask: Tensor | None, geometry: Geometry, activation: str, keep: str
 ) -> dict[str, tuple[Any, tuple[Tensor | None, ...]]]:
-    """By `Layer.direction`: what makes each product of a layer, and its tensors, for a result of this height and width.
-    The gradient of the sums is not initialized."""
+    """By `Layer.direction`: what makes each product of a layer, and its tensors. The gradient of the sums is not
+    initialized."""
+    walk = known_walk(mask, weight.shape, 2 if activation == "gated" else 1)
+    weights = Weights(weight.shape, walk, geometry, channels_last=not weight.is_contiguous())
+    size = result_size(x, weight, geometry)
     grad = x.new_empty_strided(*channels_last(x.shape[0], weight.shape[0], *size))
-    result: dict[str, Any] = {
-        "size": (weight.shape[0] // weights.walk.parts, *size),
-        "activation": activation,
-        "keep": keep,
-    }
+    made: Any = {"weights": weights, "size": (weight.shape[0] // walk.parts, *size)}
     return {
-        "out": (partial(Convolve, weights=weights, **result), (x, weight, mask)),
+        "out": (partial(Convolve, **made, activation=activation, keep=keep), (x, weight, mask)),
         "in": (partial(Convolve, weights=weights, size=tuple(x.shape[1:]), mirrored=True), (grad, weight, mask)),
         "weight": (partial(WeightGradient, weights=weights, adds_up=activation == "none"), (grad, x, weight, mask)),
     }

@@ -11,20 +11,20 @@ saved with its time and cuDNN's; where cuDNN is faster, "auto" uses it from then
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from fastgen.kernels.masked_conv2d.check import is_right
 from fastgen.kernels.masked_conv2d.config import Choice, Tile, candidates, chip_of, describe, precision_of, save
 from fastgen.kernels.masked_conv2d.launch import forget
-from fastgen.kernels.masked_conv2d.products import Weights, products_of
-from fastgen.kernels.masked_conv2d.walk import Geometry, known_walk
+from fastgen.kernels.masked_conv2d.products import products_of
+from fastgen.kernels.masked_conv2d.walk import Geometry
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DIRECTIONS = ("out", "in", "weight")
@@ -57,12 +57,9 @@ class Problem:
         shape = torch.Size((self.outputs, self.channels, self.kernel, self.kernel))
         mask = live.view(self.kernel, self.kernel).expand(shape).contiguous().to(device)
         weight = torch.randn(shape, generator=generator, device=device) / (self.channels * self.kernel**2 / 2) ** 0.5
-        padding = (self.kernel // 2, self.kernel // 2)
-        weights = Weights(shape, known_walk(mask, shape, 1 + self.gated), Geometry((1, 1), padding, (1, 1)))
-        finish = ("gated", "valve") if self.gated else ("none", "")
-        x = feature_map(self.channels)
-        products = products_of(x, weight.to(self.dtype), mask, weights, (self.size, self.size), *finish)
-        make, tensors = products[direction]
+        geometry = Geometry((1, 1), (self.kernel // 2, self.kernel // 2), (1, 1))
+        x, finish = feature_map(self.channels), ("gated", "valve") if self.gated else ("none", "")
+        make, tensors = products_of(x, weight.to(self.dtype), mask, geometry, *finish)[direction]
         return make, tensors if direction == "out" else (feature_map(self.outputs), *tensors[1:])
 
 
@@ -77,34 +74,17 @@ def usual_problems() -> list[Problem]:
     ]
 
 
-def milliseconds(call: Callable[[], Any], device: torch.device, budget: float = 0.05) -> float:
-    """Median time of a call, after the L2 cache was written over; on a GPU between events."""
-    call()
-    times: list[float] = []
-    flush = torch.empty(2**28 if device.type == "cuda" else 1, dtype=torch.uint8, device=device)
-    start = time.perf_counter()
-    while len(times) < 3 or (time.perf_counter() - start < budget and len(times) < 50):
-        flush.zero_()
-        if device.type == "cuda":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-        else:
-            begun = time.perf_counter()
-            call()
-            times.append(1e3 * (time.perf_counter() - begun))
-    return sorted(times)[len(times) // 2]
+def milliseconds(call: Callable[[], Any]) -> float:
+    """Median time of a call on the GPU, after the L2 cache was written over."""
+    return triton.testing.do_bench(call, warmup=5, rep=50, return_mode="median")
 
 
-def search(product: Product, device: torch.device, tiles: list[Tile]) -> dict[str, Any]:
+def search(product: Product, tiles: list[Tile]) -> dict[str, Any]:
     """The row of a table: the fastest of the right ones, and the times of cuDNN, which is taken where none is right."""
     make, tensors = product
 
     def timed(provider: str, tile: Tile) -> float:
-        return milliseconds(partial(make(*tensors, choice=Choice(provider, tile, "")), *tensors), device)
+        return milliseconds(partial(make(*tensors, choice=Choice(provider, tile, "")), *tensors))
 
     times = {provider: timed(provider, tiles[0]) for provider in ("dense", "cropped")}
     right = {tile: timed("triton", tile) for tile in tiles if is_right(make, tensors, Choice("triton", tile, ""))}
@@ -114,7 +94,7 @@ def search(product: Product, device: torch.device, tiles: list[Tile]) -> dict[st
     return {"provider": provider, "tile": best, "ms": times, "refused": len(tiles) - len(right)}
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def _problems(argv: list[str] | None) -> list[Problem]:
     parser = argparse.ArgumentParser(
         prog="python -m fastgen.kernels.masked_conv2d.tune",
         description=__doc__,
@@ -122,27 +102,21 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--channels", type=int, help="input channels of one layer; without it the usual layers")
     parser.add_argument("--outputs", type=int, help="output channels, both halves of a gate (default: channels)")
-    parser.add_argument("--kernel", type=int, default=3, help="odd (default %(default)s)")
-    parser.add_argument("--size", type=int, default=32, help="height and width (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=128, help="images (default %(default)s)")
+    for name, default, what in (("kernel", 3, "odd"), ("size", 32, "height and width"), ("batch", 128, "images")):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default {default})")
     parser.add_argument("--mask", choices=("A", "B"), default="B", help="default %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default %(default)s")
     parser.add_argument("--gated", action="store_true", help="with the gate in the finish")
-    return parser.parse_args(argv)
+    options = vars(parser.parse_args(argv))
+    options["outputs"] = options["outputs"] or options["channels"]
+    return [Problem(**options | {"dtype": DTYPES[options["dtype"]]})] if options["channels"] else usual_problems()
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parse(argv)
+    problems = _problems(argv)
     if not torch.cuda.is_available():
         print("tune: torch finds no CUDA GPU, and only a GPU can be measured", file=sys.stderr)
         return 2
-    problems = usual_problems()
-    if arguments.channels is not None:
-        outputs = arguments.outputs or arguments.channels
-        sizes = (arguments.batch, arguments.channels, outputs, arguments.kernel, arguments.size)
-        problems = [Problem(*sizes, DTYPES[arguments.dtype], arguments.gated, arguments.mask)]
-    import triton
-
     device = torch.device("cuda", torch.cuda.current_device())
     gpu = torch.cuda.get_device_name(device)
     versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": str(torch.version.cuda)}
@@ -152,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
             make, tensors = problem.product(direction, device)
             layer = make(*tensors).layer
             tiles = candidates(chip_of(device), layer, precision_of(device, problem.dtype))
-            rows[layer.key] = search((make, tensors), device, tiles)
+            rows[layer.key] = search((make, tensors), tiles)
         save(gpu, rows, versions)
     forget()
     print(describe(gpu))

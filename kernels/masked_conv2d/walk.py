@@ -79,6 +79,16 @@ _known: dict[int, tuple[Any, int, dict[int, Walk]]] = {}  # by id: the mask (wea
 _all_live: dict[tuple[int, ...], Walk] = {}
 
 
+def seen_walk(mask: Tensor | None, shape: torch.Size, parts: int) -> Walk | None:
+    """As `known_walk`, None where that has not seen the mask."""
+    if mask is None:
+        return _all_live.get((*shape, parts))
+    entry = _known.get(id(mask))
+    if entry is None or entry[0]() is not mask or entry[1] != (0 if mask.is_inference() else mask._version):
+        return None
+    return entry[2].get(parts)
+
+
 def known_walk(mask: Tensor | None, shape: torch.Size, parts: int) -> Walk:
     """What is known of a mask; None: all of `shape` (O, I, kh, kw) is live.
 
@@ -88,20 +98,18 @@ def known_walk(mask: Tensor | None, shape: torch.Size, parts: int) -> Walk:
     Raises:
         RuntimeError: a CUDA graph is being captured, and the mask was not read before.
     """
+    walk = seen_walk(mask, shape, parts)
+    if walk is not None:
+        return walk
     if mask is None:
-        key = (*shape, parts)
-        if key not in _all_live:
-            _all_live[key] = walk_of(torch.ones(shape, dtype=torch.bool), parts)
-        return _all_live[key]
-    version = 0 if mask.is_inference() else mask._version
-    entry = _known.get(id(mask))
-    if entry is not None and entry[0]() is mask and entry[1] == version:
-        return entry[2][parts]
+        walk = _all_live[(*shape, parts)] = walk_of(torch.ones(shape, dtype=torch.bool), parts)
+        return walk
     refuse_in_capture(mask, "reads a mask once, the first time that it sees it, and cannot do so", "the same mask")
     live = mask.detach().cpu()
     walks = {parts: walk_of(live, parts) for parts in (1, 2) if live.shape[0] % parts == 0}
-    key_of = id(mask)
-    _known[key_of] = (weakref.ref(mask, lambda _: _known.pop(key_of, None)), version, walks)
+    place = id(mask)
+    version = 0 if mask.is_inference() else mask._version
+    _known[place] = (weakref.ref(mask, lambda _: _known.pop(place, None)), version, walks)
     return walks[parts]
 
 

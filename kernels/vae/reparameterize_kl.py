@@ -10,7 +10,7 @@ Noise is not stored: four neighbours share one Philox counter, (row * D + column
 draws the same numbers again, and neither tile sizes nor dtypes change them.
 Traffic in fp32: 12 bytes an element forward (read m, v; write z), 20 backward (read dz, m, v; write dm, dv).
 
-Tiles are (ROWS, OUT, IN); what their numbers are, and the constants, say `Rows` and `Tiles` in `layout`.
+Arguments and the shape of tiles: `fastgen.kernels.vae.addresses`.
 """
 
 from collections.abc import Sequence
@@ -23,71 +23,12 @@ from torch import Tensor
 from fastgen.kernels.catalogue_entry import Entry
 from fastgen.kernels.common import cdiv, launch, next_power_of_2
 from fastgen.kernels.maps import empty_in_order, order_of
+from fastgen.kernels.vae.addresses import begin_of, masks_of, offsets, places_of
 from fastgen.kernels.vae.entries import entry
 from fastgen.kernels.vae.gaussian import exp_of_half, expm1_minus, limited, normal_of_counter, twice_kl
 from fastgen.kernels.vae.layout import TILE, as_rows, tiles_of
 
 MAX_FLOAT = tl.constexpr(3.4028234663852886e38)
-
-
-@triton.jit
-def begin_of(row, columns, ODD: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where in a dense tensor the group of numbers begins that a row begins in, and how far into it."""
-    first = row * columns
-    if ODD or ALIGNED > 0:
-        GROUP: tl.constexpr = ALIGNED if ALIGNED > 0 else 4
-        return first // GROUP * GROUP, (first % GROUP).to(tl.int32)
-    return first, tl.zeros_like(row).to(tl.int32)
-
-
-@triton.jit
-def places_of(tile, tiles, inner, STEP: tl.constexpr, WIDE: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr):
-    """Every STEP-th number of a program's tile: its place behind the beginning of the row; of a tile of two dimensions
-    the outer and inner ones too."""
-    number = tl.program_id(1)
-    if WIDE:
-        number = number.to(tl.int64)
-    number = number * tiles + tile
-    within = (STEP * tl.arange(0, IN // STEP))[None, None, :]
-    if OUT > 1:
-        across = (inner + IN - 1) // IN
-        outer = number // across * OUT + tl.arange(0, OUT)[None, :, None]
-        within = number % across * IN + within
-        place = outer * inner + within
-    else:
-        place = number * IN + within
-        outer = place
-    return place, outer, within
-
-
-@triton.jit
-def masks_of(place, outer, within, ahead, row, rows, columns, outers, inner, ALIGNED: tl.constexpr, OUT: tl.constexpr):
-    """What of a tile belongs to its rows; and what is read and written, with ALIGNED groups in whole: what their
-    neighbours have in common two rows write alike."""
-    column = place - ahead
-    own = (row < rows) & (column >= 0) & (column < columns)
-    inside = own
-    if OUT > 1:
-        own = (row < rows) & (outer < outers) & (within < inner)
-        inside = own
-    elif ALIGNED > 0:
-        inside = (row < rows) & (place // ALIGNED * ALIGNED < columns + ahead)
-    return own, inside
-
-
-@triton.jit
-def offsets(flat, row, place, outer, within, ahead, inner, strides, ALIGNED: tl.constexpr, DIVIDED: tl.constexpr,
-            OUT: tl.constexpr):  # fmt: skip
-    """Of a tile in a tensor of any strides, in 64 bits; flat: in one that is dense."""
-    if ALIGNED > 0:
-        return flat
-    column = place - ahead
-    if OUT > 1:
-        return row * strides[0] + outer.to(tl.int64) * strides[1] + within.to(tl.int64) * strides[2]
-    if DIVIDED:
-        along = (column // inner).to(tl.int64) * strides[1]
-        return row * strides[0] + along + (column % inner).to(tl.int64) * strides[2]
-    return row * strides[0] + column.to(tl.int64) * strides[2]
 
 
 @triton.jit
@@ -121,13 +62,15 @@ def reparameterize_kl_forward_kernel(
     FOURS: tl.constexpr,
     DIVIDED: tl.constexpr,
     WIDE: tl.constexpr,
+    BOUNDED: tl.constexpr,  # whether free_bits is above 0
 ):
     UNIT: tl.constexpr = 4 if FOURS else 1  # so that the compiler knows rows to begin at multiples of four
     columns *= UNIT
     mu_strides = (mu_row_stride * UNIT, mu_outer_stride, mu_inner_stride)
     logvar_strides = (logvar_row_stride * UNIT, logvar_outer_stride, logvar_inner_stride)
     eps_strides = (eps_row_stride * UNIT, eps_outer_stride, eps_inner_stride)
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None]
+    row_1d = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = row_1d[:, None, None]
     begin, ahead = begin_of(row, columns, ODD, ALIGNED)
     total = tl.zeros((ROWS, OUT, IN), tl.float32)
     if eps_ptr is None:
@@ -151,11 +94,11 @@ def reparameterize_kl_forward_kernel(
         z = m + scale * eps
         tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), inside)
         kl = 0.5 * twice_kl(m, below, expm1_minus(clipped, scale))
-        kl = tl.maximum(kl, free_bits, propagate_nan=tl.PropagateNan.ALL)
+        if BOUNDED:
+            kl = tl.maximum(kl, free_bits, propagate_nan=tl.PropagateNan.ALL)
         total += tl.where(own, kl, 0.0)
     part = tl.sum(tl.reshape(total, (ROWS, OUT * IN)), axis=1)
     part = tl.where(part > MAX_FLOAT, MAX_FLOAT, part)
-    row_1d = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     tl.store(kl_ptr + row_1d * tl.num_programs(1) + tl.program_id(1), part, row_1d < rows)
 
 
@@ -214,6 +157,7 @@ def reparameterize_kl_backward_kernel(
     FOURS: tl.constexpr,
     DIVIDED: tl.constexpr,
     WIDE: tl.constexpr,
+    BOUNDED: tl.constexpr,  # whether free_bits is above 0
 ):
     UNIT: tl.constexpr = 4 if FOURS else 1
     columns *= UNIT
@@ -221,17 +165,19 @@ def reparameterize_kl_backward_kernel(
     mu_strides = (mu_row_stride * UNIT, mu_outer_stride, mu_inner_stride)
     logvar_strides = (logvar_row_stride * UNIT, logvar_outer_stride, logvar_inner_stride)
     eps_strides = (eps_row_stride * UNIT, eps_outer_stride, eps_inner_stride)
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None]
+    row_1d = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = row_1d[:, None, None]
     begin, ahead = begin_of(row, columns, ODD, ALIGNED)
     if grad_kl_ptr is not None:
-        grad_at = grad_kl_ptr + row * grad_kl_stride
-        grad_of_row = tl.load(grad_at, row < rows, other=0.0).to(tl.float32)
+        # Loaded with one dimension: with three, each thread would load a row's number once an element.
+        grad_at = grad_kl_ptr + row_1d * grad_kl_stride
+        grad_of_row = tl.load(grad_at, row_1d < rows, other=0.0).to(tl.float32)[:, None, None]
         if ALIGNED > 0:  # of the neighbours that share a group with the row
-            split = tl.program_id(1) + tl.zeros_like(row)  # a mask of numbers and tensors is none to the interpreter
-            has_before = (split == 0) & (row > 0) & (row < rows)
-            has_after = ((split + 1) * tiles * IN > columns) & (row + 1 < rows)
-            grad_before = tl.load(grad_at - grad_kl_stride, has_before, other=0.0).to(tl.float32)
-            grad_after = tl.load(grad_at + grad_kl_stride, has_after, other=0.0).to(tl.float32)
+            split = tl.program_id(1) + tl.zeros_like(row_1d)  # a mask of numbers and tensors is none to the interpreter
+            has_before = (split == 0) & (row_1d > 0) & (row_1d < rows)
+            has_after = ((split + 1) * tiles * IN > columns) & (row_1d + 1 < rows)
+            grad_before = tl.load(grad_at - grad_kl_stride, has_before, other=0.0).to(tl.float32)[:, None, None]
+            grad_after = tl.load(grad_at + grad_kl_stride, has_after, other=0.0).to(tl.float32)[:, None, None]
     if eps_ptr is None:
         seed = tl.load(seed_ptr)
     for tile in range(tiles):
@@ -268,7 +214,8 @@ def reparameterize_kl_backward_kernel(
             if ALIGNED > 0:
                 after = tl.where(place - ahead >= columns, grad_after, grad_of_row)
                 grad_kl = tl.where(place < ahead, grad_before, after)
-            grad_kl = tl.where(twice_kl(m, below, excess) < 2 * free_bits, 0.0, grad_kl)
+            if BOUNDED:
+                grad_kl = tl.where(twice_kl(m, below, excess) < 2 * free_bits, 0.0, grad_kl)
             grad_mu += grad_kl * m
             grad_logvar += grad_kl * (excess + clipped)
         if grad_mu_ptr is not None:
@@ -287,7 +234,8 @@ def forward(mu: Tensor, logvar: Tensor, eps: Tensor | None, seed: Tensor, free_b
     tiles = tiles_of(rows, min(mu.element_size(), logvar.element_size()))
     parts = torch.empty(rows.rows, tiles.splits, dtype=torch.float32, device=mu.device)
     args = (*inputs, seed, z, parts, *tiles.numbers(rows), tiles.tiles, float(free_bits))
-    launch(reparameterize_kl_forward_kernel, (cdiv(rows.rows, tiles.ROWS), tiles.splits), args, tiles.constants)
+    constants = {**tiles.constants, "BOUNDED": free_bits > 0}
+    launch(reparameterize_kl_forward_kernel, (cdiv(rows.rows, tiles.ROWS), tiles.splits), args, constants)
     if tiles.splits == 1:
         return z, parts.view(-1)
     kl = torch.empty(rows.rows, dtype=torch.float32, device=mu.device)
@@ -323,7 +271,8 @@ def backward(
     tiles = tiles_of(rows, min(mu.element_size(), logvar.element_size()))
     numbers = (*tiles.numbers(rows), 0 if grad_kl is None else grad_kl.stride(0), tiles.tiles)
     args = (grad_z, grad_kl, *inputs, seed, *grads, *numbers, float(free_bits))
-    launch(reparameterize_kl_backward_kernel, (cdiv(rows.rows, tiles.ROWS), tiles.splits), args, tiles.constants)
+    constants = {**tiles.constants, "BOUNDED": free_bits > 0}
+    launch(reparameterize_kl_backward_kernel, (cdiv(rows.rows, tiles.ROWS), tiles.splits), args, constants)
     return grads[0], grads[1], grads[2]
 
 
@@ -334,7 +283,7 @@ CATALOGUE = [
     for made in (
         entry(kernel, "fp32", 1, 1, 1024, eps_given=False),
         entry(kernel, "bf16", 1, 1, 1024, eps_given=False),
-        entry(kernel, "fp32", 32, 1, 32, eps_given=False, FOURS=True),
+        entry(kernel, "fp32", 32, 1, 32, eps_given=False, FOURS=True, BOUNDED=True),
         entry(kernel, "fp32", 1, 1, 1024, eps_given=False, ODD=True, ALIGNED=8),
         entry(kernel, "bf16", 1, 1, 1024, eps_given=False, ODD=True, ALIGNED=16),
         entry(kernel, "fp32", 1, 32, 32, eps_given=False),

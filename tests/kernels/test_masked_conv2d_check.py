@@ -23,7 +23,7 @@ def _nothing_is_remembered():
 @pytest.mark.parametrize("direction", tune.DIRECTIONS)
 def test_the_search_refuses_wrong_numbers(direction, monkeypatch):
     """In the interpreter: a configuration that computes something else is not chosen, however fast."""
-    monkeypatch.setattr(tune, "milliseconds", lambda call, device: 1.0)
+    monkeypatch.setattr(tune, "milliseconds", lambda call: call() is None or 1.0)
     product = tune.Problem(1, 17, 6, 3, 4, torch.float32, True).product(direction, CPU)
     right, wrong = Tile(32, 16, 16, 4, 1), Tile(16, 16, 16, 4, 1)
     name = "masked_conv2d_weight_kernel" if direction == "weight" else "masked_conv2d_kernel"
@@ -31,11 +31,11 @@ def test_the_search_refuses_wrong_numbers(direction, monkeypatch):
     broken = Broken(getattr(products, name), lambda a, c: c["IMAGES"] == 16 and a[place].mul_(1.01))
     monkeypatch.setattr(products, name, broken)
     with pytest.warns(UserWarning, match="gives wrong results"):
-        row = tune.search(product, CPU, [wrong, right])
+        row = tune.search(product, [wrong, right])
     assert (row["tile"], row["refused"]) == (right, 1)
     assert set(row["ms"]) == {"dense", "cropped", "triton"}
     with pytest.warns(UserWarning, match="gives wrong results"):
-        row = tune.search(product, CPU, [wrong])
+        row = tune.search(product, [wrong])
     assert row["provider"] != "triton" and row["refused"] == 1
     json.dumps(row["ms"])
 
@@ -136,7 +136,7 @@ def test_a_wrong_tap_is_noticed(tap, direction, dtype, monkeypatch):
 
 
 def reasons():
-    runs = [call.run for call in launch._calls.values()]
+    runs = [one.run for call in launch._calls.values() for one in (call, *call.gradients.values())]
     products = [getattr(run, name, run) for run in runs for name in ("weight_gradient", "x_gradient")]
     return [one.choice.why for one in products if hasattr(one, "choice")]
 

@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from fastgen.kernels.masked_conv2d import catalogue, config, launch, walk
+from fastgen.kernels.masked_conv2d import catalogue, config, launch, products, walk
 from fastgen.kernels.masked_conv2d.config import Layer, Tile
+from fastgen.kernels.masked_conv2d.launch import Backward
 from fastgen.kernels.masked_conv2d.layout import box_of
 from fastgen.kernels.masked_conv2d.products import Convolve
 from fastgen.models import GatedPixelCNN
@@ -39,6 +40,49 @@ def test_calls_of_one_kind_are_planned_once(monkeypatch):
     monkeypatch.setattr(launch, "CALLS", 2)
     masked_conv2d(x.detach()[:, :, :3], weight.detach(), mask, bias.detach(), impl="triton")
     assert len(launch._calls) == 1
+
+
+def test_gradients_of_one_kind_are_planned_once(monkeypatch):
+    """What their plans depend on beside the call that they are of: the gradient that comes in, what is asked for, and
+    the precision, which may be set anew after the forward."""
+    made = []
+    whole = Backward.__init__
+    monkeypatch.setattr(Backward, "__init__", lambda self, *args, **more: made.append(1) or whole(self, *args, **more))
+    x, weight, mask, bias = problem("B", 2, 16, 8, 4, 4, (3, 3), dtype=torch.float32)
+    grad = torch.randn(2, 4, 4, 4)
+
+    def run(grad, bias):
+        out = masked_conv2d(x, weight, mask, bias, padding=1, activation="gated", impl="triton")
+        return torch.autograd.grad(out, [one for one in (x, weight, bias) if one.requires_grad], grad)
+
+    expected = run(grad, bias)
+    run(2 * grad, bias)
+    assert made == [1]
+    for other, asked in ((grad.contiguous(memory_format=torch.channels_last), bias), (grad, bias.detach())):
+        made.clear()
+        for one, two in zip(run(other, asked), expected, strict=False):
+            torch.testing.assert_close(one, two)
+        assert made == [1]
+    out = masked_conv2d(x, weight, mask, bias, padding=1, activation="gated", impl="triton")
+    monkeypatch.setattr(launch, "precision_of", lambda device, dtype: "another")
+    torch.autograd.grad(out, (x, weight, bias), grad)
+    assert made == [1, 1]
+
+
+def test_a_call_that_is_planned_takes_few_steps_of_python(monkeypatch):
+    """Calls of functions, which are what the host's time is made of; launches are left out."""
+    x, weight, mask, bias = (one.detach() for one in problem("B", 2, 16, 8, 4, 4, dtype=torch.float32))
+    options = {"padding": 1, "activation": "gated", "impl": "triton"}
+    masked_conv2d(x, weight, mask, bias, **options)
+    monkeypatch.setattr(products.Launches, "__call__", lambda self, *tensors: None)
+    calls = []
+    masked_conv2d(x, weight, mask, bias, **options)
+    sys.setprofile(lambda frame, event, argument: calls.append(event) if event.endswith("call") else None)
+    try:
+        masked_conv2d(x, weight, mask, bias, **options)
+    finally:
+        sys.setprofile(None)
+    assert 10 < len(calls) <= 70
 
 
 def test_nothing_is_decided_inside_a_capture(monkeypatch):

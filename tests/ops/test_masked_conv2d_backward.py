@@ -73,9 +73,9 @@ GEOMETRIES = [
 
 @pytest.mark.parametrize("saved", SAVED)
 @pytest.mark.parametrize(("size", "geometry"), GEOMETRIES, ids=str)
-@pytest.mark.parametrize("inputs", [3, 17])
-def test_gradients_equal_the_definition(saved, size, geometry, inputs, passes):
-    """With sizes that fill no tile."""
+def test_gradients_equal_the_definition(saved, size, geometry, passes):
+    """With sizes that fill no tile, and channels whose columns are gathered in every other case."""
+    inputs = (3, 17)[(list(SAVED).index(saved) + GEOMETRIES.index((size, geometry))) % 2]
     check(*run(saved, "random" if size == (2, 3) else "B", inputs, 17, size, **geometry))
     assert passes == [(True, True)]
 

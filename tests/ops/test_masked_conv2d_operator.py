@@ -4,11 +4,12 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 
 from fastgen.kernels.masked_conv2d import launch
 from fastgen.ops import masked_conv2d
 from fastgen.ops.masked_conv2d import in_aten
-from tests.ops.masked_conv2d_truth import ACTIVATIONS, check, gradients, problem, truth
+from tests.ops.masked_conv2d_truth import check, gradients, problem, truth
 
 pytestmark = pytest.mark.usefixtures("full_memory", "kernels_wherever_they_can")
 
@@ -110,9 +111,10 @@ def test_bad_addends_are_named(changes, error, named):
         masked_conv2d(x, weight, mask, bias, **changes)
 
 
-@pytest.mark.parametrize("channels", [3, 16])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize(
+    ("impl", "activation", "channels"),
+    [("reference", "gated", 3), ("triton", "none", 16), ("triton", "relu", 3), ("triton", "gated", 16)],
+)
 def test_compiles_for_sizes_that_vary(impl, activation, channels, device):
     """`dynamic=True`: one graph for all sizes, with gradients; the batch, then the sides vary."""
     weight, mask, bias = problem("B", 1, channels, 6, dtype=torch.float32, device=device)[1:]
@@ -126,8 +128,7 @@ def test_compiles_for_sizes_that_vary(impl, activation, channels, device):
     def layer(x, weight, bias):
         return masked_conv2d(x.sin(), weight, mask, bias, padding=1, activation=activation, impl=impl)
 
-    compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend=torch._dynamo.backends.common.aot_autograd(
-        fw_compiler=backend))  # fmt: skip
+    compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend=aot_autograd(fw_compiler=backend))
     for batch, height, width in ((2, 5, 4), (3, 5, 4), (4, 7, 6)):
         x = torch.randn(batch, channels, height, width, device=device, requires_grad=True)
         expected = gradients(layer, (x, weight, bias))

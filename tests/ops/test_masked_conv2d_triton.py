@@ -13,6 +13,17 @@ from tests.ops.masked_conv2d_truth import ACTIVATIONS, GEOMETRIES, check, far_ap
 pytestmark = pytest.mark.usefixtures("full_memory", "kernels_wherever_they_can")
 
 
+def pairs_of(*kinds):
+    """Each kind of mask with each geometry; the activations take turns, so that each meets every kind and geometry."""
+    names = ("kind", "geometry", "activation")
+    turns = [
+        (kind, geometry, ACTIVATIONS[(i + j) % len(ACTIVATIONS)])
+        for i, kind in enumerate(kinds)
+        for j, geometry in enumerate(GEOMETRIES)
+    ]
+    return pytest.mark.parametrize(names, turns, ids=str)
+
+
 @pytest.fixture(params=["pointers", "descriptors"])
 def path(request, monkeypatch):
     if request.param == "pointers":
@@ -24,9 +35,7 @@ def test_memory_is_filled():
     assert torch.ones(1).new_empty(5).isnan().all()
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-@pytest.mark.parametrize("kind", ["A-rgb", "B", "random", "none"])
+@pairs_of("A-rgb", "B", "random", "none")
 def test_equals_the_definition(kind, geometry, activation, device):
     """With gathered columns."""
     x, weight, mask, bias = problem(kind, 2, 3, 18, 6, 4, dtype=torch.float32, device=device)
@@ -37,13 +46,10 @@ def test_equals_the_definition(kind, geometry, activation, device):
     assert (found[2][~mask] == 0).all()
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-@pytest.mark.parametrize("kind", ["A", "B-rgb", "random", "none"])
+@pairs_of("A", "B-rgb", "random", "none")
 def test_all_that_can_be_added_equals_the_definition(kind, geometry, activation, device, monkeypatch):
     """With blocks of channels: an image's own bias and a residual beside the bias. Every other one by pointers."""
-    turn = ["A", "B-rgb", "random", "none"].index(kind) + ACTIVATIONS.index(activation)
-    if turn % 2:
+    if (GEOMETRIES.index(geometry) + (kind in ("A", "random"))) % 2:
         monkeypatch.setattr(products, "has_tma", lambda chip: False)
     x, weight, mask, bias = problem(kind, 2, 18, 18, 6, 4, dtype=torch.float32, device=device)
     condition = torch.randn(2, 18, device=device, requires_grad=True)
