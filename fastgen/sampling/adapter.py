@@ -57,13 +57,9 @@ class Adapter(nn.Module):
         if len(self.outer) == 1 and layout is not None and not layout.endswith(("T", "TK")):
             raise ValueError(f"layout must be 'BTK' or 'BKT' for shape={self.outer}, got {layout!r}")
 
-        self.distribution = self._inner(distribution)
-
-    def _inner(self, distribution: Any) -> Any:
-        """The distribution for params as they are inside, (n, K, H, W)."""
-        if isinstance(distribution, Categorical) and distribution.layout in ("BTK", "BKT", "BHWK"):
-            return replace(distribution, layout="B(KC)HW")
-        return distribution
+        if isinstance(distribution, Categorical) and layout in ("BTK", "BKT", "BHWK"):
+            distribution = replace(distribution, layout="B(KC)HW")
+        self.distribution = distribution
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """Those of the model, from which parameters and buffers follow."""

@@ -56,7 +56,8 @@ class Batches:
                         told = partial(advance, size) if progress else None
                         part = backend.run(replace(whole.of(slice(start, stop)), progress=told))
                 except RuntimeError as error:
-                    if size == 1 or not _is_out_of_memory(error):
+                    full = isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+                    if size == 1 or not full:
                         raise
                 else:
                     if bool(part.bad):
@@ -71,7 +72,3 @@ class Batches:
                 bar.update(start * draws - bar.n)
                 torch.cuda.empty_cache()
         return parts
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -54,14 +54,12 @@ def rows_for(condition: Any, n: int, device: torch.device | None = None) -> Any:
 
 def rows_for_some(condition: Any, n: int, device: torch.device | None = None) -> Any:
     """As `rows_for`, but for one image where there are none; tensors may have no rows then."""
-    if n == 0:
-        condition = tree_map(_of_one, as_tensors(condition))
-    return rows_for(condition, max(n, 1), device)
 
+    def of_one(leaf: Any) -> Any:
+        empty = isinstance(leaf, Tensor) and leaf.shape[:1] == (0,)
+        return leaf.new_zeros(1, *leaf.shape[1:]) if empty else leaf
 
-def _of_one(leaf: Any) -> Any:
-    empty = isinstance(leaf, Tensor) and leaf.shape[:1] == (0,)
-    return leaf.new_zeros(1, *leaf.shape[1:]) if empty else leaf
+    return rows_for(condition if n else tree_map(of_one, as_tensors(condition)), max(n, 1), device)
 
 
 def rows_of(condition: Any, rows: slice | Tensor) -> Any:

@@ -51,8 +51,33 @@ class SampleRequest:
         return replace(self, n=len(noise), noise=noise, known=known, known_mask=mask, condition=condition)
 
 
+@dataclass(kw_only=True)
+class Tally:
+    """How images were drawn.
+
+    Attributes:
+        passes: whole passes of the model.
+        redrawn: images that such a pass found wrong, and that were drawn on from their first wrong place.
+        error: the largest difference seen between the engine's output and the model's; None where no pass was made.
+        launches: of kernels on a GPU, as far as they were counted; None elsewhere.
+    """
+
+    passes: int = 0
+    redrawn: int = 0
+    error: float | None = None
+    launches: int | None = None
+
+    def add(self, part: "Tally") -> None:
+        self.passes += part.passes
+        self.redrawn += part.redrawn
+        if part.error is not None:
+            self.error = max(part.error, self.error or 0.0)
+        if part.launches is not None:
+            self.launches = part.launches + (self.launches or 0)
+
+
 @dataclass
-class SampleResult:
+class SampleResult(Tally):
     """A batch of images.
 
     Args:
@@ -61,48 +86,24 @@ class SampleResult:
             as it is (temperature 1), as `distribution.log_prob` of one pass over the finished image would give; None
             where not asked for.
         bad: bool scalar on the device: the parameters of some draw were NaN.
-        passes: whole forward passes of the model.
-        redrawn: images that were drawn on from a wrong place.
-        error: the largest difference seen between the engine's output and the model's; None where no pass was made.
-        launches: of kernels on a GPU, as far as they were counted; None elsewhere.
     """
 
     levels: Tensor
     log_prob: Tensor | None
     bad: Tensor
-    passes: int = 0
-    redrawn: int = 0
-    error: float | None = None
-    launches: int | None = None
 
 
 @dataclass
-class SampleStats:
-    """How the images of one `sample` were drawn.
+class SampleStats(Tally):
+    """How the images of one `sample` were drawn, all of its batches together; see `Tally`, too.
 
     Attributes:
         backend: what drew them, after all fallbacks.
-        passes: whole passes of the model, of all batches together.
-        redrawn: images that such a pass found wrong, and that were drawn on from their first wrong place.
-        error: the largest difference seen between the engine's output and the model's; None where no pass was made.
-        launches: of kernels on a GPU, as far as they were counted; None elsewhere.
         seconds: from call to return, an analysis of the model included.
     """
 
     backend: str
-    passes: int = 0
-    redrawn: int = 0
-    error: float | None = None
-    launches: int | None = None
     seconds: float = 0.0
-
-    def add(self, part: SampleResult) -> None:
-        self.passes += part.passes
-        self.redrawn += part.redrawn
-        if part.error is not None:
-            self.error = max(part.error, self.error or 0.0)
-        if part.launches is not None:
-            self.launches = part.launches + (self.launches or 0)
 
 
 Place = tuple[int | None, int, int]  # (channel, row, column); channel None: all of them at once

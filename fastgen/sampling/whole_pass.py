@@ -100,7 +100,7 @@ class Naive:
                 params = whole_pass(self.model, self.encode, levels, request.condition)
                 passes += 1
             log_prob = image_log_prob(request.distribution, params, levels)
-        return SampleResult(levels, log_prob, bad, passes)
+        return SampleResult(levels, log_prob, bad, passes=passes)
 
 
 def places_of(
@@ -199,7 +199,7 @@ class FixedPoint(Naive):
             if settled == self.draws:
                 self.passes = passes
                 log_prob = image_log_prob(request.distribution, params, levels) if request.return_log_prob else None
-                return SampleResult(levels, log_prob, bad, passes)
+                return SampleResult(levels, log_prob, bad, passes=passes)
         raise RuntimeError(
             f"the images still change after {self.draws + 1} passes, more than a causal model can take: it depends on "
             "pixels not drawn yet, or on chance (dropout or a normalization in training mode: call model.eval())"

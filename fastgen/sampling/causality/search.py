@@ -60,14 +60,10 @@ def search(output_ready: Callable[[Tensor], Tensor], draws: Draws, depends: Tens
         latest = tried.latest_of(output_ready(tried.of_levels()))
         known = torch.nonzero(latest >= 0).flatten()
         depends[order[known], order[latest[known]]] = True
-        if _follows(order, depends):  # the last of all that it depends on is known of each draw
+        # Every draw comes after all that it is known to depend on: of each the last of these is known.
+        if not bool(depends[order][:, order].triu().any()):
             return Found(tried if k < len(orders) else _near(draws, depends, output_ready) or tried, [])
     return Found(None, [])
-
-
-def _follows(order: Tensor, depends: Tensor) -> bool:
-    """Whether every draw comes after all that it is known to depend on."""
-    return not bool(depends[order][:, order].triu().any())
 
 
 def _near(draws: Draws, depends: Tensor, output_ready: Callable[[Tensor], Tensor]) -> Draws | None:

@@ -69,19 +69,20 @@ def changes(run: Callable[[Tensor], Tensor], start: Tensor, end: Tensor, walk: T
         start, end: images (1, C, H, W).
         walk: the numbers of the levels in the order in which they change one after the other; None: each by itself.
     """
-    end = torch.where(end == start, _other(start), end)
+    other = start + 0.5 if start.is_floating_point() else torch.where(start == 0, 1, start - 1)
+    end = torch.where(end == start, other, end)  # every level changes
     base, ends = run(torch.cat((start, start)))[:1], run(torch.cat((start, end)))
     alone = not torch.allclose(base, ends[:1], rtol=1e-5, atol=1e-6, equal_nan=True)
     finite = ends[ends.isfinite()].abs()
     scale = finite.max().clamp(min=1e-30) if len(finite) else torch.ones(())
     order = torch.arange(start.numel()) if walk is None else walk
     found = torch.zeros((start.numel(), *base.shape[1:]), dtype=torch.bool)
-    flat, other = start.reshape(1, -1), end.reshape(-1)
+    flat, changed = start.reshape(1, -1), end.reshape(-1)
     for numbers in order.split(1 if alone else BATCH):
         batch = flat.repeat(1 + len(numbers), 1)  # the unchanged image goes along: all are computed in the same way
         for row, number in enumerate(numbers.tolist(), 1):
             rows = slice(row, None if walk is not None else row + 1)
-            batch[rows, number] = other[number]
+            batch[rows, number] = changed[number]
         images = batch.view(-1, *start.shape[1:])
         pairs = (torch.cat((image, image)) for image in images.split(1))
         outputs = torch.cat([run(pair)[:1] for pair in pairs]) if alone else run(images)
@@ -90,8 +91,3 @@ def changes(run: Callable[[Tensor], Tensor], start: Tensor, end: Tensor, walk: T
         found[numbers] = (moved | (outputs[1:].isnan() != before.isnan())).cpu()
         flat = flat if walk is None else batch[-1:]
     return found
-
-
-def _other(levels: Tensor) -> Tensor:
-    """Other levels than these, everywhere."""
-    return levels + 0.5 if levels.is_floating_point() else torch.where(levels == 0, 1, levels - 1)

@@ -49,7 +49,8 @@ def renew(network: Network, traced: Sequence[Traced], timed: Timed, programs: Se
         now = network.once_more()
     except Unsupported:
         return False
-    seen = _seen_zeros(timed)
+    read = (one for rule in timed.rules.values() if rule.sees_zeros for one in rule.value.operands)
+    seen = {source for operand in read for source in operand.values}  # whose zeros matter to an operation
     pairs = zip(traced, now.values, strict=False)
     if not _same(traced, now) or not all(
         timed.analysis.holds(one.value, new.data, one.value in seen) for one, new in pairs
@@ -65,17 +66,6 @@ def renew(network: Network, traced: Sequence[Traced], timed: Timed, programs: Se
         assert memory.data is not None and memory.source is not None
         memory.data.copy_(memory.source.reshape(-1))
     return True
-
-
-def _seen_zeros(timed: Timed) -> set[Value]:
-    """Values whose zeros matter to an operation that reads them."""
-    return {
-        source
-        for rule in timed.rules.values()
-        if rule.sees_zeros
-        for operand in rule.value.operands
-        for source in operand.values
-    }
 
 
 def _constants(programs: Sequence[Program], graph: Graph) -> list[Memory] | None:

@@ -5,8 +5,9 @@ step of its ready time, or, where that is not too late for any element that need
 vertical stack of a gated PixelCNN and the coarse levels of a strided model run a row at a time.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -108,7 +109,10 @@ def _boxes(times: Tensor, known: dict[bytes, dict[int, list[Box]]]) -> dict[int,
             ):
                 boxes = _cover_anywhere(places, covers) if dense is None else [dense]
                 grown = [_grown(box, free) for box in boxes] if growing else boxes
-                found[step] = [_widen(box, times.shape, full) for box in grown]
+                found[step] = [
+                    replace(box, sizes=tuple(times.shape[d] if d in full else size for d, size in enumerate(box.sizes)))
+                    for box in grown
+                ]
         known[key] = found
     return known[key]
 
@@ -131,11 +135,6 @@ def _dense_boxes(places: Tensor, counts: Tensor) -> list[Box | None]:
         Box(tuple(start), tuple(size), ones) if full else None
         for start, size, full in zip(first.tolist(), sizes.tolist(), filled, strict=True)
     ]
-
-
-def _widen(box: Box, shape: Sequence[int], full: Sequence[int]) -> Box:
-    sizes = tuple(shape[d] if d in full else size for d, size in enumerate(box.sizes))
-    return Box(box.start, sizes, box.steps)
 
 
 def _cover_anywhere(places: Tensor, known: dict[bytes, list[Box]]) -> list[Box]:
@@ -161,10 +160,7 @@ def _cover(places: Tensor) -> list[Box]:
         start.append(int(along[0]))
         sizes.append(len(along))
         steps.append(int(gaps[0]) if len(gaps) else 1)
-    count = 1
-    for size in sizes:
-        count *= size
-    if regular and count == len(places):
+    if regular and math.prod(sizes) == len(places):
         return [Box(tuple(start), tuple(sizes), tuple(steps))]
     # Not a box: cut along the first dimension at which the pattern changes.
     d = next(k for k in range(places.shape[1]) if sizes[k] > 1)
@@ -178,7 +174,8 @@ def _cover(places: Tensor) -> list[Box]:
         runs: list[list[Tensor]] = []
         for rows in group:
             here = int(rows[0, d])
-            if runs and _continues(runs[-1], here, d):
+            before = [int(one[0, d]) for one in runs[-1][-2:]] if runs else []
+            if len(before) == 1 or (before and here - before[1] == before[1] - before[0]):  # at the same distance
                 runs[-1].append(rows)
             else:
                 runs.append([rows])
@@ -188,11 +185,6 @@ def _cover(places: Tensor) -> list[Box]:
             else:
                 boxes += _cover(torch.cat(run))
     return boxes
-
-
-def _continues(run: list[Tensor], here: int, d: int) -> bool:
-    last = int(run[-1][0, d])
-    return len(run) == 1 or here - last == last - int(run[-2][0, d])
 
 
 def _grown(box: Box, free: Tensor) -> Box:
@@ -211,7 +203,6 @@ def _grown(box: Box, free: Tensor) -> Box:
             outside.narrow(d, box.start[d] + box.sizes[d], size - box.start[d] - box.sizes[d]),
         )
         if before.all() and after.all():
-            start, sizes = list(box.start), list(box.sizes)
-            start[d], sizes[d] = 0, size
-            box = Box(tuple(start), tuple(sizes), box.steps)
+            start = (*box.start[:d], 0, *box.start[d + 1 :])
+            box = replace(box, start=start, sizes=(*box.sizes[:d], size, *box.sizes[d + 1 :]))
     return box

@@ -241,10 +241,5 @@ def groups_of(rows: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [(numbers, rows[numbers[0]]) for numbers in members]
 
 
-def few_groups_of(rows: Tensor, most: int) -> list[tuple[Tensor, Tensor]] | None:
-    """The same; None where there are more kinds of rows."""
-    return groups_of(rows) if kinds_of(rows)[0] <= most else None
-
-
 def never(shape: Any) -> Tensor:
     return torch.full((), NEVER, dtype=torch.int32).expand(tuple(shape))

@@ -10,9 +10,9 @@ from torch import Tensor
 from fastgen.sampling.machine.language import AffineOffset, View
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
-from fastgen.sampling.rules.base import Rule, constant_operand, few_groups_of, reduce_to
+from fastgen.sampling.rules.base import Rule, constant_operand, groups_of, reduce_to
 from fastgen.sampling.rules.pointwise import ONE
-from fastgen.sampling.trace.element_times import compact
+from fastgen.sampling.trace.element_times import compact, kinds_of
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand
 
 PATTERNS = 64  # kinds of columns up to which they are treated kind by kind
@@ -123,10 +123,10 @@ def latest(times: Tensor, zero: Tensor, least: int = CONSTANT) -> Tensor:
     inner = max(times.shape[-1], zero.shape[-2])
     times, zero = times.expand(*times.shape[:-1], inner), zero.expand(*zero.shape[:-2], inner, zero.shape[-1])
     if zero.numel() == math.prod(zero.shape[-2:]):
-        groups = few_groups_of(zero.reshape(zero.shape[-2:]).mT, PATTERNS)
-        if groups is not None:
+        columns = zero.reshape(zero.shape[-2:]).mT
+        if kinds_of(columns)[0] <= PATTERNS:
             out = times.new_full((*times.shape[:-1], zero.shape[-1]), least)
-            for numbers, pattern in groups:
+            for numbers, pattern in groups_of(columns):
                 live = torch.nonzero(~pattern).flatten()
                 if len(live):
                     out[..., numbers] = times[..., live].amax(-1, keepdim=True)

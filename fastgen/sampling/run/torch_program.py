@@ -107,8 +107,5 @@ class TorchProgram:
         if isinstance(argument, tuple) and any(isinstance(one, (View, Temporary, Fixed)) for one in argument):
             inner = [self._get(one) for one in argument]
             return lambda state: [get(state) for get in inner]
-        fixed = self._on_device(argument.tensor if isinstance(argument, Fixed) else argument)
+        fixed = argument.tensor.to(self.memory.device) if isinstance(argument, Fixed) else argument
         return lambda _: fixed
-
-    def _on_device(self, one: Any) -> Any:
-        return one.to(self.memory.device) if isinstance(one, Tensor) else one

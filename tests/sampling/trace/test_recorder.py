@@ -69,3 +69,15 @@ def test_least_times_reach_the_elements_that_were_read():
 def test_random_numbers_are_not_recorded():
     with pytest.raises(RandomNumbers, match="bernoulli_ draws random numbers"):
         trace(lambda x: F.dropout(x, 0.5), None, torch.ones(1, 1, 2, 2))
+
+
+def test_what_is_written_in_place_is_what_is_read_later():
+    def shifted(x):
+        y = 2 * x
+        y[:, 1:] = x[:, :-1].exp()
+        return y
+
+    x = torch.randn(1, 5)
+    graph = trace(shifted, None, x)
+    assert torch.equal(graph.result, shifted(x))
+    assert torch.equal(graph.data_of(graph.output), graph.result)
