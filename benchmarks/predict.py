@@ -7,8 +7,9 @@ launch owns some images and plays all instructions one after the other, with a b
     an instruction   its fixed time, and the longest of: weights from L2, multiply-adds, activations
     a draw           a fixed time for each of its groups of images
 
-One whole pass of the model, which makes sure of a batch, is not part of it. Heavy programs (ends of rows), which
-`persistent` plays over the whole GPU while images are few, are counted as parts of the one launch: that is too slow.
+Heavy programs (ends of rows) are played over the whole GPU while images are few: each of their instructions takes a
+launch, and its tiles are shared by all processors. One whole pass of the model, which makes sure of a batch, is not
+part of it.
 """
 
 import functools
@@ -27,6 +28,7 @@ from fastgen.sampling.levels import levels_of
 from fastgen.sampling.machine.gpu.fusion import Fused, fuse
 from fastgen.sampling.machine.parts import unknown_in
 from fastgen.sampling.plan.plan import Plan, make_plan
+from fastgen.sampling.run.gpu_player import heavy_programs
 from fastgen.sampling.trace.network import Network
 
 MICRO = 1e6
@@ -46,6 +48,7 @@ class Rates:
             reaches about half).
         instruction: fixed time of one, barrier included (a guess: some loads of L2, 0.2 us each).
         draw: of a group of images (a guess).
+        launch: of a node of a CUDA graph (published measurements: about 2 us).
     """
 
     processors: float = 132
@@ -54,6 +57,7 @@ class Rates:
     multiply_adds: float = 512 * 1.755e9 / 2 / 3
     instruction: float = 0.45e-6
     draw: float = 1.5e-6
+    launch: float = 2.2e-6
 
 
 BF16 = 989e12  # operations a second of an H100's data sheet, to which a measured rate of large products is compared
@@ -75,6 +79,9 @@ def rates_of(measured: Iterable[Row]) -> tuple[Rates, list[str]]:
         small, large = (2 * width**2 for width in PROBED)  # bytes of bfloat16
         found["weights"] = (large - small) / (times[1] - times[0])
         found["instruction"] = max(0.0, times[0] - small / found["weights"])
+    of_launches = [row["ms_p50"] for shape, row in probes.items() if shape.endswith("launches, one after the other")]
+    if of_launches and of_launches[-1] is not None:
+        found["launch"] = of_launches[-1] / 1e3
     return replace(Rates(), **found), list(found)
 
 
@@ -106,6 +113,12 @@ def work_of(one: Fused, tiles: Tiles, images: int) -> Work:
     return Work(4 * row_tiles * packed, row_tiles * packed * tiles.BM, 4 * (passed + panels * height * depth))
 
 
+def tiles_of(one: Fused, tiles: Tiles, images: int) -> int:
+    """Of its result, each of which a program computes."""
+    *rows, columns = one.collapsed()[0]
+    return -(-images * math.prod(rows) // tiles.BM) * -(-columns // tiles.BN)
+
+
 @dataclass(frozen=True)
 class Prediction:
     """Attributes:
@@ -133,24 +146,30 @@ def predict(plan: Plan, batch: int, rates: Rates) -> Prediction | str:
     programs = -(-batch // tiles.BM)
     at_once, images = min(programs, rates.processors), min(batch, tiles.BM)
     from_l2 = min(rates.weights, rates.together / at_once)
+    waves = -(-programs // rates.processors)
     terms, instructions = dict.fromkeys(TERMS, 0.0), 0
+    heavy = heavy_programs(plan, batch, tiles, rates.processors)
     for number, times in served.items():
-        for one in fuse(plan.programs[number].instructions, tiles.LINKS):
-            work = work_of(one, tiles, images)
+        everywhere = number in heavy
+        for one in fuse(plan.programs[number].instructions):
+            work = work_of(one, tiles, batch if everywhere else images)
+            # Over the whole GPU as many processors as there are tiles.
+            shared = min(rates.processors, tiles_of(one, tiles, batch)) if everywhere else 1
+            speed = min(shared * rates.weights, rates.together) if everywhere else from_l2
             of = {
-                "weights": work.weights / from_l2,
-                "products": work.products / rates.multiply_adds,
-                "activations": work.activations / from_l2,
+                "weights": work.weights / speed,
+                "products": work.products / (shared * rates.multiply_adds),
+                "activations": work.activations / speed,
             }
             longest = max(of, key=lambda name: of[name])
-            terms[longest] += times * of[longest]
-            terms["fixed"] += times * rates.instruction
+            repeats = times if everywhere else times * waves
+            terms[longest] += repeats * of[longest]
+            terms["fixed"] += repeats * (rates.launch if everywhere else rates.instruction)
             instructions += times
     draws = len(plan.order)
     channels = plan.levels.shape[1] if plan.whole_pixels else 1
-    terms["draws"] = draws * channels * -(-images // tiles.ROWS) * rates.draw
-    waves = -(-programs // rates.processors)
-    terms = {name: waves * seconds / draws for name, seconds in terms.items()}
+    terms["draws"] = waves * draws * channels * -(-images // tiles.ROWS) * rates.draw
+    terms = {name: seconds / draws for name, seconds in terms.items()}
     return Prediction(instructions / draws, sum(terms.values()), terms)
 
 

@@ -10,6 +10,7 @@ draw, and nothing has ever to be drawn again.
 
 import functools
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,6 +48,8 @@ JOBS: dict[str, list[Job]] = {
     "gpu-full": GPU + [(PixelCNN, (3, 32, 32), 256, {}, batch) for batch in (1, 64, 256)],
 }
 NAIVE_DRAWS = {"cpu": 2000, "cuda": 60_000}  # a batch of up to so many levels is compared with naive sampling
+PRODUCT = "as many multiply-adds in one product"
+COLUMNS = 256  # of that
 SPREAD = 2.0  # standard deviation of a pixel's logits
 
 
@@ -77,7 +80,8 @@ def _inputs(device: torch.device, job: Job) -> dict[str, Any]:
     scale(model, x[:8])
     # Made at the first call: each backend that is asked for analyses the model once.
     sampler = functools.cache(lambda name: accelerate(model, shape, distribution=model.distribution, backend=name))
-    return {"model": model, "x": x, "noise": noise, "sampler": sampler}
+    factors = functools.cache(lambda: _factors(sampler, batch, device))
+    return {"model": model, "x": x, "noise": noise, "sampler": sampler, "factors": factors}
 
 
 def one_pass(model: nn.Module, x: Tensor, **others: Any) -> Tensor:
@@ -94,6 +98,18 @@ def _one_draw(model: Any, noise: Tensor, **others: Any) -> Tensor:
     params = model(levels)[..., 0, 0]
     levels[:, 0, 0, 0] = model.distribution.draw(params, noise[..., 0, 0], 0, levels[:, :0, 0, 0])
     return levels
+
+
+def _factors(sampler: Any, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two matrices whose product takes as many multiply-adds as the steps of a batch."""
+    found = re.search(r"(\S+) million multiply-adds an image", sampler("auto").explain())
+    rows = 1 if found is None else max(1, round(float(found[1]) * 1e6 * batch / COLUMNS**2))
+    return torch.rand(rows, COLUMNS, device=device), torch.rand(COLUMNS, COLUMNS, device=device)
+
+
+def _one_product(factors: Any, **others: Any) -> Tensor:
+    """What the processor's own matrix product takes for as many multiply-adds: over it, the machine's share of that."""
+    return torch.mm(*factors())
 
 
 def _about(provider: str, inputs: dict[str, Any], backends: dict[str, str]) -> dict[str, Any]:
@@ -113,7 +129,7 @@ def cases(size: str, device: torch.device) -> Iterator[Case]:
         backends = {"fastgen": "auto", "fastgen, persistent": "persistent"}
         if size != "gpu":
             backends = {"fixed_point": "fixed_point", **backends, "eager": "eager"}
-        providers: Rivals = {"one forward pass": one_pass, "naive": _one_draw}
+        providers: Rivals = {"one forward pass": one_pass, PRODUCT: _one_product, "naive": _one_draw}
         providers |= {name: functools.partial(_sample, backend=backend) for name, backend in backends.items()}
         providers["naive, compiled"] = compiled(_one_draw, "reduce-overhead" if cuda else None)
         sizes = "".join(f" {key}={value}" for key, value in of_model.items())
@@ -127,7 +143,7 @@ def cases(size: str, device: torch.device) -> Iterator[Case]:
             truth=functools.partial(_sample, backend=truth),
             modes=("fwd",),
             exact=True,
-            landmarks=frozenset({"one forward pass"}),
+            landmarks=frozenset({"one forward pass", PRODUCT}),
             share={"naive": 1 / draws, "naive, compiled": 1 / draws},
             about=functools.partial(_about, backends=backends),
             batch=batch,

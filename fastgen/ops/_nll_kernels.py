@@ -32,14 +32,12 @@ def _run_backward(
     from fastgen.kernels.likelihood import categorical, mixture, pointwise
 
     target = target.view(torch.uint8) if target.dtype == torch.bool else target
-    upstream = _over_image(upstream)
+    upstream = upstream.float()
     grad = torch.empty_like(params)
     if likelihood == "logistic_mixture":
         assert kept is not None
-        mixture.backward(params, target, upstream.expand(-1, 1, *target.shape[2:]), kept, grad, levels)
-        return grad
-    upstream = upstream.expand(target.shape)
-    if likelihood == "categorical":
+        mixture.backward(params, target, upstream, kept, grad, levels)
+    elif likelihood == "categorical":
         assert kept is not None
         categorical.backward(params, target, upstream, kept, grad)
     else:
@@ -85,11 +83,6 @@ def _planes(params: Tensor, gaussian: bool) -> Tensor:
     return params.unflatten(1, (2, -1)) if gaussian else params.unsqueeze(1)
 
 
-def _over_image(upstream: Tensor) -> Tensor:
-    """Upstream gradients (B,) or (B, C, H, W) with four dimensions, float32."""
-    return (upstream if upstream.dim() == 4 else upstream[:, None, None, None]).float()
-
-
 def _setup_context(ctx, inputs, output) -> None:
     params, target, ctx.likelihood, ctx.levels, _ = inputs
     ctx.save_for_backward(params, target, output[1])
@@ -104,8 +97,10 @@ def _gradients(ctx, backward, upstream):
     if not ctx.needs_input_grad[1]:
         return grad, None
     # The mean and the target enter as a difference; a Bernoulli's nats are linear in its target.
-    by_target = -grad.chunk(2, 1)[0] if ctx.likelihood == "gaussian" else -_over_image(upstream) * params
-    return grad, by_target.to(target.dtype)
+    if ctx.likelihood == "gaussian":
+        return grad, -grad.chunk(2, 1)[0].to(target.dtype)
+    upstream = upstream if upstream.dim() == 4 else upstream[:, None, None, None]
+    return grad, (-upstream.float() * params).to(target.dtype)
 
 
 def _backward(ctx, upstream, _grad_kept):

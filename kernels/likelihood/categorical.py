@@ -1,9 +1,9 @@
 """Negative log-likelihood of a softmax over K levels, forward and backward.
 
-A program has BLOCK elements of an image and walks the levels in parts of PART, with a running maximum and sum. Where
-neighbours in memory are elements, an element belongs to a thread and nothing is exchanged between threads; where they
-are levels, a part is a whole softmax. The forward keeps the maximum and the sum, so that the backward has nothing to
-add up and writes each gradient from its logit: 12 bytes a float32 logit in all.
+A program has BLOCK elements of an image. It walks their levels in parts of PART and keeps a running maximum and sum.
+If neighbours in memory are elements, a thread has an element, and threads exchange nothing. If they are levels, a part
+has all levels. The forward saves the maximum and the sum: the backward has nothing to add up and computes each gradient
+from its logit, 12 bytes a float32 logit in all.
 """
 
 import math
@@ -15,7 +15,17 @@ from torch import Tensor
 
 from fastgen.kernels.catalogue_entry import Entry
 from fastgen.kernels.common import cdiv, launch, next_power_of_2
-from fastgen.kernels.likelihood.image import LOGIT_LIMIT, addresses, entry, image_offsets, saturate, store_nll, summed
+from fastgen.kernels.likelihood.image import (
+    LOGIT_LIMIT,
+    addresses,
+    entry,
+    image_offsets,
+    load_upstream,
+    saturate,
+    store_nll,
+    summed,
+    upstream_strides,
+)
 
 
 @triton.jit
@@ -85,7 +95,7 @@ def categorical_forward_kernel(
 def categorical_backward_kernel(
     params_ptr,  # (B, K, E)
     target_ptr,  # integers (B, E)
-    upstream_ptr,  # float32 (B, E); strides 0 where it is one number an image
+    upstream_ptr,  # float32 (B,), or a map (B, E)
     grad_ptr,  # (B, K, E), every element is written
     kept_ptr,  # float32 (B, 2, E) contiguous, of the forward
     elements,
@@ -111,6 +121,7 @@ def categorical_backward_kernel(
     grad_0,
     grad_1,
     grad_2,
+    MAP: tl.constexpr,
     DENSE: tl.constexpr,
     BLOCK: tl.constexpr,
     PART: tl.constexpr,
@@ -120,10 +131,10 @@ def categorical_backward_kernel(
     inside = element < elements
     params_at = params_ptr + image * params_batch + image_offsets(element, n1, n2, params_0, params_1, params_2, DENSE)
     target_at = target_ptr + image * target_batch + image_offsets(element, n1, n2, target_0, target_1, target_2, DENSE)
-    upstream_offset = image_offsets(element, n1, n2, upstream_0, upstream_1, upstream_2, DENSE)
     grad_at = grad_ptr + image * grad_batch + image_offsets(element, n1, n2, grad_0, grad_1, grad_2, DENSE)
     target = tl.load(target_at, mask=inside, other=0).to(tl.int64)[None, :]
-    upstream = tl.load(upstream_ptr + image * upstream_batch + upstream_offset, mask=inside, other=0.0)[None, :]
+    strides = (upstream_batch, upstream_0, upstream_1, upstream_2)
+    upstream = load_upstream(upstream_ptr, image, element, inside, strides, n1, n2, MAP, DENSE)
     kept_at = kept_ptr + 2 * image * elements + element
     largest = tl.load(kept_at, inside, other=0.0)[None, :]
     scale = tl.load(kept_at + elements, inside, other=0.0)[None, :]
@@ -173,31 +184,32 @@ def forward(params: Tensor, target: Tensor, per_element: bool, save: bool) -> tu
 
 
 def backward(params: Tensor, target: Tensor, upstream: Tensor, kept: Tensor, grad: Tensor) -> None:
-    """Writes the gradient of params into grad, of the same shape; upstream float32, expanded to (B, C, H, W)."""
+    """Writes the gradient of params into grad, of the same shape; upstream float32, (B,) or (B, C, H, W)."""
     batch, *sizes = target.shape
     elements, classes = math.prod(sizes), params.shape[1]
     if batch * elements == 0:
         return
-    tensors = (params, target, upstream, grad)
-    (dense, neighbours), inner, strides = addresses(tuple(sizes), *(tensor.stride() for tensor in tensors))
+    (dense, neighbours), inner, strides = addresses(
+        tuple(sizes), params.stride(), target.stride(), upstream_strides(upstream, 3), grad.stride()
+    )
     tile = tile_of(classes, elements, neighbours, params.element_size())
     blocks = cdiv(elements, tile["BLOCK"])
-    args = (*tensors, kept, elements, blocks, classes, *inner, *strides)
-    launch(categorical_backward_kernel, (batch * blocks,), args, {"DENSE": dense, **tile})
+    args = (params, target, upstream, grad, kept, elements, blocks, classes, *inner, *strides)
+    launch(categorical_backward_kernel, (batch * blocks,), args, {"MAP": upstream.dim() > 1, "DENSE": dense, **tile})
 
 
 _INNER, _INNER_GRAD = ("params_2", "target_2"), ("params_2", "target_2", "grad_2")
 _LEVEL, _LEVEL_GRAD = ("params_plane",), ("params_plane", "grad_plane")
-_FP32 = {"BLOCK": 512, "PART": 16, "DENSE": True}
-_BF16 = {"BLOCK": 1024, "PART": 8, "DENSE": True}
-_INSIDE = {"BLOCK": 16, "PART": 256, "DENSE": False}
-_MANY = {"BLOCK": 1, "PART": 4096, "DENSE": False}
-_SMALL = {"BLOCK": 128, "PART": 16, "DENSE": True}
+_FP32 = {"BLOCK": 512, "PART": 16, "MAP": False, "DENSE": True}
+_BF16 = {"BLOCK": 1024, "PART": 8, "MAP": False, "DENSE": True}
+_INSIDE = {"BLOCK": 16, "PART": 256, "MAP": True, "DENSE": False}
+_MANY = {"BLOCK": 1, "PART": 4096, "MAP": False, "DENSE": False}
+_SMALL = {"BLOCK": 128, "PART": 16, "MAP": True, "DENSE": True}
 CATALOGUE: list[Entry] = [
-    entry(categorical_forward_kernel, "fp32", "fp32", "u8", _INNER, {**_FP32, "MAP": False}),
-    entry(categorical_forward_kernel, "bf16", "bf16", "u8", _INNER, {**_BF16, "MAP": False}),
-    entry(categorical_forward_kernel, "small", "fp32", "i64", _INNER, {**_SMALL, "MAP": True}, num_warps=1),
-    entry(categorical_forward_kernel, "inside", "bf16", "i64", _LEVEL, {**_INSIDE, "MAP": True}, num_warps=8),
+    entry(categorical_forward_kernel, "fp32", "fp32", "u8", _INNER, _FP32),
+    entry(categorical_forward_kernel, "bf16", "bf16", "u8", _INNER, _BF16),
+    entry(categorical_forward_kernel, "small", "fp32", "i64", _INNER, _SMALL, num_warps=1),
+    entry(categorical_forward_kernel, "inside", "bf16", "i64", _LEVEL, _INSIDE, num_warps=8),
     entry(categorical_backward_kernel, "fp32", "fp32", "u8", _INNER_GRAD, _FP32),
     entry(categorical_backward_kernel, "bf16", "bf16", "u8", _INNER_GRAD, _BF16),
     entry(categorical_backward_kernel, "small", "fp32", "i64", _INNER_GRAD, _SMALL, num_warps=1),

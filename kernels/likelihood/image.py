@@ -1,4 +1,19 @@
-"""What the likelihoods share: limits that keep values finite, addresses within an image, entries of the catalogue."""
+"""What the likelihoods share: limits that keep values finite, addresses within an image, entries of the catalogue.
+
+Arguments that the kernels of this folder share:
+
+    params_ptr, target_ptr   the model's output and the image, in which an element (of a mixture: a pixel) has a number
+    out_ptr                  nats, written: the map, or a partial sum of each program; `summed` adds these up
+    upstream_ptr, grad_ptr   the gradient of the nats; that of params, written, of the same shape
+    kept_ptr                 what the forward saves for the backward: maxima and sums
+    elements, pixels         of an image
+    blocks                   programs of an image; each has BLOCK elements
+    n1, n2                   of the three dimensions (n0, n1, n2) that an element's number is taken apart into
+    NAME_batch, NAME_plane   strides of tensor NAME: from image to image, from parameter to parameter of an element
+    NAME_0, NAME_1, NAME_2   strides of the three dimensions
+    MAP                      nats, or upstream gradients, are one number an element; otherwise one an image
+    DENSE                    an image is one dense run in all tensors, so that no number is taken apart
+"""
 
 import functools
 from typing import Any
@@ -51,6 +66,23 @@ def store_nll(
         tl.store(at, nll, mask=inside)
     else:
         tl.store(out_ptr + image * blocks + block, tl.sum(tl.where(inside, nll, 0.0), 0))
+
+
+@triton.jit
+def load_upstream(upstream_ptr, image, element, inside, strides, n1, n2, MAP: tl.constexpr, DENSE: tl.constexpr):
+    """The upstream gradient of each element, of the batch stride and three image strides; without MAP the image's."""
+    at = upstream_ptr + image * strides[0]
+    if MAP:
+        at += image_offsets(element, n1, n2, strides[1], strides[2], strides[3], DENSE)
+        upstream = tl.load(at, inside, other=0.0)
+    else:
+        upstream = tl.load(at)
+    return upstream
+
+
+def upstream_strides(upstream: Tensor, rank: int) -> tuple[int, ...]:
+    """Of the batch and of `rank` image dimensions: of a map (B, ...), or of (B,), which has none of an image."""
+    return upstream.stride() if upstream.dim() > 1 else (*upstream.stride(), *[0] * rank)
 
 
 def summed(out: Tensor, per_element: bool) -> Tensor:

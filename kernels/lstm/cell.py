@@ -1,6 +1,19 @@
 """What the scans of the diagonal and the Row LSTM share: the cell, matrix products, loads and stores of its maps.
 
-Tiles are (M, U): M pixels, of `image`, `row` and `x`, and U units `u`. Four tiles are those of the gates o, f, i, g.
+A tile is (M, U): M pixels, whose places are `image`, `row` and `x`, and U units `u`. Four tiles are those of the gates
+o, f, i, g. Arguments that the kernels of this folder share:
+
+    gates_ptr        input-to-state terms (B, 4h, H, W), of any strides (gates_..._stride)
+    weight_ptr       state-to-state weights, contiguous, in an order that each kernel chooses
+    hidden_ptr       hidden states (B, H, W, h), contiguous
+    activated_ptr    gates after their activations (B, H, W, 4h), contiguous
+    cell_ptr         cell states (B, H, W, h), float32, contiguous
+                     The forward writes these three, the last two to train only: else they are None.
+    grad_hidden_ptr  gradient of the hidden states (B, h, H, W), of any strides (grad_..._stride)
+    grad_gates_ptr   gradient of the gates before their activations (B, H, W, 4h), contiguous, which the backward writes
+    batch, height, width, units, taps    B, H, W, h, and the neighbours whose states a pixel takes
+    steps            of a program, over all of its images
+    PRECISION, FAST  of `choice.arithmetic`; the sizes of tiles are those of `choice.ScanLaunch` and `TileLaunch`
 """
 
 import triton
@@ -18,7 +31,7 @@ def sigmoid(x, FAST: tl.constexpr):
 
 @triton.jit
 def product(a, b, accumulator, PRECISION: tl.constexpr):
-    """The interpreter multiplies bfloat16 wrongly: the precision "float32" widens first."""
+    """a @ b + accumulator. The precision "float32" is the interpreter's, which multiplies bfloat16 wrongly."""
     if PRECISION == "float32":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
     return tl.dot(a, b, accumulator, input_precision=PRECISION)
@@ -47,7 +60,7 @@ def joined_gates(gates, M: tl.constexpr, U: tl.constexpr):
 
 @triton.jit
 def add_gates(terms, sums):
-    """In float32."""
+    """The gates before their activations, in float32: input-to-state terms and sums over states."""
     o, f = terms[0].to(tl.float32) + sums[0], terms[1].to(tl.float32) + sums[1]
     i, g = terms[2].to(tl.float32) + sums[2], terms[3].to(tl.float32) + sums[3]
     return o, f, i, g
@@ -91,7 +104,7 @@ def load_matrix(weight_ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.const
 
 @triton.jit
 def load_weights(weight_ptr, row, real, units, PARTS: tl.constexpr, U: tl.constexpr):
-    """Those rows of a matrix of PARTS * units columns, in parts of U; zeros where `real` is false."""
+    """Rows `row` of a matrix of PARTS * units columns, each part padded to U columns; zeros where `real` is false."""
     k = tl.arange(0, PARTS * U)
     at = weight_ptr + row[:, None] * (PARTS * units) + (k // U * units + k % U)[None, :]
     return tl.load(at, real[:, None] & (k % U < units)[None, :], other=0.0)
@@ -99,14 +112,14 @@ def load_weights(weight_ptr, row, real, units, PARTS: tl.constexpr, U: tl.conste
 
 @triton.jit
 def offsets(strides, image, row, x, u):
-    """(M, U), in 64 bits, of a map (B, units, H, W) of any strides."""
+    """Of a tile (M, U) in a map (B, units, H, W) of any strides, in 64 bits."""
     at = image.to(tl.int64) * strides[0] + row.to(tl.int64) * strides[2] + x.to(tl.int64) * strides[3]
     return at[:, None] + u.to(tl.int64)[None, :] * strides[1]
 
 
 @triton.jit
 def load_gates(at, unit_stride, units, mask):
-    """Four tiles; `at` points to those of o, gates lie `units` channels apart."""
+    """Four tiles. `at` points to that of o; those of f, i and g lie `units` channels behind each other."""
     gate = tl.full((), 1, tl.int64) * units * unit_stride
     o = tl.load(at, mask, other=0.0)
     f = tl.load(at + gate, mask, other=0.0)
@@ -126,21 +139,22 @@ def store_gates(at, units, gates, mask):
 
 @triton.jit
 def load_terms(gates_ptr, strides, units, image, row, x, active, u):
-    """What the forward reads at `active` pixels that is no state: the input-to-state terms of the four gates."""
+    """The input-to-state terms of the four gates at `active` pixels."""
     at = gates_ptr + offsets(strides, image, row, x, u)
     return load_gates(at, strides[1], units, active[:, None] & (u < units)[None, :])
 
 
 @triton.jit
 def load_saved(maps, strides, units, image, row, x, pixel, to_previous, has_previous, cell, is_first, active, u):
-    """What the backward reads at `active` pixels that is no state.
+    """What the backward reads at `active` pixels besides the gradients that it carries.
 
-    maps: the gradient of the hidden states, of those strides; activated gates and cell states, contiguous.
-    to_previous: pixels from one that `has_previous` to the one whose cell state it took. cell: cell states that are
-    known, but for those that the walk visits first (`is_first`).
+    Args:
+        maps: grad_hidden_ptr, of those strides, activated_ptr and cell_ptr.
+        to_previous: offset, in pixels, of the pixel whose cell state this one took, if it `has_previous`.
+        cell: cell states that are known already; those of pixels that `is_first` marks are loaded.
 
     Returns:
-        Gradient of the hidden state, cell state and the one before, the four activated gates.
+        Gradient of the hidden state, cell state, previous cell state, the four activated gates.
     """
     mask = active[:, None] & (u < units)[None, :]
     at = pixel[:, None] * units + u[None, :]

@@ -1,6 +1,7 @@
 """The diagonal LSTM in one launch: a program walks all diagonals of its images, forward and backward.
 
 Letters: M lanes of a program, each a row of an image; U units (padded to a power of two); H x W pixels of an image.
+Arguments: `fastgen.kernels.lstm.cell`.
 
 Skewing is an index: at step t row i of an image stands at column t - i. A pixel's left neighbour was computed one step
 ago by its own lane, its upper neighbour by the lane before. States and cell states therefore stay in registers, lanes
@@ -71,11 +72,11 @@ def from_lane_before(tile, takes):
 
 @triton.jit(do_not_specialize=("batch", "steps"))
 def diagonal_lstm_forward_kernel(
-    gates_ptr,  # (B, 4h, H, W), strides below
-    weight_ptr,  # (h, 4, h, 2) contiguous: unit, gate, unit of the neighbour, neighbour (upper, left)
-    hidden_ptr,  # (B, H, W, h) contiguous, written
-    activated_ptr,  # (B, H, W, 4h) contiguous, written, or None
-    cell_ptr,  # (B, H, W, h) fp32 contiguous, written, or None
+    gates_ptr,
+    weight_ptr,  # (h, 4, h, 2): unit, gate, unit of the neighbour, neighbour (upper, left)
+    hidden_ptr,
+    activated_ptr,
+    cell_ptr,
     batch,
     height,
     width,
@@ -128,11 +129,11 @@ def diagonal_lstm_forward_kernel(
 
 @triton.jit(do_not_specialize=("batch", "steps"))
 def diagonal_lstm_backward_kernel(
-    grad_hidden_ptr,  # (B, h, H, W), strides below
-    activated_ptr,  # (B, H, W, 4h) contiguous
-    cell_ptr,  # (B, H, W, h) fp32 contiguous
-    weight_ptr,  # (h, 2, h, 4) contiguous: unit of the neighbour, neighbour (upper, left), unit, gate
-    grad_gates_ptr,  # (B, H, W, 4h) contiguous, written
+    grad_hidden_ptr,
+    activated_ptr,
+    cell_ptr,
+    weight_ptr,  # (h, 2, h, 4): unit of the neighbour, neighbour (upper, left), unit, gate
+    grad_gates_ptr,
     batch,
     height,
     width,

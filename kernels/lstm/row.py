@@ -1,8 +1,11 @@
-"""The Row LSTM in one launch: a program walks all rows of its images, forward and backward.
+"""The Row LSTM in one launch: a program walks the rows of its images, a row a step, forward and backward.
 
-Lanes are the columns of an image. The output is the state: a step writes it, and the next one reads it behind a barrier
-of the program's threads, shifted by each tap. Cell states stay in registers. The weights of all taps do not fit shared
-memory and are read again for every row, from the caches.
+Each of a program's lanes has a column of an image. A pixel takes the hidden states of its neighbours in the row above,
+a neighbour a tap. These are the output of the step before: once all threads have written it (a barrier), each reads it
+back from the cache, shifted by the tap. A pixel takes the cell state of the pixel right above it, which its own lane
+has kept in registers. The weights of all taps do not fit shared memory together: each step reads them from the cache.
+
+Arguments: `fastgen.kernels.lstm.cell`.
 """
 
 import torch
@@ -30,11 +33,11 @@ from fastgen.kernels.lstm.tiles import backward_by_tiles, forward_by_tiles
 
 @triton.jit(do_not_specialize=("batch", "steps"))
 def row_lstm_forward_kernel(
-    gates_ptr,  # (B, 4h, H, W), strides below
-    weight_ptr,  # (taps, 4h, h) contiguous
-    hidden_ptr,  # (B, H, W, h) contiguous, written and read
-    activated_ptr,  # (B, H, W, 4h) contiguous, written, or None
-    cell_ptr,  # (B, H, W, h) fp32 contiguous, written, or None
+    gates_ptr,
+    weight_ptr,  # (taps, 4h, h)
+    hidden_ptr,  # written and read
+    activated_ptr,
+    cell_ptr,
     batch,
     height,
     width,
@@ -93,7 +96,7 @@ def row_lstm_forward_kernel(
 
 @triton.jit
 def load_saved_row(maps, strides, units, height, width, image, row, column, u, batch):
-    """`load_saved` of the columns of one row."""
+    """`load_saved` for the pixels of one row."""
     row += tl.zeros_like(column)
     pixel = (image.to(tl.int64) * height + row) * width + column
     active = (image < batch) & (column < width)
@@ -102,11 +105,11 @@ def load_saved_row(maps, strides, units, height, width, image, row, column, u, b
 
 @triton.jit(do_not_specialize=("batch", "steps"))
 def row_lstm_backward_kernel(
-    grad_hidden_ptr,  # (B, h, H, W), strides below
-    activated_ptr,  # (B, H, W, 4h) contiguous
-    cell_ptr,  # (B, H, W, h) fp32 contiguous
-    weight_ptr,  # (taps, h, 4h) contiguous
-    grad_gates_ptr,  # (B, H, W, 4h) contiguous, written and read
+    grad_hidden_ptr,
+    activated_ptr,
+    cell_ptr,
+    weight_ptr,  # (taps, h, 4h)
+    grad_gates_ptr,  # written and read
     batch,
     height,
     width,

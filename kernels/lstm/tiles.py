@@ -1,9 +1,12 @@
-"""The diagonal and the Row LSTM by tiles, for any size, in one launch a scan.
+"""The diagonal and the Row LSTM by tiles, for sizes of which a program cannot hold weights and states, a launch a scan.
 
-A step is a diagonal (`ROW_SCAN` false) or a row; its pixels depend on the step before alone. A program scans its images
-side by side: it cuts the pixels of a step into tiles of M pixels and U units, which walk the states of their neighbours
-in parts of K, tile after tile; its threads wait for each other after a step. All state lies in global memory, that is
-in the caches.
+A step computes a diagonal of each image, or with ROW_SCAN a row: pixels that depend on the step before, and not on each
+other. A program scans its images side by side. It cuts the pixels of a step into tiles of M pixels and U units, and
+computes tile after tile. The gates of a tile are products of weights with the hidden states of its neighbours, a
+neighbour a tap, added up in parts of K units (of several taps, if they are taken TOGETHER). States are written to
+memory, and read from the cache in the next step; after a step the threads wait until all have written.
+
+Arguments: `fastgen.kernels.lstm.cell`.
 """
 
 from typing import Any
@@ -38,8 +41,8 @@ def pixels_of(step, height, width, ROW_SCAN: tl.constexpr):
 
 @triton.jit
 def place(m, step, first_image, images, height, width, ROW_SCAN: tl.constexpr, REVERSE: tl.constexpr):
-    """Where the m-th pixel of a step lies: image, row, column in the order of the scan, column x, offset in pixels;
-    whether it is one, and whether one has come before whose cell state it takes."""
+    """The m-th pixel of a step: its image, row, column in the order of the scan, column x in memory and offset in
+    pixels; whether there is such a pixel; and whether it has a previous one, whose cell state it takes."""
     top = step if ROW_SCAN else tl.maximum(step - width + 1, 0)
     count = pixels_of(step, height, width, ROW_SCAN)
     image = first_image + m // count
@@ -53,8 +56,8 @@ def place(m, step, first_image, images, height, width, ROW_SCAN: tl.constexpr, R
 @triton.jit
 def state_of(tap, pixel, row, column, active, height, width, TAPS: tl.constexpr, ROW_SCAN: tl.constexpr,
              REVERSE: tl.constexpr, BACK: tl.constexpr):  # fmt: skip
-    """The pixel whose state a tap multiplies, or with BACK the one whose tap has multiplied this pixel's: its offset in
-    pixels, and whether the image has it."""
+    """The neighbour whose state a pixel takes by a tap, or with BACK the one that takes this pixel's: its offset in
+    pixels, and whether it lies in the image."""
     down = -1 if ROW_SCAN else tap - 1
     right = tap - TAPS // 2 if ROW_SCAN else -tap  # in the order of the scan
     if BACK:
@@ -65,11 +68,11 @@ def state_of(tap, pixel, row, column, active, height, width, TAPS: tl.constexpr,
 
 @triton.jit(do_not_specialize=("batch", "images"))
 def lstm_tiles_forward_kernel(
-    gates_ptr,  # (B, 4h, H, W), strides below
-    weight_ptr,  # (4h, taps, h) contiguous
-    hidden_ptr,  # (B, H, W, h) contiguous, written and read
-    activated_ptr,  # (B, H, W, 4h) contiguous, written, or None
-    cell_ptr,  # fp32, units contiguous, strides below, written and read
+    gates_ptr,
+    weight_ptr,  # (4h, taps, h)
+    hidden_ptr,  # written and read
+    activated_ptr,
+    cell_ptr,  # never None, of the strides below, written and read
     batch,
     images,  # of a program
     height,
@@ -92,6 +95,7 @@ def lstm_tiles_forward_kernel(
     K: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
+    tl.static_assert(TAPS % TOGETHER == 0)
     strides = (gates_image_stride, gates_unit_stride, gates_row_stride, gates_column_stride)
     cell_strides = (cell_image_stride, 1, cell_row_stride, cell_column_stride)
     to_previous = -cell_row_stride if ROW_SCAN else cell_column_stride if REVERSE else -cell_column_stride
@@ -141,12 +145,12 @@ def lstm_tiles_forward_kernel(
 
 @triton.jit(do_not_specialize=("batch", "images"))
 def lstm_tiles_backward_kernel(
-    grad_hidden_ptr,  # (B, h, H, W), strides below
-    activated_ptr,  # (B, H, W, 4h) contiguous
-    cell_ptr,  # (B, H, W, h) fp32 contiguous
-    weight_ptr,  # (h, taps, 4h) contiguous
-    grad_gates_ptr,  # (B, H, W, 4h) contiguous, written and read
-    grad_cell_ptr,  # fp32, (B, H, h), or (B, W, h) by rows, contiguous: of the pixel before, written and read
+    grad_hidden_ptr,
+    activated_ptr,
+    cell_ptr,
+    weight_ptr,  # (h, taps, 4h)
+    grad_gates_ptr,  # written and read
+    grad_cell_ptr,  # fp32, (B, H, h), of a row scan (B, W, h): of each lane's previous pixel, written and read
     batch,
     images,
     height,
@@ -209,7 +213,7 @@ def lstm_tiles_backward_kernel(
 
 def launch_tiles(kernel: Any, pointers: tuple[Tensor | None, ...], maps: Tensor, strides: tuple[int, ...],
                  choice: TileLaunch, *, units: int, **constants: Any) -> None:  # fmt: skip
-    """maps (B, channels, H, W): the argument that the first of the strides are of."""
+    """maps (B, channels, H, W): the tensor whose strides the kernel takes first."""
     batch, height, width = maps.shape[0], *maps.shape[2:]
     images = cdiv(batch, choice.programs)
     args = (*pointers, batch, images, height, width, units, *maps.stride(), *strides)

@@ -1,22 +1,36 @@
 """Instructions of the step machine, each played tile after tile: all of its tiles, or every so many from some one on.
 
 A row is an image and a place in the three dimensions after it. No tile of an instruction reads what another one writes.
-What follows a product or a pointwise operation number by number, its links, is done in registers.
+What a tile is of differs: a product, what has been computed or levels; what then becomes of it, one op, and further
+ones, the links, is done in registers and in one place for all.
+
+Functions pass each other
+
+    arenas   (memory_ptr, integers_ptr, weights_ptr, codes_ptr): all float32 and all int64 numbers, packed weights, the
+             words of all instructions
+    share    (offsets, first_image, images, first, apart): what a program plays of an instruction. offsets_ptr begins at
+             those of the step; of the tiles of these images it plays numbers first, first + apart, ...
+    code     where the words of an instruction begin
 """
 
 import triton
 import triton.language as tl
 
 from fastgen.kernels.sampler.functions import apply
+from fastgen.kernels.sampler.rowwise import rowwise
+from fastgen.kernels.sampler.sides import places, rounded, rows_in
 from fastgen.kernels.sampler.words import (
     ADDED,
     ALONG,
     ALONG_B,
-    BFLOAT16,
+    COLUMN_STRIDE,
     COLUMNS,
+    CONTRACT,
     COPY_INT64,
     DEPTH,
     FLOAT16,
+    FLOAT32,
+    FOLDS,
     HALF,
     HAS_ADDED,
     IN_ORDER,
@@ -27,233 +41,144 @@ from fastgen.kernels.sampler.words import (
     MOVE_INT64,
     OP,
     OUT,
+    PRODUCT,
     ROUNDED,
-    S1,
-    S2,
-    S3,
+    SOFTMAX,
+    THEN,
     WEIGHT,
+    WEIGHT_PRECISION,
     WORDS,
     A,
     B,
 )
 
-BJ = tl.constexpr(32)  # columns of a tile of `contract`
+AT_ONCE = tl.constexpr(2)  # terms of a sum that `contracted` loads at a time; registers are few
 
 
 @triton.jit
-def rows_in(code, images):
-    return (images * tl.load(code + S1) * tl.load(code + S2) * tl.load(code + S3)).to(tl.int32)
+def times_panel(
+    a_ptr, w_ptr, panel, real, depth, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows (BM, depth) times a panel (depth, BN), which is filled up with zeros to a multiple of BK."""
+    k = tl.arange(0, BK)
+    w_ptr = w_ptr.to(tl.pointer_type(DTYPE)) + panel.to(tl.int64) * (tl.cdiv(depth, BK) * (BK * BN))
+    w_ptr += k[:, None] * BN + tl.arange(0, BN)[None, :]
+    a_ptr = a_ptr[:, None] + k[None, :]
+    total = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, depth, BK):
+        a = tl.load(a_ptr, mask=real[:, None] & (start + k < depth)[None, :], other=0.0)
+        w = tl.load(w_ptr)
+        if PRECISION == "widened":
+            total = tl.dot(a, w.to(tl.float32), total, input_precision="ieee")
+        elif tl.float32 == DTYPE:
+            total = tl.dot(a, w, total, input_precision=PRECISION)
+        else:
+            total = tl.dot(a.to(DTYPE), w, total)
+        a_ptr += BK
+        w_ptr += BK * BN
+    return total
 
 
 @triton.jit
-def places(code, SIDE: tl.constexpr, offsets, first_image, m):
-    """Where rows m of a side begin."""
-    start = tl.load(code + SIDE) + tl.load(offsets + tl.load(code + SIDE + 1))
-    of_image = tl.load(code + SIDE + 2)
-    s2, s3 = tl.load(code + S2).to(tl.int32), tl.load(code + S3).to(tl.int32)
-    inner = tl.load(code + S1).to(tl.int32) * s2 * s3
-    found = start + (first_image + m // inner) * of_image
-    if inner > 1:
-        d1, d2, d3 = tl.load(code + SIDE + 3), tl.load(code + SIDE + 4), tl.load(code + SIDE + 5)
-        found += m % s3 * d3 + m // s3 % s2 * d2 + m // (s2 * s3) % tl.load(code + S1).to(tl.int32) * d1
-    return found
-
-
-@triton.jit
-def rounded(x, code):
-    """Results as they are to be stored: in the precision that the value has in the model."""
-    to = tl.load(code + ROUNDED)
-    if to == BFLOAT16:
-        bits = x.to(tl.int32, bitcast=True)
-        even = (bits + (0x7FFF + ((bits >> 16) & 1))) & -65536
-        x = tl.where(x == x, even.to(tl.float32, bitcast=True), x)
-    elif to == FLOAT16:
-        x = x.to(tl.float16).to(tl.float32)
-    return x
-
-
-@triton.jit
-def contract(
-    memory_ptr,
-    code,
-    offsets,
-    first_image,
-    images,
-    first,
-    apart,
-    ROWS: tl.constexpr,
-    BJ: tl.constexpr,
-    BK: tl.constexpr,
+def multiplied(
+    arenas, code, a_ptr, panel, real, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """out = rows @ weight + added, each row with a weight of its own that has been computed."""
-    rows, columns, depth = (
-        rows_in(code, images),
-        tl.load(code + COLUMNS).to(tl.int32),
-        tl.load(code + DEPTH).to(tl.int32),
-    )
-    along_a, along_b = tl.load(code + ALONG), tl.load(code + ALONG_B)
-    panels = tl.cdiv(columns, BJ)
-    for tile in range(first, tl.cdiv(rows, ROWS) * panels, apart):
-        j, m = tile % panels * BJ + tl.arange(0, BJ), tile // panels * ROWS + tl.arange(0, ROWS)
-        real = m < rows
-        inside = real[:, None] & (j < columns)[None, :]
-        m = tl.where(real, m, 0)
-        a_ptr = memory_ptr + places(code, A, offsets, first_image, m)
-        b_ptr = (memory_ptr + places(code, B, offsets, first_image, m))[:, None] + j[None, :] * tl.load(code + B + 6)
-        products = tl.zeros((ROWS, BK, BJ), tl.float32)
-        for start in range(0, depth, BK):
-            k = start + tl.arange(0, BK)
-            kept = real[:, None] & (k < depth)[None, :]
-            a = tl.load(a_ptr[:, None] + (k * along_a)[None, :], mask=kept, other=0.0)
-            both = kept[:, :, None] & inside[:, None, :]
-            b = tl.load(b_ptr[:, None, :] + (k * along_b)[None, :, None], mask=both, other=0.0)
-            products += a[:, :, None] * b
-        total = tl.sum(products, 1)
-        if tl.load(code + HAS_ADDED) != 0:
-            at = places(code, ADDED, offsets, first_image, m)[:, None] + j[None, :] * tl.load(code + ADDED + 6)
-            total += tl.load(memory_ptr + at, mask=inside, other=0.0)
-        at = places(code, OUT, offsets, first_image, m)[:, None] + j[None, :] * tl.load(code + OUT + 6)
-        tl.store(memory_ptr + at, rounded(total, code), mask=inside)
+    """A tile of a product with packed weights, whose precision the instruction says."""
+    depth, precision = tl.load(code + DEPTH).to(tl.int32), tl.load(code + WEIGHT_PRECISION)
+    w_ptr = arenas[2] + tl.multiple_of(tl.load(code + WEIGHT), 16)
+    if precision == FLOAT32:
+        total = times_panel(a_ptr, w_ptr, panel, real, depth, BM, BN, BK, tl.float32, PRECISION)
+    elif precision == FLOAT16:
+        total = times_panel(a_ptr, w_ptr, panel, real, depth, BM, BN, BK, tl.float16, PRECISION)
+    else:
+        total = times_panel(a_ptr, w_ptr, panel, real, depth, BM, BN, BK, tl.bfloat16, PRECISION)
+    return total
 
 
 @triton.jit
-def columns_of(code, j):
-    """Which columns of the result those of number j among the packed ones are."""
-    half = tl.load(code + HALF).to(tl.int32)
-    return tl.where(half > 0, j // 2 + j % 2 * half, j)
+def contracted(code, a_ptr, b_ptr, real, inside, BM: tl.constexpr, BN: tl.constexpr):
+    """A tile of products of rows and weights of their own, which have been computed. Pointers (BM,), (BM, BN)."""
+    depth, along_a, along_b = tl.load(code + DEPTH).to(tl.int32), tl.load(code + ALONG), tl.load(code + ALONG_B)
+    total = tl.zeros((BM, BN), tl.float32)
+    for k in tl.range(0, depth, loop_unroll_factor=AT_ONCE):
+        a = tl.load(a_ptr + k * along_a, mask=real, other=0.0)
+        total += a[:, None] * tl.load(b_ptr + k * along_b, mask=inside, other=0.0)
+    return total
 
 
 @triton.jit
-def follow(memory_ptr, codes_ptr, code, offsets, first_image, m, j, inside, value, FOLDS: tl.constexpr):
-    """What the links of an instruction make of a tile of its result, and store.
+def follow(arenas, code, share, m, j, inside, value):
+    """What an instruction and its links make of a tile of numbers, (rows m, columns j), and store.
 
     They are done one after the other in a loop, so that the compiler joins no two of them to a multiply-add: every
     number is rounded as if each link were an instruction."""
-    link = codes_ptr + tl.load(code + LINKS_AT) * WORDS
-    folded = 0
-    for _ in range(0, tl.load(code + LINKS).to(tl.int32)):
-        column, kept = j, inside
-        if FOLDS:
-            folded |= tl.load(link + HALF).to(tl.int32)
-            column = tl.where(folded > 0, j // 2, columns_of(code, j))
-            kept &= (j % 2 + folded < 2)[None, :]
+    memory_ptr, codes_ptr = arenas[0], arenas[3]
+    half, folded = tl.load(code + HALF).to(tl.int32), 0
+    links = codes_ptr + tl.load(code + LINKS_AT) * WORDS
+    pair = tl.broadcast_to((tl.arange(0, value.shape[1]) ^ 1)[None, :], value.shape)
+    step = code
+    for k in range(0, 1 + tl.load(code + LINKS).to(tl.int32)):
+        folds = tl.load(step + FOLDS).to(tl.int32)
+        folded |= folds
+        # Of the columns that are packed in turns those of the first half go on.
+        column = tl.where(folded > 0, j // 2, tl.where(half > 0, j // 2 + j % 2 * half, j))
+        kept = inside & (j % 2 + folded < 2)[None, :]
         other = value
-        if tl.load(link + HAS_ADDED) != 0:
-            along = column * tl.load(link + ADDED + 6).to(tl.int32)
-            at = places(link, ADDED, offsets, first_image, m)[:, None] + along[None, :]
-            other = tl.load(memory_ptr + at, mask=kept, other=1.0)
-        elif FOLDS:
-            if tl.load(link + HALF) != 0:
-                pair = (tl.arange(0, value.shape[1]) ^ 1)[None, :]
-                other = tl.gather(value, tl.broadcast_to(pair, value.shape), 1)
-        value = rounded(apply(tl.load(link + OP), value, other), link)
-        along = column * tl.load(link + OUT + 6).to(tl.int32)
-        at = places(link, OUT, offsets, first_image, m)[:, None] + along[None, :]
-        tl.store(memory_ptr + at, value, mask=kept & (j < tl.load(link + KEPT))[None, :])
-        link += WORDS
+        if tl.load(step + HAS_ADDED) != 0:
+            along = column * tl.load(step + ADDED + COLUMN_STRIDE).to(tl.int32)
+            other = tl.load(memory_ptr + places(step, ADDED, share, m)[:, None] + along[None, :], mask=kept, other=1.0)
+        elif folds != 0:
+            other = tl.gather(value, pair, 1)
+        value = rounded(apply(tl.load(step + THEN), value, other), tl.load(step + ROUNDED))
+        along = column * tl.load(step + OUT + COLUMN_STRIDE).to(tl.int32)
+        out_ptr = memory_ptr + places(step, OUT, share, m)[:, None] + along[None, :]
+        tl.store(out_ptr, value, mask=kept & (j < tl.load(step + KEPT))[None, :])
+        step = links + k * WORDS
 
 
 @triton.jit
-def product(
-    memory_ptr,
-    weights_ptr,
-    codes_ptr,
-    code,
-    offsets,
-    first_image,
-    images,
-    first,
-    apart,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    LINKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """out = rows @ weight + added; the weight as panels (depth, BN), depth filled up with zeros to a multiple of BK."""
-    rows, columns, depth = (
-        rows_in(code, images),
-        tl.load(code + COLUMNS).to(tl.int32),
-        tl.load(code + DEPTH).to(tl.int32),
-    )
-    parts, panels = tl.cdiv(depth, BK), tl.cdiv(columns, BN)
-    k = tl.arange(0, BK)
-    for tile in range(first, tl.cdiv(rows, BM) * panels, apart):
+def by_tiles(arenas, code, share, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
+    """All instructions but those along rows."""
+    memory_ptr, integers_ptr, _, _ = arenas
+    _, _, images, first, apart = share
+    op, rows, columns = tl.load(code + OP), rows_in(code, images), tl.load(code + COLUMNS).to(tl.int32)
+    panels = tl.cdiv(columns, BN)
+    for tile in range(first, tl.cdiv(rows, BM) * panels, apart):  # of a row from left to right
         panel, m = tile % panels, tile // panels * BM + tl.arange(0, BM)
-        real = m < rows
+        j, real = panel * BN + tl.arange(0, BN), m < rows
         m = tl.where(real, m, 0)
-        a_ptr = memory_ptr + places(code, A, offsets, first_image, m)[:, None] + k[None, :]
-        start = tl.multiple_of(tl.load(code + WEIGHT) + panel.to(tl.int64) * parts * (BK * BN), 16)
-        w_ptr = weights_ptr + start + (k[:, None] * BN + tl.arange(0, BN)[None, :])
-        total = tl.zeros((BM, BN), tl.float32)
-        for part in range(0, parts):
-            a = tl.load(a_ptr, mask=real[:, None] & (part * BK + k < depth)[None, :], other=0.0)
-            w = tl.load(w_ptr)
-            if PRECISION == "widened":  # weights in half precision, which the interpreter cannot multiply
-                total = tl.dot(a, w.to(tl.float32), total, input_precision="ieee")
-            elif PRECISION == "half":
-                total = tl.dot(a.to(w.dtype), w, total)
+        a_at = places(code, A, share, m)
+        if op == PRODUCT:
+            value = multiplied(arenas, code, memory_ptr + a_at, panel, real, BM, BN, BK, PRECISION)
+        elif op == CONTRACT:
+            b_at = places(code, B, share, m)[:, None] + j[None, :] * tl.load(code + B + COLUMN_STRIDE)
+            inside = real[:, None] & (j < columns)[None, :]
+            value = contracted(code, memory_ptr + a_at, memory_ptr + b_at, real, inside, BM, BN)
+        else:
+            if op == LOOKUP:  # in the table A by the index B
+                index = tl.load(integers_ptr + places(code, B, share, m), mask=real, other=0)
+                a_at += index * tl.load(code + ALONG)
+            at = a_at[:, None] + j[None, :] * tl.load(code + A + COLUMN_STRIDE)
+            inside = real[:, None] & (j < columns)[None, :]
+            if (op == COPY_INT64) | (op == MOVE_INT64):
+                levels = tl.load(integers_ptr + at, mask=inside, other=0)
+                if op == MOVE_INT64:
+                    tl.debug_barrier()  # it may lie over what it copies
+                    out_at = places(code, OUT, share, m)[:, None] + j[None, :] * tl.load(code + OUT + COLUMN_STRIDE)
+                    tl.store(integers_ptr + out_at, levels, mask=inside)
+                value = levels.to(tl.float32)
             else:
-                total = tl.dot(a, w, total, input_precision=PRECISION)
-            a_ptr += BK
-            w_ptr += BK * BN
-        j = panel * BN + tl.arange(0, BN)
-        inside = real[:, None] & (j < columns)[None, :]
-        column = columns_of(code, j)
-        if tl.load(code + HAS_ADDED) != 0:
-            at = places(code, ADDED, offsets, first_image, m)
-            total += tl.load(memory_ptr + at[:, None] + column[None, :], mask=inside, other=0.0)
-        total = rounded(total, code)
-        kept = inside & (j < tl.load(code + KEPT))[None, :]
-        at = places(code, OUT, offsets, first_image, m)
-        tl.store(memory_ptr + at[:, None] + column[None, :], total, mask=kept)
-        if LINKED:
-            follow(memory_ptr, codes_ptr, code, offsets, first_image, m, j, inside, total, True)
+                value = tl.load(memory_ptr + at, mask=inside, other=0.0)
+            if tl.load(code + IN_ORDER) != 0:
+                tl.debug_barrier()
+        if op != MOVE_INT64:
+            follow(arenas, code, share, m, j, real[:, None] & (j < columns)[None, :], value)
 
 
 @triton.jit
-def pointwise(
-    memory_ptr,
-    integers_ptr,
-    codes_ptr,
-    code,
-    offsets,
-    first_image,
-    images,
-    first,
-    apart,
-    BR: tl.constexpr,
-    BP: tl.constexpr,
-):
-    """out = op(a, b); copies; out = table[index], with the table in A and the index in B."""
-    op = tl.load(code + OP)
-    rows, columns = rows_in(code, images), tl.load(code + COLUMNS).to(tl.int32)
-    panels = tl.cdiv(columns, BP)
-    for tile in range(first, tl.cdiv(rows, BR) * panels, apart):  # of a row from left to right
-        j, m = tile % panels * BP + tl.arange(0, BP), tile // panels * BR + tl.arange(0, BR)
-        real = m < rows
-        inside = real[:, None] & (j < columns)[None, :]
-        m = tl.where(real, m, 0)
-        a_at = places(code, A, offsets, first_image, m)[:, None] + j[None, :] * tl.load(code + A + 6)
-        of_row = places(code, B, offsets, first_image, m)
-        out_at = places(code, OUT, offsets, first_image, m)[:, None] + j[None, :] * tl.load(code + OUT + 6)
-        if op == MOVE_INT64:
-            moved = tl.load(integers_ptr + a_at, mask=inside, other=0)
-            if tl.load(code + IN_ORDER) != 0:
-                tl.debug_barrier()
-            tl.store(integers_ptr + out_at, moved, mask=inside)
-        else:
-            if op == COPY_INT64:
-                a = tl.load(integers_ptr + a_at, mask=inside, other=0).to(tl.float32)
-            else:
-                if op == LOOKUP:
-                    a_at += (tl.load(integers_ptr + of_row, mask=real, other=0) * tl.load(code + ALONG))[:, None]
-                a = tl.load(memory_ptr + a_at, mask=inside, other=0.0)
-            if op < COPY_INT64:
-                b_at = of_row[:, None] + j[None, :] * tl.load(code + B + 6)
-                a = apply(op, a, tl.load(memory_ptr + b_at, mask=inside, other=1.0))
-            if tl.load(code + IN_ORDER) != 0:
-                tl.debug_barrier()
-            a = rounded(a, code)
-            tl.store(memory_ptr + out_at, a, mask=inside & (j < tl.load(code + KEPT))[None, :])
-            follow(memory_ptr, codes_ptr, code, offsets, first_image, m, j, inside, a, False)
+def instruction(arenas, code, share, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
+    if tl.load(code + OP) < SOFTMAX:
+        by_tiles(arenas, code, share, BM, BN, BK, PRECISION)
+    else:
+        rowwise(arenas, code, share, BM, BN)

@@ -5,7 +5,7 @@ begins in its arena, the number of its offset among those of a step (0: none), t
 dimensions and of columns.
 
 Links are what an instruction does to each number of its result before it is stored; they are written as instructions,
-with the sizes of theirs and their second operand in ADDED.
+with the sizes of theirs, their op in THEN and its second operand in ADDED.
 """
 
 import triton.language as tl
@@ -17,32 +17,34 @@ POINTWISE = (
     "hide", "erase", "copy_int64", "move_int64", "lookup",
 )  # fmt: skip
 ROWWISE = ("softmax", "log_softmax", "normalized", "sum", "mean", "amax")
-OPS = {name: number for number, name in enumerate((*POINTWISE, *ROWWISE, "product", "contract"))}
+OPS = {name: number for number, name in enumerate((*POINTWISE, "product", "contract", *ROWWISE))}
 
 (
     COPY, ADD, SUB, MUL, DIV, MAXIMUM, MINIMUM, NEG, RELU, TANH, SIGMOID, EXP, EXPM1, LOG,
     SILU, GELU, GELU_TANH, ELU, LEAKY_RELU, SQUARE, ABS, SQRT, RSQRT, RECIPROCAL, GATE, GLU,
     HIDE, ERASE, COPY_INT64, MOVE_INT64, LOOKUP,
-    SOFTMAX, LOG_SOFTMAX, NORMALIZED, SUM, MEAN, AMAX,
     PRODUCT, CONTRACT,
+    SOFTMAX, LOG_SOFTMAX, NORMALIZED, SUM, MEAN, AMAX,
 ) = map(tl.constexpr, range(len(OPS)))  # fmt: skip
 
-# Of an instruction. ALONG: strides of A and B along the depth. NUMBER: bits of a float32. IN_ORDER: a copy whose target
-# begins before its source, over which it may lie. ROUNDED: to what precision the result is rounded. KEPT: how many
-# columns of it are stored, all or none. LINKS, LINKS_AT: how many there are, and the number of the first among all
-# instructions. HALF: columns of a half, where a link folds the two halves of a product's columns, which are packed in
-# turns; of that link, 1.
+# Of an instruction. THEN: the op of one or two numbers that makes a result of what the instruction has computed, the
+# second number in ADDED. ALONG: strides of A and B along the depth. NUMBER: bits of a float32. WEIGHT: where packed
+# weights begin, in units of 4 bytes, and their precision. IN_ORDER: a copy whose target begins before its source, over
+# which it may lie. ROUNDED: to what precision the result is rounded. KEPT: how many columns of it are stored, all or
+# none. LINKS, LINKS_AT: how many there are, and the number of the first among all instructions. HALF: columns of a
+# half, where a link, which FOLDS, joins the two halves of a product's columns, which are packed in turns.
 (
-    OP, DEPTH, ALONG, ALONG_B, NUMBER, WEIGHT, HAS_ADDED, IN_ORDER, ROUNDED, KEPT, LINKS, LINKS_AT, HALF,
-    S1, S2, S3, COLUMNS,
-) = map(tl.constexpr, range(17))  # fmt: skip
-OUT, A, B, ADDED = map(tl.constexpr, range(17, 45, 7))
-SIDE, WORDS = 7, tl.constexpr(45)
+    OP, THEN, DEPTH, ALONG, ALONG_B, NUMBER, WEIGHT, WEIGHT_PRECISION, HAS_ADDED, IN_ORDER, ROUNDED, KEPT,
+    LINKS, LINKS_AT, HALF, FOLDS, S1, S2, S3, COLUMNS,
+) = map(tl.constexpr, range(20))  # fmt: skip
+OUT, A, B, ADDED = map(tl.constexpr, range(20, 48, 7))
+SIDE, WORDS = 7, tl.constexpr(48)
+COLUMN_STRIDE = tl.constexpr(6)  # a side's last word
 FLOAT32, BFLOAT16, FLOAT16 = map(tl.constexpr, range(3))  # precisions
 
-# What a launch plays besides an instruction, which has its number: the draws of a place; nothing; a copy before a step,
-# the first one or (less by k) the k-th after it.
-DRAW, NOTHING, FIRST_MOVE = map(tl.constexpr, (-1, -2, -3))
+# What a launch plays: draws and steps of places; nothing; or of one place the draws, or a copy or an instruction of the
+# step after it, which are counted from 1 on.
+PLACES, NOTHING, DRAW = map(tl.constexpr, (-1, -2, 0))
 
 # Of a step: program, first word of its offsets, first of the copies before it and their number. Of a program: first
 # instruction, number.

@@ -1,4 +1,17 @@
-"""Where a tile (ROWS, OUT, IN) of latent numbers lies in tensors of any strides: the device's half of `layout`."""
+"""Where a tile (ROWS, OUT, IN) of latent numbers lies in tensors of any strides: the device's half of `layout`.
+
+A row is what a posterior has of one image: D numbers, which lie in at most two dimensions, an outer and an inner one.
+Numbers are drawn, or read whole, in groups (of four, or of ALIGNED). Arguments that the kernels of this folder share:
+
+    rows, columns     B and D
+    outers, inner     lengths of a row's two dimensions
+    NAME_row_stride, NAME_outer_stride, NAME_inner_stride    of tensor NAME
+    tiles             of a program, one after the other in its rows
+    begin, ahead      the number of the tensor at which the group begins that a row begins in, and how far into it
+    place             of a number, counted from `begin`; its column is place - ahead
+    outer, within     of a number of a row with two dimensions: its places along them
+    ROWS, OUT, IN, ODD, ALIGNED, FOURS, DIVIDED, WIDE    `layout.Tiles`
+"""
 
 import triton
 import triton.language as tl
@@ -6,7 +19,7 @@ import triton.language as tl
 
 @triton.jit
 def begin_of(row, columns, ODD: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where in a dense tensor the group of numbers begins that a row begins in, and how far into it."""
+    """`begin` and `ahead` of a row."""
     first = row * columns
     if ODD or ALIGNED > 0:
         GROUP: tl.constexpr = ALIGNED if ALIGNED > 0 else 4
@@ -16,8 +29,7 @@ def begin_of(row, columns, ODD: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def places_of(tile, tiles, inner, STEP: tl.constexpr, WIDE: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr):
-    """Every STEP-th number of a program's tile: its place behind the beginning of the row; of a tile of two dimensions
-    the outer and inner ones too."""
+    """`place` of every STEP-th number of a program's tile, and in a tile of two dimensions its `outer` and `within`."""
     number = tl.program_id(1)
     if WIDE:
         number = number.to(tl.int64)
@@ -36,8 +48,8 @@ def places_of(tile, tiles, inner, STEP: tl.constexpr, WIDE: tl.constexpr, OUT: t
 
 @triton.jit
 def masks_of(place, outer, within, ahead, row, rows, columns, outers, inner, ALIGNED: tl.constexpr, OUT: tl.constexpr):
-    """What of a tile belongs to its rows; and what is read and written, with ALIGNED groups in whole: what their
-    neighbours have in common two rows write alike."""
+    """Which numbers of a tile belong to its rows, and which are read and written. The latter are whole groups if rows
+    are ALIGNED: two rows that share a group both write it, and write the same."""
     column = place - ahead
     own = (row < rows) & (column >= 0) & (column < columns)
     inside = own
@@ -52,7 +64,7 @@ def masks_of(place, outer, within, ahead, row, rows, columns, outers, inner, ALI
 @triton.jit
 def offsets(flat, row, place, outer, within, ahead, inner, strides, ALIGNED: tl.constexpr, DIVIDED: tl.constexpr,
             OUT: tl.constexpr):  # fmt: skip
-    """Of a tile in a tensor of any strides, in 64 bits; flat: in one that is dense."""
+    """Of a tile's numbers in a tensor of any strides, in 64 bits. flat: their offsets in a dense tensor."""
     if ALIGNED > 0:
         return flat
     column = place - ahead

@@ -10,7 +10,7 @@ Noise is not stored: four neighbours share one Philox counter, (row * D + column
 draws the same numbers again, and neither tile sizes nor dtypes change them.
 Traffic in fp32: 12 bytes an element forward (read m, v; write z), 20 backward (read dz, m, v; write dm, dv).
 
-Tiles are (ROWS, OUT, IN); what their numbers are, and the constants, say `Rows` and `Tiles` in `layout`.
+Arguments and the shape of tiles: `fastgen.kernels.vae.addresses`.
 """
 
 from collections.abc import Sequence

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks.__main__ import main
-from benchmarks.predict import MICRO, Rates, Work, predict, rates_of, work_of
+from benchmarks.predict import MICRO, Rates, Work, predict, rates_of, tiles_of, work_of
 from fastgen import Categorical
 from fastgen.kernels.sampler.machine import Tiles
 from fastgen.models import GatedPixelCNN
@@ -75,6 +75,27 @@ def test_the_binding_term_is_that_of_the_lowest_rate():
     assert many.seconds == pytest.approx(2 * found.seconds)
 
 
+def test_a_heavy_program_takes_launches_and_is_shared_by_all_processors(monkeypatch):
+    model = GatedPixelCNN((1, 5, 5), 4, channels=8, layers=2)
+    plan = planned(model, model.shape)
+    free = Rates(weights=1e30, together=1e30, multiply_adds=1e30, instruction=0, draw=0, launch=1 / MICRO)
+    number = plan.steps[5].program  # of the end of a row
+    served = sum(step.program == number for step in plan.steps[1:])
+    instructions = fuse(plan.programs[number].instructions)
+    assert predict(plan, 1, free).seconds == pytest.approx(0, abs=1e-12)
+    monkeypatch.setattr("benchmarks.predict.heavy_programs", lambda *_: {number})
+    assert predict(plan, 1, free).seconds == pytest.approx(served * len(instructions) / 25 / MICRO)
+    slow = replace(free, launch=0, multiply_adds=1e6)
+    many, one = predict(plan, 256, slow), predict(plan, 256, replace(slow, processors=1))
+    assert tiles_of(instructions[0], TILES, 256) > 1 and many.seconds < one.seconds
+
+
+def test_the_time_of_a_launch_is_that_of_its_probe():
+    shape = "1000 launches, one after the other"
+    rates, told = rates_of([row(0, 0.003) | {"shape": shape}])
+    assert told == ["launch"] and rates.launch == pytest.approx(3e-6)
+
+
 def test_what_the_machine_does_not_know_is_not_predicted():
     model = Waves(1, 4, 3, padding=1)
     with torch.no_grad():
@@ -85,5 +106,5 @@ def test_what_the_machine_does_not_know_is_not_predicted():
 def test_the_command_says_what_is_assumed(capsys, tmp_path):
     assert main(["predict", "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("ASSUMED") == 6 and "GatedPixelCNN 1x2x3 levels=3 B=2" in printed
+    assert printed.count("ASSUMED") == 7 and "GatedPixelCNN 1x2x3 levels=3 B=2" in printed
     assert main(["predict", str(tmp_path / "none.jsonl"), "--dry-run"]) == 2

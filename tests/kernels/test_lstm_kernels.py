@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 from fastgen.kernels.lstm import diagonal as diagonal_kernels
 from fastgen.kernels.lstm import row as row_kernels
-from fastgen.kernels.lstm.choice import ScanLaunch, TileLaunch, choose
+from fastgen.kernels.lstm.choice import ScanLaunch, TileLaunch, choose, tile_launch_of
 from fastgen.ops import diagonal_lstm, row_lstm
 from tests.ops.lstm_truth import diagonal_pixels, gradients, row_pixels
 
@@ -206,6 +207,19 @@ def test_the_choice_covers_the_problem(batch, lanes, units, dtype, kind):
         assert launch.programs * launch.IMAGES <= max(batch + launch.IMAGES - 1, launch.IMAGES)
     else:
         assert 0 < launch.programs <= batch
+
+
+@pytest.mark.parametrize("generation", [0, 8, 9, 10, 12])
+@pytest.mark.parametrize("taps", [1, 2, 3, 5, 7])
+def test_tiles_take_all_taps_and_fit_shared_memory(generation, taps):
+    """Of half precision: as many parts as lie in shared memory at once, each of weights and states."""
+    limit = {0: 64, 8: 99, 9: 227, 10: 227, 12: 99}[generation]
+    for units, backward in itertools.product((16, 32, 64, 128, 300), (False, True)):
+        launch = tile_launch_of(generation, 132, False, 16, 32, units, taps, backward)
+        assert taps % launch.TOGETHER == 0 and not (backward and launch.TOGETHER > 1)
+        rows = launch.U * (1 if backward else 4) + launch.M
+        parts = 1 if generation == 0 else 2
+        assert parts * launch.TOGETHER * rows * launch.K * 2 <= limit * 1024
 
 
 @pytest.mark.gpu

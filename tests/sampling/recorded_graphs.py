@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastgen.kernels.sampler import launches
+from fastgen.kernels.sampler import machine
 
 
 class RecordedGraph:
@@ -74,7 +74,7 @@ def stand_in(monkeypatch):
         with _Capture(made):
             yield
 
-    launch = launches.launch
+    launch = machine.launch
 
     def launched(*args):
         if _Capture.now is None:
@@ -82,7 +82,7 @@ def stand_in(monkeypatch):
         else:
             _Capture.now.graph.calls.append((launch, args, {}, None))
 
-    monkeypatch.setattr(launches, "launch", launched)
+    monkeypatch.setattr(machine, "launch", launched)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: ("a stream of", device))

@@ -182,7 +182,7 @@ def test_tiles_of_images_in_any_order_draw_the_same(precision, monkeypatch):
     class InReverse(GPUPlayer):
         """The last tile of images first; tiles of instructions that nothing is a multiple of."""
 
-        tiles = Tiles(BM=16, BN=16, BK=16, BR=8, BP=16, ROWS=2, LEVELS=2)
+        tiles = Tiles(BM=16, BN=16, BK=16, ROWS=2, LEVELS=2)
 
         def _launch(self, draws, first, last, until):
             for begin in (16, 0):
@@ -191,6 +191,22 @@ def test_tiles_of_images_in_any_order_draw_the_same(precision, monkeypatch):
     found, expected = played(InReverse, plan, request), played(CPUPlayer, plan, request)
     assert torch.equal(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_missing_program_is_an_error_and_no_hang(monkeypatch):
+    """The interpreter plays programs one after the other: the first waits for a second one in vain."""
+    monkeypatch.setattr(gpu_player, "processors_of", lambda device: 2)
+    plan, distribution = small("gated")
+    request = SampleRequest(1, (1, 3, 3), torch.rand(1, 1, 3, 3), distribution)
+
+    class Together(GPUPlayer):
+        together, patience = 2, 3
+
+    player = Together(plan, 1, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="of 2 programs that share images one was missing"):
+        draw_batch(player, request)
+    monkeypatch.setattr(gpu_player, "processors_of", lambda device: 1)  # where they would not run at the same time
+    assert not draw_batch(Together(plan, 1, torch.device("cpu")), request)
 
 
 @pytest.fixture
@@ -205,7 +221,7 @@ class OverTheWholeGPU(GraphPlayer):
     """An instruction a launch; tiles that nothing is a multiple of."""
 
     captures = False
-    tiles = Tiles(BM=16, BN=16, BK=16, BR=8, BP=16, ROWS=2, LEVELS=2)
+    tiles = Tiles(BM=16, BN=16, BK=16, ROWS=2, LEVELS=2)
 
 
 @pytest.mark.parametrize("name", [*SMALL, "recurrent"])
@@ -249,10 +265,7 @@ def test_joined_or_not_the_numbers_are_the_same(monkeypatch):
     plan, distribution = small("gated")
     request = SampleRequest(3, (1, 3, 3), torch.rand(3, 1, 3, 3), distribution)
     joined = played(GPUPlayer, plan, request)
-    monkeypatch.setattr(GPUPlayer, "tiles", Tiles(LINKS=False))
-    products_alone = played(GPUPlayer, plan, request)
-    assert all(torch.equal(*both) for both in zip(joined, products_alone, strict=True))
-    monkeypatch.setattr(gpu_player, "fuse", lambda instructions, _: [Fused(part_of(one)) for one in instructions])
+    monkeypatch.setattr(gpu_player, "fuse", lambda instructions: [Fused(part_of(one)) for one in instructions])
     one_by_one = played(GPUPlayer, plan, request)
     assert all(torch.equal(*both) for both in zip(joined, one_by_one, strict=True))
 

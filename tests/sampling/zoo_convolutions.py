@@ -259,30 +259,6 @@ class CountedNeighbours(nn.Module):
         return self.out(x)
 
 
-@case((1, 1, 16), Categorical(3, "B(KC)HW"))
-class SnakeOrder(nn.Module):
-    """Unfolded patches times masks that differ from place to place: every second row from right to left. The
-    sequence is in the order of the drawing."""
-
-    def __init__(self):
-        super().__init__()
-        rank = torch.arange(16).view(4, 4)
-        rank[1::2] = rank[1::2].flip(1)
-        self.register_buffer("rank", rank.flatten())
-        patches = F.unfold(F.pad(rank[None, None] + 1.0, (1, 1, 1, 1)), 3) - 1
-        known = (patches >= 0) & (patches < rank.flatten())
-        self.register_buffer("masks", torch.stack((known, known | (patches == rank.flatten()))).float())
-        self.weights = nn.ParameterList([torch.empty(6, 9), torch.empty(6, 54), torch.empty(3, 54)])
-
-    def forward(self, x):
-        x = x.flatten(1)[:, self.rank].view(-1, 1, 4, 4)
-        for index, weight in enumerate(self.weights):
-            patches = F.unfold(x, 3, padding=1).unflatten(1, (x.shape[1], 9)) * self.masks[int(index > 0)]
-            x = (weight @ patches.flatten(1, 2)).view(x.shape[0], -1, 4, 4)
-            x = torch.tanh(x) if index < 2 else x
-        return x.flatten(2)[:, :, torch.argsort(self.rank)].unsqueeze(2)
-
-
 @case(GREY, Categorical(6, "B(KC)HW"), encode=as_tokens, convolutional=True)
 class EmbeddedTokens(nn.Module):
     def __init__(self):

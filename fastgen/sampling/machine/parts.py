@@ -142,14 +142,18 @@ def _pointwise(one: Pointwise) -> Part:
 
 
 def _product(one: Product) -> Part:
+    """With a weight that is the same for all images and steps: packed, where rows and columns lie side by side."""
     out, rows, weight = one.out, one.rows, one.weight
     depth = weight.sizes[0]
-    if (rows.strides[-1] != 1 and depth > 1) or out.strides[-1] != 1 < out.sizes[-1]:
-        raise Unknown
     added = None if one.added is None else _broadcast(one.added, out.sizes)
-    if added is not None and added.strides[-1] != 1 < out.sizes[-1]:
-        raise Unknown
     shared = Side(rows, (*rows.strides[:-1], 0))
+    scattered = out.strides[-1] != 1 or (added is not None and added.strides[-1] != 1)
+    if (rows.strides[-1] != 1 and depth > 1) or (scattered and out.sizes[-1] > 1):
+        factor = Side(weight, (*[0] * (len(out.sizes) - 1), weight.strides[-1]))
+        along = (rows.strides[-1], weight.strides[0])
+        return Part(
+            "contract", Side(out, out.strides), out.sizes, (shared, factor, added), None, depth, along, 0.0, True
+        )
     return Part("product", Side(out, out.strides), out.sizes, (shared, None, added), weight, depth)
 
 

@@ -14,7 +14,7 @@ from fastgen.distributions import Distribution
 from fastgen.sampling.causality.drawing_order import ordered
 from fastgen.sampling.causality.draws import Order, draw_index_of
 from fastgen.sampling.causality.ready_times import Timed
-from fastgen.sampling.machine.language import Memory, Program
+from fastgen.sampling.machine.language import Memory, Product, Program
 from fastgen.sampling.plan.builder import Builder, NeedsStorage, Storage
 from fastgen.sampling.plan.layout import Box, layout
 from fastgen.sampling.plan.renewal import Traced, renew
@@ -94,6 +94,15 @@ class Plan:
     @cached_property
     def output_dtype(self) -> torch.dtype:
         return self.timed.graph.data_of(self.output).dtype
+
+    @cached_property
+    def multiply_adds(self) -> int:
+        """Of the products of all steps, for one image."""
+        of_program = [
+            sum(one.multiply_adds for one in program.instructions if isinstance(one, Product))
+            for program in self.programs
+        ]
+        return sum(of_program[step.program] for step in self.steps)
 
     @cached_property
     def work_ratio(self) -> float:

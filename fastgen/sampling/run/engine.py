@@ -101,6 +101,7 @@ class Engine:
         lines = [
             f"{self.name}: {len(plan.timed.computed)} operations, {len(plan.order)} draws, {len(plan.programs)} "
             f"programs for {len(plan.steps)} steps, work ratio {plan.work_ratio:.3f}",
+            f"{plan.multiply_adds / 1e6:.6g} million multiply-adds an image in products",
             f"memory: {plan.bytes_of_image / 2**20:.2f} MiB an image",
             "weights that are exactly zero are taken as masked; another pattern of zeros makes another schedule",
             f"verify {self.verify}: {sure}",

@@ -2,18 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgen.kernels.common import processors_of
-from fastgen.kernels.sampler.machine import Tiles, play, tiles_for
+from fastgen.kernels.common import cdiv, processors_of
+from fastgen.kernels.sampler.machine import PATIENCE, Tiles, play, tiles_for
 from fastgen.sampling.machine.gpu.draws import Draws, unknown_draws
 from fastgen.sampling.machine.gpu.fusion import Fused, fuse
 from fastgen.sampling.machine.gpu.tables import Linker, with_views
 from fastgen.sampling.machine.language import View
-from fastgen.sampling.machine.parts import HALF, unknown_in
+from fastgen.sampling.machine.parts import unknown_in
 from fastgen.sampling.plan.plan import Plan, Step
 from fastgen.sampling.plan.temporaries import share_scratch
 from fastgen.sampling.request import SampleRequest
@@ -31,20 +30,18 @@ def heavy_programs(plan: Plan, images: int, tiles: Tiles, processors: float) -> 
     """Numbers of those that the whole GPU plays sooner, an instruction a launch, than a part of it in one launch."""
     found = set()
     for number, program in enumerate(plan.programs):
-        joined = [] if unknown_in(program) else fuse(program.instructions, tiles.LINKS)
+        joined = [] if unknown_in(program) else fuse(program.instructions)
         work = sum(one.head.depth * torch.Size(one.head.sizes).numel() for one in joined)  # for an image
         if work * (tiles.BM - images / processors) > WORTH_A_LAUNCH * len(joined):
             found.add(number)
     return found
 
 
-def precision_on(device: torch.device, weights: torch.dtype) -> str:
-    """Of products: TF32 thrice where there is such a unit, which is as near to the truth as float32."""
-    if weights in HALF:
-        return "half" if device.type == "cuda" else "widened"
-    tensor_cores = (
-        device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+def precision_on(device: torch.device) -> str:
+    """Of products of float32: TF32 thrice where there is such a unit, which is as near to the truth as float32."""
+    if device.type != "cuda":
+        return "widened"
+    tensor_cores = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
     return "tf32x3" if tensor_cores else "ieee"
 
 
@@ -56,9 +53,13 @@ class GPUPlayer(TorchPlayer):
         steps: plays single steps over the whole GPU.
         captures: whether it captures them on a device without graphs, too.
         heavy: numbers of programs.
+        together: programs of a launch that share images, as far as all run at the same time. More than one has not been
+            measured on any GPU: nothing chooses it.
+        patience: of programs that wait for another one, in looks.
     """
 
     tiles: Tiles | None = None
+    together, patience = 1, PATIENCE
     captures = False
 
     def allocated(self) -> PlanMemory:
@@ -67,7 +68,7 @@ class GPUPlayer(TorchPlayer):
         self._fused: list[list[Fused] | None] = []
         for program in self.plan.programs:
             known = not unknown_in(program)
-            fused = fuse(program.instructions, self.tiles.LINKS) if known else None
+            fused = fuse(program.instructions) if known else None
             self._fused.append(None if fused is None else [with_views(one, numbers) for one in fused])
         sides = [side for fused in self._fused for one in fused or () for side in one.sides]
         constants = dict.fromkeys(side.view.memory for side in sides if side.view.memory.kind == "constant")
@@ -82,21 +83,19 @@ class GPUPlayer(TorchPlayer):
 
     def bound(self) -> list[Callable[[Step], None]]:
         self._launched = 0
-        heads = [one.head for fused in self._fused for one in fused or ()]
-        kinds = {head.weight.memory.dtype for head in heads if head.weight is not None}
-        weights = kinds.pop() if len(kinds) == 1 else torch.float32  # which holds those of other dtypes as they are
-        self.precision = precision_on(self.device, weights)
+        self.precision = precision_on(self.device)
         assert self.tiles is not None
         tiles = self.tiles
         programs = [
             None if fused is None else (fused, {view: k for k, view in enumerate(program.moving())})
             for program, fused in zip(self.plan.programs, self._fused, strict=True)
         ]
-        linker = Linker(self.memory, tiles.BN, tiles.BK, weights)
+        linker = Linker(self.memory, tiles.BN, tiles.BK)
         self.tables = linker.link(programs, self.plan.steps, self.memory.moves, self.device)
         arenas = (self._arena.arenas[torch.float32], self._arena.arenas[torch.int64])
         captures = self.captures or self.device.type == "cuda"
         self.steps = StepLaunches(arenas, self.tables, tiles, self.precision, self.n, captures)
+        self._meeting = torch.zeros(1 + cdiv(self.n, tiles.BM), dtype=torch.int32, device=self.device)
         self.heavy = heavy_programs(self.plan, self.n, tiles, processors_of(self.device))
         return [
             TorchProgram(self.plan, number, self.memory, None if fused is None else ())
@@ -167,11 +166,14 @@ class GPUPlayer(TorchPlayer):
 
     def _launch_part(self, draws: Draws | None, first: int, last: int, until: int, images: tuple[int, int]) -> None:
         assert self.tiles is not None
-        tables, (floats, integers) = self.tables, (self._arena.arenas[one] for one in (torch.float32, torch.int64))
-        none = tables.steps  # nothing is read there
-        of_request: tuple[Any, ...] = (none, none, floats, none, none.view(torch.uint8)[0], none.view(torch.int32)[0])
-        if draws is not None:
-            of_request = (draws.code, draws.places, draws.noise, draws.known, draws.mask, draws.bad)
-        tensors = (floats, integers, tables.weights, tables.codes, tables.programs, tables.steps, tables.offsets)
+        floats, integers = (self._arena.arenas[one] for one in (torch.float32, torch.int64))
+        request = self.tables.no_request(floats) if draws is None else draws.read()
+        tensors = (floats, integers, *self.tables.read(), *request, self.tables.steps, self._meeting)
+        together = max(1, min(self.together, processors_of(self.device) // cdiv(images[1] - images[0], self.tiles.BM)))
+        if together > 1:
+            self._meeting.zero_()
         self._launched += 1
-        play((*tensors, *of_request), self.tiles, self.precision, first, last, until, draws is not None, images)
+        places = first, last, until
+        play(tensors, self.tiles, self.precision, places, draws is not None, images, together, self.patience)
+        if together > 1 and int(self._meeting[0]):
+            raise RuntimeError(f"of {together} programs that share images one was missing")

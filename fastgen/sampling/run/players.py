@@ -112,7 +112,8 @@ def way_to_play(name: str, plan: Plan, distribution: Distribution, device: torch
         remarks.insert(0, f"persistent: heavy programs, {len(heavy)} of {len(plan.programs)}, {between}")
     how = (
         "persistent: images are drawn in one launch; with a distribution of your own, or top_k or top_p of more than "
-        "256 levels, torch draws, and each step is a launch"
+        "256 levels, torch draws, and each step is a launch; programs that own an image: "
+        f"{GPUPlayer.together} (several, which wait for each other, have not been measured)"
     )
     return Way(GPUPlayer, [how, *remarks], of_draws)
 

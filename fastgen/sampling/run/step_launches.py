@@ -7,8 +7,7 @@ from torch import Tensor
 
 from fastgen.kernels.common import cdiv
 from fastgen.kernels.sampler import words
-from fastgen.kernels.sampler.launches import play_one, programs_for
-from fastgen.kernels.sampler.machine import Tiles
+from fastgen.kernels.sampler.machine import Tiles, play_one, programs_for
 from fastgen.sampling.machine.gpu.tables import Tables
 
 Key = tuple[int, int, bool]  # a program, the copies before its step, whether a place is drawn before
@@ -34,10 +33,10 @@ class StepLaunches:
     ) -> None:
         self.launches = 0
         self.captured: dict[Key, Any] = {}
-        self._tensors = (*arenas, tables.weights, tables.codes, tables.steps, tables.offsets)
+        self._tensors = (*arenas, *tables.read())
         self._next = torch.zeros(2, dtype=torch.int64, device=arenas[0].device)
-        none = tables.steps  # nothing is read there
-        self._no_draws = (none, none, arenas[0], none, none.view(torch.uint8)[0], none.view(torch.int32)[0])
+        self._meeting = torch.zeros(2, dtype=torch.int32, device=arenas[0].device)
+        self._no_draws = tables.no_request(arenas[0])
         self._tiles, self._precision, self._n, self._captures = tiles, precision, n, captures
         self._programs, self._steps = tables.programs.tolist(), tables.steps.tolist()
         self._grids = [programs_for(code, n, tiles) for code in tables.codes.tolist()]
@@ -72,12 +71,12 @@ class StepLaunches:
         """What is launched, and with how many programs."""
         first, count = self._programs[program]
         found = [(words.DRAW.value, cdiv(self._n, self._tiles.ROWS))] if drawing else []
-        found += [(words.FIRST_MOVE.value - k, cdiv(self._n, self._tiles.BR)) for k in range(moves)]
-        found += [(number, self._grids[number]) for number in range(first, first + count)]
+        found += [(1 + k, cdiv(self._n, self._tiles.BM)) for k in range(moves)]
+        found += [(1 + moves + k, self._grids[first + k]) for k in range(count)]
         return [*found, (words.NOTHING.value, 1)] if len(found) == drawing else found
 
     def _play(self, launches: list[tuple[int, int]], draws: tuple[Tensor, ...] | None) -> None:
-        tensors = (*self._tensors, *(draws or self._no_draws), self._next)
+        tensors = (*self._tensors, *(draws or self._no_draws), self._next, self._meeting)
         for what, programs in launches:
             play_one(tensors, self._tiles, self._precision, what, programs, self._n)
         self.launches += len(launches)

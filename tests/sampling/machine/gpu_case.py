@@ -68,12 +68,8 @@ def run(blocks, instructions, offsets=None, moves=(), slots=None, join=None):
     moved = [
         (blocks.block(view.memory)[:, target], blocks.block(view.memory)[:, source]) for view, target, source in moves
     ]
-    heads = [one.head for one in fused]
-    weights = next((head.weight.memory.dtype for head in heads if head.weight is not None), torch.float32)
-    linker = Linker(blocks, tiles.BN, tiles.BK, weights)
-    tables = linker.link([(fused, slots or {})], [step], {0: moved}, torch.device("cpu"))
+    tables = Linker(blocks, tiles.BN, tiles.BK).link([(fused, slots or {})], [step], {0: moved}, torch.device("cpu"))
     floats, integers = blocks.arenas[torch.float32], blocks.arenas[torch.int64]
-    none = tables.steps
-    tensors = (floats, integers, tables.weights, tables.codes, tables.programs, tables.steps, tables.offsets)
-    nothing = (none, none, floats, none, none.view(torch.uint8)[0], none.view(torch.int32)[0])
-    play((*tensors, *nothing), tiles, "widened" if weights in HALF else "ieee", -1, 0, 0, False, (0, N))
+    meeting = torch.zeros(2, dtype=torch.int32)
+    tensors = (floats, integers, *tables.read(), *tables.no_request(floats), tables.steps, meeting)
+    play(tensors, tiles, "widened", (-1, 0, 0), False, (0, N))

@@ -106,6 +106,24 @@ def test_products():
         torch.testing.assert_close(blocks.read(out).double(), truth, atol=1e-4, rtol=1e-5)
 
 
+def test_rows_and_columns_of_a_product_may_lie_apart():
+    x, weight, more = torch.randn(N, 5, 7), torch.randn(7, 3), torch.randn(N, 5, 3)
+    blocks, found = Blocks(), []
+    for scattered in ("rows", "result", "added"):
+        rows, added = (
+            blocks.view(one.mT.contiguous()).order([1, 0]) if scattered == name else blocks.view(one)
+            for name, one in (("rows", x), ("added", more))
+        )
+        stored = blocks.empty(3, 5) if scattered == "result" else blocks.empty(5, 3)
+        out = stored.order([1, 0]) if scattered == "result" else stored
+        found.append((scattered, stored, Product(out, rows, constant(weight), added)))
+    run(blocks, [one for _, _, one in found])
+    truth = x.double() @ weight.double() + more.double()
+    for scattered, stored, _ in found:
+        told = blocks.read(stored).mT if scattered == "result" else blocks.read(stored)
+        torch.testing.assert_close(told.double(), truth, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_products_with_computed_weights(transposed):
     """Heads, queries and keys: (2, 5, 19) @ (2, 19, 37), and what broadcasts to that."""

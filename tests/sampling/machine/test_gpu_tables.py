@@ -19,7 +19,6 @@ MODELS = {
 WIDE = {w.OPS[op] for op in ("softmax", "log_softmax", "normalized")}  # a result for every number of a row
 NARROW = {w.OPS[op] for op in ("sum", "mean", "amax")}
 NOWHERE = -(1 << 62)
-COPIES = {w.OPS["copy_int64"], w.OPS["move_int64"], w.OPS["lookup"]}
 
 
 class Addresses:
@@ -56,14 +55,12 @@ class Addresses:
             self.shared.append(self.of(w.B, rows))  # integers: another arena than what is written
         else:
             self.own.append(self.of(w.A, self.sizes).ravel())
-            if self.op not in COPIES and self.code[w.B.value]:
-                self.own.append(self.of(w.B, self.sizes).ravel())
         if code[w.HAS_ADDED.value]:
             self.own.append(self.of(w.ADDED, self.sizes).ravel())
         folded = 0
         for link in links:
             assert (link[w.S1.value : w.COLUMNS.value + 1] == code[w.S1.value : w.COLUMNS.value + 1]).all()
-            folded = folded or int(link[w.HALF.value] * code[w.HALF.value])
+            folded = folded or int(link[w.FOLDS.value] * code[w.HALF.value])
             assert link[w.KEPT.value] in (0, self.sizes[-1])
             sides = [w.ADDED if link[w.HAS_ADDED.value] else None, w.OUT if link[w.KEPT.value] else None]
             self.code = link

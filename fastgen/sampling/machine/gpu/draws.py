@@ -77,6 +77,10 @@ class Draws:
             put(words.MASK_AT, self.mask)
         self.code, self.places = torch.tensor(code).to(device), places.to(device)
 
+    def read(self) -> tuple[Tensor, ...]:
+        """In the order of the kernel's arguments."""
+        return self.code, self.places, self.noise, self.known, self.mask, self.bad
+
 
 def _bits(number: float) -> int:
     return int(struct.unpack("<q", struct.pack("<d", number))[0])

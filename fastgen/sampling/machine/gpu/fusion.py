@@ -72,8 +72,8 @@ class Fused:
         return collapse(self.head.sizes, self.sides)
 
 
-def fuse(instructions: Sequence[Instruction], products: bool = True) -> list[Fused]:
-    """Raises Unknown. `products`: whether they have links, too."""
+def fuse(instructions: Sequence[Instruction]) -> list[Fused]:
+    """Raises Unknown."""
     instructions = _with_gates(instructions)
     readers = _users(instructions, reading=True)
     found: list[Fused] = []
@@ -83,8 +83,7 @@ def fuse(instructions: Sequence[Instruction], products: bool = True) -> list[Fus
             continue
         group = _Group(part_of(one, half=True), readers)
         seen = k
-        grows = group.grows and (products or group.fused.head.op != "product")
-        while grows and (number := next((m for m in readers.get(group.memory, ()) if m > seen), None)):
+        while group.grows and (number := next((m for m in readers.get(group.memory, ()) if m > seen), None)):
             if number not in taken:
                 between = [instructions[m] for m in range(seen + 1, number) if m not in taken]
                 if group.takes(instructions[number], number, between):

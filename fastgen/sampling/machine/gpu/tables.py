@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels.sampler import words
+from fastgen.sampling.machine.definitions import POINTWISE
 from fastgen.sampling.machine.gpu.fusion import Fused
 from fastgen.sampling.machine.language import View, constant
 from fastgen.sampling.machine.parts import DIMS, Blocks, Side
 from fastgen.sampling.plan.plan import Step
 
 Words = list[int]
-ALIGNED = 16  # numbers from which packed weights begin
+ALIGNED = 16  # units of 4 bytes at a multiple of which packed weights begin
 PRECISIONS = {torch.bfloat16: words.BFLOAT16, torch.float16: words.FLOAT16}
 
 
@@ -42,7 +43,7 @@ class Tables:
         programs: (programs, 2), first instruction and number; none of a program that is not known.
         steps: (steps, STEP_WORDS).
         offsets: of the moving views of all steps, one after the other, each behind a 0.
-        weights: packed.
+        weights: packed, in units of 4 bytes.
     """
 
     codes: Tensor
@@ -51,6 +52,15 @@ class Tables:
     offsets: Tensor
     weights: Tensor
 
+    def read(self) -> tuple[Tensor, ...]:
+        """In the order of the kernel's arguments."""
+        return self.weights, self.codes, self.programs, self.steps, self.offsets
+
+    def no_request(self, floats: Tensor) -> tuple[Tensor, ...]:
+        """In the place of the tensors of a request, where nothing is drawn and none is read."""
+        none = self.steps
+        return none, none, floats, none, none.view(torch.uint8)[0], none.view(torch.int32)[0]
+
 
 class Linker:
     """Writes the tables.
@@ -58,11 +68,10 @@ class Linker:
     Args:
         memory: where what the parts read and write lies, in one arena for each dtype.
         columns, depth: of a panel of packed weights, and what its rows are a multiple of.
-        dtype: of packed weights.
     """
 
-    def __init__(self, memory: Blocks, columns: int, depth: int, dtype: torch.dtype = torch.float32) -> None:
-        self.memory, self.columns, self.depth, self.dtype = memory, columns, depth, dtype
+    def __init__(self, memory: Blocks, columns: int, depth: int) -> None:
+        self.memory, self.columns, self.depth = memory, columns, depth
         self._weights: list[Tensor] = []
         self._packed: dict[tuple[View, int], int] = {}
         self._size = 0
@@ -100,7 +109,7 @@ class Linker:
             rows.append([step.program, len(offsets), len(codes), len(moved)])
             codes += moved
             offsets += [0, *step.offsets.tolist()]
-        weights = torch.cat(self._weights) if self._weights else torch.zeros(ALIGNED, dtype=self.dtype)
+        weights = torch.cat(self._weights) if self._weights else torch.zeros(ALIGNED)
         codes = codes or [[0] * words.WORDS.value]
         tables = [np.array(one, dtype=np.int64) for one in (codes, ranges, rows, offsets)]
         codes_, programs_, steps_, offsets_ = (torch.from_numpy(one).to(device) for one in tables)
@@ -123,8 +132,11 @@ class Linker:
                     code[words.HAS_ADDED.value] |= place == words.ADDED.value
             return code
 
-        places = (words.A.value, words.B.value, words.ADDED.value)
-        head = code_of(part.op, part.out, fused.kept, dict(zip(places, part.inputs, strict=False)))
+        numbers = part.op in POINTWISE  # whose second one has its place
+        places = (words.A, words.ADDED) if numbers else (words.A, words.B, words.ADDED)
+        operands = {place.value: one for place, one in zip(places, part.inputs, strict=False)}
+        head = code_of(part.op, part.out, fused.kept, operands)
+        head[words.THEN.value] = words.OPS[part.op if numbers else "add" if head[words.HAS_ADDED.value] else "copy"]
         head[words.DEPTH.value], head[words.HALF.value] = part.depth, fused.half
         head[words.ALONG.value], head[words.ALONG_B.value] = part.along
         head[words.NUMBER.value] = struct.unpack("<i", struct.pack("<f", part.number))[0]
@@ -132,10 +144,11 @@ class Linker:
             head[words.A.value + words.SIDE - 1] = part.along[1]
         if part.weight is not None:
             head[words.WEIGHT.value] = self._pack(part.weight, fused.half)
+            head[words.WEIGHT_PRECISION.value] = PRECISIONS.get(part.weight.memory.dtype, words.FLOAT32).value
         found = [head]
         for link in fused.links:
             code = code_of(link.op, link.out, link.kept, {words.ADDED.value: link.operand})
-            code[words.HALF.value] = int(link.half > 0)
+            code[words.THEN.value], code[words.FOLDS.value] = code[words.OP.value], int(link.half > 0)
             found.append(code)
         return found
 
@@ -153,6 +166,7 @@ class Linker:
         """A copy of columns (n, columns) to where it may overlap, further to the left."""
         code = [0] * words.WORDS.value
         code[words.OP.value] = words.OPS["move_int64" if target.dtype == torch.int64 else "copy"]
+        code[words.THEN.value] = words.OPS["copy"]
         code[words.IN_ORDER.value], code[words.KEPT.value] = 1, target.shape[1]
         code[words.S1.value : words.COLUMNS.value + 1] = [1] * (DIMS - 2) + [target.shape[1]]
         for place, one in ((words.OUT.value, target), (words.A.value, source)):
@@ -168,10 +182,11 @@ class Linker:
             assert data is not None
             depth, columns = weight.sizes
             panels = -(-columns // self.columns)
-            wide = torch.zeros(-(-depth // self.depth) * self.depth, panels * self.columns, dtype=self.dtype)
+            wide = torch.zeros(-(-depth // self.depth) * self.depth, panels * self.columns, dtype=weight.memory.dtype)
             found = data.as_strided(weight.sizes, weight.strides, weight.offset.at(()))
             wide[:depth, :columns] = found.view(depth, 2, half).mT.reshape(depth, columns) if half else found
             packed = wide.view(len(wide), panels, self.columns).transpose(0, 1).reshape(-1)
+            packed = packed.view(torch.float32)
             self._packed[key] = self._size
             self._weights.append(torch.cat((packed, packed.new_zeros(-len(packed) % ALIGNED))))
             self._size += len(self._weights[-1])

@@ -1,0 +1,68 @@
+"""Whole images by the step machine as compiled code, on a GPU or emulated (`-p tests.emulated`), are those of naive."""
+
+import os
+
+import pytest
+import torch
+
+from fastgen import Categorical, accelerate
+from fastgen.models import GatedPixelCNN, PixelCNN
+from fastgen.sampling.request import SampleRequest
+from fastgen.sampling.run.draw_loop import draw_batch
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="is of compiled code")
+N = 3
+
+
+def drawn(player_of, model, options=(1.0, None, None)):
+    """Images of a player and of the naive loop, and the player."""
+    from fastgen.sampling.run.gpu_player import GPUPlayer
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.no_grad():
+        for parameter in model.to(device).parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(2)
+    given = {"distribution": model.distribution, "encode": model.encode}
+    sampler = accelerate(model.eval(), model.shape, backend="eager", **given)
+    plan = sampler._backends.made[-1].backend.plan
+    distribution = model.distribution.tempered(*options)
+    noise = torch.rand(distribution.noise_shape(N, model.shape), device=device)
+    player = player_of(GPUPlayer)(plan, N, device)
+    assert not draw_batch(player, SampleRequest(N, model.shape, noise, distribution))
+    names = dict(zip(("temperature", "top_k", "top_p"), options, strict=True))
+    naive = accelerate(model, model.shape, backend="naive", **given).sample(N, noise=noise, **names)
+    return player.levels, naive, player
+
+
+def tiny():
+    return GatedPixelCNN((1, 3, 3), 4, channels=6, layers=1)
+
+
+def test_one_launch():
+    levels, naive, player = drawn(lambda base: base, tiny())
+    assert torch.equal(levels, naive) and len(naive.unique()) > 1
+    assert player.launches == 2
+
+
+def test_programs_that_share_images():
+    levels, naive, player = drawn(lambda base: type("Together", (base,), {"together": 3}), tiny())
+    assert torch.equal(levels, naive) and len(naive.unique()) > 1
+    assert int(player._meeting[1]) % 3 == 0 and int(player._meeting[1]) > 0
+
+
+@pytest.mark.slow
+def test_an_instruction_a_launch():
+    from fastgen.sampling.run.graph_player import GraphPlayer
+
+    levels, naive, _ = drawn(lambda _: type("Uncaptured", (GraphPlayer,), {"captures": False}), tiny())
+    assert torch.equal(levels, naive)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(0.7, 2, 0.8), (0.0, None, None)])
+def test_options_and_colours(options):
+    model = PixelCNN((3, 2, 2), 3, channels=6, layers=1)
+    assert isinstance(model.distribution, Categorical)
+    levels, naive, _ = drawn(lambda base: base, model, options)
+    assert torch.equal(levels, naive)
