@@ -289,6 +289,7 @@ def masked_conv2d(
             seen for the first time while a CUDA graph is captured.
     """
     check_float("x", x)
+    check_float("weight", weight)
     triton, cast, geometry = runs_triton(impl, x), autocast_dtype(x) is not None, (stride, padding, dilation)
     if triton and not cast and x.dim() == 4:
         return fused(x, weight, mask, bias, geometry, activation, condition=condition, residual=residual)[0]

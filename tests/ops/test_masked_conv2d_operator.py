@@ -135,3 +135,32 @@ def test_compiles_for_sizes_that_vary(impl, activation, channels, device):
         for one, two in zip(gradients(compiled, (x, weight, bias)), expected, strict=True):
             torch.testing.assert_close(one, two)
     assert len(graphs) <= 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "named"),
+    [
+        ({"weight": torch.ones(6, 3, 3)}, ValueError, "weight must have the shape"),
+        ({"weight": None}, TypeError, "weight must be a float"),
+        ({"mask": torch.ones(6, 3, 3, 3)}, TypeError, "mask must be a bool"),
+        ({"mask": torch.ones(3, 3, dtype=torch.bool)}, ValueError, "mask must have the shape"),
+        ({"mask": [True]}, TypeError, "mask must be a bool"),
+        ({"bias": torch.ones(5)}, ValueError, r"bias must have the shape \(6,\)"),
+        ({"bias": torch.ones(6).bfloat16()}, TypeError, "x and bias must have the same dtype"),
+        ({"residual": torch.ones(2, 6, 6, 5)}, ValueError, r"residual must have the shape \(2, 6, 4, 3\)"),
+        ({"stride": [1, 0]}, ValueError, "stride"),
+        ({"padding": (1, 1.0)}, ValueError, "padding"),
+        ({"dilation": True, "stride": 9, "padding": -1}, ValueError, "padding"),
+        ({"activation": "tanh"}, ValueError, "activation"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("train", [False, True])
+def test_bad_arguments_are_named_before_kernels_are_planned(train, changes, error, named, device):
+    """Also after a call that was as it must be, of which most is the same."""
+    x, weight, mask, bias = problem("B", dtype=torch.float32, device=device)
+    arguments = {"x": x, "weight": weight, "mask": mask, "bias": bias, "impl": "triton"}
+    with torch.set_grad_enabled(train):
+        masked_conv2d(**arguments)
+        with pytest.raises(error, match=named):
+            masked_conv2d(**arguments | changes)
