@@ -66,7 +66,7 @@ class Categorical:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Categorical):
             return NotImplemented
-        same = all(getattr(self, one.name) == getattr(other, one.name) for one in fields(self) if one.compare)
+        same = all(getattr(self, item.name) == getattr(other, item.name) for item in fields(self) if item.compare)
         if self.counts is None or other.counts is None:
             return same and self.counts is other.counts
         return same and torch.equal(self.counts, other.counts)
@@ -180,10 +180,10 @@ class Categorical:
         return unsure
 
     def check_params(self, params: Tensor, channels: int) -> None:
-        found = self.logits(params).shape[2]
-        if found != channels:
+        present = self.logits(params).shape[2]
+        if present != channels:
             raise ValueError(
-                f"params has the shape {tuple(params.shape)}, logits of {found} channels in the layout {self.layout} "
+                f"params has the shape {tuple(params.shape)}, logits of {present} channels in the layout {self.layout} "
                 f"with {self.levels} levels; expected {channels} channels"
             )
 

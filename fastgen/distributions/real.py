@@ -181,5 +181,7 @@ class GaussianMixture:
     def log_prob(self, params: Tensor, levels: Tensor) -> Tensor:
         """Log-density in nats, (n,), of values (n, C, ...)."""
         logits, components = self._split(params)
-        of_channels = _normal_log_density(precise(levels).unsqueeze(2), components[:, :, 0], components[:, :, 1])
-        return sum_all_but_batch((logits.log_softmax(1) + of_channels.sum(1)).logsumexp(1))
+        channel_log_density = _normal_log_density(
+            precise(levels).unsqueeze(2), components[:, :, 0], components[:, :, 1]
+        )
+        return sum_all_but_batch((logits.log_softmax(1) + channel_log_density.sum(1)).logsumexp(1))

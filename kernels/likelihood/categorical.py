@@ -1,9 +1,9 @@
 """Negative log-likelihood of a softmax over K levels, forward and backward.
 
-A program has BLOCK elements of an image and walks the levels in parts of PART, with a running maximum and sum. Where
-neighbours in memory are elements, an element belongs to a thread and nothing is exchanged between threads; where they
-are levels, a part is a whole softmax. The forward keeps the maximum and the sum, so that the backward has nothing to
-add up and writes each gradient from its logit: 12 bytes a float32 logit in all.
+A program has BLOCK elements of an image. It walks their levels in parts of PART and keeps a running maximum and sum.
+If neighbours in memory are elements, a thread has an element, and threads exchange nothing. If they are levels, a part
+has all levels. The forward saves the maximum and the sum: the backward has nothing to add up and computes each gradient
+from its logit, 12 bytes a float32 logit in all.
 """
 
 import math

@@ -1,10 +1,10 @@
 """Bernoulli and Gaussian negative log-likelihood, forward and backward: a program for a block of elements of an image.
 
-Shapes: B images, E = C*H*W elements an image, P planes of parameters (1 logit; mean and log-variance). The forward
-reads the parameters once and writes a partial sum for each block of elements (or the map); the partial sums are added
-in a fixed order by a second, small reduction. The backward reads the parameters once more and writes their gradient: 12
-bytes a float32 parameter in all. Forming the gradient already in the forward would cost 16, since it had to be read and
-written again to scale it by the upstream gradient, and would hold it in memory meanwhile.
+Shapes: B images, E = C*H*W elements an image, P planes of parameters (1 logit; or mean and log-variance). The forward
+reads the parameters once and writes the map, or a partial sum for each block; a second, small reduction adds partial
+sums in a fixed order. The backward reads the parameters once more and writes their gradient: 12 bytes a float32
+parameter in all. A forward that wrote the gradient at once would cost 16: the backward would have to read and write it
+again to scale it by the upstream gradient. It would also hold the gradient in memory meanwhile.
 """
 
 import math

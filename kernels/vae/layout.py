@@ -1,4 +1,4 @@
-"""How a launch walks over latent numbers (B, D...): rows of one or two dimensions, tiles of them, programs."""
+"""How a launch walks over latent numbers (B, D...): which rows they form, and how programs cut these into tiles."""
 
 import functools
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ Strides = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Rows:
-    """Tensors of one shape as rows of at most two dimensions (outer, inner).
+    """B rows of D numbers, each of at most two dimensions (outer, inner), in which several tensors of one shape lie.
 
-    strides: of rows, outer and inner dimension, of each tensor; None for one that is absent.
+    strides: of each tensor, from row to row and along the two dimensions; None for a tensor that is absent.
     """
 
     rows: int
@@ -31,14 +31,14 @@ class Rows:
         return self.outer * self.inner
 
     def aligned(self, size: int) -> bool:
-        """Whether each tensor is one dense run, of whole groups of so many numbers, none longer than a row."""
+        """Whether each tensor is one dense run of whole groups of `size` numbers, none of them longer than a row."""
         dense = all(stride in (None, (self.inner, 0, 1)) for stride in self.strides)
         return self.outer == 1 and dense and self.rows * self.inner % size == 0 and self.inner >= size
 
 
 @functools.lru_cache(4096)
 def rows_of(shape: tuple[int, ...], *strides: Strides | None) -> Rows | None:
-    """None where the layouts of the tensors together need more than two dimensions."""
+    """Dimensions that lie one behind the other in all tensors become one. None where more than two remain."""
     present = [stride for stride in strides if stride is not None]
     merged: list[tuple[int, list[int]]] = []
     for axis in range(1, len(shape)):
@@ -52,9 +52,8 @@ def rows_of(shape: tuple[int, ...], *strides: Strides | None) -> Rows | None:
     if len(merged) > 2:
         return None
     (outer, to_outer), (inner, to_inner) = ([(1, [0] * len(present))] * 2 + merged)[-2:]
-    of_present = iter(zip([stride[0] for stride in present], to_outer, to_inner, strict=True))
-    of_all = tuple(None if stride is None else next(of_present) for stride in strides)
-    return Rows(shape[0], outer, inner, of_all)
+    merged_strides = iter(zip([stride[0] for stride in present], to_outer, to_inner, strict=True))
+    return Rows(shape[0], outer, inner, tuple(None if stride is None else next(merged_strides) for stride in strides))
 
 
 def as_rows(order: tuple[int, ...], *tensors: Tensor | None) -> tuple[tuple[Tensor | None, ...], Rows]:
@@ -70,12 +69,13 @@ def as_rows(order: tuple[int, ...], *tensors: Tensor | None) -> tuple[tuple[Tens
 
 @dataclass(frozen=True)
 class Tiles:
-    """How programs walk: tiles of ROWS rows by OUT by IN numbers; `splits` programs a row, each `tiles` of its tiles.
+    """How programs walk: a tile is ROWS rows by OUT by IN numbers; a row has `splits` programs, each of `tiles` tiles.
 
-    ODD: rows are no multiples of four, so that they begin within a group of numbers that are drawn together. ALIGNED:
-    all tensors are dense, and a row is read from where a group of so many numbers (a sector) begins, else 0. FOURS:
-    strides of rows are counted in fours. DIVIDED: a line of columns is cut in two dimensions by a division. WIDE:
-    columns are counted in 64 bits.
+    Four numbers are drawn together. ODD: D is no multiple of four, so that a row may begin within such a group.
+    ALIGNED: the numbers of a sector, if a row is read from the beginning of the sector that it begins in, which takes
+    dense tensors; else 0. FOURS: D and the strides between rows are passed in fours, so that the compiler knows them to
+    be multiples. DIVIDED: OUT is 1, but rows have two dimensions: a division takes a column apart. WIDE: columns are
+    counted in 64 bits.
     """
 
     ROWS: int
@@ -95,7 +95,7 @@ class Tiles:
         return {name: getattr(self, name) for name in names} | {"num_warps": 4}
 
     def numbers(self, rows: Rows) -> list[int]:
-        """What the kernels take of the rows: their number, columns, outer and inner length; then strides."""
+        """What the kernels take of the rows: B, D, lengths of the two dimensions, strides of all tensors."""
         unit = 4 if self.FOURS else 1
         present = (stride or (0, 0, 0) for stride in rows.strides)
         strides = [number for row, *rest in present for number in (row // unit, *rest)]
@@ -109,10 +109,12 @@ def tiles_of(rows: Rows, itemsize: int) -> Tiles:
 
 @functools.lru_cache(4096)
 def _tiles_of(rows: Rows, sector: int, programs: int) -> Tiles:
-    """Wide rows get a tile each, short ones share it. Rows are split where there are too few of them for the chip.
+    """A wide row has tiles of its own; short rows share a tile. If there are too few rows to fill the chip, they are
+    split between programs.
 
-    Two dimensions are cut into squares, so that a tensor which is contiguous along the other one is read in whole
-    sectors too; but not where its rows are no multiples of four, which numbers that are drawn together would straddle.
+    Two dimensions are cut into squares, so that tensors which are contiguous along different dimensions are both read
+    in whole sectors; but only if the inner length is a multiple of four, as a group of numbers that are drawn together
+    would else lie in two squares.
     """
     columns = rows.columns
     odd, square = columns % 4 != 0, rows.outer > 1 and rows.inner % 4 == 0
