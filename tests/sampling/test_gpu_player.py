@@ -284,6 +284,7 @@ def test_what_it_does_not_draw_torch_draws(monkeypatch):
     model = lively(GatedPixelCNN((1, 2, 2), 4, channels=4, layers=1))
     fast, naive = pair(model, model.shape, "persistent", **arguments(model))
     assert "top_k or top_p of more than 256 levels, torch draws" in fast.explain()
+    assert "programs that own an image: 1 (several, which wait for each other, have not been m" in fast.explain()
     monkeypatch.setattr(GPUPlayer, "tiles", Tiles(LEVELS=2))
     assert_exact(fast, naive, 3, error=1e-5, seed=1, top_k=2, top_p=0.9)
     assert fast.stats.launches == 5  # before the draws, and after each

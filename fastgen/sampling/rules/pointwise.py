@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -150,11 +150,20 @@ class Pointwise(Rule):
             cut = [one if size > 1 else ONE for one, size in zip(aligned, operand.shape, strict=True)]
             return builder.read(operand, cut).expand(box.sizes).order(order)
 
-        args, kwargs = map_arguments(self.value.args, view), map_arguments(self.value.kwargs, view)
         target = out.order(order)
+        if self._selects_by_constants:
+            self._select(builder, target, view, lambda one: builder.read(one, region).order(order))
+            return
+        args, kwargs = map_arguments(self.value.args, view), map_arguments(self.value.kwargs, view)
         known = None if self.name in ("clone", "_to_copy") else instruction_of(self.name, args, kwargs)
         if self.name in ("clone", "_to_copy"):
             builder.pointwise("copy", target, args[0])
+        elif self.name == "clamp" and self._is_plain(args) and not kwargs:
+            found = args[0]
+            for op, bound in zip(("maximum", "minimum"), args[1:], strict=False):
+                if bound is not None:
+                    builder.pointwise(op, target, found, float(bound))
+                    found = target
         elif known is not None and self._is_plain(args):
             builder.pointwise(known[0], target, *(self._real(builder, one) for one in known[1]))
         else:
@@ -162,6 +171,61 @@ class Pointwise(Rule):
         if self.vanishes is not None:  # whatever lies where the operand is low
             hidden = builder.read(self.vanishes, region).order(order)
             builder.pointwise("erase", target, target, hidden)
+
+    @cached_property
+    def _selects_by_constants(self) -> bool:
+        """Whether it is a selection of real numbers of one type by a condition that is known."""
+        chosen, dtype = self.chosen(), self.value.data.dtype
+        if chosen is None or not dtype.is_floating_point:
+            return False
+        known = bool((self.analysis.ready(chosen[0]) == CONSTANT).all())
+        selected = [one for one in self._selected_from if isinstance(one, Operand)]
+        return known and len(selected) > 0 and all(self.analysis.data(one).dtype == dtype for one in selected)
+
+    @property
+    def _selected_from(self) -> list[Operand | float]:
+        """As `_given`, with numbers in the place of constants that hold but one."""
+        return [
+            float(self.analysis.data(one) if isinstance(one, Operand) else one)
+            if not isinstance(one, Operand) or (one.shape == () and constant_operand(one))
+            else one
+            for one in self._given()
+        ]
+
+    @cached_property
+    def _left_out(self) -> list[Operand]:
+        """Of a selection by constants: where its condition is false, and where it is true, 1, and 0 elsewhere."""
+        chosen = self.chosen()
+        assert chosen is not None
+        false = self._aligned(self.analysis.zero(chosen[0])).expand(self.value.shape)
+        return [self.analysis.constant(one.to(self.value.data.dtype)) for one in (false, ~false)]
+
+    def _select(
+        self,
+        builder: Builder,
+        target: View,
+        view: Callable[[Operand], View | Tensor],
+        mask: Callable[[Operand], View],
+    ) -> None:
+        """What is left out becomes 0, and both are added; -inf is put in place alone."""
+        given = list(zip(self._selected_from, self._left_out, strict=True))
+        given.sort(key=lambda one: not isinstance(one[0], Operand))  # numbers last
+        (first, hidden), (second, other) = given
+        operand = view(first) if isinstance(first, Operand) else first
+        assert isinstance(operand, View)
+        if second == -math.inf:
+            builder.pointwise("hide", target, operand, mask(hidden))
+            return
+        builder.pointwise("erase", target, operand, mask(hidden))
+        if isinstance(second, Operand):
+            added, rest = builder.scratch(target.sizes, target.memory.dtype), view(second)
+            assert isinstance(rest, View)
+            builder.pointwise("erase", added, rest, mask(other))
+            builder.pointwise("add", target, target, added)
+        elif second != 0:
+            added = builder.scratch(target.sizes, target.memory.dtype)
+            builder.pointwise("mul", added, mask(hidden), float(second))
+            builder.pointwise("add", target, target, added)
 
     def _is_plain(self, args: Sequence[Any]) -> bool:
         """Whether result and operands are real numbers of one type, but for levels."""
