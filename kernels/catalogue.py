@@ -139,8 +139,8 @@ def compile_entry(module_name: str, index: int, target: Target) -> Resources:
         problems.append(f"{row.shared} bytes of shared memory, the chip has {target.shared_limit}")
     if row.barriers > entry.barriers.get(target.name, row.barriers):
         problems.append(f"{row.barriers} barriers, allowed {entry.barriers[target.name]}")
-    if required and required not in _assembly(compiled, target):
-        problems.append(f"no {required} instruction")
+    assembly = _assembly(compiled, target) if required else ""
+    problems += [f"no {text} instruction" for text in required.split() if text not in assembly]
     row.problem = "; ".join(problems + serialized)
     return row
 

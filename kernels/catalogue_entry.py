@@ -33,7 +33,7 @@ class Entry:
         spills: bytes of local memory allowed per thread, by target ("sm_80", ..., "gfx942"); 0 where not named.
         barriers: how many barriers of a block the PTX may have, a loop's counted once, by target; any number where
             not named.
-        requires: text that the PTX or SASS of a target must contain, e.g. {"sm_90": "wgmma"}.
+        requires: words that the PTX or SASS of a target must contain, e.g. {"sm_90": "wgmma"}.
         skips: targets that this configuration is never launched on, each with the reason.
         reason: why spills are allowed; needed where `spills` is given.
     """

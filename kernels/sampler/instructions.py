@@ -61,6 +61,7 @@ def times_panel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows (BM, depth) times a panel (depth, BN), which is filled up with zeros to a multiple of BK."""
+    tl.assume(depth > 0)  # or else ptxas makes products of sm_90 wait for each other
     k = tl.arange(0, BK)
     w_ptr = w_ptr.to(tl.pointer_type(DTYPE)) + panel.to(tl.int64) * (tl.cdiv(depth, BK) * (BK * BN))
     w_ptr += k[:, None] * BN + tl.arange(0, BN)[None, :]

@@ -248,12 +248,21 @@ def entry(tiles: Tiles, precision: str, targets: Sequence[str]) -> Entry:
         {name: KINDS.get(name, kind) for name, kind in kinds.items() if name not in fixed},
         fixed,
         unaligned=tuple(GIVEN),
-        requires=dict.fromkeys(targets, "mma") if precision != "ieee" else {},
+        requires={} if precision == "ieee" else {target: _products_on(target, tiles) for target in targets},
+        spills={"sm_90": 16} if tiles.BM == 64 and "sm_90" in targets else {},
+        reason="four numbers of the loop over places, while wgmma products of 64 images hold the registers",
         skips=dict.fromkeys(others, "draws in the other precision, or multiplies so"),
         num_warps=options.pop("num_warps"),
         num_stages=options.pop("num_stages"),
         options=options,
     )
+
+
+def _products_on(target: str, tiles: Tiles) -> str:
+    """Words for products on tensor cores, of each precision."""
+    if target == "sm_100" and tiles.BM == 64:
+        return "tcgen05.mma kind::f16 kind::tf32"
+    return "mma f32.bf16.bf16 f32.f16.f16 f32.tf32.tf32"
 
 
 CATALOGUE: list[Entry] = [
