@@ -117,6 +117,7 @@ OPERATIONS = {
     "clamped": lambda x: x.clamp(-0.2, 0.4) + x.clamp(max=0.3) * x.clamp(min=-0.1),
     "chosen by a mask": lambda x: torch.where(CHECKERS, x, (x * 9).tanh()) + x.masked_fill(CHECKERS, 0.7),
     "a number or another": lambda x: torch.where(CHECKERS, 0.3, x) + x.masked_fill(~CHECKERS, -math.inf).exp(),
+    "infinity by a mask": lambda x: x.masked_fill(CHECKERS, math.inf).clamp(max=0.3),
     "average, its zeros not counted": lambda x: below(F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)),
     "average, last windows cut": coarse(lambda x: F.avg_pool2d(x, 3, 2, 1, ceil_mode=True), "nearest"),
     "average, another divisor": coarse(lambda x: F.avg_pool2d(x, 2, divisor_override=3), "nearest"),

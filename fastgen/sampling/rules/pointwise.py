@@ -200,6 +200,15 @@ class Pointwise(Rule):
         false = self._aligned(self.analysis.zero(chosen[0])).expand(self.value.shape)
         return [self.analysis.constant(one.to(self.value.data.dtype)) for one in (false, ~false)]
 
+    @cached_property
+    def _filled(self) -> Operand:
+        """Of a selection of a number: the number, which may be NaN or infinite, where it is chosen, and 0 elsewhere."""
+        parts = zip(self._selected_from, reversed(self._left_out), strict=True)
+        number, places = next((one, chosen) for one, chosen in parts if not isinstance(one, Operand))
+        return self.analysis.constant(
+            torch.where(self.analysis.data(places) != 0, number, 0.0).to(self.value.data.dtype)
+        )
+
     def _select(
         self,
         builder: Builder,
@@ -223,9 +232,7 @@ class Pointwise(Rule):
             builder.pointwise("erase", added, rest, mask(other))
             builder.pointwise("add", target, target, added)
         elif second != 0:
-            added = builder.scratch(target.sizes, target.memory.dtype)
-            builder.pointwise("mul", added, mask(hidden), float(second))
-            builder.pointwise("add", target, target, added)
+            builder.pointwise("add", target, target, mask(self._filled))
 
     def _is_plain(self, args: Sequence[Any]) -> bool:
         """Whether result and operands are real numbers of one type, but for levels."""
