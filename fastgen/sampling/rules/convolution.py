@@ -44,10 +44,6 @@ class Part:
     channels: tuple[int, int]
     weight: View
 
-    def rows(self, first: int, count: int) -> View:
-        """Some rows of the weight."""
-        return self.weight.narrow(0, first, count)
-
 
 class Convolution(Rule):
     """A weight that is exactly zero takes no part: the live taps are those of the weights as they are."""
@@ -293,7 +289,7 @@ class Convolution(Rule):
             for k, index in enumerate(product(*(range(size) for size in taps.sizes[:-1]))):
                 offset = places.offset + sum(i * s for i, s in zip(index, taps.strides, strict=False))
                 rows = replace(places, sizes=(*places.sizes, run), strides=(*places.strides, 1), offset=offset)
-                builder.product(out, rows, part.rows(k * run, run), added if k == 0 else out)
+                builder.product(out, rows, part.weight.narrow(0, k * run, run), added if k == 0 else out)
             return
         rows = builder.scratch((*places.sizes, depth), dtype)
         inner = replace(
