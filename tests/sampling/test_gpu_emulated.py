@@ -10,7 +10,10 @@ from fastgen.models import GatedPixelCNN, PixelCNN
 from fastgen.sampling.request import SampleRequest
 from fastgen.sampling.run.draw_loop import draw_batch
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="is of compiled code")
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="is of compiled code"),
+    pytest.mark.usefixtures("device"),  # on a GPU it is one of the tests that need one
+]
 N = 3
 
 
