@@ -31,6 +31,7 @@ if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if WORKER:
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 
 
 def pytest_ignore_collect(collection_path):
