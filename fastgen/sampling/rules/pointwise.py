@@ -24,7 +24,7 @@ ONE = (AffineOffset(0), 1, 1)  # all of a dimension of size 1
 class Pointwise(Rule):
     @property
     def sees_zeros(self) -> bool:  # type: ignore[override]
-        return self.name in ("mul", "div", "logical_and", "bitwise_and", "where", "masked_fill")
+        return self.value.op_name in ("mul", "div", "logical_and", "bitwise_and", "where", "masked_fill")
 
     _vanishing: Tensor | None = None
 
@@ -41,7 +41,7 @@ class Pointwise(Rule):
 
     def _of_all(self) -> tuple[Tensor, Tensor | None]:
         """Of an operation that reads all of its operands, but for what is multiplied by zero or added to a mask."""
-        name, operands = self.name, self.value.operands
+        name, operands = self.value.op_name, self.value.operands
         times = [self._aligned(self.analysis.ready(one)) for one in operands]
         ready = functools.reduce(torch.maximum, times)
         if name in ("mul", "div", "logical_and", "bitwise_and"):
@@ -87,10 +87,6 @@ class Pointwise(Rule):
         """In the dimensions of the value, with size 1 along those that it is expanded along."""
         return compact(tensor.expand(self.value.shape))
 
-    @property
-    def name(self) -> str:
-        return self.value.op._schema.name.split("::")[1]
-
     def _swallowed(self, summands: list[Operand], times: list[Tensor]) -> Tensor:
         """Where a constant is so large that rounding leaves nothing of what is added to it: the mask of a score."""
         found, data = NOWHERE, self.value.data
@@ -111,14 +107,14 @@ class Pointwise(Rule):
     def _given(self) -> tuple[Any, Any]:
         """What a selection takes where its condition is true, and where it is false, numbers too."""
         args = self.value.args
-        return (args[1], args[2]) if self.name == "where" else (args[2], args[0])
+        return (args[1], args[2]) if self.value.op_name == "where" else (args[2], args[0])
 
     def chosen(self) -> tuple[Operand, Operand | None, Operand | None] | None:
         """Of a selection: the condition, what stands where it is true, and where it is false; None for a number."""
         args = self.value.args
-        if self.name == "where" and isinstance(args[0], Operand) and len(args) == 3:
+        if self.value.op_name == "where" and isinstance(args[0], Operand) and len(args) == 3:
             return args[0], _or_none(args[1]), _or_none(args[2])
-        if self.name == "masked_fill" and isinstance(args[1], Operand):
+        if self.value.op_name == "masked_fill" and isinstance(args[1], Operand):
             return args[1], _or_none(args[2]), _or_none(args[0])
         return None
 
@@ -155,10 +151,11 @@ class Pointwise(Rule):
             self._select(builder, target, view, lambda one: builder.read(one, region).order(order))
             return
         args, kwargs = map_arguments(self.value.args, view), map_arguments(self.value.kwargs, view)
-        known = None if self.name in ("clone", "_to_copy") else instruction_of(self.name, args, kwargs)
-        if self.name in ("clone", "_to_copy"):
+        name = self.value.op_name
+        known = None if name in ("clone", "_to_copy") else instruction_of(name, args, kwargs)
+        if name in ("clone", "_to_copy"):
             builder.pointwise("copy", target, args[0])
-        elif self.name == "clamp" and self._is_plain(args) and not kwargs:
+        elif name == "clamp" and self._is_plain(args) and not kwargs:
             found = args[0]
             for op, bound in zip(("maximum", "minimum"), args[1:], strict=False):
                 if bound is not None:
