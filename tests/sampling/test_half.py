@@ -11,8 +11,8 @@ from fastgen.sampling.draws import draw_image
 from fastgen.sampling.request import SampleRequest
 
 MODELS = {
-    "gated, classes": lambda: GatedPixelCNN((1, 3, 3), 4, channels=6, layers=1, n_classes=3),
-    "plain, colours": lambda: PixelCNN((3, 3, 2), 3, channels=6, layers=1),
+    "gated, classes": lambda: GatedPixelCNN((1, 2, 3), 4, channels=6, layers=1, n_classes=3),
+    "plain, colours": lambda: PixelCNN((3, 2, 2), 3, channels=6, layers=1),
     "plusplus": lambda: PixelCNNPP((3, 4, 4), channels=4, layers=1, n_mix=2),
     "diagonal": lambda: PixelRNN((1, 2, 3), 4, hidden_channels=6, layers=1),
     "diagonal, colours": lambda: PixelRNN((3, 3, 2), 3, hidden_channels=6, layers=1),
