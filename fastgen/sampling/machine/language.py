@@ -91,7 +91,7 @@ class View:
 
     Attributes:
         offset: of its first element, in the start of the box of `task`.
-        listed: takes the place of the offset where no formula gives it: its number among the listed ones of a step.
+        listed: comes to the offset where no formula gives all of it: its number among the listed ones of a step.
     """
 
     memory: Memory
@@ -333,5 +333,7 @@ class Program:
         moving = self.moving()
         found = np.zeros((len(listed), len(moving)), dtype=np.int64)
         for k, view in enumerate(moving):
-            found[:, k] = view.offset.over(starts[view.task]) if view.listed is None else listed[:, view.listed]
+            found[:, k] = view.offset.over(starts[view.task])
+            if view.listed is not None:
+                found[:, k] += listed[:, view.listed]
         return found

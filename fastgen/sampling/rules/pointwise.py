@@ -24,7 +24,10 @@ ONE = (AffineOffset(0), 1, 1)  # all of a dimension of size 1
 class Pointwise(Rule):
     @property
     def sees_zeros(self) -> bool:  # type: ignore[override]
-        return self.name in ("mul", "div", "logical_and", "bitwise_and", "where", "masked_fill")
+        return self.name in (
+            *("mul", "div", "where", "masked_fill"),
+            *("logical_and", "bitwise_and", "logical_or", "bitwise_or"),
+        )
 
     _vanishing: Tensor | None = None
 
@@ -48,6 +51,10 @@ class Pointwise(Rule):
             for one in operands if name != "div" else operands[:1]:
                 zero = self._aligned(self.analysis.zero(one))
                 ready = torch.where(zero, CONSTANT, ready) if zero.any() else ready
+        if name in ("logical_or", "bitwise_or") and self.value.data.dtype == torch.bool:
+            for one, of_one in zip(operands, times, strict=True):
+                true = (of_one == CONSTANT) & ~self._aligned(self.analysis.zero(one))
+                ready = torch.where(true, CONSTANT, ready) if true.any() else ready
         low: Tensor | None = None
         if name in ("add", "sub", "clone", "_to_copy"):
             summands = operands if name != "sub" else [one for one in self.value.args[:1] if isinstance(one, Operand)]
@@ -96,7 +103,7 @@ class Pointwise(Rule):
         found, data = NOWHERE, self.value.data
         for one, ready in zip(summands, times, strict=False) if data.is_floating_point() else ():
             constant = ready == CONSTANT
-            if constant.any():
+            if constant.any() and one.dtype.is_floating_point:
                 given = self.analysis.data(one)
                 large = given.abs() * torch.finfo(data.dtype).eps > SWALLOWS
                 if large.any():

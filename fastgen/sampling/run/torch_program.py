@@ -130,7 +130,7 @@ class TorchProgram:
     def _place(self, view: View, shared: bool = False) -> Callable[[_State], Tensor]:
         """Where a view is, as memory holds it."""
         if view.moves:
-            return lambda state: state.views[view]
+            return lambda state: state.views[view][0] if shared else state.views[view]
         block, sizes, strides = self.memory.strided(view, self.number)
         offset = block.storage_offset() + view.offset.at(())
         if shared:
