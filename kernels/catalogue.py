@@ -194,9 +194,9 @@ def _read_cubin(compiled: Any, row: Resources) -> int:
 
 def _read_amdgcn(compiled: Any, row: Resources) -> int:
     """The same for AMD, from the metadata in the assembly. Returns the static LDS."""
-    found = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)", compiled.asm["amdgcn"])}
-    row.registers, row.spills = found["vgpr_count"], found["private_segment_fixed_size"]
-    return found["group_segment_fixed_size"]
+    metadata = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)", compiled.asm["amdgcn"])}
+    row.registers, row.spills = metadata["vgpr_count"], metadata["private_segment_fixed_size"]
+    return metadata["group_segment_fixed_size"]
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -217,10 +217,10 @@ def _print_table(rows: list[Resources], targets: list[Target]) -> None:
         entries.setdefault((row.kernel, row.config), {})[row.target] = row
     width = max([len(kernel) + len(config) + 2 for kernel, config in entries] + [6])
     print(f"{'kernel':<{width}}" + "".join(f"{target.name:>14}" for target in targets))
-    for (kernel, config), found in entries.items():
+    for (kernel, config), by_target in entries.items():
         cells = []
         for target in targets:
-            cell = found.get(target.name)
+            cell = by_target.get(target.name)
             shown = "-" if cell is None else f"{cell.registers}/{cell.spills}/{cell.shared / 1024:.3g}"
             cells.append(shown + ("!" if cell is not None and cell.problem else ""))
         print(f"{kernel + '[' + config + ']':<{width}}" + "".join(f"{cell:>14}" for cell in cells))

@@ -159,10 +159,12 @@ def prepare(kernel: Any, args: Sequence[Any], constants: Mapping[str, Any]) -> L
         bases = (getattr(value, "base", value) for value in args)  # of tensor descriptors
         return Launch(kernel, constants, next(value.get_device() for value in bases if isinstance(value, Tensor)))
     key, device = known
-    found = _prepared.get(key)
-    if found is None:
-        found = _prepared[key] = Launch(kernel, constants, device)  # it holds the kernel, so that its id stays its own
-    return found
+    prepared = _prepared.get(key)
+    if prepared is None:
+        prepared = _prepared[key] = Launch(
+            kernel, constants, device
+        )  # it holds the kernel, so that its id stays its own
+    return prepared
 
 
 def launch(kernel: Any, grid: Sequence[int], args: Sequence[Any], constants: Mapping[str, Any]) -> None:

@@ -33,8 +33,8 @@ SIZES: dict[str, list[Size]] = {
 def inputs(
     device: torch.device, likelihood: str, image: tuple[int, ...], latent: int, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    of_image = reconstruction_nll.inputs(device, likelihood, image, dtype)
-    return {**reparameterize_kl.inputs(device, (image[0], latent), dtype), **of_image}
+    posterior = reparameterize_kl.inputs(device, (image[0], latent), dtype)
+    return posterior | reconstruction_nll.inputs(device, likelihood, image, dtype)
 
 
 def fused(

@@ -138,11 +138,11 @@ def linear_cross_entropy_torch(
     weights, biases = weight.unflatten(0, (3, -1)), bias.unflatten(0, (3, -1))
     if chunked:
         options = nn.LinearCrossEntropyOptions(allow_retain_graph=True)
-        of_colours = (
+        nats_of_colours = (
             F.linear_cross_entropy(rows, w, level, linear_bias=b, reduction="sum", options=options)
             for w, b, level in zip(weights, biases, levels.unbind(1), strict=True)
         )
-        return sum(of_colours, rows.new_zeros(()))
+        return sum(nats_of_colours, rows.new_zeros(()))
     by_level = weights.transpose(0, 1), biases.transpose(0, 1)
     nats = F.linear_cross_entropy(rows, by_level[0], levels, linear_bias=by_level[1], reduction="none")
     return nats.view(len(features), -1).sum(1)

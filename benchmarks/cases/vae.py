@@ -55,9 +55,9 @@ def _shape(data: str) -> Shape:
 
 
 def _inputs(device: torch.device, job: Job, dtype: torch.dtype) -> dict[str, Any]:
-    likelihood, data, batch, of_model = job
+    likelihood, data, batch, model_sizes = job
     shape, name = _shape(data), data.partition(" ")[0]
-    model = VAE(shape, likelihood=likelihood, levels=LEVELS.get(name, 2), **of_model).to(device)
+    model = VAE(shape, likelihood=likelihood, levels=LEVELS.get(name, 2), **model_sizes).to(device)
     x = images("random" if name == "binary" else name, shape, model.levels, batch, device)
     return {"model": model, "x": x, "autocast": autocast(device, dtype)}
 
@@ -93,8 +93,8 @@ def truth(model: VAE, x: Tensor, autocast: Any, eps: Tensor) -> Tensor:
 def cases(size: str, device: torch.device) -> Iterator[Case]:
     rivals = references.rivals_of(plain_loss)
     for job in JOBS[size]:
-        likelihood, data, batch, of_model = job
-        sizes = " ".join(f"{key}={value}" for key, value in of_model.items())
+        likelihood, data, batch, model_sizes = job
+        sizes = " ".join(f"{key}={value}" for key, value in model_sizes.items())
         shape = f"{likelihood} {data.partition(' ')[0]} {'x'.join(map(str, _shape(data)))} B={batch} {sizes}"
         inputs, more = functools.partial(_inputs, job=job), {"truth": truth, "given": _noise, "batch": batch}
         yield from steps(size, "vae", shape, inputs, rivals, fastgen_loss, **more)

@@ -115,8 +115,8 @@ def cpu_table(cpu: str, sampled: list[Group]) -> str:
     body = []
     for group in sampled:
         model, threads, date = _about(group)
-        found = [group.get(name, {"problem": None, "times_baseline": None}) for name in names]
-        times = [row["problem"] or number(row["times_baseline"], ".3g") for row in found]
+        rows = [group.get(name, {"problem": None, "times_baseline": None}) for name in names]
+        times = [row["problem"] or number(row["times_baseline"], ".3g") for row in rows]
         body.append([model, threads, *times, date])
     lines = [f"# Sampling on a CPU ({cpu})", ""]
     lines += ["Time of a whole batch of images, in units of one forward pass of the same batch in the same run.", ""]

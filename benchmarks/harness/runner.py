@@ -75,17 +75,17 @@ def measure(case: Case, session: Session) -> list[Row]:
     rows = []
     for mode in case.modes:
         names = [name for name in case.providers if mode in case.timed_modes(name)]
-        of_mode = {name: empty_row(case, session, name, mode, gate[name]) for name in names}
-        timed = {n: row for n, row in of_mode.items() if not row["problem"] and INTERPRETED not in n}
+        rows_of_mode = {name: empty_row(case, session, name, mode, gate[name]) for name in names}
+        timed = {n: row for n, row in rows_of_mode.items() if not row["problem"] and INTERPRETED not in n}
         if session.timing and case.timed:
             _time(case, session, mode, inputs if timed else {}, timed)
         power = machine.power_state(session.device) if session.timing else {}  # right after the work, not idle
-        base = of_mode[case.baseline]["ms_p50"] if case.baseline in of_mode else None
-        for row in of_mode.values():
+        base = rows_of_mode[case.baseline]["ms_p50"] if case.baseline in rows_of_mode else None
+        for row in rows_of_mode.values():
             row["times_baseline"] = row["ms_p50"] / base if base and row["ms_p50"] else None
             row |= {"power": power, "verdict": verdict(row["error"], row["problem"])}
             session.tell("row", row)
-        rows += list(of_mode.values())
+        rows += list(rows_of_mode.values())
     return rows
 
 
@@ -176,5 +176,5 @@ def _of_the_floor(row: Row) -> Row:
     def fraction(work: int | None, rate: float | None) -> float | None:
         return work / (row["ms_p50"] / 1e3) / rate if work and rate and row["ms_p50"] else None
 
-    of_copy, of_matmul = 1e9 * (row["copy_gb_s"] or 0), 1e12 * (row["matmul_tflop_s"] or 0)
-    return {"copy_fraction": fraction(row["bytes"], of_copy), "matmul_fraction": fraction(row["flops"], of_matmul)}
+    copy_rate, matmul_rate = 1e9 * (row["copy_gb_s"] or 0), 1e12 * (row["matmul_tflop_s"] or 0)
+    return {"copy_fraction": fraction(row["bytes"], copy_rate), "matmul_fraction": fraction(row["flops"], matmul_rate)}

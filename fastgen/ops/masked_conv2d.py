@@ -231,8 +231,8 @@ def fused(
         return _launch().forward(*tensors, geometry, activation, keep, _check)[:2]
     if x.shape[1] >= 16 and x.stride(1) != 1:  # here, so that it is kept so for the backward
         tensors = (x.contiguous(memory_format=torch.channels_last), *tensors[1:])
-    found = _apply_without_dispatch(*tensors, geometry, activation, keep)
-    return found if keep == "both" else (found, None)
+    results = _apply_without_dispatch(*tensors, geometry, activation, keep)
+    return results if keep == "both" else (results, None)
 
 
 # --- the public function

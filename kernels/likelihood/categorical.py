@@ -43,29 +43,13 @@ def categorical_forward_kernel(
     target_ptr,  # integers (B, E)
     out_ptr,  # float32: partial sums (B, blocks), or the map (B, E)
     kept_ptr,  # float32 (B, 2, E) contiguous, written: the largest logit, one over the sum of exp; or None
-    elements,
-    blocks,
-    classes,
-    n1,
-    n2,
-    params_batch,
-    params_plane,
-    params_0,
-    params_1,
-    params_2,
-    target_batch,
-    target_0,
-    target_1,
-    target_2,
-    out_batch,
-    out_0,
-    out_1,
-    out_2,
-    MAP: tl.constexpr,
-    DENSE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PART: tl.constexpr,
-):
+    elements, blocks, classes,
+    n1, n2,
+    params_batch, params_plane, params_0, params_1, params_2,
+    target_batch, target_0, target_1, target_2,
+    out_batch, out_0, out_1, out_2,
+    MAP: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
     image = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     element = block * BLOCK + tl.arange(0, BLOCK)
@@ -98,34 +82,14 @@ def categorical_backward_kernel(
     upstream_ptr,  # float32 (B,), or a map (B, E)
     grad_ptr,  # (B, K, E), every element is written
     kept_ptr,  # float32 (B, 2, E) contiguous, of the forward
-    elements,
-    blocks,
-    classes,
-    n1,
-    n2,
-    params_batch,
-    params_plane,
-    params_0,
-    params_1,
-    params_2,
-    target_batch,
-    target_0,
-    target_1,
-    target_2,
-    upstream_batch,
-    upstream_0,
-    upstream_1,
-    upstream_2,
-    grad_batch,
-    grad_plane,
-    grad_0,
-    grad_1,
-    grad_2,
-    MAP: tl.constexpr,
-    DENSE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PART: tl.constexpr,
-):
+    elements, blocks, classes,
+    n1, n2,
+    params_batch, params_plane, params_0, params_1, params_2,
+    target_batch, target_0, target_1, target_2,
+    upstream_batch, upstream_0, upstream_1, upstream_2,
+    grad_batch, grad_plane, grad_0, grad_1, grad_2,
+    MAP: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
     image = (tl.program_id(0) // blocks).to(tl.int64)
     element = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = element < elements

@@ -64,32 +64,16 @@ def mixture_forward_kernel(
     target_ptr,  # integers (B, C, N)
     out_ptr,  # float32: partial sums (B, blocks), or the map (B, N)
     kept_ptr,  # float32 (B, 4, N) contiguous, written: maximum and one over the sum, of prior and joint; or None
-    pixels,
-    blocks,
+    pixels, blocks,
     mixtures,  # M
     half,  # (levels - 1) / 2
     log_half,
-    n1,
-    n2,
-    params_batch,
-    params_plane,
-    params_0,
-    params_1,
-    params_2,
-    target_batch,
-    target_colour,
-    target_0,
-    target_1,
-    target_2,
-    out_batch,
-    out_0,
-    out_1,
-    out_2,
-    RGB: tl.constexpr,
-    MAP: tl.constexpr,
-    DENSE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    n1, n2,
+    params_batch, params_plane, params_0, params_1, params_2,
+    target_batch, target_colour, target_0, target_1, target_2,
+    out_batch, out_0, out_1, out_2,
+    RGB: tl.constexpr, MAP: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     image = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     pixel = block * BLOCK + tl.arange(0, BLOCK)
@@ -124,37 +108,17 @@ def mixture_backward_kernel(
     upstream_ptr,  # float32 (B,), or a map (B, N)
     grad_ptr,  # like params, every element is written
     kept_ptr,  # float32 (B, 4, N) contiguous, of the forward
-    pixels,
-    blocks,
+    pixels, blocks,
     mixtures,  # M
     half,  # (levels - 1) / 2
     log_half,
-    n1,
-    n2,
-    params_batch,
-    params_plane,
-    params_0,
-    params_1,
-    params_2,
-    target_batch,
-    target_colour,
-    target_0,
-    target_1,
-    target_2,
-    upstream_batch,
-    upstream_0,
-    upstream_1,
-    upstream_2,
-    grad_batch,
-    grad_plane,
-    grad_0,
-    grad_1,
-    grad_2,
-    RGB: tl.constexpr,
-    MAP: tl.constexpr,
-    DENSE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    n1, n2,
+    params_batch, params_plane, params_0, params_1, params_2,
+    target_batch, target_colour, target_0, target_1, target_2,
+    upstream_batch, upstream_0, upstream_1, upstream_2,
+    grad_batch, grad_plane, grad_0, grad_1, grad_2,
+    RGB: tl.constexpr, MAP: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     image = (tl.program_id(0) // blocks).to(tl.int64)
     pixel = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < pixels

@@ -40,28 +40,13 @@ def pointwise_forward_kernel(
     params_ptr,  # (B, P, E)
     target_ptr,  # (B, E)
     out_ptr,  # float32: partial sums (B, blocks), or the map (B, E)
-    elements,
-    blocks,
-    n1,
-    n2,
-    params_batch,
-    params_plane,
-    params_0,
-    params_1,
-    params_2,
-    target_batch,
-    target_0,
-    target_1,
-    target_2,
-    out_batch,
-    out_0,
-    out_1,
-    out_2,
-    GAUSSIAN: tl.constexpr,
-    MAP: tl.constexpr,
-    DENSE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    elements, blocks,
+    n1, n2,
+    params_batch, params_plane, params_0, params_1, params_2,
+    target_batch, target_0, target_1, target_2,
+    out_batch, out_0, out_1, out_2,
+    GAUSSIAN: tl.constexpr, MAP: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     image = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     element = block * BLOCK + tl.arange(0, BLOCK)
@@ -90,33 +75,14 @@ def pointwise_backward_kernel(
     target_ptr,  # (B, E)
     upstream_ptr,  # float32 (B,), or a map (B, E)
     grad_ptr,  # (B, P, E), every element is written
-    elements,
-    blocks,
-    n1,
-    n2,
-    params_batch,
-    params_plane,
-    params_0,
-    params_1,
-    params_2,
-    target_batch,
-    target_0,
-    target_1,
-    target_2,
-    upstream_batch,
-    upstream_0,
-    upstream_1,
-    upstream_2,
-    grad_batch,
-    grad_plane,
-    grad_0,
-    grad_1,
-    grad_2,
-    GAUSSIAN: tl.constexpr,
-    MAP: tl.constexpr,
-    DENSE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    elements, blocks,
+    n1, n2,
+    params_batch, params_plane, params_0, params_1, params_2,
+    target_batch, target_0, target_1, target_2,
+    upstream_batch, upstream_0, upstream_1, upstream_2,
+    grad_batch, grad_plane, grad_0, grad_1, grad_2,
+    GAUSSIAN: tl.constexpr, MAP: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     image = (tl.program_id(0) // blocks).to(tl.int64)
     element = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = element < elements
@@ -203,13 +169,6 @@ CATALOGUE: list[Entry] = [
     entry(pointwise_backward_kernel, "bernoulli bf16", "bf16", "u8", _INNER_GRAD, _LOGITS),
     entry(pointwise_backward_kernel, "gaussian bf16", "bf16", "fp32", _INNER_GRAD, _GAUSSIAN, num_warps=8),
     entry(
-        pointwise_backward_kernel,
-        "gaussian of any strides",
-        "bf16",
-        "fp32",
-        (),
-        _ODD_GRAD,
-        num_warps=8,
-        multiples=False,
+        pointwise_backward_kernel, "gaussian, any strides", "bf16", "fp32", (), _ODD_GRAD, num_warps=8, multiples=False
     ),
 ]

@@ -77,22 +77,11 @@ def diagonal_lstm_forward_kernel(
     hidden_ptr,
     activated_ptr,
     cell_ptr,
-    batch,
-    height,
-    width,
-    units,
-    steps,
-    gates_image_stride,
-    gates_unit_stride,
-    gates_row_stride,
-    gates_column_stride,
-    REVERSE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    FAST: tl.constexpr,
-    IMAGES: tl.constexpr,
-    LANES: tl.constexpr,
+    batch, height, width, units, steps,
+    gates_image_stride, gates_unit_stride, gates_row_stride, gates_column_stride,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, IMAGES: tl.constexpr, LANES: tl.constexpr,
     U: tl.constexpr,
-):
+):  # fmt: skip
     M: tl.constexpr = IMAGES * LANES
     strides = (gates_image_stride, gates_unit_stride, gates_row_stride, gates_column_stride)
     m = tl.arange(0, M)
@@ -134,22 +123,11 @@ def diagonal_lstm_backward_kernel(
     cell_ptr,
     weight_ptr,  # (h, 2, h, 4): unit of the neighbour, neighbour (upper, left), unit, gate
     grad_gates_ptr,
-    batch,
-    height,
-    width,
-    units,
-    steps,
-    grad_image_stride,
-    grad_unit_stride,
-    grad_row_stride,
-    grad_column_stride,
-    REVERSE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    FAST: tl.constexpr,
-    IMAGES: tl.constexpr,
-    LANES: tl.constexpr,
+    batch, height, width, units, steps,
+    grad_image_stride, grad_unit_stride, grad_row_stride, grad_column_stride,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, IMAGES: tl.constexpr, LANES: tl.constexpr,
     U: tl.constexpr,
-):
+):  # fmt: skip
     M: tl.constexpr = IMAGES * LANES
     LEFTWARD: tl.constexpr = not REVERSE
     maps = (grad_hidden_ptr, activated_ptr, cell_ptr)

@@ -38,22 +38,12 @@ def row_lstm_forward_kernel(
     hidden_ptr,  # written and read
     activated_ptr,
     cell_ptr,
-    batch,
-    height,
-    width,
-    units,
+    batch, height, width, units,
     taps,  # not a constant: an unrolled loop would load the weights of all taps at once, and spill
     steps,
-    gates_image_stride,
-    gates_unit_stride,
-    gates_row_stride,
-    gates_column_stride,
-    PRECISION: tl.constexpr,
-    FAST: tl.constexpr,
-    IMAGES: tl.constexpr,
-    LANES: tl.constexpr,
-    U: tl.constexpr,
-):
+    gates_image_stride, gates_unit_stride, gates_row_stride, gates_column_stride,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, IMAGES: tl.constexpr, LANES: tl.constexpr, U: tl.constexpr,
+):  # fmt: skip
     strides = (gates_image_stride, gates_unit_stride, gates_row_stride, gates_column_stride)
     M: tl.constexpr = IMAGES * LANES
     m = tl.arange(0, M)
@@ -110,22 +100,10 @@ def row_lstm_backward_kernel(
     cell_ptr,
     weight_ptr,  # (taps, h, 4h)
     grad_gates_ptr,  # written and read
-    batch,
-    height,
-    width,
-    units,
-    taps,
-    steps,
-    grad_image_stride,
-    grad_unit_stride,
-    grad_row_stride,
-    grad_column_stride,
-    PRECISION: tl.constexpr,
-    FAST: tl.constexpr,
-    IMAGES: tl.constexpr,
-    LANES: tl.constexpr,
-    U: tl.constexpr,
-):
+    batch, height, width, units, taps, steps,
+    grad_image_stride, grad_unit_stride, grad_row_stride, grad_column_stride,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, IMAGES: tl.constexpr, LANES: tl.constexpr, U: tl.constexpr,
+):  # fmt: skip
     maps = (grad_hidden_ptr, activated_ptr, cell_ptr)
     strides = (grad_image_stride, grad_unit_stride, grad_row_stride, grad_column_stride)
     M: tl.constexpr = IMAGES * LANES

@@ -75,26 +75,14 @@ def lstm_tiles_forward_kernel(
     cell_ptr,  # never None, of the strides below, written and read
     batch,
     images,  # of a program
-    height,
-    width,
-    units,
-    gates_image_stride,
-    gates_unit_stride,
-    gates_row_stride,
-    gates_column_stride,
+    height, width, units,
+    gates_image_stride, gates_unit_stride, gates_row_stride, gates_column_stride,
     cell_image_stride,
     cell_row_stride,  # 0 where only the latest row is kept
     cell_column_stride,  # 0 where only the latest column is kept
-    TAPS: tl.constexpr,
-    ROW_SCAN: tl.constexpr,
-    REVERSE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    FAST: tl.constexpr,
-    M: tl.constexpr,
-    U: tl.constexpr,
-    K: tl.constexpr,
-    TOGETHER: tl.constexpr,
-):
+    TAPS: tl.constexpr, ROW_SCAN: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    M: tl.constexpr, U: tl.constexpr, K: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
     tl.static_assert(TAPS % TOGETHER == 0)
     strides = (gates_image_stride, gates_unit_stride, gates_row_stride, gates_column_stride)
     cell_strides = (cell_image_stride, 1, cell_row_stride, cell_column_stride)
@@ -107,9 +95,8 @@ def lstm_tiles_forward_kernel(
         for tile in range(tiles * tl.cdiv(units, U)):
             m = tile % tiles * M + tl.arange(0, M)
             u = tile // tiles * U + tl.arange(0, U)
-            if (
-                U == 128
-            ):  # cell states, float32, are stored four at a time: in the layout of the terms if those are, too
+            if U == 128:
+                # Cell states, float32, are stored four at a time: in the layout of the terms if those are, too.
                 u = tl.max_contiguous(u, 4)
             image, row, column, x, pixel, active, begun = place(
                 m, step, first_image, images, height, width, ROW_SCAN, REVERSE
@@ -151,24 +138,11 @@ def lstm_tiles_backward_kernel(
     weight_ptr,  # (h, taps, 4h)
     grad_gates_ptr,  # written and read
     grad_cell_ptr,  # fp32, (B, H, h), of a row scan (B, W, h): of each lane's previous pixel, written and read
-    batch,
-    images,
-    height,
-    width,
-    units,
-    grad_image_stride,
-    grad_unit_stride,
-    grad_row_stride,
-    grad_column_stride,
-    TAPS: tl.constexpr,
-    ROW_SCAN: tl.constexpr,
-    REVERSE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    FAST: tl.constexpr,
-    M: tl.constexpr,
-    U: tl.constexpr,
-    K: tl.constexpr,
-):
+    batch, images, height, width, units,
+    grad_image_stride, grad_unit_stride, grad_row_stride, grad_column_stride,
+    TAPS: tl.constexpr, ROW_SCAN: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    M: tl.constexpr, U: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
     maps = (grad_hidden_ptr, activated_ptr, cell_ptr)
     strides = (grad_image_stride, grad_unit_stride, grad_row_stride, grad_column_stride)
     to_previous = -width if ROW_SCAN else 1 if REVERSE else -1

@@ -39,31 +39,18 @@ def reparameterize_kl_forward_kernel(
     seed_ptr,  # (1,) int64; unused where eps is given
     z_ptr,  # (B, D) contiguous, written
     kl_ptr,  # (B, gridDim.y) fp32, written: each program's part of its rows' sums
-    rows,
-    columns,
+    rows, columns,
     outers,  # lengths of a row's two dimensions
     inner,
-    mu_row_stride,
-    mu_outer_stride,
-    mu_inner_stride,
-    logvar_row_stride,
-    logvar_outer_stride,
-    logvar_inner_stride,
-    eps_row_stride,
-    eps_outer_stride,
-    eps_inner_stride,
+    mu_row_stride, mu_outer_stride, mu_inner_stride,
+    logvar_row_stride, logvar_outer_stride, logvar_inner_stride,
+    eps_row_stride, eps_outer_stride, eps_inner_stride,
     tiles,  # of a program
     free_bits,
-    ROWS: tl.constexpr,
-    OUT: tl.constexpr,
-    IN: tl.constexpr,
-    ODD: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    FOURS: tl.constexpr,
-    DIVIDED: tl.constexpr,
-    WIDE: tl.constexpr,
+    ROWS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, ODD: tl.constexpr, ALIGNED: tl.constexpr,
+    FOURS: tl.constexpr, DIVIDED: tl.constexpr, WIDE: tl.constexpr,
     BOUNDED: tl.constexpr,  # whether free_bits is above 0
-):
+):  # fmt: skip
     UNIT: tl.constexpr = 4 if FOURS else 1  # so that the compiler knows rows to begin at multiples of four
     columns *= UNIT
     mu_strides = (mu_row_stride * UNIT, mu_outer_stride, mu_inner_stride)
@@ -106,11 +93,9 @@ def reparameterize_kl_forward_kernel(
 def reparameterize_kl_sum_kernel(
     part_ptr,  # (B, PARTS) fp32 contiguous
     kl_ptr,  # (B,) fp32, written
-    rows,
-    parts,
-    ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+    rows, parts,
+    ROWS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """The second stage of the sum over a row, always in the same order."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     part = tl.arange(0, PARTS)
@@ -130,35 +115,16 @@ def reparameterize_kl_backward_kernel(
     grad_mu_ptr,  # (B, D) contiguous, written, or None
     grad_logvar_ptr,
     grad_eps_ptr,
-    rows,
-    columns,
-    outers,
-    inner,
-    grad_z_row_stride,
-    grad_z_outer_stride,
-    grad_z_inner_stride,
-    mu_row_stride,
-    mu_outer_stride,
-    mu_inner_stride,
-    logvar_row_stride,
-    logvar_outer_stride,
-    logvar_inner_stride,
-    eps_row_stride,
-    eps_outer_stride,
-    eps_inner_stride,
-    grad_kl_stride,
-    tiles,
-    free_bits,
-    ROWS: tl.constexpr,
-    OUT: tl.constexpr,
-    IN: tl.constexpr,
-    ODD: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    FOURS: tl.constexpr,
-    DIVIDED: tl.constexpr,
-    WIDE: tl.constexpr,
+    rows, columns, outers, inner,
+    grad_z_row_stride, grad_z_outer_stride, grad_z_inner_stride,
+    mu_row_stride, mu_outer_stride, mu_inner_stride,
+    logvar_row_stride, logvar_outer_stride, logvar_inner_stride,
+    eps_row_stride, eps_outer_stride, eps_inner_stride,
+    grad_kl_stride, tiles, free_bits,
+    ROWS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, ODD: tl.constexpr, ALIGNED: tl.constexpr,
+    FOURS: tl.constexpr, DIVIDED: tl.constexpr, WIDE: tl.constexpr,
     BOUNDED: tl.constexpr,  # whether free_bits is above 0
-):
+):  # fmt: skip
     UNIT: tl.constexpr = 4 if FOURS else 1
     columns *= UNIT
     grad_z_strides = (grad_z_row_stride * UNIT, grad_z_outer_stride, grad_z_inner_stride)
