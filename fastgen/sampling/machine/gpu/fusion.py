@@ -160,7 +160,7 @@ class _Group:
         self.value = head.out
         self.sizes = head.sizes
         # Pointwise operations, lookups and products with weights that are the same for all images.
-        self.grows = head.op == "product" or (not head.depth and head.op != "move_int64")
+        self.grows = head.op == "product" or (not head.depth and head.op not in ("move_int64", "to_int64"))
         self._readers = readers
         self._read = {view.memory for view in self.fused.views if view is not head.out.view}
         self._written = {head.out.view.memory}
