@@ -217,9 +217,9 @@ def run(files: Sequence[str], size: str) -> int:
         shared = {f"  {many} programs share images": predict(plan, batch, rates, many) for many in SHARING}
         quickest = min(shared, key=lambda text: shared[text].seconds)  # type: ignore[union-attr]
         lines = {f"{name} ({found.instructions:.0f} instr.)": found, quickest: shared[quickest]}
-        for text, one in lines.items():
-            assert isinstance(one, Prediction)
-            terms = "".join(f"{MICRO * one.terms[term]:>13.1f}" for term in TERMS)
-            speed = batch / (one.seconds * len(plan.order))
-            print(f"{text:<52}{terms}{MICRO * one.seconds:>9.1f}{speed:>10.1f}  {one.binding}", flush=True)
+        for text, line in lines.items():
+            assert isinstance(line, Prediction)
+            terms = "".join(f"{MICRO * line.terms[term]:>13.1f}" for term in TERMS)
+            speed = batch / (line.seconds * len(plan.order))
+            print(f"{text:<52}{terms}{MICRO * line.seconds:>9.1f}{speed:>10.1f}  {line.binding}", flush=True)
     return 0
