@@ -36,7 +36,7 @@ def erased(value: Value, bound: Analysis, certain: Analysis, ready: Tensor) -> T
         bound: the ready times, an upper bound.
         certain: the times of certain dependences of its operands, of which `ready` have been found.
     """
-    name = value.op._schema.name.split("::")[1]
+    name = value.op_name
     variable = [one for one in value.operands if not constant_operand(one)]
     if len(variable) > 1 and _may_cancel(value, variable, name):
         return _difference(value, variable, bound, certain, ready)
@@ -71,7 +71,7 @@ def _passes(operand: Operand, through: Callable[[Value, str], bool]) -> bool:
         if len(operand.values) != 1 or operand.values[0].kind != "computed":
             return False
         value = operand.values[0]
-        if through(value, value.op._schema.name.split("::")[1]):
+        if through(value, value.op_name):
             return True
         variable = [one for one in value.operands if not constant_operand(one)]
         if len(variable) != 1:

@@ -18,18 +18,20 @@ No two instructions of a program need to be told apart by more than their fields
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class AffineOffset:
-    """const + sum_d coefficients[d] * start[d], where start is that of the box that a task of the step computes."""
+    """const + sum_d coefficients[d] * start[d], where start is that of a box that the step computes."""
 
     const: int | Fraction
     coefficients: tuple[int | Fraction, ...] = ()
@@ -91,6 +93,7 @@ class View:
 
     Attributes:
         offset: of its first element, in the start of the box of `task`.
+        task: which of a step's boxes; values that are computed in the same box share it.
         listed: comes to the offset where no formula gives all of it: its number among the listed ones of a step.
     """
 
@@ -115,31 +118,32 @@ class View:
         """From its first element to its last."""
         return sum(stride * (size - 1) for size, stride in zip(self.sizes, self.strides, strict=True))
 
+    def as_strided(self, sizes: Sequence[int], strides: Sequence[int], offset: AffineOffset | None = None) -> "View":
+        """Another part of the memory; it begins where this one does if no offset is given."""
+        offset = self.offset if offset is None else offset
+        return View(self.memory, tuple(sizes), tuple(strides), offset, self.task, self.listed)
+
     def order(self, dims: Sequence[int]) -> "View":
         """The view with these of its dimensions, in this order; those left out have size 1."""
-        return replace(self, sizes=tuple(self.sizes[d] for d in dims), strides=tuple(self.strides[d] for d in dims))
+        return self.as_strided([self.sizes[d] for d in dims], [self.strides[d] for d in dims])
 
     def expand(self, sizes: Sequence[int]) -> "View":
         """Broadcast to more dimensions in front, and along those of size 1."""
         extra = len(sizes) - len(self.sizes)
         have, strides = (1,) * extra + self.sizes, (0,) * extra + self.strides
-        return replace(
-            self,
-            sizes=tuple(sizes),
-            strides=tuple(0 if old != new else stride for old, new, stride in zip(have, sizes, strides, strict=True)),
-        )
+        kept = zip(have, sizes, strides, strict=True)
+        return self.as_strided(sizes, [0 if old != new else stride for old, new, stride in kept])
 
     def narrow(self, dim: int, start: int, size: int, step: int = 1) -> "View":
         sizes, strides = list(self.sizes), list(self.strides)
         sizes[dim], strides[dim] = size, strides[dim] * step
-        moved = self.offset + start * self.strides[dim]
-        return replace(self, sizes=tuple(sizes), strides=tuple(strides), offset=moved)
+        return self.as_strided(sizes, strides, self.offset + start * self.strides[dim])
 
     def unsqueeze(self, dim: int) -> "View":
         sizes, strides = list(self.sizes), list(self.strides)
         sizes.insert(dim, 1)
         strides.insert(dim, 0)
-        return replace(self, sizes=tuple(sizes), strides=tuple(strides))
+        return self.as_strided(sizes, strides)
 
     def collapse(self) -> "View":
         """With neighbouring dimensions as one where they lie in memory as one, and without those of size 1."""
@@ -153,7 +157,7 @@ class View:
             else:
                 sizes.append(size)
                 strides.append(stride)
-        return replace(self, sizes=tuple(sizes), strides=tuple(strides))
+        return self.as_strided(sizes, strides)
 
 
 _numbers = itertools.count()
@@ -264,11 +268,8 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Call:
-    """function(*args, **kwargs), with views, temporaries and `Fixed` in the place of tensors.
-
-    Attributes:
-        result: of a function that makes one; any other writes its first argument, a view, and no other.
-    """
+    """function(*args, **kwargs), with views, temporaries and `Fixed` in the place of tensors. It writes its first
+    argument, a view, and no other, where it has no result."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -296,6 +297,15 @@ def _leaves(arguments: Any) -> list[Any]:
     if isinstance(arguments, (list, tuple)):
         return [leaf for one in arguments for leaf in _leaves(one)]
     return [arguments]
+
+
+def lives(uses: Iterable[Iterable[T]]) -> dict[T, tuple[int, int]]:
+    """Where in a sequence each thing is used first and last: it lives from the one to the other, both included."""
+    found: dict[T, tuple[int, int]] = {}
+    for k, used in enumerate(uses):
+        for one in used:
+            found[one] = found.get(one, (k, k))[0], k
+    return found
 
 
 @dataclass

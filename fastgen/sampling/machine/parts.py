@@ -19,6 +19,7 @@ from fastgen.sampling.machine.language import (
     Rowwise,
     Temporary,
     View,
+    lives,
 )
 
 DIMS = 5  # images, three more, columns
@@ -191,16 +192,15 @@ class Section:
 
 def sections(program: Program) -> list[Section]:
     """A program cut into sections; what a call makes anew lives within one."""
-    last_use: dict[Temporary, int] = {}
-    for k, one in enumerate(program.instructions):
-        for leaf in one.leaves if isinstance(one, Call) else ():
-            if isinstance(leaf, Temporary):
-                last_use[leaf] = k
+    made = lives(
+        [leaf for leaf in (*one.leaves, one.result) if isinstance(leaf, Temporary)] if isinstance(one, Call) else ()
+        for one in program.instructions
+    )
     found: list[Section] = []
     open_until = -1
     for k, one in enumerate(program.instructions):
         if isinstance(one, Call) and one.result is not None:
-            open_until = max(open_until, last_use.get(one.result, k))
+            open_until = max(open_until, made[one.result][1])
         parts: list[Part] = []
         if k > open_until:
             with suppress(Unknown):

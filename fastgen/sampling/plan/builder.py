@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -83,17 +83,27 @@ class Check:
 
 
 class Builder:
-    def __init__(self, storage: Storage, tasks: Sequence[tuple[Value, Box]]) -> None:
+    """Args:
+    storage: of the plan.
+    starts: of the step's boxes, by task.
+
+    Attributes:
+        task: that of the value which is being written.
+        checks: each once.
+        local: value -> the boxes of it that this step has computed into scratch: task, box, scratch.
+    """
+
+    def __init__(self, storage: Storage, starts: Sequence[tuple[int, ...]]) -> None:
         self.storage = storage
-        self.tasks = tasks
+        self.starts_of = starts
         self.program = Program()
         self.listed = 0
         self.indexed_reads: list[IndexedRead] = []
         self.task = 0
-        self.checks: list[Check] = []
+        self.checks: dict[Check, None] = {}
         self.temporaries = 0
         self.scratches = 0
-        self.local: dict[Value, tuple[int, Box, View]] = {}  # task, box and scratch of a value in this step
+        self.local: dict[Value, list[tuple[int, Box, View]]] = {}
 
     # --- what rules use
 
@@ -109,7 +119,7 @@ class Builder:
         if value in self.storage.stored:
             return self._view(Map.identity(value), self.region(box))
         view = self.scratch(box.sizes, value.data.dtype, self.storage.layouts[value].order)
-        self.local[value] = (self.task, box, view)
+        self.local.setdefault(value, []).append((self.task, box, view))
         return view
 
     def read(self, operand: Operand, region: Region) -> View:
@@ -167,40 +177,50 @@ class Builder:
             offset = AffineOffset.weighted(origin, [(one[0], unit) for one, unit in zip(region, units, strict=True)])
             along = tuple(unit * step for unit, (_, _, step) in zip(units, region, strict=True))
             return View(self.storage.memory(value), sizes, along, offset, self.task)
-        if value not in self.local:
-            raise NeedsStorage(value)
         first = [
             AffineOffset.weighted(k, [(one[0], s[d]) for one, s in zip(region, where.steps, strict=True) if s[d]])
             for d, k in enumerate(where.start)
         ]
         steps = [[s * step for s in along] for (_, _, step), along in zip(region, where.steps, strict=True)]
-        return self._local_view(value, first, steps, sizes)
+        for one in self.local.get(value, ()):
+            found = self._local_view(*one, first, steps, sizes)
+            if found is not None:
+                return found
+        raise NeedsStorage(value)
 
     def _local_view(
-        self, value: Value, first: list[AffineOffset], steps: list[list[int]], sizes: tuple[int, ...]
-    ) -> View:
-        task, box, view = self.local[value]
-        here = self.tasks[self.task][1].start
+        self,
+        task: int,
+        box: Box,
+        view: View,
+        first: list[AffineOffset],
+        steps: list[list[int]],
+        sizes: tuple[int, ...],
+    ) -> View | None:
+        """What begins at `first` of a value, in a box of it; None where that does not hold all of it."""
+        here = self.starts_of[self.task]
         offset = 0
         along = [0] * len(sizes)
+        checks = []
         for k in range(len(box.sizes)):
             distance = first[k].at(here) - box.start[k]
             reach = sum(max(step[k] * (size - 1), 0) for step, size in zip(steps, sizes, strict=True))
             unit = box.steps[k]
             if distance < 0 or distance % unit or (distance + reach) // unit >= box.sizes[k]:
-                raise NeedsStorage(value)
+                return None
             if any(step[k] % unit for step, size in zip(steps, sizes, strict=True) if size > 1):
-                raise NeedsStorage(value)
-            self.checks.append(Check(first[k], self.task, task, k, distance))
+                return None
+            checks.append(Check(first[k], self.task, task, k, distance))
             offset += distance // unit * view.strides[k]
             for d, step in enumerate(steps):
                 along[d] += step[k] // unit * view.strides[k] if sizes[d] > 1 else 0
+        self.checks.update(dict.fromkeys(checks))
         return View(view.memory, sizes, tuple(along), AffineOffset(offset), task)
 
     def _read_indexed(self, operand: Operand, region: Region) -> View:
         indexed = self.storage.indexed(operand)
         read = IndexedRead(indexed, self.task, region, [], [])
-        here = np.array([self.tasks[self.task][1].start], dtype=np.int64).reshape(1, -1)
+        here = np.array([self.starts_of[self.task]], dtype=np.int64).reshape(1, -1)
         which, places = (one[0] for one in read.at(here))
         sizes = which.shape
         read.numbers = np.unique(which).tolist()
@@ -230,7 +250,7 @@ class Builder:
                     memory = self.storage.memory(value)
                     source = View(memory, (size,), (of_step,), AffineOffset(of), self.task, listed)
                     self.pointwise("copy", place, source)
-        return replace(target, sizes=sizes, strides=dense_strides(sizes))
+        return target.as_strided(sizes, dense_strides(sizes))
 
     def _gather(
         self,

@@ -1,6 +1,5 @@
 """Takes a `Network`; gives its `Plan`: the drawing order, the schedule, where values lie, the programs of all steps."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -16,15 +15,15 @@ from fastgen.sampling.causality.draws import Order, draw_index_of
 from fastgen.sampling.causality.ready_times import Timed
 from fastgen.sampling.machine.language import Memory, Product, Program
 from fastgen.sampling.plan.builder import Builder, NeedsStorage, Storage
-from fastgen.sampling.plan.layout import Box, layout
+from fastgen.sampling.plan.layout import dimension_order, layout
 from fastgen.sampling.plan.renewal import Traced, renew
-from fastgen.sampling.plan.schedule import Schedule, row_ends, running_times, schedule
+from fastgen.sampling.plan.schedule import Boxes, Needed, Schedule, row_ends, running_times, schedule
 from fastgen.sampling.plan.sliding_rows import Candidate, Ring, make_rings
 from fastgen.sampling.plan.split_convolution import split_rows
 from fastgen.sampling.plan.temporaries import Scratch, share_scratch
 from fastgen.sampling.rules.convolution import Convolution
 from fastgen.sampling.trace.element_times import compact
-from fastgen.sampling.trace.graph import CONSTANT, Map, Operand, Value
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Map, Operand, Value
 from fastgen.sampling.trace.network import Network
 
 
@@ -112,18 +111,17 @@ class Plan:
         of both, so that the least is 1.
         """
         done, once = 0.0, 0.0
-        by_value: dict[Value, list[Box]] = {}
-        for tasks in self.schedule.steps:
-            for value, box in tasks:
-                by_value.setdefault(value, []).append(box)
-        for value, boxes in by_value.items():
+        elements: dict[Boxes, int] = {}  # that a value has in any of them
+        for value, boxes in self.schedule.boxes.items():
             cost = self.timed.rules[value].multiply_adds
-            if cost:
+            if cost and boxes not in elements:
                 computed = torch.zeros(value.shape, dtype=torch.bool)
-                for box in boxes:
-                    computed[box.slices] = True
-                done += sum(math.prod(box.sizes) for box in boxes) * cost
-                once += int(computed.sum()) * cost
+                for k in range(len(boxes.at)):
+                    computed[boxes[k].slices] = True
+                elements[boxes] = int(computed.sum())
+            if cost:
+                done += int(boxes.sizes.prod(0).sum()) * cost
+                once += elements[boxes] * cost
         return done / once if once else 1.0
 
 
@@ -133,12 +131,12 @@ def make_plan(network: Network, distribution: Distribution) -> Plan:
     draws, timed, conditions = ordered(network, distribution)
     traced = Traced.all_of(timed.graph)
     output, order, ends = timed.graph.output, draws.order, row_ends(draws.order)
-    times = running_times(timed, ends, draws.of_outputs() - 1, partial(split_rows, timed, ends))
+    times, reads = running_times(timed, ends, draws.of_outputs() - 1, partial(split_rows, timed, ends))
     when = schedule(timed, len(order), times)
-    storage = _storage(timed, when, order, shape)
+    storage = _storage(timed, when, reads, order, shape)
     whole_pixels = len(order) == shape[1] * shape[2]
     plan = Plan(timed, when, storage, order, whole_pixels, output, conditions, network, traced, timed.graph.remarks)
-    groups = _alike(plan)
+    groups = when.alike(timed.rules)
     built: Built = {}
     while not _write_programs(plan, groups, built):
         pass  # again, with what was found to need storage
@@ -149,10 +147,6 @@ def make_plan(network: Network, distribution: Distribution) -> Plan:
 
 def _windows(plan: Plan) -> Iterator[Candidate]:
     """Values of which a ring may hold some rows: steps compute them, and only steps read them."""
-    boxes: dict[Value, list[tuple[int, Box]]] = {}
-    for step, tasks in enumerate(plan.schedule.steps):
-        for value, box in tasks:
-            boxes.setdefault(value, []).append((step, box))
     for value, memory in plan.storage.memories.items():
         if value.kind != "computed" or value in plan.output.values or plan.timed.rules[value].keeps_state:
             continue
@@ -164,28 +158,29 @@ def _windows(plan: Plan) -> Iterator[Candidate]:
             in_row = constant_rows.reshape(len(constant_rows), -1).any(1).expand(value.shape[outer])
             rows = torch.nonzero(in_row).flatten().tolist()
             late = bool(in_row[1:].any())
-            written = _written(value, boxes.get(value, []), constant.expand(value.shape), outer) if late else {}
+            boxes = plan.schedule.boxes.get(value)
+            written = _written(value, boxes, constant.expand(value.shape), outer) if late and boxes else {}
             begun = max((row + 1 for row in rows if row == 0 or row not in written), default=0)
             yield Candidate(memory, found, begun, {row: step for row, step in written.items() if row >= begun})
 
 
-def _written(value: Value, boxes: list[tuple[int, Box]], constant: Tensor, outer: int) -> dict[int, int]:
+def _written(value: Value, boxes: Boxes, constant: Tensor, outer: int) -> dict[int, int]:
     """Rows whose constants are all computed again, with others in their boxes, and by which step they are.
 
     Args:
-        boxes: of the value, with their steps, in order.
+        boxes: of the value.
         constant: which of its elements are.
         outer: the dimension of rows.
     """
     never = 2**31 - 1
     first = torch.full(value.shape, never, dtype=torch.int32)
-    for step, box in reversed(boxes):
-        first[box.slices] = step
+    for k in reversed(range(len(boxes.at))):
+        first[boxes[k].slices] = int(boxes.at[k])
     last = torch.where(constant, first, -1).movedim(outer, 0).reshape(value.shape[outer], -1).amax(1).tolist()
     return {row: step for row, step in enumerate(last) if 0 <= step < never}
 
 
-def _storage(timed: Timed, when: Schedule, order: Order, shape: Sequence[int]) -> Storage:
+def _storage(timed: Timed, when: Schedule, reads: Sequence[Needed], order: Order, shape: Sequence[int]) -> Storage:
     graph = timed.graph
     maps: dict[Value, list[Map]] = {}
     # Programs show which other values must be, see `NeedsStorage`.
@@ -195,14 +190,22 @@ def _storage(timed: Timed, when: Schedule, order: Order, shape: Sequence[int]) -
             maps.setdefault(operand.map.value, []).append(operand.map)
         if operand.map is None or operand.map.padded:
             stored |= set(operand.values)
+    for operand, needed in reads:  # by an operation of which all runs later
+        if not stored.issuperset(operand.values):
+            own, needed = compact(when.times.read(operand, CONSTANT)), compact(needed)
+            if ((own < needed) & (needed != NEVER) & (own != CONSTANT)).any():
+                stored |= set(operand.values)
     layouts = {}
+    orders: dict[Any, tuple[int, ...]] = {}  # of values that are computed alike, too
     feature_maps = _feature_maps(timed)
     for value in graph.values:
         if value.kind != "constant":
             times = draw_index_of(order, shape) if value.kind == "levels" else when.times.of(value)
             rule = timed.rules.get(value)
             channels = 1 if value in feature_maps else rule.channels if rule is not None else None
-            layouts[value] = layout(value, times, maps.get(value, []), channels)
+            key = when.boxes.get(value, value), channels
+            orders[key] = orders[key] if key in orders else dimension_order(times, channels)
+            layouts[value] = layout(value, orders[key], maps.get(value, []))
     return Storage(layouts, stored)
 
 
@@ -218,35 +221,22 @@ def _feature_maps(timed: Timed) -> set[Value]:
     return found
 
 
-Built = dict[int, tuple[Builder, frozenset[Value]]]  # step -> what wrote its program, values local to it
+Tasks = list[tuple[Boxes, int]]  # of a step: which boxes, and the number of its own among those of the step
+Built = dict[int, tuple[Builder, Tasks]]  # step -> what wrote its program
 
 
-def _alike(plan: Plan) -> list[list[int]]:
-    """Groups of steps that compute boxes of the same values and sizes."""
-    rules = plan.timed.rules
-    groups: dict[Any, list[int]] = {}
-    for step, tasks in enumerate(plan.schedule.steps):
-        key = tuple((value, box.sizes, box.steps, rules[value].fixed(box)) for value, box in tasks)
-        groups.setdefault(key, []).append(step)
-    return list(groups.values())
-
-
-def _write_programs(plan: Plan, groups: list[list[int]], built: Built) -> bool:
+def _write_programs(plan: Plan, groups: list[np.ndarray], built: Built) -> bool:
     """Whether the programs are right: not where values were found on the way that need storage."""
     before = len(plan.storage.stored)
     plan.programs = []
-    tasks_of = plan.schedule.steps
     steps: dict[int, Step] = {}
     numbers: dict[Any, int] = {}
 
     pending = list(groups)
     while pending:
         group = pending.pop(0)
-        builder = _build(plan, group[0], built)
-        starts = [
-            np.array([tasks_of[step][k][1].start for step in group], dtype=np.int64).reshape(len(group), -1)
-            for k in range(len(tasks_of[group[0]]))
-        ]
+        builder, tasks = _build(plan, int(group[0]), built)
+        starts = [boxes.places(nth, group) for boxes, nth in tasks]
         fits = np.ones(len(group), dtype=bool)
         for check in builder.checks:
             fits &= check.offset.over(starts[check.task]) == starts[check.other][:, check.dim] + check.distance
@@ -255,33 +245,37 @@ def _write_programs(plan: Plan, groups: list[list[int]], built: Built) -> bool:
             alike, listed[:, read.listed] = read.over(starts[read.task])
             fits &= alike
         if not fits.all():
-            pending.append([step for step, fit in zip(group, fits, strict=True) if not fit])
+            pending.append(group[~fits])
         program = builder.program
         number = numbers.setdefault(program.key, len(plan.programs))
         if number == len(plan.programs):
             plan.programs.append(program)
         offsets = program.offsets([one[fits] for one in starts], listed[fits])
-        for step, row in zip(np.flatnonzero(fits).tolist(), offsets, strict=True):
-            steps[group[step]] = Step(number, row)
-    plan.steps = [steps[step] for step in range(len(tasks_of))]
+        for step, row in zip(group[fits].tolist(), offsets, strict=True):
+            steps[step] = Step(number, row)
+    plan.steps = [steps[step] for step in range(len(steps))]
     return len(plan.storage.stored) == before
 
 
-def _build(plan: Plan, step: int, built: Built) -> Builder:
-    if step in built and not built[step][1] & plan.storage.stored:
-        return built[step][0]
-    tasks = plan.schedule.steps[step]
+def _build(plan: Plan, step: int, built: Built) -> tuple[Builder, Tasks]:
+    if step in built and not built[step][0].local.keys() & plan.storage.stored:
+        return built[step]
+    written = plan.schedule.tasks(step)
+    numbers: dict[tuple[Boxes, int], int] = {}  # of tasks
+    for _, boxes, k in written:
+        numbers.setdefault((boxes, k), len(numbers))
+    starts = [boxes[k].start for boxes, k in numbers]
     while True:
         before = len(plan.storage.stored)
-        builder = Builder(plan.storage, tasks)
-        for number, (value, box) in enumerate(tasks):
-            builder.task, written = number, False
-            while not written:
+        builder = Builder(plan.storage, starts)
+        for value, boxes, k in written:
+            builder.task, done = numbers[boxes, k], False
+            while not done:
                 try:
-                    plan.timed.rules[value].emit(builder, box)
-                    written = True
+                    plan.timed.rules[value].emit(builder, boxes[k])
+                    done = True
                 except NeedsStorage as missing:  # the rest is written all the same, to find all that is missing
                     plan.storage.stored.add(missing.value)
         if len(plan.storage.stored) == before:
-            built[step] = builder, frozenset(builder.local)
-            return builder
+            built[step] = builder, [(boxes, int(boxes.nth[k])) for boxes, k in numbers]
+            return built[step]

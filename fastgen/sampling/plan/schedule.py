@@ -6,27 +6,103 @@ vertical stack of a gated PixelCNN and the coarse levels of a strided model run 
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastgen.sampling.causality.ready_times import Timed
 from fastgen.sampling.plan.layout import Box
+from fastgen.sampling.rules import Rule
 from fastgen.sampling.trace.element_times import ElementTimes, compact, shrunk
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, READY, Value, coordinates
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, READY, Operand, Value, coordinates
+
+Needed = tuple[Operand, Tensor]  # an operand, and the first step at which each of its elements is read
+
+
+@dataclass(frozen=True, eq=False)
+class Boxes:
+    """In which boxes a value is computed, in the order of their steps. Values that are computed alike share them.
+
+    Attributes:
+        at: (boxes,), the number of each one's step: 0 is step -1.
+        start, sizes, steps: (dimensions, boxes), as of a `Box`.
+    """
+
+    at: np.ndarray
+    start: np.ndarray
+    sizes: np.ndarray
+    steps: np.ndarray
+
+    @cached_property
+    def kinds(self) -> np.ndarray:
+        """(boxes,), equal for boxes of equal sizes and steps."""
+        kinds = np.zeros(len(self.at), dtype=np.int64)
+        for along in (*self.sizes, *self.steps):
+            kinds = pairs(kinds, along)
+        return kinds
+
+    @cached_property
+    def nth(self) -> np.ndarray:
+        """(boxes,), how many of its step come before each."""
+        return np.arange(len(self.at)) - np.searchsorted(self.at, self.at)
+
+    def places(self, nth: int, steps: np.ndarray) -> np.ndarray:
+        """Start (steps, dimensions) of the box of that number in each of these steps."""
+        return self.start[:, np.searchsorted(self.at, steps) + nth].T
+
+    def __getitem__(self, k: int) -> Box:
+        start, sizes, steps = (tuple(one[:, k].tolist()) for one in (self.start, self.sizes, self.steps))
+        return Box(start, sizes, steps)
 
 
 @dataclass(eq=False)
 class Schedule:
     """Attributes:
-    steps: step -> (value, box) in the order of computation; the first is step -1.
+    draws: of an image; there is a step before the first, and one after each.
+    boxes: of each value that steps compute, in the order of computation.
     times: when each element is computed, see `running_times`.
     """
 
-    steps: list[list[tuple[Value, Box]]]
+    draws: int
+    boxes: dict[Value, Boxes]
     times: ElementTimes
+
+    def tasks(self, step: int) -> list[tuple[Value, Boxes, int]]:
+        """What a step computes: the value, and which of its boxes."""
+        found = []
+        for value, boxes in self.boxes.items():
+            first, last = np.searchsorted(boxes.at, (step, step + 1)).tolist()
+            found += [(value, boxes, k) for k in range(first, last)]
+        return found
+
+    def alike(self, rules: Mapping[Value, Rule]) -> list[np.ndarray]:
+        """Groups of steps that compute boxes of the same values and sizes."""
+        group = np.zeros(self.draws + 1, dtype=np.int64)
+        seen = set()
+        for value, boxes in self.boxes.items():
+            kinds = boxes.kinds
+            for along in rules[value].fixed(boxes):
+                kinds = pairs(kinds, along)
+            key = id(boxes), kinds.tobytes()
+            for nth in range(0 if key in seen else 1 + int(boxes.nth.max())):
+                of_step, chosen = np.full(len(group), -1), boxes.nth == nth
+                of_step[boxes.at[chosen]] = kinds[chosen]
+                group = pairs(group, of_step)
+            seen.add(key)
+        by_group = group.argsort(kind="stable")
+        found = np.split(by_group, np.flatnonzero(np.diff(group[by_group])) + 1)
+        return sorted(found, key=lambda steps: int(steps[0]))
+
+
+def pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Equal where both are; numbers from 0 on."""
+    low = second.min(initial=0)
+    return np.unique(first * (second.max(initial=0) - low + 1) + second - low, return_inverse=True)[1]
 
 
 def row_ends(order: Sequence[tuple[int, int, int]]) -> Tensor:
@@ -41,10 +117,11 @@ def row_ends(order: Sequence[tuple[int, int, int]]) -> Tensor:
 
 def running_times(
     timed: Timed, ends: Tensor, deadline: Tensor, split: Callable[[Value, Tensor], Value | None]
-) -> ElementTimes:
-    """When each element is computed, for those of the output and all that they need, from the last value to the first.
+) -> tuple[ElementTimes, list[Needed]]:
+    """When each element is computed, for those of the output and all that they need, from the last value to the first;
+    and when operations read what they need.
 
-    CONSTANT where it needs no computation, NEVER where nobody needs it.
+    A time is CONSTANT where an element needs no computation, NEVER where nobody needs it.
 
     Args:
         ends: of rows, see `row_ends`.
@@ -52,6 +129,7 @@ def running_times(
         split: given a value and its times, may write it as a sum with another value, new in the graph, which it gives.
     """
     wanted, times = ElementTimes(NEVER), ElementTimes(CONSTANT)
+    reads: list[Needed] = []
     wanted.scatter_min(timed.graph.output, deadline)
     pending = timed.computed
     while pending:
@@ -65,14 +143,17 @@ def running_times(
         running = torch.where(running == CONSTANT, NEVER, running).expand(value.shape)
         for operand, needed in timed.rules[value].needs(running):
             wanted.scatter_min(operand, needed)
-    return times
+            reads.append((operand, needed))
+    return times, reads
 
 
 def at_row_end(ends: Tensor, ready: Tensor, latest: Tensor) -> Tensor:
     """When elements are computed that are ready and needed at these times: at the last end of a row in between."""
     shape, ready, latest = ready.shape, compact(ready), compact(latest)
-    last_end = ends[(torch.searchsorted(ends, latest.contiguous(), right=True) - 1).clamp(min=0)]
-    when = torch.where(last_end >= ready, last_end, ready)
+    places = torch.arange(-1, int(ends[-1]) + 1, dtype=torch.int32)
+    last_ends = ends[torch.searchsorted(ends, places, right=True) - 1]  # up to each place
+    number = latest.clamp(-1, int(ends[-1])) + 1
+    when = torch.maximum(last_ends.index_select(0, number.reshape(-1)).view(latest.shape), ready)
     when = torch.where(ready == READY, READY, when)
     when = torch.where(latest == NEVER, NEVER, when)
     return torch.where(ready == CONSTANT, CONSTANT, when).expand(shape)
@@ -80,41 +161,51 @@ def at_row_end(ends: Tensor, ready: Tensor, latest: Tensor) -> Tensor:
 
 def schedule(timed: Timed, draws: int, times: ElementTimes) -> Schedule:
     """The steps of an image of so many draws, from its `running_times`."""
-    steps: list[list[tuple[Value, Box]]] = [[] for _ in range(draws + 1)]
-    known: dict[bytes, dict[int, list[Box]]] = {}
-    for value in timed.computed:
-        for step, boxes in _boxes(times.of(value), known).items():
-            steps[step + 1] += [(value, box) for box in boxes]
-    return Schedule(steps, times)
+    known: dict[bytes, Boxes] = {}
+    found = {value: _boxes(times.of(value), known) for value in timed.computed}
+    return Schedule(draws, {value: boxes for value, boxes in found.items() if len(boxes.at)}, times)
 
 
-def _boxes(times: Tensor, known: dict[bytes, dict[int, list[Box]]]) -> dict[int, list[Box]]:
-    """Step -> boxes that hold the elements of that step, and perhaps others that are constant or that nobody needs."""
+def _boxes(times: Tensor, known: dict[bytes, Boxes]) -> Boxes:
+    """They hold the elements of their steps, and perhaps others that are constant or that nobody needs."""
     core = compact(shrunk(times)).contiguous()
-    full = [d for d, size in enumerate(core.shape) if size < times.shape[d]]
-    key = bytes(str((tuple(times.shape), tuple(full))), "ascii") + core.numpy().tobytes()
+    key = bytes(str((tuple(times.shape), tuple(core.shape))), "ascii") + core.numpy().tobytes()
     if key not in known:
-        found = {}
-        flat = core.reshape(-1)
-        active = torch.nonzero((flat != CONSTANT) & (flat != NEVER)).flatten()
-        if len(active):
-            order = active[flat[active].argsort(stable=True)]
-            steps, counts = flat[order].unique_consecutive(return_counts=True)
-            covers: dict[bytes, list[Box]] = {}
-            free = (core == CONSTANT) | (core == NEVER)
-            growing = bool(free.any())
-            where = coordinates(order, core.shape)
-            for step, places, dense in zip(
-                steps.tolist(), where.split(counts.tolist()), _dense_boxes(where, counts), strict=True
-            ):
-                boxes = _cover_anywhere(places, covers) if dense is None else [dense]
-                grown = [_grown(box, free) for box in boxes] if growing else boxes
-                found[step] = [
-                    replace(box, sizes=tuple(times.shape[d] if d in full else size for d, size in enumerate(box.sizes)))
-                    for box in grown
-                ]
-        known[key] = found
+        busy = (core != CONSTANT) & (core != NEVER)
+        at, found = _each_box(core, busy)
+        if not busy.all():
+            found = _all_grown(found, busy.numpy())
+        start, sizes, steps = (
+            np.array([getattr(box, name) for box in found], dtype=np.int64).reshape(len(found), times.dim()).T
+            for name in ("start", "sizes", "steps")
+        )
+        for d, size in enumerate(times.shape):
+            if core.shape[d] < size:
+                sizes[d] = size
+        known[key] = Boxes(np.array(at, dtype=np.int64), start, sizes, steps)
     return known[key]
+
+
+def _each_box(core: Tensor, busy: Tensor) -> tuple[list[int], list[Box]]:
+    """The numbers of steps, and their boxes, from times without the dimensions along which they are the same.
+
+    Args:
+        core: those times.
+        busy: where they are those of steps.
+    """
+    flat = core.reshape(-1)
+    active = torch.nonzero(busy.reshape(-1)).flatten()
+    order = active[flat[active].argsort(stable=True)]
+    steps, counts = flat[order].unique_consecutive(return_counts=True)
+    where = coordinates(order, core.shape)
+    dense = _dense_boxes(where, counts)
+    covers: dict[bytes, list[Box]] = {}
+    at, found = [], []
+    for step, places, box in zip(steps.tolist(), where.split(counts.tolist()), dense, strict=True):
+        boxes = _cover_anywhere(places, covers) if box is None else [box]
+        at += [step + 1] * len(boxes)
+        found += boxes
+    return at, found
 
 
 def _dense_boxes(places: Tensor, counts: Tensor) -> list[Box | None]:
@@ -187,22 +278,25 @@ def _cover(places: Tensor) -> list[Box]:
     return boxes
 
 
-def _grown(box: Box, free: Tensor) -> Box:
-    """The box over a whole dimension where all elements that are added are free: constant, or nobody needs them."""
-    for d, size in enumerate(free.shape):
-        if box.steps[d] != 1 or box.sizes[d] in (1, size):
-            continue
-        outside = free
-        for e in range(free.dim()):
-            if e != d:
-                outside = outside.narrow(e, box.start[e], (box.sizes[e] - 1) * box.steps[e] + 1)[
-                    (slice(None),) * e + (slice(None, None, box.steps[e]),)
-                ]
-        before, after = (
-            outside.narrow(d, 0, box.start[d]),
-            outside.narrow(d, box.start[d] + box.sizes[d], size - box.start[d] - box.sizes[d]),
-        )
-        if before.all() and after.all():
-            start = (*box.start[:d], 0, *box.start[d + 1 :])
-            box = replace(box, start=start, sizes=(*box.sizes[:d], size, *box.sizes[d + 1 :]))
+def _all_grown(boxes: list[Box], busy: np.ndarray) -> list[Box]:
+    """The boxes, grown where all of the same sizes can grow alike, so that one program serves them all the same.
+
+    Example: row t of a triangle holds t elements, a program each; whole rows are one program, if nobody minds the rest.
+    """
+    grown = [_grown(box, busy) for box in boxes]
+    sizes: dict[Any, set[tuple[int, ...]]] = {}
+    for box, wide in zip(boxes, grown, strict=True):
+        sizes.setdefault((box.sizes, box.steps), set()).add(wide.sizes)
+    return [wide if len(sizes[box.sizes, box.steps]) == 1 else box for box, wide in zip(boxes, grown, strict=True)]
+
+
+def _grown(box: Box, busy: np.ndarray) -> Box:
+    """The box over a whole dimension where no element that is added is busy: all constant, or nobody needs them."""
+    for d, size in enumerate(busy.shape):
+        if box.steps[d] == 1 and box.sizes[d] not in (1, size):
+            start, sizes = list(box.start), list(box.sizes)
+            start[d], sizes[d] = 0, size
+            wide = Box(tuple(start), tuple(sizes), box.steps)
+            if np.count_nonzero(busy[wide.slices]) == np.count_nonzero(busy[box.slices]):
+                box = wide
     return box

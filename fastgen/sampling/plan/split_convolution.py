@@ -12,7 +12,7 @@ from fastgen.sampling.rules import Analysis
 from fastgen.sampling.rules.convolution import Convolution
 from fastgen.sampling.rules.transposed import TransposedConvolution
 from fastgen.sampling.trace.element_times import compact
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, Map, Operand, Value
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, READY, Map, Operand, Value
 
 
 class ConvolutionPlusMap:
@@ -42,8 +42,9 @@ def split_rows(timed: Timed, ends: Tensor, value: Value, times: Tensor) -> Value
     rule, graph, analysis = timed.rules[value], timed.graph, timed.analysis
     if not isinstance(rule, Convolution) or isinstance(rule, TransposedConvolution) or value.derive is not None:
         return None
-    live = torch.nonzero(rule.live.movedim(2, 0).flatten(1).any(1)).flatten().tolist() if rule.rank > 1 else []
-    if rule.groups > 1 or len(live) < 2 or _steps(times) <= 2 * len(ends):
+    live = torch.nonzero(rule.live_rows).flatten().tolist() if rule.rank > 1 else []
+    steps = _steps(times) if rule.groups == 1 and len(live) > 1 else 0
+    if steps <= 2 * len(ends):
         return None
     rows, last_row = (_rows(analysis, rule.weight, kept) for kept in (slice(live[-1]), slice(live[-1], None)))
     x, _, bias, *rest = value.args
@@ -53,7 +54,7 @@ def split_rows(timed: Timed, ends: Tensor, value: Value, times: Tensor) -> Value
     first.data = first.derive()
     found = Convolution(first, analysis)
     ready = found.ready()
-    if 2 * _steps(at_row_end(ends, ready[0], times)) > _steps(times):
+    if 2 * _steps(at_row_end(ends, ready[0], times)) > steps:
         return None
     graph.number(first)
     graph.values.insert(graph.values.index(value), first)
@@ -79,5 +80,5 @@ def _rows(analysis: Analysis, weight: Tensor, kept: slice) -> Operand:
 
 def _steps(times: Tensor) -> int:
     """At how many of them something is computed."""
-    found = compact(times).unique()
-    return int(((found != CONSTANT) & (found != NEVER)).sum())
+    found = compact(times)
+    return int((found[(found != CONSTANT) & (found != NEVER)] - READY).bincount().count_nonzero())

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastgen.sampling.machine.language import Memory, View
+from fastgen.sampling.machine.language import Memory, View, lives
 
 
 @dataclass
@@ -26,21 +26,15 @@ def share_scratch(programs: Iterable[Iterable[Sequence[View]]]) -> Scratch:
     read and write."""
     found = Scratch()
     for program in programs:
-        first: dict[Memory, int] = {}
-        last: dict[Memory, int] = {}
+        used = ([view.memory for view in views if view.memory.kind == "scratch"] for views in program)
         blocks: dict[Memory, int] = {}
-        for k, views in enumerate(program):
-            for view in views:
-                if view.memory.kind == "scratch":
-                    first.setdefault(view.memory, k)
-                    last[view.memory] = k
         free = set(range(len(found.sizes)))
         ending: dict[int, list[int]] = {}
-        for memory, begin in sorted(first.items(), key=lambda item: item[1]):
-            for end in [end for end in ending if end < begin]:
+        for memory, (first, last) in lives(used).items():
+            for end in [end for end in ending if end < first]:
                 free.update(ending.pop(end))
             number = blocks[memory] = _take(found, free, memory)
-            ending.setdefault(last[memory], []).append(number)
+            ending.setdefault(last, []).append(number)
         found.block_of.append(blocks)
     return found
 

@@ -38,7 +38,7 @@ def rule_for(value: Value, analysis: Analysis) -> Rule:
 
 
 def rule_kind(value: Value) -> type[Rule]:
-    name = value.op._schema.name.split("::")[1]
+    name = value.op_name
     if name == "convolution" and value.args[6]:
         return TransposedConvolution
     if name == "convolution" and value.args[8] > FEW_GROUPS:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastgen.sampling.plan.builder import Builder
     from fastgen.sampling.plan.indexed import Region
     from fastgen.sampling.plan.layout import Box
+    from fastgen.sampling.plan.schedule import Boxes
 
 SOFTMAX_ZERO = -1e4  # what is below by this much vanishes in a softmax
 NEXT_TO_NOTHING = 1e-20  # a share of a softmax that may be taken for a mask's, where only what is certain counts
@@ -160,8 +161,8 @@ class Rule(ABC):
         builder.pointwise("hide", target, found, builder.read(self._hides[operand], region))
         return target
 
-    def fixed(self, box: "Box") -> tuple[Any, ...]:
-        """What besides the sizes of the box the program depends on."""
+    def fixed(self, boxes: "Box | Boxes") -> Sequence[Any]:
+        """What besides the sizes of a box its program depends on: numbers, or (boxes,) of many at once."""
         return ()
 
     @abstractmethod

@@ -1,9 +1,10 @@
 """Concatenation and stacking: each element is copied from the operand that it comes from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +27,7 @@ class Concatenation(Rule):
 
     @cached_property
     def stacks(self) -> bool:
-        return self.value.op._schema.name == "aten::stack"
+        return self.value.op_name == "stack"
 
     @cached_property
     def pieces(self) -> list[tuple[int, int, Operand]]:
@@ -62,29 +63,23 @@ class Concatenation(Rule):
             part = times.narrow(self.dim, first, last - first)
             yield one, part.squeeze(self.dim) if self.stacks else part
 
-    def _inside(self, box: Box) -> list[tuple[int, int, int]]:
-        """The pieces that the box has a part of: number of the piece, first in the box, how many."""
-        start, size, step = box.start[self.dim], box.sizes[self.dim], box.steps[self.dim]
-        found = []
-        for number, (first, last, _) in enumerate(self.pieces):
-            inside = range(max(0, -(-(first - start) // step)), min(size, -(-(last - start) // step)))
-            if inside:
-                found.append((number, inside[0], len(inside)))
-        return found
-
-    def fixed(self, box: Box) -> tuple[Any, ...]:
-        return tuple(self._inside(box))
+    def fixed(self, boxes: Any) -> Sequence[Any]:
+        """Where each operand but the first begins in the box."""
+        start, sizes, steps = (one[self.dim] for one in (boxes.start, boxes.sizes, boxes.steps))
+        return [np.clip(-((start - first) // steps), 0, sizes) for first, _, _ in self.pieces[1:]]
 
     def emit(self, builder: Builder, box: Box) -> None:
         dim, out = self.dim, builder.out(self.value, box)
-        for number, inside, count in self._inside(box):
-            first, _, one = self.pieces[number]
+        begins = [0, *map(int, self.fixed(box)), box.sizes[dim]]
+        for (first, _, one), inside, end in zip(self.pieces, begins, begins[1:], strict=False):
+            if inside == end:
+                continue
             region = builder.region(box)
             start, _, step = region[dim]
             if self.stacks:
                 del region[dim]
                 part = builder.read(one, region).unsqueeze(dim)
             else:
-                region[dim] = (start + (inside * step - first), count, step)
+                region[dim] = (start + (inside * step - first), end - inside, step)
                 part = builder.read(one, region)
-            builder.pointwise("copy", out.narrow(dim, inside, count), part)
+            builder.pointwise("copy", out.narrow(dim, inside, end - inside), part)

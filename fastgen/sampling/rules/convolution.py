@@ -7,7 +7,8 @@ the middle row of a pixel is one product with K = 8, and the row above it one wi
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -70,8 +71,13 @@ class Convolution(Rule):
     @property
     def multiply_adds(self) -> float:
         """With dense kernels, but for rows of the kernel that are zero throughout."""
-        live = float(self.live.movedim(2, 0).flatten(1).any(1).float().mean())
+        live = float(self.live_rows.float().mean())
         return self.value.shape[0] * self.weight.numel() * live * math.prod(self.places) / max(1, self.value.numel)
+
+    @cached_property
+    def live_rows(self) -> Tensor:
+        """Which rows of the kernel, along its first dimension, have weights that are not zero."""
+        return self.live.flatten(0, 1).any(0).flatten(1).any(1) if self.rank > 1 else self.live.flatten(0, 1).any(0)
 
     def _live(self) -> Tensor:
         """Which weights are not zero, (output channels, input channels of a group, taps...)."""
@@ -172,8 +178,8 @@ class Convolution(Rule):
 
     # --- computing a part
 
-    def fixed(self, box: Box) -> tuple[Any, ...]:
-        return (box.start[1],)
+    def fixed(self, boxes: Any) -> Sequence[Any]:
+        return (boxes.start[1],)
 
     def emit(self, builder: Builder, box: Box) -> None:
         out = builder.out(self.value, box)
@@ -188,10 +194,9 @@ class Convolution(Rule):
         size = len(self.live) // self.groups
         first, count, step = box.start[1], box.sizes[1], box.steps[1]
         for group in range(self.groups):
-            inside = [k for k in range(count) if group * size <= first + k * step < (group + 1) * size]
-            if inside:
-                start, last = first + inside[0] * step, first + inside[-1] * step
-                yield inside[0], len(inside), slice(start, last + 1, step), group
+            begin, end = (min(max(0, -((first - edge * size) // step)), count) for edge in (group, group + 1))
+            if begin < end:
+                yield begin, end - begin, slice(first + begin * step, first + (end - 1) * step + 1, step), group
 
     def _added(self, builder: Builder, box: Box, out: View) -> View | None:
         """What the sums begin with, like the result."""
@@ -206,7 +211,7 @@ class Convolution(Rule):
         bias = self._parts[key]
         assert isinstance(bias, View)
         inner = [1] * self.rank
-        return replace(bias, sizes=(1, count, *inner), strides=(0, 1, *(0 for _ in inner))).expand(out.sizes)
+        return bias.as_strided((1, count, *inner), (0, 1, *(0 for _ in inner))).expand(out.sizes)
 
     def _padded(self) -> Operand:
         """The input with the zeros around it that the kernel reaches."""
@@ -232,14 +237,14 @@ class Convolution(Rule):
         """The weights of some output channels; None where all are zero."""
         key = ("part", channels.start, channels.stop, channels.step)
         if key not in self._parts:
-            live = self.live[channels]
+            live = self.live[channels].any(0)  # (input channels, taps...)
             found = None
             if live.any():
-                inputs, *taps = (extent(live.movedim(1 + d, 0).flatten(1).any(1)) for d in range(1 + self.rank))
+                inputs, *taps = (extent(live.movedim(d, 0).flatten(1).any(1)) for d in range(1 + self.rank))
                 cut = tuple(slice(a, b) for a, b in (inputs, *taps))
                 weight = self.weight[(channels, *cut)].permute(*range(2, 2 + self.rank), 1, 0)
                 matrix = constant(weight, (weight[..., 0].numel(), weight.shape[-1]))
-                seen = (group * live.shape[1] + inputs[0], inputs[1] - inputs[0])
+                seen = (group * len(live) + inputs[0], inputs[1] - inputs[0])
                 found = Part(tuple(a for a, _ in taps), tuple(b - a for a, b in taps), seen, matrix)
             self._parts[key] = found
         part = self._parts[key]
@@ -263,15 +268,13 @@ class Convolution(Rule):
             region.append((corner, (box.sizes[2 + d] - 1) * steps[d] + (part.taps[d] - 1) * self.dilation[d] + 1, 1))
         seen = builder.read(self._padded(), region)
         along = seen.strides[2:]
-        places = replace(
-            seen,
-            sizes=(box.sizes[0], *box.sizes[2:]),
-            strides=(seen.strides[0], *(s * step for s, step in zip(along, steps, strict=True))),
+        places = seen.as_strided(
+            (box.sizes[0], *box.sizes[2:]),
+            (seen.strides[0], *(s * step for s, step in zip(along, steps, strict=True))),
         )
-        taps = replace(
-            seen,
-            sizes=(*part.taps, part.channels[1]),
-            strides=(*(s * dilation for s, dilation in zip(along, self.dilation, strict=True)), seen.strides[1]),
+        taps = seen.as_strided(
+            (*part.taps, part.channels[1]),
+            (*(s * dilation for s, dilation in zip(along, self.dilation, strict=True)), seen.strides[1]),
         ).collapse()
         depth, dtype = part.weight.sizes[0], part.weight.memory.dtype
         run, stride = (taps.sizes[-1], taps.strides[-1]) if taps.sizes else (1, 1)
@@ -280,14 +283,12 @@ class Convolution(Rule):
         if stride == 1 and (runs == 1 or several):
             for k, index in enumerate(product(*(range(size) for size in taps.sizes[:-1]))):
                 offset = places.offset + sum(i * s for i, s in zip(index, taps.strides, strict=False))
-                rows = replace(places, sizes=(*places.sizes, run), strides=(*places.strides, 1), offset=offset)
+                rows = places.as_strided((*places.sizes, run), (*places.strides, 1), offset)
                 builder.product(out, rows, part.weight.narrow(0, k * run, run), added if k == 0 else out)
             return
         rows = builder.scratch((*places.sizes, depth), dtype)
-        inner = replace(
-            rows, sizes=(*places.sizes, *taps.sizes), strides=(*rows.strides[:-1], *dense_strides(taps.sizes))
-        )
-        both = replace(places, sizes=inner.sizes, strides=(*places.strides, *taps.strides))
+        inner = rows.as_strided((*places.sizes, *taps.sizes), (*rows.strides[:-1], *dense_strides(taps.sizes)))
+        both = places.as_strided(inner.sizes, (*places.strides, *taps.strides))
         builder.pointwise("copy", inner, both)
         builder.product(out, rows, part.weight, added)
 

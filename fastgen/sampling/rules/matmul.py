@@ -59,9 +59,9 @@ class MatMul(Rule):
                 wanted = (-compact(found)).expand(found.shape)
                 yield one, _without(wanted if one is a else wanted.mT, zero, NEVER)
 
-    def fixed(self, box: Box) -> tuple[int, ...]:
+    def fixed(self, boxes: Any) -> Sequence[Any]:
         """Columns that constants are cut to."""
-        return (box.start[-1],)
+        return (boxes.start[-1],)
 
     def emit(self, builder: Builder, box: Box) -> None:
         a, b = self.factors

@@ -24,7 +24,7 @@ ONE = (AffineOffset(0), 1, 1)  # all of a dimension of size 1
 class Pointwise(Rule):
     @property
     def sees_zeros(self) -> bool:  # type: ignore[override]
-        return self.name in (
+        return self.value.op_name in (
             *("mul", "div", "where", "masked_fill"),
             *("logical_and", "bitwise_and", "logical_or", "bitwise_or"),
         )
@@ -44,7 +44,7 @@ class Pointwise(Rule):
 
     def _of_all(self) -> tuple[Tensor, Tensor | None]:
         """Of an operation that reads all of its operands, but for what is multiplied by zero or added to a mask."""
-        name, operands = self.name, self.value.operands
+        name, operands = self.value.op_name, self.value.operands
         times = [self._aligned(self.analysis.ready(one)) for one in operands]
         ready = functools.reduce(torch.maximum, times)
         if name in ("mul", "div", "logical_and", "bitwise_and"):
@@ -94,10 +94,6 @@ class Pointwise(Rule):
         """In the dimensions of the value, with size 1 along those that it is expanded along."""
         return compact(tensor.expand(self.value.shape))
 
-    @property
-    def name(self) -> str:
-        return self.value.op._schema.name.split("::")[1]
-
     def _swallowed(self, summands: list[Operand], times: list[Tensor]) -> Tensor:
         """Where a constant is so large that rounding leaves nothing of what is added to it: the mask of a score."""
         found, data = NOWHERE, self.value.data
@@ -118,14 +114,14 @@ class Pointwise(Rule):
     def _given(self) -> tuple[Any, Any]:
         """What a selection takes where its condition is true, and where it is false, numbers too."""
         args = self.value.args
-        return (args[1], args[2]) if self.name == "where" else (args[2], args[0])
+        return (args[1], args[2]) if self.value.op_name == "where" else (args[2], args[0])
 
     def chosen(self) -> tuple[Operand, Operand | None, Operand | None] | None:
         """Of a selection: the condition, what stands where it is true, and where it is false; None for a number."""
         args = self.value.args
-        if self.name == "where" and isinstance(args[0], Operand) and len(args) == 3:
+        if self.value.op_name == "where" and isinstance(args[0], Operand) and len(args) == 3:
             return args[0], _or_none(args[1]), _or_none(args[2])
-        if self.name == "masked_fill" and isinstance(args[1], Operand):
+        if self.value.op_name == "masked_fill" and isinstance(args[1], Operand):
             return args[1], _or_none(args[2]), _or_none(args[0])
         return None
 
@@ -167,7 +163,7 @@ class Pointwise(Rule):
 
     def _is_instruction(self, builder: Builder, target: View, view: Callable[[Operand], View | Tensor]) -> bool:
         """Writes the operation as instructions, where there are such."""
-        name, dtype = self.name, self.value.data.dtype
+        name, dtype = self.value.op_name, self.value.data.dtype
         if self._selects:
             self._select(builder, target, view)
             return True
@@ -175,7 +171,7 @@ class Pointwise(Rule):
         copies = name in ("clone", "_to_copy")
         if copies and (dtype != torch.bool or args[0].memory.dtype == torch.bool):
             builder.pointwise("copy", target, args[0])
-        elif dtype == torch.bool and (copies or name in (*COMPARISONS, *LOGICAL)):
+        elif dtype == torch.bool and name in (*COMPARISONS, *LOGICAL):
             return self._decide(builder, target, args)
         elif name == "clamp" and self._is_plain(args) and not kwargs:
             found = args[0]
@@ -192,17 +188,17 @@ class Pointwise(Rule):
     def _decide(self, builder: Builder, target: View, args: Sequence[Any]) -> bool:
         """A comparison, a sentence of conditions, or what a number is as a condition; False where it is none."""
         conditions = all(isinstance(one, View) and one.memory.dtype == torch.bool for one in args)
-        if self.name in LOGICAL and not conditions:
+        if self.value.op_name in LOGICAL and not conditions:
             return False
-        if self.name in ("logical_and", "bitwise_and"):
+        if self.value.op_name in ("logical_and", "bitwise_and"):
             builder.pointwise("mul", target, *args)
             return True
-        if self.name in ("logical_or", "bitwise_or"):  # not the first, or else the second
+        if self.value.op_name in ("logical_or", "bitwise_or"):  # not the first, or else the second
             other = builder.scratch(target.sizes, torch.bool)
             builder.pointwise("eq", other, args[0], 0.0)
             builder.pointwise("le", target, other, args[1])
             return True
-        op, turned, negated = COMPARISONS.get(self.name, ("eq", False, self.name in ("clone", "_to_copy")))
+        op, turned, negated = COMPARISONS[self.value.op_name]
         operands = self._comparable(builder, [*args, 0.0][:2])
         if operands is None:
             return False
@@ -267,7 +263,7 @@ class Pointwise(Rule):
     @cached_property
     def _otherwise(self) -> Operand | None:
         """Of a selection by a constant condition: where that is false."""
-        condition = self.value.operands[0 if self.name == "where" else 1]
+        condition = self.value.operands[0 if self.value.op_name == "where" else 1]
         known = all(one.kind == "constant" for one in condition.values)
         return self.analysis.constant(~self.analysis.data(condition)) if known else None
 
@@ -295,8 +291,11 @@ COMPARISONS = {
     "gt": ("lt", True, False),
     "le": ("le", False, False),
     "ge": ("le", True, False),
+    "_to_copy": ("eq", False, True),  # with 0, as what comes next
+    "logical_not": ("eq", False, False),
+    "bitwise_not": ("eq", False, False),
 }
-LOGICAL = ("logical_not", "bitwise_not", "logical_and", "bitwise_and", "logical_or", "bitwise_or")
+LOGICAL = ("logical_and", "bitwise_and", "logical_or", "bitwise_or")
 # Operators that are an op of the step language by another name, or by the same one.
 SAME_NAME = {
     "add", "sub", "mul", "div", "neg", "relu", "tanh", "sigmoid", "exp", "expm1", "log", "silu", "square", "abs",
@@ -340,7 +339,7 @@ def _is_small(operand: Operand) -> bool:
 
 def _are_places(value: Value) -> bool:
     """Whether integers number what has been found among real numbers: the greatest, the strongest."""
-    return value.name.split()[0] != "_to_copy" and all(one.dtype.is_floating_point for one in value.operands)
+    return value.op_name != "_to_copy" and all(one.dtype.is_floating_point for one in value.operands)
 
 
 def _or_none(argument: Any) -> Operand | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class Softmax(Rule):
     def __init__(self, value: Value, analysis: Analysis) -> None:
         super().__init__(value, analysis)
         self.dim = value.args[1] % max(len(value.shape), 1)
-        self._is_log = "log" in value.op._schema.name
+        self._is_log = "log" in value.op_name
         unseen = _beside_others(analysis.softmax_zero(value.args[0]), [self.dim])
         if unseen is not None:
             unseen = shrunk(unseen & (value.data <= SOFTMAX_ZERO if self._is_log else value.data == 0))
@@ -84,8 +85,8 @@ class Softmax(Rule):
         wanted = wanted if self._hidden is None else torch.where(self._hidden, NEVER, compact(wanted))
         yield self.value.args[0], wanted.expand(times.shape)
 
-    def fixed(self, box: Box) -> tuple[int, ...]:
-        return (box.start[self.dim],)
+    def fixed(self, boxes: Any) -> Sequence[Any]:
+        return (boxes.start[self.dim],)
 
     def emit(self, builder: Builder, box: Box) -> None:
         dim, out = self.dim, builder.out(self.value, box)
@@ -114,19 +115,19 @@ class Reduction(Slicewise):
 
     def __init__(self, value: Value, analysis: Analysis) -> None:
         super().__init__(value, analysis)
-        greatest = value.op._schema.name.split("::")[1] in GREATEST and self.dims
+        greatest = value.op_name in GREATEST and self.dims
         self._hidden = _beside_others(analysis.softmax_zero(value.args[0]), self.dims) if greatest else None
 
     @property
     def _op(self) -> str | None:
         """That of the step language, or "argmax", whatever the operator calls it; None where there is none."""
-        name = self.value.op._schema.name.split("::")[1]
+        name = self.value.op_name
         if self.value.data.dtype != self.value.args[0].dtype:
             return "argmax" if name in ("argmax", "argmin", "max", "min") and len(self.dims) == 1 else None
         return name if name in ("sum", "mean") else "amax" if name in ("amax", "max", "amin", "min") else None
 
     def _reduce(self, builder: Builder, op: str, out: View, seen: View) -> None:
-        least = self.value.op._schema.name.split("::")[1] in ("min", "amin", "argmin")
+        least = self.value.op_name in ("min", "amin", "argmin")
         if least:
             negative = builder.scratch(seen.sizes, seen.memory.dtype)
             builder.pointwise("neg", negative, seen)
@@ -154,7 +155,7 @@ class Reduction(Slicewise):
 
     def emit(self, builder: Builder, box: Box) -> None:
         out, x = builder.out(self.value, box), self.value.args[0]
-        name = self.value.op._schema.name.split("::")[1]
+        name = self.value.op_name
         same = self.value.shape == x.shape  # layer normalization gives all that it has averaged over
         region = self.region_of(x, builder.region(box))
         seen = self.seen(builder, x, region, self._hidden)
@@ -218,7 +219,7 @@ class Cumulative(Slicewise):
         """A single one of running sums as the sum of what comes before it."""
         (dim,), x = self.dims, self.value.args[0]
         real = self.value.data.dtype.is_floating_point and x.dtype == self.value.data.dtype
-        if self.value.op._schema.name != "aten::cumsum" or box.sizes[dim] > 1 or not real:
+        if self.value.op_name != "cumsum" or box.sizes[dim] > 1 or not real:
             super().emit(builder, box)
             return
         region = builder.region(box)
@@ -250,8 +251,8 @@ class Lookup(Rule):
         reduced_to_rows = reduced(times, range(rank, times.dim()), torch.amin)
         yield self.indices, reduced_to_rows[(slice(None),) * rank + (0,) * (times.dim() - rank)]
 
-    def fixed(self, box: Box) -> tuple[int, ...]:
-        return box.start[len(self.indices.shape) :]
+    def fixed(self, boxes: Any) -> Sequence[Any]:
+        return boxes.start[len(self.indices.shape) :]
 
     def emit(self, builder: Builder, box: Box) -> None:
         rank = len(self.indices.shape)

@@ -4,7 +4,8 @@ The value of a scan holds hidden and cell states, (1, 2, h, H, W), of which the 
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,8 +74,8 @@ class Scan(Rule):
     def reads(self) -> list[Operand]:
         return [self.gates, self.around()]
 
-    def fixed(self, box: Box) -> tuple[int, ...]:
-        return (box.start[2],)
+    def fixed(self, boxes: Any) -> Sequence[Any]:
+        return (boxes.start[2],)
 
     def emit(self, builder: Builder, box: Box) -> None:
         builder.out(self.value, box)
@@ -148,7 +149,7 @@ class Scan(Rule):
     def whole(self, gates: Tensor) -> Tensor:
         """The states (n, 1, 2, h, H, W) of whole images from their gates (n, 1, 4h, H, W)."""
         given = [gates.flatten(0, 1), self.weight.to(gates.device), *self.value.args[2:3]]
-        name = self.value.op._schema.name.split("::")[1]
+        name = self.value.op_name
         hidden, _, cell = getattr(torch.ops.fastgen, f"{name}_saving")(
             *given[: 3 if name == "diagonal_lstm" else 2], False
         )

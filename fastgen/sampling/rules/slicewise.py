@@ -1,6 +1,6 @@
 """Operations along some dimensions (the channels, say) that do the same at every index of the others."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Slicewise(Rule):
 
     @staticmethod
     def takes(value: Value) -> bool:
-        name = value.op._schema.name.split("::")[1]
+        name = value.op_name
         if name != "view_as_real_copy" and (name not in ALONG or argument(value, "dim") is None):
             return False  # a median of everything, for example
         rank = len(value.operands[0].shape)
@@ -103,8 +103,8 @@ class Slicewise(Rule):
         rank = len(self.place) + len(self.dims)
         return tuple(slice(self.value.shape[self.place[d]]) if d in self.place else slice(None) for d in range(rank))
 
-    def fixed(self, box: Box) -> tuple[int, ...]:
-        return tuple(box.start[d] for d in self.mixed)
+    def fixed(self, boxes: Any) -> Sequence[Any]:
+        return [boxes.start[d] for d in self.mixed]
 
     def emit(self, builder: Builder, box: Box) -> None:
         region = builder.region(box)
@@ -124,9 +124,9 @@ class Slicewise(Rule):
 def along(value: Value) -> list[int]:
     """The dimensions of its operands along which an operation works."""
     rank = len(value.operands[0].shape)
-    if value.op._schema.name == "aten::view_as_real_copy":
+    if value.op_name == "view_as_real_copy":
         return []
-    if value.op._schema.name == "aten::native_layer_norm":
+    if value.op_name == "native_layer_norm":
         return list(range(rank - len(value.args[1]), rank))
     dims = argument(value, "dim")
     if dims is None or dims == []:

@@ -5,6 +5,7 @@ all even places of a row, one for all odd ones.
 """
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from itertools import product
 from typing import Any
@@ -36,9 +37,9 @@ class TransposedConvolution(Convolution):
 
     # --- computing a part
 
-    def fixed(self, box: Box) -> tuple[Any, ...]:
+    def fixed(self, boxes: Any) -> Sequence[Any]:
         """The same is done at places that lie alike between the strides."""
-        return (box.start[1], *(start % stride for start, stride in zip(box.start[2:], self.stride, strict=True)))
+        return [boxes.start[1], *(start % stride for start, stride in zip(boxes.start[2:], self.stride, strict=True))]
 
     def _room(self) -> list[int]:
         return [size * dilation for size, dilation in zip(self.kernel, self.dilation, strict=True)]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.sampling.machine.language import lives
 from fastgen.sampling.plan.plan import Plan
 from fastgen.sampling.rules.scan import Scan
 from fastgen.sampling.trace.graph import Map, Operand, Value
@@ -24,18 +25,16 @@ def prefill(plan: Plan, given: Mapping[Value, Tensor], store: Callable[[Value, T
     n, device = len(next(iter(given.values()))), next(iter(given.values())).device
     empty = torch.empty((n, 0), device=device)
     found: dict[Value, Tensor] = dict(given)
-    last_use: dict[Value, Value] = {}
-    for value in plan.timed.computed:
-        for operand in value.operands:
-            for source in operand.values:
-                last_use[source] = value
+    computed = plan.timed.computed
+    sources = [{source for operand in value.operands for source in operand.values} for value in computed]
+    life = lives(sources)
 
     def whole(value: Value) -> Tensor:
         if value.kind == "constant":
             return value.data.to(device).expand(n, *value.shape)
         return found[value]
 
-    for value in plan.timed.computed:
+    for k, value in enumerate(computed):
         rule = plan.timed.rules[value]
         result = (
             rule.whole(_read(rule.gates, whole, empty)) if isinstance(rule, Scan) else _compute(value, whole, empty)
@@ -43,8 +42,8 @@ def prefill(plan: Plan, given: Mapping[Value, Tensor], store: Callable[[Value, T
         found[value] = result
         if value in plan.storage.stored:
             store(value, result)
-        for source in {source for operand in value.operands for source in operand.values}:
-            if last_use[source] is value:
+        for source in sources[k]:
+            if life[source][1] == k:
                 found.pop(source, None)
 
 

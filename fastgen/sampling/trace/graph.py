@@ -8,7 +8,7 @@ where no such map exists, by a tensor of element numbers.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -33,6 +33,11 @@ class Unsupported(Exception):
 
 class RandomNumbers(Unsupported):
     """The model draws random numbers in its forward pass."""
+
+
+@cache
+def name_of(op: Any) -> str:
+    return op._schema.name.split("::")[1]
 
 
 @dataclass(eq=False)
@@ -66,6 +71,11 @@ class Value:
     @property
     def numel(self) -> int:
         return self.data.numel()
+
+    @property
+    def op_name(self) -> str:
+        """Of the operator, without its library and overload."""
+        return name_of(self.op)
 
     @property
     def name(self) -> str:
@@ -105,6 +115,10 @@ class Map:
         rank = len(value.shape)
         steps = tuple(tuple(int(k == d) for k in range(rank)) for d in range(rank))
         return Map(value, value.shape, (0,) * rank, steps)
+
+    @cached_property
+    def is_identity(self) -> bool:
+        return self == Map.identity(self.value)
 
     def within(self, shape: tuple[int, ...], start: Sequence[int], steps: Sequence[Sequence[int]]) -> "Map":
         """The map of a view: its element i is the element start + sum_d i_d * steps[d] of this operand."""
@@ -282,12 +296,12 @@ def coordinates(numbers: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.stack(found, -1) if found else numbers.new_zeros((*numbers.shape, 0))
 
 
-def map_arguments(arguments: Any, change: Callable[[Operand], Any]) -> Any:
-    """The same arguments with every operand changed, inside lists too."""
-    if isinstance(arguments, Operand):
+def map_arguments(arguments: Any, change: Callable[[Any], Any], kind: type = Operand) -> Any:
+    """The same arguments with every operand, or whatever is of that kind, changed, inside lists too."""
+    if isinstance(arguments, kind):
         return change(arguments)
     if isinstance(arguments, (list, tuple)):
-        return type(arguments)(map_arguments(one, change) for one in arguments)
+        return type(arguments)([map_arguments(one, change, kind) for one in arguments])
     if isinstance(arguments, dict):
-        return {key: map_arguments(one, change) for key, one in arguments.items()}
+        return {key: map_arguments(one, change, kind) for key, one in arguments.items()}
     return arguments

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from fastgen.sampling.trace.graph import Operand
 from fastgen.sampling.trace.operators import MOVEMENT, SOURCES
-from fastgen.sampling.trace.storages import Storages
+from fastgen.sampling.trace.storages import Storages, tensors_in
 
 # These take no integers; float64 holds the numbers exactly.
 FLOATS = ("upsample", "_upsample", "im2col", "replication", "reflection")
@@ -45,7 +45,7 @@ def moved(
         recorded, kwargs = [*recorded, kwargs.get("value", 0)][:3], {}
     sources = SOURCES.get(name, (0,))
     rest = [one for k, one in enumerate(args) if k not in sources]
-    if any(storages.tracked(leaf) for leaf in tree_leaves((rest, kwargs))) or _sums(func, name, args, kwargs):
+    if any(storages.tracked(tensor) for tensor in tensors_in((rest, kwargs))) or _sums(func, name, args, kwargs):
         return None
     changed: list[Any] = []
     for k, one in enumerate(recorded):

@@ -135,12 +135,12 @@ class Network:
 
     def _checked(self, call: Callable[..., Tensor], images: list[int]) -> Graph:
         """The graph of call(levels, *rows of the condition) for one image; the same for several, as in a batch."""
-        graphs = []
+        graphs: list[Graph] = []
         for b in range(2):
             rows = [self._leaves[k][b : b + 1] for k in self._rows]
             try:
                 with self.kept():
-                    graphs.append(trace(call, self.model, self.samples[b : b + 1], rows, keep_data=b == 0))
+                    graphs.append(trace(call, self.model, self.samples[b : b + 1], rows, *graphs))
             except Unsupported:
                 raise
             except Exception as error:  # the model runs on two images, but not on one, or not under the recorder
@@ -170,7 +170,9 @@ def _check_same(graphs: Sequence[Graph], whole: Tensor) -> None:
     same = len(first.values) == len(second.values)
     for a, b in zip(first.values, second.values, strict=False):
         same = same and a.shape == b.shape and a.op == b.op
-        same = same and (a.kind != "constant" or torch.equal(a.data.nan_to_num(), b.data.nan_to_num()))
+        same = same and (
+            a.kind != "constant" or a.data is b.data or torch.equal(a.data.nan_to_num(), b.data.nan_to_num())
+        )
     if not same:
         raise Unsupported("the model computes in another way for other values of its input")
     precise = not any(value.data.dtype in HALF for value in first.values)

@@ -9,6 +9,7 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,10 +17,9 @@ from torch import Tensor, nn
 from torch._higher_order_ops.flex_attention import flex_attention, math_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastgen.sampling.trace.decompositions import WRITTEN_OUT, convolution_by_patches
-from fastgen.sampling.trace.graph import Graph, Map, Operand, RandomNumbers, Unsupported, Value
+from fastgen.sampling.trace.graph import Graph, Map, Operand, RandomNumbers, Unsupported, Value, map_arguments, name_of
 from fastgen.sampling.trace.movement import moved
 from fastgen.sampling.trace.operators import (
     DECOMPOSED,
@@ -33,7 +33,7 @@ from fastgen.sampling.trace.operators import (
     single_mask,
     written_arguments,
 )
-from fastgen.sampling.trace.storages import Storages, copied_to_cpu
+from fastgen.sampling.trace.storages import Storages, copied_to_cpu, tensors_in
 
 aten = torch.ops.aten
 
@@ -43,7 +43,7 @@ def trace(
     modules: nn.Module | None,
     levels: Tensor,
     conditions: Sequence[Tensor] = (),
-    keep_data: bool = True,
+    like: Graph | None = None,
 ) -> Graph:
     """The graph of run(levels, *conditions), all of one image.
 
@@ -51,13 +51,14 @@ def trace(
         run: the model as a function.
         modules: the model, after whose modules operations are named.
         levels, conditions: its inputs.
-        keep_data: whether the data of computed values are needed, which may otherwise be overwritten.
+        like: of another run, with which this one shares constants that are equal. The data of its computed values are
+            then not kept, and may be overwritten.
 
     Raises:
         RandomNumbers: the run draws random numbers.
         Unsupported: the run uses what cannot be recorded.
     """
-    recorder = _Recorder(keep_data)
+    recorder = _Recorder(like)
     recorder.enter("levels", levels)
     for leaf in conditions:
         recorder.enter("condition", leaf)
@@ -96,13 +97,18 @@ def _plain_torch() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+@cache
+def _is_composite(func: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
 class _Recorder(TorchDispatchMode):
-    def __init__(self, keep_data: bool) -> None:
+    def __init__(self, like: Graph | None) -> None:
         super().__init__()
         self.graph = Graph()
-        self.storages = Storages(self.graph)
+        self.storages = Storages(self.graph, like)
         self.modules: list[str] = []
-        self.keep_data = keep_data
+        self.keep_data = like is None
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -152,9 +158,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        variable = any(self.storages.tracked(tensor) for tensor in tensors)
-        name = func._schema.name.split("::")[1]
+        variable = any(self.storages.tracked(tensor) for tensor in tensors_in((args, kwargs)))
+        name = name_of(func)
         if variable:
             with self:  # the simpler operators come here, too
                 found = self.by_simpler_operators(func, name, args, kwargs)
@@ -184,7 +189,7 @@ class _Recorder(TorchDispatchMode):
             if out.shape != args[0].shape:
                 raise Unsupported(f"view takes {args[0].dtype} for {out.dtype}, of another size")
             out = out.clone()
-        results = [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
+        results = tensors_in(out)
         if not results or not all(self.storages.tracked(tensor) for tensor in results):  # else it is a view
             self.record(func, name, args, kwargs, out)
         return out
@@ -194,7 +199,7 @@ class _Recorder(TorchDispatchMode):
         if name in WRITTEN_OUT and (found := WRITTEN_OUT[name](func, *args, **kwargs)) is not NotImplemented:
             return found
         # Such an operator comes here whole under inference_mode, and out of what is written out.
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        if _is_composite(func):
             return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
         if func in DECOMPOSED and not func._schema.is_mutable:
             return DECOMPOSED[func](*args, **kwargs)
@@ -207,7 +212,7 @@ class _Recorder(TorchDispatchMode):
         return NotImplemented
 
     def recorded(self, arguments: Any) -> Any:
-        return tree_map_only(Tensor, self.storages.operand, arguments)
+        return map_arguments(arguments, self.storages.operand, Tensor)
 
     def record(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
         recorded_args, recorded_kwargs = self.recorded(args), self.recorded(kwargs)

@@ -26,10 +26,16 @@ class TracedStorage:
 
 
 class Storages:
-    """The storages of all tensors that depend on the input, by address."""
+    """The storages of all tensors that depend on the input, by address.
 
-    def __init__(self, graph: Graph) -> None:
+    Args:
+        graph: that is recorded.
+        like: of another run, with which it shares constants that are equal.
+    """
+
+    def __init__(self, graph: Graph, like: Graph | None = None) -> None:
         self.graph = graph
+        self._others = [] if like is None else like.values
         self._known: dict[int, TracedStorage] = {}
         self._alive: list[Tensor] = []  # storages are known by address, which must not be used again
         self._constants: dict[Any, Value] = {}
@@ -49,8 +55,10 @@ class Storages:
         known = self._constants.get(key)
         if known is None or not torch.equal(known.data, tensor.cpu()):
             self._alive.append(tensor)
-            known = self.graph.add(Value("constant", tuple(tensor.shape), copied_to_cpu(tensor)))
-            self._constants[key] = known
+            other = next(iter(self._others[len(self.graph.values) :]), None)
+            same = other is not None and other.data.dtype == tensor.dtype and torch.equal(other.data, tensor.cpu())
+            data = other.data if other is not None and same else copied_to_cpu(tensor)
+            known = self._constants[key] = self.graph.add(Value("constant", tuple(tensor.shape), data))
         return known
 
     def operand(self, tensor: Tensor) -> Operand:
@@ -97,6 +105,14 @@ class Storages:
         region.copy_(operand.element_ids().expand(tensor.shape))
         self._alive.append(tensor)
         self._known[_key(tensor)] = TracedStorage(Operand(self.graph, (room,), ids=flat), (room,), (1,), 0)
+
+
+def tensors_in(arguments: Any) -> list[Tensor]:
+    if isinstance(arguments, dict):
+        arguments = tuple(arguments.values())
+    if isinstance(arguments, (list, tuple)):
+        return [tensor for one in arguments for tensor in tensors_in(one)]
+    return [arguments] if isinstance(arguments, Tensor) else []
 
 
 def _key(tensor: Tensor) -> int:

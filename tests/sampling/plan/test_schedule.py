@@ -27,9 +27,9 @@ def places_of(box):
 def test_each_element_is_computed_once_and_not_before_it_is_ready(name):
     plan = planned(*MODELS[name]())
     counted = {value.index: torch.zeros(value.shape, dtype=torch.long) for value in plan.timed.computed}
-    for step, tasks in enumerate(plan.schedule.steps, -1):
-        for value, box in tasks:
-            index = tuple(places_of(box).T)
+    for step in range(-1, len(plan.order)):
+        for value, boxes, k in plan.schedule.tasks(step + 1):
+            index = tuple(places_of(boxes[k]).T)
             times = plan.schedule.times.of(value)[index]
             free = (times == CONSTANT) | (times == NEVER)
             assert (free | (times == step)).all()

@@ -37,11 +37,11 @@ def test_what_earlier_rows_give_is_computed_for_a_row_at_once(player, monkeypatc
     model = masked(2)
     plan = planned(model, SHAPE)
     assert len(convolutions(plan)) == 5  # two are in two parts
-    whole_rows = {value for value, box in plan.schedule.steps[10] if box.sizes[-1] == 5}
+    whole_rows = {value for value, boxes, k in plan.schedule.tasks(10) if boxes.sizes[-1, k] == 5}
     parts = [value for value in convolutions(plan) if value in whole_rows]
     assert len(parts) == 2
-    for tasks in plan.schedule.steps:  # and at no other steps than those
-        assert all(box.sizes[-1] == 5 for value, box in tasks if value in parts)
+    for value in parts:  # and at no other steps than those
+        assert (plan.schedule.boxes[value].sizes[-1] == 5).all()
     assert plan.work_ratio == 1
     monkeypatch.setattr(plans, "split_rows", lambda *_: None)
     unsplit = planned(model, SHAPE)
