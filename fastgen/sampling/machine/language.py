@@ -268,11 +268,8 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Call:
-    """function(*args, **kwargs), with views, temporaries and `Fixed` in the place of tensors.
-
-    Attributes:
-        result: of a function that makes one; any other writes its first argument, a view, and no other.
-    """
+    """function(*args, **kwargs), with views, temporaries and `Fixed` in the place of tensors. It writes its first
+    argument, a view, and no other, where it has no result."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]

@@ -171,7 +171,7 @@ class Pointwise(Rule):
         copies = name in ("clone", "_to_copy")
         if copies and (dtype != torch.bool or args[0].memory.dtype == torch.bool):
             builder.pointwise("copy", target, args[0])
-        elif dtype == torch.bool and (copies or name in (*COMPARISONS, *LOGICAL)):
+        elif dtype == torch.bool and name in (*COMPARISONS, *LOGICAL):
             return self._decide(builder, target, args)
         elif name == "clamp" and self._is_plain(args) and not kwargs:
             found = args[0]
@@ -199,7 +199,7 @@ class Pointwise(Rule):
             builder.pointwise("eq", other, args[0], 0.0)
             builder.pointwise("le", target, other, args[1])
             return True
-        op, turned, negated = COMPARISONS.get(name, ("eq", False, name in ("clone", "_to_copy")))
+        op, turned, negated = COMPARISONS[name]
         operands = self._comparable(builder, [*args, 0.0][:2])
         if operands is None:
             return False
@@ -292,8 +292,11 @@ COMPARISONS = {
     "gt": ("lt", True, False),
     "le": ("le", False, False),
     "ge": ("le", True, False),
+    "_to_copy": ("eq", False, True),  # with 0, as what comes next
+    "logical_not": ("eq", False, False),
+    "bitwise_not": ("eq", False, False),
 }
-LOGICAL = ("logical_not", "bitwise_not", "logical_and", "bitwise_and", "logical_or", "bitwise_or")
+LOGICAL = ("logical_and", "bitwise_and", "logical_or", "bitwise_or")
 # Operators that are an op of the step language by another name, or by the same one.
 SAME_NAME = {
     "add", "sub", "mul", "div", "neg", "relu", "tanh", "sigmoid", "exp", "expm1", "log", "silu", "square", "abs",
@@ -337,7 +340,7 @@ def _is_small(operand: Operand) -> bool:
 
 def _are_places(value: Value) -> bool:
     """Whether integers number what has been found among real numbers: the greatest, the strongest."""
-    return value.name.split()[0] != "_to_copy" and all(one.dtype.is_floating_point for one in value.operands)
+    return value.op_name != "_to_copy" and all(one.dtype.is_floating_point for one in value.operands)
 
 
 def _or_none(argument: Any) -> Operand | None:

@@ -185,7 +185,7 @@ class _Group:
         if not isinstance(one, Pointwise) or part_of(one, half=True).op != one.op:
             return False
         link = self._link(one)
-        if link is None:
+        if link is None or self.memory in self._skipped_writes:
             return False
         out, others = one.out.memory, {view.memory for view in one.inputs} - {self.memory}
         # What a tile of a joined instruction reads, no other one may write, and it itself neither before.
