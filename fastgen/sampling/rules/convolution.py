@@ -25,7 +25,6 @@ from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported, 
 
 WIDE = 32  # numbers in a row from which a product of its own costs less than a copy
 FEW_RUNS = 4  # runs of taps up to which that holds at a single place
-FEW_GROUPS = 8  # groups up to which each is a product of its own
 PRECISE = (torch.float32, torch.float64)  # in which sums may be rounded on the way
 
 
@@ -78,7 +77,8 @@ class Convolution(Rule):
     @cached_property
     def live_rows(self) -> Tensor:
         """Which rows of the kernel, along its first dimension, have weights that are not zero."""
-        return self.live.flatten(0, 1).any(0).flatten(1).any(1) if self.rank > 1 else self.live.flatten(0, 1).any(0)
+        live = any_along(self.live, 1).any(0)  # taps
+        return live.flatten(1).any(1) if self.rank > 1 else live
 
     def _live(self) -> Tensor:
         """Which weights are not zero, (output channels, input channels of a group, taps...)."""
@@ -107,7 +107,7 @@ class Convolution(Rule):
     def ready(self) -> tuple[Tensor, Tensor | None]:
         x, live, blocks = self.analysis.ready(self.x), self.live, list(self._blocks())
         if x.stride(1) == 0:  # the same for all channels: a channel of each kind of kernel will do
-            x, live, blocks = x[:, :1], self.live.any(1, keepdim=True), [(slice(0, len(live)), slice(0, 1))]
+            x, live, blocks = x[:, :1], any_along(self.live, 1).unsqueeze(1), [(slice(0, len(live)), slice(0, 1))]
         found: list[tuple[Tensor, Tensor]] = []  # output channels, and their times without a dimension of channels
         for outs, ins in blocks:
             inputs = x[:, ins].transpose(0, 1)
@@ -168,7 +168,7 @@ class Convolution(Rule):
             yield self.bias, never(self.bias.shape)
         live, blocks = self.live, list(self._blocks())
         if times.stride(1) == 0:  # an input channel is needed as soon as any output of its group
-            live = live.unflatten(0, (self.groups, -1)).any(1).flatten(0, 1).unsqueeze(0)
+            live = any_along(live.unflatten(0, (self.groups, -1)), 1).flatten(0, 1).unsqueeze(0)
             times, blocks = times[:, :1], [(slice(0, 1), slice(0, self.x.shape[1]))]
         found: list[tuple[Tensor, Tensor]] = []
         for outs, ins in blocks:
@@ -182,15 +182,8 @@ class Convolution(Rule):
     def fixed(self, boxes: Any) -> Sequence[Any]:
         return (boxes.start[1],)
 
-    @property
-    def _is_grouped(self) -> bool:
-        return self.groups > FEW_GROUPS
-
     def emit(self, builder: Builder, box: Box) -> None:
         out = builder.out(self.value, box)
-        if self._is_grouped:
-            self._emit_grouped(builder, box, out)
-            return
         added = self._added(builder, box, out)
         for first, count, channels, group in self._channels(box):
             here = out.narrow(1, first, count)
@@ -245,7 +238,7 @@ class Convolution(Rule):
         """The weights of some output channels; None where all are zero."""
         key = ("part", channels.start, channels.stop, channels.step)
         if key not in self._parts:
-            live = self.live[channels].any(0)  # (input channels, taps...)
+            live = any_along(self.live[channels], 0)  # (input channels, taps...)
             found = None
             if live.any():
                 inputs, *taps = (extent(live.movedim(d, 0).flatten(1).any(1)) for d in range(1 + self.rank))
@@ -300,44 +293,16 @@ class Convolution(Rule):
         builder.pointwise("copy", inner, both)
         builder.product(out, rows, part.weight, added)
 
-    def _emit_grouped(self, builder: Builder, box: Box, out: View) -> None:
-        """Of many groups, as torch convolves them."""
-        starts = builder.starts(box)
-        region = [(starts[0], box.sizes[0], box.steps[0]), (AffineOffset(0), self.x.shape[1], 1)]
-        strides = []
-        for d in range(self.rank):
-            strides.append(self.stride[d] * box.steps[2 + d])
-            reach = (box.sizes[2 + d] - 1) * strides[-1] + (self.kernel[d] - 1) * self.dilation[d] + 1
-            region.append((starts[2 + d] * self.stride[d], reach, 1))
-        seen = builder.read(self._padded(), region)
-        bias = None if self.bias is None or self.onto is not None else self.analysis.data(self.bias)
-        kept = (box.start[1], box.start[1] + (box.sizes[1] - 1) * box.steps[1] + 1, box.steps[1])
-        convolve = BatchedConv(tuple(strides), tuple(self.dilation), self.groups, kept)
-        found = builder.make(convolve, seen, self.weight, bias)
-        if self.onto is not None:
-            found = builder.make(torch.add, found, builder.read(self.onto, builder.region(box)))
-        builder.fill(out, found)
+
+def any_along(mask: Tensor, dim: int) -> Tensor:
+    """`mask.any(dim)`, for which torch takes several times as long."""
+    return mask.view(torch.uint8).amax(dim).bool()
 
 
 def extent(live: Tensor) -> tuple[int, int]:
     """The first live place, and the one after the last."""
     places = torch.nonzero(live).flatten()
     return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 1)
-
-
-@dataclass(frozen=True)
-class BatchedConv:
-    """A convolution without padding of x (n, N, I, ...), of which some output channels are kept: (n, N, O, ...)."""
-
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-    kept: tuple[int, int, int]  # as of a slice
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        no = [0] * len(self.stride)
-        found = torch.convolution(x.flatten(0, 1), weight, bias, self.stride, no, self.dilation, False, no, self.groups)
-        return found[:, slice(*self.kept)].unflatten(0, x.shape[:2])
 
 
 def _of_channels(found: list[tuple[Tensor, Tensor]], shape: tuple[int, ...]) -> Tensor:
