@@ -12,14 +12,7 @@ from fastgen.kernels.lstm import diagonal as diagonal_kernels
 from fastgen.kernels.lstm import row as row_kernels
 from fastgen.kernels.lstm.choice import ScanLaunch, TileLaunch, choose, tile_launch_of
 from fastgen.ops import diagonal_lstm, row_lstm
-from tests.ops.lstm_truth import diagonal_pixels, gradients, row_pixels
-
-
-def problem(batch, units, height, width, taps, dtype, device):
-    gates = torch.randn(batch, 4 * units, height, width, dtype=torch.float64)
-    weight = torch.randn(4 * units, units, taps, dtype=torch.float64) / units**0.5
-    grad = torch.randn(batch, units, height, width, dtype=torch.float64)
-    return tuple(tensor.to(device, dtype) for tensor in (gates, weight, grad))
+from tests.ops.lstm_truth import diagonal_pixels, gradients, problem, row_pixels
 
 
 def check(found, truth, dtype):

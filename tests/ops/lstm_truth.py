@@ -3,6 +3,14 @@
 import torch
 
 
+def problem(batch, units, height, width, taps, dtype=torch.float64, device="cpu"):
+    """Gates, a weight, and a gradient of the states."""
+    gates = torch.randn(batch, 4 * units, height, width, dtype=torch.float64)
+    weight = torch.randn(4 * units, units, taps, dtype=torch.float64) / units**0.5
+    grad = torch.randn(batch, units, height, width, dtype=torch.float64)
+    return tuple(tensor.to(device, dtype) for tensor in (gates, weight, grad))
+
+
 def _cell(pre, cell):
     o, f, i, g = pre.chunk(4, -1)
     cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()

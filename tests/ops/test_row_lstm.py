@@ -4,7 +4,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastgen.ops import row_lstm
 from fastgen.ops.row_lstm import row_lstm_cell, row_lstm_reference
-from tests.ops.lstm_truth import gradients, row_pixels
+from tests.ops.lstm_truth import gradients, problem, row_pixels
 
 SIZES = [
     (2, 3, 4, 5, 3),
@@ -14,13 +14,6 @@ SIZES = [
     (1, 2, 3, 2, 7),
     (2, 2, 3, 4, 1),
 ]  # B h H W k
-
-
-def problem(batch, units, height, width, taps, dtype=torch.float64, device="cpu"):
-    gates = torch.randn(batch, 4 * units, height, width, dtype=torch.float64)
-    weight = torch.randn(4 * units, units, taps, dtype=torch.float64) / units**0.5
-    grad = torch.randn(batch, units, height, width, dtype=torch.float64)
-    return tuple(tensor.to(device, dtype) for tensor in (gates, weight, grad))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -93,52 +86,6 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(torch.ops.fastgen.row_lstm_saving.default, (*inputs, False), test_utils=tests)
     _, activated, cell = torch.ops.fastgen.row_lstm_saving(gates.detach(), weight.detach(), False)
     torch.library.opcheck(torch.ops.fastgen.row_lstm_backward.default, (grad, activated, cell, weight.detach(), False))
-
-
-def test_compiles_in_one_graph():
-    gates, weight, grad = problem(2, 3, 3, 4, 3, torch.float32)
-    compiled = torch.compile(row_lstm, fullgraph=True, backend="aot_eager")
-    for one, other in zip(
-        gradients(compiled, gates, weight, grad), gradients(row_lstm, gates, weight, grad), strict=True
-    ):
-        torch.testing.assert_close(one, other)
-
-
-def test_autocast_takes_its_dtype():
-    gates, weight, grad = problem(2, 3, 3, 4, 3, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        hidden, grad_gates, grad_weight = gradients(row_lstm, gates, weight, grad)
-    assert hidden.dtype == torch.bfloat16
-    assert grad_gates.dtype == grad_weight.dtype == torch.float32
-
-
-@pytest.mark.parametrize("wanted", [0, 1])
-def test_gradients_not_asked_for(wanted):
-    gates, weight, grad = problem(1, 2, 3, 4, 3)
-    expected = gradients(row_lstm, gates, weight, grad)[1 + wanted]
-    inputs = [gates, weight]
-    inputs[wanted].requires_grad_()
-    (found,) = torch.autograd.grad(row_lstm(*inputs), inputs[wanted], grad)
-    torch.testing.assert_close(found, expected)
-
-
-def test_a_second_derivative_is_the_definitions_alone():
-    gates, weight, _ = problem(2, 2, 3, 3, 3)
-    gates.requires_grad_()
-
-    def slope(**options):
-        return torch.autograd.grad(row_lstm(gates, weight, **options).sum(), gates, create_graph=True)[0]
-
-    assert torch.autograd.grad(slope(impl="reference").square().sum(), gates)[0].abs().max() > 0
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(slope().square().sum(), gates)
-
-
-def test_empty_batch():
-    gates, weight, grad = problem(0, 2, 3, 4, 3)
-    hidden, grad_gates, grad_weight = gradients(row_lstm, gates, weight, grad)
-    assert hidden.shape == (0, 2, 3, 4) and grad_gates.shape == gates.shape
-    assert torch.equal(grad_weight, torch.zeros_like(weight))
 
 
 @pytest.mark.parametrize(

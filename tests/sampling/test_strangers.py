@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import fastgen
 from fastgen import Categorical, accelerate
-from tests.sampling.zoo_case import DataMask
+from tests.sampling.zoo_case import DataMask, Function
 
 SHAPE, DISTRIBUTION, N = (1, 4, 4), Categorical(3, "B(KC)HW"), 4
 
@@ -27,15 +27,6 @@ class Model(nn.Module):
 
     def forward(self, x):
         return self.out(F.elu(self.second(F.elu(self.between(3 * self.first(x))))))
-
-
-class Function(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 def drawn(model, n=N, seed=0, backend="naive", sampler=None):

@@ -76,6 +76,15 @@ def raster_mask(size, hides_centre):
     return mask
 
 
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
 class DataMask(nn.Conv2d):
     """Multiplies its own weight by the mask in every forward pass. `colour(channel)` orders colours at the centre."""
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import fastgen
 from fastgen import Bernoulli, Categorical, NotCausalError, accelerate, check_causality
-from tests.sampling.zoo_case import DataMask
+from tests.sampling.zoo_case import DataMask, Function
 
 SHAPE = (1, 4, 4)
 
@@ -19,15 +19,6 @@ def floats(levels):
 
 
 GIVEN = {"distribution": Bernoulli(), "encode": floats}
-
-
-class Function(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 class Made(nn.Module):
