@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 IMPLS = ("auto", "triton", "reference")
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # once: torch.compile cannot follow the question
 
 
 def uses_triton(impl: str, tensor: Tensor) -> bool:
@@ -22,10 +23,9 @@ def uses_triton(impl: str, tensor: Tensor) -> bool:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
     if impl == "reference":
         return False
-    installed = importlib.util.find_spec("triton") is not None
     if impl == "auto":
-        return tensor.is_cuda and installed
-    if not installed:
+        return tensor.is_cuda and TRITON_IS_INSTALLED
+    if not TRITON_IS_INSTALLED:
         raise RuntimeError("impl='triton' needs the triton package: pip install triton, or use impl='auto'")
     if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
