@@ -226,6 +226,8 @@ class Operand:
 
     @property
     def dtype(self) -> torch.dtype:
+        if self.map is None and not self.values:
+            return torch.float32  # zeros alone, as in `read`
         return (self.map.value if self.map is not None else self.values[-1]).data.dtype
 
     @cached_property
