@@ -6,6 +6,8 @@ launch owns some images and plays all instructions one after the other, with a b
 
     an instruction   its fixed time, and the longest of: weights from L2, multiply-adds, activations
     a draw           a fixed time for each of its groups of images
+    a barrier        where several programs share images, one before each instruction and each draw, of which each
+                     program then has its share of tiles
 
 Heavy programs (ends of rows) are played over the whole GPU while images are few: each of their instructions takes a
 launch, and its tiles are shared by all processors. One whole pass of the model, which makes sure of a batch, is not
@@ -32,7 +34,8 @@ from fastgen.sampling.run.gpu_player import heavy_programs
 from fastgen.sampling.trace.network import Network
 
 MICRO = 1e6
-TERMS = ("fixed", "weights", "products", "activations", "draws")
+TERMS = ("fixed", "weights", "products", "activations", "draws", "barriers")
+SHARING = (2, 4, 8)  # programs that may share images
 PROBED = 128, 256  # widths of the products that `probes` measures
 
 
@@ -49,6 +52,7 @@ class Rates:
         instruction: fixed time of one, barrier included (a guess: some loads of L2, 0.2 us each).
         draw: of a group of images (a guess).
         launch: of a node of a CUDA graph (published measurements: about 2 us).
+        barrier: between programs (a guess: an atomic addition and a look at it, each a way to L2 and back).
     """
 
     processors: float = 132
@@ -58,6 +62,7 @@ class Rates:
     instruction: float = 0.45e-6
     draw: float = 1.5e-6
     launch: float = 2.2e-6
+    barrier: float = 1.3e-6
 
 
 BF16 = 989e12  # operations a second of an H100's data sheet, to which a measured rate of large products is compared
@@ -79,9 +84,10 @@ def rates_of(measured: Iterable[Row]) -> tuple[Rates, list[str]]:
         small, large = (2 * width**2 for width in PROBED)  # bytes of bfloat16
         found["weights"] = (large - small) / (times[1] - times[0])
         found["instruction"] = max(0.0, times[0] - small / found["weights"])
-    of_launches = [row["ms_p50"] for shape, row in probes.items() if shape.endswith("launches, one after the other")]
-    if of_launches and of_launches[-1] is not None:
-        found["launch"] = of_launches[-1] / 1e3
+    for rate, name in (("launch", "launches, one after the other"), ("barrier", "barriers between all")):
+        of_rate = [row["ms_p50"] for shape, row in probes.items() if shape.endswith(name)]
+        if of_rate and of_rate[-1] is not None:
+            found[rate] = of_rate[-1] / 1e3
     return replace(Rates(), **found), list(found)
 
 
@@ -136,26 +142,31 @@ class Prediction:
         return max(self.terms, key=lambda name: self.terms[name])
 
 
-def predict(plan: Plan, batch: int, rates: Rates) -> Prediction | str:
-    """What the machine does not know, by name, where it does not know all."""
+def predict(plan: Plan, batch: int, rates: Rates, sharing: int = 1) -> Prediction | str:
+    """What the machine does not know, by name, where it does not know all.
+
+    sharing: programs that share images, as far as all run at the same time.
+    """
     served = Counter(step.program for step in plan.steps[1:])
     unknown = sorted({name for number in served for name in unknown_in(plan.programs[number])})
     if unknown:
         return ", ".join(unknown)
     tiles = next((one for one in SIZES[:-1] if -(-batch // one.BM) <= rates.processors), SIZES[-1])
-    programs = -(-batch // tiles.BM)
-    at_once, images = min(programs, rates.processors), min(batch, tiles.BM)
-    from_l2 = min(rates.weights, rates.together / at_once)
-    waves = -(-programs // rates.processors)
+    groups, images = -(-batch // tiles.BM), min(batch, tiles.BM)
+    sharing = max(1, min(sharing, int(rates.processors) // groups))
+    from_l2 = min(rates.weights, rates.together / min(groups * sharing, rates.processors))
+    waves = -(-groups * sharing // rates.processors)
+    barrier = waves * rates.barrier if sharing > 1 else 0.0
     terms, instructions = dict.fromkeys(TERMS, 0.0), 0
     heavy = heavy_programs(plan, batch, tiles, rates.processors)
     for number, times in served.items():
         everywhere = number in heavy
         for one in fuse(plan.programs[number].instructions):
             work = work_of(one, tiles, batch if everywhere else images)
-            # Over the whole GPU as many processors as there are tiles.
-            shared = min(rates.processors, tiles_of(one, tiles, batch)) if everywhere else 1
-            speed = min(shared * rates.weights, rates.together) if everywhere else from_l2
+            # Of all processors, or of those that share images, as many as there are tiles.
+            most, of_images = (rates.processors, batch) if everywhere else (sharing, images)
+            shared = min(most, tiles_of(one, tiles, of_images))
+            speed = min(shared * rates.weights, rates.together) if everywhere else shared * from_l2
             of = {
                 "weights": work.weights / speed,
                 "products": work.products / (shared * rates.multiply_adds),
@@ -165,10 +176,12 @@ def predict(plan: Plan, batch: int, rates: Rates) -> Prediction | str:
             repeats = times if everywhere else times * waves
             terms[longest] += repeats * of[longest]
             terms["fixed"] += repeats * (rates.launch if everywhere else rates.instruction)
+            terms["barriers"] += 0 if everywhere else times * barrier
             instructions += times
     draws = len(plan.order)
     channels = plan.levels.shape[1] if plan.whole_pixels else 1
-    terms["draws"] = waves * draws * channels * -(-images // tiles.ROWS) * rates.draw
+    terms["draws"] = waves * draws * channels * -(-images // tiles.ROWS // sharing) * rates.draw
+    terms["barriers"] += draws * barrier
     terms = {name: seconds / draws for name, seconds in terms.items()}
     return Prediction(instructions / draws, sum(terms.values()), terms)
 
@@ -201,8 +214,12 @@ def run(files: Sequence[str], size: str) -> int:
         if isinstance(found, str):
             print(f"{name:<52}  no prediction: the machine does not know {found}", flush=True)
             continue
-        terms = "".join(f"{MICRO * found.terms[term]:>13.1f}" for term in TERMS)
-        speed = batch / (found.seconds * len(plan.order))
-        text = f"{name} ({found.instructions:.0f} instr.)"
-        print(f"{text:<52}{terms}{MICRO * found.seconds:>9.1f}{speed:>10.1f}  {found.binding}", flush=True)
+        shared = {f"  {many} programs share images": predict(plan, batch, rates, many) for many in SHARING}
+        quickest = min(shared, key=lambda text: shared[text].seconds)  # type: ignore[union-attr]
+        lines = {f"{name} ({found.instructions:.0f} instr.)": found, quickest: shared[quickest]}
+        for text, line in lines.items():
+            assert isinstance(line, Prediction)
+            terms = "".join(f"{MICRO * line.terms[term]:>13.1f}" for term in TERMS)
+            speed = batch / (line.seconds * len(plan.order))
+            print(f"{text:<52}{terms}{MICRO * line.seconds:>9.1f}{speed:>10.1f}  {line.binding}", flush=True)
     return 0

@@ -31,6 +31,7 @@ if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if WORKER:
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 
 
 def pytest_ignore_collect(collection_path):
@@ -108,11 +109,14 @@ def _interpreter():
     """Triton's interpreter refuses masks of loads and stores that are not bool, as that of Triton 3.9 does by itself.
 
     It does not compute integers a second time to see whether they overflow: it would assert it only with the option
-    `debug`, which an interpreter never has, and spends a quarter of its time so.
+    `debug`, which an interpreter never has, and spends a quarter of its time so. A function that a kernel calls does
+    not replace Triton's language by the interpreter's once more, another quarter. NumPy's dtypes are found once.
     """
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         yield
         return
+    from triton import language
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, interpreter_builder
 
     def checked(method, place):
@@ -124,7 +128,23 @@ def _interpreter():
 
         return call
 
+    def replaced_once(function, replace=interpreter._patch_lang):
+        members = (language.load, language.core.load, language.tensor.__add__)
+        if any(map(language.core.is_builtin, members)):
+            return replace(function)
+        return interpreter._LangPatchScope()
+
+    numpy_dtypes = {}
+
+    def numpy_dtype(dtype, find=interpreter._get_np_dtype):
+        scalar = dtype.scalar
+        if scalar.name not in numpy_dtypes:
+            numpy_dtypes[scalar.name] = find(scalar)
+        return numpy_dtypes[scalar.name]
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_get_np_dtype", numpy_dtype)
+        patch.setattr(interpreter, "_patch_lang", replaced_once)
         for name, place in (("create_masked_load", 1), ("create_masked_store", 2)):
             patch.setattr(InterpreterBuilder, name, checked(getattr(InterpreterBuilder, name), place))
         options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)

@@ -4,6 +4,7 @@ The layers are run on tensors without memory, and the launches noted instead of 
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,6 +55,13 @@ def noted(chip: str) -> Iterator[dict[Kind, None]]:
         launch.forget()
 
 
+@functools.cache  # a mask is read once
+def mask_of(outputs: int, channels: int) -> Tensor:
+    mask = torch.zeros(outputs, channels, 3, 3, dtype=torch.bool)
+    mask.view(outputs, channels, 9)[..., :5] = True
+    return mask
+
+
 def run_layer(
     dtype: torch.dtype, activation: str, channels: int, *, results: int = 128, batch: int = 128, adds: bool = False,
     weights: torch.memory_format = torch.contiguous_format,
@@ -67,8 +75,7 @@ def run_layer(
 
     gated = activation == "gated"
     outputs = 2 * results if gated else results
-    mask = torch.zeros(outputs, channels, 3, 3, dtype=torch.bool)
-    mask.view(outputs, channels, 9)[..., :5] = True
+    mask = mask_of(outputs, channels)
     x, result = feature_map(channels), feature_map(results)
     weight = torch.empty(mask.shape, dtype=dtype, device="meta", memory_format=weights)
     bias, condition = weight.new_empty(outputs), weight.new_empty(batch, outputs) if gated else None

@@ -9,7 +9,9 @@ from fastgen.kernels.sampler.words import (
     ADD,
     DIV,
     ELU,
+    EQ,
     ERASE,
+    ERF,
     EXP,
     EXPM1,
     GATE,
@@ -17,8 +19,12 @@ from fastgen.kernels.sampler.words import (
     GELU_TANH,
     GLU,
     HIDE,
+    KEEP,
+    LE,
     LEAKY_RELU,
     LOG,
+    LOG1P,
+    LT,
     MAXIMUM,
     MINIMUM,
     MUL,
@@ -28,6 +34,7 @@ from fastgen.kernels.sampler.words import (
     RSQRT,
     SIGMOID,
     SILU,
+    SOFTPLUS,
     SQRT,
     SQUARE,
     SUB,
@@ -39,6 +46,15 @@ from fastgen.kernels.sampler.words import (
 def expm1(x):
     half = tanh(0.5 * x)
     return tl.where(x < 1, 2 * half / (1 - half), tl.exp(x) - 1)
+
+
+@triton.jit
+def log1p(x):
+    """The logarithm of 1 + x, as it is rounded, times what of x that rounding has taken for it."""
+    rounded = 1 + x
+    found = tl.log(rounded)
+    near = tl.where(rounded == 1, x, found * tl.div_rn(x, rounded - 1))
+    return tl.where(x < 1, near, found)
 
 
 @triton.jit
@@ -96,4 +112,17 @@ def apply(op, a, b):
         a = tl.where(b != 0, float("-inf"), a)
     elif op == ERASE:
         a = tl.where(b != 0, 0.0, a)
+    elif op == KEEP:
+        a = tl.where(b != 0, a, 0.0)
+    elif (op == SOFTPLUS) | (op == LOG1P):
+        rest = log1p(tl.where(op == LOG1P, a, tl.exp(-tl.abs(a))))
+        a = rest + tl.where((op == SOFTPLUS) & (a > 0), a, 0.0)
+    elif op == ERF:
+        a = tl.erf(a)
+    elif op == EQ:
+        a = (a == b).to(tl.float32)
+    elif op == LT:
+        a = (a < b).to(tl.float32)
+    elif op == LE:
+        a = (a <= b).to(tl.float32)
     return a

@@ -45,6 +45,7 @@ from fastgen.kernels.sampler.words import (
     ROUNDED,
     SOFTMAX,
     THEN,
+    TO_INT64,
     WEIGHT,
     WEIGHT_PRECISION,
     WORDS,
@@ -171,9 +172,12 @@ def by_tiles(arenas, code, share, BM: tl.constexpr, BN: tl.constexpr, BK: tl.con
                 value = levels.to(tl.float32)
             else:
                 value = tl.load(memory_ptr + at, mask=inside, other=0.0)
+                if op == TO_INT64:
+                    out_at = places(code, OUT, share, m)[:, None] + j[None, :] * tl.load(code + OUT + COLUMN_STRIDE)
+                    tl.store(integers_ptr + out_at, value.to(tl.int64), mask=inside)
             if tl.load(code + IN_ORDER) != 0:
                 tl.debug_barrier()
-        if op != MOVE_INT64:
+        if (op != MOVE_INT64) & (op != TO_INT64):
             follow(arenas, code, share, m, j, real[:, None] & (j < columns)[None, :], value)
 
 

@@ -14,7 +14,8 @@ import triton.language as tl
 POINTWISE = (
     "copy", "add", "sub", "mul", "div", "maximum", "minimum", "neg", "relu", "tanh", "sigmoid", "exp", "expm1", "log",
     "silu", "gelu", "gelu_tanh", "elu", "leaky_relu", "square", "abs", "sqrt", "rsqrt", "reciprocal", "gate", "glu",
-    "hide", "erase", "copy_int64", "move_int64", "lookup",
+    "hide", "erase", "keep", "softplus", "log1p", "erf", "eq", "lt", "le",
+    "copy_int64", "to_int64", "move_int64", "lookup",
 )  # fmt: skip
 ROWWISE = ("softmax", "log_softmax", "normalized", "sum", "mean", "amax")
 OPS = {name: number for number, name in enumerate((*POINTWISE, "product", "contract", *ROWWISE))}
@@ -22,7 +23,8 @@ OPS = {name: number for number, name in enumerate((*POINTWISE, "product", "contr
 (
     COPY, ADD, SUB, MUL, DIV, MAXIMUM, MINIMUM, NEG, RELU, TANH, SIGMOID, EXP, EXPM1, LOG,
     SILU, GELU, GELU_TANH, ELU, LEAKY_RELU, SQUARE, ABS, SQRT, RSQRT, RECIPROCAL, GATE, GLU,
-    HIDE, ERASE, COPY_INT64, MOVE_INT64, LOOKUP,
+    HIDE, ERASE, KEEP, SOFTPLUS, LOG1P, ERF, EQ, LT, LE,
+    COPY_INT64, TO_INT64, MOVE_INT64, LOOKUP,
     PRODUCT, CONTRACT,
     SOFTMAX, LOG_SOFTMAX, NORMALIZED, SUM, MEAN, AMAX,
 ) = map(tl.constexpr, range(len(OPS)))  # fmt: skip

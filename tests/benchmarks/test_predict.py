@@ -90,10 +90,31 @@ def test_a_heavy_program_takes_launches_and_is_shared_by_all_processors(monkeypa
     assert tiles_of(instructions[0], TILES, 256) > 1 and many.seconds < one.seconds
 
 
-def test_the_time_of_a_launch_is_that_of_its_probe():
-    shape = "1000 launches, one after the other"
+@pytest.mark.parametrize(
+    ("rate", "shape"), [("launch", "1000 launches, one after the other"), ("barrier", "1000 barriers between all")]
+)
+def test_the_time_of_a_launch_or_a_barrier_is_that_of_its_probe(rate, shape):
     rates, told = rates_of([row(0, 0.003) | {"shape": shape}])
-    assert told == ["launch"] and rates.launch == pytest.approx(3e-6)
+    assert told == [rate] and getattr(rates, rate) == pytest.approx(3e-6)
+
+
+def test_programs_that_share_images_wait_for_each_other_and_share_tiles():
+    model = GatedPixelCNN((1, 5, 5), 4, channels=40, layers=2)
+    plan = planned(model, model.shape)
+    free = Rates(weights=1e30, together=1e30, multiply_adds=1e30, instruction=0, draw=0, barrier=1 / MICRO)
+    steps = sum(len(fuse(plan.programs[step.program].instructions)) for step in plan.steps[1:])
+    assert predict(plan, 16, free).terms["barriers"] == 0
+    for sharing in (2, 8):
+        found = predict(plan, 16, free, sharing)
+        assert MICRO * found.seconds == pytest.approx((steps + 25) / 25) and found.binding == "barriers"
+    assert predict(plan, 16, replace(free, processors=1), 2).terms["barriers"] == 0  # no two run at the same time
+    assert predict(plan, 132 * 16 // 2 + 1, free, 2).terms["barriers"] == 0
+    slow = replace(free, barrier=0, multiply_adds=1e6)
+    alone, two = (predict(plan, 16, slow, sharing).seconds for sharing in (1, 2))
+    panels = [one.head.op == "product" and tiles_of(one, TILES, 16) for one in fuse(plan.programs[1].instructions)]
+    assert max(panels) >= 2 and alone / 2 <= two < alone
+    draws = replace(free, barrier=0, draw=1 / MICRO)
+    assert [MICRO * predict(plan, 16, draws, sharing).seconds for sharing in (1, 2, 8)] == pytest.approx([4, 2, 1])
 
 
 def test_what_the_machine_does_not_know_is_not_predicted():
@@ -106,5 +127,5 @@ def test_what_the_machine_does_not_know_is_not_predicted():
 def test_the_command_says_what_is_assumed(capsys, tmp_path):
     assert main(["predict", "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("ASSUMED") == 7 and "GatedPixelCNN 1x2x3 levels=3 B=2" in printed
+    assert printed.count("ASSUMED") == 8 and "GatedPixelCNN 1x2x2 levels=3 B=2" in printed
     assert main(["predict", str(tmp_path / "none.jsonl"), "--dry-run"]) == 2

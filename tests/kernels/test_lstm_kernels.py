@@ -58,17 +58,19 @@ VARIANTS = {
 }
 
 
+HALVES = (torch.bfloat16, torch.float16)
+
+
 def all_together(launch, taps):
     return dataclasses.replace(launch, TOGETHER=taps) if getattr(launch, "TOGETHER", 1) == 0 else launch
 
 
-@pytest.mark.parametrize(
-    ("dtype", "reverse"),
-    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True), (torch.float16, False)],
-    ids=str,
-)
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_diagonal_variants_equal_the_pixel_loop(variant, dtype, reverse, device):
+def test_diagonal_variants_equal_the_pixel_loop(variant, half, device):
+    """Each in float32 and, from the other side, in one of the halves, which take turns."""
+    number = list(VARIANTS).index(variant)
+    dtype, reverse = HALVES[number % 2] if half else torch.float32, bool((number // 2 + half) % 2)
     launch, size = VARIANTS[variant]
     launch = all_together(launch, 2)
     gates, weight, grad = problem(*size, 2, dtype, device)
@@ -77,9 +79,10 @@ def test_diagonal_variants_equal_the_pixel_loop(variant, dtype, reverse, device)
     check(diagonal(gates, weight, grad, reverse, launch), (hidden, hidden, grad_gates), dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_row_variants_equal_the_pixel_loop(variant, dtype, device):
+def test_row_variants_equal_the_pixel_loop(variant, half, device):
+    dtype = HALVES[list(VARIANTS).index(variant) % 2] if half else torch.float32
     launch, (batch, units, width, height) = VARIANTS[variant]
     taps = 5 if "stream" in variant or "long" in variant else 3
     launch = all_together(launch, taps)
@@ -88,9 +91,12 @@ def test_row_variants_equal_the_pixel_loop(variant, dtype, device):
     check(rows(gates, weight, grad, launch), (hidden, hidden, grad_gates), dtype)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_operation_and_all_its_gradients(reverse, dtype, device):
+@pytest.mark.parametrize(
+    ("dtype", "reverse"),
+    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True), (torch.float16, False)],
+    ids=str,
+)
+def test_the_operation_and_all_its_gradients(dtype, reverse, device):
     gates, weight, grad = problem(3, 5, 4, 3, 2, dtype, device)
     inputs = (gates.double(), weight.double(), grad.double())
     truth = gradients(lambda g, w: diagonal_pixels(g, w, reverse), *inputs)
@@ -145,17 +151,16 @@ def spread(tensor):
 
 
 @pytest.mark.parametrize("launch", [ScanLaunch(4, 4, 16, 1, 4), TileLaunch(16, 16, 16, 2)], ids=["scan", "tiles"])
-@pytest.mark.parametrize("change", [spread, lambda t: t.transpose(0, -1).contiguous().transpose(0, -1)])
-def test_any_strides(launch, change, device):
-    gates, weight, grad = problem(2, 3, 3, 4, 2, torch.float32, device)
-    expected = diagonal(gates, weight, grad, False, launch)
-    for one, other in zip(diagonal(*map(change, (gates, weight, grad)), False, launch), expected, strict=True):
-        assert torch.equal(one, other)
-        assert one.is_contiguous(memory_format=torch.channels_last)
-    gates, weight, grad = problem(2, 3, 4, 3, 3, torch.float32, device)
-    expected = rows(gates, weight, grad, launch)
-    for one, other in zip(rows(*map(change, (gates, weight, grad)), launch), expected, strict=True):
-        assert torch.equal(one, other)
+@pytest.mark.parametrize(
+    "run", [lambda *inputs: diagonal(*inputs[:3], False, inputs[3]), rows], ids=["diagonal", "row"]
+)
+def test_any_strides(launch, run, device):
+    inputs = problem(2, 3, 4, 3, 3 if run is rows else 2, torch.float32, device)
+    expected = run(*inputs, launch)
+    for change in (spread, lambda t: t.transpose(0, -1).contiguous().transpose(0, -1)):
+        for one, other in zip(run(*map(change, inputs), launch), expected, strict=True):
+            assert torch.equal(one, other)
+            assert run is rows or one.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")

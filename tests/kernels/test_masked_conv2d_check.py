@@ -115,24 +115,24 @@ def test_what_gives_wrong_numbers_is_not_used(kernel, place, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("direction", tune.DIRECTIONS)
-@pytest.mark.parametrize("tap", range(5))
-def test_a_wrong_tap_is_noticed(tap, direction, dtype, monkeypatch):
-    """One weight of 5 * 24 is taken from another place, or is missing in the gradient."""
+def test_a_wrong_tap_is_noticed(direction, dtype, monkeypatch):
+    """One weight of 5 * 24 is taken from another place, or is missing in the gradient. The dtypes take turns."""
     make, tensors = tune.Problem(1, 24, 32, 3, 6, dtype, False).product(direction, CPU)
     choice = make(*tensors).choice
     assert check.is_right(make, tensors, choice)
-
-    def spoil(arguments, constants):
-        if direction == "weight":
-            arguments[3][:, 5, tap * 32 + 7] = 0
-        else:
-            column = tap * 32 + 7
-            arguments[2][5, column] = arguments[2][5, column + 1]
-
     name = "masked_conv2d_weight_kernel" if direction == "weight" else "masked_conv2d_pack_kernel"
-    monkeypatch.setattr(products, name, Broken(getattr(products, name), spoil))
-    with pytest.warns(UserWarning, match="gives wrong results"):
-        assert not check.is_right(make, tensors, choice)
+    whole = getattr(products, name)
+    for tap in range(dtype == torch.bfloat16, 5, 2):
+
+        def spoil(arguments, constants, column=tap * 32 + 7):
+            if direction == "weight":
+                arguments[3][:, 5, column] = 0
+            else:
+                arguments[2][5, column] = arguments[2][5, column + 1]
+
+        monkeypatch.setattr(products, name, Broken(whole, spoil))
+        with pytest.warns(UserWarning, match="gives wrong results"):
+            assert not check.is_right(make, tensors, choice)
 
 
 def reasons():

@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastgen import ops
 from tests.ops.likelihood_inputs import make
@@ -16,7 +17,7 @@ def of_likelihood(likelihood, impl):
     channels = 1 if impl == "reference" else 3  # a mixture's definition on RGB takes half a minute to trace
 
     def call(n):
-        params, target = make(likelihood, n, channels, n + 1, n + 2)
+        params, target = make(likelihood, n, channels, n + 1, 2 * n)
         return (params,), lambda p: ops.reconstruction_nll(p, target, likelihood, impl=impl)
 
     return call
@@ -53,8 +54,8 @@ def of_scan(operation, taps, impl):
 
 
 def of_cross_entropy(n):
-    weight, target = torch.randn(2 * 5, 4), torch.randint(5, (n, 2, n + 1, n + 2))
-    return (torch.randn(n, 4, n + 1, n + 2),), lambda x: ops.linear_cross_entropy(x, weight, target)
+    weight, target = torch.randn(2 * 5, 9), torch.randint(5, (n, 2, n + 1, n + 2))
+    return (torch.randn(n, 9, n + 1, n + 2),), lambda x: ops.linear_cross_entropy(x, weight, target)
 
 
 CASES = {"linear_cross_entropy": of_cross_entropy}
@@ -72,18 +73,22 @@ for impl in ("auto", "triton"):  # the definition unrolls
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CASES)
 def test_sizes_may_vary(case):
-    """Compiled for one size and run for another, gradients too."""
+    """Compiled once, for sizes that no other dimension has, and run for others, gradients too. Definitions are traced,
+    and the operators of kernels with their gradients."""
     torch._dynamo.reset()
-    for n in (2, 3):
+    counter, counts = CompileCounterWithBackend("aot_eager" if "triton" in case else "eager"), []
+    for n in (4, 5):
         inputs, run = CASES[case](n)
-        compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+        compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
         leaves = [x.clone().requires_grad_() for x in inputs]
         found, wanted = compiled(*leaves), run(*inputs)
+        counts.append(counter.frame_count)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
         grads = torch.autograd.grad(found.sum(), leaves)
         others = [x.clone().requires_grad_() for x in inputs]
         for one, other in zip(grads, torch.autograd.grad(run(*others).sum(), others), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.gpu
@@ -120,10 +125,14 @@ def test_nothing_that_a_call_has_allocated_is_kept(case):
     """CUDA graphs, `mode="reduce-overhead"`, take back what an operator has allocated."""
     inputs, run = CASES[case](3)
     counts = []
-    for _ in range(3):
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        torch.autograd.grad(run(*leaves).sum(), leaves)
-        del leaves
-        gc.collect()
-        counts.append(sum(type(x) is torch.Tensor for x in gc.get_objects()))
+    gc.freeze()  # what was there before is neither collected nor counted
+    try:
+        for _ in range(3):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            torch.autograd.grad(run(*leaves).sum(), leaves)
+            del leaves
+            gc.collect()
+            counts.append(sum(type(x) is torch.Tensor for x in gc.get_objects()))
+    finally:
+        gc.unfreeze()
     assert counts[1] == counts[2]  # at the first call PyTorch itself may keep some

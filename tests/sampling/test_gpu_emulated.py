@@ -51,7 +51,7 @@ def test_one_launch():
 def test_programs_that_share_images():
     levels, naive, player = drawn(lambda base: type("Together", (base,), {"together": 3}), tiny())
     assert torch.equal(levels, naive) and len(naive.unique()) > 1
-    assert int(player._meeting[1]) % 3 == 0 and int(player._meeting[1]) > 0
+    assert player.arrivals % 3 == 0 and player.arrivals > 0
 
 
 @pytest.mark.slow

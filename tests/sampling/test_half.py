@@ -4,15 +4,18 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
-from fastgen import accelerate
+from fastgen import Categorical, accelerate
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelCNNPP, PixelRNN
 from fastgen.sampling.draws import draw_image
 from fastgen.sampling.request import SampleRequest
+from tests.sampling.zoo_case import DataMask
 
 MODELS = {
-    "gated, classes": lambda: GatedPixelCNN((1, 3, 3), 4, channels=6, layers=1, n_classes=3),
-    "plain, colours": lambda: PixelCNN((3, 3, 2), 3, channels=6, layers=1),
+    "gated, classes": lambda: GatedPixelCNN((1, 2, 3), 4, channels=6, layers=1, n_classes=3),
+    "plain, colours": lambda: PixelCNN((3, 2, 2), 3, channels=6, layers=1),
     "plusplus": lambda: PixelCNNPP((3, 4, 4), channels=4, layers=1, n_mix=2),
     "diagonal": lambda: PixelRNN((1, 2, 3), 4, hidden_channels=6, layers=1),
     "diagonal, colours": lambda: PixelRNN((3, 3, 2), 3, hidden_channels=6, layers=1),
@@ -68,3 +71,32 @@ def test_the_step_machine_draws_of_such_logits(name, dtype):
     assert torch.equal(draw_image(request, params)[0], images) and len(images.unique()) > 1
     eager = made(name, dtype, "eager")[2].params(images)
     assert (params.double() - eager.double()).abs().max() <= 4 * torch.finfo(dtype).eps * eager.double().abs().max()
+
+
+class WavesAbove(nn.Module):
+    """Of the rows above, a function that the step machine does not know, and where it is large."""
+
+    def __init__(self):
+        super().__init__()
+        self.above, self.near = nn.Conv2d(1, 4, (1, 3), padding=(0, 1)), DataMask(1, 4, 3, True)
+        self.out = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        waves = self.above(x).sin()
+        waves = F.pad(torch.where(waves > waves.cos(), waves, -0.5), (0, 0, 1, -1))
+        return self.out((waves + self.near(x)).tanh())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_torch_plays_the_few_steps_that_the_machine_does_not_know(dtype):
+    """In the model's precision, also where memory holds half precision as float32."""
+    torch.manual_seed(0)
+    model, shape, distribution = WavesAbove().to(dtype).eval(), (1, 2, 12), Categorical(3, "B(KC)HW")
+    fast, eager = (
+        accelerate(model, shape, distribution=distribution, backend=backend) for backend in ("persistent", "eager")
+    )
+    assert "persistent: torch plays 1 of 25 steps, between launches, for cos, sin" in fast.explain()
+    images = fast.sample(N, seed=0)
+    assert fast.stats.backend == "persistent" and fast.stats.launches == 3 and len(images.unique()) > 1
+    found, expected = fast.params(images).double(), eager.params(images).double()
+    assert (found - expected).abs().max() <= 2 * torch.finfo(dtype).eps * expected.abs().max()

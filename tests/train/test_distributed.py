@@ -1,5 +1,6 @@
 """Several processes, by torchrun on the CPU: what one process computes, and a process that dies."""
 
+import importlib.util
 import json
 import os
 import re
@@ -13,8 +14,10 @@ import torch
 
 import fastgen
 from fastgen import cli, distributed
+from fastgen.demos.examples import two_gpus
 from fastgen.train import read_state
 
+DIGITS = importlib.util.find_spec("sklearn") is not None
 ROOT = Path(__file__).parents[2]
 TINY = ["--batch-size", 7, "--validate-every", 2, "--set", "channels=4", "--lr", 0.02, "--device", "cpu"]
 
@@ -36,7 +39,7 @@ def images(tmp_path_factory):
     return f"npz:{path}"
 
 
-def commands(images, root, name):
+def commands(images, root):
     """Train a conditional PixelCNN and a VAE, train the first on, also with sharded parameters, score, draw."""
     pixel, vae = root / "pixelcnn", root / "vae"
     new = ["train", "--data", images, *TINY]
@@ -60,7 +63,7 @@ def commands(images, root, name):
 def one(images, tmp_path_factory):
     """The same commands in this process."""
     root = tmp_path_factory.mktemp("one")
-    for command in commands(images, root, "one"):
+    for command in commands(images, root):
         assert cli.main([str(argument) for argument in command]) == 0
     return root
 
@@ -77,11 +80,12 @@ def copied(source, target):
             (target / file.name).write_bytes(file.read_bytes())
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_a_job_of_processes_is_a_job_of_one(count, images, one, tmp_path, capsys):
-    """Training in one, in the other number of processes after a resumption, sharded or not: the same curve up to the
-    order of sums. Scores and images of the same weights: the same."""
-    jobs = commands(images, tmp_path, str(count))
+@pytest.mark.parametrize(("count", "sharded"), [(2, False), (3, True)])
+def test_a_job_of_processes_is_a_job_of_one(count, sharded, images, one, tmp_path, capsys):
+    """Training, also resumed, replicated and sharded: the same curve up to the order of sums. Scores and images of the
+    same weights: the same. Without shards, which hold the group, no thread of it is left at the end. The example for
+    two GPUs says the same of two processes as of one."""
+    jobs = commands(images, tmp_path)
     # From the weights of the single process, so that every figure must be the same to the last bit.
     for name in ("pixelcnn", "vae"):
         copied(one / name, tmp_path / f"one-{name}")
@@ -89,10 +93,13 @@ def test_a_job_of_processes_is_a_job_of_one(count, images, one, tmp_path, capsys
         [str(argument).replace(f"{tmp_path}/", f"{tmp_path}/one-") for argument in command] for command in jobs[-4:]
     ]
     jobs.append([*jobs[2][:-1], tmp_path / "parts"])
+    if not sharded:
+        jobs = [job for job in jobs if "fsdp" not in job and tmp_path / "fsdp" not in job]
+        jobs += [["two_gpus", tmp_path / "two"]] if DIGITS else []
     job = launch(count, Path(__file__).parent / "commands.py", json.dumps([[str(a) for a in job] for job in jobs]))
     out, err = job.communicate(timeout=120)
     assert job.returncode == 0, err
-    for name in ("pixelcnn", "fsdp"):
+    for name in ("pixelcnn", "fsdp") if sharded else ("pixelcnn",):
         found, expected = curve(tmp_path / name), curve(one / name)
         assert found.keys() == expected.keys()
         assert found == pytest.approx(expected, rel=1e-5)
@@ -103,8 +110,12 @@ def test_a_job_of_processes_is_a_job_of_one(count, images, one, tmp_path, capsys
         sums = [read_state(root / name)["loss"] for root in (tmp_path, one)]
         assert sums[0][1] == sums[1][1] == 6
         torch.testing.assert_close(*(total for total, _ in sums))
-    assert out.count("saved in") == 6  # one process prints
-    goes_on_alone(tmp_path / "parts", one / "pixelcnn")
+    assert out.count("saved in") == (6 if sharded else 3)  # one process prints
+    if sharded:
+        goes_on_alone(tmp_path / "parts", one / "pixelcnn")
+    elif DIGITS:
+        (bits,) = re.findall(r"2 processes: ([\d.]+) bits/dim", out)
+        assert float(bits) == pytest.approx(two_gpus.main(tmp_path / "alone", steps=2), abs=1e-4)
     for name in ("pixelcnn", "vae"):
         with np.load(one / f"{name}.npz") as expected, np.load(tmp_path / f"one-{name}.npz") as found:
             assert np.array_equal(expected["images"], found["images"])
@@ -127,14 +138,6 @@ def goes_on_alone(parts, one):
     for number, entry in truth["optimizer"]["state"].items():
         for key, value in entry.items():
             torch.testing.assert_close(state["optimizer"]["state"][number][key], value, rtol=1e-3, atol=1e-6)
-
-
-def test_no_thread_is_left_at_the_end(images, tmp_path):
-    job = launch(
-        2, Path(__file__).parent / "commands.py", json.dumps([list(map(str, commands(images, tmp_path, "2")[0]))])
-    )
-    _, err = job.communicate(timeout=60)
-    assert job.returncode == 0, err
 
 
 def test_a_process_that_dies_ends_all_with_one_line(images, tmp_path):

@@ -18,6 +18,10 @@ def _into(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *args, out: out.copy_(function(*args))
 
 
+def _as_tensor(x: Tensor | float, out: Tensor) -> Tensor:
+    return x if isinstance(x, Tensor) else out.new_tensor(x)
+
+
 # Of one operand or of two. Numbers may take the place of operands.
 POINTWISE: dict[str, Callable[..., Tensor]] = {
     "copy": _copy,
@@ -48,7 +52,15 @@ POINTWISE: dict[str, Callable[..., Tensor]] = {
     "glu": _into(lambda a, b: a * b.sigmoid()),
     # Where the second operand is not 0, what the first holds does not count.
     "hide": _into(lambda x, hidden: x.masked_fill(hidden != 0, -math.inf)),
-    "erase": _into(lambda x, erased: x.masked_fill(erased != 0, 0)),
+    "erase": lambda x, erased, out: out.copy_(torch.where(erased != 0, 0, _as_tensor(x, out))),
+    "keep": lambda x, kept, out: out.copy_(torch.where(kept == 0, 0, _as_tensor(x, out))),
+    "softplus": _into(F.softplus),
+    "log1p": torch.log1p,
+    "erf": torch.erf,
+    # 1 where it is true, and 0 elsewhere.
+    "eq": _into(lambda a, b: a == b),
+    "lt": _into(lambda a, b: a < b),
+    "le": _into(lambda a, b: a <= b),
 }
 
 

@@ -94,7 +94,7 @@ class View:
     Attributes:
         offset: of its first element, in the start of the box of `task`.
         task: which of a step's boxes; values that are computed in the same box share it.
-        listed: takes the place of the offset where no formula gives it: its number among the listed ones of a step.
+        listed: comes to the offset where no formula gives all of it: its number among the listed ones of a step.
     """
 
     memory: Memory
@@ -268,7 +268,8 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Call:
-    """function(*args, **kwargs), with views, temporaries and `Fixed` in the place of tensors."""
+    """function(*args, **kwargs), with views, temporaries and `Fixed` in the place of tensors. It writes its first
+    argument, a view, and no other, where it has no result."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -342,5 +343,7 @@ class Program:
         moving = self.moving()
         found = np.zeros((len(listed), len(moving)), dtype=np.int64)
         for k, view in enumerate(moving):
-            found[:, k] = view.offset.over(starts[view.task]) if view.listed is None else listed[:, view.listed]
+            found[:, k] = view.offset.over(starts[view.task])
+            if view.listed is not None:
+                found[:, k] += listed[:, view.listed]
         return found

@@ -137,8 +137,9 @@ def _pointwise(one: Pointwise) -> Part:
     out, sizes = one.out, one.out.sizes
     inputs = tuple(_broadcast(x, sizes) if isinstance(x, View) else float(x) for x in one.operands)
     op = one.op
-    if op == "copy" and isinstance(one.operands[0], View) and one.operands[0].memory.dtype == torch.int64:
-        op = "move_int64" if out.memory.dtype == torch.int64 else "copy_int64"
+    if op == "copy":
+        to, of = (isinstance(x, View) and x.memory.dtype == torch.int64 for x in (out, one.operands[0]))
+        op = ("move_int64" if of else "to_int64") if to else "copy_int64" if of else op
     return Part(op, Side(out, out.strides), sizes, inputs)
 
 
@@ -172,8 +173,8 @@ def _contraction(one: Product) -> Part:
 def _check(part: Part, real: Sequence[torch.dtype]) -> None:
     """Raises Unknown for numbers of other dtypes, and for more dimensions than the machine has."""
     for k, side in enumerate(part.sides):
-        integers = part.op == "move_int64" or (part.op, k) in (("copy_int64", 1), ("lookup", 2))
-        if side.view.memory.dtype not in ((torch.int64,) if integers else real):
+        integers = part.op == "move_int64" or (part.op, k) in (("copy_int64", 1), ("to_int64", 0), ("lookup", 2))
+        if side.view.memory.dtype not in ((torch.int64,) if integers else (*real, torch.bool)):
             raise Unknown
     if part.weight is not None and part.weight.memory.dtype not in real:
         raise Unknown

@@ -29,6 +29,8 @@ from fastgen.sampling.plan.indexed import Indexed, IndexedRead, Region
 from fastgen.sampling.plan.layout import Box, Layout
 from fastgen.sampling.trace.graph import Map, Operand, Value
 
+MOST_RUNS = 16  # copies that gather scattered elements
+
 
 class NeedsStorage(Exception):
     """A value was taken for local to its step, but is read elsewhere too."""
@@ -247,38 +249,46 @@ class Builder:
         # Elements of several values, or in no regular order.
         dtype = values[-1].data.dtype
         target = self.scratch((math.prod(sizes),), dtype)
-        for number, value, listed in zip(read.numbers, values, read.listed, strict=True):
-            inside = np.flatnonzero(which == number)
-            distances = places.reshape(-1)[inside] - places.reshape(-1)[inside].min()
-            reach = int(distances.max()) + 1
-            source = View(self.storage.memory(value), (reach, 1), (1, 1), AffineOffset(0), self.task, listed=listed)
-            if len(values) == 1 and dtype.is_floating_point:
-                self.lookup(target.unsqueeze(1), source, constant(torch.from_numpy(distances)))
-            else:
-                self.call(_Scatter(torch.from_numpy(inside), torch.from_numpy(distances)), target, source)
+        found = [np.flatnonzero(which == number) for number in read.numbers]  # places in the region
+        distances = [places.reshape(-1)[inside] - places.reshape(-1)[inside].min() for inside in found]
+        runs = [_runs(inside, distance) for inside, distance in zip(found, distances, strict=True)]
+        if sum(map(len, runs)) > MOST_RUNS and dtype.is_floating_point:
+            self._gather(target, values, found, distances, read.listed)
+        else:
+            for value, of_value, listed in zip(values, runs, read.listed, strict=True):
+                for size, (to, to_step), (of, of_step) in of_value:
+                    place = View(target.memory, (size,), (to_step,), AffineOffset(to), self.task)
+                    memory = self.storage.memory(value)
+                    source = View(memory, (size,), (of_step,), AffineOffset(of), self.task, listed)
+                    self.pointwise("copy", place, source)
         return target.as_strided(sizes, dense_strides(sizes))
+
+    def _gather(
+        self,
+        target: View,
+        values: Sequence[Value],
+        found: Sequence[np.ndarray],
+        distances: Sequence[np.ndarray],
+        listed: Sequence[int],
+    ) -> None:
+        """The elements of all values side by side, then in their places."""
+        several = len(values) > 1
+        together = self.scratch(target.sizes, target.memory.dtype) if several else target
+        start = 0
+        for value, distance, number in zip(values, distances, listed, strict=True):
+            reach = (int(distance.max()) + 1, 1)
+            source = View(self.storage.memory(value), reach, (1, 1), AffineOffset(0), self.task, number)
+            part = together.narrow(0, start, len(distance)).unsqueeze(1)
+            self.lookup(part, source, constant(torch.from_numpy(distance)))
+            start += len(distance)
+        if several:
+            order = torch.from_numpy(np.argsort(np.concatenate(found)))
+            self.lookup(target.unsqueeze(1), together.unsqueeze(1), constant(order))
 
 
 @cache
 def _starts(rank: int) -> tuple[AffineOffset, ...]:
     return tuple(AffineOffset(0, tuple(int(k == d) for k in range(d + 1))) for d in range(rank))
-
-
-@dataclass(frozen=True, eq=False)
-class _Scatter:
-    """target (n, numbers) at `to` = source (n, reach, 1) at `of`."""
-
-    to: Tensor
-    of: Tensor
-
-    def __call__(self, target: Tensor, source: Tensor) -> None:
-        target[:, self.to.to(target.device)] = source[:, self.of.to(source.device), 0].to(target.dtype)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Scatter) and torch.equal(self.to, other.to) and torch.equal(self.of, other.of)
-
-    def __hash__(self) -> int:
-        return len(self.to)
 
 
 def _frozen(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
@@ -294,6 +304,21 @@ def _frozen(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...
 
 def _fill(out: Tensor, source: Tensor | float) -> Tensor:
     return out.copy_(source) if isinstance(source, Tensor) else out.fill_(source)
+
+
+def _runs(to: np.ndarray, of: np.ndarray) -> list[tuple[int, tuple[int, int], tuple[int, int]]]:
+    """Pairs of places as runs with equal steps: the number of pairs in it, and the first place and the step of each."""
+    found, first = [], 0
+    steps = np.stack((np.diff(to), np.diff(of)), 1)
+    while first < len(to):
+        size = 1
+        if first < len(steps) and steps[first, 1] >= 0:
+            others = np.flatnonzero((steps[first:] != steps[first]).any(1))
+            size += int(others[0]) if len(others) else len(steps) - first
+        step = steps[first] if size > 1 else (0, 0)
+        found.append((size, (int(to[first]), int(step[0])), (int(of[first]), int(step[1]))))
+        first += size
+    return found
 
 
 def _strides_of(offsets: np.ndarray) -> tuple[int, ...] | None:

@@ -5,6 +5,7 @@ import torch
 from fastgen.sampling.rules.base import Analysis, Rule, constant_operand
 from fastgen.sampling.rules.concatenation import Concatenation
 from fastgen.sampling.rules.convolution import Convolution
+from fastgen.sampling.rules.grouped_convolution import FEW_GROUPS, GroupedConvolution
 from fastgen.sampling.rules.matmul import MatMul
 from fastgen.sampling.rules.pointwise import Pointwise
 from fastgen.sampling.rules.reduction import Cumulative, Lookup, Opaque, Reduction, Softmax
@@ -40,6 +41,8 @@ def rule_kind(value: Value) -> type[Rule]:
     name = value.op_name
     if name == "convolution" and value.args[6]:
         return TransposedConvolution
+    if name == "convolution" and value.args[8] > FEW_GROUPS:
+        return GroupedConvolution
     if name in BY_NAME:
         return BY_NAME[name]
     if name == "embedding" and constant_operand(value.args[0]):

@@ -25,7 +25,6 @@ from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported, 
 
 WIDE = 32  # numbers in a row from which a product of its own costs less than a copy
 FEW_RUNS = 4  # runs of taps up to which that holds at a single place
-FEW_GROUPS = 8  # groups up to which each is a product of its own
 PRECISE = (torch.float32, torch.float64)  # in which sums may be rounded on the way
 
 
@@ -183,15 +182,8 @@ class Convolution(Rule):
     def fixed(self, boxes: Any) -> Sequence[Any]:
         return (boxes.start[1],)
 
-    @property
-    def _is_grouped(self) -> bool:
-        return self.groups > FEW_GROUPS
-
     def emit(self, builder: Builder, box: Box) -> None:
         out = builder.out(self.value, box)
-        if self._is_grouped:
-            self._emit_grouped(builder, box, out)
-            return
         added = self._added(builder, box, out)
         for first, count, channels, group in self._channels(box):
             here = out.narrow(1, first, count)
@@ -301,24 +293,6 @@ class Convolution(Rule):
         builder.pointwise("copy", inner, both)
         builder.product(out, rows, part.weight, added)
 
-    def _emit_grouped(self, builder: Builder, box: Box, out: View) -> None:
-        """Of many groups, as torch convolves them."""
-        starts = builder.starts(box)
-        region = [(starts[0], box.sizes[0], box.steps[0]), (AffineOffset(0), self.x.shape[1], 1)]
-        strides = []
-        for d in range(self.rank):
-            strides.append(self.stride[d] * box.steps[2 + d])
-            reach = (box.sizes[2 + d] - 1) * strides[-1] + (self.kernel[d] - 1) * self.dilation[d] + 1
-            region.append((starts[2 + d] * self.stride[d], reach, 1))
-        seen = builder.read(self._padded(), region)
-        bias = None if self.bias is None or self.onto is not None else self.analysis.data(self.bias)
-        kept = (box.start[1], box.start[1] + (box.sizes[1] - 1) * box.steps[1] + 1, box.steps[1])
-        convolve = BatchedConv(tuple(strides), tuple(self.dilation), self.groups, kept)
-        found = builder.make(convolve, seen, self.weight, bias)
-        if self.onto is not None:
-            found = builder.make(torch.add, found, builder.read(self.onto, builder.region(box)))
-        builder.fill(out, found)
-
 
 def any_along(mask: Tensor, dim: int) -> Tensor:
     """`mask.any(dim)`, for which torch takes several times as long."""
@@ -329,21 +303,6 @@ def extent(live: Tensor) -> tuple[int, int]:
     """The first live place, and the one after the last."""
     places = torch.nonzero(live).flatten()
     return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 1)
-
-
-@dataclass(frozen=True)
-class BatchedConv:
-    """A convolution without padding of x (n, N, I, ...), of which some output channels are kept: (n, N, O, ...)."""
-
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-    kept: tuple[int, int, int]  # as of a slice
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        no = [0] * len(self.stride)
-        found = torch.convolution(x.flatten(0, 1), weight, bias, self.stride, no, self.dilation, False, no, self.groups)
-        return found[:, slice(*self.kept)].unflatten(0, x.shape[:2])
 
 
 def _of_channels(found: list[tuple[Tensor, Tensor]], shape: tuple[int, ...]) -> Tensor:

@@ -68,7 +68,8 @@ class MatMul(Rule):
         region = builder.region(box)
         inner = (AffineOffset(0), a.shape[-1], 1)
         batch = region[:-2]
-        plain = all(self.value.kwargs.get(name, 1) == 1 for name in ("alpha", "beta"))
+        alpha, beta = (self.value.kwargs.get(name, 1) for name in ("alpha", "beta"))
+        plain = alpha == beta == 1
         if constant_operand(b) and not batch and plain:
             columns = (AffineOffset(box.start[-1]), box.sizes[-1], box.steps[-1])
             if summand is None or (constant_operand(summand) and summand.shape[:-1] in ((), (1,))):
@@ -82,9 +83,15 @@ class MatMul(Rule):
             added = None if summand is None else builder.broadcast(summand, region)
             builder.product(out, first, second, added)
             return
+        if self._is_plain(first, second) and summand is not None:
+            builder.product(out, first, second)
+            builder.pointwise("mul", out, out, float(alpha))
+            part = builder.scratch(out.sizes, out.memory.dtype)
+            builder.pointwise("mul", part, builder.broadcast(summand, region), float(beta))
+            builder.pointwise("add", out, out, part)
+            return
         found: Any = builder.make(torch.matmul, first, second)
         if summand is not None:
-            alpha, beta = (self.value.kwargs.get(name, 1) for name in ("alpha", "beta"))
             scaled: Any = builder.broadcast(summand, region)
             if beta != 1:
                 scaled = builder.make(torch.mul, scaled, beta)

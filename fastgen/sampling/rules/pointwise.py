@@ -14,7 +14,7 @@ from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
 from fastgen.sampling.rules.base import NOWHERE, SOFTMAX_ZERO, Rule, constant_operand, reduce_to, result_of
 from fastgen.sampling.trace.element_times import compact, shrunk
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, map_arguments
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Value, map_arguments
 
 SWALLOWS = 1e6  # where a sum is rounded by more than this, its smaller part counts as nothing
 CONSTANT_TIME = torch.tensor(CONSTANT, dtype=torch.int32)
@@ -23,7 +23,10 @@ CONSTANT_TIME = torch.tensor(CONSTANT, dtype=torch.int32)
 class Pointwise(Rule):
     @property
     def sees_zeros(self) -> bool:  # type: ignore[override]
-        return self.value.op_name in ("mul", "div", "logical_and", "bitwise_and", "where", "masked_fill")
+        return self.value.op_name in (
+            *("mul", "div", "where", "masked_fill"),
+            *("logical_and", "bitwise_and", "logical_or", "bitwise_or"),
+        )
 
     _vanishing: Tensor | None = None
 
@@ -47,6 +50,10 @@ class Pointwise(Rule):
             for one in operands if name != "div" else operands[:1]:
                 zero = self._aligned(self.analysis.zero(one))
                 ready = torch.where(zero, CONSTANT, ready) if zero.any() else ready
+        if name in ("logical_or", "bitwise_or") and self.value.data.dtype == torch.bool:
+            for one, of_one in zip(operands, times, strict=True):
+                true = (of_one == CONSTANT) & ~self._aligned(self.analysis.zero(one))
+                ready = torch.where(true, CONSTANT, ready) if true.any() else ready
         low: Tensor | None = None
         if name in ("add", "sub", "clone", "_to_copy"):
             summands = operands if name != "sub" else [one for one in self.value.args[:1] if isinstance(one, Operand)]
@@ -91,7 +98,7 @@ class Pointwise(Rule):
         found, data = NOWHERE, self.value.data
         for one, ready in zip(summands, times, strict=False) if data.is_floating_point() else ():
             constant = ready == CONSTANT
-            if constant.any():
+            if constant.any() and one.dtype.is_floating_point:
                 given = self.analysis.data(one)
                 large = given.abs() * torch.finfo(data.dtype).eps > SWALLOWS
                 if large.any():
@@ -144,37 +151,78 @@ class Pointwise(Rule):
             return builder.broadcast(operand, region).order(order)
 
         target = out.order(order)
-        if self._selects_by_constants:
-            self._select(builder, target, view, lambda one: builder.read(one, region).order(order))
-            return
+        if not self._is_instruction(builder, target, view):
+            args, kwargs = map_arguments(self.value.args, view), map_arguments(self.value.kwargs, view)
+            builder.fill(target, builder.make(result_of(self.value.op, self.value.output), *args, **kwargs))
+        if self.vanishes is not None:  # whatever lies where the operand is low
+            hidden = builder.read(self.vanishes, region).order(order)
+            builder.pointwise("erase", target, target, hidden)
+
+    def _is_instruction(self, builder: Builder, target: View, view: Callable[[Operand], View | Tensor]) -> bool:
+        """Writes the operation as instructions, where there are such."""
+        name, dtype = self.value.op_name, self.value.data.dtype
+        if self._selects:
+            self._select(builder, target, view)
+            return True
         args, kwargs = map_arguments(self.value.args, view), map_arguments(self.value.kwargs, view)
-        name = self.value.op_name
-        known = None if name in ("clone", "_to_copy") else instruction_of(name, args, kwargs)
-        if name in ("clone", "_to_copy"):
+        copies = name in ("clone", "_to_copy")
+        if copies and (dtype != torch.bool or args[0].memory.dtype == torch.bool):
             builder.pointwise("copy", target, args[0])
+        elif dtype == torch.bool and name in (*COMPARISONS, *LOGICAL):
+            return self._decide(builder, target, args)
         elif name == "clamp" and self._is_plain(args) and not kwargs:
             found = args[0]
             for op, bound in zip(("maximum", "minimum"), args[1:], strict=False):
                 if bound is not None:
                     builder.pointwise(op, target, found, float(bound))
                     found = target
-        elif known is not None and self._is_plain(args):
-            builder.pointwise(known[0], target, *(self._real(builder, one) for one in known[1]))
+        elif (known := instruction_of(name, args, kwargs)) is not None and self._is_plain(args):
+            builder.pointwise(known[0], target, *(self._real(builder, one, dtype) for one in known[1]))
         else:
-            builder.fill(target, builder.make(result_of(self.value.op, self.value.output), *args, **kwargs))
-        if self.vanishes is not None:  # whatever lies where the operand is low
-            hidden = builder.read(self.vanishes, region).order(order)
-            builder.pointwise("erase", target, target, hidden)
+            return False
+        return True
+
+    def _decide(self, builder: Builder, target: View, args: Sequence[Any]) -> bool:
+        """A comparison, a sentence of conditions, or what a number is as a condition; False where it is none."""
+        name = self.value.op_name
+        conditions = all(isinstance(one, View) and one.memory.dtype == torch.bool for one in args)
+        if name in LOGICAL and not conditions:
+            return False
+        if name in ("logical_and", "bitwise_and"):
+            builder.pointwise("mul", target, *args)
+            return True
+        if name in ("logical_or", "bitwise_or"):  # not the first, or else the second
+            other = builder.scratch(target.sizes, torch.bool)
+            builder.pointwise("eq", other, args[0], 0.0)
+            builder.pointwise("le", target, other, args[1])
+            return True
+        op, turned, negated = COMPARISONS[name]
+        operands = self._comparable(builder, [*args, 0.0][:2])
+        if operands is None:
+            return False
+        found = builder.scratch(target.sizes, torch.bool) if negated else target
+        builder.pointwise(op, found, *(operands[::-1] if turned else operands))
+        if negated:
+            builder.pointwise("eq", target, found, 0.0)
+        return True
+
+    def _comparable(self, builder: Builder, args: Sequence[Any]) -> list[View | float] | None:
+        """Operands as numbers of one real type, which holds them as they are; None where there is no such type."""
+        views = [one for one in args if isinstance(one, View)]
+        real = {one.memory.dtype for one in views} - {torch.int64, torch.bool}
+        integers = [one for one in self.value.operands if one.dtype == torch.int64]
+        if len(real) > 1 or not all(dtype.is_floating_point for dtype in real) or not all(map(_is_small, integers)):
+            return None
+        (dtype,) = real or {torch.float32}
+        return [self._real(builder, one if isinstance(one, View) else float(one), dtype) for one in args]
 
     @cached_property
-    def _selects_by_constants(self) -> bool:
-        """Whether it is a selection of real numbers of one type by a condition that is known."""
+    def _selects(self) -> bool:
+        """Whether it is a selection of real numbers of one type."""
         chosen, dtype = self.chosen(), self.value.data.dtype
-        if chosen is None or not dtype.is_floating_point:
+        if chosen is None or not dtype.is_floating_point or chosen[0].dtype != torch.bool or chosen[0].shape == ():
             return False
-        known = bool((self.analysis.ready(chosen[0]) == CONSTANT).all())
-        selected = [one for one in self._selected_from if isinstance(one, Operand)]
-        return known and len(selected) > 0 and all(self.analysis.data(one).dtype == dtype for one in selected)
+        return all(one.dtype == dtype for one in self._selected_from if isinstance(one, Operand))
 
     @property
     def _selected_from(self) -> list[Operand | float]:
@@ -186,68 +234,72 @@ class Pointwise(Rule):
             for one in self._given()
         ]
 
-    @cached_property
-    def _left_out(self) -> list[Operand]:
-        """Of a selection by constants: where its condition is false, and where it is true, 1, and 0 elsewhere."""
+    def _select(self, builder: Builder, target: View, view: Callable[[Operand], View | Tensor]) -> None:
+        """What is left out becomes 0, and both are added; -inf is put in place alone."""
         chosen = self.chosen()
         assert chosen is not None
-        false = self._aligned(self.analysis.zero(chosen[0])).expand(self.value.shape)
-        return [self.analysis.constant(one.to(self.value.data.dtype)) for one in (false, ~false)]
+        condition: Any = view(chosen[0])
+        given: list[Any] = [view(one) if isinstance(one, Operand) else one for one in self._selected_from]
+        for one, other, op in zip(given, given[::-1], ("keep", "erase"), strict=True):
+            if other == 0:
+                builder.pointwise(op, target, one, condition)
+                return
+            if other == -math.inf:
+                if op == "keep" and self._otherwise is not None:
+                    condition = view(self._otherwise)
+                elif op == "keep":
+                    hidden = builder.scratch(target.sizes, torch.bool)
+                    builder.pointwise("eq", hidden, condition, 0.0)
+                    condition = hidden
+                builder.pointwise("hide", target, one, condition)
+                return
+        rest = builder.scratch(target.sizes, target.memory.dtype)
+        builder.pointwise("keep", target, given[0], condition)
+        builder.pointwise("erase", rest, given[1], condition)
+        builder.pointwise("add", target, target, rest)
 
     @cached_property
-    def _filled(self) -> Operand:
-        """Of a selection of a number: the number, which may be NaN or infinite, where it is chosen, and 0 elsewhere."""
-        parts = zip(self._selected_from, reversed(self._left_out), strict=True)
-        number, places = next((one, chosen) for one, chosen in parts if not isinstance(one, Operand))
-        return self.analysis.constant(
-            torch.where(self.analysis.data(places) != 0, number, 0.0).to(self.value.data.dtype)
-        )
-
-    def _select(
-        self,
-        builder: Builder,
-        target: View,
-        view: Callable[[Operand], View | Tensor],
-        mask: Callable[[Operand], View],
-    ) -> None:
-        """What is left out becomes 0, and both are added; -inf is put in place alone."""
-        given = list(zip(self._selected_from, self._left_out, strict=True))
-        given.sort(key=lambda one: not isinstance(one[0], Operand))  # numbers last
-        (first, hidden), (second, other) = given
-        operand = view(first) if isinstance(first, Operand) else first
-        assert isinstance(operand, View)
-        if second == -math.inf:
-            builder.pointwise("hide", target, operand, mask(hidden))
-            return
-        builder.pointwise("erase", target, operand, mask(hidden))
-        if isinstance(second, Operand):
-            added, rest = builder.scratch(target.sizes, target.memory.dtype), view(second)
-            assert isinstance(rest, View)
-            builder.pointwise("erase", added, rest, mask(other))
-            builder.pointwise("add", target, target, added)
-        elif second != 0:
-            builder.pointwise("add", target, target, mask(self._filled))
+    def _otherwise(self) -> Operand | None:
+        """Of a selection by a constant condition: where that is false."""
+        condition = self.value.operands[0 if self.value.op_name == "where" else 1]
+        known = all(one.kind == "constant" for one in condition.values)
+        return self.analysis.constant(~self.analysis.data(condition)) if known else None
 
     def _is_plain(self, args: Sequence[Any]) -> bool:
-        """Whether result and operands are real numbers of one type, but for levels."""
+        """Whether result and operands are real numbers of one type, but for levels and conditions."""
         dtype = self.value.data.dtype
-        types = (dtype, torch.int64)
+        types = (dtype, torch.int64, torch.bool)
         return dtype.is_floating_point and all(one.memory.dtype in types for one in args if isinstance(one, View))
 
-    def _real(self, builder: Builder, operand: View | float) -> View | float:
-        """Levels as numbers of the result's type."""
-        if isinstance(operand, float) or operand.memory.dtype == self.value.data.dtype:
+    def _real(self, builder: Builder, operand: View | float, dtype: torch.dtype) -> View | float:
+        """Levels as numbers of a type; conditions are numbers of any."""
+        if isinstance(operand, float) or operand.memory.dtype in (dtype, torch.bool):
             return operand
-        found = builder.scratch(operand.sizes, self.value.data.dtype)
+        found = builder.scratch(operand.sizes, dtype)
         builder.pointwise("copy", found, operand)
         return found
 
 
+# Operators whose result is a condition: the op of the step language, whether its operands are turned round, and whether
+# its result is.
+COMPARISONS = {
+    "eq": ("eq", False, False),
+    "ne": ("eq", False, True),
+    "lt": ("lt", False, False),
+    "gt": ("lt", True, False),
+    "le": ("le", False, False),
+    "ge": ("le", True, False),
+    "_to_copy": ("eq", False, True),  # with 0, as what comes next
+    "logical_not": ("eq", False, False),
+    "bitwise_not": ("eq", False, False),
+}
+LOGICAL = ("logical_and", "bitwise_and", "logical_or", "bitwise_or")
 # Operators that are an op of the step language by another name, or by the same one.
 SAME_NAME = {
     "add", "sub", "mul", "div", "neg", "relu", "tanh", "sigmoid", "exp", "expm1", "log", "silu", "square", "abs",
-    "sqrt", "rsqrt", "reciprocal", "maximum", "minimum",
+    "sqrt", "rsqrt", "reciprocal", "maximum", "minimum", "log1p", "erf",
 }  # fmt: skip
+POWERS: dict[Any, str] = {(2,): "square", (0.5,): "sqrt", (-0.5,): "rsqrt", (-1,): "reciprocal"}
 
 
 def instruction_of(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[str, list[Any]] | None:
@@ -259,8 +311,10 @@ def instruction_of(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> tu
         return None
     if name == "clamp_min" and args[1:] == (0,):
         return "relu", list(args[:1])
-    if name == "pow" and args[1:] == (2,):
-        return "square", list(args[:1])
+    if name == "pow" and args[1:] in POWERS:
+        return POWERS[args[1:]], list(args[:1])
+    if name == "softplus" and args[1:] in ((), (1,), (1, 20)):
+        return "softplus", list(args[:1])
     if name == "elu" and set(args[2:]) <= {1}:
         return "elu", [args[0], float(args[1]) if len(args) > 1 else 1.0]
     if name == "leaky_relu":
@@ -269,6 +323,21 @@ def instruction_of(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> tu
         return None
     operands = [float(one) if isinstance(one, (int, float, Tensor)) else one for one in args]
     return (name, operands) if all(isinstance(one, (View, float)) for one in operands) else None
+
+
+def _is_small(operand: Operand) -> bool:
+    """Whether integers are known to be such as float32 tells apart: levels, conditions, some constants."""
+    return all(
+        one.kind == "levels"
+        or (one.kind == "constant" and bool((one.data.abs() < 2**24).all()))
+        or (one.kind == "computed" and (_are_places(one) or all(s.dtype == torch.bool for s in one.operands)))
+        for one in operand.values
+    )
+
+
+def _are_places(value: Value) -> bool:
+    """Whether integers number what has been found among real numbers: the greatest, the strongest."""
+    return value.op_name != "_to_copy" and all(one.dtype.is_floating_point for one in value.operands)
 
 
 def _or_none(argument: Any) -> Operand | None:

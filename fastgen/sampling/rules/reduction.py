@@ -31,6 +31,19 @@ def whole(shape: Sequence[int]) -> list[tuple[AffineOffset, int, int]]:
     return [(AffineOffset(0), size, 1) for size in shape]
 
 
+def _first_of_greatest(builder: Builder, row: View, greatest: View, out: View) -> None:
+    """The place of the first of the greatest numbers along the last dimension."""
+    count = row.sizes[-1]
+    are, numbered = builder.scratch(row.sizes, torch.bool), builder.scratch(row.sizes, torch.float32)
+    first = builder.scratch(greatest.sizes, torch.float32)
+    builder.pointwise("eq", are, row, greatest.expand(row.sizes))
+    builder.pointwise("mul", numbered, are, constant(torch.arange(count, 0, -1.0)).expand(row.sizes))
+    builder.rowwise("amax", first, numbered)
+    builder.pointwise("maximum", first, first, 1.0)  # where all are NaN
+    builder.pointwise("sub", first, float(count), first)
+    builder.pointwise("copy", out, first)
+
+
 def _beside_others(low: Tensor, dims: Sequence[int]) -> Tensor | None:
     """Elements that are low in rows along these dimensions that hold others, too; None where there are none."""
     if not low.any():
@@ -105,6 +118,32 @@ class Reduction(Slicewise):
         greatest = value.op_name in GREATEST and self.dims
         self._hidden = _beside_others(analysis.softmax_zero(value.args[0]), self.dims) if greatest else None
 
+    @property
+    def _op(self) -> str | None:
+        """That of the step language, or "argmax", whatever the operator calls it; None where there is none."""
+        name = self.value.op_name
+        if self.value.data.dtype != self.value.args[0].dtype:
+            return "argmax" if name in ("argmax", "argmin", "max", "min") and len(self.dims) == 1 else None
+        return name if name in ("sum", "mean") else "amax" if name in ("amax", "max", "amin", "min") else None
+
+    def _reduce(self, builder: Builder, op: str, out: View, seen: View) -> None:
+        least = self.value.op_name in ("min", "amin", "argmin")
+        if least:
+            negative = builder.scratch(seen.sizes, seen.memory.dtype)
+            builder.pointwise("neg", negative, seen)
+            seen = negative
+        for d in self.dims:  # one after the other
+            sizes = [size if k != d else 1 for k, size in enumerate(seen.sizes)]
+            last = [*(k for k in range(len(sizes)) if k != d), d]
+            is_result = d == self.dims[-1] and op != "argmax"
+            part = out if is_result else builder.scratch(sizes, seen.memory.dtype)
+            builder.rowwise("amax" if op == "argmax" else op, part.order(last), seen.order(last))
+            if op == "argmax":
+                _first_of_greatest(builder, seen.order(last), part.order(last), out.order(last))
+            seen = part
+        if least and op != "argmax":
+            builder.pointwise("neg", out, out)
+
     def _is_plain(self, seen: View) -> bool:
         """Whether result and operand are real numbers of one type."""
         return self.value.data.dtype.is_floating_point and seen.memory.dtype == self.value.data.dtype
@@ -130,15 +169,10 @@ class Reduction(Slicewise):
             if same:
                 for d in self.dims:
                     found = builder.make(cut, found, d, box.start[d], box.sizes[d], box.steps[d])
-        elif name in ("sum", "mean", "amax") and self.dims and self._is_plain(seen):
+        elif (op := self._op) is not None and self.dims and seen.memory.dtype.is_floating_point:
             for d in () if self.mixed else self.dims:
                 out = out.unsqueeze(d)
-            for d in self.dims:  # one after the other
-                sizes = [size if k != d else 1 for k, size in enumerate(seen.sizes)]
-                part = out if d == self.dims[-1] else builder.scratch(sizes, seen.memory.dtype)
-                last = [*(k for k in range(len(sizes)) if k != d), d]
-                builder.rowwise(name, part.order(last), seen.order(last))
-                seen = part
+            self._reduce(builder, op, out, seen)
             return
         else:
             found = builder.make(self.run, seen)
@@ -180,6 +214,18 @@ class Cumulative(Slicewise):
     def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
         (dim,) = self.dims
         yield self.value.args[0], compact(times).flip(dim).cummin(dim).values.flip(dim).expand(times.shape)
+
+    def emit(self, builder: Builder, box: Box) -> None:
+        """A single one of running sums as the sum of what comes before it."""
+        (dim,), x = self.dims, self.value.args[0]
+        real = self.value.data.dtype.is_floating_point and x.dtype == self.value.data.dtype
+        if self.value.op_name != "cumsum" or box.sizes[dim] > 1 or not real:
+            super().emit(builder, box)
+            return
+        region = builder.region(box)
+        region[dim] = (AffineOffset(0), box.start[dim] + 1, 1)
+        last = [*(d for d in range(len(region)) if d != dim), dim]
+        builder.rowwise("sum", builder.out(self.value, box).order(last), builder.read(x, region).order(last))
 
 
 class Lookup(Rule):

@@ -22,8 +22,6 @@ from fastgen.sampling.trace.graph import CONSTANT, NEVER
 class TransposedConvolution(Convolution):
     """The kernel lies at the places of the input, and its taps reach into the output."""
 
-    _is_grouped = False
-
     def _live(self) -> Tensor:  # (I, O / groups, ...) -> (O, I / groups, ...)
         return (self.weight != 0).unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
 

@@ -1,6 +1,6 @@
 """All memory of a plan in two blocks, of float32 and of int64: an address is a number of one of them.
 
-Numbers in half precision lie among the float32 ones, which hold them as they are.
+Numbers in half precision, and conditions, lie among the float32 ones, which hold them as they are.
 """
 
 from collections.abc import Iterable
@@ -26,24 +26,26 @@ class ArenaMemory(PlanMemory):
         constants: that lie in the arenas, too; others lie where they like.
     """
 
+    held = dict.fromkeys((*HALF, torch.bool), torch.float32)
+
     def __init__(self, plan: Plan, n: int, device: torch.device, constants: Iterable[Memory]) -> None:
-        self._shared = {one for one in constants if _held_as(one.dtype) in (torch.float32, torch.int64)}
+        self._shared = {one for one in constants if self._held_as(one.dtype) in (torch.float32, torch.int64)}
         sizes = dict.fromkeys((torch.float32, torch.int64), ALIGNED)
-        for size, dtype in zip(plan.scratch.sizes, map(_held_as, plan.scratch.dtypes), strict=True):
+        for size, dtype in zip(plan.scratch.sizes, map(self._held_as, plan.scratch.dtypes), strict=True):
             sizes[dtype] = sizes.get(dtype, 0) + _room(n * size)
         lasting = (plan.levels, *plan.leaves, *plan.output.values, *plan.storage.stored)
         memories = {*plan.storage.memories.values(), *(plan.storage.memory(value) for value in lasting)}
         for memory in (one for one in memories if one.kind == "stored"):
-            dtype = _held_as(memory.dtype)
+            dtype = self._held_as(memory.dtype)
             sizes[dtype] = sizes.get(dtype, 0) + _room(n * plan.rings.get(memory, memory).numel)
         for memory in self._shared:
-            sizes[_held_as(memory.dtype)] += _room(memory.numel)
+            sizes[self._held_as(memory.dtype)] += _room(memory.numel)
         self.arenas = {dtype: torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes.items()}
         self._taken = dict.fromkeys(self.arenas, ALIGNED)
         super().__init__(plan, n, device)
 
     def allocate(self, size: int, dtype: torch.dtype) -> Tensor:
-        dtype = _held_as(dtype)
+        dtype = self._held_as(dtype)
         begin = self._taken[dtype]
         self._taken[dtype] += _room(size)
         return self.arenas[dtype][begin : begin + size]
@@ -55,9 +57,8 @@ class ArenaMemory(PlanMemory):
             self._blocks[memory].copy_(memory.data.view(1, -1))
         return super().block(memory, program)
 
-
-def _held_as(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in HALF else dtype
+    def _held_as(self, dtype: torch.dtype) -> torch.dtype:
+        return self.held.get(dtype, dtype)
 
 
 def _room(size: int) -> int:

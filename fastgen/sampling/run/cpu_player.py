@@ -15,6 +15,7 @@ from fastgen.sampling.machine.language import Program, views_of
 from fastgen.sampling.machine.parts import Part, sections
 from fastgen.sampling.plan.plan import Plan, Step
 from fastgen.sampling.request import SampleRequest
+from fastgen.sampling.run.memory import PlanMemory
 from fastgen.sampling.run.torch_player import TorchPlayer
 from fastgen.sampling.run.torch_program import TorchProgram
 
@@ -55,8 +56,17 @@ def images_at_once(plan: Plan) -> int:
     return max(FULL_TILES, left // max(1, of_image))
 
 
+class CPUMemory(PlanMemory):
+    """With conditions as the machine takes them."""
+
+    held: ClassVar = {torch.bool: torch.float32}
+
+
 class CPUPlayer(TorchPlayer):
     """A `Player`. Programs that are all of the machine's are played in `play`, whole rows of draws in a call."""
+
+    def allocated(self) -> PlanMemory:
+        return CPUMemory(self.plan, self.n, self.device)
 
     def bound(self) -> list[Callable[[Step], None]]:
         self.machine = machine()

@@ -107,6 +107,11 @@ class GPUPlayer(TorchPlayer):
         """Of kernels, so far."""
         return self._launched + self.steps.launches
 
+    @property
+    def arrivals(self) -> int:
+        """Of programs at barriers, in the latest launch of several that share images."""
+        return int(self._meeting[1:].sum())
+
     def knows(self, step: int) -> bool:
         return self._fused[self.plan.steps[step].program] is not None
 

@@ -1,7 +1,8 @@
 """Takes a plan and a number of images; gives their memory: a block for each value that lasts, blocks that programs
 share."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,10 +16,13 @@ from fastgen.sampling.trace.graph import CONSTANT, Value
 
 class PlanMemory:
     """Attributes:
+    held: dtypes whose numbers lie in memory of another one.
     levels: int64 (n, C, H, W), a view.
     params: the model's output for what has been drawn, (n, ..., H, W), a view.
     moves: step -> the rows of rings that move before it, as (target, source).
     """
+
+    held: ClassVar[Mapping[torch.dtype, torch.dtype]] = {}
 
     def __init__(self, plan: Plan, n: int, device: torch.device) -> None:
         self.plan, self.n, self.device = plan, n, device
@@ -38,6 +42,7 @@ class PlanMemory:
 
     def allocate(self, size: int, dtype: torch.dtype) -> Tensor:
         """(size,) zeros."""
+        dtype = self.held.get(dtype, dtype)
         if self.device.type == "cpu":
             return self._pages.take(size, dtype)
         return torch.zeros(size, dtype=dtype, device=self.device)
@@ -49,7 +54,8 @@ class PlanMemory:
             return shared[: self.n * memory.numel].view(self.n, -1)
         if memory not in self._blocks:
             if memory.data is not None:
-                found = memory.data.to(self.device).view(1, -1)
+                dtype = self.held.get(memory.dtype, memory.dtype)
+                found = memory.data.to(self.device, dtype).view(1, -1)
             else:
                 ring = self.plan.rings.get(memory)
                 size = memory.numel if ring is None else ring.numel

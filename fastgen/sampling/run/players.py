@@ -50,7 +50,7 @@ def unfit_for_gpu_machine(plan: Plan, device: torch.device) -> str:
     if plan.output_dtype not in (torch.float32, *HALF):
         return f"the kernel computes in float32 and in half precision, the model in {plan.output_dtype}"
     by_torch, names = _by_torch(plan)
-    if by_torch > (0 if plan.computes_in_half else MOST_UNKNOWN * len(plan.steps)):
+    if by_torch > MOST_UNKNOWN * len(plan.steps):
         return f"the kernel does not know {names}, which {by_torch} of {len(plan.steps)} steps need"
     return ""
 

@@ -1,4 +1,7 @@
-"""Takes a program and memory; plays it with torch, each instruction as `machine.definitions` says what it means."""
+"""Takes a program and memory; plays it with torch, each instruction as `machine.definitions` says what it means.
+
+What memory holds in another dtype than its own is converted to that, and what becomes of it back again.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,6 +34,7 @@ class _State:
 
 
 Play = Callable[[_State], Any]
+PlayInto = Callable[[_State, Tensor], Any]
 
 
 class TorchProgram:
@@ -60,48 +64,61 @@ class TorchProgram:
     def _bound(self, one: Instruction) -> Play:
         if isinstance(one, Call):
             return self._bound_call(one)
-        out = self._get(one.out)
+        return self._into(one.out, self._bound_into(one))
+
+    def _into(self, view: View, play: PlayInto) -> Play:
+        dtype, place = view.memory.dtype, self._place(view)
+        if self.memory.block(view.memory, self.number).dtype == dtype:
+            return lambda state: play(state, place(state))
+
+        def converted(state: _State) -> None:
+            found = place(state).to(dtype)  # some write only a part
+            play(state, found)
+            place(state).copy_(found)
+
+        return converted
+
+    def _bound_into(self, one: Pointwise | Product | Rowwise | Lookup) -> PlayInto:
         if isinstance(one, Pointwise):
             function = definitions.POINTWISE[one.op]
             operands = [self._get(operand) for operand in one.operands]
-            return lambda state: function(*[get(state) for get in operands], out=out(state))
+            return lambda state, out: function(*[get(state) for get in operands], out=out)
         if isinstance(one, Product):
             shared = len(one.weight.sizes) == 2 and one.weight.memory.kind == "constant"
             rows, weight = self._get(one.rows), self._get(one.weight, shared)
             bias = one.added is not None and one.added.memory.kind == "constant" and len(one.added.sizes) == 1
             added = self._get(one.added, shared=bias)
-            return lambda state: definitions.product(rows(state), weight(state), added(state), out(state))
+            return lambda state, out: definitions.product(rows(state), weight(state), added(state), out)
         if isinstance(one, Rowwise):
             source, op, numbers = self._get(one.source), one.op, one.numbers
-            return lambda state: definitions.rowwise(op, source(state), numbers, out(state))
-        assert isinstance(one, Lookup)
+            return lambda state, out: definitions.rowwise(op, source(state), numbers, out)
         of_images = one.table.memory.kind != "constant"
         table, index = self._get(one.table, shared=not of_images), self._get(one.index)
-        return lambda state: definitions.lookup(table(state), index(state), out(state), of_images)
+        return lambda state, out: definitions.lookup(table(state), index(state), out, of_images)
 
     def _bound_call(self, call: Call) -> Play:
+        function, result = call.function, call.result
+        if result is None:
+            target, *rest = call.args
+            others = [self._get(one) for one in rest]
+            return self._into(target, lambda state, out: function(out, *[get(state) for get in others]))
         args = [self._get(one) for one in call.args]
         kwargs = [(name, self._get(one)) for name, one in call.kwargs]
-        function, result = call.function, call.result
 
         def play(state: _State) -> None:
-            found = function(*[get(state) for get in args], **{name: get(state) for name, get in kwargs})
-            if result is not None:
-                state.results[result] = found
+            state.results[result] = function(
+                *[get(state) for get in args], **{name: get(state) for name, get in kwargs}
+            )
 
         return play
 
     def _get(self, argument: Any, shared: bool = False) -> Callable[[_State], Any]:
         """How to come by an argument; `shared`: a constant without a dimension of images."""
         if isinstance(argument, View):
-            if argument.moves:
-                return lambda state: state.views[argument]
-            block, sizes, strides = self.memory.strided(argument, self.number)
-            offset = block.storage_offset() + argument.offset.at(())
-            if shared:
-                sizes, strides = sizes[1:], strides[1:]
-            tensor = block.as_strided(sizes, strides, offset)
-            return lambda _: tensor
+            dtype, place = argument.memory.dtype, self._place(argument, shared)
+            if self.memory.block(argument.memory, self.number).dtype == dtype:
+                return place
+            return lambda state: place(state).to(dtype)
         if isinstance(argument, Temporary):
             return lambda state: state.results[argument]
         if isinstance(argument, tuple) and any(isinstance(one, (View, Temporary, Fixed)) for one in argument):
@@ -109,3 +126,14 @@ class TorchProgram:
             return lambda state: [get(state) for get in inner]
         fixed = argument.tensor.to(self.memory.device) if isinstance(argument, Fixed) else argument
         return lambda _: fixed
+
+    def _place(self, view: View, shared: bool = False) -> Callable[[_State], Tensor]:
+        """Where a view is, as memory holds it."""
+        if view.moves:
+            return lambda state: state.views[view][0] if shared else state.views[view]
+        block, sizes, strides = self.memory.strided(view, self.number)
+        offset = block.storage_offset() + view.offset.at(())
+        if shared:
+            sizes, strides = sizes[1:], strides[1:]
+        tensor = block.as_strided(sizes, strides, offset)
+        return lambda _: tensor

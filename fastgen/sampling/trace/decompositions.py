@@ -187,6 +187,15 @@ def variance(func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     return spread, x.mean(list(range(x.dim())) if dims is None else dims, keepdim=options.get("keepdim", False))
 
 
+def power(func: Any, x: Tensor, exponent: Any) -> Tensor:
+    """GELU's third power, by products as torch has it."""
+    return x * x * x if exponent == 3 and x.is_floating_point() else NotImplemented
+
+
+def scaled_elu(func: Any, x: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Tensor:
+    return NotImplemented if scale == 1 or input_scale != 1 else aten.elu(x, alpha) * scale
+
+
 WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "avg_pool1d": average,
     "avg_pool2d": average,
@@ -204,6 +213,9 @@ WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "_cdist_forward": distances,
     "_euclidean_dist": distances,
     "native_group_norm": group_norm,
+    "lerp": lambda func, start, end, weight: start + weight * (end - start),
+    "pow": power,
+    "elu": scaled_elu,
     "std": variance,
     "var_mean": variance,
     "std_mean": variance,

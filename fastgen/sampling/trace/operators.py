@@ -33,6 +33,8 @@ DECOMPOSED = get_decompositions(
         aten.addmv,
         aten.dot,
         aten.vdot,
+        aten.hardtanh,
+        aten.mish,
     ]
 )
 DECOMPOSED[torch.ops.fastgen.masked_conv2d.default] = in_aten  # what runs on a GPU

@@ -44,6 +44,7 @@ OPERATIONS = {
     "running sum": lambda x: x.cumsum(2),
     "pool": lambda x: F.max_pool2d(x, (2, 3), (1, 2)),
     "mask": lambda x: x * (weights(4, 5, live=0.5) != 0),
+    "conditions": lambda x: ((x > 0) | (weights(4, 5, live=0.5) != 0)).double(),
     "choice": lambda x: torch.where(weights(4, 5, live=0.5) != 0, x, x.flip(3) * 2),
     "join": lambda x: torch.cat((x[:, :1], -x, x[:, 1:]), 1) * 1.5,
     "patches": lambda x: F.unfold(x, 2, padding=1) * 2,

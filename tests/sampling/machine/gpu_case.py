@@ -38,7 +38,7 @@ class Blocks:
     def place(self):
         self.arenas = {}
         for dtype in (torch.float32, torch.int64):
-            held = (torch.float32, *HALF) if dtype == torch.float32 else (dtype,)
+            held = (torch.float32, torch.bool, *HALF) if dtype == torch.float32 else (dtype,)
             here = {memory: data for memory, data in self.data.items() if data.dtype in held}
             arena = torch.zeros(16 + sum(data.numel() for data in here.values()), dtype=dtype)
             start = 16

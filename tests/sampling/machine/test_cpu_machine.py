@@ -15,22 +15,30 @@ from fastgen.sampling.machine.language import (
     Lookup,
     Memory,
     Pointwise,
-    Product,
     Rowwise,
     View,
     constant,
 )
 from fastgen.sampling.machine.parts import Unknown, part_of
-from tests.sampling.machine.played import Blocks, N, by_machine, by_torch
+from tests.sampling.machine.played import Blocks, N, by_machine
 
 VALUES = torch.tensor(
     [0.0, -0.0, 1e-30, -1e-30, 1e-7, -1e-7, 1e-3, -1e-3, 0.3, -0.34, 0.5, -0.7, 1, -1, 2.5, -9, 20, -30, 60, -87.2]
     + [88.2, 88.5, 88.7, -103, 200, -200, math.inf, -math.inf, math.nan]
 )
-TWO = ("add", "sub", "mul", "div", "maximum", "minimum", "gate", "glu", "hide", "erase")
+MASKED = ("hide", "erase", "keep")
+COMPARED = ("eq", "lt", "le")
+TWO = ("add", "sub", "mul", "div", "maximum", "minimum", "gate", "glu", *MASKED, *COMPARED)
 NUMBERS = {"elu": (0.7,), "leaky_relu": (0.02,)}
 ONE = [name for name in definitions.POINTWISE if name not in TWO]
-OWN = ("copy_int64", "move_int64", "product", "contract", "lookup")  # of instructions that are no ops of definitions
+OWN = (
+    "copy_int64",
+    "to_int64",
+    "move_int64",
+    "product",
+    "contract",
+    "lookup",
+)  # of instructions that are no ops of definitions
 
 
 def test_the_machine_knows_every_op_and_no_other():
@@ -75,7 +83,7 @@ def test_two_operands_of_every_kind(name):
     """All pairs of special values, NaN and infinities among them, and many others."""
     a, b = (one.flatten() for one in torch.meshgrid(VALUES, VALUES, indexing="ij"))
     a, b = torch.cat((a, torch.randn(500) * 3)), torch.cat((b, torch.randn(500) * 3))
-    if name in ("hide", "erase"):
+    if name in MASKED:
         b = torch.cat((b[:-500], torch.randint(2, (500,)).float()))
     a, b = a.expand(N, -1).contiguous(), b.expand(N, -1).contiguous()
     if name in ("gate", "glu"):
@@ -100,122 +108,15 @@ def test_two_operands_broadcast(name, threads):
     torch.testing.assert_close(
         played(name, (a, b[:, 0, :1, :1]), (5, 1, 70), threads), defined(name, a, b[:, :1, :1, :1]), **close
     )
-    if name not in ("gate", "glu", "hide", "erase"):
+    if name not in ("gate", "glu", *MASKED):
         assert torch.equal(played(name, (a, 0.3), (5, 1, 70), threads), defined(name, a, 0.3))
-    if name in ("add", "sub", "mul", "div"):
+    if name in ("add", "sub", "mul", "div", *COMPARED):
         assert torch.equal(played(name, (0.3, a), (5, 1, 70), threads), defined(name, 0.3, a))
 
 
 def test_a_number_fills():
     for number in (0.0, -math.inf, 0.1):
         assert torch.equal(played("copy", (number,), (4, 37)), torch.full((N, 4, 37), number))
-
-
-# --- products
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize(("depth", "columns"), [(1, 1), (7, 31), (40, 32), (65, 97), (3, 200)])
-@pytest.mark.parametrize("start", ["none", "bias", "map", "itself"])
-def test_products_with_constants(depth, columns, start, threads):
-    blocks = Blocks()
-    x, weight = torch.randn(N, 5, depth), torch.randn(depth, columns)
-    rows, out, added = blocks.holding(x), blocks.result(5, columns), None
-    truth = x.double() @ weight.double()
-    if start == "bias":
-        data = torch.randn(columns)
-        added, truth = constant(data), truth + data
-    elif start != "none":
-        data = torch.randn(N, 5, columns)
-        added, truth = blocks.holding(data), truth + data
-    out = added if start == "itself" else out
-    by_machine(blocks, [Product(out, rows, constant(weight), added)], threads=threads)
-    torch.testing.assert_close(blocks.read(out).double(), truth, atol=1e-6 * depth, rtol=1e-5)
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_rows_of_a_product_may_overlap_and_skip(threads):
-    """A 1x3 convolution with stride 2 over pixels of 8 channels, and weights that lie transposed."""
-    blocks = Blocks()
-    x, weight = torch.randn(N, 11, 8), torch.randn(40, 24)
-    pixels = blocks.holding(x)
-    rows = replace(pixels, sizes=(5, 24), strides=(16, 1))
-    transposed = constant(weight)
-    by_machine(
-        blocks,
-        [Product(out := blocks.result(5, 40), rows, replace(transposed, sizes=(24, 40), strides=(1, 24)))],
-        threads=threads,
-    )
-    truth = x.double().flatten(1).unfold(1, 24, 16) @ weight.T.double()
-    torch.testing.assert_close(blocks.read(out).double(), truth, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("scattered", ["rows", "result", "added"])
-def test_rows_and_columns_of_a_product_may_lie_apart(scattered):
-    blocks = Blocks()
-    x, weight, more = torch.randn(N, 5, 7), torch.randn(7, 3), torch.randn(N, 5, 3)
-    turned = [blocks.holding(one.mT.contiguous()).order([1, 0]) for one in (x, more)]
-    rows = turned[0] if scattered == "rows" else blocks.holding(x)
-    added = turned[1] if scattered == "added" else blocks.holding(more)
-    out = blocks.result(3, 5).order([1, 0]) if scattered == "result" else blocks.result(5, 3)
-    by_machine(blocks, [Product(out, rows, constant(weight), added)])
-    truth = x.double() @ weight.double() + more.double()
-    torch.testing.assert_close(blocks.read(out).double(), truth, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize(("m", "depth", "columns"), [(1, 1, 1), (1, 7, 33), (4, 16, 5), (3, 37, 40), (1, 70, 12)])
-@pytest.mark.parametrize("side_by_side", ["columns", "depth", "neither"])
-@pytest.mark.parametrize("start", ["none", "bias", "map"])
-def test_products_of_two_computed_factors(m, depth, columns, side_by_side, start, threads):
-    """Side by side in the weight lie its columns (as in weights times values of an attention) or its depth (scores)."""
-    blocks = Blocks()
-    x, weight = torch.randn(N, 2, m, depth), torch.randn(N, 2, depth, columns)
-    rows, out, added = blocks.holding(x), blocks.result(2, m, columns), None
-    if side_by_side == "columns":
-        factor = blocks.holding(weight)
-    elif side_by_side == "depth":
-        factor = blocks.holding(weight.mT.contiguous()).order([0, 2, 1])
-    else:
-        wide = torch.full((N, 2, depth, columns, 2), math.nan)
-        wide[..., 0] = weight
-        factor = replace(
-            blocks.holding(wide).narrow(3, 0, 1),
-            sizes=(2, depth, columns),
-            strides=(2 * depth * columns, 2 * columns, 2),
-        )
-    truth = x.double() @ weight.double()
-    if start == "bias":
-        data = torch.randn(columns)
-        added, truth = constant(data), truth + data
-    elif start == "map":
-        data = torch.randn(N, 2, m, columns)
-        added, truth = blocks.holding(data), truth + data
-    by_machine(blocks, [Product(out, rows, factor, added)], threads=threads)
-    torch.testing.assert_close(blocks.read(out).double(), truth, atol=1e-6 * depth, rtol=1e-5)
-
-
-@pytest.mark.parametrize("play", [by_machine, by_torch])
-def test_each_image_has_its_own_computed_weight(play):
-    """Also where it has two dimensions, as a constant has."""
-    blocks, x, weight = Blocks(), torch.randn(N, 3, 20), torch.randn(N, 20, 6)
-    out = blocks.result(3, 6)
-    play(blocks, [Product(out, blocks.holding(x), blocks.holding(weight))])
-    torch.testing.assert_close(blocks.read(out).double(), x.double() @ weight.double(), atol=2e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_batches_of_products_broadcast(threads):
-    """Heads that share their keys, and a weight that all images share."""
-    x, shared = torch.randn(N, 4, 3, 20), torch.randn(N, 1, 20, 6)
-    fixed = torch.randn(4, 20, 6)
-    blocks = Blocks()
-    rows, out, other = blocks.holding(x), blocks.result(4, 3, 6), blocks.result(4, 6, 3)
-    result = Product(out, rows, blocks.holding(shared).expand((4, 20, 6)))
-    turned = Product(other.order([0, 2, 1]), rows, constant(fixed))  # its columns do not lie side by side
-    by_machine(blocks, [result, turned], threads=threads)
-    torch.testing.assert_close(blocks.read(out).double(), x.double() @ shared.double(), atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(blocks.read(other).mT.double(), x.double() @ fixed.double(), atol=2e-5, rtol=1e-5)
 
 
 # --- along rows
@@ -303,11 +204,13 @@ def test_lookups(of_images, transposed, threads):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
-def test_integers_move_and_become_numbers(dtype, threads):
+@pytest.mark.parametrize(
+    ("given", "dtype"), [(torch.int64, torch.float32), (torch.int64, torch.int64), (torch.float32, torch.int64)]
+)
+def test_integers_move_and_become_numbers_and_numbers_integers(given, dtype, threads):
     blocks = Blocks()
     levels = torch.randint(-(2**20), 2**20, (N, 6, 70))
-    source = blocks.holding(levels)
+    source = blocks.holding(levels.to(given))
     out = blocks.result(35, 3, dtype=dtype).order([1, 0])
     by_machine(blocks, [Pointwise("copy", out, (source.narrow(0, 1, 3, 2).narrow(1, 0, 35, 2),))], threads=threads)
     assert torch.equal(blocks.read(out), levels[:, 1::2, ::2].to(dtype))

@@ -149,6 +149,15 @@ def test_what_comes_between_keeps_its_order():
     author.check(a, b, other)
 
 
+def test_what_is_written_over_in_place_is_another_value():
+    author = Author()
+    y = author.do("maximum", author.given(8), -0.5)
+    author.do("minimum", y, 0.5, out=y)
+    found = author.do("copy", y, kind="stored")
+    assert author.joined() == ["+maximum", "+minimum +copy"]
+    author.check(found)
+
+
 def test_rows_of_a_product_are_not_written_over():
     author = Author()
     x = author.given(5, 40)
@@ -197,7 +206,8 @@ def test_random_programs_give_the_same_joined(seed):
             last = author.product(last, columns, draw.choice([None, draw.choice(values)]), kind=kind)
         elif draw.random() < 0.5:
             op = draw.choice(SMOOTH)
-            last = author.do(op, last, *((0.5,) if op == "elu" else ()), kind=kind)
+            out = last if draw.random() < 0.3 else None
+            last = author.do(op, last, *((0.5,) if op == "elu" else ()), kind=kind, out=out)
         else:
             operands = [last, draw.choice([draw.choice(values), 0.7])]
             draw.shuffle(operands)

@@ -18,7 +18,12 @@ SPECIAL = torch.tensor(
     [0.0, -0.0, 1e-30, -1e-30, 1e-7, -1e-7, 1e-3, -1e-3, 0.3, -0.34, 0.5, -0.7, 1, -1, 2.5, -9, 20, -30, 60, -87.2]
     + [88.2, 88.5, -103, 200, -200, math.inf, -math.inf, math.nan]
 )
-OF_TWO = ("add", "sub", "mul", "div", "maximum", "minimum", "gate", "glu", "hide", "erase", "elu", "leaky_relu")
+SELECTED = (torch.bool, torch.float32, torch.float32)
+MASKED = ("hide", "erase", "keep")
+OF_TWO = (
+    *("add", "sub", "mul", "div", "maximum", "minimum", "gate", "glu", "elu", "leaky_relu", "eq", "lt", "le"),
+    *MASKED,
+)
 
 
 def numbers_of(op):
@@ -27,8 +32,8 @@ def numbers_of(op):
     a = values.expand(N, 2, -1).contiguous()
     if op in ("elu", "leaky_relu", "maximum", "minimum"):
         return a, 0.3
-    b = values.roll(17).expand(N, 1, -1).contiguous()
-    return (a, (b > 0).float() if op in ("hide", "erase") else b) if op in OF_TWO else (a,)
+    b = torch.where(torch.arange(len(values)) % 5 > 0, values.roll(17), values).expand(N, 1, -1).contiguous()
+    return (a, (b > 0).float() if op in MASKED else b) if op in OF_TWO else (a,)
 
 
 @functools.cache
@@ -59,6 +64,7 @@ def test_functions_are_as_near_to_the_truth_as_torch_is(op):
     bound = 4e-7 * truth.abs() + 1.2e-38 + (theirs - truth).abs()  # three units in the last place more than torch's
     if op in (
         "exp",
+        "softplus",
         "expm1",
         "sigmoid",
         "silu",
@@ -143,12 +149,28 @@ def test_levels_and_lookups():
     blocks = Blocks()
     levels, table = torch.randint(9, (N, 4)), torch.randn(9, 70)
     index = blocks.view(levels)
-    found, floats, moved = blocks.empty(4, 70), blocks.empty(4), blocks.empty(4, dtype=torch.int64)
+    found, floats = blocks.empty(4, 70), blocks.empty(4)
+    moved, back = (blocks.empty(4, dtype=torch.int64) for _ in range(2))
     run(blocks, [
         Lookup(found, constant(table), index), Pointwise("copy", floats, (index,)), Pointwise("copy", moved, (index,)),
+        Pointwise("copy", back, (floats,)),
     ])  # fmt: skip
     assert torch.equal(blocks.read(found), table[levels])
-    assert torch.equal(blocks.read(floats), levels.float()) and torch.equal(blocks.read(moved), levels)
+    assert torch.equal(blocks.read(floats), levels.float())
+    assert torch.equal(blocks.read(moved), levels) and torch.equal(blocks.read(back), levels)
+
+
+def test_conditions_are_numbers():
+    """A selection that drawn levels decide: 0 and 1 in the place of what is false and true."""
+    x = torch.cat((SPECIAL, torch.randn(20))).expand(N, -1).contiguous()
+    blocks = Blocks()
+    source, condition, kept, rest = blocks.view(x), *(blocks.empty(x.shape[1], dtype=dtype) for dtype in SELECTED)
+    run(blocks, [
+        Pointwise("lt", condition, (source, 0.3)), Pointwise("keep", kept, (source, condition)),
+        Pointwise("erase", rest, (-math.inf, condition)), Pointwise("add", rest, (rest, kept)),
+    ])  # fmt: skip
+    assert torch.equal(blocks.read(condition), (x < 0.3).float())
+    torch.testing.assert_close(blocks.read(rest), torch.where(x < 0.3, x, -math.inf), atol=0, rtol=0, equal_nan=True)
 
 
 def test_views_move_by_the_offsets_of_a_step():

@@ -112,7 +112,8 @@ class Addresses:
             reaches = [self.of(side, self.sizes).reshape(N, -1) for side in (w.OUT, w.A)]
             assert max(reaches[1][0]) < min(reaches[0][1]) and max(reaches[1][0]) < min(reaches[1][1])
             return
-        integers = self.op in (w.OPS["copy_int64"], w.OPS["lookup"])  # which are read from the other arena
+        # Which are read from the other arena than they are written to.
+        integers = self.op in (w.OPS["copy_int64"], w.OPS["to_int64"], w.OPS["lookup"])
         for addresses in (*(() if integers else self.own), *(read for read, _ in self.follow if read is not None)):
             writer = writer_of(addresses)
             assert ((writer == -1) | (writer == np.arange(len(addresses)))).all(), "read by another element"
@@ -150,7 +151,9 @@ def test_nobody_reads_what_another_one_writes(player):
 def test_all_addresses_are_in_the_arenas_and_the_first_number_is_never_written(player):
     floats, integers = (player._arena.arenas[dtype].numel() for dtype in (torch.float32, torch.int64))
     for one in (Addresses(*one) for one in instructions_of(player)):
-        to_integers, from_integers = one.op == w.OPS["move_int64"], one.op in (w.OPS["move_int64"], w.OPS["copy_int64"])
+        to_integers, from_integers = (
+            one.op in (w.OPS["move_int64"], w.OPS[name]) for name in ("to_int64", "copy_int64")
+        )
         reads, writes = (
             [side for side in sides if side is not None] for sides in zip((None, None), *one.follow, strict=True)
         )

@@ -54,6 +54,8 @@ inline float tanh_(float x) {
 
 inline float gelu_(float x) { return 0.5f * x * (1.f + std::erf(x * 0.70710678f)); }
 
+inline float softplus_(float x) { return (x > 0.f ? x : 0.f) + std::log1p(exp_(-std::fabs(x))); }
+
 inline float gelu_tanh_(float x) { return 0.5f * x * (1.f + tanh_(0.79788456f * (x + 0.044715f * x * x * x))); }
 
 using Apply = void (*)(float*, const float*, const float*, int64_t);
@@ -79,6 +81,13 @@ using Apply = void (*)(float*, const float*, const float*, int64_t);
     F(glu, a[i] * sigmoid_(b[i]))                          \
     F(hide, b[i] != 0.f ? -INFINITY : a[i])                \
     F(erase, b[i] != 0.f ? 0.f : a[i])                     \
+    F(keep, b[i] != 0.f ? a[i] : 0.f)                      \
+    F(softplus, softplus_(a[i]))                           \
+    F(log1p, std::log1p(a[i]))                             \
+    F(erf, std::erf(a[i]))                                 \
+    F(eq, a[i] == b[i] ? 1.f : 0.f)                        \
+    F(lt, a[i] < b[i] ? 1.f : 0.f)                         \
+    F(le, a[i] <= b[i] ? 1.f : 0.f)                        \
     F(gelu, gelu_(a[i]))                                   \
     F(gelu_tanh, gelu_tanh_(a[i]))                         \
     F(silu, a[i] * sigmoid_(a[i]))                         \

@@ -24,6 +24,7 @@ namespace {
 enum : int64_t {
     POINTWISE_OPS = sizeof(APPLY) / sizeof(Apply),
     COPY_INT64 = POINTWISE_OPS,  // to float
+    TO_INT64,
     MOVE_INT64,
     PRODUCT,
     CONTRACT,  // this and what follows does whole rows at once
@@ -35,7 +36,7 @@ enum : int64_t {
     MEAN,
     AMAX
 };
-const char* const OPS = POINTWISE(NAME) "copy_int64 move_int64 product contract lookup softmax log_softmax normalized sum mean amax";
+const char* const OPS = POINTWISE(NAME) "copy_int64 to_int64 move_int64 product contract lookup softmax log_softmax normalized sum mean amax";
 constexpr int BLOCK = 256;
 
 const float* gather(const float* from, int64_t stride, int64_t n, float* buffer) {
@@ -69,16 +70,16 @@ void pointwise(const Instruction& one, const int64_t* offsets, Share share, Appl
     }
 }
 
-template <class Number>
-void copy_int64(const Instruction& one, const int64_t* offsets, Share share) {
-    Number* out = start_of<Number>(one.out, offsets);
-    const int64_t* in = start_of<const int64_t>(one.in[0], offsets);
+template <class To, class From>
+void converted(const Instruction& one, const int64_t* offsets, Share share) {
+    To* out = start_of<To>(one.out, offsets);
+    const From* in = start_of<const From>(one.in[0], offsets);
     int64_t out_stride = one.out.strides[DIMS - 1], in_stride = one.in[0].strides[DIMS - 1];
     for (int64_t row = share.rows_from; row < share.rows_to; row++) {
-        Number* to = out + offset_of_row(one.out, one.sizes, row);
-        const int64_t* from = in + offset_of_row(one.in[0], one.sizes, row);
+        To* to = out + offset_of_row(one.out, one.sizes, row);
+        const From* from = in + offset_of_row(one.in[0], one.sizes, row);
         for (int64_t j = share.columns_from; j < share.columns_to; j++)
-            to[j * out_stride] = static_cast<Number>(from[j * in_stride]);
+            to[j * out_stride] = static_cast<To>(from[j * in_stride]);
     }
 }
 
@@ -144,9 +145,11 @@ void execute(const Instruction& one, const int64_t* offsets, int thread, int thr
     else if (one.op == PRODUCT)
         linear(one, offsets, share);
     else if (one.op == COPY_INT64)
-        copy_int64<float>(one, offsets, share);
+        converted<float, int64_t>(one, offsets, share);
+    else if (one.op == TO_INT64)
+        converted<int64_t, float>(one, offsets, share);
     else if (one.op == MOVE_INT64)
-        copy_int64<int64_t>(one, offsets, share);
+        converted<int64_t, int64_t>(one, offsets, share);
     else if (one.op == CONTRACT)
         contract(one, offsets, share);
     else if (one.op == LOOKUP)

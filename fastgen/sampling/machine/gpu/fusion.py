@@ -160,7 +160,7 @@ class _Group:
         self.value = head.out
         self.sizes = head.sizes
         # Pointwise operations, lookups and products with weights that are the same for all images.
-        self.grows = head.op == "product" or (not head.depth and head.op != "move_int64")
+        self.grows = head.op == "product" or (not head.depth and head.op not in ("move_int64", "to_int64"))
         self._readers = readers
         self._read = {view.memory for view in self.fused.views if view is not head.out.view}
         self._written = {head.out.view.memory}
@@ -185,7 +185,7 @@ class _Group:
         if not isinstance(one, Pointwise) or part_of(one, half=True).op != one.op:
             return False
         link = self._link(one)
-        if link is None:
+        if link is None or self.memory in self._skipped_writes:
             return False
         out, others = one.out.memory, {view.memory for view in one.inputs} - {self.memory}
         # What a tile of a joined instruction reads, no other one may write, and it itself neither before.
