@@ -127,11 +127,17 @@ def running_times(
     """
     wanted, times = ElementTimes(NEVER), ElementTimes(CONSTANT)
     wanted.scatter_min(timed.graph.output, deadline)
+    same: dict[bytes, Tensor] = {}
+    known: dict[tuple[int, int], Tensor] = {}
     pending = timed.computed
     while pending:
         value = pending.pop()
-        latest = timed.rules[value].needed_within(shrunk(wanted.of(value)))
-        when = at_row_end(ends, timed.analysis.ready_of(value), latest)
+        latest = _one_of_equals(timed.rules[value].needed_within(shrunk(wanted.of(value))), same)
+        ready = _one_of_equals(timed.analysis.ready_of(value), same)
+        key = id(ready), id(latest)
+        if key not in known:
+            known[key] = _one_of_equals(shrunk(at_row_end(ends, ready, latest)), same)
+        when = known[key]
         times.set(value, when)
         part = split(value, when)
         pending += [] if part is None else [part]
@@ -140,6 +146,13 @@ def running_times(
         for operand, needed in timed.rules[value].needs(running):
             wanted.scatter_min(operand, needed)
     return times
+
+
+def _one_of_equals(times: Tensor, known: dict[bytes, Tensor]) -> Tensor:
+    """The same tensor for all that are equal: most operations of a network are done at a few sets of times."""
+    core = compact(times).contiguous()
+    key = bytes(str((tuple(times.shape), tuple(core.shape))), "ascii") + core.numpy().tobytes()
+    return known.setdefault(key, times)
 
 
 def at_row_end(ends: Tensor, ready: Tensor, latest: Tensor) -> Tensor:
@@ -156,29 +169,29 @@ def at_row_end(ends: Tensor, ready: Tensor, latest: Tensor) -> Tensor:
 
 def schedule(timed: Timed, draws: int, times: ElementTimes) -> Schedule:
     """The steps of an image of so many draws, from its `running_times`."""
-    known: dict[bytes, Boxes] = {}
-    found = {value: _boxes(times.of(value), known) for value in timed.computed}
+    known: dict[int, Boxes] = {}  # by times, of which values that are computed alike share a tensor
+    for when in map(times.of, timed.computed):
+        if id(when) not in known:
+            known[id(when)] = _boxes(when)
+    found = {value: known[id(times.of(value))] for value in timed.computed}
     return Schedule(draws, {value: boxes for value, boxes in found.items() if len(boxes.at)}, times)
 
 
-def _boxes(times: Tensor, known: dict[bytes, Boxes]) -> Boxes:
+def _boxes(times: Tensor) -> Boxes:
     """They hold the elements of their steps, and perhaps others that are constant or that nobody needs."""
-    core = compact(shrunk(times)).contiguous()
-    key = bytes(str((tuple(times.shape), tuple(core.shape))), "ascii") + core.numpy().tobytes()
-    if key not in known:
-        busy = (core != CONSTANT) & (core != NEVER)
-        at, found = _each_box(core, busy)
-        if not busy.all():
-            found = _all_grown(found, busy.numpy())
-        start, sizes, steps = (
-            np.array([getattr(box, name) for box in found], dtype=np.int64).reshape(len(found), times.dim()).T
-            for name in ("start", "sizes", "steps")
-        )
-        for d, size in enumerate(times.shape):
-            if core.shape[d] < size:
-                sizes[d] = size
-        known[key] = Boxes(np.array(at, dtype=np.int64), start, sizes, steps)
-    return known[key]
+    core = compact(times)
+    busy = (core != CONSTANT) & (core != NEVER)
+    at, found = _each_box(core, busy)
+    if not busy.all():
+        found = _all_grown(found, busy.numpy())
+    start, sizes, steps = (
+        np.array([getattr(box, name) for box in found], dtype=np.int64).reshape(len(found), times.dim()).T
+        for name in ("start", "sizes", "steps")
+    )
+    for d, size in enumerate(times.shape):
+        if core.shape[d] < size:
+            sizes[d] = size
+    return Boxes(np.array(at, dtype=np.int64), start, sizes, steps)
 
 
 def _each_box(core: Tensor, busy: Tensor) -> tuple[list[int], list[Box]]:

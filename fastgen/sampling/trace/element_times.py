@@ -28,7 +28,7 @@ class ElementTimes:
         return self._known[value] if value in self._known else self._fill.expand(value.shape)
 
     def set(self, value: Value, times: Tensor) -> None:
-        self._known[value] = times.expand(value.shape)
+        self._known[value] = times if times.shape == value.shape else times.expand(value.shape)
 
     def change(self, change: Callable[[Tensor], Tensor]) -> None:
         """Changes each time by itself."""

@@ -79,7 +79,7 @@ COLUMNS = torch.tensor([[0, 1, 2], [0, 1, 2], [NEVER] * 3, [0, 1, 2]], dtype=tor
 
 
 def test_each_box_of_a_step_lies_where_its_own_elements_do():
-    boxes = _boxes(COLUMNS, {})
+    boxes = _boxes(COLUMNS)
     assert boxes.at.tolist() == [1, 1, 2, 2, 3, 3] and boxes.nth.tolist() == [0, 1] * 3
     assert [boxes[k].start for k in (2, 3)] == [(0, 1), (3, 1)]
     assert [boxes[k].sizes for k in (2, 3)] == [(2, 1), (1, 1)]
@@ -90,7 +90,7 @@ def test_each_box_of_a_step_lies_where_its_own_elements_do():
 def test_steps_are_alike_where_sizes_and_what_is_fixed_are():
     def groups(*fixed):
         rules = {"value": SimpleNamespace(fixed=lambda boxes: fixed)}
-        return [steps.tolist() for steps in Schedule(3, {"value": _boxes(COLUMNS, {})}, None).alike(rules)]
+        return [steps.tolist() for steps in Schedule(3, {"value": _boxes(COLUMNS)}, None).alike(rules)]
 
     assert groups() == [[0], [1, 2, 3]]  # step 0 comes before the first draw, and computes nothing
     assert groups(np.array([7, 5, 7, 6, 7, 5])) == [[0], [1, 3], [2]]
@@ -99,6 +99,6 @@ def test_steps_are_alike_where_sizes_and_what_is_fixed_are():
 
 def test_boxes_grow_where_all_of_their_sizes_can():
     triangle = torch.where(torch.ones(4, 4).tril() > 0, torch.arange(4).view(4, 1), NEVER).int()
-    assert _boxes(triangle, {}).sizes.T.tolist() == [[1, 1]] + [[1, 4]] * 3
+    assert _boxes(triangle).sizes.T.tolist() == [[1, 1]] + [[1, 4]] * 3
     halves = torch.tensor([[0, 0, NEVER, NEVER], [1, 1, 2, 2]], dtype=torch.int32)
-    assert _boxes(halves, {}).sizes.T.tolist() == [[1, 2]] * 3  # one could; the others are like it, and cannot
+    assert _boxes(halves).sizes.T.tolist() == [[1, 2]] * 3  # one could; the others are like it, and cannot
