@@ -22,7 +22,7 @@ demo: setup
 	$(RUN) -m fastgen demo
 
 test: setup
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -54,12 +54,11 @@ def test_colours(kind):
     assert_round_trip(model, images)
 
 
-@pytest.mark.slow
-def test_all_test_patches():
+def test_some_test_patches():
     pytest.importorskip("sklearn")
     patches = data.load("patches")
     torch.manual_seed(0)
-    assert_round_trip(models.PixelCNNPP(patches.shape, channels=8, layers=1, n_mix=3).eval(), patches.test.images)
+    assert_round_trip(models.PixelCNNPP(patches.shape, channels=8, layers=1, n_mix=3).eval(), patches.test.images[::20])
 
 
 def test_sixteen_bits_a_pixel():

@@ -37,7 +37,7 @@ GPU: list[Job] = [
     *((GatedPixelCNN, (1, 28, 28), 256, {}, batch) for batch in (1, 64)),
 ]
 JOBS: dict[str, list[Job]] = {
-    "toy": [(GatedPixelCNN, (1, 2, 3), 3, {"channels": 4, "layers": 1}, 2)],
+    "toy": [(GatedPixelCNN, (1, 2, 2), 3, {"channels": 4, "layers": 1}, 2)],
     "cpu": CPU,
     "cpu-full": [
         *CPU,

@@ -127,5 +127,5 @@ def test_what_the_machine_does_not_know_is_not_predicted():
 def test_the_command_says_what_is_assumed(capsys, tmp_path):
     assert main(["predict", "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("ASSUMED") == 8 and "GatedPixelCNN 1x2x3 levels=3 B=2" in printed
+    assert printed.count("ASSUMED") == 8 and "GatedPixelCNN 1x2x2 levels=3 B=2" in printed
     assert main(["predict", str(tmp_path / "none.jsonl"), "--dry-run"]) == 2

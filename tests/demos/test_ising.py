@@ -59,8 +59,9 @@ def test_the_network_has_probabilities_of_all_states():
     assert perfect.effective == pytest.approx(1) and 0 < found.effective < 0.9
 
 
-def test_the_demonstration(tmp_path):
-    """A 4x4 lattice, briefly."""
+def test_the_demonstration(tmp_path, monkeypatch):
+    """A 4x4 lattice at two temperatures, briefly."""
+    monkeypatch.setattr(ising, "TEMPERATURES", (3.2, 2.269))
     numbers = demos.perform("ising", tmp_path, side=4, channels=8, steps=60, batch=64, measured=1500)
     assert (tmp_path / "ising.png").exists()
     for row in numbers.values():

@@ -14,8 +14,8 @@ from fastgen.sampling.request import SampleRequest
 from tests.sampling.zoo_case import DataMask
 
 MODELS = {
-    "gated, classes": lambda: GatedPixelCNN((1, 3, 3), 4, channels=6, layers=1, n_classes=3),
-    "plain, colours": lambda: PixelCNN((3, 3, 2), 3, channels=6, layers=1),
+    "gated, classes": lambda: GatedPixelCNN((1, 2, 3), 4, channels=6, layers=1, n_classes=3),
+    "plain, colours": lambda: PixelCNN((3, 2, 2), 3, channels=6, layers=1),
     "plusplus": lambda: PixelCNNPP((3, 4, 4), channels=4, layers=1, n_mix=2),
     "diagonal": lambda: PixelRNN((1, 2, 3), 4, hidden_channels=6, layers=1),
     "diagonal, colours": lambda: PixelRNN((3, 3, 2), 3, hidden_channels=6, layers=1),

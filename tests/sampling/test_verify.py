@@ -56,9 +56,15 @@ CASES = {
 
 
 @pytest.mark.filterwarnings("ignore:the engine's output differs")
-@pytest.mark.parametrize("backend", ["eager", "compiled"])
-@pytest.mark.parametrize("verify", ["auto", "always"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "verify", "backend"),
+    [
+        ("grey", "auto", "eager"),
+        ("grey", "always", "compiled"),
+        ("colours", "auto", "compiled"),
+        ("colours", "always", "eager"),
+    ],
+)
 def test_only_images_that_differ_are_drawn_on_from_their_first_wrong_place(name, verify, backend, off, batches):
     make, shape, distribution = CASES[name]
     fast, naive = off(make(), shape, distribution, backend, verify=verify)

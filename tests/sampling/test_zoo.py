@@ -84,7 +84,7 @@ def test_equals_naive_almost_without_whole_passes(name):
     plan = fast._backends.made[-1].backend.plan
     assert any(unknown_in(program) for program in plan.programs) == (name in BY_TORCH)
     passes = 0
-    for batch in range(3):
+    for batch in range(2):
         images = assert_exact(fast, naive, N, error=ERRORS.get(name, 1e-4), passes=None, seed=batch)
         assert not torch.equal(images[0], images[1])
         passes += fast.stats.passes
@@ -286,11 +286,11 @@ def test_leaks_are_found_and_named(name):
     assert report.leaks[0].node
     assert module is None or report.leaks[0].module == module
     layout = ("BKCHW" if name == "gates across colours" else "B(CK)HW") if ordered else "B(KC)HW"
-    for backend in ("auto", "eager"):
-        with pytest.raises(fastgen.NotCausalError) as caught:
-            accelerate(model, shape, distribution=Categorical(4 if ordered else 3, layout), backend=backend)
-        assert isinstance(caught.value, ValueError) and caught.value.report.leaks
-        assert ("eval()" in str(caught.value)) == (name == "statistics of the batch")
+    backend = ("auto", "eager")[list(LEAKS).index(name) % 2]
+    with pytest.raises(fastgen.NotCausalError) as caught:
+        accelerate(model, shape, distribution=Categorical(4 if ordered else 3, layout), backend=backend)
+    assert isinstance(caught.value, ValueError) and caught.value.report.leaks
+    assert ("eval()" in str(caught.value)) == (name == "statistics of the batch")
 
 
 def test_colour_groups_that_divide_do_not_leak():

@@ -1,5 +1,6 @@
 """Several processes, by torchrun on the CPU: what one process computes, and a process that dies."""
 
+import importlib.util
 import json
 import os
 import re
@@ -13,8 +14,10 @@ import torch
 
 import fastgen
 from fastgen import cli, distributed
+from fastgen.demos.examples import two_gpus
 from fastgen.train import read_state
 
+DIGITS = importlib.util.find_spec("sklearn") is not None
 ROOT = Path(__file__).parents[2]
 TINY = ["--batch-size", 7, "--validate-every", 2, "--set", "channels=4", "--lr", 0.02, "--device", "cpu"]
 
@@ -80,7 +83,8 @@ def copied(source, target):
 @pytest.mark.parametrize(("count", "sharded"), [(2, False), (3, True)])
 def test_a_job_of_processes_is_a_job_of_one(count, sharded, images, one, tmp_path, capsys):
     """Training, also resumed, replicated and sharded: the same curve up to the order of sums. Scores and images of the
-    same weights: the same. Without shards, which hold the group, no thread of it is left at the end."""
+    same weights: the same. Without shards, which hold the group, no thread of it is left at the end. The example for
+    two GPUs says the same of two processes as of one."""
     jobs = commands(images, tmp_path)
     # From the weights of the single process, so that every figure must be the same to the last bit.
     for name in ("pixelcnn", "vae"):
@@ -91,6 +95,7 @@ def test_a_job_of_processes_is_a_job_of_one(count, sharded, images, one, tmp_pat
     jobs.append([*jobs[2][:-1], tmp_path / "parts"])
     if not sharded:
         jobs = [job for job in jobs if "fsdp" not in job and tmp_path / "fsdp" not in job]
+        jobs += [["two_gpus", tmp_path / "two"]] if DIGITS else []
     job = launch(count, Path(__file__).parent / "commands.py", json.dumps([[str(a) for a in job] for job in jobs]))
     out, err = job.communicate(timeout=120)
     assert job.returncode == 0, err
@@ -108,6 +113,9 @@ def test_a_job_of_processes_is_a_job_of_one(count, sharded, images, one, tmp_pat
     assert out.count("saved in") == (6 if sharded else 3)  # one process prints
     if sharded:
         goes_on_alone(tmp_path / "parts", one / "pixelcnn")
+    elif DIGITS:
+        (bits,) = re.findall(r"2 processes: ([\d.]+) bits/dim", out)
+        assert float(bits) == pytest.approx(two_gpus.main(tmp_path / "alone", steps=2), abs=1e-4)
     for name in ("pixelcnn", "vae"):
         with np.load(one / f"{name}.npz") as expected, np.load(tmp_path / f"one-{name}.npz") as found:
             assert np.array_equal(expected["images"], found["images"])

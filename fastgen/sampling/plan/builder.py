@@ -128,6 +128,13 @@ class Builder:
             return self._read_indexed(operand, region)
         return self._view(operand.map, region)
 
+    def broadcast(self, operand: Operand, region: Region) -> View:
+        """What a region of the result reads of an operand that is broadcast to it, with the sizes of the region."""
+        aligned = region[len(region) - len(operand.shape) :]
+        one = (AffineOffset(0), 1, 1)
+        cut = [along if size > 1 else one for along, size in zip(aligned, operand.shape, strict=True)]
+        return self.read(operand, cut).expand([size for _, size, _ in region])
+
     def scratch(self, sizes: Sequence[int], dtype: torch.dtype, order: Sequence[int] | None = None) -> View:
         """A new block of these sizes, contiguous with its dimensions in the given order."""
         self.scratches += 1

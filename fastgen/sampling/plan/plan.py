@@ -17,13 +17,13 @@ from fastgen.sampling.machine.language import Memory, Product, Program
 from fastgen.sampling.plan.builder import Builder, NeedsStorage, Storage
 from fastgen.sampling.plan.layout import dimension_order, layout
 from fastgen.sampling.plan.renewal import Traced, renew
-from fastgen.sampling.plan.schedule import Boxes, Needed, Schedule, row_ends, running_times, schedule
+from fastgen.sampling.plan.schedule import Boxes, Schedule, row_ends, running_times, schedule
 from fastgen.sampling.plan.sliding_rows import Candidate, Ring, make_rings
 from fastgen.sampling.plan.split_convolution import split_rows
 from fastgen.sampling.plan.temporaries import Scratch, share_scratch
 from fastgen.sampling.rules.convolution import Convolution
 from fastgen.sampling.trace.element_times import compact
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, Map, Operand, Value
+from fastgen.sampling.trace.graph import CONSTANT, Map, Operand, Value
 from fastgen.sampling.trace.network import Network
 
 
@@ -131,9 +131,9 @@ def make_plan(network: Network, distribution: Distribution) -> Plan:
     draws, timed, conditions = ordered(network, distribution)
     traced = Traced.all_of(timed.graph)
     output, order, ends = timed.graph.output, draws.order, row_ends(draws.order)
-    times, reads = running_times(timed, ends, draws.of_outputs() - 1, partial(split_rows, timed, ends))
+    times = running_times(timed, ends, draws.of_outputs() - 1, partial(split_rows, timed, ends))
     when = schedule(timed, len(order), times)
-    storage = _storage(timed, when, reads, order, shape)
+    storage = _storage(timed, when, order, shape)
     whole_pixels = len(order) == shape[1] * shape[2]
     plan = Plan(timed, when, storage, order, whole_pixels, output, conditions, network, traced, timed.graph.remarks)
     groups = when.alike(timed.rules)
@@ -180,7 +180,7 @@ def _written(value: Value, boxes: Boxes, constant: Tensor, outer: int) -> dict[i
     return {row: step for row, step in enumerate(last) if 0 <= step < never}
 
 
-def _storage(timed: Timed, when: Schedule, reads: Sequence[Needed], order: Order, shape: Sequence[int]) -> Storage:
+def _storage(timed: Timed, when: Schedule, order: Order, shape: Sequence[int]) -> Storage:
     graph = timed.graph
     maps: dict[Value, list[Map]] = {}
     # Programs show which other values must be, see `NeedsStorage`.
@@ -190,11 +190,6 @@ def _storage(timed: Timed, when: Schedule, reads: Sequence[Needed], order: Order
             maps.setdefault(operand.map.value, []).append(operand.map)
         if operand.map is None or operand.map.padded:
             stored |= set(operand.values)
-    for operand, needed in reads:  # by an operation of which all runs later
-        if not stored.issuperset(operand.values):
-            own, needed = compact(when.times.read(operand, CONSTANT)), compact(needed)
-            if ((own < needed) & (needed != NEVER) & (own != CONSTANT)).any():
-                stored |= set(operand.values)
     layouts = {}
     orders: dict[Any, tuple[int, ...]] = {}  # of values that are computed alike, too
     feature_maps = _feature_maps(timed)

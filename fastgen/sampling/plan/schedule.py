@@ -19,9 +19,7 @@ from fastgen.sampling.causality.ready_times import Timed
 from fastgen.sampling.plan.layout import Box
 from fastgen.sampling.rules import Rule
 from fastgen.sampling.trace.element_times import ElementTimes, compact, shrunk
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, READY, Operand, Value, coordinates
-
-Needed = tuple[Operand, Tensor]  # an operand, and the first step at which each of its elements is read
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, READY, Value, coordinates
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,11 +115,10 @@ def row_ends(order: Sequence[tuple[int, int, int]]) -> Tensor:
 
 def running_times(
     timed: Timed, ends: Tensor, deadline: Tensor, split: Callable[[Value, Tensor], Value | None]
-) -> tuple[ElementTimes, list[Needed]]:
-    """When each element is computed, for those of the output and all that they need, from the last value to the first;
-    and when operations read what they need.
+) -> ElementTimes:
+    """When each element is computed, for those of the output and all that they need, from the last value to the first.
 
-    A time is CONSTANT where an element needs no computation, NEVER where nobody needs it.
+    CONSTANT where it needs no computation, NEVER where nobody needs it.
 
     Args:
         ends: of rows, see `row_ends`.
@@ -129,7 +126,6 @@ def running_times(
         split: given a value and its times, may write it as a sum with another value, new in the graph, which it gives.
     """
     wanted, times = ElementTimes(NEVER), ElementTimes(CONSTANT)
-    reads: list[Needed] = []
     wanted.scatter_min(timed.graph.output, deadline)
     pending = timed.computed
     while pending:
@@ -143,8 +139,7 @@ def running_times(
         running = torch.where(running == CONSTANT, NEVER, running).expand(value.shape)
         for operand, needed in timed.rules[value].needs(running):
             wanted.scatter_min(operand, needed)
-            reads.append((operand, needed))
-    return times, reads
+    return times
 
 
 def at_row_end(ends: Tensor, ready: Tensor, latest: Tensor) -> Tensor:

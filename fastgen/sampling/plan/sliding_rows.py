@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastgen.sampling.machine.language import Memory, Program, views_of
+from fastgen.sampling.machine.language import Memory, Program, View
 from fastgen.sampling.plan.layout import Layout
 
 ROOM = 2  # windows that a ring holds: rows move once in as many steps of a row as a window has
@@ -68,96 +68,66 @@ class Candidate:
     written: dict[int, int]
 
 
-@dataclass(eq=False)
-class _Touched:
-    """Rows from `low` to `high` that each step touches; `high` is -1 where it touches none.
+class _Rows:
+    """When the rows of a candidate live: from the first step that touches one to the last.
 
-    still: whether a step has a view of it whose offset is the same at all steps, so that its rows cannot move.
+    Attributes:
+        low, high: of each step the first and the last row that it touches; `high` is -1 where it touches none.
+        still: whether a step has a view of it whose offset is the same at all steps, so that its rows cannot move.
     """
 
-    low: np.ndarray
-    high: np.ndarray
-    still: np.ndarray
+    def __init__(self, candidate: Candidate, steps: int) -> None:
+        self.layout = candidate.layout
+        self.low, self.high, self.still = np.full(steps, 2**31), np.full(steps, -1), np.zeros(steps, dtype=bool)
+        outer = self.layout.order[0]
+        self.pitch, before = self.layout.strides[outer], self.layout.before[outer]
+        self.last = before + self.layout.shape[outer] - 1
+        self.written = {before + row: step for row, step in candidate.written.items()}
+        if candidate.begun:
+            self.low[0], self.high[0] = before, before + candidate.begun - 1
+
+    def touch(self, steps: np.ndarray, view: View, begins: np.ndarray | None) -> None:
+        """Adds a view that these steps have; it begins there, or at one place for all where that is None."""
+        self.still[steps] |= begins is None
+        first = np.array(view.offset.at(())) if begins is None else begins
+        self.low[steps] = np.minimum(self.low[steps], first // self.pitch)
+        self.high[steps] = np.maximum(self.high[steps], (first + view.span) // self.pitch)
+
+    def ring(self) -> Ring | None:
+        needed = np.minimum.accumulate(self.low[::-1])[::-1]  # the first row that a step or a later one touches
+        rows = ROOM * int((self.high - needed + 1).max())
+        if rows >= self.layout.room[self.layout.order[0]] or self.high.max() > self.last:  # what follows must stay zero
+            return None
+        if any(((self.low <= row) & (self.high >= row))[:step].any() for row, step in self.written.items()):
+            return None
+        moves: list[Move] = []
+        first = top = 0
+        for step in np.flatnonzero(self.high >= 0).tolist():
+            if self.high[step] >= first + rows:
+                begin = int(needed[step])
+                moves.append(Move(step, begin - first, max(begin, top + 1) - first))
+                first = begin
+            top = max(top, int(self.high[step]))
+        fixed = bool(moves) and self.still[moves[0].step :].any()
+        return None if fixed else Ring(self.layout, rows, tuple(moves))
 
 
 def make_rings(candidates: Iterable[Candidate], programs: Sequence[Program], steps: Steps) -> dict[Memory, Ring]:
-    """Rings by their memory, for those candidates that fit one; moves the offsets of the steps into them.
-
-    Args:
-        candidates: the values.
-    """
-    layouts: dict[Memory, Layout] = {}
-    touched: dict[Memory, _Touched] = {}
-    written: dict[Memory, dict[int, int]] = {}
-    for candidate in candidates:
-        memory, layout = candidate.memory, candidate.layout
-        one = _Touched(np.full(len(steps), 2**31), np.full(len(steps), -1), np.zeros(len(steps), dtype=bool))
-        first_row = layout.before[layout.order[0]]
-        if candidate.begun:
-            one.low[0], one.high[0] = first_row, first_row + candidate.begun - 1
-        written[memory] = {first_row + row: step for row, step in candidate.written.items()}
-        layouts[memory], touched[memory] = layout, one
+    """Rings by their memory, for those candidates that fit one; moves the offsets of the steps into them."""
+    found = {one.memory: _Rows(one, len(steps)) for one in candidates}
     served = [np.array([k for k, step in enumerate(steps) if step.program == p]) for p in range(len(programs))]
-    _touch(touched, layouts, programs, served, steps)
-    rings = {}
-    firsts: dict[Memory, np.ndarray] = {}
-    for key, found in touched.items():
-        ring = _ring(layouts[key], found)
-        early = any(((found.low <= row) & (found.high >= row))[:step].any() for row, step in written[key].items())
-        if ring is not None and not early:
-            first = np.zeros(len(steps), dtype=np.int64)
-            for move in ring.moves:
-                first[move.step :] += move.first
-            if not first[found.still].any():
-                rings[key], firsts[key] = ring, first * ring.pitch
+    for program, of_program in zip(programs, served, strict=True):
+        offsets = np.array([steps[step].offsets for step in of_program.tolist()])
+        moving = dict(zip(program.moving(), offsets.T, strict=True))
+        for view in {view for views in program.views for view in views if view.memory in found}:
+            found[view.memory].touch(of_program, view, moving.get(view))
+    rings = {memory: ring for memory, rows in found.items() if (ring := rows.ring()) is not None}
+    firsts = {memory: np.zeros(len(steps), dtype=np.int64) for memory in rings}  # numbers before those that it holds
+    for memory, ring in rings.items():
+        for move in ring.moves:
+            firsts[memory][move.step :] += move.first * ring.pitch
     for program, of_program in zip(programs, served, strict=True):
         moved = [(number, firsts[view.memory]) for number, view in enumerate(program.moving()) if view.memory in rings]
         for step in of_program.tolist() if moved else ():
             steps[step].offsets[[number for number, _ in moved]] -= [first[step] for _, first in moved]
     return rings
-
-
-def _touch(
-    touched: dict[Memory, _Touched],
-    layouts: dict[Memory, Layout],
-    programs: Sequence[Program],
-    served: Sequence[np.ndarray],
-    steps: Steps,
-) -> None:
-    """Adds what the steps touch."""
-    for program, of_program in zip(programs, served, strict=True):
-        moving = {view: number for number, view in enumerate(program.moving())}
-        offsets = np.array([steps[step].offsets for step in of_program.tolist()])
-        views = {view for instruction in program.instructions for view in views_of(instruction)}
-        for view in views:
-            if view.memory not in layouts:
-                continue
-            one = touched[view.memory]
-            if view in moving:
-                first = offsets[:, moving[view]]
-            else:
-                first = np.full(len(of_program), view.offset.at(()))
-                one.still[of_program] = True
-            layout = layouts[view.memory]
-            pitch = layout.strides[layout.order[0]]
-            one.low[of_program] = np.minimum(one.low[of_program], first // pitch)
-            one.high[of_program] = np.maximum(one.high[of_program], (first + view.span) // pitch)
-
-
-def _ring(layout: Layout, touched: _Touched) -> Ring | None:
-    needed = np.minimum.accumulate(touched.low[::-1])[::-1]  # the first row that a step or a later one touches
-    outer = layout.order[0]
-    window = int((touched.high - needed + 1).max())
-    rows = ROOM * window
-    last = layout.before[outer] + layout.shape[outer] - 1
-    if rows >= layout.room[outer] or int(touched.high.max()) > last:  # rows after the last must stay zero
-        return None
-    moves = []
-    first = top = 0
-    for step in np.flatnonzero(touched.high >= 0).tolist():
-        if touched.high[step] >= first + rows:
-            begin = int(needed[step])
-            moves.append(Move(step, begin - first, max(begin, top + 1) - first))
-            first = begin
-        top = max(top, int(touched.high[step]))
-    return Ring(layout, rows, tuple(moves))

@@ -77,7 +77,8 @@ class Convolution(Rule):
     @cached_property
     def live_rows(self) -> Tensor:
         """Which rows of the kernel, along its first dimension, have weights that are not zero."""
-        return self.live.flatten(0, 1).any(0).flatten(1).any(1) if self.rank > 1 else self.live.flatten(0, 1).any(0)
+        live = any_along(self.live, 1).any(0)  # taps
+        return live.flatten(1).any(1) if self.rank > 1 else live
 
     def _live(self) -> Tensor:
         """Which weights are not zero, (output channels, input channels of a group, taps...)."""
@@ -106,7 +107,7 @@ class Convolution(Rule):
     def ready(self) -> tuple[Tensor, Tensor | None]:
         x, live, blocks = self.analysis.ready(self.x), self.live, list(self._blocks())
         if x.stride(1) == 0:  # the same for all channels: a channel of each kind of kernel will do
-            x, live, blocks = x[:, :1], self.live.any(1, keepdim=True), [(slice(0, len(live)), slice(0, 1))]
+            x, live, blocks = x[:, :1], any_along(self.live, 1).unsqueeze(1), [(slice(0, len(live)), slice(0, 1))]
         found: list[tuple[Tensor, Tensor]] = []  # output channels, and their times without a dimension of channels
         for outs, ins in blocks:
             inputs = x[:, ins].transpose(0, 1)
@@ -167,7 +168,7 @@ class Convolution(Rule):
             yield self.bias, never(self.bias.shape)
         live, blocks = self.live, list(self._blocks())
         if times.stride(1) == 0:  # an input channel is needed as soon as any output of its group
-            live = live.unflatten(0, (self.groups, -1)).any(1).flatten(0, 1).unsqueeze(0)
+            live = any_along(live.unflatten(0, (self.groups, -1)), 1).flatten(0, 1).unsqueeze(0)
             times, blocks = times[:, :1], [(slice(0, 1), slice(0, self.x.shape[1]))]
         found: list[tuple[Tensor, Tensor]] = []
         for outs, ins in blocks:
@@ -237,7 +238,7 @@ class Convolution(Rule):
         """The weights of some output channels; None where all are zero."""
         key = ("part", channels.start, channels.stop, channels.step)
         if key not in self._parts:
-            live = self.live[channels].any(0)  # (input channels, taps...)
+            live = any_along(self.live[channels], 0)  # (input channels, taps...)
             found = None
             if live.any():
                 inputs, *taps = (extent(live.movedim(d, 0).flatten(1).any(1)) for d in range(1 + self.rank))
@@ -291,6 +292,11 @@ class Convolution(Rule):
         both = places.as_strided(inner.sizes, (*places.strides, *taps.strides))
         builder.pointwise("copy", inner, both)
         builder.product(out, rows, part.weight, added)
+
+
+def any_along(mask: Tensor, dim: int) -> Tensor:
+    """`mask.any(dim)`, for which torch takes several times as long."""
+    return mask.view(torch.uint8).amax(dim).bool()
 
 
 def extent(live: Tensor) -> tuple[int, int]:

@@ -11,7 +11,6 @@ from fastgen.sampling.machine.language import AffineOffset, View
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
 from fastgen.sampling.rules.base import Rule, constant_operand, groups_of, reduce_to
-from fastgen.sampling.rules.pointwise import ONE
 from fastgen.sampling.trace.element_times import compact, kinds_of
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand
 
@@ -74,28 +73,26 @@ class MatMul(Rule):
         if constant_operand(b) and not batch and plain:
             columns = (AffineOffset(box.start[-1]), box.sizes[-1], box.steps[-1])
             if summand is None or (constant_operand(summand) and summand.shape[:-1] in ((), (1,))):
-                added = None
-                if summand is not None:
-                    bias = [*[ONE] * (len(summand.shape) - 1), columns if summand.shape[-1] > 1 else ONE]
-                    added = builder.read(summand, bias).order([len(bias) - 1])
+                rows = [region[-2], columns]
+                added = None if summand is None else builder.broadcast(summand, rows).order([1])
                 builder.product(out, builder.read(a, [region[-2], inner]), builder.read(b, [inner, columns]), added)
                 return
         first = builder.read(a, [*batch[len(batch) - len(a.shape) + 2 :], region[-2], inner])
         second = builder.read(b, [*batch[len(batch) - len(b.shape) + 2 :], inner, region[-1]])
         if plain and self._is_plain(first, second):
-            added = None if summand is None else self._summand(builder, region, box)
+            added = None if summand is None else builder.broadcast(summand, region)
             builder.product(out, first, second, added)
             return
         if self._is_plain(first, second) and summand is not None:
             builder.product(out, first, second)
             builder.pointwise("mul", out, out, float(alpha))
             part = builder.scratch(out.sizes, out.memory.dtype)
-            builder.pointwise("mul", part, self._summand(builder, region, box), float(beta))
+            builder.pointwise("mul", part, builder.broadcast(summand, region), float(beta))
             builder.pointwise("add", out, out, part)
             return
         found: Any = builder.make(torch.matmul, first, second)
         if summand is not None:
-            scaled: Any = self._summand(builder, region, box)
+            scaled: Any = builder.broadcast(summand, region)
             if beta != 1:
                 scaled = builder.make(torch.mul, scaled, beta)
             found = builder.make(torch.add, scaled, found, alpha=alpha)
@@ -106,12 +103,6 @@ class MatMul(Rule):
         dtype = self.value.data.dtype
         once = self.summand is None and dtype.is_floating_point
         return (once or dtype in (torch.float32, torch.float64)) and all(one.memory.dtype == dtype for one in factors)
-
-    def _summand(self, builder: Builder, region: Sequence[Any], box: Box) -> View:
-        assert self.summand is not None
-        aligned = region[len(region) - len(self.summand.shape) :]
-        cut = [one if size > 1 else ONE for one, size in zip(aligned, self.summand.shape, strict=True)]
-        return builder.read(self.summand, cut).expand(box.sizes)
 
 
 def _without(times: Tensor, zero: Tensor, instead: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.sampling.machine.language import AffineOffset, View
+from fastgen.sampling.machine.language import View
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
 from fastgen.sampling.rules.base import NOWHERE, SOFTMAX_ZERO, Rule, constant_operand, reduce_to, result_of
@@ -18,7 +18,6 @@ from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Value, map_ar
 
 SWALLOWS = 1e6  # where a sum is rounded by more than this, its smaller part counts as nothing
 CONSTANT_TIME = torch.tensor(CONSTANT, dtype=torch.int32)
-ONE = (AffineOffset(0), 1, 1)  # all of a dimension of size 1
 
 
 class Pointwise(Rule):
@@ -149,9 +148,7 @@ class Pointwise(Rule):
         def view(operand: Operand) -> View | Tensor:
             if operand.shape == () and constant_operand(operand):
                 return self.analysis.data(operand)  # such a number takes no part in type promotion
-            aligned = region[len(region) - len(operand.shape) :]
-            cut = [one if size > 1 else ONE for one, size in zip(aligned, operand.shape, strict=True)]
-            return builder.read(operand, cut).expand(box.sizes).order(order)
+            return builder.broadcast(operand, region).order(order)
 
         target = out.order(order)
         if not self._is_instruction(builder, target, view):
@@ -187,18 +184,19 @@ class Pointwise(Rule):
 
     def _decide(self, builder: Builder, target: View, args: Sequence[Any]) -> bool:
         """A comparison, a sentence of conditions, or what a number is as a condition; False where it is none."""
+        name = self.value.op_name
         conditions = all(isinstance(one, View) and one.memory.dtype == torch.bool for one in args)
-        if self.value.op_name in LOGICAL and not conditions:
+        if name in LOGICAL and not conditions:
             return False
-        if self.value.op_name in ("logical_and", "bitwise_and"):
+        if name in ("logical_and", "bitwise_and"):
             builder.pointwise("mul", target, *args)
             return True
-        if self.value.op_name in ("logical_or", "bitwise_or"):  # not the first, or else the second
+        if name in ("logical_or", "bitwise_or"):  # not the first, or else the second
             other = builder.scratch(target.sizes, torch.bool)
             builder.pointwise("eq", other, args[0], 0.0)
             builder.pointwise("le", target, other, args[1])
             return True
-        op, turned, negated = COMPARISONS[self.value.op_name]
+        op, turned, negated = COMPARISONS[name]
         operands = self._comparable(builder, [*args, 0.0][:2])
         if operands is None:
             return False

@@ -116,10 +116,6 @@ class Map:
         steps = tuple(tuple(int(k == d) for k in range(rank)) for d in range(rank))
         return Map(value, value.shape, (0,) * rank, steps)
 
-    @cached_property
-    def is_identity(self) -> bool:
-        return self == Map.identity(self.value)
-
     def within(self, shape: tuple[int, ...], start: Sequence[int], steps: Sequence[Sequence[int]]) -> "Map":
         """The map of a view: its element i is the element start + sum_d i_d * steps[d] of this operand."""
 

@@ -101,7 +101,7 @@ def test_a_model_is_analysed_once_a_backend_and_only_where_that_runs(monkeypatch
     (case,) = [case.without("compiled") for case in cases.load("sampling", "toy", CPU)]
     rows = {row["provider"]: row for row in measure(case, Session(machine.facts("cpu"), "", budget=0.0))}
     assert sorted(asked) == ["auto", "eager", "fixed_point", "naive"]
-    assert rows["naive"]["share"] == 1 / 6 and rows["fastgen"]["share"] is None
+    assert rows["naive"]["share"] == 1 / 4 and rows["fastgen"]["share"] is None
     assert rows["fastgen"]["error"] == 0 and rows["fastgen"]["work_ratio"] >= 1
     asked.clear()
     measure(case.only(["one forward pass", "fastgen"]), Session(machine.facts("cpu"), "", timing=False))

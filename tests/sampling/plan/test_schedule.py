@@ -1,10 +1,13 @@
 """Every element is computed once, when it is ready, in boxes that hold it and nothing that counts beside it."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelCNNPP
-from fastgen.sampling.plan.schedule import _cover, at_row_end, row_ends
+from fastgen.sampling.plan.schedule import Schedule, _boxes, _cover, at_row_end, row_ends
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, READY
 from tests.sampling.models import Attention, planned
 
@@ -69,3 +72,33 @@ def test_boxes_hold_any_pattern_of_places_once():
     comb = torch.zeros(6, 9, dtype=torch.bool)
     comb[1::2, ::4] = True
     assert len(_cover(torch.nonzero(comb))) == 1
+
+
+# Of 4x3 elements, a column a step; nobody needs the third row. Each step has two boxes: rows 0 and 1, and row 3.
+COLUMNS = torch.tensor([[0, 1, 2], [0, 1, 2], [NEVER] * 3, [0, 1, 2]], dtype=torch.int32)
+
+
+def test_each_box_of_a_step_lies_where_its_own_elements_do():
+    boxes = _boxes(COLUMNS, {})
+    assert boxes.at.tolist() == [1, 1, 2, 2, 3, 3] and boxes.nth.tolist() == [0, 1] * 3
+    assert [boxes[k].start for k in (2, 3)] == [(0, 1), (3, 1)]
+    assert [boxes[k].sizes for k in (2, 3)] == [(2, 1), (1, 1)]
+    assert boxes.places(0, np.array([3, 1])).tolist() == [[0, 2], [0, 0]]
+    assert boxes.places(1, np.array([3, 1])).tolist() == [[3, 2], [3, 0]]
+
+
+def test_steps_are_alike_where_sizes_and_what_is_fixed_are():
+    def groups(*fixed):
+        rules = {"value": SimpleNamespace(fixed=lambda boxes: fixed)}
+        return [steps.tolist() for steps in Schedule(3, {"value": _boxes(COLUMNS, {})}, None).alike(rules)]
+
+    assert groups() == [[0], [1, 2, 3]]  # step 0 comes before the first draw, and computes nothing
+    assert groups(np.array([7, 5, 7, 6, 7, 5])) == [[0], [1, 3], [2]]
+    assert groups(np.arange(6)) == [[0], [1], [2], [3]]
+
+
+def test_boxes_grow_where_all_of_their_sizes_can():
+    triangle = torch.where(torch.ones(4, 4).tril() > 0, torch.arange(4).view(4, 1), NEVER).int()
+    assert _boxes(triangle, {}).sizes.T.tolist() == [[1, 1]] + [[1, 4]] * 3
+    halves = torch.tensor([[0, 0, NEVER, NEVER], [1, 1, 2, 2]], dtype=torch.int32)
+    assert _boxes(halves, {}).sizes.T.tolist() == [[1, 2]] * 3  # one could; the others are like it, and cannot
