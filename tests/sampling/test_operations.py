@@ -66,6 +66,19 @@ def table_of_buckets(x):
     return torch.linspace(-1, 1, 10)[torch.searchsorted(edges, x.contiguous(), right=True)]
 
 
+def many_groups(x):
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(36, 2, 2, 3, generator=generator), torch.randn(36, generator=generator)
+    weight, bias = weight.to(x) / 4, bias.to(x)
+    found = F.conv2d(F.pad(x.repeat(1, 4, 1, 1), (2, 0, 1, 0)), weight, bias, groups=12)
+    return found.unflatten(1, (6, 6)).mean(2)
+
+
+def infinite_by_conditions(x):
+    least = torch.where(x > 0, x, -math.inf).amax(1, keepdim=True).clamp(min=-1.0)
+    return x + least + x.masked_fill(x < 0, math.inf).amin(1, keepdim=True).clamp(max=1.0)
+
+
 def written_by_masks(x):
     x = x.clone()
     x[:, :, CHECKERS] = 0.5
@@ -118,6 +131,12 @@ OPERATIONS = {
     "chosen by a mask": lambda x: torch.where(CHECKERS, x, (x * 9).tanh()) + x.masked_fill(CHECKERS, 0.7),
     "a number or another": lambda x: torch.where(CHECKERS, 0.3, x) + x.masked_fill(~CHECKERS, -math.inf).exp(),
     "infinity by a mask": lambda x: x.masked_fill(CHECKERS, math.inf).clamp(max=0.3),
+    "conditions": lambda x: torch.where((x > 0.2) | ~(x <= x.roll(1, 1)) & (x != 0), x, -0.5 * x.ge(-0.1)),
+    "infinity by a condition": infinite_by_conditions,
+    "counted conditions": lambda x: x + 0.1 * (x > 0).sum(1, keepdim=True) + (x > 0.5).any(1, keepdim=True) + x.bool(),
+    "least and where": lambda x: x - x.amin(1, True) + 0.1 * x.max(1, True).indices + 0.2 * x.argmin(1, True),
+    "many groups": many_groups,
+    "softplus and others": lambda x: F.softplus(x) - F.mish(x) + F.selu(x).erf() * x.square().log1p() + F.relu6(x),
     "average, its zeros not counted": lambda x: below(F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)),
     "average, last windows cut": coarse(lambda x: F.avg_pool2d(x, 3, 2, 1, ceil_mode=True), "nearest"),
     "average, another divisor": coarse(lambda x: F.avg_pool2d(x, 2, divisor_override=3), "nearest"),
@@ -181,12 +200,21 @@ def test_whole_passes_draw_what_has_no_rule(name):
         lambda x: x.clamp(-0.2, 0.4) + x.clamp(max=0.3) * x.clamp(min=-0.1),
         lambda x: below(F.avg_pool2d(x, 3, 1, 1)),
         lambda x: below(F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, 1)),
+        *(OPERATIONS[name] for name in ("conditions", "infinity by a condition", "least and where")),
+        *(OPERATIONS[name] for name in ("softplus and others", "many groups", "average, last windows cut")),
     ],
 )
-def test_sums_means_and_maxima_are_the_machines_own(function):
+def test_sums_maxima_and_conditions_are_the_machines_own(function):
     network = Network(Between(function).eval(), SHAPE, lambda levels: levels.float(), None, 4)
     plan = make_plan(network, DISTRIBUTION)
     assert [name for program in plan.programs for name in unknown_in(program)] == []
+
+
+@pytest.mark.parametrize("name", ["conditions", "infinity by a condition", "counted conditions", "least and where"])
+def test_conditions_in_machine_code(name):
+    """Where memory holds them as numbers, also for the operations that torch then does."""
+    fast, naive = pair(Between(OPERATIONS[name]).eval(), SHAPE, "compiled", distribution=DISTRIBUTION)
+    assert_exact(fast, naive, N, seed=0)
 
 
 def test_the_greatest_of_windows_says_where_it_was():
