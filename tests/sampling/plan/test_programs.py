@@ -26,6 +26,20 @@ class Odd(nn.Module):
         return self.last(torch.atan(self.first(x)[:, :, 0]))
 
 
+class Diagonal(nn.Module):
+    """A row of a matrix at each step, of which one element, at another place each time, is read by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = PixelCNN((1, 3, 4), 4, channels=8, layers=1), nn.Conv2d(2, 4, 1)
+        self.register_buffer("scales", torch.linspace(-2, 2, 12))
+
+    def forward(self, x):
+        matrix = self.first(x)[:, 0, 0].flatten(1).unsqueeze(2) * self.scales
+        both = torch.stack((matrix.diagonal(dim1=1, dim2=2).tanh(), matrix.exp().sum(2)), 1)
+        return self.last(both.view(len(x), 2, 3, 4))
+
+
 MODELS = {
     "plain": lambda: (PixelCNN((1, 5, 4), 4, channels=8, layers=2), (1, 5, 4)),
     "colours": lambda: (PixelCNN((3, 3, 4), 4, channels=9, layers=1), (3, 3, 4)),
@@ -33,6 +47,7 @@ MODELS = {
     "attention": lambda: (Attention(4, 4), (1, 4, 4)),
     "one head": lambda: (Attention(4, 3, heads=1), (1, 3, 3)),
     "unknown op": lambda: (Odd(), (1, 4, 5)),
+    "diagonal": lambda: (Diagonal(), (1, 3, 4)),
 }
 
 
