@@ -189,8 +189,9 @@ class _WithoutDispatch(torch.autograd.Function):
 _apply_without_dispatch = super(torch.autograd.Function, _WithoutDispatch).apply
 
 
-# What the backward needs beside the result: without a residual, and with one, which hides what passed.
-KEEP = {"none": ("", ""), "relu": ("", "sign"), "gated": ("valve", "both")}
+# What the backward needs beside the result. A residual hides what passed.
+KEEP = {"gated": "valve"}
+KEEP_UNDER_RESIDUAL = {"relu": "sign", "gated": "both"}
 
 
 def fused(
@@ -221,7 +222,8 @@ def fused(
         train = False
         for tensor in tensors:  # `any` of a generator takes the host longer
             train = train or (tensor is not None and tensor.requires_grad)
-    keep = "both" if keep_pre else KEEP.get(activation, ("", ""))[residual is not None] if train else ""
+    kept = KEEP if residual is None else KEEP_UNDER_RESIDUAL
+    keep = "both" if keep_pre else kept.get(activation, "") if train else ""
     if not is_plain(*tensors):
         geometry = as_pairs(*geometry)
         _check(*tensors, geometry, activation)
