@@ -37,6 +37,7 @@ SPILLS_OF_SCANS = {
     2048: {"sm_80": 16, "sm_90": 16, "sm_100": 8, "sm_120": 8},
 }  # by numbers of a tile
 SPILLS_OF_TILES = {name: 64 for generation, names in CHIPS.items() if generation for name in names}
+SPILLS_OF_TF32_TILES = {"sm_100": 8}  # with Triton 3.6.0, of the Row LSTM's backward
 
 
 def scan_entries(kernel: Any, *, backward: bool, **constants: Any) -> list[Entry]:
@@ -84,6 +85,8 @@ def _entries(kernel: Any, launches: dict[Any, list[int]], constants: dict[str, A
             spills = SPILLS_OF_SCANS.get(launch.LANES * launch.U, {})
         elif num_warps == 16 or (dtype == "fp32" and launch.U >= 64):
             spills = SPILLS_OF_TILES
+        elif dtype == "tf32":
+            spills = SPILLS_OF_TF32_TILES
         # What was reached; on sm_90 three TF32 products of 16 units go by shared memory. sm_100 has more, and no limit.
         most = 16 if dtype == "fp32" and tile.get("K") == 16 else 10
         sizes = " ".join(f"{name}={value}" for name, value in tile.items() if name in fixed and type(value) is int)
