@@ -133,9 +133,8 @@ def _preload() -> None:
     if LEAN in os.environ:
         return
     os.environ.setdefault("TORCH_WARM_POOL", "0")  # no processes of the compiler's beside this one
-    os.environ.setdefault(
-        "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
-    )  # the compiler of PyTorch 2.11 asks whether there is a GPU
+    # The compiler of PyTorch 2.11 asks whether there is a GPU when it is imported.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     importlib.import_module("torch._inductor.compile_fx")
     launches.catalogue()
     try:

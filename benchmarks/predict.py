@@ -214,11 +214,11 @@ def run(files: Sequence[str], size: str) -> int:
         if isinstance(found, str):
             print(f"{name:<52}  no prediction: the machine does not know {found}", flush=True)
             continue
-        shared = {f"  {many} programs share images": predict(plan, batch, rates, many) for many in SHARING}
-        quickest = min(shared, key=lambda text: shared[text].seconds)  # type: ignore[union-attr]
+        options = ((f"  {many} programs share images", predict(plan, batch, rates, many)) for many in SHARING)
+        shared = {text: option for text, option in options if isinstance(option, Prediction)}
+        quickest = min(shared, key=lambda text: shared[text].seconds)
         lines = {f"{name} ({found.instructions:.0f} instr.)": found, quickest: shared[quickest]}
         for text, line in lines.items():
-            assert isinstance(line, Prediction)
             terms = "".join(f"{MICRO * line.terms[term]:>13.1f}" for term in TERMS)
             speed = batch / (line.seconds * len(plan.order))
             print(f"{text:<52}{terms}{MICRO * line.seconds:>9.1f}{speed:>10.1f}  {line.binding}", flush=True)
