@@ -19,7 +19,7 @@ N = 3
 RGB = (3, 4, 3)
 HALF = ("half_precision", "wide_half_precision")
 ERRORS = {"SelectiveScan": 2e-3}  # its parameters reach 700
-BY_TORCH = ("double_precision", "ComplexRotations", "StrongestThree", "ExpertsAndCodes")  # what the machines know not
+BY_TORCH = ("double_precision", "ComplexRotations")  # what the machines know not
 
 
 def encoded(model, levels, distribution, encode):

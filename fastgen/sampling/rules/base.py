@@ -40,6 +40,7 @@ class Analysis:
         self._zero: dict[Value, Tensor] = {}  # of the values that were asked for
         self._softmax_zero: dict[Value, Tensor] = {}
         self._told: dict[Value, Tensor] = {}  # what rules know to be low, besides constants
+        self._counted: dict[range, Operand] = {}
 
     def set(self, value: Value, ready: Tensor, softmax_zero: Tensor | None = None) -> None:
         self._ready.set(value, ready)
@@ -102,6 +103,12 @@ class Analysis:
         """A constant of the rule's own, to be read like the network's."""
         value = self.graph.add(Value("constant", tuple(data.shape), data.contiguous()))
         return Operand(self.graph, value.shape, map=Map.identity(value))
+
+    def counted(self, numbers: range) -> Operand:
+        """A constant that holds these numbers."""
+        if numbers not in self._counted:
+            self._counted[numbers] = self.constant(torch.tensor(numbers, dtype=torch.float32))
+        return self._counted[numbers]
 
     def data(self, operand: Operand) -> Tensor:
         return self.graph.data_of(operand)
@@ -215,7 +222,12 @@ def result_of(op: Any, output: int) -> Callable[..., Tensor]:
     """The operator as a function of one result."""
     if len(op._schema.returns) == 1:
         return op
-    return lambda *args, **kwargs: op(*args, **kwargs)[output]
+
+    def result(*args: Any, **kwargs: Any) -> Tensor:
+        return op(*args, **kwargs)[output]
+
+    result.__qualname__ = op._schema.name  # by which it is told that the machines do not know it
+    return result
 
 
 def reduce_to(times: Tensor, shape: tuple[int, ...]) -> Tensor:

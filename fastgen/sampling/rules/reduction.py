@@ -22,6 +22,7 @@ from fastgen.sampling.rules.base import (
     reduced,
     result_of,
 )
+from fastgen.sampling.rules.choices import falling, first_of_greatest, put_place
 from fastgen.sampling.rules.slicewise import Slicewise
 from fastgen.sampling.trace.element_times import compact, shrunk
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported, Value
@@ -29,19 +30,6 @@ from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported, 
 
 def whole(shape: Sequence[int]) -> list[tuple[AffineOffset, int, int]]:
     return [(AffineOffset(0), size, 1) for size in shape]
-
-
-def _first_of_greatest(builder: Builder, row: View, greatest: View, out: View) -> None:
-    """The place of the first of the greatest numbers along the last dimension."""
-    count = row.sizes[-1]
-    are, numbered = builder.scratch(row.sizes, torch.bool), builder.scratch(row.sizes, torch.float32)
-    first = builder.scratch(greatest.sizes, torch.float32)
-    builder.pointwise("eq", are, row, greatest.expand(row.sizes))
-    builder.pointwise("mul", numbered, are, constant(torch.arange(count, 0, -1.0)).expand(row.sizes))
-    builder.rowwise("amax", first, numbered)
-    builder.pointwise("maximum", first, first, 1.0)  # where all are NaN
-    builder.pointwise("sub", first, float(count), first)
-    builder.pointwise("copy", out, first)
 
 
 def _beside_others(low: Tensor, dims: Sequence[int]) -> Tensor | None:
@@ -139,7 +127,9 @@ class Reduction(Slicewise):
             part = out if is_result else builder.scratch(sizes, seen.memory.dtype)
             builder.rowwise("amax" if op == "argmax" else op, part.order(last), seen.order(last))
             if op == "argmax":
-                _first_of_greatest(builder, seen.order(last), part.order(last), out.order(last))
+                row = seen.order(last)
+                first = first_of_greatest(builder, row, part.order(last), falling(self, builder, row))
+                put_place(builder, out.order(last), first, row)
             seen = part
         if least and op != "argmax":
             builder.pointwise("neg", out, out)
@@ -181,12 +171,17 @@ class Reduction(Slicewise):
     @cached_property
     def run(self) -> Callable[[Tensor], Tensor]:
         """The operator on a batch of images."""
-        op = result_of(self.value.op, self.value.output)
-        if argument(self.value, "dim") in (None, []):
-            args, kwargs = self.value.args[1:], self.value.kwargs
-            return torch.vmap(lambda x: op(x, *args, **kwargs))
-        (_, *given), options = batched_arguments(self.value, self.dims)
-        return lambda x: op(x, *given, **options)
+        op, kwargs = result_of(self.value.op, self.value.output), self.value.kwargs
+        args: Sequence[Any] = self.value.args
+        each_alone = argument(self.value, "dim") in (None, [])
+        if not each_alone:
+            args, kwargs = batched_arguments(self.value, self.dims)
+
+        def run(x: Tensor) -> Tensor:
+            return op(x, *args[1:], **kwargs)
+
+        run.__qualname__ = self.value.op_name  # by which it is told that the machines do not know it
+        return torch.vmap(run) if each_alone else run
 
     def _normalize(self, builder: Builder, seen: View, out: View, eps: float) -> None:
         """Layer normalization over the last dimension alone."""

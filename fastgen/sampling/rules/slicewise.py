@@ -21,6 +21,7 @@ from fastgen.sampling.rules.base import (
     reduced,
     result_of,
 )
+from fastgen.sampling.rules.choices import CHOICES
 from fastgen.sampling.trace.element_times import compact
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Value, map_arguments
 
@@ -107,6 +108,9 @@ class Slicewise(Rule):
         return [boxes.start[d] for d in self.mixed]
 
     def emit(self, builder: Builder, box: Box) -> None:
+        choose = CHOICES.get(self.value.op_name)
+        if choose is not None and choose(self, builder, box):
+            return
         region = builder.region(box)
 
         def view(operand: Operand) -> View | Tensor:
