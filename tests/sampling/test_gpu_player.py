@@ -21,6 +21,7 @@ from fastgen.sampling.run.gpu_player import GPUPlayer
 from fastgen.sampling.run.graph_player import GraphPlayer
 from fastgen.sampling.trace.network import Network
 from tests.sampling.exactness import assert_exact, pair
+from tests.sampling.test_operations import OPERATIONS, Between
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy
 
@@ -91,6 +92,14 @@ def test_plusplus_in_one_launch():
 def test_a_transformer_in_one_launch():
     model = lively(Transformer(4, 9))
     fast, naive = pair(model, (1, 3, 3), "persistent", distribution=Categorical(4, "B(KC)HW"))
+    assert_exact(fast, naive, 3, error=1e-5, seed=0)
+    assert only_launch(fast).launches == 2
+
+
+@pytest.mark.parametrize("name", ["strongest and weakest", "written at places"])
+def test_choices_in_one_launch(name):
+    distribution = Categorical(4, "B(KC)HW")
+    fast, naive = pair(Between(OPERATIONS[name]).eval(), (1, 2, 3), "persistent", distribution=distribution)
     assert_exact(fast, naive, 3, error=1e-5, seed=0)
     assert only_launch(fast).launches == 2
 
@@ -184,9 +193,9 @@ def test_tiles_of_images_in_any_order_draw_the_same(precision, monkeypatch):
 
         tiles = Tiles(BM=16, BN=16, BK=16, ROWS=2, LEVELS=2)
 
-        def _launch(self, draws, first, last, until):
+        def _launch(self, draws, first, last, until, images=None):
             for begin in (16, 0):
-                self._launch_part(draws, first, last, until, (begin, min(begin + 16, self.n)))
+                super()._launch(draws, first, last, until, (begin, min(begin + 16, self.n)))
 
     found, expected = played(InReverse, plan, request), played(CPUPlayer, plan, request)
     assert torch.equal(found[0], expected[0])

@@ -3,6 +3,7 @@
 Numbers in half precision, and conditions, lie among the float32 ones, which hold them as they are.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -30,9 +31,9 @@ class ArenaMemory(PlanMemory):
 
     def __init__(self, plan: Plan, n: int, device: torch.device, constants: Iterable[Memory]) -> None:
         self._shared = {one for one in constants if self._held_as(one.dtype) in (torch.float32, torch.int64)}
-        sizes = dict.fromkeys((torch.float32, torch.int64), ALIGNED)
+        sizes = defaultdict(lambda: ALIGNED, dict.fromkeys((torch.float32, torch.int64), ALIGNED))
         for size, dtype in zip(plan.scratch.sizes, map(self._held_as, plan.scratch.dtypes), strict=True):
-            sizes[dtype] = sizes.get(dtype, 0) + _room(n * size)
+            sizes[dtype] += _room(n * size)
         lasting = (plan.levels, *plan.leaves, *plan.output.values, *plan.storage.stored)
         memories = {*plan.storage.memories.values(), *(plan.storage.memory(value) for value in lasting)}
         for memory in (one for one in memories if one.kind == "stored"):

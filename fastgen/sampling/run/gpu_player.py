@@ -37,8 +37,13 @@ def heavy_programs(plan: Plan, images: int, tiles: Tiles, processors: float) -> 
     return found
 
 
+# Of a product of two numbers, at most. Each of them is taken as two of 11 bits, which leaves out 2^-22 of it, and the
+# product of the two lower ones, another 2^-22, is left out, too. Float32 itself rounds by 2^-24.
+ERROR_OF_TF32X3 = 3 * 2.0**-22
+
+
 def precision_on(device: torch.device) -> str:
-    """Of products of float32: TF32 thrice where there is such a unit, which is as near to the truth as float32."""
+    """Of products of float32: by TF32 thrice, see `ERROR_OF_TF32X3`, where there is such a unit."""
     if device.type != "cuda":
         return "widened"
     tensor_cores = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -66,10 +71,11 @@ class GPUPlayer(TorchPlayer):
         numbers: dict[float, View] = {}
         self.tiles = self.tiles or tiles_for(self.n, self.device)
         self._fused: list[list[Fused] | None] = []
+        # Steps move rows of rings before their instructions: torch plays all where the arenas have no such rows.
+        rings = {ArenaMemory.held.get(ring.dtype, ring.dtype) for ring in self.plan.rings}
         for program in self.plan.programs:
-            known = not unknown_in(program)
-            fused = fuse(program.instructions) if known else None
-            self._fused.append(None if fused is None else [with_views(one, numbers) for one in fused])
+            known = rings <= {torch.float32, torch.int64} and not unknown_in(program)
+            self._fused.append([with_views(one, numbers) for one in fuse(program.instructions)] if known else None)
         sides = [side for fused in self._fused for one in fused or () for side in one.sides]
         constants = dict.fromkeys(side.view.memory for side in sides if side.view.memory.kind == "constant")
         # An instruction writes as early as its first part does, into what must be free by then.
@@ -166,11 +172,13 @@ class GPUPlayer(TorchPlayer):
             place = stop
         return draws.bad[0] != 0
 
-    def _launch(self, draws: Draws | None, first: int, last: int, until: int) -> None:
-        self._launch_part(draws, first, last, until, (0, self.n))
-
-    def _launch_part(self, draws: Draws | None, first: int, last: int, until: int, images: tuple[int, int]) -> None:
+    def _launch(
+        self, draws: Draws | None, first: int, last: int, until: int, images: tuple[int, int] | None = None
+    ) -> None:
+        """Places from `first`: to before `last` they are drawn, to before `until` their steps follow; of all images or
+        of some."""
         assert self.tiles is not None
+        images = images or (0, self.n)
         floats, integers = (self._arena.arenas[one] for one in (torch.float32, torch.int64))
         request = self.tables.no_request(floats) if draws is None else draws.read()
         tensors = (floats, integers, *self.tables.read(), *request, self.tables.steps, self._meeting)

@@ -1,5 +1,7 @@
 """Plays a plan with the step machine of GPUs, an instruction a launch: a CUDA graph for each program."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,8 @@ class GraphPlayer(GPUPlayer):
 
     captures = True
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)  # type: ignore[arg-type]
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self._fixed: FixedRequest | None = None
         places = (len(self.plan.order), words.PLACE_WORDS.value)
         self._code = torch.zeros(words.DRAWS_WORDS.value, dtype=torch.int64, device=self.device)

@@ -49,22 +49,22 @@ class StepLaunches:
 
     def draw(self, draws: tuple[Tensor, ...]) -> None:
         """Draws the next place without its step."""
-        self._play([(words.DRAW.value, cdiv(self._n, self._tiles.ROWS)), (words.NOTHING.value, 1)], draws)
+        self._launch([(words.DRAW.value, cdiv(self._n, self._tiles.ROWS)), (words.NOTHING.value, 1)], draws)
+        self.launches += 2
 
     def play(self, step: int, draws: tuple[Tensor, ...] | None) -> None:
         """Plays a step, the next one, and draws the place before it where there are draws: the tables of a request, at
         the same addresses always."""
         program, _, _, moves = self._steps[step]
         key = program, moves, draws is not None
-        graph = self.captured.get(key)
-        launches = self._of(*key)
-        if graph is None and not (self._captures and key in self._asked):
-            self._asked.add(key)
-            self._play(launches, draws)
-            return
+        launches, graph = self._of(*key), self.captured.get(key)
+        if graph is None and self._captures and key in self._asked:
+            graph = self.captured[key] = self._capture(launches, draws)
+        self._asked.add(key)
         if graph is None:
-            graph = self._capture(key, launches, draws)
-        graph.replay()
+            self._launch(launches, draws)
+        else:
+            graph.replay()
         self.launches += len(launches)
 
     def _of(self, program: int, moves: int, drawing: bool) -> list[tuple[int, int]]:
@@ -75,18 +75,16 @@ class StepLaunches:
         found += [(1 + moves + k, self._grids[first + k]) for k in range(count)]
         return [*found, (words.NOTHING.value, 1)] if len(found) == drawing else found
 
-    def _play(self, launches: list[tuple[int, int]], draws: tuple[Tensor, ...] | None) -> None:
+    def _launch(self, launches: list[tuple[int, int]], draws: tuple[Tensor, ...] | None) -> None:
         tensors = (*self._tensors, *(draws or self._no_draws), self._next, self._meeting)
         for what, programs in launches:
             play_one(tensors, self._tiles, self._precision, what, programs, self._n)
-        self.launches += len(launches)
 
-    def _capture(self, key: Key, launches: list[tuple[int, int]], draws: tuple[Tensor, ...] | None) -> Any:
-        device, before = self._next.device, self.launches
+    def _capture(self, launches: list[tuple[int, int]], draws: tuple[Tensor, ...] | None) -> Any:
+        device = self._next.device
         with torch.cuda.device(device):  # the default stream of captures is that of whichever device came first
             self._stream = self._stream or torch.cuda.Stream(device)
-            graph = self.captured[key] = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                self._play(launches, draws)
-        self.launches = before
+                self._launch(launches, draws)
         return graph
