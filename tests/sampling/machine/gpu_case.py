@@ -3,13 +3,14 @@
 import torch
 
 from fastgen.kernels.sampler.machine import Tiles, play
-from fastgen.sampling.machine.gpu.fusion import Fused
+from fastgen.sampling.machine.gpu.fusion import Fused, fuse
 from fastgen.sampling.machine.gpu.tables import Linker, with_views
-from fastgen.sampling.machine.language import AffineOffset, Memory, View, dense_strides
+from fastgen.sampling.machine.language import AffineOffset, Memory, Program, View, dense_strides
 from fastgen.sampling.machine.parts import HALF, part_of
 from fastgen.sampling.plan.plan import Step
 
 N = 3  # images
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Blocks:
@@ -40,7 +41,7 @@ class Blocks:
         for dtype in (torch.float32, torch.int64):
             held = (torch.float32, torch.bool, *HALF) if dtype == torch.float32 else (dtype,)
             here = {memory: data for memory, data in self.data.items() if data.dtype in held}
-            arena = torch.zeros(16 + sum(data.numel() for data in here.values()), dtype=dtype)
+            arena = torch.zeros(16 + sum(data.numel() for data in here.values()), dtype=dtype, device=DEVICE)
             start = 16
             for memory, data in here.items():
                 self.blocks[memory] = arena[start : start + data.numel()].view(data.shape)
@@ -53,12 +54,12 @@ class Blocks:
 
     def read(self, view):
         """What a view holds, (N, ...)."""
-        return self.blocks[view.memory].view(N, *view.sizes)
+        return self.blocks[view.memory].view(N, *view.sizes).cpu()
 
 
-def run(blocks, instructions, offsets=None, moves=(), slots=None, join=None):
+def run(blocks, instructions, offsets=None, moves=(), slots=None, join=None, precision="widened"):
     """Plays instructions as the program of one step; moves: (target, source) columns as slices of a view's block; join:
-    makes fused ones of them, one of each where there is None."""
+    makes fused ones of them, one of each where there is None; precision: as of `play`."""
     numbers, tiles = {}, Tiles()
     fused = [Fused(part_of(one, half=True)) for one in instructions] if join is None else join(instructions)
     fused = [with_views(one, numbers) for one in fused]
@@ -68,8 +69,18 @@ def run(blocks, instructions, offsets=None, moves=(), slots=None, join=None):
     moved = [
         (blocks.block(view.memory)[:, target], blocks.block(view.memory)[:, source]) for view, target, source in moves
     ]
-    tables = Linker(blocks, tiles.BN, tiles.BK).link([(fused, slots or {})], [step], {0: moved}, torch.device("cpu"))
+    tables = Linker(blocks, tiles.BN, tiles.BK).link([(fused, slots or {})], [step], {0: moved}, DEVICE)
     floats, integers = blocks.arenas[torch.float32], blocks.arenas[torch.int64]
-    meeting = torch.zeros(2, dtype=torch.int32)
+    meeting = torch.zeros(2, dtype=torch.int32, device=DEVICE)
     tensors = (floats, integers, *tables.read(), *tables.no_request(floats), tables.steps, meeting)
-    play(tensors, tiles, "widened", (-1, 0, 0), False, (0, N))
+    play(tensors, tiles, precision, (-1, 0, 0), False, (0, N))
+
+
+def by_gpu_machine(blocks, instructions, offsets=()):
+    """Plays instructions, joined, on the blocks of `played`."""
+    arenas = Blocks()
+    arenas.data = dict(blocks.blocks)
+    slots = {view: k for k, view in enumerate(Program(list(instructions)).moving())}
+    run(arenas, instructions, list(offsets), slots=slots, join=fuse)
+    for memory, block in blocks.blocks.items():
+        block.copy_(arenas.blocks[memory])

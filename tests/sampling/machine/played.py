@@ -29,9 +29,9 @@ class Blocks:
         self.blocks = {}
 
     def new(self, numel, dtype=torch.float32, fill=math.nan):
-        """A memory of so many numbers an image."""
+        """A memory of so many numbers an image; the machines hold conditions as numbers."""
         memory = Memory("stored", next(_numbers), numel, dtype)
-        self.blocks[memory] = torch.full((N, numel), fill, dtype=dtype)
+        self.blocks[memory] = torch.full((N, numel), fill, dtype=torch.float32 if dtype == torch.bool else dtype)
         return memory
 
     def holding(self, data):
