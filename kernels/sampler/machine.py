@@ -250,7 +250,7 @@ def entry(tiles: Tiles, precision: str, targets: Sequence[str]) -> Entry:
         unaligned=tuple(GIVEN),
         requires={} if precision == "ieee" else {target: _products_on(target, tiles) for target in targets},
         spills={"sm_90": 16} if tiles.BM == 64 and "sm_90" in targets else {},
-        reason="four numbers of the loop over places, while wgmma products of 64 images hold the registers",
+        reason="four numbers of the loop over places, six accesses a place: products of 64 images hold the registers",
         skips=dict.fromkeys(others, "draws in the other precision, or multiplies so"),
         num_warps=options.pop("num_warps"),
         num_stages=options.pop("num_stages"),

@@ -42,6 +42,21 @@ def tiny():
     return GatedPixelCNN((1, 3, 3), 4, channels=6, layers=1)
 
 
+def test_a_product_of_two_numbers_is_as_exact_as_stated():
+    """Each sum is of one product and of zeros, so that sums round nothing but the three parts of it."""
+    from fastgen.sampling.machine.language import Product, constant
+    from fastgen.sampling.run.gpu_player import ERROR_OF_TF32X3
+    from tests.sampling.machine import gpu_case
+
+    factors, weight, blocks = torch.randn(N, 32), torch.randn(32, 64), gpu_case.Blocks()
+    out = blocks.empty(32, 64)
+    gpu_case.run(blocks, [Product(out, blocks.view(factors.diag_embed()), constant(weight))], precision="tf32x3")
+    truth = factors.double().unsqueeze(-1) * weight.double()
+    worst = float(((blocks.read(out) - truth) / truth).abs().max())
+    assert worst <= ERROR_OF_TF32X3 + 2 * 2.0**-24
+    assert worst > 2.0**-24  # it is no product of float32
+
+
 def test_one_launch():
     levels, naive, player = drawn(lambda base: base, tiny())
     assert torch.equal(levels, naive) and len(naive.unique()) > 1
