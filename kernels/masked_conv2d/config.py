@@ -13,7 +13,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -56,7 +56,6 @@ class Layer:
     channels: int  # channels read
     taps: int  # live ones
     pixels: int  # of the written map, in all images
-    step: int  # product of the strides
     gated: bool  # whether the product passes a gate
     tma: bool  # whether tensor descriptors can address the maps
 
@@ -64,13 +63,8 @@ class Layer:
     def key(self) -> str:
         """The name in tables. Pixels are rounded up to a power of two: a choice holds for similar batches."""
         kind, gate = str(self.dtype).removeprefix("torch."), " gated" if self.gated else ""
-        sizes = f"{self.channels}->{self.rows}{gate} taps {self.taps} step {self.step}"
+        sizes = f"{self.channels}->{self.rows}{gate} taps {self.taps}"
         return f"{self.direction} {kind} {sizes} pixels {1 << max(self.pixels - 1, 1).bit_length()}"
-
-    @property
-    def gathers(self) -> bool:
-        """Whether a block of columns holds several taps: one tap of fewer channels does not fill the least of 16."""
-        return self.channels < 16
 
 
 EMULATED: str | None = None  # the chip, "sm_90" say, that CPU tensors count as where kernels are compiled or emulated
@@ -122,7 +116,7 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
     """128 pixels by 128 channels in 8 warps, less where there is less to do.
 
     - K: 128 bytes of each pixel (64 channels in half precision, 32 in float32), a cache line, and the swizzle that
-      wgmma likes. Less where there are fewer channels. Gathered: 32 columns, or 16 where that pads less.
+      wgmma likes. Less where there are fewer channels.
     - 64 channels in 4 warps where that pads less: 192, three groups of colours.
     - 64 pixels in 4 warps where 128 would leave most of a hundred multiprocessors without a tile.
     - without tensor cores (float32 where TF32 is off): 64 x 64 in steps of 16, within the registers of 4 warps.
@@ -131,7 +125,7 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
     - the interpreter: tiny tiles, so that small tests have several.
     """
     if chip == "interpreter":
-        return Tile(32, 16, 16, 4, 1, layer.tma and not layer.gathers)
+        return Tile(32, 16, 16, 4, 1, layer.tma)
     stages = 3 if chip.startswith("sm_") else 2
     wide = side_of(layer.rows, 128)
     scalar = precision == "ieee" and layer.dtype == torch.float32
@@ -139,31 +133,15 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
     if layer.direction == "weight":
         if scalar:
             return Tile(16, min(wide, 64), 32, 4, 2)
-        if layer.gathers:  # whose addresses take registers
-            return Tile(line, min(wide, 64), 32, 4, stages)
         deep = side_of(layer.channels, 128)
         return Tile(line, wide, deep, 8 if wide * deep > 64 * 64 else 4, stages, layer.tma and deep >= 32)
     if scalar:
         return Tile(64, min(wide, 64), 16, 4, 2)
     deep = min(max(next_power_of_2(layer.channels), 16), line)
-    if layer.gathers:
-        deep = 16 if 0 < layer.taps * layer.channels % 32 <= 16 else 32
     tiles = -(-layer.pixels // 128) * -(-layer.rows // wide)
     if tiles < 100 or wide < 32:
         return Tile(64, min(wide, 64), deep, 4, stages)
-    return Tile(128, wide, deep, 8 if wide > 64 else 4, stages, layer.tma and not layer.gathers and deep == line)
-
-
-def candidates(chip: str, layer: Layer, precision: str) -> list[Tile]:
-    """What the search tries, eight at most: the default, smaller and larger ones, by descriptors and without."""
-    base = default_tile(chip, layer, precision)
-    tiles = [base, base._replace(tma=False), base._replace(num_stages=base.num_stages + 1)]
-    tiles += [base._replace(M=64, N=min(base.N, 64), num_warps=4), base._replace(M=64, num_warps=4)]
-    if layer.direction == "weight":
-        tiles += [base._replace(M=2 * base.M), base._replace(K=max(base.K // 2, 16), num_warps=4)]
-    else:
-        tiles += [base._replace(M=256, num_stages=max(base.num_stages - 1, 2))]
-    return list(dict.fromkeys(tiles))
+    return Tile(128, wide, deep, 8 if wide > 64 else 4, stages, layer.tma and deep == line)
 
 
 def rule(chip: str, layer: Layer, precision: str, boxed: int) -> str:
@@ -180,7 +158,7 @@ def rule(chip: str, layer: Layer, precision: str, boxed: int) -> str:
     unit = 16 // layer.dtype.itemsize
     if layer.channels >= 16 and (layer.channels % unit or (layer.direction == "weight" and layer.rows % unit)):
         return f"{layer.channels} channels are no multiple of {unit}, so that loads are narrow"
-    if layer.channels >= 16 and layer.taps >= 25 and 1.15 * layer.taps > boxed:
+    if layer.channels > 16 and layer.taps >= 25 and 1.15 * layer.taps > boxed:
         return f"{layer.taps} of {boxed} taps are live: little is skipped"
     return ""
 
@@ -215,12 +193,12 @@ def measured(gpu: str) -> dict[str, Choice]:
     return rows
 
 
-def choose(device: torch.device, layer: Layer, precision: str, boxed: int) -> Choice:
+def choose(device: torch.device, layer: Layer, precision: str, boxed: int, stride: tuple[int, int]) -> Choice:
     """As measured for this GPU where it was, by the rule and the default otherwise."""
     chip = chip_of(device)
     tile = default_tile(chip, layer, precision)
-    if layer.direction == "in" and layer.step > 1:
-        return Choice("cropped", tile, "the kernels have no gradient of the input with a stride")
+    if stride != (1, 1) or layer.pixels == 0:
+        return Choice("cropped", tile, "the kernels have no strides" if layer.pixels else "there is nothing to compute")
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else chip
     choice = measured(gpu).get(layer.key) if chip != "interpreter" else None
     if choice is not None:
@@ -228,19 +206,6 @@ def choose(device: torch.device, layer: Layer, precision: str, boxed: int) -> Ch
     if not ALWAYS_KERNELS and (why := rule(chip, layer, precision, boxed)):
         return Choice("cropped", tile, f"by rule, not measured: {why}")
     return Choice("triton", tile, "by rule, not measured")
-
-
-def save(gpu: str, layers: dict[str, Any], versions: dict[str, str]) -> Path:
-    """Adds rows to this machine's table of the GPU; a reader sees the old file or the new one, never a part."""
-    path = own_table(gpu)
-    rows = json.loads(path.read_text())["layers"] if path.exists() else {}
-    rows |= {key: {**row, "tile": row["tile"]._asdict()} for key, row in layers.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_suffix(f".{os.getpid()}.tmp")
-    whole.write_text(json.dumps({"gpu": gpu, **versions, "layers": dict(sorted(rows.items()))}, indent=1))
-    whole.replace(path)
-    measured.cache_clear()
-    return path
 
 
 def describe(gpu: str) -> str:
