@@ -226,10 +226,8 @@ def fused(
     geometry = known_pairs(*geometry)
     if not train:
         return _launch().forward(*tensors, geometry, activation, keep, _check)[:2]
-    if x.shape[1] >= 16 and not x.is_contiguous(
-        memory_format=torch.channels_last
-    ):  # here, so that it is kept so for the backward
-        tensors = (x.contiguous(memory_format=torch.channels_last), *tensors[1:])
+    # Here, so that it is kept so for the backward.
+    tensors = (x.contiguous(memory_format=torch.channels_last), *tensors[1:])
     results = _apply_without_dispatch(*tensors, geometry, activation, keep)
     return results if keep == "both" else (results, None)
 

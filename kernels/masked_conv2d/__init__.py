@@ -28,6 +28,7 @@ What several kernels are given:
     live_rows                           rows (of packing: outputs) whose mask is read: all, or 0. A pointer that is not
                                         read spares another compilation; so do bias_rows and residual_rows
     UNIT                                of what comes in units, elements
+    GATHER                              a block of columns holds several taps, as maps have few channels
     IMAGES, HEIGHT, WIDTH               the box of pixels of a program, see forward.py
     N, K                                the rows (channels written) and the columns of a tile
 """

@@ -115,6 +115,7 @@ def masked_conv2d_weight_kernel(
     rows,  # of a half
     parts,
     taps, first_tap, box_width, origin_y, origin_x, tap_y, tap_x, group_rows, group_channels, shown,
+    GATHER: tl.constexpr,
     UNIT: tl.constexpr,  # of channels
     GRAD_UNIT: tl.constexpr,  # of rows
     PRECISION: tl.constexpr, IMAGES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr,
@@ -126,11 +127,19 @@ def masked_conv2d_weight_kernel(
     all_rows = parts * rows
     row_tiles = (all_rows + N - 1) // N
     tile, column = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
-    columns, blocks = taps * columns_of(channels, K), columns_of(channels, K) // K
-    live = live_blocks(tile, N, K, taps, channels, rows, parts, group_rows, group_channels, shown)
-    start = column % blocks * K
-    channel = start + tl.arange(0, K)[:, None]
-    dy, dx = seen_from(column // blocks, first_tap, box_width, origin_y, origin_x, tap_y, tap_x)
+    k = tl.arange(0, K)[:, None]
+    if GATHER:
+        columns = columns_of(taps * channels, K)
+        live = columns // K
+        tap, channel = (column * K + k) // channels, (column * K + k) % channels
+        real = tap < taps
+    else:
+        columns, blocks = taps * columns_of(channels, K), columns_of(channels, K) // K
+        live = live_blocks(tile, N, K, taps, channels, rows, parts, group_rows, group_channels, shown)
+        tap, start = column // blocks, column % blocks * K
+        channel = start + k
+        real = channel < channels
+    dy, dx = seen_from(tap, first_tap, box_width, origin_y, origin_x, tap_y, tap_x)
     first = tl.program_id(1) * steps
     n = tile * N + tl.arange(0, N)
     partial = partial_ptr + (tl.program_id(1).to(tl.int64) * all_rows + n) * (columns + BIASES)
@@ -150,7 +159,7 @@ def masked_conv2d_weight_kernel(
                 image, y, x = pixels_of(block, height, width, across, down, IMAGES, HEIGHT, WIDTH)
                 at = place_in(image, y, x, x_height, x_width) * channels
                 seen = (image < batch)[None, :] & lies_in(y[None, :] + dy, x[None, :] + dx, x_height, x_width)
-                seen_x = tl.load(read + at[None, :], mask=seen & (channel < channels), other=0.0)
+                seen_x = tl.load(read + at[None, :], mask=seen & real, other=0.0)
             total = product(grad, seen_x.T, total, PRECISION)
         at = partial[:, None] + column * K + tl.arange(0, K)[None, :]
         tl.store(at, total, mask=(n < all_rows)[:, None])

@@ -66,6 +66,11 @@ class Layer:
         sizes = f"{self.channels}->{self.rows}{gate} taps {self.taps}"
         return f"{self.direction} {kind} {sizes} pixels {1 << max(self.pixels - 1, 1).bit_length()}"
 
+    @property
+    def gathers(self) -> bool:
+        """Whether a block of columns holds several taps: one tap of fewer channels does not fill the least of 16."""
+        return self.channels < 16
+
 
 EMULATED: str | None = None  # the chip, "sm_90" say, that CPU tensors count as where kernels are compiled or emulated
 ALWAYS_KERNELS = False  # whether the kernels run also where cuDNN is expected to be faster: to compile and to test them
@@ -116,7 +121,7 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
     """128 pixels by 128 channels in 8 warps, less where there is less to do.
 
     - K: 128 bytes of each pixel (64 channels in half precision, 32 in float32), a cache line, and the swizzle that
-      wgmma likes. Less where there are fewer channels.
+      wgmma likes. Less where there are fewer channels. Gathered: 32 columns, or 16 where that pads less.
     - 64 channels in 4 warps where that pads less: 192, three groups of colours.
     - 64 pixels in 4 warps where 128 would leave most of a hundred multiprocessors without a tile.
     - without tensor cores (float32 where TF32 is off): 64 x 64 in steps of 16, within the registers of 4 warps.
@@ -125,7 +130,7 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
     - the interpreter: tiny tiles, so that small tests have several.
     """
     if chip == "interpreter":
-        return Tile(32, 16, 16, 4, 1, layer.tma)
+        return Tile(32, 16, 16, 4, 1, layer.tma and not layer.gathers)
     stages = 3 if chip.startswith("sm_") else 2
     wide = side_of(layer.rows, 128)
     scalar = precision == "ieee" and layer.dtype == torch.float32
@@ -133,15 +138,19 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
     if layer.direction == "weight":
         if scalar:
             return Tile(16, min(wide, 64), 32, 4, 2)
+        if layer.gathers:  # whose addresses take registers
+            return Tile(line, min(wide, 64), 32, 4, stages)
         deep = side_of(layer.channels, 128)
         return Tile(line, wide, deep, 8 if wide * deep > 64 * 64 else 4, stages, layer.tma and deep >= 32)
     if scalar:
         return Tile(64, min(wide, 64), 16, 4, 2)
     deep = min(max(next_power_of_2(layer.channels), 16), line)
+    if layer.gathers:
+        deep = 16 if 0 < layer.taps * layer.channels % 32 <= 16 else 32
     tiles = -(-layer.pixels // 128) * -(-layer.rows // wide)
     if tiles < 100 or wide < 32:
         return Tile(64, min(wide, 64), deep, 4, stages)
-    return Tile(128, wide, deep, 8 if wide > 64 else 4, stages, layer.tma and deep == line)
+    return Tile(128, wide, deep, 8 if wide > 64 else 4, stages, layer.tma and not layer.gathers and deep == line)
 
 
 def rule(chip: str, layer: Layer, precision: str, boxed: int) -> str:
@@ -158,7 +167,7 @@ def rule(chip: str, layer: Layer, precision: str, boxed: int) -> str:
     unit = 16 // layer.dtype.itemsize
     if layer.channels >= 16 and (layer.channels % unit or (layer.direction == "weight" and layer.rows % unit)):
         return f"{layer.channels} channels are no multiple of {unit}, so that loads are narrow"
-    if layer.channels > 16 and layer.taps >= 25 and 1.15 * layer.taps > boxed:
+    if layer.channels >= 16 and layer.taps >= 25 and 1.15 * layer.taps > boxed:
         return f"{layer.taps} of {boxed} taps are live: little is skipped"
     return ""
 

@@ -257,7 +257,7 @@ def masked_conv2d_kernel(
     channels,  # of a part
     parts_read,
     rows,  # written, of each half with a gate
-    other_channels,
+    other_channels, GATHER: tl.constexpr,
     UNIT: tl.constexpr,  # of channels and other_channels
     OUT_UNIT: tl.constexpr,  # of rows
     GATED: tl.constexpr, KEEP: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -272,26 +272,36 @@ def masked_conv2d_kernel(
     first_image, first_y, first_x = corner_of(block, across, down, IMAGES, HEIGHT, WIDTH)
     sums = tl.zeros((N, M), tl.float32)
     k = tl.arange(0, K)
-    columns = taps * parts_read * columns_of(channels, K)
-    steps, skipped = steps_of(tile, C, K, taps, channels, parts_read, rows, group_rows, group_channels, shown,
-                              mirrored)  # fmt: skip
+    if GATHER:
+        columns = columns_of(taps * channels, K)
+        steps = columns // K
+    else:
+        columns = taps * parts_read * columns_of(channels, K)
+        steps, skipped = steps_of(tile, C, K, taps, channels, parts_read, rows, group_rows, group_channels, shown,
+                                  mirrored)  # fmt: skip
     if not BOXES:
         image, y, x = pixels_of(block, out_height, out_width, across, down, IMAGES, HEIGHT, WIDTH)
         y = tl.where(image < batch, y, -(2**30))  # far from the map
-        read = x_map + (place_in(image, y, x, x_height, x_width) * (parts_read * channels))[None, :] + k[:, None]
+        read = x_map + (place_in(image, y, x, x_height, x_width) * (parts_read * channels))[None, :]
         packed_columns = columns + columns_of(other_channels, K)
         weights = packed_map + (tile * N + tl.arange(0, N)).to(tl.int64)[:, None] * packed_columns + k[None, :]
     tl.assume(steps > 0)
     for step in range(steps):
-        tap, channel, start, column = place_of(step, skipped, K, taps, channels, parts_read)
+        if GATHER:
+            tap, channel, column = (step * K + k[:, None]) // channels, (step * K + k[:, None]) % channels, step * K
+            real = tap < taps
+        else:
+            tap, channel, start, column = place_of(step, skipped, K, taps, channels, parts_read)
+            real = channel + k[:, None] < channels
+            channel += start
         dy, dx = seen_from(tap, first_tap, box_width, origin_y, origin_x, tap_y, tap_x)
         if BOXES:
-            a = x_map.load([first_image, first_y + dy, first_x + dx, start + channel]).reshape(M, K).T
+            a = x_map.load([first_image, first_y + dy, first_x + dx, channel]).reshape(M, K).T
             w = packed_map.load([tile * N, column])
         else:
-            seen = lies_in(y + dy, x + dx, x_height, x_width)
-            at = (dy.to(tl.int64) * x_width + dx) * (parts_read * channels) + (start + channel)
-            a = tl.load(read + at, mask=seen[None, :] & (channel + k < channels)[:, None], other=0.0)
+            seen = lies_in(y[None, :] + dy, x[None, :] + dx, x_height, x_width) & real
+            at = (dy.to(tl.int64) * x_width + dx) * (parts_read * channels) + channel
+            a = tl.load(read + (at if GATHER else at + k[:, None]), mask=seen, other=0.0)
             w = tl.load(weights + column)
         sums = product(w, a, sums, PRECISION)
     if other_map is not None:

@@ -21,8 +21,8 @@ from fastgen.kernels.maps import result_size
 from fastgen.kernels.masked_conv2d import check
 from fastgen.kernels.masked_conv2d.backward import masked_conv2d_activation_backward_kernel
 from fastgen.kernels.masked_conv2d.config import precision_of
-from fastgen.kernels.masked_conv2d.layout import Launches, as_map, as_read, channels_last, unit_of
-from fastgen.kernels.masked_conv2d.products import Convolve, WeightGradient, Weights, input_size, products_of
+from fastgen.kernels.masked_conv2d.layout import Launches, as_map, channels_last, unit_of
+from fastgen.kernels.masked_conv2d.products import Convolve, WeightGradient, Weights, products_of
 from fastgen.kernels.masked_conv2d.walk import Geometry, known_walk, refuse_in_capture, seen_walk
 
 MAX_PIXELS = 2**31 - 2**25  # pixels are counted in 32 bits, with room for the last blocks; offsets in 64
@@ -55,8 +55,8 @@ def as_weight(weight: Tensor) -> Tensor:
     return weight if weight.is_contiguous(memory_format=torch.channels_last) else weight.contiguous()
 
 
-READ = (as_read, as_weight, Tensor.contiguous, Tensor.contiguous, Tensor.contiguous, as_map, as_map, Tensor.contiguous)
-READ_BACKWARD = (as_map, as_map, as_read, as_weight, Tensor.contiguous, as_map, as_map, as_map, Tensor.contiguous)
+READ = (as_map, as_weight, Tensor.contiguous, Tensor.contiguous, Tensor.contiguous, as_map, as_map, Tensor.contiguous)
+READ_BACKWARD = (as_map, as_map, as_map, as_weight, Tensor.contiguous, as_map, as_map, as_map, Tensor.contiguous)
 
 
 def laid_out(tensors: Tensors, copies: Sequence[tuple[int, Callable[[Tensor], Tensor]]]) -> list[Any]:
@@ -166,12 +166,12 @@ class Backward:
             make: Any = partial(WeightGradient, weights=weights, adds_up=self.wants_bias)
             self.weight_gradient = check.tried(make, sums, x, weight, mask)
         if wants_x:
-            make = partial(Convolve, weights=weights, size=input_size(x, weight), mirrored=True)
+            make = partial(Convolve, weights=weights, size=tuple(x.shape[1:]), mirrored=True)
             self.x_gradient = check.tried(make, sums, weight, mask)
         if other is not None:
             pointwise = Weights.pointwise(other_weight, walk.parts)
             if wants_other:
-                make = partial(Convolve, weights=pointwise, size=input_size(other, other_weight), mirrored=True)
+                make = partial(Convolve, weights=pointwise, size=tuple(other.shape[1:]), mirrored=True)
                 self.other_gradient = check.tried(make, sums, other_weight, mask)
             if wants_other_weight:
                 make = partial(WeightGradient, weights=pointwise, adds_up=False)
@@ -234,7 +234,7 @@ def explain(x: Tensor, weight: Tensor, mask: Tensor | None, geometry: Geometry, 
     """A line a product of a layer: what will run and why."""
     names = {"out": "result", "in": "gradient of the input", "weight": "gradient of the weight"}
     lines = []
-    planned = products_of(x, as_weight(weight), mask, geometry, activation, "")
+    planned = products_of(as_map(x), as_weight(weight), mask, geometry, activation, "")
     for direction, (make, tensors) in planned.items():
         product = make(*tensors)
         provider, tile, why = product.choice

@@ -25,17 +25,6 @@ def as_map(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def as_read(x: Tensor) -> Tensor:
-    """An input as products read it: with 16 channels at least, the fewest columns of a block. Those that an image lacks
-    are zeros, so that all loads are of 16 bytes."""
-    batch, channels, height, width = x.shape
-    if channels >= 16:
-        return as_map(x)
-    wide = x.new_zeros((batch, height, width, 16)).permute(0, 3, 1, 2)
-    wide[:, :channels] = x
-    return wide
-
-
 class Launches:
     """Launches of one kernel in which only the tensors differ."""
 

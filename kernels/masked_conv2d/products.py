@@ -25,7 +25,6 @@ from fastgen.kernels.masked_conv2d.layout import (
     Boxes,
     Launches,
     Layout,
-    as_read,
     blocks_of,
     boxes_of,
     boxes_of_result,
@@ -69,7 +68,7 @@ class Weights:
         """maps: those that the product reads, of which the first has the layer's channels. counts: of channels, of
         what else descriptors would address."""
         x, chip = maps[0], chip_of(maps[0].device)
-        tma = has_tma(chip) and all(unit_of(read, read.shape[1], *counts) > 1 for read in maps)
+        tma = has_tma(chip) and x.shape[1] >= 16 and all(unit_of(read, read.shape[1], *counts) > 1 for read in maps)
         return Layer(direction, x.dtype, rows, x.shape[1], self.walk.live, pixels, gated, tma)
 
     def choose(self, layer: Layer, device: torch.device) -> Choice:
@@ -150,8 +149,11 @@ class Convolve:
         tile = choice.tile
         written = tile.N // 2 if gated else tile.N  # channels of a tile
         row_tiles = cdiv(rows, written)
-        pitch = parts * cdiv(channels, tile.K) * tile.K
-        columns = walk.taps * pitch
+        if layer.gathers:  # all that is read is one part
+            pitch, channels, parts = x.shape[1], x.shape[1], 1
+        else:
+            pitch = parts * cdiv(channels, tile.K) * tile.K
+        columns = cdiv(walk.taps * pitch, tile.K) * tile.K
         packed_columns = columns + cdiv(others, tile.K) * tile.K
         self.packed = dense(row_tiles * tile.N, packed_columns)
         runs = (pitch // parts, parts) if mirrored else (RUN, 2 if gated else 1)
@@ -160,7 +162,7 @@ class Convolve:
         if other_weight is not None:
             pointwise, rest = Weights.pointwise(other_weight, walk.parts), packed_columns - columns
             self.pack_other = pack(pointwise, columns=rest, first=columns, pitch=rest)
-        unit = min(unit_of(one, channels, others) for one in read)
+        unit = 1 if layer.gathers else min(unit_of(one, channels, others) for one in read)
         out_unit = unit_of(x if residual is None else residual, rows)
         box, across, down, blocks = blocks_of(tile, batch, height, width)
         arguments = (
@@ -170,7 +172,7 @@ class Convolve:
             others // unit,
         )  # fmt: skip
         self.run = Launches(
-            masked_conv2d_kernel, (blocks * row_tiles,), arguments, UNIT=unit,
+            masked_conv2d_kernel, (blocks * row_tiles,), arguments, GATHER=layer.gathers, UNIT=unit,
             OUT_UNIT=out_unit, GATED=gated, KEEP=keep, PRECISION=precision_of(x.device, x.dtype),
             FAST=x.dtype == torch.bfloat16 and chip_of(x.device).startswith("sm_"), IMAGES=box[0], HEIGHT=box[1],
             WIDTH=box[2], N=tile.N, K=tile.K, num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -223,7 +225,7 @@ class Convolve:
             gradient = cudnn.input_gradient(x, self.size, weight, *how)
             return gradient, gradient
         added = (bias, condition, residual, other, other_weight)
-        return cudnn.forward(x[:, : weight.shape[1]], weight, *how, *added, self.activation, self.keep)
+        return cudnn.forward(x, weight, *how, *added, self.activation, self.keep)
 
 
 class WeightGradient:
@@ -245,8 +247,8 @@ class WeightGradient:
         if choice.provider != "triton":
             return
         tile = choice.tile
-        pitch = cdiv(channels, tile.K) * tile.K
-        columns = walk.taps * pitch
+        pitch = channels if layer.gathers else cdiv(channels, tile.K) * tile.K
+        columns = cdiv(walk.taps * pitch, tile.K) * tile.K
         pairs = cdiv(all_rows, tile.N) * (columns // tile.K)
         box, across, down, blocks = blocks_of(tile, batch, height, width)
         # 512 pixels a share at least: what a share of 128 x 128 sums writes is then half of what it loads.
@@ -256,13 +258,13 @@ class WeightGradient:
             dense(*weights.shape), dense(all_rows), dense(shares, all_rows, columns + BIASES.value)
         )  # fmt: skip
         rows = all_rows // walk.parts
-        unit, grad_unit = unit_of(x, channels), unit_of(grad, rows)
+        unit, grad_unit = 1 if layer.gathers else unit_of(x, channels), unit_of(grad, rows)
         arguments = (
             int(adds_up), batch, height, width, *x.shape[2:], across, down, steps, channels // unit, rows // grad_unit,
             walk.parts, *walk_arguments(walk, weights.geometry, False),
         )  # fmt: skip
         self.run = Launches(
-            masked_conv2d_weight_kernel, (pairs, shares), arguments, UNIT=unit,
+            masked_conv2d_weight_kernel, (pairs, shares), arguments, GATHER=layer.gathers, UNIT=unit,
             GRAD_UNIT=grad_unit, PRECISION=precision_of(x.device, x.dtype), IMAGES=box[0], HEIGHT=box[1], WIDTH=box[2],
             N=tile.N, K=tile.K, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
@@ -272,10 +274,10 @@ class WeightGradient:
         inputs = inputs // 8 * 8 or inputs
         sum_arguments = (
             all_rows if weights.masked else 0, shares, all_rows, columns // 16,
-            min(columns // tile.K, BIASES.value) if adds_up else 0, weights.shape[1] * size, pitch, inputs, size,
+            min(columns // tile.K, BIASES.value) if adds_up else 0, channels * size, pitch, inputs, size,
             walk.taps, walk.first, walk.width, walk.box[0], walk.box[2], weights.shape[3],
         )  # fmt: skip
-        grid = (cdiv(all_rows, 8), cdiv(weights.shape[1], inputs))
+        grid = (cdiv(all_rows, 8), cdiv(channels, inputs))
         self.sum = Launches(masked_conv2d_sum_kernel, grid, sum_arguments, FLAT=flat, OUTPUTS=8)
 
     def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -289,13 +291,8 @@ class WeightGradient:
         return out, bias
 
     def by_cudnn(self, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        x = x[:, : weight.shape[1]]
         gradient = cudnn.weight_gradient(grad, x, weight, *self.weights.for_cudnn(self.choice, mask))
         return gradient, grad.sum((0, 2, 3)) if self.adds_up else None
-
-
-def input_size(x: Tensor, weight: Tensor) -> tuple[int, ...]:
-    return weight.shape[1], *x.shape[2:]
 
 
 def products_of(
@@ -303,7 +300,6 @@ def products_of(
 ) -> dict[str, tuple[Any, tuple[Tensor | None, ...]]]:
     """By `Layer.direction`: what makes each product of a layer, and its tensors. The gradient of the sums is not
     initialized."""
-    x = as_read(x)
     walk = known_walk(mask, weight.shape, 2 if activation == "gated" else 1)
     weights = Weights.of(weight, walk, geometry)
     size = result_size(x, weight, geometry)
@@ -311,6 +307,6 @@ def products_of(
     made: Any = {"weights": weights, "size": (weight.shape[0] // walk.parts, *size)}
     return {
         "out": (partial(Convolve, **made, activation=activation, keep=keep), (x, weight, mask)),
-        "in": (partial(Convolve, weights=weights, size=input_size(x, weight), mirrored=True), (grad, weight, mask)),
+        "in": (partial(Convolve, weights=weights, size=tuple(x.shape[1:]), mirrored=True), (grad, weight, mask)),
         "weight": (partial(WeightGradient, weights=weights, adds_up=True), (grad, x, weight, mask)),
     }

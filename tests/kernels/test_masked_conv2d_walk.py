@@ -75,7 +75,7 @@ def test_all_that_is_live_is_visited_once(kind, parts, mirrored):
 def of_layer(name, layer, direction):
     """(whether the kernels compute a product of a layer on an H100 in bfloat16, visited multiply-adds a pixel)."""
     parts = 2 if name.endswith(("vertical", "horizontal")) else 1  # which pass the gate
-    outputs, inputs = layer.mask.shape[0], max(layer.mask.shape[1], 16)
+    outputs, inputs = layer.mask.shape[:2]
     rows, channels = (inputs, outputs) if direction == "in" else (outputs, inputs)
     found = walk_of(layer.mask, parts)
     gated = parts > 1 and direction == "out"
@@ -83,6 +83,8 @@ def of_layer(name, layer, direction):
     boxed = (found.box[1] - found.box[0]) * found.width
     tile = config.default_tile("sm_90", kind, "ieee")
     runs = config.rule("sm_90", kind, "ieee", boxed) == ""
+    if kind.gathers:
+        return runs, -(-rows // tile.N) * tile.N * -(-found.taps * channels // tile.K) * tile.K
     written = tile.N // 2 if gated else tile.N
     steps = visited(found, layer.mask.shape[3], outputs, inputs, written, tile.K, direction == "in")
     return runs, tile.N * tile.K * len(steps)
