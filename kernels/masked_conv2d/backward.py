@@ -92,15 +92,15 @@ def live_blocks(tile, N: tl.constexpr, K: tl.constexpr, taps, channels, rows, pa
 @triton.jit
 def grad_block(grad_map, block, start, batch, height, width, across, down, rows, N: tl.constexpr,
                IMAGES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """The gradients (N, pixels) of a block of pixels, of N rows from `start` on."""
+    """The gradients (pixels, N) of a block of pixels, of N rows from `start` on."""
     if HEIGHT > 0:
         image, y, x = corner_of(block, across, down, IMAGES, HEIGHT, WIDTH)
-        return grad_map.load([image, y, x, start]).reshape(IMAGES * HEIGHT * WIDTH, N).T
+        return grad_map.load([image, y, x, start]).reshape(IMAGES * HEIGHT * WIDTH, N)
     else:
         image, y, x = pixels_of(block, height, width, across, down, IMAGES, HEIGHT, WIDTH)
-        n = start + tl.arange(0, N)[:, None]
-        at = (place_in(image, y, x, height, width) * rows)[None, :] + n
-        return tl.load(grad_map + at, mask=(image < batch)[None, :] & (n < rows), other=0.0)
+        n = start + tl.arange(0, N)[None, :]
+        at = (place_in(image, y, x, height, width) * rows)[:, None] + n
+        return tl.load(grad_map + at, mask=(image < batch)[:, None] & (n < rows), other=0.0)
 
 
 @kernel
@@ -127,7 +127,7 @@ def masked_conv2d_weight_kernel(
     all_rows = parts * rows
     row_tiles = (all_rows + N - 1) // N
     tile, column = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
-    k = tl.arange(0, K)[:, None]
+    k = tl.arange(0, K)[None, :]
     if GATHER:
         columns = columns_of(taps * channels, K)
         live = columns // K
@@ -142,7 +142,7 @@ def masked_conv2d_weight_kernel(
     dy, dx = seen_from(tap, first_tap, box_width, origin_y, origin_x, tap_y, tap_x)
     first = tl.program_id(1) * steps
     n = tile * N + tl.arange(0, N)
-    partial = partial_ptr + (tl.program_id(1).to(tl.int64) * all_rows + n) * (columns + BIASES)
+    share_row = tl.program_id(1).to(tl.int64) * all_rows
     if column < live:
         if not BOXES:
             read = x_map + ((dy.to(tl.int64) * x_width + dx) * channels + channel)
@@ -154,25 +154,26 @@ def masked_conv2d_weight_kernel(
                               HEIGHT, WIDTH)  # fmt: skip
             if BOXES:
                 image, y, x = corner_of(block, across, down, IMAGES, HEIGHT, WIDTH)
-                seen_x = x_map.load([image, y + dy, x + dx, start]).reshape(M, K).T
+                seen_x = x_map.load([image, y + dy, x + dx, start]).reshape(M, K)
             else:
                 image, y, x = pixels_of(block, height, width, across, down, IMAGES, HEIGHT, WIDTH)
                 at = place_in(image, y, x, x_height, x_width) * channels
-                seen = (image < batch)[None, :] & lies_in(y[None, :] + dy, x[None, :] + dx, x_height, x_width)
-                seen_x = tl.load(read + at[None, :], mask=seen & real, other=0.0)
-            total = product(grad, seen_x.T, total, PRECISION)
-        at = partial[:, None] + column * K + tl.arange(0, K)[None, :]
-        tl.store(at, total, mask=(n < all_rows)[:, None])
+                seen = (image < batch)[:, None] & lies_in(y[:, None] + dy, x[:, None] + dx, x_height, x_width)
+                seen_x = tl.load(read + at[:, None], mask=seen & real, other=0.0)
+            total = product(grad.T, seen_x, total, PRECISION)
+        at = (share_row + n) * (columns + BIASES)
+        tl.store(partial_ptr + at[:, None] + (column * K + k), total, mask=(n < all_rows)[:, None])
     if (adds_up != 0) & (column < BIASES):
         # Some programs of a tile share its blocks of pixels among them, as each has them all in a cache nearby. A loop
         # of its own: where a product read the same buffers, one could be written over while it still does.
         sharing = tl.minimum(live, BIASES)
-        added = tl.zeros((N, M), tl.float32)
+        added = tl.zeros((M, N), tl.float32)
         for step in range(column, tl.where(column < sharing, steps, 0), sharing):
             grad = grad_block(grad_map, first + step, tile * N, batch, height, width, across, down, all_rows, N, IMAGES,
                               HEIGHT, WIDTH)  # fmt: skip
             added += grad.to(tl.float32)
-        tl.store(partial + columns + column, tl.sum(added, 1), mask=n < all_rows)
+        at = (share_row + n) * (columns + BIASES) + (columns + column)
+        tl.store(partial_ptr + at, tl.sum(added, 0), mask=n < all_rows)
 
 
 @kernel
