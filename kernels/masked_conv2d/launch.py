@@ -28,6 +28,7 @@ from fastgen.kernels.masked_conv2d.walk import Geometry, known_walk, refuse_in_c
 MAX_PIXELS = 2**31 - 2**25  # pixels are counted in 32 bits, with room for the last blocks; offsets in 64
 CALLS = 4096  # kinds of calls that are kept; beyond, all are planned anew
 
+Pairs = tuple[tuple[int, int], ...]  # stride, padding, dilation
 Tensors = tuple[Tensor | None, ...]
 
 
@@ -88,7 +89,7 @@ def _new_call(calls: Calls, key: Any, x: Tensor, tensors: Tensors, reads: Sequen
 def forward(
     x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, condition: Tensor | None,
     residual: Tensor | None, other: Tensor | None, other_weight: Tensor | None,
-    geometry: Geometry, activation: str, keep: str, check_all: Callable[..., None] | None = None,
+    geometry: Pairs, activation: str, keep: str, check_all: Callable[..., None] | None = None,
 ) -> tuple[Tensor, Tensor | None, Calls]:  # fmt: skip
     """activation(conv(x, weight) + conv1x1(other, other_weight) + bias + condition), without an activation + residual,
     what is kept, and plans for `backward`.
@@ -200,7 +201,7 @@ class Backward:
 
 def backward(
     grad: Tensor | None, grad_pre: Tensor | None, x: Tensor, weight: Tensor, mask: Tensor | None, out: Tensor | None,
-    kept: Tensor | None, other: Tensor | None, other_weight: Tensor | None, geometry: Geometry, saved: str,
+    kept: Tensor | None, other: Tensor | None, other_weight: Tensor | None, geometry: Pairs, saved: str,
     wanted: tuple[bool, ...], known: Calls | None = None,
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of x, weight, bias, condition, other and other_weight, as `wanted`; the rest are None.
