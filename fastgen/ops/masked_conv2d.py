@@ -54,7 +54,7 @@ def _operator(
     residual: Tensor | None, other: Tensor | None, other_weight: Tensor | None,
     stride: list[int], padding: list[int], dilation: list[int], activation: str, keep: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `fused` below, and what is kept: "", empty; "sign", with ReLU what passes, bool; "valve", the input of the
+    """As `fused` below, a residual only without an activation; and what is kept: "", empty; "valve", the input of the
     gate's second half (B, O / 2, H', W'); "both" halves' (B, O, H', W'), differentiable."""
     tensors = (x, weight, mask, bias, condition, residual, other, other_weight)
     out, kept, _ = _launch().forward(*tensors, (tuple(stride), tuple(padding), tuple(dilation)), activation, keep)
@@ -76,14 +76,13 @@ def _(x, weight, mask, bias, condition, residual, other, other_weight, stride, p
     out = empty_map(x, channels, height, width)
     if not keep:
         return out, x.new_empty(0)
-    kept = weight.shape[0] if keep == "both" else channels
-    return out, empty_map(x, kept, height, width, torch.bool if keep == "sign" else None)
+    return out, empty_map(x, weight.shape[0] if keep == "both" else channels, height, width)
 
 
 @torch.library.custom_op("fastgen::masked_conv2d_backward", mutates_args=())
 def _backward_operator(
-    grad: Tensor | None, grad_pre: Tensor | None, x: Tensor, weight: Tensor, mask: Tensor | None, out: Tensor,
-    kept: Tensor, other: Tensor | None, other_weight: Tensor | None,
+    grad: Tensor | None, grad_pre: Tensor | None, x: Tensor, weight: Tensor, mask: Tensor | None, out: Tensor | None,
+    kept: Tensor | None, other: Tensor | None, other_weight: Tensor | None,
     stride: list[int], padding: list[int], dilation: list[int], saved: str, wanted: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, weight, bias, condition, other and other_weight, empty where not wanted."""
@@ -116,8 +115,7 @@ def in_aten(
         pre = pre + F.conv2d(other, other_weight)
     out = {"none": lambda: pre, "relu": pre.relu, "gated": lambda: gate(pre)}[activation]()
     kept = {
-        "": lambda: x.new_empty(0), "sign": lambda: (pre <= 0).logical_not(), "valve": lambda: pre.chunk(2, 1)[1],
-        "both": lambda: pre,
+        "": lambda: x.new_empty(0), "valve": lambda: pre.chunk(2, 1)[1], "both": lambda: pre
     }[keep]()  # fmt: skip
     return out if residual is None else out + residual, kept
 
@@ -134,8 +132,8 @@ def _save(ctx, tensors, geometry, activation, keep, out, kept, plans) -> None:
     x, weight, mask, _, _, _, other, other_weight = tensors
     ctx.set_materialize_grads(False)
     ctx.geometry, ctx.saved, ctx.plans = geometry, keep or activation, plans
-    # Where only the shape of the result counts, its gradient has that too, or half of what is kept.
-    ctx.save_for_backward(x, weight, mask, other, other_weight, out if ctx.saved in ("relu", "valve") else None, kept)
+    out, kept = out if ctx.saved in ("relu", "valve") else None, kept if keep else None
+    ctx.save_for_backward(x, weight, mask, other, other_weight, out, kept)
 
 
 def _backward(ctx, grad, grad_kept=None):
@@ -145,9 +143,7 @@ def _backward(ctx, grad, grad_kept=None):
     if grad is None and grad_pre is None:
         return (None,) * len(needs)
     wanted = (needs[0], needs[1], needs[3], needs[4], needs[6], needs[7])
-    if out is None:
-        out = kept.chunk(2, 1)[0] if ctx.saved == "both" else grad
-    tensors = (grad, grad_pre, x, weight, mask, out, out if kept is None else kept, other, other_weight)
+    tensors = (grad, grad_pre, x, weight, mask, out, kept, other, other_weight)
     if not torch.is_grad_enabled() and is_plain(grad, grad_pre, x, weight):
         gradients = _launch().backward(*tensors, ctx.geometry, ctx.saved, wanted, ctx.plans)
     else:
@@ -189,11 +185,6 @@ class _WithoutDispatch(torch.autograd.Function):
 _apply_without_dispatch = super(torch.autograd.Function, _WithoutDispatch).apply
 
 
-# What the backward needs beside the result. A residual hides what passed.
-KEEP = {"gated": "valve"}
-KEEP_UNDER_RESIDUAL = {"relu": "sign", "gated": "both"}
-
-
 def fused(
     x: Tensor,
     weight: Tensor,
@@ -216,14 +207,18 @@ def fused(
     Raises:
         TypeError, ValueError: as `masked_conv2d`.
     """
+    if residual is not None and activation != "none":  # no model of the library adds one there
+        _check(x, weight, mask, bias, condition, residual, other, other_weight, as_pairs(*geometry), activation)
+        more: Any = {"condition": condition, "other": other, "other_weight": other_weight, "keep_pre": keep_pre}
+        out, pre = fused(x, weight, mask, bias, geometry, activation, **more)
+        return out + residual, pre
     tensors = (x, weight, mask, bias, condition, residual, other, other_weight)
     train = torch.is_grad_enabled()
     if train:
         train = False
         for tensor in tensors:  # `any` of a generator takes the host longer
             train = train or (tensor is not None and tensor.requires_grad)
-    kept = KEEP if residual is None else KEEP_UNDER_RESIDUAL
-    keep = "both" if keep_pre else kept.get(activation, "") if train else ""
+    keep = "both" if keep_pre else "valve" if train and activation == "gated" else ""
     if not is_plain(*tensors):
         geometry = as_pairs(*geometry)
         _check(*tensors, geometry, activation)
@@ -231,8 +226,8 @@ def fused(
     geometry = known_pairs(*geometry)
     if not train:
         return _launch().forward(*tensors, geometry, activation, keep, _check)[:2]
-    if x.shape[1] >= 16 and x.stride(1) != 1:  # here, so that it is kept so for the backward
-        tensors = (x.contiguous(memory_format=torch.channels_last), *tensors[1:])
+    # Here, so that it is kept so for the backward.
+    tensors = (x.contiguous(memory_format=torch.channels_last), *tensors[1:])
     results = _apply_without_dispatch(*tensors, geometry, activation, keep)
     return results if keep == "both" else (results, None)
 
@@ -258,8 +253,7 @@ def masked_conv2d(
 
     The kernel runs with float32 sums; float32 inputs are multiplied in TF32 where PyTorch's setting for convolutions
     says so. Results repeat to the last bit. Beside x, weight and result it keeps for the backward half of what eager
-    PyTorch keeps with a gate (as much with a residual), a byte an element with ReLU and a residual, and nothing
-    otherwise.
+    PyTorch keeps with a gate, and nothing otherwise. Maps that are not channels-last are copied.
 
     The first call with a mask reads it, and the first with a shape compares the kernel with cuDNN on the GPU, which
     waits for it; later calls do not. Where cuDNN is expected to be faster, or was measured so on the GPU

@@ -7,22 +7,19 @@ Words that all of them use:
     tap          a place (ky, kx) of the weight (O, I, kh, kw); live where some weight of it is not masked
     sums         what enters the activation: convolution, biases and condition together
     gate, half   tanh(first half of the sums' channels) * sigmoid(second half); the second one is called the valve
-    map          a tensor (B, C, H, W); a pixel is a place (image, y, x) of it
+    map          a tensor (B, C, H, W), dense and channels-last; a pixel is a place (image, y, x) of it
     row, column  of packed weights: an output channel; a pair (tap, channel read)
     part         the channels read, or in the gradient of the input each half of a gate
     tile, step   what a program computes; what it multiplies at a time, a block of columns
     box          a block of pixels (images, height, width) that a tensor descriptor addresses
-    unit         16 bytes in elements, where all sizes and strides are multiples of them, else 1
+    unit         16 bytes in elements, where the channels of a map are multiples of them, else 1
     share        the pixels of which one program adds up the gradient of a weight
     kept, saved  what the forward writes for the backward beside its result, and what the backward calls it
 
 What several kernels are given:
 
     batch, height, width, ...           sizes of maps; `rows` and `channels` are of a half or a part, `all_rows` of all
-    x_image, x_y, x_x                   the steps in memory from an image of the map x to the next, from a line, from a
-                                        pixel; in units. x_channel: from a channel, in elements, 1 but where GATHER
     across, down                        how many boxes cover a line of the map written, and how many a column
-    step_y, step_x                      the stride of the convolution
     taps, first_tap, box_width          the visited taps: so many from first_tap on, in raster order, in the box around
                                         the live ones, which is so wide
     origin_y, origin_x, tap_y, tap_x    a tap (i, j) of the box sees the pixel (origin_y + i tap_y, origin_x + j tap_x)

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels.catalogue_entry import Entry
-from fastgen.kernels.masked_conv2d import config, launch, products
-from fastgen.kernels.masked_conv2d.forward import SPECIALIZED
+from fastgen.kernels.masked_conv2d import config, launch
+from fastgen.kernels.masked_conv2d.layout import Launches
 
 CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.bool: "i1"}
 SAME = ((1, 1), (1, 1), (1, 1))
 SPILLS = {  # bytes a thread, by what follows "masked_conv2d_" in a kernel's name
-    "kernel": {"sm_120": 8, "gfx942": 208},
-    "activation_backward_kernel": {"sm_86": 8, "sm_89": 8, "sm_90": 8, "sm_100": 8},
+    "kernel": {"sm_120": 8, "gfx942": 224},
     "weight_kernel": {"sm_100": 40, "sm_120": 8},
 }
 REASON = "with Triton 3.6.0, 3.7.1 or 3.9.0, in kernels that hold a tile of sums; of AMD no GPU was at hand"
@@ -35,7 +34,7 @@ def noted(chip: str) -> Iterator[dict[Kind, None]]:
     def note(self: Any, *tensors: Any) -> None:
         signature, constants = {}, dict(self.constants)
         for name, value in zip(self.kernel.arg_names, tensors + self.arguments, strict=False):
-            if value is None or (value == 1 if name in SPECIALIZED else False):
+            if value is None:
                 constants[name] = value
             elif isinstance(value, (int, float)):
                 signature[name] = "i32" if isinstance(value, int) else "fp32"
@@ -45,13 +44,13 @@ def noted(chip: str) -> Iterator[dict[Kind, None]]:
                 signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
         kinds[self.kernel, tuple(signature.items()), tuple(constants.items())] = None
 
-    before = products.Launches.__call__, config.EMULATED, config.ALWAYS_KERNELS
-    products.Launches.__call__, config.EMULATED, config.ALWAYS_KERNELS = note, chip, True  # type: ignore
+    before = Launches.__call__, config.EMULATED, config.ALWAYS_KERNELS
+    Launches.__call__, config.EMULATED, config.ALWAYS_KERNELS = note, chip, True  # type: ignore
     launch.forget()
     try:
         yield kinds
     finally:
-        products.Launches.__call__, config.EMULATED, config.ALWAYS_KERNELS = before  # type: ignore
+        Launches.__call__, config.EMULATED, config.ALWAYS_KERNELS = before  # type: ignore
         launch.forget()
 
 
@@ -66,8 +65,8 @@ def run_layer(
     dtype: torch.dtype, activation: str, channels: int, *, results: int = 128, batch: int = 128, adds: bool = False,
     weights: torch.memory_format = torch.contiguous_format,
 ) -> None:  # fmt: skip
-    """Forward and backward of a masked 3x3 layer on maps of 32x32; adds: a second map or, without a gate, a residual,
-    and where the sums are used, too."""
+    """Forward and backward of a masked 3x3 layer on maps of 32x32; adds: to a gate a second map, and its sums are used;
+    a residual where there is no activation."""
 
     def feature_map(channels: int) -> Tensor:
         size = (batch, channels, 32, 32)
@@ -81,13 +80,13 @@ def run_layer(
     bias, condition = weight.new_empty(outputs), weight.new_empty(batch, outputs) if gated else None
     other = feature_map(256) if adds and gated else None
     other_weight = weight.new_empty(outputs, 256, 1, 1) if adds and gated else None
-    residual = result if adds and not gated else None
-    keep = {"none": "", "relu": "sign" if adds else "", "gated": "both" if adds else "valve"}[activation]
+    residual = result if adds and activation == "none" else None
+    keep = "" if not gated else "both" if adds else "valve"
     tensors = (x, weight, mask, bias, condition, residual, other, other_weight)
     out, kept, plans = launch.forward(*tensors, SAME, activation, keep)
     used = feature_map(256) if keep == "both" else None
     wanted = (channels >= 16, True, True, False, other is not None, other is not None)
-    given = (result, used, x, weight, mask, out, out if kept is None else kept, other, other_weight)
+    given = (result, used, x, weight, mask, out, kept, other, other_weight)
     launch.backward(*given, SAME, keep or activation, wanted, plans)
 
 
@@ -98,7 +97,7 @@ def run_layers() -> None:
         run_layer(dtype, "none", 192, results=192, adds=True)
     run_layer(torch.bfloat16, "gated", 128, adds=True)
     run_layer(torch.bfloat16, "gated", 128, batch=2, weights=torch.channels_last)
-    run_layer(torch.bfloat16, "relu", 128, adds=True)
+    run_layer(torch.bfloat16, "relu", 128)
     run_layer(torch.float32, "relu", 3)
     with torch.backends.cudnn.flags(allow_tf32=False):
         run_layer(torch.float32, "gated", 128)

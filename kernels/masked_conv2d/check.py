@@ -99,9 +99,7 @@ def few_images(product: Any, tensors: tuple[Tensor | None, ...]) -> list[Any]:
 def results(product: Any, tensors: Any, by_cudnn: bool = False) -> list[Tensor]:
     """What a product writes."""
     first, second = product.by_cudnn(*tensors) if by_cudnn else product(*tensors)
-    if product.layer.direction == "weight":
-        return [first] if second is None else [first, second.sum((0, 1))]
-    return [first, second] if product.keep else [first]
+    return [first] if second is None or second is first else [first, second]
 
 
 def truth(product: Any, tensors: Any) -> list[Tensor]:

@@ -46,7 +46,6 @@ def forward(
     out, kept = pre, pre
     if activation == "relu":
         out = pre.relu()
-        kept = ~(pre <= 0) if keep else out
     if activation == "gated":
         signal, valve = pre.chunk(2, 1)
         out = signal.tanh() * valve.sigmoid()

@@ -14,8 +14,8 @@ The product multiplies weights by pixels, so that wgmma reads both from shared m
 zeros for what lies outside. `HEIGHT` and `WIDTH` are the sides of a box, and 0 with pointers, where a program has
 `IMAGES` pixels in raster order.
 
-Sizes and strides do not specialize a kernel, so that few are compiled. Those that come in units of `UNIT` elements
-are multiples of 16 bytes then: a compiler that knows this loads 16 bytes at a time.
+Sizes do not specialize a kernel, so that few are compiled. Those that come in units of `UNIT` elements are multiples of
+16 bytes then: a compiler that knows this loads 16 bytes at a time.
 """
 
 import inspect
@@ -26,14 +26,12 @@ import triton.language as tl
 
 from fastgen.kernels.common import tanh, tanh_near_0
 
-SPECIALIZED = ("x_channel", "residual_channel", "grad_channel", "grad_pre_channel")  # mostly 1
-
 
 def kernel(function: Any) -> Any:
-    """`triton.jit`, which compiles once for all values of the integers, but for those of SPECIALIZED."""
+    """`triton.jit`, which compiles once for all values of the numbers."""
     arguments = inspect.signature(function).parameters.values()
     sizes = [a.name for a in arguments if a.annotation is a.empty and not a.name.endswith(("ptr", "map"))]
-    return triton.jit(do_not_specialize=[name for name in sizes if name not in SPECIALIZED])(function)
+    return triton.jit(do_not_specialize=sizes)(function)
 
 
 @triton.jit
@@ -50,12 +48,6 @@ def picked(values, index):
     """The elements of `values` at the places `index`, which count over both dimensions. Flat, as Triton then gathers in
     shared memory; along one of two dimensions it gathers by shuffles, with ten times as many instructions here."""
     return tl.gather(values.reshape(values.numel), index.reshape(index.numel), 0).reshape(index.shape)
-
-
-@triton.jit
-def tap_of_kernel(tap, first_tap, box_width, corner, kernel_width):
-    """Where a visited tap lies in the raster order of the whole kernel (kh, kw)."""
-    return corner + (first_tap + tap) // box_width * kernel_width + (first_tap + tap) % box_width
 
 
 @kernel
@@ -102,7 +94,8 @@ def masked_conv2d_pack_kernel(
         if mask_ptr is not None:
             values = tl.where(tl.load(mask_ptr + at, mask=there & (output < live_rows), other=1) != 0, values, 0.0)
     for tap in range(rounds):
-        tap_in_kernel = tap_of_kernel(tl.minimum(tap, taps - 1), first_tap, box_width, corner, kernel_width)
+        in_box = first_tap + tl.minimum(tap, taps - 1)
+        tap_in_kernel = corner + in_box // box_width * kernel_width + in_box % box_width
         if CHANNELS_LAST:
             weight = weight_ptr + row_start + (tap_in_kernel * inputs + start + i)
             taken = tl.load(weight, mask=real, other=0.0)
@@ -151,9 +144,15 @@ def pixels_of(block, height, width, across, down, IMAGES: tl.constexpr, HEIGHT: 
 
 
 @triton.jit
-def offset_of(image, y, x, image_step, y_step, x_step):
-    """Of pixels of a map, in 64 bits."""
-    return image.to(tl.int64) * image_step + y.to(tl.int64) * y_step + x.to(tl.int64) * x_step
+def place_in(image, y, x, height, width):
+    """The number of a pixel in the raster order of a map, in 64 bits."""
+    return (image.to(tl.int64) * height + y) * width + x
+
+
+@triton.jit
+def columns_of(channels, K: tl.constexpr):
+    """What `channels` take of the columns, in whole blocks."""
+    return (channels + K - 1) // K * K
 
 
 @triton.jit
@@ -164,25 +163,27 @@ def seen_from(tap, first_tap, box_width, origin_y, origin_x, tap_y, tap_x):
 
 
 @triton.jit
-def steps_of(tile, N: tl.constexpr, K: tl.constexpr, taps, channels, part_blocks, parts_read, rows, group_rows,
-             group_channels, shown, mirrored):  # fmt: skip
+def steps_of(tile, N: tl.constexpr, K: tl.constexpr, taps, channels, parts_read, rows, group_rows, group_channels,
+             shown, mirrored):  # fmt: skip
     """(number of steps of a tile of N channels, number of blocks of the last tap that it leaves out in front).
 
     In the last tap a colour sees only the groups of channels before it, so that the walk ends early. In the gradient of
     the input the later groups have seen it, in both halves of a gate: there the walk leaves out the first blocks.
     """
+    part_blocks = columns_of(channels, K) // K
     blocks = part_blocks * parts_read
     start = tl.maximum(tile * N // group_channels + 1 - shown, 0) * group_rows
     skipped = tl.where(mirrored != 0, tl.minimum(start // K, part_blocks), 0)
     end = (tl.minimum(tile * N + N, rows) - 1) // group_rows + shown
-    seen = tl.minimum((end * group_channels + K - 1) // K, blocks)
+    seen = tl.minimum(columns_of(end * group_channels, K) // K, blocks)
     seen = tl.where(mirrored != 0, parts_read * (part_blocks - skipped), seen)
     return tl.maximum((taps - 1) * blocks + seen, 1), tl.minimum(skipped, part_blocks - 1)
 
 
 @triton.jit
-def place_of(step, skipped, K: tl.constexpr, taps, channels, part_blocks, parts_read):
+def place_of(step, skipped, K: tl.constexpr, taps, channels, parts_read):
     """What a step reads: (tap, first channel in its part, that part's first channel, first packed column)."""
+    part_blocks = columns_of(channels, K) // K
     blocks = part_blocks * parts_read
     tap, block = step // blocks, step % blocks
     block += tl.where(tap == taps - 1, skipped * (1 + block // (part_blocks - skipped)), 0)
@@ -215,7 +216,8 @@ def add_biases(sums, image, n, inside, bias_rows, bias_ptr, condition_ptr, half,
 @triton.jit
 def gate(signal, valve, FAST: tl.constexpr):
     """tanh(signal) * sigmoid(valve). FAST: by two special functions, which err by 2^-11: bfloat16 keeps 2^-9. Else by
-    two exponentials and one division for both."""
+    three, two exponentials and one division for both: each input needs an exponential of its own, and a quotient by
+    Newton's steps would take seven instructions more of the units that bind (180 instructions an output in TF32)."""
     if FAST:
         return tanh(signal, True) * (0.5 + 0.5 * tanh(0.5 * valve, True))
     size = tl.abs(signal)
@@ -241,28 +243,24 @@ def write(to_map, values, half, at, inside, image, y, x, channel, HEIGHT: tl.con
 @kernel
 def masked_conv2d_kernel(
     x_map,  # (B, x_height, x_width, parts_read * channels)
-    packed_map,  # (row_tiles * N, packed_columns * 16)
+    packed_map,  # (rows of whole tiles, columns of whole blocks)
     other_map,  # (B, out_height, out_width, other_channels) or None: a second map, seen at the pixel itself
     bias_ptr,  # (all rows)
     condition_ptr,  # (B, all rows) or None
-    residual_ptr,  # (B, out_height, out_width, rows) or None
-    out_map,  # (B, out_height, out_width, 1, rows) contiguous, written
-    kept_map,  # written: KEEP "valve": as out; "both": with two halves; "sign": a pointer, bool, as out
+    residual_ptr,  # as out, or None
+    out_map,  # (B, out_height, out_width, 1, rows), written
+    kept_map,  # written: KEEP "valve": as out; "both": with two halves
     bias_rows, residual_rows,
     least,  # without a gate: what is less is raised to it; 0 for ReLU, else -inf
     mirrored,  # for the gradient of the input
-    batch, out_height, out_width, x_height, x_width, across, down, step_y, step_x,
+    batch, out_height, out_width, x_height, x_width, across, down,
     taps, first_tap, box_width, origin_y, origin_x, tap_y, tap_x, group_rows, group_channels, shown,
     channels,  # of a part
-    part_blocks, parts_read,
+    parts_read,
     rows,  # written, of each half with a gate
-    row_tiles,
-    columns,  # packed columns of x, before those of the other map
-    packed_columns, other_channels,
-    x_image, x_y, x_x, other_image, other_y, other_x, residual_image, residual_y, residual_x,
-    x_channel, residual_channel, GATHER: tl.constexpr,
-    UNIT: tl.constexpr,  # of x, other and their channels
-    OUT_UNIT: tl.constexpr,  # of rows and the residual
+    other_channels, GATHER: tl.constexpr,
+    UNIT: tl.constexpr,  # of channels and other_channels
+    OUT_UNIT: tl.constexpr,  # of rows
     GATED: tl.constexpr, KEEP: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
     IMAGES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
@@ -270,63 +268,64 @@ def masked_conv2d_kernel(
     M: tl.constexpr = IMAGES * HEIGHT * WIDTH if BOXES else IMAGES
     C: tl.constexpr = N // 2 if GATED else N  # channels written
     rows, channels, other_channels = rows * OUT_UNIT, channels * UNIT, other_channels * UNIT
+    row_tiles = (rows + C - 1) // C
     tile, block = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
     first_image, first_y, first_x = corner_of(block, across, down, IMAGES, HEIGHT, WIDTH)
     sums = tl.zeros((N, M), tl.float32)
     k = tl.arange(0, K)
-    if not BOXES:
-        image, i, j = pixels_of(block, out_height, out_width, across, down, IMAGES, HEIGHT, WIDTH)
-        inside = image < batch
-        y, x = i * step_y, j * step_x
-        base = offset_of(image, y, x, x_image, x_y, x_x)
-        y = tl.where(inside, y, -(2**30))  # far from the map
-        read = x_map + (base * UNIT)[None, :] + k[:, None]
-        weights = packed_map + (tile * N + tl.arange(0, N)).to(tl.int64)[:, None] * (packed_columns * 16) + k[None, :]
     if GATHER:
+        columns = columns_of(taps * channels, K)
         steps = columns // K
-        tl.assume(steps > 0)
-        for step in range(steps):
-            tap, channel = (step * K + k) // channels, (step * K + k) % channels
-            dy, dx = seen_from(tap[:, None], first_tap, box_width, origin_y, origin_x, tap_y, tap_x)
-            seen = (tap < taps)[:, None] & lies_in(y[None, :] + dy, x[None, :] + dx, x_height, x_width)
-            at = (dy.to(tl.int64) * x_y + dx.to(tl.int64) * x_x) + channel.to(tl.int64)[:, None] * x_channel
-            a = tl.load(x_map + base[None, :] + at, mask=seen, other=0.0)
-            sums = product(tl.load(weights + step * K), a, sums, PRECISION)
     else:
-        steps, skipped = steps_of(tile, C, K, taps, channels, part_blocks, parts_read, rows, group_rows,
-                                  group_channels, shown, mirrored)  # fmt: skip
-        tl.assume(steps > 0)
-        for step in range(steps):
-            tap, channel, start, column = place_of(step, skipped, K, taps, channels, part_blocks, parts_read)
-            dy, dx = seen_from(tap, first_tap, box_width, origin_y, origin_x, tap_y, tap_x)
-            if BOXES:
-                a = x_map.load([first_image, first_y + dy, first_x + dx, start + channel]).reshape(M, K).T
-                w = packed_map.load([tile * N, column])
-            else:
-                seen = lies_in(y + dy, x + dx, x_height, x_width)
-                at = (dy.to(tl.int64) * x_y + dx.to(tl.int64) * x_x) * UNIT + (start + channel)
-                a = tl.load(read + at, mask=seen[None, :] & (channel + k < channels)[:, None], other=0.0)
-                w = tl.load(weights + column)
-            sums = product(w, a, sums, PRECISION)
+        columns = taps * parts_read * columns_of(channels, K)
+        steps, skipped = steps_of(tile, C, K, taps, channels, parts_read, rows, group_rows, group_channels, shown,
+                                  mirrored)  # fmt: skip
+    if not BOXES:
+        image, y, x = pixels_of(block, out_height, out_width, across, down, IMAGES, HEIGHT, WIDTH)
+        y = tl.where(image < batch, y, -(2**30))  # far from the map
+        read = x_map + (place_in(image, y, x, x_height, x_width) * (parts_read * channels))[None, :]
+        read += 0 if GATHER else k[:, None]
+        packed_columns = columns + columns_of(other_channels, K)
+        weights = packed_map + (tile * N + tl.arange(0, N)).to(tl.int64)[:, None] * packed_columns + k[None, :]
+    tl.assume(steps > 0)
+    for step in range(steps):
+        if GATHER:
+            tap, channel, column = (step * K + k[:, None]) // channels, (step * K + k[:, None]) % channels, step * K
+            real = tap < taps
+        else:
+            tap, channel, start, column = place_of(step, skipped, K, taps, channels, parts_read)
+            real = channel + k[:, None] < channels
+            channel += start
+        dy, dx = seen_from(tap, first_tap, box_width, origin_y, origin_x, tap_y, tap_x)
+        if BOXES:
+            a = x_map.load([first_image, first_y + dy, first_x + dx, channel]).reshape(M, K).T
+            w = packed_map.load([tile * N, column])
+        else:
+            seen = lies_in(y[None, :] + dy, x[None, :] + dx, x_height, x_width) & real
+            at = (dy.to(tl.int64) * x_width + dx) * (parts_read * channels) + channel
+            a = tl.load(read + at, mask=seen, other=0.0)
+            w = tl.load(weights + column)
+        sums = product(w, a, sums, PRECISION)
     if other_map is not None:
+        blocks = columns_of(other_channels, K) // K
         if not BOXES:
-            read = other_map + (offset_of(image, i, j, other_image, other_y, other_x) * UNIT)[None, :] + k[:, None]
-        blocks = (other_channels + K - 1) // K
+            read = other_map + (place_in(image, y, x, out_height, out_width) * other_channels)[None, :] + k[:, None]
         tl.assume(blocks > 0)
         for step in range(blocks):
             if BOXES:
                 a = other_map.load([first_image, first_y, first_x, step * K]).reshape(M, K).T
                 w = packed_map.load([tile * N, columns + step * K])
             else:
-                a = tl.load(read + step * K, mask=inside[None, :] & (step * K + k < other_channels)[:, None], other=0.0)
+                real = (image < batch)[None, :] & (step * K + k < other_channels)[:, None]
+                a = tl.load(read + step * K, mask=real, other=0.0)
                 w = tl.load(weights + columns + step * K)
             sums = product(w, a, sums, PRECISION)
-    image, i, j = pixels_of(block, out_height, out_width, across, down, IMAGES, HEIGHT, WIDTH)
+    image, y, x = pixels_of(block, out_height, out_width, across, down, IMAGES, HEIGHT, WIDTH)
     n = (tile * C + tl.arange(0, C))[:, None]
-    inside = ((image < batch) & (i < out_height) & (j < out_width))[None, :] & (n < rows)
-    image, i, j = image.to(tl.int64)[None, :], i.to(tl.int64)[None, :], j.to(tl.int64)[None, :]
-    pixel = (image * out_height + i) * out_width + j
+    inside = ((image < batch) & (y < out_height) & (x < out_width))[None, :] & (n < rows)
+    pixel = place_in(image, y, x, out_height, out_width)[None, :]
     at = pixel * rows + n
+    image = image.to(tl.int64)[None, :]
     if GATED:
         sums, valve = halves_of(sums)
         sums = add_biases(sums, image, n, inside, bias_rows, bias_ptr, condition_ptr, 0, 2 * rows)
@@ -340,11 +339,7 @@ def masked_conv2d_kernel(
         sums = gate(sums, valve, FAST)
     else:
         sums = add_biases(sums, image, n, inside, bias_rows, bias_ptr, condition_ptr, 0, rows)
-        if KEEP == "sign":
-            tl.store(kept_map + at, (sums <= 0) == 0, mask=inside)  # a NaN passes
         sums = tl.where(sums < least, least, sums)  # keeps NaN
     if residual_ptr is not None:
-        where = offset_of(image, i, j, residual_image, residual_y, residual_x) * OUT_UNIT
-        where += n.to(tl.int64) * residual_channel
-        sums += tl.load(residual_ptr + where, mask=inside & (n < residual_rows * OUT_UNIT), other=0.0).to(tl.float32)
+        sums += tl.load(residual_ptr + at, mask=inside & (n < residual_rows * OUT_UNIT), other=0.0).to(tl.float32)
     write(out_map, sums, 0, at, inside, first_image, first_y, first_x, tile * C, HEIGHT, WIDTH)

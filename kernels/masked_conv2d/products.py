@@ -1,8 +1,9 @@
 """The products of a masked convolution, each ready to be run for tensors of one kind: `Convolve` for the result and the
 gradient of the input, `WeightGradient`.
 
-All that depends on shapes, strides and dtypes alone is found once, in the constructors; a call allocates its results
-and launches. Sizes reach the kernels as plain integers, so that nothing lies on the device between calls.
+All that depends on shapes and dtypes alone is found once, in the constructors; a call allocates its results and
+launches. Sizes reach the kernels as plain integers, so that nothing lies on the device between calls. Maps are
+channels-last and dense.
 """
 
 import math
@@ -17,22 +18,21 @@ from torch import Tensor
 from fastgen.kernels.common import cdiv, next_power_of_2
 from fastgen.kernels.maps import result_size
 from fastgen.kernels.masked_conv2d import cudnn
-from fastgen.kernels.masked_conv2d.backward import masked_conv2d_sum_kernel, masked_conv2d_weight_kernel
+from fastgen.kernels.masked_conv2d.backward import BIASES, masked_conv2d_sum_kernel, masked_conv2d_weight_kernel
 from fastgen.kernels.masked_conv2d.config import Choice, Layer, chip_of, choose, has_tma, precision_of
 from fastgen.kernels.masked_conv2d.forward import masked_conv2d_kernel, masked_conv2d_pack_kernel
 from fastgen.kernels.masked_conv2d.layout import (
     Boxes,
     Launches,
     Layout,
-    box_of,
-    boxes_of_map,
+    blocks_of,
+    boxes_of,
     boxes_of_result,
     channels_last,
-    contiguous,
-    pixel_steps,
+    dense,
     unit_of,
 )
-from fastgen.kernels.masked_conv2d.walk import Geometry, Walk, known_walk, walk_arguments
+from fastgen.kernels.masked_conv2d.walk import POINTWISE, Geometry, Walk, known_walk, walk_arguments
 
 # Shares of the pixels are cut so that about as many programs run, two on each multiprocessor of a Hopper: every share
 # is written and read again, which with more would be more than the maps for few images. A constant: sums do not depend
@@ -51,25 +51,30 @@ class Weights:
     masked: bool = True  # where False, the mask of a call is another weight's
     channels_last: bool = False  # as it lies in memory; else contiguous
 
+    @classmethod
+    def of(cls, weight: Tensor, walk: Walk, geometry: Any) -> "Weights":
+        return cls(weight.shape, walk, Geometry(*geometry), channels_last=not weight.is_contiguous())
+
+    @classmethod
+    def pointwise(cls, weight: Tensor, parts: int) -> "Weights":
+        """Of a 1x1 convolution without a mask."""
+        return cls(weight.shape, known_walk(None, weight.shape, parts), POINTWISE, masked=False)
+
     @property
     def size(self) -> int:
         return self.shape[2] * self.shape[3]
 
-    def layer(self, direction: str, maps: list[Tensor], rows: int, pixels: int, gated: bool, aligned: bool) -> Layer:
-        """maps: those that the product reads, of which the first has the layer's channels. aligned: whether what else
-        descriptors would address comes in units of 16 bytes."""
-        x, step = maps[0], self.geometry.stride[0] * self.geometry.stride[1]
-        tma = step == 1 and aligned and x.shape[1] >= 16 and has_tma(chip_of(x.device))
-        for read in maps:
-            steps = [read.stride(axis) * read.element_size() for axis in (0, 2, 3)]
-            tma = (
-                tma and read.stride(1) == 1 and read.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in steps)
-            )
-        return Layer(direction, x.dtype, rows, x.shape[1], self.walk.live, pixels, step, gated, tma)
+    def layer(self, direction: str, maps: Sequence[Tensor], rows: int, pixels: int, gated: bool, *counts: int) -> Layer:
+        """maps: those that the product reads, of which the first has the layer's channels. counts: of channels, of
+        what else descriptors would address."""
+        x, chip = maps[0], chip_of(maps[0].device)
+        tma = has_tma(chip) and x.shape[1] >= 16 and all(unit_of(read, read.shape[1], *counts) > 1 for read in maps)
+        return Layer(direction, x.dtype, rows, x.shape[1], self.walk.live, pixels, gated, tma)
 
     def choose(self, layer: Layer, device: torch.device) -> Choice:
         top, bottom, left, right = self.walk.box
-        return choose(device, layer, precision_of(device, layer.dtype), (bottom - top) * (right - left))
+        boxed = (bottom - top) * (right - left)
+        return choose(device, layer, precision_of(device, layer.dtype), boxed, self.geometry.stride)
 
     def for_cudnn(self, choice: Choice, mask: Tensor | None) -> tuple[Tensor | None, cudnn.Box, Geometry]:
         """(the weight's mask, the box of taps that cuDNN convolves with, the geometry)."""
@@ -78,27 +83,24 @@ class Weights:
 
     def packing(
         self, layout: Layout, dtype: torch.dtype, *, columns: int, first: int, pitch: int, runs: tuple[int, int],
-        taps: tuple[int, ...], mirrored: bool,
+        mirrored: bool,
     ) -> Launches:  # fmt: skip
         """Packs the weight into `columns` columns of a packed tensor from the first on, `pitch` for each tap.
 
-        runs: how many rows of a half of a gate lie side by side, and the number of halves. taps: visited ones, rounds
-        of the kernel, the walk's first and width, the corner of its box.
+        runs: how many rows of a half of a gate lie side by side, and the number of halves.
         """
-        (packed_rows, packed_columns), (outputs, inputs) = layout[0], self.shape[:2]
+        (packed_rows, packed_columns), (outputs, inputs), walk = layout[0], self.shape[:2], self.walk
         unit, row = 16 // dtype.itemsize, inputs if self.channels_last else inputs * self.size
         unit = 1 if row % unit or pitch % unit else unit
-        rows, half = 16 if unit > 1 else 4, outputs // runs[1]
-        # One value for most sizes, so that few kernels are compiled. First layers of models, whose kernels are large,
-        # have no unit.
-        flat = (
-            16
-            if self.channels_last
-            else max(256 if unit > 1 else 1024, next_power_of_2(16 * self.size + 112 // dtype.itemsize))
-        )
+        rows, half, flat = 16 if unit > 1 else 4, outputs // runs[1], 16
+        if not self.channels_last:
+            # One value for most sizes, so that few kernels are compiled. First layers of models, whose kernels are
+            # large, have no unit.
+            flat = max(256 if unit > 1 else 1024, next_power_of_2(16 * self.size + 112 // dtype.itemsize))
         arguments = (
             half if self.masked else 0, packed_rows, columns // 16, packed_columns // 16, first // 16, pitch // unit,
-            half, inputs * self.size // unit, *runs, self.size, *taps, self.shape[3],
+            half, inputs * self.size // unit, *runs, self.size, walk.taps, cdiv(columns, pitch), walk.first, walk.width,
+            walk.box[0] * self.shape[3] + walk.box[2], self.shape[3],
         )  # fmt: skip
         places = (pitch, packed_rows) if mirrored else (packed_rows, pitch)
         return Launches(
@@ -107,19 +109,9 @@ class Weights:
         )  # fmt: skip
 
 
-def blocks_of(choice: Choice, batch: int, height: int, width: int) -> tuple[dict[str, int], int, int, int]:
-    """How the pixels of a map are divided: (constants of the kernel, boxes across, boxes down, number of blocks)."""
-    box, across, down = (choice.tile.M, 0, 0), 1, 1
-    blocks = cdiv(batch * height * width, choice.tile.M)
-    if choice.tile.tma:
-        box = box_of(choice.tile.M, batch, height, width)
-        across, down = cdiv(width, box[2]), cdiv(height, box[1])
-        blocks = cdiv(batch, box[0]) * across * down
-    return dict(zip(("IMAGES", "HEIGHT", "WIDTH"), box, strict=True)), across, down, blocks
-
-
 class Convolve:
-    """activation(conv(x, weight) + conv1x1(other) + biases) + residual, or with `mirrored` the gradient of the input.
+    """activation(conv(x, weight) + conv1x1(other) + biases), plus a residual where there is no activation; with
+    `mirrored` the gradient of the input.
 
     Constructed with the tensors of a first call, laid out as launch.py says; results are channels-last. `choice`
     instead of what is chosen.
@@ -143,71 +135,61 @@ class Convolve:
         walk, gated = weights.walk, activation == "gated"
         parts = walk.parts if mirrored else 1  # of the channels read
         channels, others = x.shape[1] // parts, 0 if other is None else other.shape[1]
-        aligned = not (rows * x.element_size() % 16 or channels * x.element_size() % 16)
         read = [x] if other is None else [x, other]
         all_rows = 2 * rows if gated else rows
-        layer = weights.layer("in" if mirrored else "out", read, all_rows, batch * height * width, gated, aligned)
+        direction = "in" if mirrored else "out"
+        layer = weights.layer(direction, read, all_rows, batch * height * width, gated, rows, channels)
         self.layer, self.weights, self.mirrored, self.activation, self.keep = layer, weights, mirrored, activation, keep
         self.terms = walk.taps * x.shape[1] + others
         self.layout = channels_last(*self.size)
         self.kept_layout = channels_last(batch, 2 * rows if keep == "both" else rows, height, width)
-        self.kept_dtype = torch.bool if keep == "sign" else x.dtype
         self.choice = choice = choice or weights.choose(layer, x.device)
-        if choice.provider != "triton" or batch * rows * height * width == 0:
+        if choice.provider != "triton":
             return
         tile = choice.tile
         written = tile.N // 2 if gated else tile.N  # channels of a tile
-        row_tiles, part_blocks = cdiv(rows, written), cdiv(channels, tile.K)
+        row_tiles = cdiv(rows, written)
         if layer.gathers:  # all that is read is one part
-            channels, part_blocks, parts = x.shape[1], 1, 1
-        pitch = channels if layer.gathers else parts * part_blocks * tile.K
+            pitch, channels, parts = x.shape[1], x.shape[1], 1
+        else:
+            pitch = parts * cdiv(channels, tile.K) * tile.K
         columns = cdiv(walk.taps * pitch, tile.K) * tile.K
         packed_columns = columns + cdiv(others, tile.K) * tile.K
-        self.packed = contiguous(row_tiles * tile.N, packed_columns)
-        corner = walk.box[0] * weights.shape[3] + walk.box[2]
+        self.packed = dense(row_tiles * tile.N, packed_columns)
         runs = (pitch // parts, parts) if mirrored else (RUN, 2 if gated else 1)
         pack = partial(Weights.packing, layout=self.packed, dtype=x.dtype, runs=runs, mirrored=mirrored)
-        taps = (walk.taps, cdiv(columns, pitch), walk.first, walk.width, corner)
-        self.pack, self.pack_other = pack(weights, columns=columns, first=0, pitch=pitch, taps=taps), None
+        self.pack, self.pack_other = pack(weights, columns=columns, first=0, pitch=pitch), None
         if other_weight is not None:
-            rest, pointwise = packed_columns - columns, Weights(other_weight.shape, walk, weights.geometry, False)
-            self.pack_other = pack(pointwise, columns=rest, first=columns, pitch=rest, taps=(1, 1, 0, 1, 0))
-        unit = 1 if layer.gathers else unit_of(x, channels)
-        if other is not None and unit != unit_of(other, others):
-            unit = 1
-        out_unit = 16 // x.element_size() if rows * x.element_size() % 16 == 0 else 1
-        if residual is not None:
-            out_unit = unit_of(residual, rows)
-        box, across, down, blocks = blocks_of(choice, batch, height, width)
+            pointwise, rest = Weights.pointwise(other_weight, walk.parts), packed_columns - columns
+            self.pack_other = pack(pointwise, columns=rest, first=columns, pitch=rest)
+        unit = 1 if layer.gathers else min(unit_of(one, channels, others) for one in read)
+        out_unit = unit_of(x if residual is None else residual, rows)
+        box, across, down, blocks = blocks_of(tile, batch, height, width)
         arguments = (
             0 if bias is None else rows, 0 if residual is None else rows // out_unit,
             0.0 if activation == "relu" else -math.inf, int(mirrored), batch, height, width, *x.shape[2:], across, down,
-            *((1, 1) if mirrored else weights.geometry.stride), *walk_arguments(walk, weights.geometry, mirrored),
-            channels // unit, part_blocks, parts, rows // out_unit, row_tiles, columns, packed_columns // 16,
-            others // unit, *pixel_steps(x, unit), *pixel_steps(other, unit), *pixel_steps(residual, out_unit),
-            x.stride(1) if layer.gathers else 1,
-            1 if residual is None or residual.shape[1] == 1 else residual.stride(1),
+            *walk_arguments(walk, weights.geometry, mirrored), channels // unit, parts, rows // out_unit,
+            others // unit,
         )  # fmt: skip
         self.run = Launches(
             masked_conv2d_kernel, (blocks * row_tiles,), arguments, GATHER=layer.gathers, UNIT=unit,
             OUT_UNIT=out_unit, GATED=gated, KEEP=keep, PRECISION=precision_of(x.device, x.dtype),
-            FAST=x.dtype == torch.bfloat16 and chip_of(x.device).startswith("sm_"), **box, N=tile.N, K=tile.K,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            FAST=x.dtype == torch.bfloat16 and chip_of(x.device).startswith("sm_"), IMAGES=box[0], HEIGHT=box[1],
+            WIDTH=box[2], N=tile.N, K=tile.K, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         self.boxes: tuple[Any, ...] = ()
         if tile.tma:
-            block = tuple(box.values())
             out, kept = self.results(x)
-            kept_boxes = boxes_of_result(kept, 2 if keep == "both" else 1, block, written) if gated and keep else None
-            packed_boxes = Boxes(x, *self.packed, [tile.N, tile.K])
-            other_boxes = None if other is None else boxes_of_map(other, block, tile.K)
-            out_boxes = boxes_of_result(out, 1, block, written)
-            self.boxes = (boxes_of_map(x, block, tile.K), packed_boxes, other_boxes, out_boxes, kept_boxes)
+            kept_boxes = boxes_of_result(kept, 2 if keep == "both" else 1, box, written) if keep else None
+            packed_boxes = Boxes(x, self.packed[0], [tile.N, tile.K])
+            other_boxes = None if other is None else boxes_of(other, box, tile.K)
+            out_boxes = boxes_of_result(out, 1, box, written)
+            self.boxes = (boxes_of(x, box, tile.K), packed_boxes, other_boxes, out_boxes, kept_boxes)
 
     def results(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Uninitialized: (B, C, H, W), and what is kept."""
         out = x.new_empty_strided(*self.layout)
-        return out, x.new_empty_strided(*self.kept_layout, dtype=self.kept_dtype) if self.keep else out
+        return out, x.new_empty_strided(*self.kept_layout) if self.keep else out
 
     def __call__(
         self, x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None = None,
@@ -227,8 +209,8 @@ class Convolve:
         if self.boxes:
             x_boxes, packed_boxes, other_boxes, out_boxes, kept_boxes = self.boxes
             read_x, packed, to_out = x_boxes(x), packed_boxes(packed), out_boxes(out)
-            other = other if other is None else other_boxes(other)
-            to_kept = to_kept if kept_boxes is None else kept_boxes(kept)
+            other = None if other is None else other_boxes(other)
+            to_kept = kept_boxes(kept) if self.keep else None
         # What is not there is not read; in its place x spares another compilation, but costs a gate registers.
         residual = x if residual is None and self.activation != "gated" else residual
         self.run(read_x, packed, other, x if bias is None else bias, condition, residual, to_out, to_kept)
@@ -246,29 +228,8 @@ class Convolve:
         return cudnn.forward(x, weight, *how, *added, self.activation, self.keep)
 
 
-def sum_of(
-    shares: int, columns: int, pitch: int, shape: Sequence[int], taps: tuple[int, ...] = (1, 0, 1, 0, 0),
-    masked: bool = False,
-) -> Launches:  # fmt: skip
-    """Launches that add (shares, O, columns) and bring the columns, `pitch` for each tap, into a shape (O, I, kh, kw).
-
-    taps: the walk's number of taps, its first and its width, and where its box begins, (top, left).
-    """
-    outputs, inputs, height, width = shape
-    size, flat = height * width, max(256, next_power_of_2(height * width))
-    part = flat // size  # inputs of a program
-    part = part // 8 * 8 or part
-    arguments = (outputs if masked else 0, shares, outputs, columns, inputs * size, pitch, part, size, *taps, width)
-    grid = (cdiv(outputs, 8), cdiv(inputs, part))
-    return Launches(masked_conv2d_sum_kernel, grid, arguments, FLAT=flat, OUTPUTS=8)
-
-
 class WeightGradient:
-    """The gradient of the weight from that of the sums, channels side by side, and partial sums of that over pixels.
-
-    adds_up: also the latter, (shares, 1, O) float32, where the kernel runs; else, and for cuDNN, None. Needs a dense
-    channels-last gradient.
-    """
+    """The gradients of the weight and, where `adds_up`, of the bias (O,), from that of the sums."""
 
     maps = (0, 1)
     kernels = ()
@@ -280,54 +241,58 @@ class WeightGradient:
         walk = weights.walk
         batch, all_rows, height, width = grad.shape
         pixels, channels = batch * height * width, x.shape[1]
-        self.layer = layer = weights.layer("weight", [x, grad], all_rows, pixels, False, True)
-        self.weights, self.terms = weights, pixels
+        self.layer = layer = weights.layer("weight", [x, grad], all_rows, pixels, False)
+        self.weights, self.terms, self.adds_up = weights, pixels, adds_up
         self.choice = choice = choice or weights.choose(layer, x.device)
-        self.adds_up = adds_up and choice.provider == "triton"
         if choice.provider != "triton":
             return
         tile = choice.tile
-        row_tiles, tap_blocks = cdiv(all_rows, tile.N), 1 if layer.gathers else cdiv(channels, tile.K)
-        pitch = channels if layer.gathers else tap_blocks * tile.K
-        all_blocks = cdiv(walk.taps * pitch, tile.K)
-        pairs, columns = row_tiles * all_blocks, all_blocks * tile.K
-        box, across, down, blocks = blocks_of(choice, batch, height, width)
+        pitch = channels if layer.gathers else cdiv(channels, tile.K) * tile.K
+        columns = cdiv(walk.taps * pitch, tile.K) * tile.K
+        pairs = cdiv(all_rows, tile.N) * (columns // tile.K)
+        box, across, down, blocks = blocks_of(tile, batch, height, width)
         # 512 pixels a share at least: what a share of 128 x 128 sums writes is then half of what it loads.
         steps = cdiv(blocks, max(1, min(PROGRAMS // pairs, pixels // 512)))
         shares = cdiv(blocks, steps)
-        self.out, self.partial = contiguous(*weights.shape), contiguous(shares, all_rows, columns)
-        self.sums = contiguous(shares * all_blocks, 1, all_rows)
-        unit, grad_unit = 1 if layer.gathers else unit_of(x, channels), unit_of(grad, all_rows // walk.parts)
+        self.out, self.bias, self.partial = (
+            dense(*weights.shape), dense(all_rows), dense(shares, all_rows, columns + BIASES.value)
+        )  # fmt: skip
+        rows = all_rows // walk.parts
+        unit, grad_unit = 1 if layer.gathers else unit_of(x, channels), unit_of(grad, rows)
         arguments = (
-            int(self.adds_up), batch, height, width, *x.shape[2:], across, down, *weights.geometry.stride, steps,
-            channels // unit, tap_blocks, all_rows // walk.parts // grad_unit, walk.parts, row_tiles, columns // 16,
-            *walk_arguments(walk, weights.geometry, False), *pixel_steps(grad, grad_unit), *pixel_steps(x, unit),
-            x.stride(1) if layer.gathers else 1,
+            int(adds_up), batch, height, width, *x.shape[2:], across, down, steps, channels // unit, rows // grad_unit,
+            walk.parts, *walk_arguments(walk, weights.geometry, False),
         )  # fmt: skip
         self.run = Launches(
             masked_conv2d_weight_kernel, (pairs, shares), arguments, GATHER=layer.gathers, UNIT=unit,
-            GRAD_UNIT=grad_unit, PRECISION=precision_of(x.device, x.dtype), **box, N=tile.N, K=tile.K,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            GRAD_UNIT=grad_unit, PRECISION=precision_of(x.device, x.dtype), IMAGES=box[0], HEIGHT=box[1], WIDTH=box[2],
+            N=tile.N, K=tile.K, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-        block = tuple(box.values())
-        self.boxes = (boxes_of_map(grad, block, tile.N), boxes_of_map(x, block, tile.K)) if tile.tma else None
-        taps = (walk.taps, walk.first, walk.width, walk.box[0], walk.box[2])
-        self.sum = sum_of(shares, columns, pitch, weights.shape, taps, weights.masked)
+        self.boxes = (boxes_of(grad, box, tile.N), boxes_of(x, box, tile.K)) if tile.tma else None
+        size, flat = weights.size, max(256, next_power_of_2(weights.size))
+        inputs = flat // size  # of a program
+        inputs = inputs // 8 * 8 or inputs
+        sum_arguments = (
+            all_rows if weights.masked else 0, shares, all_rows, columns // 16,
+            min(columns // tile.K, BIASES.value) if adds_up else 0, channels * size, pitch, inputs, size,
+            walk.taps, walk.first, walk.width, walk.box[0], walk.box[2], weights.shape[3],
+        )  # fmt: skip
+        grid = (cdiv(all_rows, 8), cdiv(channels, inputs))
+        self.sum = Launches(masked_conv2d_sum_kernel, grid, sum_arguments, FLAT=flat, OUTPUTS=8)
 
     def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.choice.provider != "triton":
             return self.by_cudnn(grad, x, weight, mask)
-        out = x.new_empty_strided(*self.out)
+        out, bias = x.new_empty_strided(*self.out), x.new_empty_strided(*self.bias) if self.adds_up else None
         partial_sums = x.new_empty_strided(*self.partial, dtype=torch.float32)
-        sums = x.new_empty_strided(*self.sums, dtype=torch.float32) if self.adds_up else None
         read = (self.boxes[0](grad), self.boxes[1](x)) if self.boxes else (grad, x)
-        self.run(*read, grad, partial_sums, partial_sums if sums is None else sums)
-        self.sum(partial_sums, mask, out)
-        return out, sums
+        self.run(*read, partial_sums)
+        self.sum(partial_sums, mask, out, out if bias is None else bias)
+        return out, bias
 
     def by_cudnn(self, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         gradient = cudnn.weight_gradient(grad, x, weight, *self.weights.for_cudnn(self.choice, mask))
-        return gradient, grad.sum((0, 2, 3))[None, None] if self.adds_up else None
+        return gradient, grad.sum((0, 2, 3)) if self.adds_up else None
 
 
 def products_of(
@@ -336,12 +301,12 @@ def products_of(
     """By `Layer.direction`: what makes each product of a layer, and its tensors. The gradient of the sums is not
     initialized."""
     walk = known_walk(mask, weight.shape, 2 if activation == "gated" else 1)
-    weights = Weights(weight.shape, walk, geometry, channels_last=not weight.is_contiguous())
+    weights = Weights.of(weight, walk, geometry)
     size = result_size(x, weight, geometry)
     grad = x.new_empty_strided(*channels_last(x.shape[0], weight.shape[0], *size))
     made: Any = {"weights": weights, "size": (weight.shape[0] // walk.parts, *size)}
     return {
         "out": (partial(Convolve, **made, activation=activation, keep=keep), (x, weight, mask)),
         "in": (partial(Convolve, weights=weights, size=tuple(x.shape[1:]), mirrored=True), (grad, weight, mask)),
-        "weight": (partial(WeightGradient, weights=weights, adds_up=activation == "none"), (grad, x, weight, mask)),
+        "weight": (partial(WeightGradient, weights=weights, adds_up=True), (grad, x, weight, mask)),
     }

@@ -10,10 +10,13 @@ saved with its time and cuDNN's; where cuDNN is faster, "auto" uses it from then
 """
 
 import argparse
+import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +24,17 @@ import triton
 from torch import Tensor
 
 from fastgen.kernels.masked_conv2d.check import is_right
-from fastgen.kernels.masked_conv2d.config import Choice, Tile, candidates, chip_of, describe, precision_of, save
+from fastgen.kernels.masked_conv2d.config import (
+    Choice,
+    Layer,
+    Tile,
+    chip_of,
+    default_tile,
+    describe,
+    measured,
+    own_table,
+    precision_of,
+)
 from fastgen.kernels.masked_conv2d.launch import forget
 from fastgen.kernels.masked_conv2d.products import products_of
 from fastgen.kernels.masked_conv2d.walk import Geometry
@@ -74,6 +87,18 @@ def usual_problems() -> list[Problem]:
     ]
 
 
+def candidates(chip: str, layer: Layer, precision: str) -> list[Tile]:
+    """What the search tries, eight at most: the default, smaller and larger ones, by descriptors and without."""
+    base = default_tile(chip, layer, precision)
+    tiles = [base, base._replace(tma=False), base._replace(num_stages=base.num_stages + 1)]
+    tiles += [base._replace(M=64, N=min(base.N, 64), num_warps=4), base._replace(M=64, num_warps=4)]
+    if layer.direction == "weight":
+        tiles += [base._replace(M=2 * base.M), base._replace(K=max(base.K // 2, 16), num_warps=4)]
+    else:
+        tiles += [base._replace(M=256, num_stages=max(base.num_stages - 1, 2))]
+    return list(dict.fromkeys(tiles))
+
+
 def milliseconds(call: Callable[[], Any]) -> float:
     """Median time of a call on the GPU, after the L2 cache was written over."""
     return triton.testing.do_bench(call, warmup=5, rep=50, return_mode="median")
@@ -92,6 +117,19 @@ def search(product: Product, tiles: list[Tile]) -> dict[str, Any]:
     times |= {"triton": right[best]} if right else {}
     provider = min(times, key=lambda name: times[name])
     return {"provider": provider, "tile": best, "ms": times, "refused": len(tiles) - len(right)}
+
+
+def save(gpu: str, layers: dict[str, Any], versions: dict[str, str]) -> Path:
+    """Adds rows to this machine's table of the GPU; a reader sees the old file or the new one, never a part."""
+    path = own_table(gpu)
+    rows = json.loads(path.read_text())["layers"] if path.exists() else {}
+    rows |= {key: {**row, "tile": row["tile"]._asdict()} for key, row in layers.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_suffix(f".{os.getpid()}.tmp")
+    whole.write_text(json.dumps({"gpu": gpu, **versions, "layers": dict(sorted(rows.items()))}, indent=1))
+    whole.replace(path)
+    measured.cache_clear()
+    return path
 
 
 def _problems(argv: list[str] | None) -> list[Problem]:

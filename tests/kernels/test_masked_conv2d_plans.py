@@ -2,11 +2,12 @@
 
 import itertools
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from fastgen.kernels.masked_conv2d import catalogue, config, launch, products, walk
+from fastgen.kernels.masked_conv2d import catalogue, config, launch, layout, tune, walk
 from fastgen.kernels.masked_conv2d.config import Layer, Tile
 from fastgen.kernels.masked_conv2d.launch import Backward
 from fastgen.kernels.masked_conv2d.layout import box_of
@@ -74,7 +75,7 @@ def test_a_call_that_is_planned_takes_few_steps_of_python(monkeypatch):
     x, weight, mask, bias = (one.detach() for one in problem("B", 2, 16, 8, 4, 4, dtype=torch.float32))
     options = {"padding": 1, "activation": "gated", "impl": "triton"}
     masked_conv2d(x, weight, mask, bias, **options)
-    monkeypatch.setattr(products.Launches, "__call__", lambda self, *tensors: None)
+    monkeypatch.setattr(layout.Launches, "__call__", lambda self, *tensors: None)
     calls = []
     masked_conv2d(x, weight, mask, bias, **options)
     sys.setprofile(lambda frame, event, argument: calls.append(event) if event.endswith("call") else None)
@@ -107,7 +108,7 @@ def layers(tma):
         ("out", "in", "weight"), (torch.float32, torch.bfloat16), (1, 24, 128, 768), (1, 3, 48, 256), (50, 10**6)
     ):
         for gated in (False, True) if direction == "out" else (False,):
-            yield Layer(direction, dtype, 2 * rows if gated else rows, channels, 5, pixels, 1, gated, tma)
+            yield Layer(direction, dtype, 2 * rows if gated else rows, channels, 5, pixels, gated, tma)
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -124,7 +125,7 @@ def test_every_default_fits_its_chip(chip, precision):
         sums = tile.N * tile.K if weight else tile.M * tile.N
         assert sums / (32 * tile.num_warps) <= 128
         assert not tile.tma or config.has_tma(chip)
-        found = config.candidates(chip, layer, precision)
+        found = tune.candidates(chip, layer, precision)
         assert found[0] == tile and len(found) == len(set(found)) <= 8
 
 
@@ -141,7 +142,7 @@ def test_boxes_waste_the_least(size):
         assert count == 64
 
 
-LAYER = Layer("out", torch.bfloat16, 256, 128, 5, 16 * 28 * 28, 1, True, True)
+LAYER = Layer("out", torch.bfloat16, 256, 128, 5, 16 * 28 * 28, True, True)
 
 
 @pytest.mark.parametrize(
@@ -166,13 +167,14 @@ def test_cudnn_by_rule(changes, precision, why, monkeypatch):
     assert why in found and bool(why) == bool(found)
     assert config.rule("interpreter", layer, precision, boxed) == ""
     monkeypatch.setattr(config, "EMULATED", "sm_90")
-    assert config.choose(CPU, layer, precision, boxed).provider == ("cropped" if why else "triton")
+    assert config.choose(CPU, layer, precision, boxed, (1, 1)).provider == ("cropped" if why else "triton")
 
 
 def test_what_the_kernels_cannot_do_is_done_by_cudnn():
-    layer = Layer("in", torch.bfloat16, 128, 128, 5, 1000, 4, False, False)
-    assert config.choose(CPU, layer, "float32", 6).provider == "cropped"
-    assert config.choose(CPU, Layer(**{**vars(layer), "step": 1}), "float32", 6).provider == "triton"
+    layer = Layer("in", torch.bfloat16, 128, 128, 5, 1000, False, False)
+    assert config.choose(CPU, layer, "float32", 6, (1, 1)).provider == "triton"
+    assert config.choose(CPU, layer, "float32", 6, (1, 2)).provider == "cropped"
+    assert config.choose(CPU, replace(layer, pixels=0), "float32", 6, (1, 1)).provider == "cropped"
 
 
 @pytest.fixture
@@ -185,7 +187,7 @@ def table(tmp_path, monkeypatch):
 
 
 def test_without_a_measurement_the_rule_decides(table):
-    found = config.choose(CPU, LAYER, "ieee", 6)
+    found = config.choose(CPU, LAYER, "ieee", 6, (1, 1))
     assert found[:2] == ("triton", config.default_tile("sm_90", LAYER, "ieee")) and "not measured" in found.why
     assert "not yet measured" in config.describe("sm_90")
     assert not list(config.SHIPPED.glob("*.json"))
@@ -195,15 +197,15 @@ def test_a_measured_choice_is_saved_and_overrides_the_rule(table):
     by_rule = Layer(**{**vars(LAYER), "channels": 129, "tma": False})
     tile = Tile(64, 32, 64, 4, 3, True)
     row = {"provider": "cropped", "tile": tile, "ms": {"triton": 2.0, "cropped": 1.0}, "refused": 0}
-    assert config.save("sm_90", {LAYER.key: row}, {"torch": "2"}) == table
-    config.save("sm_90", {by_rule.key: {**row, "provider": "triton"}}, {"torch": "2"})
-    found = config.choose(CPU, LAYER, "ieee", 6)
+    assert tune.save("sm_90", {LAYER.key: row}, {"torch": "2"}) == table
+    tune.save("sm_90", {by_rule.key: {**row, "provider": "triton"}}, {"torch": "2"})
+    found = config.choose(CPU, LAYER, "ieee", 6, (1, 1))
     assert found[:2] == ("cropped", tile) and "cropped 1 ms" in found.why
-    assert config.choose(CPU, by_rule, "ieee", 6)[:2] == ("triton", Tile(64, 32, 64, 4, 3, False))
+    assert config.choose(CPU, by_rule, "ieee", 6, (1, 1))[:2] == ("triton", Tile(64, 32, 64, 4, 3, False))
     assert "cropped 1 ms" in config.describe("sm_90") and LAYER.key in config.describe("sm_90")
     assert [file.name for file in table.parent.iterdir()] == [table.name]
     near = Layer(**{**vars(LAYER), "pixels": LAYER.pixels + 7})
-    assert config.choose(CPU, near, "ieee", 6).provider == "cropped"
+    assert config.choose(CPU, near, "ieee", 6, (1, 1)).provider == "cropped"
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,7 @@ def test_a_measured_choice_is_saved_and_overrides_the_rule(table):
 def test_a_damaged_table_is_named(table, content):
     table.write_text(content)
     with pytest.raises(ValueError, match=r"sm-90\.json is no table"):
-        config.choose(CPU, LAYER, "ieee", 6)
+        config.choose(CPU, LAYER, "ieee", 6, (1, 1))
 
 
 def test_a_layer_tells_what_will_run(monkeypatch):

@@ -1,6 +1,8 @@
 """The kernels through the public function: in the interpreter without a GPU, with tiles so small that there are
 several, none of which a size divides. What has no name of its own in a test id is spread over the combinations."""
 
+import mmap
+
 import pytest
 import torch
 
@@ -37,7 +39,7 @@ def test_memory_is_filled():
 
 @pairs_of("A-rgb", "B", "random", "none")
 def test_equals_the_definition(kind, geometry, activation, device):
-    """With gathered columns."""
+    """With channels of an image."""
     x, weight, mask, bias = problem(kind, 2, 3, 18, 6, 4, dtype=torch.float32, device=device)
     expected = gradients(lambda x, w, b: truth(x, w, mask, b, activation, **geometry), (x, weight, bias))
     options = {"activation": activation, "impl": "triton", **geometry}
@@ -103,7 +105,6 @@ def test_half_precision(dtype, activation, path, device):
 @pytest.mark.parametrize("layout", ["sliced", "channels_last"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_an_image_s_own_bias_and_a_residual_of_any_strides(activation, layout, path, device):
-    """Channels-last it is read in units of 16 bytes."""
     x, weight, mask, bias = problem("B", 3, 16, 20, 4, 5, dtype=torch.float32, device=device)
     condition = strided(torch.randn(3, 20, 1, 1, device=device), "sliced")[..., 0, 0]
     residual = strided(torch.randn(3, 10 if activation == "gated" else 20, 4, 5, device=device), layout)
@@ -166,17 +167,17 @@ def test_any_strides(layout, inputs, path, device):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="takes memory for all that lies between, which is not there")
-@pytest.mark.parametrize(("dim", "inputs"), [(0, 16), (1, 3), (2, 16), (2, 3), (3, 16), (3, 3)])
-def test_offsets_beyond_32_bits(dim, inputs, monkeypatch):
-    """Of what has any strides: the input, the residual and the incoming gradient, along each of their dimensions."""
-    monkeypatch.setattr(products, "has_tma", lambda chip: False)  # descriptors have 64-bit strides by their format
-    x, weight, mask, bias = problem("B", 3, inputs, inputs, 3, 3, dtype=torch.float16)
-    residual, grad = torch.randn(2, 3, inputs, 3, 3).half()
-    inputs = (far_apart(x.detach(), dim).requires_grad_(), weight, bias, far_apart(residual, dim).requires_grad_())
-    out = masked_conv2d(*inputs[:2], mask, bias, padding=1, residual=inputs[3], impl="triton")
-    found = torch.autograd.grad(out, inputs, far_apart(grad, dim))
-    wanted = truth(*inputs[:2], mask, bias, residual=inputs[3], padding=1)
-    check([out, *found], [wanted, *torch.autograd.grad(wanted, inputs, grad.double())], torch.float16)
+def test_offsets_beyond_32_bits(monkeypatch):
+    """The last tap sees a pixel 2^31 elements after the first one's; what lies between is seen by none."""
+    monkeypatch.setattr(products, "has_tma", lambda chip: False)  # descriptors count in 64 bits themselves
+    far = 2**27
+    memory = torch.frombuffer(mmap.mmap(-1, 32 * (far + 1)), dtype=torch.float16)
+    x = memory.view(1, far + 1, 1, 16).permute(0, 3, 1, 2)
+    near, weight, mask, bias = problem("all", 1, 16, 16, 2, 1, (2, 1), torch.float16)
+    x[:, :, 0], x[:, :, far] = near[:, :, 0].detach(), near[:, :, 1].detach()
+    call = lambda w, b: masked_conv2d(x, w, mask, b, dilation=(far, 1), impl="triton")  # noqa: E731
+    expected = gradients(lambda w, b: truth(near.detach(), w, mask, b), (weight, bias))
+    check(gradients(call, (weight, bias)), expected, torch.float16)
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2, 3])
@@ -193,7 +194,7 @@ def test_offsets_beyond_32_bits_in_the_weight(dim):
 @pytest.mark.parametrize("kind", ["B-rgb", "random"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_weight_that_lies_channels_last(dtype, kind, device):
-    """In units of 16 bytes; gathered columns and odd channels: `test_any_strides`. No copy is made of it."""
+    """In units of 16 bytes; few and odd channels: `test_any_strides`. No copy is made of it."""
     x, weight, mask, bias = problem(kind, 2, 24, 24, 5, 4, dtype=dtype, device=device)
     moved = strided(weight.detach(), "channels_last").requires_grad_()
     options = {"padding": 1, "activation": "gated"}
@@ -293,6 +294,6 @@ def test_cudnn_where_it_was_measured_faster(provider, geometry, monkeypatch, dev
     pairs = (geometry.get("stride", 1), geometry.get("padding", 0), geometry.get("dilation", 1))
     expected = gradients(call, inputs)
     chosen = Choice(provider, Tile(32, 16, 16, 4, 1), "a test")
-    monkeypatch.setattr(products, "choose", lambda device, layer, precision, boxed: chosen)
+    monkeypatch.setattr(products, "choose", lambda *asked: chosen)
     launch.forget()
     check(gradients(call, inputs), [one.double() for one in expected])
