@@ -137,7 +137,7 @@ def entry(
 ) -> Entry:
     """A catalogue entry: types of params and target, the strides that are 1, the kernel's constants, whether sizes and
     the strides of images and planes are multiples of 16."""
-    kinds = {"params_ptr": f"*{params}", "grad_ptr": f"*{params}", "target_ptr": f"*{target}"}
+    kinds = dict.fromkeys(("params_ptr", "grad_ptr", "planes_ptr"), f"*{params}") | {"target_ptr": f"*{target}"}
     kinds |= dict.fromkeys(("out_ptr", "upstream_ptr", "kept_ptr"), "*fp32") | dict.fromkeys(
         ("half", "log_half"), "fp32"
     )

@@ -8,6 +8,10 @@ nll = logsumexp of the priors - logsumexp of the joints.
 A thread has a pixel. It walks the components one after the other and keeps running maxima and sums, so that no thread
 waits for another and no lane is padding. The forward saves both maxima and sums, 16 bytes a pixel. The backward walks
 the components once more and writes their gradients: 12 bytes a float32 parameter in all.
+
+Where neighbours in memory are channels instead of pixels, threads would read a number of each sector. A program then
+first copies its part into planes of its own, whole sectors at a time, and reads these from the cache; its gradients
+take the place of the parameters, and go back by the same way.
 """
 
 import math
@@ -30,6 +34,7 @@ from fastgen.kernels.likelihood.image import (
     upstream_strides,
 )
 from fastgen.kernels.likelihood.logistic import load_component, store_colour, store_group
+from fastgen.kernels.likelihood.planes import move_planes, planes_of
 
 PIXELS = 128  # of a program, one a thread
 
@@ -64,6 +69,7 @@ def mixture_forward_kernel(
     target_ptr,  # integers (B, C, N)
     out_ptr,  # float32: partial sums (B, blocks), or the map (B, N)
     kept_ptr,  # float32 (B, 4, N) contiguous, written: maximum and one over the sum, of prior and joint; or None
+    planes_ptr,  # like params (programs, (1 + C * K) * M, BLOCK), written and read; or None
     pixels, blocks,
     mixtures,  # M
     half,  # (levels - 1) / 2
@@ -72,7 +78,7 @@ def mixture_forward_kernel(
     params_batch, params_plane, params_0, params_1, params_2,
     target_batch, target_colour, target_0, target_1, target_2,
     out_batch, out_0, out_1, out_2,
-    RGB: tl.constexpr, MAP: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
+    RGB: tl.constexpr, MAP: tl.constexpr, DENSE: tl.constexpr, FOURS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     image = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
@@ -81,6 +87,16 @@ def mixture_forward_kernel(
     params_at = params_ptr + image * params_batch + image_offsets(pixel, n1, n2, params_0, params_1, params_2, DENSE)
     target_at = target_ptr + image * target_batch + image_offsets(pixel, n1, n2, target_0, target_1, target_2, DENSE)
     levels = load_levels(target_at, target_colour, RGB, inside)
+    if planes_ptr is not None:
+        channels = (10 if RGB else 3) * mixtures
+        planes_at = planes_ptr + tl.program_id(0).to(tl.int64) * (channels * BLOCK)
+        pixel_strides = (params_0, params_1, params_2)
+        move_planes(
+            params_ptr, planes_at, image * params_batch, block * BLOCK, pixels, channels, n1, n2, pixel_strides, DENSE,
+            FOURS, BLOCK, False,
+        )  # fmt: skip
+        params_at = planes_at + tl.arange(0, BLOCK)
+        params_plane = BLOCK
     largest_prior = tl.full((BLOCK,), -float("inf"), tl.float32)
     largest_joint = largest_prior
     prior_total = tl.zeros((BLOCK,), tl.float32)
@@ -108,6 +124,7 @@ def mixture_backward_kernel(
     upstream_ptr,  # float32 (B,), or a map (B, N)
     grad_ptr,  # like params, every element is written
     kept_ptr,  # float32 (B, 4, N) contiguous, of the forward
+    planes_ptr,  # as in the forward kernel
     pixels, blocks,
     mixtures,  # M
     half,  # (levels - 1) / 2
@@ -117,10 +134,11 @@ def mixture_backward_kernel(
     target_batch, target_colour, target_0, target_1, target_2,
     upstream_batch, upstream_0, upstream_1, upstream_2,
     grad_batch, grad_plane, grad_0, grad_1, grad_2,
-    RGB: tl.constexpr, MAP: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
+    RGB: tl.constexpr, MAP: tl.constexpr, DENSE: tl.constexpr, FOURS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     image = (tl.program_id(0) // blocks).to(tl.int64)
-    pixel = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    block = tl.program_id(0) % blocks
+    pixel = block * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < pixels
     params_at = params_ptr + image * params_batch + image_offsets(pixel, n1, n2, params_0, params_1, params_2, DENSE)
     target_at = target_ptr + image * target_batch + image_offsets(pixel, n1, n2, target_0, target_1, target_2, DENSE)
@@ -133,12 +151,28 @@ def mixture_backward_kernel(
     prior_scale = tl.load(kept_at + pixels, inside, other=0.0)
     largest_joint = tl.load(kept_at + 2 * pixels, inside, other=0.0)
     joint_scale = tl.load(kept_at + 3 * pixels, inside, other=0.0)
+    if planes_ptr is not None:
+        channels = (10 if RGB else 3) * mixtures
+        planes_at = planes_ptr + tl.program_id(0).to(tl.int64) * (channels * BLOCK)
+        pixel_strides = (params_0, params_1, params_2)
+        move_planes(
+            params_ptr, planes_at, image * params_batch, block * BLOCK, pixels, channels, n1, n2, pixel_strides, DENSE,
+            FOURS, BLOCK, False,
+        )  # fmt: skip
+        params_at = planes_at + tl.arange(0, BLOCK)
+        params_plane = BLOCK
+        grad_at = params_at
+        grad_step = BLOCK
+    else:
+        grad_step = grad_plane
     to_group = wide(mixtures) * params_plane
-    to_grad_group = wide(mixtures) * grad_plane
+    to_grad_group = wide(mixtures) * grad_step
     for component in range(mixtures):
         at = params_at + wide(component) * params_plane
-        grad_component = grad_at + wide(component) * grad_plane
+        grad_component = grad_at + wide(component) * grad_step
         logit, joint, colours = load_component(at, RGB, levels, to_group, half, log_half, inside)
+        if planes_ptr is not None:
+            tl.debug_barrier()  # all threads have read what its gradients replace
         # d nll / d logit = prior - posterior of the component; d nll / d log p = -posterior.
         below = joint - largest_joint
         posterior = tl.exp(tl.where(below > 0, 0.0, below)) * joint_scale
@@ -149,6 +183,12 @@ def mixture_backward_kernel(
         if RGB:
             store_colour(grad_component, 1, RGB, colours[1], levels, pull, to_grad_group, half, inside)
             store_colour(grad_component, 2, RGB, colours[2], levels, pull, to_grad_group, half, inside)
+    if planes_ptr is not None:
+        pixel_strides = (grad_0, grad_1, grad_2)
+        move_planes(
+            grad_ptr, planes_at, image * grad_batch, block * BLOCK, pixels, channels, n1, n2, pixel_strides, DENSE,
+            FOURS, BLOCK, True,
+        )  # fmt: skip
 
 
 def sizes_of(params: Tensor, colours: int, levels: int) -> tuple[int, int, int, float, float]:
@@ -172,8 +212,10 @@ def forward(params: Tensor, target: Tensor, levels: int, per_element: bool, save
     out = torch.empty(out_shape if per_element else (batch, blocks), dtype=torch.float32, device=device)
     out_strides = (pixels, width, 1) if per_element else (0, 0, 0)
     (dense, _), inner, strides = addresses((height, width), params.stride(), target.stride(), out_strides)
-    constants = {"RGB": colours == 3, "MAP": per_element, "DENSE": dense, "BLOCK": PIXELS, "num_warps": 4}
-    launch(mixture_forward_kernel, (batch * blocks,), (params, target, out, kept, *sizes, *inner, *strides), constants)
+    planes, fours = planes_of(batch * blocks, PIXELS, params)
+    constants = {"RGB": colours == 3, "MAP": per_element, "DENSE": dense, "FOURS": fours, "BLOCK": PIXELS}
+    args = (params, target, out, kept, planes, *sizes, *inner, *strides)
+    launch(mixture_forward_kernel, (batch * blocks,), args, constants | {"num_warps": 4})
     return summed(out, per_element), kept
 
 
@@ -188,15 +230,18 @@ def backward(params: Tensor, target: Tensor, upstream: Tensor, kept: Tensor, gra
     (dense, _), inner, strides = addresses(
         (height, width), params.stride(), target.stride(), upstream_strides(upstream, 2), grad.stride()
     )
-    constants = {"RGB": colours == 3, "MAP": per_element, "DENSE": dense, "BLOCK": PIXELS, "num_warps": 4}
-    args = (params, target, upstream, grad, kept, *sizes, *inner, *strides)
-    launch(mixture_backward_kernel, (batch * sizes[1],), args, constants)
+    planes, fours = planes_of(batch * sizes[1], PIXELS, params, grad)
+    constants = {"RGB": colours == 3, "MAP": per_element, "DENSE": dense, "FOURS": fours, "BLOCK": PIXELS}
+    args = (params, target, upstream, grad, kept, planes, *sizes, *inner, *strides)
+    launch(mixture_backward_kernel, (batch * sizes[1],), args, constants | {"num_warps": 4})
 
 
 _INNER, _INNER_GRAD = ("params_2", "target_2"), ("params_2", "target_2", "grad_2")
 _PLANE, _PLANE_GRAD = ("params_plane",), ("params_plane", "grad_plane")
-_RGB, _GREY = ({"RGB": rgb, "MAP": False, "DENSE": True, "BLOCK": PIXELS} for rgb in (True, False))
-_LAST = {"RGB": True, "MAP": True, "DENSE": False, "BLOCK": PIXELS}
+_PLANES = {"planes_ptr": None, "FOURS": False, "BLOCK": PIXELS}
+_RGB, _GREY = ({"RGB": rgb, "MAP": False, "DENSE": True, **_PLANES} for rgb in (True, False))
+_ODD = {"RGB": True, "MAP": True, "DENSE": False, **_PLANES}
+_LAST = {"RGB": True, "MAP": True, "DENSE": False, "FOURS": True, "BLOCK": PIXELS}
 CATALOGUE: list[Entry] = [
     entry(mixture_forward_kernel, "fp32", "fp32", "u8", _INNER, _RGB),
     entry(mixture_forward_kernel, "map, channels last", "bf16", "i64", _PLANE, _LAST),
@@ -204,5 +249,6 @@ CATALOGUE: list[Entry] = [
     entry(mixture_backward_kernel, "fp32", "fp32", "u8", _INNER_GRAD, _RGB),
     entry(mixture_backward_kernel, "bf16", "bf16", "u8", _INNER_GRAD, _RGB),
     entry(mixture_backward_kernel, "channels last", "bf16", "i64", _PLANE_GRAD, _LAST),
+    entry(mixture_backward_kernel, "any strides", "bf16", "i64", (), _ODD, multiples=False),
     entry(mixture_backward_kernel, "one channel", "fp32", "u8", _INNER_GRAD, _GREY, multiples=False),
 ]

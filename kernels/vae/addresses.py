@@ -47,30 +47,52 @@ def places_of(tile, tiles, inner, STEP: tl.constexpr, WIDE: tl.constexpr, OUT: t
 
 
 @triton.jit
-def masks_of(place, outer, within, ahead, row, rows, columns, outers, inner, ALIGNED: tl.constexpr, OUT: tl.constexpr):
+def masks_of(where, rows, columns, outers, ODD: tl.constexpr, ALIGNED: tl.constexpr, OUT: tl.constexpr):
     """Which numbers of a tile belong to its rows, and which are read and written. The latter are whole groups if rows
-    are ALIGNED: two rows that share a group both write it, and write the same."""
-    column = place - ahead
-    own = (row < rows) & (column >= 0) & (column < columns)
-    inside = own
+    are ALIGNED: two rows that share a group both write it, and write the same. where: as in `pointers`."""
+    _, row, ahead, place, outer, within, inner = where
     if OUT > 1:
-        own = (row < rows) & (outer < outers) & (within < inner)
-        inside = own
-    elif ALIGNED > 0:
+        own = ((row < rows) & (outer < outers)) & (within < inner)
+    else:
+        own = (row < rows) & (place < columns + ahead)
+        if ODD or ALIGNED > 0:
+            own = own & (place >= ahead)
+    inside = own
+    if ALIGNED > 0:
         inside = (row < rows) & (place // ALIGNED * ALIGNED < columns + ahead)
     return own, inside
 
 
 @triton.jit
-def offsets(flat, row, place, outer, within, ahead, inner, strides, ALIGNED: tl.constexpr, DIVIDED: tl.constexpr,
-            OUT: tl.constexpr):  # fmt: skip
-    """Of a tile's numbers in a tensor of any strides, in 64 bits. flat: their offsets in a dense tensor."""
+def pointers(tensor_ptr, where, strides, ALIGNED: tl.constexpr, DIVIDED: tl.constexpr, OUT: tl.constexpr):
+    """To a tile's numbers in a tensor of any strides. What several numbers share is added first: one has a sum left.
+
+    where: begin, row, ahead, place, outer, within, inner.
+    """
+    begin, row, ahead, place, outer, within, inner = where
     if ALIGNED > 0:
-        return flat
-    column = place - ahead
-    if OUT > 1:
-        return row * strides[0] + outer.to(tl.int64) * strides[1] + within.to(tl.int64) * strides[2]
-    if DIVIDED:
-        along = (column // inner).to(tl.int64) * strides[1]
-        return row * strides[0] + along + (column % inner).to(tl.int64) * strides[2]
-    return row * strides[0] + column.to(tl.int64) * strides[2]
+        at = (tensor_ptr + begin) + place
+    elif OUT > 1:
+        at = ((tensor_ptr + row * strides[0]) + outer * strides[1]) + within * strides[2]
+    else:
+        column = place - ahead
+        if DIVIDED:
+            offset = column // inner * strides[1] + column % inner * strides[2]
+        else:
+            offset = column * strides[2]
+        at = (tensor_ptr + row * strides[0]) + offset
+    return at
+
+
+@triton.jit
+def load(tensor_ptr, where, strides, inside, ALIGNED: tl.constexpr, DIVIDED: tl.constexpr, OUT: tl.constexpr):
+    """In float32."""
+    at = pointers(tensor_ptr, where, strides, ALIGNED, DIVIDED, OUT)
+    return tl.load(at, inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store(tensor_ptr, where, strides, numbers, inside, ALIGNED: tl.constexpr, DIVIDED: tl.constexpr,
+          OUT: tl.constexpr):  # fmt: skip
+    at = pointers(tensor_ptr, where, strides, ALIGNED, DIVIDED, OUT)
+    tl.store(at, numbers.to(tensor_ptr.dtype.element_ty), inside)

@@ -74,8 +74,8 @@ class Tiles:
     Four numbers are drawn together. ODD: D is no multiple of four, so that a row may begin within such a group.
     ALIGNED: the numbers of a sector, if a row is read from the beginning of the sector that it begins in, which takes
     dense tensors; else 0. FOURS: D and the strides between rows are passed in fours, so that the compiler knows them to
-    be multiples. DIVIDED: OUT is 1, but rows have two dimensions: a division takes a column apart. WIDE: columns are
-    counted in 64 bits.
+    be multiples. DIVIDED: OUT is 1, but rows have two dimensions: a division takes a column apart. WIDE: columns, and
+    offsets within a row, are counted in 64 bits.
     """
 
     ROWS: int
@@ -118,6 +118,7 @@ def _tiles_of(rows: Rows, sector: int, programs: int) -> Tiles:
     """
     columns = rows.columns
     odd, square = columns % 4 != 0, rows.outer > 1 and rows.inner % 4 == 0
+    spans = [(rows.outer - 1) * outer + (rows.inner - 1) * inner for _, outer, inner in filter(None, rows.strides)]
     starts = [columns, *(stride[0] for stride in rows.strides if stride)]
     # The compiler sees multiples of 16 for itself.
     fours = not odd and rows.outer == 1 and all(n % 4 == 0 for n in starts) and any(n % 16 for n in starts)
@@ -138,5 +139,5 @@ def _tiles_of(rows: Rows, sector: int, programs: int) -> Tiles:
     tiles = cdiv(count, splits)
     return Tiles(
         ROWS, OUT, IN, cdiv(count, tiles), tiles, odd, aligned, fours and not aligned, rows.outer > 1 and not square,
-        count * OUT * IN >= 2**31,
+        count * OUT * IN >= 2**31 or any(span >= 2**31 for span in spans),
     )  # fmt: skip

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastgen.kernels.catalogue_entry import Entry
 from fastgen.kernels.common import cdiv, launch, next_power_of_2
 from fastgen.kernels.maps import empty_in_order, order_of
-from fastgen.kernels.vae.addresses import begin_of, masks_of, offsets, places_of
+from fastgen.kernels.vae.addresses import begin_of, load, masks_of, places_of, store
 from fastgen.kernels.vae.entries import entry
 from fastgen.kernels.vae.gaussian import exp_of_half, expm1_minus, limited, normal_of_counter, twice_kl
 from fastgen.kernels.vae.layout import TILE, as_rows, tiles_of
@@ -53,6 +53,7 @@ def reparameterize_kl_forward_kernel(
 ):  # fmt: skip
     UNIT: tl.constexpr = 4 if FOURS else 1  # so that the compiler knows rows to begin at multiples of four
     columns *= UNIT
+    dense = (columns, inner, 1)  # strides of what is written
     mu_strides = (mu_row_stride * UNIT, mu_outer_stride, mu_inner_stride)
     logvar_strides = (logvar_row_stride * UNIT, logvar_outer_stride, logvar_inner_stride)
     eps_strides = (eps_row_stride * UNIT, eps_outer_stride, eps_inner_stride)
@@ -64,22 +65,19 @@ def reparameterize_kl_forward_kernel(
         seed = tl.load(seed_ptr)
     for tile in range(tiles):
         place, outer, within = places_of(tile, tiles, inner, 1, WIDE, OUT, IN)
-        own, inside = masks_of(place, outer, within, ahead, row, rows, columns, outers, inner, ALIGNED, OUT)
-        at = offsets(begin + place, row, place, outer, within, ahead, inner, (columns, inner, 1), ALIGNED, DIVIDED, OUT)
-        at_mu = offsets(at, row, place, outer, within, ahead, inner, mu_strides, ALIGNED, DIVIDED, OUT)
-        at_logvar = offsets(at, row, place, outer, within, ahead, inner, logvar_strides, ALIGNED, DIVIDED, OUT)
-        m = tl.load(mu_ptr + at_mu, inside, other=0.0).to(tl.float32)
-        v = tl.load(logvar_ptr + at_logvar, inside, other=0.0).to(tl.float32)
+        where = (begin, row, ahead, place, outer, within, inner)
+        own, inside = masks_of(where, rows, columns, outers, ODD, ALIGNED, OUT)
+        m = load(mu_ptr, where, mu_strides, inside, ALIGNED, DIVIDED, OUT)
+        v = load(logvar_ptr, where, logvar_strides, inside, ALIGNED, DIVIDED, OUT)
         if eps_ptr is None:
             fourth, _, _ = places_of(tile, tiles, inner, 4, WIDE, OUT, IN)
             eps = normal_of_counter(seed, (begin >> 2) + (fourth >> 2))
         else:
-            at_eps = offsets(at, row, place, outer, within, ahead, inner, eps_strides, ALIGNED, DIVIDED, OUT)
-            eps = tl.load(eps_ptr + at_eps, inside, other=0.0).to(tl.float32)
+            eps = load(eps_ptr, where, eps_strides, inside, ALIGNED, DIVIDED, OUT)
         clipped, below = limited(v)
         scale = exp_of_half(clipped)
         z = m + scale * eps
-        tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), inside)
+        store(z_ptr, where, dense, z, inside, ALIGNED, DIVIDED, OUT)
         kl = 0.5 * twice_kl(m, below, expm1_minus(clipped, scale))
         if BOUNDED:
             kl = tl.maximum(kl, free_bits, propagate_nan=tl.PropagateNan.ALL)
@@ -127,6 +125,7 @@ def reparameterize_kl_backward_kernel(
 ):  # fmt: skip
     UNIT: tl.constexpr = 4 if FOURS else 1
     columns *= UNIT
+    dense = (columns, inner, 1)  # strides of what is written
     grad_z_strides = (grad_z_row_stride * UNIT, grad_z_outer_stride, grad_z_inner_stride)
     mu_strides = (mu_row_stride * UNIT, mu_outer_stride, mu_inner_stride)
     logvar_strides = (logvar_row_stride * UNIT, logvar_outer_stride, logvar_inner_stride)
@@ -148,29 +147,25 @@ def reparameterize_kl_backward_kernel(
         seed = tl.load(seed_ptr)
     for tile in range(tiles):
         place, outer, within = places_of(tile, tiles, inner, 1, WIDE, OUT, IN)
-        _, inside = masks_of(place, outer, within, ahead, row, rows, columns, outers, inner, ALIGNED, OUT)
-        at = offsets(begin + place, row, place, outer, within, ahead, inner, (columns, inner, 1), ALIGNED, DIVIDED, OUT)
-        at_mu = offsets(at, row, place, outer, within, ahead, inner, mu_strides, ALIGNED, DIVIDED, OUT)
-        at_logvar = offsets(at, row, place, outer, within, ahead, inner, logvar_strides, ALIGNED, DIVIDED, OUT)
-        m = tl.load(mu_ptr + at_mu, inside, other=0.0).to(tl.float32)
-        v = tl.load(logvar_ptr + at_logvar, inside, other=0.0).to(tl.float32)
+        where = (begin, row, ahead, place, outer, within, inner)
+        _, inside = masks_of(where, rows, columns, outers, ODD, ALIGNED, OUT)
+        m = load(mu_ptr, where, mu_strides, inside, ALIGNED, DIVIDED, OUT)
+        v = load(logvar_ptr, where, logvar_strides, inside, ALIGNED, DIVIDED, OUT)
         clipped, below = limited(v)
         scale = exp_of_half(clipped)
         grad_mu = tl.zeros((ROWS, OUT, IN), tl.float32)
         grad_logvar = tl.zeros((ROWS, OUT, IN), tl.float32)
         if grad_z_ptr is not None:
-            at_grad = offsets(at, row, place, outer, within, ahead, inner, grad_z_strides, ALIGNED, DIVIDED, OUT)
-            grad_mu = tl.load(grad_z_ptr + at_grad, inside, other=0.0).to(tl.float32)
+            grad_mu = load(grad_z_ptr, where, grad_z_strides, inside, ALIGNED, DIVIDED, OUT)
             grad_eps = grad_mu * scale
             if grad_eps_ptr is not None:
-                tl.store(grad_eps_ptr + at, grad_eps.to(grad_eps_ptr.dtype.element_ty), inside)
+                store(grad_eps_ptr, where, dense, grad_eps, inside, ALIGNED, DIVIDED, OUT)
             if grad_logvar_ptr is not None:
                 if eps_ptr is None:
                     fourth, _, _ = places_of(tile, tiles, inner, 4, WIDE, OUT, IN)
                     eps = normal_of_counter(seed, (begin >> 2) + (fourth >> 2))
                 else:
-                    at_eps = offsets(at, row, place, outer, within, ahead, inner, eps_strides, ALIGNED, DIVIDED, OUT)
-                    eps = tl.load(eps_ptr + at_eps, inside, other=0.0).to(tl.float32)
+                    eps = load(eps_ptr, where, eps_strides, inside, ALIGNED, DIVIDED, OUT)
                 # Outside the range z no longer depends on the log-variance.
                 grad_logvar = tl.where(clipped == v, grad_eps * eps, 0.0)
         if grad_kl_ptr is not None:
@@ -185,9 +180,9 @@ def reparameterize_kl_backward_kernel(
             grad_mu += grad_kl * m
             grad_logvar += grad_kl * (excess + clipped)
         if grad_mu_ptr is not None:
-            tl.store(grad_mu_ptr + at, grad_mu.to(grad_mu_ptr.dtype.element_ty), inside)
+            store(grad_mu_ptr, where, dense, grad_mu, inside, ALIGNED, DIVIDED, OUT)
         if grad_logvar_ptr is not None:
-            tl.store(grad_logvar_ptr + at, (0.5 * grad_logvar).to(grad_logvar_ptr.dtype.element_ty), inside)
+            store(grad_logvar_ptr, where, dense, 0.5 * grad_logvar, inside, ALIGNED, DIVIDED, OUT)
 
 
 def forward(mu: Tensor, logvar: Tensor, eps: Tensor | None, seed: Tensor, free_bits: float) -> tuple[Tensor, Tensor]:

@@ -60,6 +60,23 @@ def test_layouts_need_no_copies(likelihood, device):
         )
 
 
+@pytest.mark.parametrize(("channels", "n_mix"), [(3, 14), (3, 3), (1, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["sample", "none"])
+def test_a_mixture_whose_channels_are_neighbours_gives_the_same_bits(channels, n_mix, dtype, reduction, device):
+    """Several programs an image, several tiles of channels, which are a multiple of four or not."""
+    params, target = make("logistic_mixture", 2, channels, 14, 11, n_mix)
+    params, target = params.to(device, dtype), target.to(device)
+    results = []
+    for leaf in (params, params.contiguous(memory_format=torch.channels_last)):
+        leaf = leaf.requires_grad_()
+        nll = reconstruction_nll(leaf, target, "logistic_mixture", reduction=reduction, impl="triton")
+        (grad,) = torch.autograd.grad(nll, leaf, torch.arange(1.0, 1 + nll.numel(), device=device).view(nll.shape))
+        assert grad.stride() == leaf.stride()
+        results.append((nll, grad))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("layout", fastgen.distributions.LAYOUTS[:4])
 def test_logits_in_every_layout_are_read_where_they_are(layout, device, monkeypatch):
     """The four places that models put the levels and the colours in: views, gradients in the model's own layout."""
