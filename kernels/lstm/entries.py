@@ -67,7 +67,7 @@ def _entries(kernel: Any, launches: dict[Any, list[int]], constants: dict[str, A
     for (dtype, amd, launch), generations in launches.items():
         if amd and dtype == "tf32":
             continue
-        tile = {name: value for name, value in vars(launch).items() if name.isupper()} | constants
+        tile = {name: value for name, value in launch.constants.items() if name.isupper()} | constants
         precision = "ieee" if amd else PRECISIONS.get(dtype, "ieee")
         fixed = {**tile, "PRECISION": precision, "FAST": dtype == "bf16" and not amd}
         fixed |= {f"{name}_unit_stride": 1 for name in ("gates", "grad")}
@@ -88,7 +88,7 @@ def _entries(kernel: Any, launches: dict[Any, list[int]], constants: dict[str, A
         elif dtype == "tf32":
             spills = SPILLS_OF_TF32_TILES
         # What was reached; on sm_90 three TF32 products of 16 units go by shared memory. sm_100 has more, and no limit.
-        most = 16 if dtype == "fp32" and tile.get("K") == 16 else 10
+        most = 5 if tile.get("CHUNK") else 16 if dtype == "fp32" and tile.get("K") == 16 else 10
         sizes = " ".join(f"{name}={value}" for name, value in tile.items() if name in fixed and type(value) is int)
         yield Entry(
             kernel,
