@@ -22,7 +22,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgen.kernels.common import cdiv
 from fastgen.kernels.lstm.cell import product
 
 
@@ -129,18 +128,18 @@ def sums_of_fragments(
 
 
 def in_fragments(weight: Tensor, rows: int, parts: int, K: int, warps: int) -> Tensor:
-    """weight (R, taps, channels) for tiles of so many rows and parts of K channels, padded by zeros.
+    """Weights (units, gates, taps, channels), whose rows count units and the gates of each, for tiles of so many rows
+    and parts of K channels, padded by zeros.
 
     Of a part each warp has 16 rows after the other, and of 8 of their columns a thread has those numbers behind each
     other that it multiplies: of two rows 8 apart, of two columns 4 apart (PTX ISA, matrix fragments of mma.m16n8k8 and
     wgmma.m64nNk8 with .tf32 types).
     """
-    padding = (0, parts * K - weight.shape[2], 0, 0, 0, cdiv(weight.shape[0], rows) * rows - weight.shape[0])
+    units, gates, taps, channels = weight.shape
+    missing_units, missing_channels = -units % (rows // gates), parts * K - channels
+    if missing_units or missing_channels:
+        weight = F.pad(weight, (0, missing_channels, 0, 0, 0, 0, 0, missing_units))
     across = min(warps, rows // 16)
-    tiles = (
-        F.pad(weight, padding)
-        .unflatten(2, (parts, K // 8, 2, 4))
-        .unflatten(0, (-1, rows // (16 * across), across, 2, 8))
-    )
-    # tile, rows by warps, warp, half, row, tap, part, columns by 8, half, column
-    return tiles.permute(0, 5, 6, 7, 1, 2, 4, 9, 8, 3).contiguous()
+    # Tile, rows by warps, warp, half, row as unit and gate; tap; part, columns by 8, half, column.
+    numbers = weight.view(-1, rows // (16 * across), across, 2, 8 // gates, gates, taps, parts, K // 8, 2, 4)
+    return numbers.permute(0, 6, 7, 8, 1, 2, 4, 5, 10, 9, 3).contiguous()

@@ -197,8 +197,8 @@ def forward_by_tiles(
     batch, _, height, width = gates.shape
     units, taps = weight.shape[1:]
     if choice.CHUNK:
-        by_units = weight.unflatten(0, (4, units)).permute(1, 0, 3, 2).flatten(0, 1)
-        packed = in_fragments(by_units, 4 * choice.U, choice.PARTS, choice.K, choice.num_warps)
+        packed = weight.view(4, units, units, taps).permute(1, 0, 3, 2)
+        packed = in_fragments(packed, 4 * choice.U, choice.PARTS, choice.K, choice.num_warps)
     else:
         packed = weight.permute(0, 2, 1).contiguous()
     strides = (height * width * units, width * units, units)
@@ -224,9 +224,11 @@ def backward_by_tiles(
 ) -> None:
     """Fills grad_gates (B, 4h, H, W), channels-last as activated and cell are."""
     batch, units, height, width = grad_hidden.shape
-    packed = weight.permute(1, 2, 0).contiguous()
+    packed = weight.permute(1, 2, 0)
     if choice.CHUNK:
-        packed = in_fragments(packed, choice.U, choice.PARTS, choice.K, choice.num_warps)
+        packed = in_fragments(packed.unsqueeze(1), choice.U, choice.PARTS, choice.K, choice.num_warps)
+    else:
+        packed = packed.contiguous()
     grad_cell = cell.new_empty(batch, width if row_scan else height, units)
     pointers = (grad_hidden, activated, cell, packed, grad_gates, grad_cell)
     constants = {"ROW_SCAN": row_scan, "REVERSE": reverse, "TAPS": weight.shape[2]}

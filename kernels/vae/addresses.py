@@ -77,10 +77,10 @@ def pointers(tensor_ptr, where, strides, ALIGNED: tl.constexpr, DIVIDED: tl.cons
     else:
         column = place - ahead
         if DIVIDED:
-            offset = column // inner * strides[1] + column % inner * strides[2]
+            column = column // inner * strides[1] + column % inner * strides[2]
         else:
-            offset = column * strides[2]
-        at = (tensor_ptr + row * strides[0]) + offset
+            column *= strides[2]
+        at = (tensor_ptr + row * strides[0]) + column
     return at
 
 
