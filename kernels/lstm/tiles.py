@@ -6,6 +6,16 @@ computes tile after tile. The gates of a tile are products of weights with the h
 neighbour a tap, added up in parts of K units. States are written to memory, and read from the cache in the next step;
 after a step the threads wait until all have written.
 
+The floor of a program's traffic: in each step all weights, which exceed shared memory; of each pixel its terms, what is
+saved, its state once. Counted with images of 16 x 16, float32, to train, 1.02 to 1.09 of it is moved by the diagonal
+LSTM and 1.05 to 1.18 by the Row LSTM, as a state is read once a tap and once a tile of units. Where the pixels of a
+step fill several tiles, weights are read once a tile: a larger one does not fit the registers.
+
+Barriers a step, counted in the same way at 64 and 128 units: in float32 on sm_90, diagonal 5 and 13 forward, 11 and 19
+backward; row 7 and 17, 15 and 27. On other chips parts of float32 pass through registers and shared memory one by one:
+13 and 17 forward, 37 and 53 backward at 64 units. Fragments save them 2 forward, and spill 400 to 488 bytes backward,
+as tensor cores there take states from registers as well.
+
 Arguments: `fastgen.kernels.lstm.cell` and, of products, `fastgen.kernels.lstm.neighbours`.
 """
 
