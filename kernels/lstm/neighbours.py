@@ -117,7 +117,7 @@ def sums_of_fragments(
             large, small = split(
                 load_states(states_ptr, channels, number // PARTS, k, at, TAPS, ROW_SCAN, REVERSE, BACK), PRECISION
             )
-            states = states + ((tl.trans(large), tl.trans(small)),)
+            states = states + ((tl.trans(large), tl.trans(small)),)  # type: ignore[assignment]
         for part in tl.static_range(CHUNK):
             now = split(weights, PRECISION)
             # The next weights, at last once more the last, are on their way while these are multiplied.
