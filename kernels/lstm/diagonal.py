@@ -184,7 +184,7 @@ def forward(
     if isinstance(choice, TileLaunch):
         forward_by_tiles(gates, weight, hidden, activated, cell, choice, row_scan=False, reverse=reverse)
         return results
-    packed = weight.unflatten(0, (4, units)).transpose(0, 1).contiguous()
+    packed = weight.view(4, units, units, 2).transpose(0, 1).contiguous()
     steps = choice.images_of_a_program(batch) * width + height - 1
     sizes = (batch, height, width, units, steps, *gates.stride())
     constants = {"REVERSE": reverse, **constants_of(choice, gates)}
@@ -211,7 +211,7 @@ def backward(
     if isinstance(choice, TileLaunch):
         backward_by_tiles(grad_hidden, activated, cell, weight, grad_gates, choice, row_scan=False, reverse=reverse)
         return grad_gates
-    packed = weight.unflatten(0, (4, units)).permute(2, 3, 1, 0).contiguous()
+    packed = weight.view(4, units, units, 2).permute(2, 3, 1, 0).contiguous()
     steps = choice.images_of_a_program(batch) * width + height - 1
     sizes = (batch, height, width, units, steps, *grad_hidden.stride())
     constants = {"REVERSE": reverse, **constants_of(choice, grad_hidden)}

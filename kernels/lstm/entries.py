@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+import triton
+
 from fastgen.kernels.catalogue_entry import Entry
 from fastgen.kernels.lstm.choice import ScanLaunch, TileLaunch, launch_of, tile_launch_of
 
@@ -30,6 +32,8 @@ TILES = (
     ("fp32", 128),
     ("tf32", 128),
 )
+# Triton 3.9 lets all warps wait for each other after each product of more than four of them.
+WAITS_AFTER_PRODUCTS = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 7)
 PRECISIONS = {"fp32": "tf32x3", "tf32": "tf32"}  # of products of float32, on NVIDIA's chips
 # Words that ptxas spills where all registers are in use; they are hit in the first cache.
 SPILLS_OF_SCANS = {
@@ -67,7 +71,7 @@ def _entries(kernel: Any, launches: dict[Any, list[int]], constants: dict[str, A
     for (dtype, amd, launch), generations in launches.items():
         if amd and dtype == "tf32":
             continue
-        tile = {name: value for name, value in vars(launch).items() if name.isupper()} | constants
+        tile = {name: value for name, value in launch.constants.items() if name.isupper()} | constants
         precision = "ieee" if amd else PRECISIONS.get(dtype, "ieee")
         fixed = {**tile, "PRECISION": precision, "FAST": dtype == "bf16" and not amd}
         fixed |= {f"{name}_unit_stride": 1 for name in ("gates", "grad")}
@@ -83,12 +87,16 @@ def _entries(kernel: Any, launches: dict[Any, list[int]], constants: dict[str, A
         spills: dict[str, int] = {}
         if isinstance(launch, ScanLaunch):
             spills = SPILLS_OF_SCANS.get(launch.LANES * launch.U, {})
+        elif launch.CHUNK:
+            pass
         elif num_warps == 16 or (dtype == "fp32" and launch.U >= 64):
             spills = SPILLS_OF_TILES
         elif dtype == "tf32":
             spills = SPILLS_OF_TF32_TILES
         # What was reached; on sm_90 three TF32 products of 16 units go by shared memory. sm_100 has more, and no limit.
         most = 16 if dtype == "fp32" and tile.get("K") == 16 else 10
+        if chunk := tile.get("CHUNK"):
+            most = 5 + (WAITS_AFTER_PRODUCTS and num_warps > 4) * chunk * (3 if dtype == "fp32" else 1)
         sizes = " ".join(f"{name}={value}" for name, value in tile.items() if name in fixed and type(value) is int)
         yield Entry(
             kernel,

@@ -3,10 +3,20 @@
 A step computes a diagonal of each image, or with ROW_SCAN a row: pixels that depend on the step before, and not on each
 other. A program scans its images side by side. It cuts the pixels of a step into tiles of M pixels and U units, and
 computes tile after tile. The gates of a tile are products of weights with the hidden states of its neighbours, a
-neighbour a tap, added up in parts of K units (of several taps, if they are taken TOGETHER). States are written to
-memory, and read from the cache in the next step; after a step the threads wait until all have written.
+neighbour a tap, added up in parts of K units. States are written to memory, and read from the cache in the next step;
+after a step the threads wait until all have written.
 
-Arguments: `fastgen.kernels.lstm.cell`.
+The floor of a program's traffic: in each step all weights, which exceed shared memory; of each pixel its terms, what is
+saved, its state once. Counted with images of 16 x 16, float32, to train, 1.02 to 1.09 of it is moved by the diagonal
+LSTM and 1.05 to 1.18 by the Row LSTM, as a state is read once a tap and once a tile of units. Where the pixels of a
+step fill several tiles, weights are read once a tile: a larger one does not fit the registers.
+
+Barriers a step, counted in the same way at 64 and 128 units: in float32 on sm_90, diagonal 5 and 13 forward, 11 and 19
+backward; row 7 and 17, 15 and 27. On other chips parts of float32 pass through registers and shared memory one by one:
+13 and 17 forward, 37 and 53 backward at 64 units. Fragments save them 2 forward, and spill 400 to 488 bytes backward,
+as tensor cores there take states from registers as well.
+
+Arguments: `fastgen.kernels.lstm.cell` and, of products, `fastgen.kernels.lstm.neighbours`.
 """
 
 from typing import Any
@@ -25,12 +35,12 @@ from fastgen.kernels.lstm.cell import (
     load_saved,
     load_terms,
     offsets,
-    product,
     store_gates,
     widened,
 )
 from fastgen.kernels.lstm.choice import TileLaunch, constants_of
 from fastgen.kernels.lstm.entries import tile_entries
+from fastgen.kernels.lstm.neighbours import in_fragments, sums_of_fragments, sums_of_parts
 
 
 @triton.jit
@@ -53,23 +63,10 @@ def place(m, step, first_image, images, height, width, ROW_SCAN: tl.constexpr, R
     return image, row, column, x, pixel, m < images * count, row > 0 if ROW_SCAN else column > 0
 
 
-@triton.jit
-def state_of(tap, pixel, row, column, active, height, width, TAPS: tl.constexpr, ROW_SCAN: tl.constexpr,
-             REVERSE: tl.constexpr, BACK: tl.constexpr):  # fmt: skip
-    """The neighbour whose state a pixel takes by a tap, or with BACK the one that takes this pixel's: its offset in
-    pixels, and whether it lies in the image."""
-    down = -1 if ROW_SCAN else tap - 1
-    right = tap - TAPS // 2 if ROW_SCAN else -tap  # in the order of the scan
-    if BACK:
-        down, right = -down, -right
-    inside = (row + down >= 0) & (row + down < height) & (column + right >= 0) & (column + right < width)
-    return pixel + down * width + (-right if REVERSE else right), active & inside
-
-
 @triton.jit(do_not_specialize=("batch", "images"))
 def lstm_tiles_forward_kernel(
     gates_ptr,
-    weight_ptr,  # (4h, taps, h)
+    weight_ptr,  # (4h, taps, h), or those of rows (h, 4) in fragments
     hidden_ptr,  # written and read
     activated_ptr,
     cell_ptr,  # never None, of the strides below, written and read
@@ -81,15 +78,14 @@ def lstm_tiles_forward_kernel(
     cell_row_stride,  # 0 where only the latest row is kept
     cell_column_stride,  # 0 where only the latest column is kept
     TAPS: tl.constexpr, ROW_SCAN: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
-    M: tl.constexpr, U: tl.constexpr, K: tl.constexpr, TOGETHER: tl.constexpr,
+    M: tl.constexpr, U: tl.constexpr, K: tl.constexpr, TOGETHER: tl.constexpr, PARTS: tl.constexpr,
+    CHUNK: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    tl.static_assert(TAPS % TOGETHER == 0)
     strides = (gates_image_stride, gates_unit_stride, gates_row_stride, gates_column_stride)
     cell_strides = (cell_image_stride, 1, cell_row_stride, cell_column_stride)
     to_previous = -cell_row_stride if ROW_SCAN else cell_column_stride if REVERSE else -cell_column_stride
     first_image = tl.program_id(0) * images
     images = tl.minimum(images, batch - first_image)
-    parts = tl.cdiv(units, K)
     for step in range(height if ROW_SCAN else height + width - 1):
         tiles = tl.cdiv(images * pixels_of(step, height, width, ROW_SCAN), M)
         for tile in range(tiles * tl.cdiv(units, U)):
@@ -106,21 +102,20 @@ def lstm_tiles_forward_kernel(
             terms = load_terms(gates_ptr, strides, units, image, row, x, active, u)
             cell_at = cell_ptr + offsets(cell_strides, image, row, x, u)
             cell = tl.load(cell_at + to_previous, mask & begun[:, None], other=0.0)
-            n = tile // tiles * (4 * U) + tl.arange(0, 4 * U)  # units and their gates
-            weight_row = weight_ptr + (n % 4 * units + n // 4) * (TAPS * units)
-            sums = tl.zeros((4 * U, M), tl.float32)
-            for part in range(TAPS // TOGETHER * parts):
-                k = part % parts * K + tl.arange(0, K)
-                for other in tl.static_range(TOGETHER):
-                    tap = part // parts * TOGETHER + other
-                    near, seen = state_of(
-                        tap, pixel, row, column, active, height, width, TAPS, ROW_SCAN, REVERSE, False
-                    )
-                    state = hidden_ptr + near[:, None] * units + k[None, :]
-                    state = tl.load(state, seen[:, None] & (k < units)[None, :], other=0.0)
-                    weights = weight_row[:, None] + (tap * units + k)[None, :]
-                    weights = tl.load(weights, (n // 4 < units)[:, None] & (k < units)[None, :], other=0.0)
-                    sums = product(weights, tl.trans(state), sums, PRECISION)
+            at = (pixel, row, column, active, height, width)
+            if CHUNK > 0:
+                weights_at = weight_ptr + tile // tiles * (4 * U * TAPS * PARTS * K)
+                sums = sums_of_fragments(
+                    hidden_ptr, units, at, weights_at, 4 * U, M, K, PARTS, CHUNK, WARPS, TAPS, ROW_SCAN, REVERSE,
+                    False, PRECISION,
+                )  # fmt: skip
+            else:
+                n = tile // tiles * (4 * U) + tl.arange(0, 4 * U)  # units and their gates
+                weight_row = weight_ptr + (n % 4 * units + n // 4) * (TAPS * units)
+                sums = sums_of_parts(
+                    hidden_ptr, units, at, weight_row, n // 4 < units, M, K, TOGETHER, TAPS, ROW_SCAN, REVERSE, False,
+                    PRECISION,
+                )  # fmt: skip
             gates = add_gates(terms, gates_of(sums, M, U))
             gates, cell, hidden = cell_forward(gates, cell, FAST)
             tl.store(hidden_ptr + pixel[:, None] * units + u[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask)
@@ -135,13 +130,14 @@ def lstm_tiles_backward_kernel(
     grad_hidden_ptr,
     activated_ptr,
     cell_ptr,
-    weight_ptr,  # (h, taps, 4h)
+    weight_ptr,  # (h, taps, 4h), or in fragments
     grad_gates_ptr,  # written and read
     grad_cell_ptr,  # fp32, (B, H, h), of a row scan (B, W, h): of each lane's previous pixel, written and read
     batch, images, height, width, units,
     grad_image_stride, grad_unit_stride, grad_row_stride, grad_column_stride,
     TAPS: tl.constexpr, ROW_SCAN: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
-    M: tl.constexpr, U: tl.constexpr, K: tl.constexpr,
+    M: tl.constexpr, U: tl.constexpr, K: tl.constexpr, TOGETHER: tl.constexpr, PARTS: tl.constexpr,
+    CHUNK: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     maps = (grad_hidden_ptr, activated_ptr, cell_ptr)
     strides = (grad_image_stride, grad_unit_stride, grad_row_stride, grad_column_stride)
@@ -149,7 +145,6 @@ def lstm_tiles_backward_kernel(
     last = height - 1 if ROW_SCAN else height + width - 2
     first_image = tl.program_id(0) * images
     images = tl.minimum(images, batch - first_image)
-    parts = tl.cdiv(4 * units, K)
     for back in range(last + 1):
         step = last - back
         tiles = tl.cdiv(images * pixels_of(step, height, width, ROW_SCAN), M)
@@ -164,16 +159,19 @@ def lstm_tiles_backward_kernel(
             lane = grad_cell_ptr + lane[:, None] * units + u[None, :]
             continues = row < height - 1 if ROW_SCAN else column < width - 1
             grad_cell = tl.load(lane, mask & continues[:, None], other=0.0)
-            sums = tl.zeros((U, M), tl.float32)
-            for part in range(TAPS * parts):
-                tap = part // parts
-                k = part % parts * K + tl.arange(0, K)  # units of all four gates
-                near, seen = state_of(tap, pixel, row, column, active, height, width, TAPS, ROW_SCAN, REVERSE, True)
-                grad = grad_gates_ptr + near[:, None] * (4 * units) + k[None, :]
-                grad = tl.load(grad, seen[:, None] & (k < 4 * units)[None, :], other=0.0)
-                weights = weight_ptr + (u * (TAPS * 4 * units))[:, None] + (tap * 4 * units + k)[None, :]
-                weights = tl.load(weights, (u < units)[:, None] & (k < 4 * units)[None, :], other=0.0)
-                sums = product(weights, tl.trans(grad), sums, PRECISION)
+            at = (pixel, row, column, active, height, width)
+            if CHUNK > 0:
+                weights_at = weight_ptr + tile // tiles * (U * TAPS * PARTS * K)
+                sums = sums_of_fragments(
+                    grad_gates_ptr, 4 * units, at, weights_at, U, M, K, PARTS, CHUNK, WARPS, TAPS, ROW_SCAN, REVERSE,
+                    True, PRECISION,
+                )  # fmt: skip
+            else:
+                weight_row = weight_ptr + u * (TAPS * 4 * units)
+                sums = sums_of_parts(
+                    grad_gates_ptr, 4 * units, at, weight_row, u < units, M, K, TOGETHER, TAPS, ROW_SCAN, REVERSE,
+                    True, PRECISION,
+                )  # fmt: skip
             # Loaded before the products, these would take their layout: seven tiles are converted instead of one.
             from_layer, cell, previous, o, f, i, g = load_saved(
                 maps, strides, units, image, row, x, pixel, to_previous, begun, 0.0, active, active, u
@@ -208,14 +206,18 @@ def forward_by_tiles(
     """Fills hidden (B, h, H, W) and, where they are given, activated and cell, all channels-last."""
     batch, _, height, width = gates.shape
     units, taps = weight.shape[1:]
-    packed = weight.permute(0, 2, 1).contiguous()
+    if choice.CHUNK:
+        packed = weight.view(4, units, units, taps).permute(1, 0, 3, 2)
+        packed = in_fragments(packed, 4 * choice.U, choice.PARTS, choice.K, choice.num_warps)
+    else:
+        packed = weight.permute(0, 2, 1).contiguous()
     strides = (height * width * units, width * units, units)
     if cell is None:  # one row is kept, or one pixel of each row
         lanes = width if row_scan else height
         cell = gates.new_empty((batch, lanes, units), dtype=torch.float32)
         strides = (lanes * units, 0, units) if row_scan else (lanes * units, units, 0)
     pointers = (gates, packed, hidden, activated, cell)
-    constants = {"ROW_SCAN": row_scan, "REVERSE": reverse, "TAPS": taps, "TOGETHER": choice.TOGETHER}
+    constants = {"ROW_SCAN": row_scan, "REVERSE": reverse, "TAPS": taps}
     launch_tiles(lstm_tiles_forward_kernel, pointers, gates, strides, choice, units=units, **constants)
 
 
@@ -232,7 +234,11 @@ def backward_by_tiles(
 ) -> None:
     """Fills grad_gates (B, 4h, H, W), channels-last as activated and cell are."""
     batch, units, height, width = grad_hidden.shape
-    packed = weight.permute(1, 2, 0).contiguous()
+    packed = weight.permute(1, 2, 0)
+    if choice.CHUNK:
+        packed = in_fragments(packed.unsqueeze(1), choice.U, choice.PARTS, choice.K, choice.num_warps)
+    else:
+        packed = packed.contiguous()
     grad_cell = cell.new_empty(batch, width if row_scan else height, units)
     pointers = (grad_hidden, activated, cell, packed, grad_gates, grad_cell)
     constants = {"ROW_SCAN": row_scan, "REVERSE": reverse, "TAPS": weight.shape[2]}

@@ -23,18 +23,30 @@ def check(found, truth, dtype):
         assert error < 8 * torch.finfo(dtype).eps, error
 
 
+def fitted(launch, weight, *, backward=False):
+    """All taps together where that is 0; the parts of a launch by fragments, two or more of them a chunk."""
+    units, taps = weight.shape[1:]
+    if isinstance(launch, TileLaunch) and launch.CHUNK:
+        parts = -(-units * (4 if backward else 1) // launch.K)
+        chunk = max(size for size in range(1, launch.CHUNK + 1) if parts * taps % size == 0)
+        return dataclasses.replace(launch, PARTS=parts, CHUNK=chunk)
+    return dataclasses.replace(launch, TOGETHER=taps) if getattr(launch, "TOGETHER", 1) == 0 else launch
+
+
 def diagonal(gates, weight, grad, reverse, launch):
+    launch, back = fitted(launch, weight), fitted(launch, weight, backward=True)
     plain, *nothing = diagonal_kernels.forward(gates, weight, reverse, save=False, choice=launch)
     assert nothing == [None, None]
     hidden, activated, cell = diagonal_kernels.forward(gates, weight, reverse, save=True, choice=launch)
-    return plain, hidden, diagonal_kernels.backward(grad, activated, cell, weight, reverse, choice=launch)
+    return plain, hidden, diagonal_kernels.backward(grad, activated, cell, weight, reverse, choice=back)
 
 
 def rows(gates, weight, grad, launch):
+    launch, back = fitted(launch, weight), fitted(launch, weight, backward=True)
     plain, *nothing = row_kernels.forward(gates, weight, save=False, choice=launch)
     assert nothing == [None, None]
     hidden, activated, cell = row_kernels.forward(gates, weight, save=True, choice=launch)
-    return plain, hidden, row_kernels.backward(grad, activated, cell, weight, choice=launch)
+    return plain, hidden, row_kernels.backward(grad, activated, cell, weight, choice=back)
 
 
 # Launches, and sizes (B, h, H, W) that divide none of their tiles.
@@ -48,14 +60,12 @@ VARIANTS = {
     "tiles of a column": (TileLaunch(16, 16, 16, 2), (2, 2, 5, 1)),
     "all taps together": (TileLaunch(16, 16, 16, 1, TOGETHER=0), (2, 17, 3, 3)),
     "tiles of more units": (TileLaunch(16, 16, 16, 2), (3, 19, 3, 2)),
+    "fragments": (TileLaunch(16, 16, 16, 1, 4, num_stages=1, CHUNK=2), (6, 2, 3, 4)),
+    "fragments of more units": (TileLaunch(16, 32, 16, 2, 4, num_stages=1, CHUNK=8), (2, 35, 3, 3)),
 }
 
 
 HALVES = (torch.bfloat16, torch.float16)
-
-
-def all_together(launch, taps):
-    return dataclasses.replace(launch, TOGETHER=taps) if getattr(launch, "TOGETHER", 1) == 0 else launch
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -65,7 +75,6 @@ def test_diagonal_variants_equal_the_pixel_loop(variant, half, device):
     number = list(VARIANTS).index(variant)
     dtype, reverse = HALVES[number % 2] if half else torch.float32, bool((number // 2 + half) % 2)
     launch, size = VARIANTS[variant]
-    launch = all_together(launch, 2)
     gates, weight, grad = problem(*size, 2, dtype, device)
     inputs = (gates.double(), weight.double(), grad.double())
     hidden, grad_gates, _ = gradients(lambda g, w: diagonal_pixels(g, w, reverse), *inputs)
@@ -78,7 +87,6 @@ def test_row_variants_equal_the_pixel_loop(variant, half, device):
     dtype = HALVES[list(VARIANTS).index(variant) % 2] if half else torch.float32
     launch, (batch, units, width, height) = VARIANTS[variant]
     taps = 5 if "stream" in variant or "long" in variant else 3
-    launch = all_together(launch, taps)
     gates, weight, grad = problem(batch, units, height, width, taps, dtype, device)
     hidden, grad_gates, _ = gradients(row_pixels, gates.double(), weight.double(), grad.double())
     check(rows(gates, weight, grad, launch), (hidden, hidden, grad_gates), dtype)
