@@ -1,7 +1,7 @@
 """A model in a folder: `model.safetensors` and `config.json`. Nothing is ever unpickled.
 
-The weights carry the configuration and a checksum in their own metadata, so that files of two different models, a
-flipped bit and a file from elsewhere are all noticed; `config.json` says the same to a reader.
+The metadata of the weights repeats the configuration and adds a checksum. `load` thereby notices files of two different
+models, a flipped bit and a file that fastgen did not write.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ FORMAT = "fastgen model 1"
 
 
 def unwrap(model: Any) -> Any:
-    """The model inside wrappers of DataParallel, DistributedDataParallel and torch.compile, in any nest."""
+    """The model without its wrappers (DataParallel, DistributedDataParallel, torch.compile), however nested."""
     while isinstance(model, nn.Module):
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
@@ -41,16 +41,16 @@ def unwrap(model: Any) -> Any:
 def save(model: nn.Module, folder: str | os.PathLike) -> None:
     """Writes the weights of a model to FOLDER/model.safetensors and how to build it to FOLDER/config.json.
 
-    The folder is made where it is missing. Both files are replaced whole: where the disk is full, or writing fails in
-    any other way, the old ones stay.
+    Creates the folder where it is missing. Both files are replaced whole: if the disk is full, or writing fails for
+    another reason, the old files stay.
 
     Args:
-        model: a model of `fastgen.models`, also inside DataParallel, DDP or torch.compile. A subclass of one has
-            `save_pretrained` and `from_pretrained`.
+        model: a model of `fastgen.models`, also inside DataParallel, DDP or torch.compile. Your own subclass of such a
+            model is saved by its `save_pretrained` and loaded by its `from_pretrained`.
 
     Raises:
-        TypeError: the model is none of `fastgen.models`, or was built with an argument that JSON cannot say.
-        ValueError: there is a file of the folder's name.
+        TypeError: the model's class is not in `fastgen.models`, or a constructor argument cannot be written as JSON.
+        ValueError: `folder` is a file.
         OSError: the folder cannot be written to.
     """
     model = unwrap(model)
@@ -61,7 +61,12 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
 
 
 def write(folder: str | os.PathLike, config: dict[str, Any], weights: Mapping[str, Any]) -> None:
-    """`save` for any module, of its `configuration` and its weights; raises as `encode`, and OSError."""
+    """Writes the two files of `save` for any module, given its `configuration` and its state dict.
+
+    Raises:
+        TypeError: as `encode`.
+        ValueError, OSError: as `save`.
+    """
     folder = Path(folder)
     encoded = encode(config, weights)
     make_folder(folder)
@@ -69,10 +74,10 @@ def write(folder: str | os.PathLike, config: dict[str, Any], weights: Mapping[st
 
 
 def encode(config: dict[str, Any], weights: Mapping[str, Any]) -> dict[str, bytes]:
-    """The two files.
+    """The contents of `model.safetensors` and `config.json`, by file name.
 
     Raises:
-        TypeError: a weight is no tensor, or of a type that safetensors does not know; names it.
+        TypeError: an entry of the state dict is not a tensor, or safetensors does not know its dtype.
     """
     import safetensors.torch
 
@@ -93,15 +98,16 @@ def encode(config: dict[str, Any], weights: Mapping[str, Any]) -> dict[str, byte
 
 
 def load(folder: str | os.PathLike, kind: type[Rebuildable] | None = None) -> Any:
-    """The model that `fastgen.save` wrote into a folder, on the CPU, in evaluation mode.
+    """Loads the model that `fastgen.save` wrote into a folder, on the CPU, in evaluation mode.
 
     Args:
-        kind: the class, where it is a subclass of one of `fastgen.models`; None is the one of `fastgen.models` that the
-            folder names.
+        folder: a folder written by `fastgen.save` or by a training run.
+        kind: the class to build, for your own subclass of a model; None takes the class of `fastgen.models` that
+            `config.json` names.
 
     Raises:
-        ValueError: the folder is missing or does not hold such a model, whole and unchanged; names the file and what
-            is wrong with it.
+        ValueError: the folder is missing, or does not hold such a model, complete and unchanged. The message names the
+            file and what is wrong with it.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -112,11 +118,11 @@ def load(folder: str | os.PathLike, kind: type[Rebuildable] | None = None) -> An
     config = _read_config(folder / CONFIG)
     if kind is None and config["class"] not in model_classes():
         raise ValueError(
-            f"{folder / CONFIG}: unknown class {config['class']!r}, expected one of {', '.join(model_classes())}; a "
-            "model of one's own is read by its from_pretrained, or by fastgen.weights.load_weights"
+            f"{folder / CONFIG}: unknown class {config['class']!r}, expected one of {', '.join(model_classes())}; load "
+            "your own subclass with its from_pretrained, or the weights alone with fastgen.weights.load_weights"
         )
     if kind is not None and config["class"] != kind.__name__:
-        raise ValueError(f"{folder / CONFIG}: is of the class {config['class']!r}, not of {kind.__name__!r}")
+        raise ValueError(f"{folder / CONFIG}: holds a {config['class']!r}, expected a {kind.__name__!r}")
     tensors = _read_weights(folder / WEIGHTS, config)
     model = build(config, folder / CONFIG, kind)
     check_fit(model, tensors, folder / WEIGHTS)
@@ -125,11 +131,11 @@ def load(folder: str | os.PathLike, kind: type[Rebuildable] | None = None) -> An
 
 
 def pretrained(name: str | os.PathLike) -> Path:
-    """The folder of that name, or else of the Hugging Face hub's repository of that name, downloaded by
-    `huggingface_hub`.
+    """A local folder. If `name` is USER/NAME and no such path exists, downloads that repository of the Hugging Face
+    hub with `huggingface_hub` and returns the folder of its files.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: the repository cannot be downloaded, or huggingface_hub is not installed.
     """
     if Path(name).exists() or len(Path(name).parts) != 2 or Path(name).is_absolute():
         return Path(name)
@@ -139,15 +145,16 @@ def pretrained(name: str | os.PathLike) -> Path:
         raise ValueError(f"{name}: no such folder; from the hub it needs: pip install huggingface_hub") from error
     try:
         return Path(snapshot_download(str(name), allow_patterns=[WEIGHTS, CONFIG]))
-    except Exception as error:  # the network, and a kind of its own for each answer of the hub
+    except Exception as error:  # network errors, and the hub's own exception classes
         raise ValueError(f"{name}: no such folder, and not to be had from the hub ({type(error).__name__})") from error
 
 
 def configuration(model: nn.Module) -> dict[str, Any]:
-    """The content of `config.json` for a model. A module that is none of fastgen's is described by its class alone.
+    """The content of `config.json` for a model. For a module that is not one of fastgen's models, this is its class
+    name, without arguments.
 
     Raises:
-        TypeError: it was built with an argument that JSON cannot say.
+        TypeError: a constructor argument cannot be written as JSON.
     """
     name = type(model).__name__
     arguments = model.constructor_arguments() if isinstance(model, Rebuildable) else {}
@@ -176,7 +183,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """The entries that must be equal in both files; the versions are for people."""
+    """The entries that must be equal in both files. `versions` is information for people and may differ."""
     return {key: config[key] for key in ("format", "class", "arguments")}
 
 
@@ -212,7 +219,7 @@ def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # safetensors has a kind of its own for each way to be damaged
+    except Exception as error:  # safetensors raises many exception classes for damaged files
         raise ValueError(f"{path}: is not a safetensors file, or damaged ({error})") from error
     if not isinstance(seal, dict) or "sha256" not in seal:
         raise ValueError(f"{path}: was not written by fastgen.save")
@@ -225,13 +232,15 @@ def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def build(config: dict[str, Any], path: Path, kind: type[Rebuildable] | None = None) -> Rebuildable:
-    """The model of a configuration read from a file, with fresh weights; torch's random state stays as it is.
+    """Builds the model that a configuration describes, with fresh weights. torch's random state does not change.
 
     Args:
-        kind: its class; None is the one of `fastgen.models` that the configuration names.
+        config: the content of `config.json`.
+        path: the file that the configuration came from, for error messages.
+        kind: the class to build; None takes the class of `fastgen.models` that the configuration names.
 
     Raises:
-        ValueError: its class or arguments are not those of a model; names the file.
+        ValueError: the class is unknown, or its constructor refuses the arguments. The message names the file.
     """
     try:
         kind = kind or model_classes()[config["class"]]
@@ -239,17 +248,18 @@ def build(config: dict[str, Any], path: Path, kind: type[Rebuildable] | None = N
             key: tuple(v) if isinstance(v, list) else v for key, v in config["arguments"].items()
         }
         if config["class"] in ("PixelCNN", "GatedPixelCNN") and arguments["shape"][0] > 1:
-            # Files say the channels that were built if these are others than was asked for. Older files do not: theirs
-            # were rounded up to a multiple of the colours.
+            # Today's files hold the number of channels that was built. Older ones hold the number that was asked for,
+            # which was then rounded up to a multiple of the colours.
             arguments["channels"] = channels_of(arguments.get("channels", 128), arguments["shape"][0])
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             return kind(**arguments)
-    except Exception as error:  # whatever a constructor says to foreign arguments
+    except Exception as error:  # a constructor may raise anything for foreign arguments
         raise ValueError(f"{path}: no model can be built from its class and arguments ({error})") from error
 
 
 def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raises ValueError, with the path, where the names, shapes or kinds of tensors are not those of a model."""
+    """Raises ValueError, naming the file, where tensors differ from the model's state dict in their names, their shapes
+    or in being floating-point."""
     expected = model.state_dict()
     missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or unknown:

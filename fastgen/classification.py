@@ -1,4 +1,5 @@
-"""How good class probabilities are, and a discriminative network to compare a generative classifier with."""
+"""Accuracy and calibration of class probabilities, and a discriminative network to compare a generative classifier
+with."""
 
 from typing import NamedTuple
 
@@ -6,20 +7,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-BINS = 10  # of confidences
+BINS = 10  # equal intervals of the confidence, (0, 1]
 
 
 class Calibration(NamedTuple):
-    """Measures of class probabilities on images whose classes are known.
+    """Accuracy and calibration on images whose classes are known. An image's confidence is the probability of its most
+    probable class.
 
     Attributes:
-        accuracy: the share of images whose most probable class is the right one.
+        accuracy: fraction of images whose most probable class is right.
         nats: mean of -log p(right class).
         error: expected calibration error (Guo et al. 2017, "On Calibration of Modern Neural Networks", equation 3): the
-            mean over the images of |accuracy - confidence| of their bin; 0 where a confidence of p is right p of the
-            time. Confidence is the probability of the most probable class.
-        confidence, right, images: of each of BINS equal intervals of (0, 1]: the mean confidence, the share that is
-            right (NaN where there are none) and the number of images, (BINS,).
+            mean over the images of |accuracy - confidence| of their bin. It is 0 if images of confidence p are right
+            with frequency p.
+        confidence: (BINS,) float64, mean confidence of each bin; NaN for an empty bin.
+        right: (BINS,) float64, fraction of each bin that is right; NaN for an empty bin.
+        images: (BINS,) int64, number of images in each bin.
     """
 
     accuracy: float
@@ -37,10 +40,14 @@ class Calibration(NamedTuple):
 
 
 def calibration(log_probs: Tensor, labels: Tensor) -> Calibration:
-    """Measures log-probabilities (N, n_classes) against the right classes (N,).
+    """Compares predicted log-probabilities with the right classes.
+
+    Args:
+        log_probs: (N, n_classes) nats.
+        labels: (N,) integer classes.
 
     Raises:
-        ValueError: there are no images, or not as many classes as images.
+        ValueError: there are no images, or labels is not (N,).
     """
     if log_probs.dim() != 2 or len(log_probs) == 0 or tuple(labels.shape) != (len(log_probs),):
         raise ValueError(
@@ -48,28 +55,29 @@ def calibration(log_probs: Tensor, labels: Tensor) -> Calibration:
             f"{tuple(labels.shape)}"
         )
     log_probs, labels = log_probs.double().cpu(), labels.cpu()
-    best, named = log_probs.max(1)
-    confidence, right = best.exp(), (named == labels).double()
+    highest, predicted = log_probs.max(1)
+    confidence, right = highest.exp(), (predicted == labels).double()
     bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
     count = torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, torch.ones_like(right))
-    confidences, rights = (torch.zeros_like(count).index_add(0, bins, each) for each in (confidence, right))
+    confidence_sum, right_sum = (torch.zeros_like(count).index_add(0, bins, values) for values in (confidence, right))
     nats = -log_probs.gather(1, labels[:, None]).mean()
-    error = (confidences - rights).abs().sum() / len(labels)
+    error = (confidence_sum - right_sum).abs().sum() / len(labels)
     return Calibration(
-        right.mean().item(), nats.item(), error.item(), confidences / count, rights / count, count.long()
+        right.mean().item(), nats.item(), error.item(), confidence_sum / count, right_sum / count, count.long()
     )
 
 
 class Classifier(nn.Module):
-    """p(y | x) directly: 3x3 convolutions with residual connections, the mean over the image, a softmax.
+    """A discriminative network p(y | x): residual 3x3 convolutions, average pooling to 4x4 (1x1 for images smaller than
+    that), a linear layer and a softmax.
 
     Args:
         shape: (C, H, W) of an image.
         levels: number of levels of a channel.
         n_classes: number of classes.
         channels: feature maps of each layer.
-        layers: convolutions.
-        dropout: probability, before each convolution but the first.
+        layers: number of convolutions.
+        dropout: dropout probability before each convolution except the first.
     """
 
     def __init__(
@@ -87,9 +95,9 @@ class Classifier(nn.Module):
         self.first = nn.Conv2d(shape[0], channels, 3, padding=1)
         self.rest = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(layers - 1))
         self.dropout = nn.Dropout(dropout)
-        parts = 4 if min(shape[1:]) >= 4 else 1  # of each side, so that it is known what stands where
-        self.pool = nn.AdaptiveAvgPool2d(parts)
-        self.head = nn.Linear(channels * parts**2, n_classes)
+        pooled_side = 4 if min(shape[1:]) >= 4 else 1  # more than 1: the linear layer sees where a feature lies
+        self.pool = nn.AdaptiveAvgPool2d(pooled_side)
+        self.head = nn.Linear(channels * pooled_side**2, n_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Integer levels (B, C, H, W) -> log-probabilities (B, n_classes)."""
@@ -99,12 +107,12 @@ class Classifier(nn.Module):
         return self.head(self.pool(features).flatten(1)).log_softmax(1)
 
     def loss(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Mean -log p(class), nats, for `fastgen.train.train`."""
+        """Mean of -log p(class) over the batch, () nats, for `fastgen.train.train`. condition: classes (B,)."""
         return F.nll_loss(self(x), condition)
 
 
 def classifier_of_size(parameters: int, shape: tuple[int, int, int], levels: int, n_classes: int) -> Classifier:
-    """The `Classifier` whose number of parameters is closest."""
+    """The `Classifier` with the number of channels that brings its number of parameters closest to `parameters`."""
 
     def size(channels: int) -> int:
         with torch.device("meta"):

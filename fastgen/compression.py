@@ -1,9 +1,9 @@
-"""Lossless compression: images as the bits that an autoregressive model's probabilities leave to be said.
+"""Lossless compression by the probabilities of an autoregressive model.
 
 A range coder (the package `constriction`) codes each level with the model's probabilities at its place, in the drawing
-order. `Sampler.decode` computes these, bit for bit alike, while images are compressed and while they are decoded. A
-level is coded as its digits to the base 256, so that the coder's probabilities, multiples of 2**-24 and none of them 0,
-cost next to nothing also where a channel has 65,536 levels.
+order. `Sampler.decode` computes the probabilities, bit for bit the same while compressing and while decompressing. The
+coder's own probabilities are positive multiples of 2**-24, which would be coarse for 65,536 levels: a level is
+therefore coded as its digits in base 256, one after the other.
 """
 
 import math
@@ -25,34 +25,35 @@ from fastgen.sampling.levels import checked_levels, levels_of
 from fastgen.stream_header import Header, digest, how_computed, plain, weights_digest
 
 BASE = 256  # of the digits of a level
-LEAST = 1e-290  # added to probabilities, so that none is 0 and digits of levels that underflow can be told apart
-MOST_IMAGES, MOST_OUTPUTS = 256, 2**26  # of a batch: images, and numbers that the model puts out for them
-SHARE = 2.0**-14  # of the probability, more than what the coder gives any level beyond the model's
-SLACK = 96  # bits that a coder's first and last words may hold beyond what was coded
+LEAST = 1e-290  # added to each probability, so that none is 0, and digits can be coded whose levels underflow
+MOST_IMAGES, MOST_OUTPUTS = 256, 2**26  # images of a batch; numbers that the model computes for a batch
+SHARE = 2.0**-14  # the coder raises the probability of a level by less than this
+SLACK = 96  # bits of a stream's first and last words that code nothing
 
 Code = Callable[[np.ndarray, np.ndarray], np.ndarray]  # probabilities (n, K), digits (n,) to encode -> digits
 
 
-@torch.inference_mode(False)  # levels are written where the sampler asks for them, outside of it
+@torch.inference_mode(False)  # _Batch writes levels in place, outside the sampler's inference mode
 def compress(model: Any, images: Tensor, *, condition: Any = None) -> bytes:
-    """Images as few bytes: about their -log p(x) under the model, and a header of about 250 bytes for all.
+    """Compresses images losslessly to about -log2 p(x) bits under the model, after one header of about 250 bytes.
 
     Args:
-        model: an autoregressive model of `fastgen.models` in evaluation mode, or a `Sampler`, which `accelerate` makes
-            of any causal model; its levels are categorical, Bernoulli or of a mixture of logistics.
-        images: integer levels (n, C, H, W); of a sampler (n, *shape).
-        condition: as in `Sampler.sample`; for a class-conditional model the classes (n,). It is not stored:
-            `decompress` needs it again.
+        model: an autoregressive model of `fastgen.models` in evaluation mode, or a `Sampler` that `accelerate` made of
+            any causal model. Its distribution is Categorical, Bernoulli or LogisticMixture.
+        images: integer levels (n, C, H, W); for a sampler (n, *sampler.shape).
+        condition: as in `Sampler.sample`; for a class-conditional model the classes (n,). The bytes do not contain it:
+            give it to `decompress` again.
 
     Returns:
-        What `decompress` makes the images of, bit for bit, by the same model with the same weights, computed in the
-        same way: backend, dtype, batch, threads, device, versions.
+        Bytes that `decompress` turns back into the images. That takes the same model with the same weights, computed
+        with the same backend, dtype, batch size, number of threads, device and versions.
 
     Raises:
-        ImportError: constriction is missing.
-        TypeError: the model has no such likelihood; images are no integers.
-        ValueError: images are none of the model's; the model is in training mode.
-        FloatingPointError: the model's output was NaN.
+        ImportError: constriction is not installed.
+        TypeError: the model has no probabilities of levels, or images are not integers.
+        ValueError: images have another shape than the model's or levels out of its range; the model is in training
+            mode.
+        FloatingPointError: the model's output is NaN or infinite.
     """
     queue, family = _constriction()
     sampler = _sampler_of(model, condition)
@@ -75,20 +76,21 @@ def compress(model: Any, images: Tensor, *, condition: Any = None) -> bytes:
 
 @torch.inference_mode(False)
 def decompress(model: Any, data: bytes, *, condition: Any = None) -> Tensor:
-    """The very images that `compress` was given.
+    """Returns exactly the images that `compress` was given, or raises.
 
     Args:
-        model, condition: those that the images were compressed with.
+        model: the model that compressed the images.
         data: what `compress` returned.
+        condition: the condition that `compress` was given.
 
     Returns:
         int64 levels (n, C, H, W) on the CPU.
 
     Raises:
-        ImportError: constriction is missing.
-        TypeError: data is no bytes, or as `compress`.
-        ValueError: these bytes cannot be decoded to the very images, and why: they are foreign, truncated or damaged,
-            of other weights, computed in another way, or of another condition.
+        ImportError: constriction is not installed.
+        TypeError: data is not bytes, or the model has no probabilities of levels.
+        ValueError: the bytes cannot be decoded to these images. The message says why: `compress` did not write them,
+            they are truncated or damaged, or were compressed with other weights, other arithmetic or another condition.
     """
     queue, family = _constriction()
     header, words = Header.read(data)
@@ -100,7 +102,7 @@ def decompress(model: Any, data: bytes, *, condition: Any = None) -> Tensor:
     def code(probabilities: np.ndarray, digits: np.ndarray) -> np.ndarray:
         try:
             return decoder.decode(family, probabilities)
-        except AssertionError as error:  # how constriction says that these bits are of no symbol
+        except AssertionError as error:  # constriction's error for bits that encode no symbol
             raise _other_images() from error
 
     decoded, bits = [torch.empty(0, *sampler.shape, dtype=torch.long)], 0.0
@@ -108,7 +110,7 @@ def decompress(model: Any, data: bytes, *, condition: Any = None) -> Tensor:
         batch = _Batch(sampler, torch.zeros(part.stop - part.start, *sampler.shape, dtype=torch.long), code)
         decoded.append(batch.run(_rows(condition, part)))
         bits += batch.bits
-        if bits > 32 * header.words + SLACK:  # before a header that promises too many images fills the memory
+        if bits > 32 * header.words + SLACK:  # more images than these words can hold: stop before memory runs out
             raise _other_images()
     images = torch.cat(decoded)
     if digest(plain(images)) != header.images_digest:
@@ -118,20 +120,21 @@ def decompress(model: Any, data: bytes, *, condition: Any = None) -> Tensor:
 
 def _other_images() -> ValueError:
     return ValueError(
-        "data: decodes to other images than were compressed (their checksum differs), though all agrees that the "
-        "header says of the model: its output is computed otherwise on this machine"
+        "data: decodes to other images than were compressed (their checksum differs), although weights, arithmetic and "
+        "condition agree with the header: the model's output is computed otherwise on this machine"
     )
 
 
 class _Batch:
-    """Codes a batch: at each place the digits of its levels, by the model's probabilities.
+    """Encodes or decodes a batch of images.
 
     Args:
-        levels: (n, *shape) int64, those to encode; when decoding, they are filled.
-        code: encodes the digits that it is given, or decodes others.
+        levels: (n, *shape) int64. The levels to encode; when decoding, zeros that are overwritten by decoded levels.
+        code: takes probabilities (n, K) and digits (n,). An encoder encodes these digits and returns them; a decoder
+            ignores them and returns the next decoded digits.
 
     Attributes:
-        bits: what the levels take at least. The coder gives a digit of probability 0 a little, and none much more.
+        bits: lower bound of the size of the levels coded so far, -log2(p + SHARE) summed.
     """
 
     def __init__(self, sampler: Sampler, levels: Tensor, code: Code) -> None:
@@ -151,32 +154,32 @@ class _Batch:
             if not np.isfinite(p).all():
                 raise FloatingPointError(f"the model's output at row {i}, column {j} is NaN or infinite")
             level = self._coded(p + LEAST, self.levels[:, c, i, j].numpy())
-            if level.max() >= p.shape[1]:  # among the last digits are some that no level has
+            if level.max() >= p.shape[1]:  # _coded pads the last digit: these bits encode a level that does not exist
                 raise _other_images()
             self.bits -= float(np.log2((p[np.arange(len(p)), level] + SHARE).clip(max=1)).sum())
             self.levels[:, c, i, j] = torch.from_numpy(level)
         return self.levels[:, slice(None) if channel is None else channel, i, j]
 
     def _coded(self, p: np.ndarray, level: np.ndarray) -> np.ndarray:
-        """Levels of probabilities p (n, K): the last digit by its probability given those before it."""
+        """Codes levels (n,) with probabilities p (n, K): first all digits but the last, then the last given those."""
         n, count = p.shape
         if count <= BASE:
             return self.code(p, level.astype(np.int32)).astype(np.int64)
         p = np.pad(p, ((0, 0), (0, -count % BASE))).reshape(n, -1, BASE)
-        before = self._coded(p.sum(2), level // BASE)
-        return before * BASE + self._coded(p[np.arange(n), before] + LEAST, level % BASE)
+        leading = self._coded(p.sum(2), level // BASE)
+        return leading * BASE + self._coded(p[np.arange(n), leading] + LEAST, level % BASE)
 
 
 def _probabilities(
     distribution: Distribution, params: Tensor, channel: int, previous: Tensor, channels: int
 ) -> np.ndarray:
-    """p(level | levels of the channels before) of one of a pixel's channels, (n, K) float64; equal for equal arguments.
+    """p(level | levels of the channels before) for one channel of one pixel, (n, K) float64.
 
     Args:
-        params: (n, ...) at one pixel, on the CPU.
-        previous: (n, channel) levels.
+        params: the model's output at the pixel, (n, ...), on the CPU.
+        previous: (n, channel) levels of the channels before.
     """
-    params = params.contiguous()
+    params = params.contiguous()  # sums in one order, whatever the strides: encoder and decoder get the same bits
     if isinstance(distribution, Categorical):
         probabilities = distribution.logits(params).select(2, channel).double().contiguous().softmax(1)
     elif isinstance(distribution, Bernoulli):
@@ -204,7 +207,8 @@ def _counts(sampler: Sampler) -> Tensor:
 
 
 def _condition(sampler: Sampler, condition: Any, n: int) -> Any:
-    """One row an image, of which equal ones take no memory: a header's number of images is not to be believed."""
+    """The condition with one row for each image. A single row is expanded without a copy: n may come from a forged
+    header."""
     condition = sampler.condition if condition is None else condition
     return rows_for_some(torch.tensor([condition]) if isinstance(condition, int) else condition, n)
 
@@ -214,24 +218,24 @@ def _rows(condition: Any, part: slice) -> Any:
 
 
 def _one_row(leaf: Any) -> Any:
-    """The first row of a tensor whose rows are all alike."""
+    """A tensor whose rows are all equal, as its first row; anything else unchanged."""
     if not isinstance(leaf, Tensor) or leaf.dim() == 0:
         return leaf
     return leaf[:1] if leaf.stride(0) == 0 or bool((leaf == leaf[:1]).all()) else leaf
 
 
 def _leaves(condition: Any) -> list[Any]:
-    """The tensors and values of a condition; of keyword arguments their names as well, in alphabetical order."""
+    """The tensors and values of a condition; for keyword arguments also their names, in alphabetical order."""
     if isinstance(condition, dict):
         return [leaf for name in sorted(condition) for leaf in (name, *tree_leaves(condition[name]))]
     return tree_leaves(condition)
 
 
 def _header(sampler: Sampler, images: int, condition: Any, images_digest: bytes, words: int) -> Header:
-    def level_0(params: Tensor, place: tuple[int | None, int, int]) -> Tensor:
+    def draw_nothing(params: Tensor, place: tuple[int | None, int, int]) -> Tensor:
         return torch.zeros(0, dtype=torch.long)
 
-    sampler.decode(level_0, 0, condition=_rows(condition, slice(0, 1)))  # makes the backend where there is none yet
+    sampler.decode(draw_nothing, 0, condition=_rows(condition, slice(0, 1)))  # chooses the backend if none is yet
     backend = sampler._backends.made[-1].backend.name
     return Header(
         sampler.shape,
@@ -247,7 +251,7 @@ def _header(sampler: Sampler, images: int, condition: Any, images_digest: bytes,
 
 
 def _sampler_of(model: Any, condition: Any) -> Sampler:
-    """The sampler of a model; raises as `compress`."""
+    """The sampler of a model, or the sampler itself. Raises TypeError and ValueError as `compress`."""
     sampler = unwrap(model)
     if isinstance(sampler, AutoregressiveModel):
         sampler = sampler.sampler(condition)

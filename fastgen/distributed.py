@@ -1,17 +1,17 @@
-"""One job in several processes, as `torchrun` starts them (on one machine or several). In a single process every
-function here is trivial.
+"""One job in several processes, started by `torchrun` on one machine or several. The functions also work, trivially, in
+a single process.
 
-What is computed must not depend on the number of processes: work is cut into parts that are the same for any number,
-each process does its own, and `merged` brings all results to all. Random numbers come from a seed that belongs to the
-part (`mix`).
+Results must not depend on the number of processes. Work is therefore cut into parts that are the same for any number of
+processes; each process computes some of the parts, and `merged` gives all results to all processes. The random numbers
+of a part come from a seed that belongs to the part (`mix`).
 
-On several machines the command is the same on each, with the address of one of them:
+To use several machines, run this command on each, where HOST is the address of one of them:
 
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --rdzv-id 1 \\
         -m fastgen train --model pixelcnnpp --data cifar10 --out RUN
 
-RUN and the data must be on a file system that all of them see. Start it again with --resume after a failure, on as many
-machines as there are.
+RUN and the data must be on a file system that all machines share. After a failure, start the command again with
+--resume; the number of machines may be another.
 """
 
 import gc
@@ -33,7 +33,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 LOST = re.compile(r"gloo/transport|connection (closed|reset) by peer|broken pipe", re.IGNORECASE)  # in torch's errors
-_store: Any = None  # of torchrun: outlives a process that dies
+_store: Any = None  # torchrun's key-value store, which outlives a process that dies
 
 
 def started_by_torchrun() -> bool:
@@ -63,11 +63,11 @@ def local_rank() -> int:
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Joins the processes that torchrun started; those of a rank above 0 print nothing to stdout.
+    """Joins the processes that torchrun started. Inside, only rank 0 prints to stdout.
 
     Raises:
-        ConnectionError: another process has ended before its time, or torchrun tells this one to end, which is how it
-            treats those that are left. Further signals then wait for the error to be told.
+        ConnectionError: another process has died, or torchrun sent SIGTERM to this one, as it does when another has
+            died. Further SIGTERMs are ignored, so that the error can be reported.
     """
     global _store
     if not started_by_torchrun() or active():
@@ -97,36 +97,36 @@ def processes() -> Iterator[None]:
 
 
 def _leave() -> None:
-    """Ends the group, and with its last reference the threads of gloo. A thread that still lets go of a tensor when the
-    interpreter ends would abort the process."""
+    """Destroys the process group. Its last reference keeps gloo's threads alive, and a thread that frees a tensor while
+    the interpreter exits would abort the process."""
     group = weakref.ref(dist.group.WORLD)
     dist.destroy_process_group()
-    gc.collect()  # a cycle that holds a model of DistributedDataParallel holds the group
-    if group() is not None:  # caches of FSDP hold it: its threads stay, but not busy for so long
+    gc.collect()  # a DistributedDataParallel in a reference cycle holds the group
+    if group() is not None:  # FSDP's caches hold it: give its threads the time to finish their work
         time.sleep(0.3)
 
 
 def first_to_report() -> bool:
-    """Whether this process is the first that wants to tell of an error: one line is enough."""
+    """Whether this process is the first to ask, so that only one process reports an error."""
     if not started_by_torchrun():
         return True
     if _store is None:
         return os.environ["RANK"] == "0"
     try:
         return _store.add("fastgen/reported", 1) == 1
-    except RuntimeError:  # the process that kept the store has died
+    except RuntimeError:  # the process that hosts the store has died
         return True
 
 
 def shard(count: int) -> slice:
-    """This process's part of 0 .. count - 1: contiguous, in the order of ranks, sizes that differ by one at most."""
-    bounds = [count * number // world_size() for number in (rank(), rank() + 1)]
-    return slice(*bounds)
+    """This process's part of 0 .. count - 1. Parts are contiguous, in the order of ranks, and differ by at most one in
+    size."""
+    return slice(count * rank() // world_size(), count * (rank() + 1) // world_size())
 
 
 def merged(part: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, on its device. Where each has filled in its own part of zeros, that is
-    exactly the whole tensor, whatever their number."""
+    """The sum of a tensor over all processes, on its device. If each process fills in its own part of a tensor of
+    zeros, this is exactly the whole tensor."""
     if active():
         part = part.contiguous().clone()
         dist.all_reduce(part)
@@ -140,12 +140,13 @@ def mix(*numbers: int) -> int:
 
 @contextmanager
 def seeded(device: torch.device, *numbers: int) -> Iterator[None]:
-    """torch's default generators start from these numbers, and go on afterwards as if nothing had been drawn."""
+    """Inside, torch's default generators start from a seed made of these numbers; afterwards their state is what it was
+    before."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(mix(*numbers))
         yield
 
 
 def any_of_us(flag: bool) -> bool:
-    """Whether the flag is set in any process; all must ask at the same point."""
+    """Whether the flag is set in any process. All processes must call it at the same point."""
     return bool(merged(torch.tensor(int(flag))))

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Writing files atomically: a reader sees the old content or the new, never a part."""
 
 import os
 import re
@@ -7,35 +7,35 @@ from pathlib import Path
 
 
 def write_atomically(contents: Mapping[Path, bytes]) -> None:
-    """Writes files so that each is, at any moment, either its old self or its new self, whole.
+    """Writes files so that each holds, at any moment, its complete old or its complete new content.
 
-    All contents reach the disk under temporary names in the same folder before the first takes its place: where the
-    disk is full or a folder cannot be written to, every old file stays as it was and nothing new is left behind.
+    All contents reach the disk under temporary names in the same folder before the first file is replaced. If the disk
+    is full or a folder cannot be written to, every old file stays and no temporary file is left.
 
     Raises:
         OSError: a file cannot be written; names the file.
     """
-    waiting = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
+    temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
     try:
         for path, content in contents.items():
             try:
-                with open(waiting[path], "wb") as file:
+                with open(temporaries[path], "wb") as file:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(path)) from error
-        for path, temporary in waiting.items():
+        for path, temporary in temporaries.items():
             os.replace(temporary, path)
     finally:
-        for temporary in waiting.values():
+        for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
     for folder in {path.parent for path in contents}:
         _sync_folder(folder)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes renames in a folder last through a power cut, where the system can (Windows cannot open a folder)."""
+    """Makes renames in a folder survive a power cut, on systems that can sync a folder (Windows cannot open one)."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -46,11 +46,11 @@ def _sync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and its parents, and checks that files can be written to it.
+    """Creates a folder and its parents, and checks that files can be written to it.
 
     Raises:
-        ValueError: there is a file of that name.
-        OSError: the folder cannot be made or written to; names it.
+        ValueError: the path or one of its parents is a file.
+        OSError: the folder cannot be created or written to; names it.
     """
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
@@ -65,8 +65,7 @@ def make_folder(folder: Path) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Deletes temporary files of `write_atomically` in a folder whose processes were killed before they took their
-    place."""
+    """Deletes the temporary files that killed processes left in a folder while in `write_atomically`."""
     for file in folder.iterdir():
         name = re.fullmatch(r"\..+\.(\d+)\.tmp", file.name)
         if name and not _runs_elsewhere(int(name[1])):
@@ -74,7 +73,7 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def _runs_elsewhere(process: int) -> bool:
-    """Whether there is another process of that number (on Windows, which has no harmless way to ask, there might)."""
+    """Whether another process has this process id. On Windows, which has no harmless way to ask: True."""
     if os.name != "posix":
         return True
     try:

@@ -1,8 +1,8 @@
-"""What a model with a likelihood is good for: bits/dim, classification by Bayes' rule, and rejecting unlikely inputs.
+"""Uses of a model's likelihood: bits/dim, classification by Bayes' rule, outlier scores.
 
-A model here is anything with `log_prob(x, condition=None) -> (B,)` nats for integer levels x (B, C, H, W): every model
-of `fastgen.models` but the autoencoder. Further options, such as the VAE's n_samples, are handed on to `log_prob`.
-Outlier scores are all oriented alike: the higher, the less the input looks like the training data.
+A model here is any object with `log_prob(x, condition=None) -> (B,)` nats for integer levels x (B, C, H, W): every
+model of `fastgen.models` except the autoencoder. Further options, such as the VAE's n_samples, are passed on to
+`log_prob`. A higher outlier score always means that the input looks less like the training data.
 """
 
 import math
@@ -22,7 +22,12 @@ Images = Tensor | Iterable[Tensor | Sequence[Tensor]]
 
 
 def bits_per_dim(nll: Any, shape: Sequence[int]) -> Any:
-    """nll / (C * H * W * ln 2) for nats an image, numbers or tensors, and the shape (C, H, W) of one."""
+    """nll / (C * H * W * ln 2).
+
+    Args:
+        nll: negative log-likelihood of an image in nats, a number or a tensor of any shape.
+        shape: (C, H, W) of an image.
+    """
     return nll / (math.prod(shape) * math.log(2))
 
 
@@ -44,14 +49,14 @@ def log_likelihoods(
 
     Args:
         model: a model in evaluation mode; see the module's docstring.
-        images: integer levels (N, C, H, W), or batches such as a DataLoader gives: images, or pairs of images and
-            classes (the classes are used where the model is class-conditional).
-        condition: classes (N,), with a tensor of images.
-        batch_size: images at a time, with a tensor of images.
-        seed: of random numbers in `log_prob` (a VAE), drawn anew for each batch; None leaves them to torch's generator.
-        shared: whether the processes of a job (`fastgen.distributed`) take the batches in turns; all of them must call,
+        images: integer levels (N, C, H, W); or an iterable of batches, such as a DataLoader, each of which is images or
+            a pair of images and classes. A class-conditional model uses the classes, others ignore them.
+        condition: classes (N,), if images is a tensor.
+        batch_size: number of images scored at a time, if images is a tensor.
+        seed: seed of the random numbers of each batch (a VAE draws z); None uses torch's default generators.
+        shared: True divides the batches among the processes of a job (`fastgen.distributed`). All processes must call
             with the same images, and all get all results.
-        options: for `model.log_prob`.
+        options: further arguments of `model.log_prob`.
 
     Returns:
         (N,) nats, float64 on the CPU.
@@ -80,7 +85,7 @@ def log_likelihoods(
 
 
 def _batches(images: Images, condition: Tensor | None, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Images and, where there are any, their classes."""
+    """Batches of images with their classes, or with None."""
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be an int >= 1, got {batch_size!r}")
     if isinstance(images, Tensor):
@@ -91,20 +96,20 @@ def _batches(images: Images, condition: Tensor | None, batch_size: int) -> Itera
             yield images[part], None if condition is None else condition[part]
         return
     if condition is not None:
-        raise ValueError("condition is for a tensor of images: batches bring their classes with them")
+        raise ValueError("condition is for a tensor of images: batches hold their own classes")
     for batch in images:
         yield (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1] if len(batch) > 1 else None)
 
 
 class Evaluation(NamedTuple):
-    """Negative log-likelihood of a data set; every image counts alike, whatever the batches were.
+    """Negative log-likelihood of a data set, averaged over its images.
 
     Attributes:
         nats: mean of -log p(x) over the images.
         bits_per_dim: nats / (C * H * W * ln 2).
-        standard_error: of nats, from the spread over the images; NaN for a single image.
-        images: their number.
-        exact: False where log_prob is a lower bound (a VAE), so that nats and bits are at most these.
+        standard_error: standard error of `nats`, from the spread over the images; NaN for a single image.
+        images: number of images.
+        exact: False for a VAE, whose log_prob is a lower bound: `nats` and `bits_per_dim` are then upper bounds.
     """
 
     nats: float
@@ -121,10 +126,11 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(model: Any, images: Images, condition: Tensor | None = None, **options: Any) -> Evaluation:
-    """The negative log-likelihood of a data set; arguments as in `log_likelihoods`. `model.shape` is its image's.
+    """The negative log-likelihood of a data set. Arguments as in `log_likelihoods`; the model must also have `shape`,
+    the (C, H, W) of its images.
 
     Raises:
-        ValueError: as in `log_likelihoods`, or there are no images.
+        TypeError, ValueError: as in `log_likelihoods`; ValueError also if there are no images.
     """
     nll = -log_likelihoods(model, images, condition, **options)
     if len(nll) == 0:
@@ -138,7 +144,12 @@ def evaluate(model: Any, images: Images, condition: Tensor | None = None, **opti
 
 
 class ClassPosterior(NamedTuple):
-    """log p(y | x) (N, n_classes), and log p(x) (N,) nats with the class summed out; float64 on the CPU."""
+    """Class probabilities of N images by Bayes' rule, float64 on the CPU.
+
+    Attributes:
+        log_probs: log p(y | x), (N, n_classes).
+        log_likelihood: log p(x) = log sum_y p(x | y) p(y), (N,) nats.
+    """
 
     log_probs: Tensor
     log_likelihood: Tensor
@@ -155,13 +166,13 @@ def class_posterior(
     """Classifies images by a class-conditional model: p(y | x) = p(x | y) p(y) / sum over y' of p(x | y') p(y').
 
     Args:
-        model: with `n_classes`; each image is scored once for each class.
+        model: a model with `n_classes`. It scores each image once for each class.
         images: integer levels (N, C, H, W).
-        prior: p(y) of each class, summing to 1; None for equal ones.
-        options: batch_size, seed and shared as in `log_likelihoods`, and options for `model.log_prob`.
+        prior: (n_classes,) probabilities p(y) that sum to 1; None for equal ones.
+        options: batch_size, seed and shared as in `log_likelihoods`, and further arguments of `model.log_prob`.
 
     Raises:
-        ValueError: the model is not class-conditional, or prior holds no such probabilities.
+        ValueError: the model is not class-conditional, or prior is not n_classes probabilities that sum to 1.
     """
     n_classes = getattr(model, "n_classes", None)
     if n_classes is None:
@@ -185,11 +196,19 @@ def class_posterior(
 
 
 def likelihood_ratio(log_prob: Tensor, background_log_prob: Tensor) -> Tensor:
-    """Outlier score log p_background(x) - log p(x) (Ren et al. 2019, "Likelihood Ratios for Out-of-Distribution
-    Detection", equation 6, negated), nats.
+    """Outlier score log p_background(x) - log p(x) in nats (Ren et al. 2019, "Likelihood Ratios for Out-of-Distribution
+    Detection", equation 6, negated).
 
-    The likelihood alone rewards simple images of any kind. A background model, trained on images spoilt by `perturb`,
-    knows what is simple but not what is typical: their ratio keeps what only the full model explains.
+    The likelihood alone is high for simple images of any kind. A background model, trained on images that `perturb` has
+    spoilt, also assigns simple images a high likelihood, but has not learnt what is typical of the data. The difference
+    keeps what only the full model explains.
+
+    Args:
+        log_prob: (N,) nats under the model.
+        background_log_prob: (N,) nats under the background model.
+
+    Raises:
+        ValueError: the shapes differ.
     """
     if log_prob.shape != background_log_prob.shape:
         raise ValueError(
@@ -200,8 +219,11 @@ def likelihood_ratio(log_prob: Tensor, background_log_prob: Tensor) -> Tensor:
 
 
 def perturb(x: Tensor, levels: int, rate: float, *, generator: torch.Generator | None = None) -> Tensor:
-    """Integer levels x, each replaced with probability `rate` by one drawn evenly from 0..levels - 1 (Ren et al. 2019,
-    section 3.1); what a background model is trained on.
+    """Replaces each level, with probability `rate`, by one drawn uniformly from 0..levels - 1 (Ren et al. 2019, section
+    3.1). A background model is trained on the result.
+
+    Args:
+        x: integer levels of any shape; the result has its shape and dtype.
 
     Raises:
         ValueError: rate is not in [0, 1].
@@ -214,19 +236,21 @@ def perturb(x: Tensor, levels: int, rate: float, *, generator: torch.Generator |
 
 
 def typicality(log_prob: Tensor, training_log_prob: Tensor, *, group: int = 1) -> Tensor:
-    """Outlier score |mean of -log p(x) over a group - mean of -log p over the training images|, nats (Nalisnick et al.
+    """Outlier score |mean of -log p(x) over a group - mean of -log p over training images| in nats (Nalisnick et al.
     2019, "Detecting Out-of-Distribution Inputs to Deep Generative Models Using Typicality", equation 5).
 
-    Also inputs that are too likely are outliers: where the training data has most of its mass, -log p is close to
-    its entropy.
+    Typical inputs have a -log p close to the entropy of the data. Inputs that are far more likely are outliers too.
 
     Args:
-        log_prob: (N,) nats of the inputs; consecutive ones form groups.
-        training_log_prob: nats of training images, any number.
-        group: inputs judged together, M; a divisor of N.
+        log_prob: (N,) nats of the inputs; each `group` consecutive ones are judged together.
+        training_log_prob: nats of any number of training images.
+        group: number of inputs that are judged together; a divisor of N.
 
     Returns:
-        (N / group,).
+        (N / group,) nats.
+
+    Raises:
+        ValueError: log_prob is not (N,), or group is not a divisor of N.
     """
     if not isinstance(group, int) or group < 1 or log_prob.dim() != 1 or len(log_prob) % group:
         raise ValueError(f"group must be an int >= 1 that divides the {tuple(log_prob.shape)} inputs, got {group!r}")
@@ -242,16 +266,25 @@ def typicality_threshold(
     resamples: int = 1000,
     generator: torch.Generator | None = None,
 ) -> float:
-    """The threshold that `typicality` of a group of inliers exceeds with probability `false_alarms`. It is estimated by
-    the bootstrap: groups are drawn with replacement from held-out images (Nalisnick et al. 2019, algorithm 1)."""
+    """The threshold that the `typicality` of a group of inliers exceeds with probability `false_alarms`, estimated by
+    the bootstrap (Nalisnick et al. 2019, algorithm 1).
+
+    Args:
+        held_out_log_prob: (N,) nats of held-out images, from which groups are drawn with replacement.
+        training_log_prob, group: as in `typicality`.
+        resamples: number of groups that are drawn.
+    """
     index = torch.randint(len(held_out_log_prob), (resamples * group,), generator=generator)
     scores = typicality(held_out_log_prob[index], training_log_prob, group=group)
     return rejection_threshold(scores, false_alarms)
 
 
 def rejection_threshold(inlier_scores: Tensor, false_alarms: float = 0.05) -> float:
-    """The least threshold that a new inlier's score exceeds with probability at most `false_alarms`, whatever the
-    scores are, given held-out inliers' scores (N,) (split conformal prediction; infinite where N is too small).
+    """The smallest threshold that the score of a new inlier exceeds with probability at most `false_alarms`, for any
+    distribution of scores (split conformal prediction). Infinite if there are too few scores.
+
+    Args:
+        inlier_scores: (N,) scores of held-out inliers.
 
     Raises:
         ValueError: false_alarms is not in (0, 1).
@@ -263,7 +296,7 @@ def rejection_threshold(inlier_scores: Tensor, false_alarms: float = 0.05) -> fl
 
 
 def auroc(inlier_scores: Tensor, outlier_scores: Tensor) -> float:
-    """Probability that a random outlier scores higher than a random inlier, ties counting half: 0.5 is chance."""
+    """Probability that a random outlier scores higher than a random inlier, with ties counted half; 0.5 is chance."""
     ordered = inlier_scores.sort().values
     below = torch.searchsorted(ordered, outlier_scores, right=False)
     up_to = torch.searchsorted(ordered, outlier_scores, right=True)

@@ -1,4 +1,4 @@
-"""Markdown as one HTML page that can be sent to somebody: its pictures are inside."""
+"""Converts Markdown to one self-contained HTML page: the page contains its pictures."""
 
 import base64
 import html
@@ -17,15 +17,15 @@ INLINE = (
 
 
 def to_html(markdown: str, folder: str | Path = ".") -> str:
-    """A page of what the project's own pages use: headings, paragraphs, lists with "- ", tables, fenced code, pictures,
-    links, bold and code.
+    """Converts the Markdown that the project's own pages use: headings, paragraphs, lists with "- ", tables, fenced
+    code, pictures, links, bold text and inline code.
 
     Args:
-        markdown: starts with its title, "# ...".
-        folder: where its pictures lie; PNGs that are there become part of the page.
+        markdown: a text whose first line is its title, "# ...".
+        folder: the folder that relative paths of PNGs start from. PNGs found there are embedded in the page.
     """
 
-    def inside(match: re.Match) -> str:
+    def embedded(match: re.Match) -> str:
         path = Path(folder) / match[1]
         return (
             f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"'
@@ -34,12 +34,12 @@ def to_html(markdown: str, folder: str | Path = ".") -> str:
         )
 
     title = html.escape(markdown.partition("\n")[0].lstrip("# "))
-    body = re.sub(r'src="([^"]+\.png)"', inside, "\n".join(_blocks(markdown)))
+    body = re.sub(r'src="([^"]+\.png)"', embedded, "\n".join(_blocks(markdown)))
     return f'<!doctype html>\n<meta charset="utf-8"><title>{title}</title>\n<style>{STYLE}</style>\n{body}\n'
 
 
 def _blocks(markdown: str) -> Iterator[str]:
-    """Code stays as it is; the rest is cut at empty lines."""
+    """The HTML of each block. Fenced code is kept as it is; the text between is split at empty lines."""
     for number, part in enumerate(re.split(r"^```.*\n", markdown, flags=re.M)):
         if number % 2:
             yield f"<pre>{html.escape(part.rstrip())}</pre>"
@@ -69,7 +69,7 @@ def _row(line: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """Outside of `code`, the marks of INLINE."""
+    """The HTML of a line of text: the patterns of INLINE are replaced outside of `code`."""
     parts = html.escape(text.replace(r"\|", "|"), quote=False).split("`")
     for number in range(0, len(parts), 2):
         for pattern, replacement in INLINE:

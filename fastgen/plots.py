@@ -14,10 +14,10 @@ from torch import Tensor
 from fastgen.files import write_atomically
 
 GAP = 2  # pixels between images
-LEAST_SIZE = 48  # pixels; smaller images are enlarged by a whole factor
-HIDDEN = (70, 110, 180)  # the colour of what is hidden
-PAGE_IMAGES, PAGE_PIXELS = 400, 2**24  # of one picture at most
-UNITS = {  # of `fastgen.train.unit`
+LEAST_SIZE = 48  # pixels of the longer side; smaller images are enlarged by an integer factor
+HIDDEN = (70, 110, 180)  # RGB that covers hidden pixels
+PAGE_IMAGES, PAGE_PIXELS = 400, 2**24  # most images, and most pixels, of one picture of `image_pages`
+UNITS = {  # labels for the units of `fastgen.train.unit`
     "bits_per_dim": "bits/dim",
     "squared_error": "squared error a dimension",
     "density_nats": "nats of the density, an image",
@@ -26,7 +26,12 @@ PAPER, INK = (255, 255, 255), (40, 40, 40)
 
 
 def image_grid(images: Tensor, levels: int, path: str | os.PathLike, **options: Any) -> None:
-    """Writes a PNG of images side by side; arguments as for `grid`.
+    """Writes a PNG of images side by side.
+
+    Args:
+        images, levels: as in `grid`.
+        path: the file to write, which ends in .png.
+        options: further arguments of `grid`.
 
     Raises:
         ValueError: path does not end in .png, or as `grid`.
@@ -37,8 +42,8 @@ def image_grid(images: Tensor, levels: int, path: str | os.PathLike, **options: 
 
 
 def image_pages(images: Tensor, levels: int, path: str | os.PathLike, *, columns: int) -> list[Path]:
-    """`image_grid` on as many pages as it takes for every picture to be one that programs open: path itself where one
-    is enough, otherwise NAME-1.png, NAME-2.png, ... Returns their paths."""
+    """`image_grid` on as many pages as keep each PNG small enough for common programs. Writes `path` itself if one page
+    is enough, otherwise NAME-1.png, NAME-2.png, ... Returns the paths. Raises as `image_grid`."""
     path = png_path(path)
     tile = math.prod(side * _scale(images) + GAP for side in images.shape[2:])
     rows = max(1, min(PAGE_PIXELS // (tile * columns), PAGE_IMAGES // columns))
@@ -54,17 +59,18 @@ def image_pages(images: Tensor, levels: int, path: str | os.PathLike, *, columns
 def grid(
     images: Tensor, levels: int, *, columns: int, hidden: Tensor | None = None, row_names: Sequence[str] = ()
 ) -> Image.Image:
-    """Images side by side, row by row, level 0 black and the highest white.
+    """Draws images side by side, row by row; level 0 is black and the highest level white.
 
     Args:
-        images: levels (n, C, H, W), integers or floats; where C is neither 1 nor 3, its channels stand side by side.
+        images: levels (n, C, H, W), integers or floats, n >= 1. If C is neither 1 nor 3, the channels of an image are
+            drawn side by side in grey.
         levels: number of levels of a channel.
         columns: images in a row.
-        hidden: bool, broadcastable to (n, 1, H, W): painted over.
-        row_names: a text to the left of each row; none where empty.
+        hidden: bool, broadcastable to (n, 1, H, W). Pixels that are True are covered with a colour.
+        row_names: one text to the left of each row; empty for none.
 
     Raises:
-        ValueError: images have another shape, or row_names are not one a row.
+        ValueError: images has another shape, or there is not one name for each row.
     """
     if images.dim() != 4 or len(images) == 0:
         raise ValueError(f"images must have the shape (n, C, H, W) with n >= 1, got {images.shape}")
@@ -73,9 +79,9 @@ def grid(
         raise ValueError(f"row_names must be one for each of {rows} rows, got {len(row_names)}")
     pixels = to_pixels(images, levels)
     if hidden is not None:
-        over = hidden.cpu().expand(count, 1, *images.shape[2:]).permute(0, 2, 3, 1)
-        over = over.repeat(1, 1, pixels.shape[2] // images.shape[3], 1)
-        pixels = torch.where(over, torch.tensor(HIDDEN, dtype=torch.uint8), pixels)
+        covered = hidden.cpu().expand(count, 1, *images.shape[2:]).permute(0, 2, 3, 1)
+        covered = covered.repeat(1, 1, pixels.shape[2] // images.shape[3], 1)
+        pixels = torch.where(covered, torch.tensor(HIDDEN, dtype=torch.uint8), pixels)
     height, width = pixels.shape[1:3]
     scale = _scale(images)
     font = ImageFont.load_default(size=14)
@@ -95,7 +101,7 @@ def grid(
 
 
 def to_pixels(images: Tensor, levels: int) -> Tensor:
-    """Levels (n, C, H, W) as uint8 (n, H, W, 3) on the CPU; (n, H, C * W, 3) where C is neither 1 nor 3."""
+    """Converts levels (n, C, H, W) to uint8 (n, H, W, 3) on the CPU; to (n, H, C * W, 3) if C is neither 1 nor 3."""
     if images.shape[1] not in (1, 3):
         images = images.transpose(1, 2).flatten(2).unsqueeze(1)
     pixels = (images.detach().cpu().float() * (255 / (levels - 1))).round().clamp(0, 255).to(torch.uint8)
@@ -103,12 +109,12 @@ def to_pixels(images: Tensor, levels: int) -> Tensor:
 
 
 def columns_of(count: int) -> int:
-    """The number of columns that makes a sheet of `count` pictures about as high as wide."""
+    """The number of columns that makes a grid of `count` pictures about as high as it is wide."""
     return max(1, round(count**0.5))
 
 
 def png(image: Image.Image) -> bytes:
-    """The bytes of a PNG file."""
+    """An image as the bytes of a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
@@ -119,11 +125,12 @@ def _scale(images: Tensor) -> int:
 
 
 def curves(rows: Sequence[dict[str, float]], path: str | os.PathLike, *, lines: dict[str, float] | None = None) -> bool:
-    """Writes a PNG of a run's loss over its steps: the rows of metrics.jsonl. Returns False where matplotlib is not
-    installed.
+    """Writes a PNG of a training run's loss over its steps. Returns False if matplotlib is not installed.
 
     Args:
-        lines: values to draw as horizontal lines, by name: what the run is compared with.
+        rows: the rows of the run's metrics.jsonl.
+        path: the file to write, which ends in .png.
+        lines: values to compare with, by name; each becomes a horizontal line.
 
     Raises:
         ValueError: path does not end in .png.
@@ -147,29 +154,31 @@ def curves(rows: Sequence[dict[str, float]], path: str | os.PathLike, *, lines: 
 
 
 def reliability(results: dict[str, tuple[Tensor, Tensor]], path: str | os.PathLike) -> bool:
-    """Writes a PNG of how often classes named with a confidence are right, beside the diagonal of perfect calibration.
-    Returns False where matplotlib is not installed.
+    """Writes a PNG of accuracy over confidence (a reliability diagram), with the diagonal of perfect calibration.
+    Returns False if matplotlib is not installed.
 
     Args:
-        results: by name, mean confidences (n,) and shares that are right (n,), NaN for none.
+        results: for each classifier, by name, the mean confidence (n,) and the accuracy (n,) of n bins; NaN for an
+            empty bin.
+        path: the file to write, which ends in .png.
 
     Raises:
         ValueError, OSError: as `curves`.
     """
     path = png_path(path)
-    axes = _axes("confidence", "share that is right", (5, 4.5))
+    axes = _axes("confidence", "accuracy", (5, 4.5))
     if axes is None:
         return False
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-    for name, (confidence, right) in results.items():
-        there = ~right.isnan()
-        axes.plot(confidence[there].tolist(), right[there].tolist(), marker="o", markersize=4, label=name)
+    for name, (confidence, accuracy) in results.items():
+        filled = ~accuracy.isnan()
+        axes.plot(confidence[filled].tolist(), accuracy[filled].tolist(), marker="o", markersize=4, label=name)
     _write_figure(axes, path)
     return True
 
 
 def _axes(x: str, y: str, size: tuple[float, float]) -> Any:
-    """The axes of a new figure of matplotlib, named x and y; None where matplotlib is not installed."""
+    """The axes of a new matplotlib figure of `size` inches, labelled x and y; None if matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -192,7 +201,7 @@ def _write_figure(axes: Any, path: Path) -> None:
 
 
 def png_path(path: str | os.PathLike) -> Path:
-    """Raises ValueError where the path does not end in .png."""
+    """The path as a Path. Raises ValueError if it does not end in .png."""
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path}: pictures are written as PNG: the name must end in .png")

@@ -1,4 +1,4 @@
-"""The reference: one page, made from the docstrings of all public names."""
+"""Writes the reference: one page, made from the docstrings of all public names."""
 
 import argparse
 import importlib
@@ -24,17 +24,21 @@ MODULES = (
     "fastgen.weights",
     "fastgen.plots",
 )
-SECTIONS = ("Args", "Attributes", "Raises", "Returns")  # of a docstring
+SECTIONS = ("Args", "Attributes", "Raises", "Returns")  # headings inside a docstring
 INTRODUCTION = f"""# fastgen {__version__}: reference
 
-B is the batch, C the channels of an image, (H, W) its size, h hidden units, K levels, D latent dimensions, P parameters
-a pixel. Tensors of images are (B, C, H, W). Log-likelihoods are in nats; bits/dim are nats / (C * H * W * ln 2). Mask
-type A hides the pixel itself, B shows it; of the three colours of a pixel, R sees none, G sees R, B sees R and G.
+Sizes: B images in a batch, C channels, (H, W) height and width, h hidden units, K levels of a channel, D latent
+dimensions, P distribution parameters for each pixel. Images are tensors (B, C, H, W) of integer levels 0..K - 1. An
+`impl` of "auto" runs a Triton kernel for CUDA tensors and the PyTorch definition elsewhere.
+
+Log-likelihoods are in nats; bits/dim = nats / (C * H * W * ln 2). Mask type A hides the centre pixel of a kernel,
+type B shows it. Within an RGB pixel the colours are ordered: red sees no other colour, green sees red, blue sees
+red and green.
 """
 
 
 def markdown() -> str:
-    """The page: every public name of MODULES, once, under the first module that has it."""
+    """The page as Markdown: every public name of MODULES, once, under the first module that has it."""
     parts, seen = [INTRODUCTION], set()
     for name in MODULES:
         module = importlib.import_module(name)
@@ -47,10 +51,10 @@ def markdown() -> str:
 
 
 def public_names(module: Any) -> dict[str, Any]:
-    """Classes and functions: those of `__all__`, or else those that the module itself defines."""
-    own = [name for name, item in vars(module).items() if getattr(item, "__module__", "") == module.__name__]
-    listed = getattr(module, "__all__", [name for name in own if name[0] != "_"])
-    items = {name: getattr(module, name) for name in listed}
+    """Classes and functions in the module's `__all__` or, without an `__all__`, those that the module defines."""
+    defined = [name for name, item in vars(module).items() if getattr(item, "__module__", "") == module.__name__]
+    public = getattr(module, "__all__", [name for name in defined if name[0] != "_"])
+    items = {name: getattr(module, name) for name in public}
     return {name: item for name, item in items.items() if inspect.isclass(item) or inspect.isroutine(item)}
 
 
@@ -71,28 +75,29 @@ def _entry(name: str, item: Any) -> Iterator[str]:
 
 
 def _methods(item: Any) -> Iterator[tuple[str, Any]]:
-    """Public methods and properties with a docstring that fastgen's classes define, of the class and of its bases."""
+    """Public methods and properties with a docstring, of a class and of those of its bases that fastgen defines."""
     if inspect.isclass(item):
-        own = [kind for kind in item.__mro__ if kind.__module__.startswith("fastgen")]
-        found = {key: value for kind in reversed(own) for key, value in vars(kind).items()}
-        for key, value in found.items():
-            value = value.__func__ if isinstance(value, classmethod) else value
-            if key[0] != "_" and (inspect.isfunction(value) or isinstance(value, property)) and value.__doc__:
-                yield key, value
+        bases = [base for base in item.__mro__ if base.__module__.startswith("fastgen")]
+        members = {name: member for base in reversed(bases) for name, member in vars(base).items()}
+        for name, member in members.items():
+            member = member.__func__ if isinstance(member, classmethod) else member
+            if name[0] != "_" and (inspect.isfunction(member) or isinstance(member, property)) and member.__doc__:
+                yield name, member
 
 
 def _call(name: str, item: Any) -> str:
-    """The call as one would write it, a line for each argument where it is long."""
+    """The signature; one line for each argument if it is long."""
     text = re.sub(r"\b(?:\w+\.)+(?=[A-Za-z_])", "", f"{name}{inspect.signature(item)}")  # torch.Tensor is Tensor
     text = re.sub(r"<function <lambda> at \w+>", "...", text)
     if len(text) <= 100:
         return text
     opening, arguments, rest = re.match(r"(\w+\()(.*?)(\)(?: -> .*)?)$", text).groups()  # type: ignore[union-attr]
-    return "\n".join([opening, *(f"    {one}," for one in re.split(r", (?![^\[(]*[\])])", arguments)), rest])
+    separator = r", (?![^\[(]*[\])])"  # a comma outside of brackets
+    return "\n".join([opening, *(f"    {argument}," for argument in re.split(separator, arguments)), rest])
 
 
 def _text(item: Any) -> str:
-    """A docstring as Markdown: its sections become lists, what is indented becomes code."""
+    """A docstring as Markdown: its sections become lists, indented blocks become code."""
     blocks = []
     for block in (inspect.getdoc(item) or "").split("\n\n"):
         heading, _, body = block.partition("\n")
@@ -108,7 +113,12 @@ def _text(item: Any) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fastgen.reference", description=__doc__)
-    parser.add_argument("file", nargs="?", default="reference.html", help="to write: .md, or else HTML (%(default)s)")
+    parser.add_argument(
+        "file",
+        nargs="?",
+        default="reference.html",
+        help="the file to write: Markdown if it ends in .md, otherwise HTML (default %(default)s)",
+    )
     target = Path(parser.parse_args(arguments).file)
     page = markdown()
     content = page if target.suffix == ".md" else pages.to_html(page)

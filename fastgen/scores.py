@@ -1,6 +1,6 @@
-"""Scores of images by a model's likelihood, where in an image the surprise is, and images that a score should catch.
+"""Outlier scores of images, the surprise at each pixel, and images of other kinds to test the scores with.
 
-The scores themselves are in `fastgen.likelihood`: the higher, the less an image looks like the training data.
+`fastgen.likelihood` defines the scores. A higher score means that an image looks less like the training data.
 """
 
 from typing import Any, NamedTuple
@@ -16,14 +16,14 @@ from fastgen.likelihood import bits_per_dim, likelihood_ratio, log_likelihoods, 
 from fastgen.models.autoregressive import AutoregressiveModel
 
 SCORES = ("-log p", "likelihood ratio", "typicality")
-MOST_TRAINING = 500  # training images from which it is estimated what is typical
+MOST_TRAINING = 500  # training images whose mean log-likelihood `typicality` compares with
 
 
 class Scores(NamedTuple):
-    """Scores of N images, each (N,) float64.
+    """Scores of N images, each (N,) float64 in nats.
 
     Attributes:
-        log_prob: log p(x), nats, of a class-conditional model with the class summed out; a lower bound of a VAE's.
+        log_prob: log p(x); a class-conditional model sums over the classes, a VAE gives a lower bound.
         likelihood_ratio: log p_background(x) - log p(x) (Ren et al. 2019).
         typicality: |-log p(x) - its mean over training images| (Nalisnick et al. 2019).
     """
@@ -38,12 +38,12 @@ class Scores(NamedTuple):
 
 
 class Scorer:
-    """Scores images of the kind of a data set.
+    """Computes the `Scores` of images with the shape and levels of a data set.
 
     Args:
-        model: trained on the data set.
-        background: trained on `likelihood.perturb`ed images of it.
-        dataset: whose training images say what is typical.
+        model: a model trained on the data set.
+        background: a model trained on images of the data set that `likelihood.perturb` has spoilt.
+        dataset: the data set; the mean log-likelihood of its training images defines what is typical.
         options: further arguments of `likelihood.log_likelihoods`.
     """
 
@@ -64,7 +64,8 @@ class Scorer:
 
 
 def aurocs(inliers: Scores, outliers: dict[str, Scores]) -> dict[str, dict[str, float]]:
-    """For each kind of outliers and each of SCORES, the probability that an outlier scores higher than an inlier."""
+    """For each kind of outliers, by name, and each of SCORES: the probability that an outlier scores higher than an
+    inlier."""
     return {
         kind: {
             name: likelihood.auroc(inlier, outlier)
@@ -76,26 +77,34 @@ def aurocs(inliers: Scores, outliers: dict[str, Scores]) -> dict[str, dict[str, 
 
 @torch.no_grad()
 def surprise(model: AutoregressiveModel, images: Tensor, condition: Tensor | None = None) -> Tensor:
-    """-log2 p of every pixel of images (n, C, H, W) given those before it, all its channels together: (n, H, W) bits.
-    Its sum is -log2 p(x).
+    """-log2 p(pixel | pixels before it) in bits, over all channels of a pixel together. The sum over an image is
+    -log2 p(x).
+
+    Args:
+        model: an autoregressive model in evaluation mode.
+        images: integer levels (n, C, H, W).
+        condition: classes (n,) of a class-conditional model.
+
+    Returns:
+        (n, H, W) bits.
 
     Raises:
-        TypeError: the model is not autoregressive, and so has no probability of a pixel.
-        ValueError: as `model.log_prob`, or the model is in training mode.
+        TypeError: the model is not autoregressive: it has no probability of a single pixel.
+        ValueError: the model is in training mode, or as `model.log_prob`.
     """
     if not isinstance(model, AutoregressiveModel):
         raise TypeError(f"model must be an autoregressive model of fastgen.models, got {type(model).__name__}")
     if model.training:
         raise ValueError("model is in training mode (dropout is on): call model.eval() before scoring")
     params = model(images, condition)
-    a_row_a_pixel = (each.movedim((-2, -1), (1, 2)).flatten(0, 2) for each in (params, images.long()))
-    nats = -model.distribution.log_prob(*a_row_a_pixel)
+    pixels = (tensor.movedim((-2, -1), (1, 2)).flatten(0, 2) for tensor in (params, images.long()))  # (n * H * W, ...)
+    nats = -model.distribution.log_prob(*pixels)
     return bits_per_dim(nats, (1,)).view(len(images), *images.shape[2:])
 
 
 def strangers(images: Tensor, levels: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-    """Images of other kinds, as many of each as there are images (n, C, H, W): "inverted" levels, "shuffled" pixels,
-    "noise" of all levels alike, "letters" as large as the image."""
+    """Makes four kinds of images that are not of the data set, from images (n, C, H, W) of it: "inverted" levels,
+    "shuffled" pixels, uniform "noise", and "letters" as large as an image. Returns (n, C, H, W) of each, by name."""
     n, channels, height, width = images.shape
     order = torch.rand(n, 1, height * width, generator=generator).argsort(2).expand(-1, channels, -1)
     return {
@@ -107,14 +116,14 @@ def strangers(images: Tensor, levels: int, generator: torch.Generator | None = N
 
 
 def letters(n: int, shape: tuple[int, ...], levels: int, generator: torch.Generator | None = None) -> Tensor:
-    """White letters A to Z on black, drawn at random, of an image's size: int64 levels (n, C, H, W)."""
+    """Random white letters A to Z on black, n images of the shape (C, H, W): int64 levels (n, C, H, W)."""
     channels, height, width = shape
     font = ImageFont.load_default(size=max(6, round(1.15 * min(height, width))))
-    drawn = []
+    pictures = []
     for number in torch.randint(26, (n,), generator=generator).tolist():
         picture = Image.new("L", (width, height))
-        place = (width / 2, height / 2)
-        ImageDraw.Draw(picture).text(place, chr(ord("A") + number), 255, font, anchor="mm")
-        drawn.append(np.asarray(picture))
-    pixels = torch.from_numpy(np.stack(drawn)).double() * ((levels - 1) / 255)
+        centre = (width / 2, height / 2)
+        ImageDraw.Draw(picture).text(centre, chr(ord("A") + number), 255, font, anchor="mm")
+        pictures.append(np.asarray(picture))
+    pixels = torch.from_numpy(np.stack(pictures)).double() * ((levels - 1) / 255)
     return pixels.round().long().unsqueeze(1).expand(-1, channels, -1, -1).contiguous()

@@ -1,4 +1,4 @@
-"""Loads weights of a run, or of a file that somebody else wrote, into a model. Nothing but tensors is unpickled."""
+"""Loads weights from a run, or from a file that other code wrote, into a model. Only tensors are unpickled."""
 
 import os
 from collections.abc import Mapping
@@ -10,22 +10,27 @@ from torch import Tensor, nn
 
 from fastgen import checkpoint
 
-WRAPPERS = ("module.", "_orig_mod.", "model.")  # what DataParallel, torch.compile and Lightning put before a name
-INSIDE = ("state_dict", "model_state_dict", "model", "weights")  # where training scripts keep the weights in a .pt
+WRAPPERS = ("module.", "_orig_mod.", "model.")  # prefixes of names by DataParallel, torch.compile and Lightning
+STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "weights")  # where training scripts' .pt hold the weights
 
 
 def load_weights(model: nn.Module, source: str | os.PathLike) -> str:
-    """Loads weights into a model. Returns a note if they were matched by shape, "" if they were matched by name.
+    """Loads weights into a model.
 
-    Names are compared without the prefixes of wrappers ("module.", for example), and masks that the model makes itself
-    are left out. If no name matches, but the shapes are the model's in the same order, tensors are matched by order.
+    Tensors are matched by name, without the prefixes of wrappers such as "module."; masks that the model computes
+    itself are ignored. If no name matches, but the tensors have the shapes of the model's in the same order, they are
+    matched in this order.
 
     Args:
-        source: a folder with model.safetensors (a run, or of `fastgen.save`), a .safetensors file, or a .pt or .pth
-            file of a state dict (also inside a dict, as "state_dict" or "model"), read with weights_only=True.
+        model: the module whose parameters and buffers are overwritten.
+        source: a folder with model.safetensors (a run, or written by `fastgen.save`), a .safetensors file, or a .pt or
+            .pth file of a state dict, also inside a dict (as "state_dict" or "model"), read with weights_only=True.
+
+    Returns:
+        A note for the user if tensors were matched by order, otherwise "".
 
     Raises:
-        ValueError: the file is missing or something else, or its weights are not those of the model; names them.
+        ValueError: the file is missing or holds something else, or its tensors do not fit the model; names them.
     """
     model, path = checkpoint.unwrap(model), Path(source)
     path = path / checkpoint.WEIGHTS if path.is_dir() else path
@@ -38,7 +43,7 @@ def load_weights(model: nn.Module, source: str | os.PathLike) -> str:
     if not loaded.keys() & ours.keys() and [t.shape for t in loaded.values()] == [t.shape for t in ours.values()]:
         loaded = dict(zip(ours, loaded.values(), strict=True))
         note = (
-            f"{path}: knows other names; its {len(ours)} tensors have the shapes of the model's and were taken in order"
+            f"{path}: uses other names; its {len(ours)} tensors have the shapes of the model's and were taken in order"
         )
     checkpoint.check_fit(model, loaded, path)
     model.load_state_dict(loaded)
@@ -53,11 +58,11 @@ def _read(path: Path) -> dict[str, Tensor]:
             content: Any = safetensors.torch.load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each library has its own kinds for files that are something else
+    except Exception as error:  # each library raises its own exceptions for foreign files
         raise ValueError(
             f"{path}: cannot be read as weights, or holds more than tensors ({type(error).__name__})"
         ) from error
-    for name in INSIDE:
+    for name in STATE_DICT_KEYS:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
     if not isinstance(content, Mapping):
@@ -75,5 +80,5 @@ def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                 tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
                 break
         else:
-            # torch.compile on a part of a model leaves its mark inside
+            # a part of the model was compiled: the prefix is in the middle of a name
             return {name.replace("._orig_mod.", "."): tensor for name, tensor in tensors.items()}

@@ -1,9 +1,9 @@
-"""Demonstrations, most on scikit-learn's handwritten digits, each a picture and its numbers, on a CPU.
+"""Demonstrations: each trains a model on a CPU and writes a picture and its numbers.
 
     python -m fastgen demo [NAME] --out FOLDER
 
-`digits`, the first, is the main job from start to end; `examples/` holds short programs to copy from. They need
-scikit-learn: pip install fastgen[demo].
+`digits`, the default, runs everything from training to a report. `examples/` holds short programs to copy from. Most
+demonstrations use the data sets of scikit-learn: pip install fastgen[demo].
 """
 
 import importlib
@@ -13,32 +13,33 @@ from pathlib import Path
 from typing import Any
 
 DEMOS = {
-    "digits": "the main job: train, score, sample, complete; in minutes, with a report",
-    "vae": "samples, reconstructions and interpolation",
-    "latent_map": "a plane of latent variables, decoded",
-    "bounds": "ELBO <= importance-weighted bounds <= log p",
-    "bayes": "classification by p(x | y)",
-    "outliers": "rejecting unlikely inputs",
-    "autoencoder": "features for a classifier with few labels",
+    "digits": "train, score, sample and complete digits, with a report",
+    "vae": "samples, reconstructions and interpolations of a VAE",
+    "latent_map": "the images that a VAE decodes over a plane of two latent variables",
+    "bounds": "ELBO <= importance-weighted bounds <= log p, where log p is known exactly",
+    "bayes": "classification by Bayes' rule with p(x | y)",
+    "outliers": "rejection of unlikely inputs",
+    "autoencoder": "features for a classifier that has few labels",
     "code_prior": "a VQ-VAE of photographs, and a PixelCNN that draws and completes its codes",
-    "ising": "free energies of a spin lattice from exact samples, beside the exact ones",
+    "ising": "free energies of a spin lattice, estimated from exact samples and compared with the exact solution",
 }
 
 
 def perform(name: str, folder: str | os.PathLike, *, seed: int = 0, **options: Any) -> dict[str, Any]:
-    """Runs one of DEMOS other than `digits` and writes NAME.png and NAME.json.
+    """Runs one of DEMOS other than `digits` and writes its picture NAME.png and its numbers NAME.json.
 
     Args:
-        name: of a module of this package, whose `run(seed=..., **options)` gives numbers and a picture.
-        folder: to write to.
-        seed: of everything random; torch's own generator is left as it was.
+        name: a module of this package. Its `run(seed=..., **options)` returns the numbers and the picture.
+        folder: the folder to write to.
+        seed: seed of everything random. torch's default generators are left as they were.
+        options: further arguments of the module's `run`.
 
     Returns:
-        The numbers; their meaning is in the docstring of the module's `run`.
+        The numbers; the docstring of the module's `run` says what they mean.
 
     Raises:
-        OSError: the folder cannot be written to; known before the work starts.
-        ValueError: scikit-learn is missing.
+        OSError: the folder cannot be written to (checked before the work starts).
+        ValueError: scikit-learn is not installed, or the folder is a file.
     """
     import torch
 

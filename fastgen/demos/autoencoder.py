@@ -1,4 +1,4 @@
-"""Train an autoencoder without labels, throw its decoder away, and classify by its features."""
+"""Trains an autoencoder without labels, then a linear classifier on its features."""
 
 from typing import Any
 
@@ -14,17 +14,17 @@ from fastgen.demos.pictures import COLOURS, FONT, INK, Axes, rows_of, sheet
 from fastgen.models import Autoencoder
 
 FEATURES = 8
-LABELS = (10, 100)  # images with a label, as many of each class; and all
-DRAWS = 10  # choices of the labelled images, over which the accuracy is averaged
+LABELS = (10, 100)  # numbers of labelled images, equally many of each class; all training images come after these
+DRAWS = 10  # random choices of the labelled images, over which the accuracy is averaged
 
 
 def run(*, steps: int = 1000, seed: int = 0) -> tuple[dict[str, Any], Image.Image]:
-    """A linear classifier on the encoder's 8 features, and one on the 64 pixels, given 10, 100 and all labels.
+    """Compares linear classifiers on the encoder's 8 features and on the 64 pixels, given 10, 100 and all labels.
 
     Returns:
-        "error" and "error_of_mean": squared distance of test images from their reconstructions, and from the mean
-        image. "accuracy": for each number of labels the fractions of test images right, by features and by pixels,
-        with the standard errors over the choices of labelled images.
+        "error" and "error_of_mean": the mean squared distance of test images from their reconstructions and from the
+        mean training image, on the scale of -1..1. "accuracy": for each number of labels, the fraction of test images
+        classified rightly by "features" and by "pixels", with standard errors over the choices of labelled images.
     """
     digits = data.load("digits")
     model = Autoencoder(digits.shape, FEATURES, levels=digits.levels)
@@ -34,8 +34,7 @@ def run(*, steps: int = 1000, seed: int = 0) -> tuple[dict[str, Any], Image.Imag
         features = model.encode(images), model.encode(test)
         rebuilt = model.reconstruct(test[:16])
         error = model.loss(test).item()
-    scaled = [part.double() / (digits.levels - 1) * 2 - 1 for part in (images, test)]
-    pixels = scaled[0].flatten(1), scaled[1].flatten(1)
+    pixels = tuple((split.double() / (digits.levels - 1) * 2 - 1).flatten(1) for split in (images, test))
     accuracy = {
         str(count): {
             name: _accuracy(x, digits.train, digits.test, count, seed)
@@ -60,10 +59,10 @@ def run(*, steps: int = 1000, seed: int = 0) -> tuple[dict[str, Any], Image.Imag
 
 
 def _accuracy(x: tuple[Tensor, Tensor], train: Split, test: Split, count: int, seed: int) -> dict[str, float]:
-    """Mean fraction of test images right, and its standard error, over draws of `count` labelled images.
+    """Mean fraction of test images classified rightly, and its standard error, over draws of `count` labelled images.
 
     Args:
-        x: what the classifier sees of the training and of the test images, (n, ...).
+        x: inputs of the classifier, (n, features), for the training and for the test images.
     """
     from sklearn.linear_model import LogisticRegression
 

@@ -1,4 +1,4 @@
-"""The bounds on log p, in a VAE whose log p is known exactly."""
+"""The ELBO and importance-weighted bounds of log p, in a VAE whose log p is known exactly."""
 
 import math
 from typing import Any
@@ -11,13 +11,20 @@ from fastgen import data
 from fastgen.demos.pictures import COLOURS, INK, Axes, sheet
 from fastgen.models import VAE
 
-REPEATS = 4  # of each test image, for means with less noise
+REPEATS = 4  # independent estimates for each test image; their mean is less noisy
 
 
 class LinearVAE(VAE):
-    """Probabilistic principal components (Tipping & Bishop 1999), fitted in closed form, as a VAE: p(x | z) =
-    N(W z + b, s^2). log p(x) is known exactly. The true posterior is Gaussian too, but the axes of z are turned so that
-    its dimensions are correlated, while q(z | x) is the best one without correlation: the bound is not tight."""
+    """Probabilistic PCA (Tipping & Bishop 1999), fitted in closed form, as a VAE: p(x | z) = N(W z + b, s^2 I). log
+    p(x) is known exactly.
+
+    The true posterior is Gaussian with correlated dimensions, because W is rotated at random; q(z | x) is the closest
+    Gaussian without correlations. The ELBO is therefore strictly smaller than log p(x).
+
+    Args:
+        images: floats (n, C, H, W) to fit.
+        latent: number of principal components, the dimensions of z.
+    """
 
     def __init__(self, images: Tensor, latent: int) -> None:
         super().__init__(tuple(images.shape[1:]), latent, likelihood="gaussian", channels=1)  # type: ignore[arg-type]
@@ -25,13 +32,13 @@ class LinearVAE(VAE):
         x = images.double().flatten(1)
         self.offset = x.mean(0)
         values, vectors = torch.linalg.eigh(torch.cov(x.T))
-        kept = values[-latent:]
-        self.noise = values[:-latent].mean()
-        turn = torch.linalg.qr(torch.randn(latent, latent, dtype=torch.float64))[0]
-        self.weight = vectors[:, -latent:] * (kept - self.noise).sqrt() @ turn
+        largest = values[-latent:]
+        self.noise = values[:-latent].mean()  # s^2
+        rotation = torch.linalg.qr(torch.randn(latent, latent, dtype=torch.float64))[0]
+        self.weight = vectors[:, -latent:] * (largest - self.noise).sqrt() @ rotation
         precision = torch.eye(latent).double() + self.weight.T @ self.weight / self.noise
         self.to_mean = torch.linalg.solve(precision, self.weight.T / self.noise)
-        self.logvar = -precision.diagonal().log()  # minimizes the divergence from the true posterior
+        self.logvar = -precision.diagonal().log()  # minimizes the KL divergence of q from the true posterior
 
     def encode(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         mean = (x.flatten(1) - self.offset) @ self.to_mean.T
@@ -48,13 +55,13 @@ class LinearVAE(VAE):
 
 
 def run(*, samples: int = 512, seed: int = 0) -> tuple[dict[str, Any], Image.Image]:
-    """ELBO <= importance-weighted bounds <= log p, in a linear VAE of the digits whose log p is known.
+    """Computes the ELBO, importance-weighted bounds and log p of test digits under a linear VAE.
 
     Args:
-        samples: the most importance samples.
+        samples: the largest number of importance samples; the others are the powers of two below it.
 
     Returns:
-        Mean nats of test digits: "elbo", "log_p", and "importance" by the number of samples.
+        Means over the test digits in nats: "elbo", "log_p", and "importance" for each number of samples.
     """
     digits = data.load("digits")
     images, test = (split.images.double() / 8 - 1 for split in (digits.train, digits.test))
@@ -76,7 +83,7 @@ def run(*, samples: int = 512, seed: int = 0) -> tuple[dict[str, Any], Image.Ima
     axes.draw.line((*axes.place(0, exact), *axes.place(math.log2(samples), exact)), INK, 2)
     axes.line([math.log2(count) for count in counts], list(bounds.values()), COLOURS[0])
     picture = sheet(
-        ("Mean log p of test digits in nats (black), exactly known in a linear VAE,", None),
-        (f"and the importance-weighted bound (blue) by samples; ELBO {elbo:.3f}, log p {exact:.3f}", axes.picture),
+        ("Mean log p of test digits in nats, known exactly for a linear VAE (black), and the", None),
+        (f"importance-weighted bound over samples (blue); ELBO {elbo:.3f}, log p {exact:.3f}", axes.picture),
     )
     return numbers, picture

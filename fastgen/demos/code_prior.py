@@ -1,7 +1,8 @@
-"""A code prior: a VQ-VAE (van den Oord, Vinyals & Kavukcuoglu 2017, "Neural Discrete Representation Learning") turns
-patches of photographs into grids of integer codes (B, H, W), and a PixelCNN learns, draws and completes these.
+"""A prior over codes: a VQ-VAE (van den Oord, Vinyals & Kavukcuoglu 2017, "Neural Discrete Representation Learning")
+encodes patches of photographs as grids of integer codes (B, H, W), and a PixelCNN learns, draws and completes the
+grids.
 
-The prior is conditioned on a map, the patch as a thumbnail of one colour a cell.
+The PixelCNN is conditioned on a thumbnail of the patch.
 """
 
 import math
@@ -18,18 +19,22 @@ from fastgen import Categorical, accelerate, data
 from fastgen.demos.pictures import rows_of, sheet
 from fastgen.nn import MaskedConv2d
 
-CELL = 4  # pixels of a code's side
-THUMBNAIL = 8  # pixels of a thumbnail's
-BATCH, RATE = 32, 2e-3
-DECAY, COMMITMENT = 0.97, 0.25  # of the codebook's moving averages, of the encoder's loss
-SHOWN = 10  # patches
+THUMBNAIL = 8  # a pixel of a thumbnail is the mean of 8x8 pixels of a patch
+BATCH, RATE = 32, 2e-3  # images a step, peak learning rate
+DECAY, COMMITMENT = 0.97, 0.25  # of the codebook's moving averages; weight of the commitment loss
+SHOWN = 10  # patches in the picture
 
 
 class VQVAE(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] <-> codes (B, H / CELL, W / CELL) of `codes` vectors.
+    """Encodes images (B, 3, H, W) in [-1, 1] as codes (B, H / 4, W / 4), indexes of the vectors of a codebook.
 
-    The codebook holds moving averages of the features that chose each vector (appendix A.1 of the paper); a vector that
-    nothing chooses becomes a feature of the batch.
+    Each vector of the codebook is a moving average of the features nearest to it (appendix A.1 of the paper). A vector
+    that is no longer the nearest of any feature is replaced by a random feature of the batch.
+
+    Args:
+        codes: number of vectors in the codebook.
+        channels: feature maps of the hidden layers.
+        dimensions: length of a vector.
     """
 
     def __init__(self, codes: int = 64, channels: int = 48, dimensions: int = 16) -> None:
@@ -51,6 +56,7 @@ class VQVAE(nn.Module):
         self.counts: Tensor
 
     def _nearest(self, features: Tensor) -> Tensor:
+        """Features (B, dimensions, H, W) -> the index of the nearest vector to each, (B * H * W,)."""
         return torch.cdist(features.movedim(1, -1).flatten(0, 2), self.codebook).argmin(1)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -61,31 +67,33 @@ class VQVAE(nn.Module):
         return self.decoder(self.codebook[codes].movedim(-1, 1))
 
     def loss(self, x: Tensor) -> Tensor:
-        """Squared error and commitment (equation 3, with the codebook averaged); moves the codebook."""
+        """Squared error plus commitment loss (equation 3; the codebook has no loss, it is averaged). In training mode
+        it also updates the codebook."""
         features = self.encoder(x)
-        chosen = self._nearest(features)
-        flat = features.detach().movedim(1, -1).flatten(0, 2)
+        codes = self._nearest(features)
         if self.training:
-            self._follow(flat, chosen)
-        vectors = self.codebook[chosen].view_as(features.movedim(1, -1)).movedim(-1, 1)
+            self._update_codebook(features.detach().movedim(1, -1).flatten(0, 2), codes)
+        vectors = self.codebook[codes].view_as(features.movedim(1, -1)).movedim(-1, 1)
         straight_through = features + (vectors - features).detach()  # the vectors, with the gradient of the features
         return F.mse_loss(self.decoder(straight_through), x) + COMMITMENT * F.mse_loss(features, vectors)
 
-    def _follow(self, flat: Tensor, chosen: Tensor) -> None:
-        counts = torch.bincount(chosen, minlength=len(self.counts)).to(flat.dtype)
-        sums = torch.zeros_like(self.codebook).index_add(0, chosen, flat)
-        before = self.counts * DECAY
-        self.counts.copy_(before + counts * (1 - DECAY))
-        total = before.unsqueeze(1) * self.codebook + (1 - DECAY) * sums
+    def _update_codebook(self, features: Tensor, codes: Tensor) -> None:
+        """Features (N, dimensions) and the codes (N,) of the vectors nearest to them."""
+        counts = torch.bincount(codes, minlength=len(self.counts)).to(features.dtype)
+        sums = torch.zeros_like(self.codebook).index_add(0, codes, features)
+        decayed = self.counts * DECAY
+        self.counts.copy_(decayed + counts * (1 - DECAY))
+        total = decayed.unsqueeze(1) * self.codebook + (1 - DECAY) * sums
         self.codebook.copy_(total / self.counts.clamp(min=1e-9).unsqueeze(1))
         unused = self.counts < 0.05
-        anew = flat[torch.randint(len(flat), (len(self.counts),))]
-        self.codebook.copy_(torch.where(unused.unsqueeze(1), anew, self.codebook))
+        replacements = features[torch.randint(len(features), (len(self.counts),))]
+        self.codebook.copy_(torch.where(unused.unsqueeze(1), replacements, self.codebook))
         self.counts.masked_fill_(unused, 1.0)
 
 
 class Prior(nn.Module):
-    """Codes (B, H, W) and thumbnails (B, 3, h, w) in [-1, 1], which see everything -> logits (B, K, H, W)."""
+    """A PixelCNN over codes: codes (B, H, W) and thumbnails (B, 3, h, w) in [-1, 1] -> logits (B, K, H, W). Each logit
+    depends on the codes before its own and on the whole thumbnail."""
 
     def __init__(self, codes: int, channels: int = 48, layers: int = 4) -> None:
         super().__init__()
@@ -98,19 +106,19 @@ class Prior(nn.Module):
         self.last = MaskedConv2d(channels, codes, 1, mask_type="B")
 
     def forward(self, codes: Tensor, thumbnail: Tensor) -> Tensor:
-        beside = F.interpolate(self.thumbnail(thumbnail), codes.shape[1:])
+        context = F.interpolate(self.thumbnail(thumbnail), codes.shape[1:])
         x = self.first(self.embedding(codes).movedim(-1, 1))
         for layer in self.rest:
-            x = x + layer(x + beside)
-        return self.last(F.relu(x + beside))
+            x = x + layer(x + context)
+        return self.last(F.relu(x + context))
 
     def loss(self, codes: Tensor, thumbnail: Tensor) -> Tensor:
-        """Mean -log p of a code, nats."""
+        """Mean of -log p(code) over all codes, () nats."""
         return F.cross_entropy(self(codes, thumbnail), codes)
 
 
 def _train(model: nn.Module, loss: Callable[[Tensor], Tensor], images: int, steps: int) -> None:
-    """Adam; `loss` is given the numbers of a batch's images."""
+    """Trains with Adam and a cosine schedule. `loss` gets the indexes (BATCH,) of random images out of `images`."""
     optimizer = torch.optim.Adam(model.parameters(), RATE)
     model.train()
     for step in range(steps):
@@ -122,18 +130,23 @@ def _train(model: nn.Module, loss: Callable[[Tensor], Tensor], images: int, step
 
 
 def run(*, codes: int = 64, steps: int = 1500, seed: int = 0) -> tuple[dict[str, Any], Image.Image]:
-    """Trains a VQ-VAE and its prior on `patches`; draws codes for the thumbnails of test patches, and completes codes
-    of which the upper half is kept.
+    """Trains a VQ-VAE and a prior of its codes on `patches`. Then draws codes given the thumbnails of test patches, and
+    completes grids of codes whose upper half is kept.
 
     Args:
-        steps: of training, of either network.
-        seed: of the draws.
+        codes: number of vectors in the codebook.
+        steps: training steps of each of the two networks.
+        seed: seed of the draws.
 
     Returns:
-        "error", the squared error of a reconstruction a dimension on -1..1, "error_of_thumbnail" that of the thumbnail
-        alone; "codes_used" on the test patches; bits a code on these: "uniform", "histogram" (of the training codes),
-        "prior", and "prior_of_others", with the thumbnails of other patches; "identical", whether the codes are those
-        of the naive loop for the same noise, and "speedup" over it, both timed here; "work_ratio".
+        "error": mean squared error of reconstructed test patches, on the scale of -1..1. "error_of_thumbnail": the same
+        for enlarged thumbnails. "codes_used": how many different codes the test patches have.
+
+        Bits per code on the test patches: "uniform", "histogram" (of the training codes), "prior", and
+        "prior_of_others" (given the thumbnails of other patches).
+
+        "identical": whether fastgen drew the same codes as the naive loop from the same noise. "speedup": the loop's
+        time divided by fastgen's, both measured here. "work_ratio": as `Sampler.work_ratio`.
     """
     patches = data.load("patches")
     train, test = (split.images.float() / 127.5 - 1 for split in (patches.train, patches.test))
@@ -147,27 +160,30 @@ def run(*, codes: int = 64, steps: int = 1500, seed: int = 0) -> tuple[dict[str,
     prior = Prior(codes)
     _train(prior, lambda chosen: prior.loss(grids[chosen], thumbnails[chosen]), len(train), steps)
     with torch.no_grad():
-        bits = [float(prior.loss(test_grids, x)) / math.log(2) for x in (test_thumbnails, test_thumbnails.roll(1, 0))]
+        bits, bits_of_others = (
+            float(prior.loss(test_grids, thumbnail)) / math.log(2)
+            for thumbnail in (test_thumbnails, test_thumbnails.roll(1, 0))
+        )
     counts = torch.bincount(grids.flatten(), minlength=codes) + 1.0
     shape, chosen = tuple(test_grids.shape[1:]), torch.linspace(0, len(test) - 1, SHOWN).long()
-    given, kept_codes = test_thumbnails[chosen], test_grids[chosen]
-    arguments: dict[str, Any] = {"distribution": Categorical(codes, layout="B(KC)HW"), "condition": given}
+    chosen_thumbnails = test_thumbnails[chosen]
+    arguments: dict[str, Any] = {"distribution": Categorical(codes, layout="B(KC)HW"), "condition": chosen_thumbnails}
     sampler, naive = (accelerate(prior, shape, backend=backend, **arguments) for backend in ("auto", "naive"))
     noise = torch.rand(sampler.noise_shape(SHOWN), generator=torch.Generator().manual_seed(seed))
     drawn, seconds = _timed(lambda: sampler.sample(SHOWN, noise=noise))
-    slowly, naive_seconds = _timed(lambda: naive.sample(SHOWN, noise=noise))
-    kept = torch.zeros(shape, dtype=torch.bool)
-    kept[: shape[0] // 2] = True
-    completed = sampler.sample(SHOWN, noise=noise, known=kept_codes, known_mask=kept)
+    naive_drawn, naive_seconds = _timed(lambda: naive.sample(SHOWN, noise=noise))
+    upper_half = torch.zeros(shape, dtype=torch.bool)
+    upper_half[: shape[0] // 2] = True
+    completed = sampler.sample(SHOWN, noise=noise, known=test_grids[chosen], known_mask=upper_half)
     numbers = {
         "error": F.mse_loss(rebuilt, test).item(),
         "error_of_thumbnail": F.mse_loss(_enlarged(test_thumbnails, test), test).item(),
         "codes_used": len(test_grids.unique()),
         "uniform": math.log2(codes),
         "histogram": float(-(counts / counts.sum()).log2()[test_grids].mean()),
-        "prior": bits[0],
-        "prior_of_others": bits[1],
-        "identical": torch.equal(drawn, slowly),
+        "prior": bits,
+        "prior_of_others": bits_of_others,
+        "identical": torch.equal(drawn, naive_drawn),
         "speedup": naive_seconds / seconds,
         "work_ratio": sampler.work_ratio,
     }
@@ -175,13 +191,13 @@ def run(*, codes: int = 64, steps: int = 1500, seed: int = 0) -> tuple[dict[str,
     with torch.no_grad():
         rows = {
             "Test patches": shown,
-            f"Their codes, {shape[0]}x{shape[1]} of {codes}, decoded": rebuilt[chosen],
-            "Thumbnails": _enlarged(given, shown),
-            "Codes drawn for the thumbnails": model.decode(drawn),
-            "The upper half of the codes kept, the lower drawn": model.decode(completed),
+            f"The patches decoded from their {shape[0]}x{shape[1]} codes ({codes} different ones)": rebuilt[chosen],
+            "Thumbnails": _enlarged(chosen_thumbnails, shown),
+            "Decoded from codes drawn given the thumbnails": model.decode(drawn),
+            "Upper half of the codes kept, lower half drawn": model.decode(completed),
         }
     parts = [(name, rows_of(((x + 1) * 127.5).clamp(0, 255).unsqueeze(0), 256)) for name, x in rows.items()]
-    caption = f"{bits[0]:.2f} bits a code; with the thumbnails of other patches {bits[1]:.2f}"
+    caption = f"{bits:.2f} bits per code; given the thumbnails of other patches {bits_of_others:.2f}"
     return numbers, sheet(*parts, (caption, None), (patches.attribution, None))
 
 
@@ -190,7 +206,7 @@ def _enlarged(thumbnails: Tensor, images: Tensor) -> Tensor:
 
 
 def _timed(call: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    """The result, and the seconds of a second call."""
+    """The result and the seconds of a second call; the first one prepares the sampler."""
     call()
     start = time.perf_counter()
     return call(), time.perf_counter() - start

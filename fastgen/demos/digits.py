@@ -1,4 +1,5 @@
-"""The main job, start to end: train on real images, score, sample, complete, report. See `fastgen demo --help`."""
+"""The main demonstration: trains a Gated PixelCNN on digits, scores it, samples, completes images and writes a report.
+Run it with `fastgen demo`."""
 
 import importlib.metadata
 import json
@@ -24,27 +25,29 @@ SETTINGS = Settings(
     steps=600, decay_steps=600, lr=3e-3, weight_decay=0.05, validate_every=100, patience=3, max_seconds=75
 )
 SIZES: dict[str, Any] = {"channels": 48, "layers": 6, "dropout": 0.4}
-SAMPLES = 10  # of each class
-COMPLETED = 10  # test images whose lower half is drawn anew
+SAMPLES = 10  # images of each class
+COMPLETED = 10  # test images whose lower half is completed
 VAE_STEPS = 1000
 NUMBERS = "report.json"
-REPEATS = 3  # of the timed sampling, fast and naive in turns; the medians count
+REPEATS = 3  # timed runs of the fast and of the naive sampler, alternating; the medians count
 
 
 def run(folder: str | os.PathLike, device: torch.device, *, seed: int = 0) -> int:
-    """Writes everything to the folder and returns the exit status: 1 where fast and naive samples differ, 130 where
-    training was interrupted.
+    """Runs the demonstration and writes all its files to `folder`.
+
+    Returns:
+        The exit status: 0, 1 if fast and naive samples differ, 130 if training was interrupted.
 
     Raises:
         OSError: the folder cannot be written to.
-        ValueError: scikit-learn is missing; the folder holds a training run that is no demo's.
+        ValueError: scikit-learn is not installed, or the folder holds a training run that is not an earlier demo.
     """
     folder = Path(folder)
     started = time.monotonic()
     digits = data.load("digits")
     make_folder(folder)
     if (folder / NUMBERS).exists():
-        (folder / STATE).unlink(missing_ok=True)  # of an earlier demo: this one starts anew
+        (folder / STATE).unlink(missing_ok=True)  # the state of an earlier demo, which is not resumed
     elif not (folder / STATE).exists():
         write_atomically({folder / NUMBERS: b"{}\n"})
     count = f"{len(digits.train)} to train, {len(digits.validation)} for validation, {len(digits.test)} for test"
@@ -60,92 +63,90 @@ def run(folder: str | os.PathLike, device: torch.device, *, seed: int = 0) -> in
         print(f"interrupted at step {trained.steps}; the model so far is in {folder}")
         return 130
     numbers: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "seed": seed}
-    numbers |= {"device": _device_name(device), "threads": torch.get_num_threads(), "parameters": parameters}
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    numbers |= {"device": device_name, "threads": torch.get_num_threads(), "parameters": parameters}
     numbers |= {"training_seconds": trained.seconds, "training_steps": trained.steps, "test_images": len(digits.test)}
     numbers |= _scores(model, digits)
     print(
         f"test: {numbers['test_bits_per_dim']:.3f} bits/dim (uniform {numbers['uniform_bits_per_dim']:.3f}, a "
-        f"histogram for each position {numbers['baseline_bits_per_dim']:.3f}); Bayes' rule names "
-        f"{numbers['test_accuracy']:.1%} of the digits",
+        f"histogram for each position {numbers['baseline_bits_per_dim']:.3f}); Bayes' rule classifies "
+        f"{numbers['test_accuracy']:.1%} of the digits rightly",
         flush=True,
     )
     numbers |= _draw(model, digits, folder, seed)
     print(
-        f"samples of fastgen.accelerate and of the naive loop from the same noise: {report.sameness(numbers)}; "
-        f"{numbers['speedup_vs_naive']:.1f} times as fast",
+        f"samples by fastgen.accelerate and by the naive loop from the same noise: {report.sameness(numbers)}; "
+        f"fastgen.accelerate was {numbers['speedup_vs_naive']:.1f} times as fast",
         flush=True,
     )
     numbers["curves"] = _curves(folder, numbers)
     print("Training a VAE on the same images", flush=True)
     numbers["vae"] = perform("vae", folder, steps=VAE_STEPS, seed=seed)
-    print(f"test: at most {numbers['vae']['bits_per_dim']['importance']:.3f} bits/dim", flush=True)
+    print(f"VAE, test: at most {numbers['vae']['bits_per_dim']['importance']:.3f} bits/dim", flush=True)
     numbers["seconds"] = time.monotonic() - started
     numbers["versions"] = {"fastgen": __version__, "python": platform.python_version(), **_versions()}
     text = report.text(numbers)
     contents = {NUMBERS: json.dumps(numbers, indent=2) + "\n", "report.md": text}
     contents["report.html"] = pages.to_html(text, folder)
     write_atomically({folder / name: content.encode() for name, content in contents.items()})
-    print(f"{numbers['seconds']:.0f} seconds; the page to look at, or to send to somebody: {folder / 'report.html'}")
+    print(f"done in {numbers['seconds']:.0f} seconds; open {folder / 'report.html'}")
     return 0 if numbers["samples_identical"] else 1
 
 
 def _fastest_thread_count(model: GatedPixelCNN, split: data.Split) -> int:
-    """All of torch's threads, or one where that is faster: on a CPU with other work, threads wait for each other."""
-    most = torch.get_num_threads()
-    images, labels = split.images[: SETTINGS.batch_size].long(), split.labels
+    """Times a training step with all of torch's threads and with one, and returns the faster number of threads. On a
+    CPU that does other work as well, threads wait for each other."""
+    batch = split[: SETTINGS.batch_size]
     seconds = {}
-    for count in (most, 1):
+    for count in (torch.get_num_threads(), 1):
         torch.set_num_threads(count)
         times = []
         for _ in range(3):
             started = time.perf_counter()
-            model.loss(images, labels[: len(images)] if labels is not None else None).backward()
+            model.loss(batch.images.long(), batch.labels).backward()
             times.append(time.perf_counter() - started)
-        seconds[count] = sorted(times)[1]
+        seconds[count] = median(times)
     model.zero_grad()
     return min(seconds, key=seconds.__getitem__)
 
 
 def _versions() -> dict[str, str | None]:
-    """Versions of the packages that the numbers could depend on; None where one is not installed."""
-    found: dict[str, str | None] = {}
+    """Versions of the packages that the numbers could depend on; None for a package that is not installed."""
+    versions: dict[str, str | None] = {}
     for name in ("torch", "triton", "numpy", "scikit-learn"):
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+            versions[name] = None
+    return versions
 
 
 def _scores(model: GatedPixelCNN, digits: data.Dataset) -> dict[str, Any]:
-    """Bits/dim on the test images beside the baselines, and how many of them Bayes' rule classifies rightly."""
+    """Bits/dim on the test images, of the model and of the baselines, and the accuracy of Bayes' rule."""
     images, labels = digits.test.images.long(), digits.test.labels
     assert labels is not None  # digits have classes
     score = likelihood.evaluate(model, images, labels)
-    named = likelihood.class_posterior(model, images).labels
+    predicted = likelihood.class_posterior(model, images).labels
     return {
         "test_bits_per_dim": score.bits_per_dim,
         "test_nats": score.nats,
         "test_nats_standard_error": score.standard_error,
         "baseline_bits_per_dim": baselines.histogram_bits_per_dim(digits, digits.test),
         "uniform_bits_per_dim": baselines.uniform_bits_per_dim(digits),
-        "test_accuracy": float((named == labels).double().mean()),
+        "test_accuracy": float((predicted == labels).double().mean()),
     }
 
 
 def _draw(model: GatedPixelCNN, digits: data.Dataset, folder: Path, seed: int) -> dict[str, Any]:
-    """Samples of each class, fast and naive from the same noise, timed side by side; completions."""
+    """Draws samples of each class with the fast and with the naive sampler from the same noise, times both, and writes
+    samples.png and completions.png."""
     device = next(model.parameters()).device
     classes = torch.arange(model.n_classes or 0, device=device).repeat_interleave(SAMPLES)
     options: dict[str, Any] = {"distribution": model.distribution, "condition": classes[:1]}
     fast, naive = (accelerate(model, model.shape, backend=backend, **options) for backend in ("auto", "naive"))
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(fast.noise_shape(len(classes)), generator=generator).to(device)
-    images, _ = _timed(fast, noise, classes)  # builds and compiles what there is to build
+    images, _ = _timed(fast, noise, classes)  # the first call plans and compiles
     runs = [(_timed(fast, noise, classes), _timed(naive, noise, classes)) for _ in range(REPEATS)]
     fast_seconds, naive_seconds = (median(run[side][1] for run in runs) for side in (0, 1))
     names = [str(label) for label in range(model.n_classes or 0)]
@@ -167,14 +168,14 @@ def _draw(model: GatedPixelCNN, digits: data.Dataset, folder: Path, seed: int) -
 
 
 def _timed(sampler: Any, noise: Tensor, classes: Tensor) -> tuple[Tensor, float]:
-    """Images from the noise, and the seconds that they took."""
+    """Images from the noise on the CPU, and the seconds that drawing them took."""
     started = time.perf_counter()
     images = sampler.sample(len(classes), noise=noise, condition=classes).cpu()
     return images, time.perf_counter() - started
 
 
 def _curves(folder: Path, numbers: dict[str, Any]) -> bool:
-    """Whether curves.png was written."""
+    """Writes curves.png, the loss over the training steps. Returns False if matplotlib is not installed."""
     rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     lines = {
         "uniform": numbers["uniform_bits_per_dim"],

@@ -1,10 +1,13 @@
-"""The Ising model on a periodic lattice by a variational autoregressive network (Wu, Wang & Zhang 2019, "Solving
-Statistical Mechanics Using Variational Autoregressive Networks"): free energies from exact samples with exact
-probabilities, beside the solved model's.
+"""Free energies of the Ising model from a variational autoregressive network (Wu, Wang & Zhang 2019, "Solving
+Statistical Mechanics Using Variational Autoregressive Networks"), compared with the exact solution.
 
-Energy E = -sum of s_i s_j over neighbours, each spin -1 or 1, units J = k = 1; temperatures T, beta = 1 / T. The
-network's q(s) is fitted to exp(-beta E) / Z by its own samples alone: (E + T log q(s)) / N has a mean over q that is at
-least the free energy a site, f = -T log Z / N, and is f itself for every s where q is right.
+A lattice of N sites with periodic boundaries has spins s_i of -1 or 1 and the energy E(s) = -sum of s_i s_j over pairs
+of neighbours (coupling J = 1, Boltzmann constant k = 1). At temperature T a state s has the probability
+p(s) = exp(-E(s) / T) / Z, and f = -T log Z / N is the free energy per site.
+
+The network defines a distribution q(s) that can be sampled and evaluated exactly. It is trained on its own samples to
+minimize the mean over q of (E(s) + T log q(s)) / N. This mean is an upper bound of f; where q = p, every sample gives f
+itself.
 """
 
 import math
@@ -20,29 +23,32 @@ from fastgen import Bernoulli, accelerate
 from fastgen.demos.pictures import COLOURS, Axes, rows_of, sheet
 from fastgen.nn import MaskedConv2d
 
-TEMPERATURES = (3.2, 2.6, 2.269, 1.9)  # from hot to cold, as the network meets them; the third is critical
-RATE = 2e-3
-SHOWN = 8  # lattices of each temperature
+TEMPERATURES = (3.2, 2.6, 2.269, 1.9)  # in the order of training; an infinite lattice has its phase transition at 2.269
+RATE = 2e-3  # peak learning rate of Adam
+SHOWN = 8  # lattices of each temperature in the picture
+DRAWN_AT_ONCE = 500  # lattices
 
 
 def kaufman(height: int, width: int, temperature: float) -> float:
-    """f of a periodic lattice, exactly (Kaufman 1949, "Crystal Statistics. II", equation 49)."""
+    """The exact free energy per site of a periodic lattice of height x width sites (Kaufman 1949, "Crystal Statistics.
+    II", equation 49)."""
     k = 1 / temperature
     r = np.arange(2 * height)
     gamma = np.arccosh(np.maximum(1, np.cosh(2 * k) / np.tanh(2 * k) - np.cos(np.pi * r / height)))
-    gamma[0] = 2 * k + math.log(math.tanh(k))  # has a sign: that of the temperature below the critical one
-    half = width * gamma / 2
-    cosh, sinh = np.logaddexp(half, -half), np.abs(half) + np.log1p(-np.exp(-2 * np.abs(half)))
-    terms = [cosh[1::2].sum(), sinh[1::2].sum(), cosh[::2].sum(), sinh[::2].sum()]
-    signs = [1, 1, 1, np.sign(half[0])]
-    most = max(terms)
-    four = most + math.log(sum(sign * math.exp(term - most) for sign, term in zip(signs, terms, strict=True)))
-    log_z = -math.log(2) + height * width / 2 * math.log(2 * math.sinh(2 * k)) + four
+    gamma[0] = 2 * k + math.log(math.tanh(k))  # negative above the critical temperature
+    x = width * gamma / 2
+    log_2cosh, log_2sinh = np.logaddexp(x, -x), np.abs(x) + np.log1p(-np.exp(-2 * np.abs(x)))
+    log_products = [log_2cosh[1::2].sum(), log_2sinh[1::2].sum(), log_2cosh[::2].sum(), log_2sinh[::2].sum()]
+    signs = [1, 1, 1, np.sign(x[0])]
+    largest = max(log_products)  # factored out of the sum of exponentials
+    total = sum(sign * math.exp(product - largest) for sign, product in zip(signs, log_products, strict=True))
+    log_z = -math.log(2) + height * width / 2 * math.log(2 * math.sinh(2 * k)) + largest + math.log(total)
     return float(-temperature * log_z / (height * width))
 
 
 def onsager(temperature: float) -> float:
-    """f of an infinite lattice, exactly (Onsager 1944, "Crystal Statistics. I")."""
+    """The exact free energy per site of an infinite lattice (Onsager 1944, "Crystal Statistics. I"), an integral over
+    the angle phi by the midpoint rule."""
     k = 1 / temperature
     kappa = 2 * math.sinh(2 * k) / math.cosh(2 * k) ** 2
     points = 20_000
@@ -52,13 +58,18 @@ def onsager(temperature: float) -> float:
 
 
 def energy(spins: Tensor) -> Tensor:
-    """E of spins -1 or 1 (n, 1, H, W) on a periodic lattice, (n,)."""
+    """The energies (n,) of lattices of spins -1 and 1, floats (n, 1, H, W), with periodic boundaries."""
     return -(spins * (spins.roll(1, 2) + spins.roll(1, 3))).sum((1, 2, 3))
 
 
 class Network(nn.Module):
-    """Levels 0 and 1 as floats (n, 1, H, W) -> the logit of each spin given those before it. Residual masked
-    convolutions, dilated so that the last row sees the first, to which it is a neighbour."""
+    """A PixelCNN with residual layers: levels 0 and 1 as floats (n, 1, H, W) -> the logit (n, 1, H, W) of each level
+    given those before it. The convolutions are dilated so that the last row sees the first row, its periodic neighbour.
+
+    Args:
+        side: height and width of the lattice.
+        channels: feature maps of each layer.
+    """
 
     def __init__(self, side: int, channels: int) -> None:
         super().__init__()
@@ -78,18 +89,22 @@ class Network(nn.Module):
 
 
 def log_prob(network: Network, levels: Tensor) -> Tensor:
-    """log q of levels (n, 1, H, W), which have either sign alike, as the energy has: q(s) = (p(s) + p(-s)) / 2."""
-    both = torch.cat((levels, 1 - levels))
-    p, flipped = Bernoulli().log_prob(network(both.float()), both).chunk(2)
-    return torch.logaddexp(p, flipped) - math.log(2)
+    """log q (n,) of levels (n, 1, H, W). A state and its mirror image, with all spins flipped, have the same energy; q
+    gives them the same probability, the mean of the network's two."""
+    mirrored_too = torch.cat((levels, 1 - levels))
+    log_p, log_p_mirrored = Bernoulli().log_prob(network(mirrored_too.float()), mirrored_too).chunk(2)
+    return torch.logaddexp(log_p, log_p_mirrored) - math.log(2)
 
 
 class Estimate(NamedTuple):
-    """Of f, with standard errors: the mean over q, an upper bound, and the one that weights samples by exp(-beta E) / q
-    (Nicoli et al. 2020, "Asymptotically unbiased estimation of physical observables with neural samplers"), which is
-    right in the limit of many samples. Its error does not know of states that q never draws.
+    """Two estimates of the free energy per site f from samples of q.
 
-    `effective`: the share of samples that would tell as much, had all the same weight (Kish): 1 where q is right.
+    Attributes:
+        bound, bound_error: the mean over q of (E + T log q) / N, an upper bound of f, and its standard error.
+        weighted, weighted_error: the estimate of f that weights samples by exp(-E / T) / q (Nicoli et al. 2020,
+            "Asymptotically unbiased estimation of physical observables with neural samplers"), and its standard error.
+            It converges to f with the number of samples; the error does not account for states that q never draws.
+        effective: Kish's effective sample size of these weights, divided by the number of samples: 1 where q is exact.
     """
 
     bound: float
@@ -100,33 +115,38 @@ class Estimate(NamedTuple):
 
 
 def estimate(temperature: float, energies: Tensor, log_q: Tensor, sites: int) -> Estimate:
-    each = (energies + temperature * log_q) / sites  # f, where q is right
-    n = len(each)
-    log_weights = -each * (sites / temperature)
-    log_mean = log_weights.logsumexp(0) - math.log(n)
-    weights = (log_weights - log_mean).exp()  # of mean 1
-    error = weights.std() / math.sqrt(n) * temperature / sites
-    bound = each.mean().item(), (each.std() / math.sqrt(n)).item()
-    weighted = (-log_mean * temperature / sites).item()
-    return Estimate(*bound, weighted, error.item(), 1 / weights.square().mean().item())
+    """Estimates f from the energies (n,) and log q (n,) of n samples of q."""
+    n = len(energies)
+    free_energies = (energies + temperature * log_q) / sites  # of each sample; all equal f where q is exact
+    log_weights = -free_energies * (sites / temperature)  # log of exp(-E / T) / q
+    log_mean_weight = log_weights.logsumexp(0) - math.log(n)
+    weights = (log_weights - log_mean_weight).exp()  # their mean is 1
+    return Estimate(
+        bound=free_energies.mean().item(),
+        bound_error=(free_energies.std() / math.sqrt(n)).item(),
+        weighted=(-log_mean_weight * temperature / sites).item(),
+        weighted_error=(weights.std() / math.sqrt(n) * temperature / sites).item(),
+        effective=1 / weights.square().mean().item(),
+    )
 
 
 def run(
     *, side: int = 16, channels: int = 16, steps: int = 250, batch: int = 128, measured: int = 4000, seed: int = 0
 ) -> tuple[dict[str, Any], Image.Image]:
-    """Fits one network, from the highest temperature to the lowest, and measures f at each.
+    """Trains one network at each of TEMPERATURES in turn, and estimates f at each.
 
     Args:
-        side: of the lattice.
-        steps: of training at each temperature, the first three times as many. In the first half of them it is reached
-            gradually, so that q does not lose states.
-        batch: lattices a step, drawn by `fastgen.accelerate` from the network as it then is.
-        measured: lattices that f is estimated from.
-        seed: of the draws.
+        side: height and width of the lattice.
+        channels: feature maps of each layer of the network.
+        steps: training steps at each temperature; three times as many at the first. During the first half of the steps
+            the inverse temperature moves linearly from the previous one, so that q does not lose states.
+        batch: lattices in each step, which `fastgen.accelerate` draws from the current network.
+        measured: number of lattices that f is estimated from.
+        seed: seed of the draws.
 
     Returns:
-        For each temperature, as text, what `Estimate` holds; "exact", f of this lattice, "infinite", of an infinite
-        one; energy and |magnetization| a site.
+        For each temperature, as text: the fields of `Estimate`; "exact" and "infinite", the exact f of this lattice and
+        of an infinite one; "energy" and "magnetization", the means per site of E and of |sum of spins|.
     """
     network, sites = Network(side, channels), side * side
     sampler = accelerate(network, (1, side, side), distribution=Bernoulli())
@@ -139,60 +159,57 @@ def run(
 
     optimizer = torch.optim.Adam(network.parameters(), RATE)
     numbers: dict[str, Any] = {}
-    lattices, before = [], 0.0
-    for number, temperature in enumerate(TEMPERATURES):
-        count = 3 * steps if number == 0 else steps
+    shown, previous_beta = [], 0.0
+    for temperature in TEMPERATURES:
+        count = steps if numbers else 3 * steps
         for step in range(count):
             optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / count))
             levels = draw(batch)
             log_q = log_prob(network, levels)
-            beta = before + (1 / temperature - before) * min(1.0, 2 * step / count)
+            beta = previous_beta + (1 / temperature - previous_beta) * min(1.0, 2 * step / count)
             cost = beta * energy(2 * levels - 1) + log_q.detach()
             optimizer.zero_grad()
             ((cost - cost.mean()) * log_q).mean().backward()  # Wu et al., equation 5
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
-        before = 1 / temperature
-        parts = [draw(min(500, measured - start)) for start in range(0, measured, 500)]
+        previous_beta = 1 / temperature
+        parts = [draw(min(DRAWN_AT_ONCE, measured - start)) for start in range(0, measured, DRAWN_AT_ONCE)]
         with torch.no_grad():
             log_q = torch.cat([log_prob(network, part) for part in parts]).double()
         spins = 2 * torch.cat(parts).double() - 1
-        estimates = estimate(temperature, energy(spins), log_q, sites)
+        energies = energy(spins)
         numbers[str(temperature)] = {
-            **estimates._asdict(),
+            **estimate(temperature, energies, log_q, sites)._asdict(),
             "exact": kaufman(side, side, temperature),
             "infinite": onsager(temperature),
-            "energy": energy(spins).mean().item() / sites,
+            "energy": energies.mean().item() / sites,
             "magnetization": spins.mean((1, 2, 3)).abs().mean().item(),
         }
-        lattices.append(parts[0][:SHOWN])
-    return numbers, _picture(numbers, torch.stack(lattices), side)
+        shown.append(parts[0][:SHOWN])
+    return numbers, _picture(numbers, torch.stack(shown), side)
 
 
 def _picture(numbers: dict[str, Any], lattices: Tensor, side: int) -> Image.Image:
     hot, cold = max(TEMPERATURES), min(TEMPERATURES)
     margin = 0.1 * (hot - cold)
-    grid = np.linspace(cold - margin, hot + margin, 60)
-    exact = [kaufman(side, side, temperature) for temperature in grid]
-    axes = Axes((grid[0], grid[-1]), (min(exact) - 0.1, max(exact) + 0.1))
+    temperatures = np.linspace(cold - margin, hot + margin, 60)
+    exact = [kaufman(side, side, temperature) for temperature in temperatures]
+    axes = Axes((temperatures[0], temperatures[-1]), (min(exact) - 0.1, max(exact) + 0.1))
     axes.ticks(
         {temperature: f"{temperature:g}" for temperature in TEMPERATURES},
         {value: f"{value:.2f}" for value in (exact[0], exact[-1])},
     )
-    places = [axes.place(*point) for point in zip(grid, exact, strict=True)]
-    axes.draw.line(places, COLOURS[0], 2)
-    lines = []
+    axes.draw.line([axes.place(*point) for point in zip(temperatures, exact, strict=True)], COLOURS[0], 2)
+    captions = []
     for temperature, row in numbers.items():
         axes.dot(axes.place(float(temperature), row["bound"]), COLOURS[3], 4)
-        lines.append(
-            (
-                f"T = {temperature}: exact {row['exact']:.5f}; bound {row['bound']:.5f} +- {row['bound_error']:.5f}, "
-                f"weighted {row['weighted']:.5f} +- {row['weighted_error']:.5f}",
-                None,
-            )
+        captions.append(
+            f"T = {temperature}: exact {row['exact']:.5f}; bound {row['bound']:.5f} +- {row['bound_error']:.5f}, "
+            f"weighted {row['weighted']:.5f} +- {row['weighted_error']:.5f}"
         )
     return sheet(
-        (f"Free energy a site of the {side}x{side} Ising model by temperature: exact, and the network's", axes.picture),
-        *lines,
-        ("Lattices, a row for each temperature, drawn exactly from the network", rows_of(lattices, 2)),
+        (f"Free energy per site of the {side}x{side} Ising model over temperature: exact (line),", None),
+        ("and the network's bound (dots)", axes.picture),
+        *((caption, None) for caption in captions),
+        ("Lattices drawn from the network, one row for each temperature", rows_of(lattices, 2)),
     )

@@ -1,4 +1,4 @@
-"""Rejecting inputs that are no digits, by their likelihood."""
+"""Rejects inputs that are not digits, by scores of a VAE's likelihood."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,7 @@ IMPORTANCE_SAMPLES = 32
 
 
 def strangers(images: Tensor, levels: int) -> dict[str, Tensor]:
-    """Inputs that are no digits, as many of each kind as there are images."""
+    """Inputs that are not digits: those of `scores.strangers` and three more kinds, (n, C, H, W) of each, by name."""
     half = images.shape[3] // 2
     return {
         **scores.strangers(images, levels),
@@ -27,14 +27,14 @@ def strangers(images: Tensor, levels: int) -> dict[str, Tensor]:
 
 
 def run(*, steps: int = 1200, seed: int = 0) -> tuple[dict[str, Any], Image.Image]:
-    """Trains a VAE on digits and rejects what is unlikely, with thresholds that pass 95 % of held-out digits.
+    """Trains a VAE on digits and rejects inputs by three scores, with thresholds that accept 95 % of held-out digits.
 
-    Scores: -log p; the likelihood ratio to a background VAE trained on spoilt digits (Ren et al. 2019); typicality
-    (Nalisnick et al. 2019).
+    The scores are -log p ("unlikely"), the likelihood ratio to a background VAE that is trained on spoilt digits (Ren
+    et al. 2019), and typicality (Nalisnick et al. 2019).
 
     Returns:
-        For each score "rejected", the fraction of test digits and of each kind of stranger that is rejected, and
-        "auroc", the probability that a stranger scores higher than a test digit.
+        "rejected": for each score, the fraction of test digits and of each other kind of input that is rejected.
+        "auroc": for each score and kind, the probability that such an input scores higher than a test digit.
     """
     digits = data.load("digits")
     levels = digits.levels
@@ -47,15 +47,15 @@ def run(*, steps: int = 1200, seed: int = 0) -> tuple[dict[str, Any], Image.Imag
         _log_probs(model, background, split.images) for split in (digits.train[:300], digits.validation)
     )
     log_probs = {name: _log_probs(model, background, x) for name, x in inputs.items()}
-    rules = {
+    score_functions = {
         "unlikely": lambda log_p, log_background: -log_p,
         "likelihood ratio": likelihood.likelihood_ratio,
         "typicality": lambda log_p, log_background: likelihood.typicality(log_p, training[0]),
     }
     numbers: dict[str, Any] = {"rejected": {}, "auroc": {}}
-    for score, rule in rules.items():
-        threshold = likelihood.rejection_threshold(rule(*held_out), 0.05)
-        values = {name: rule(*pair) for name, pair in log_probs.items()}
+    for score, function in score_functions.items():
+        threshold = likelihood.rejection_threshold(function(*held_out), 0.05)
+        values = {name: function(*pair) for name, pair in log_probs.items()}
         numbers["rejected"][score] = {name: (x > threshold).double().mean().item() for name, x in values.items()}
         numbers["auroc"][score] = {
             name: likelihood.auroc(values["digits"], x) for name, x in values.items() if name != "digits"
@@ -66,14 +66,14 @@ def run(*, steps: int = 1200, seed: int = 0) -> tuple[dict[str, Any], Image.Imag
         ("The most likely", rows_of(inputs["digits"][order[-16:]].unsqueeze(0), levels)),
     ]
     for name, x in inputs.items():
-        shares = ", ".join(f"{score} {100 * row[name]:.0f} %" for score, row in numbers["rejected"].items())
-        rows.append((f"{name}: rejected by {shares}", rows_of(x[:16].unsqueeze(0), levels)))
+        fractions = ", ".join(f"{score} {100 * row[name]:.0f} %" for score, row in numbers["rejected"].items())
+        rows.append((f"{name}, rejected: {fractions}", rows_of(x[:16].unsqueeze(0), levels)))
     return numbers, sheet(*rows)
 
 
 def _log_probs(model: VAE, background: VAE, images: Tensor) -> tuple[Tensor, Tensor]:
-    """log p of images under both models, (n,) nats."""
-    model_log_p, background_log_p = (
-        likelihood.log_likelihoods(each, images, n_samples=IMPORTANCE_SAMPLES) for each in (model, background)
+    """log p of images under the model and under the background model, (n,) nats each."""
+    log_p, log_background = (
+        likelihood.log_likelihoods(vae, images, n_samples=IMPORTANCE_SAMPLES) for vae in (model, background)
     )
-    return model_log_p, background_log_p
+    return log_p, log_background

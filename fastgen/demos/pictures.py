@@ -1,4 +1,4 @@
-"""Pictures of images and of small plots, drawn with Pillow alone."""
+"""Grids of images, sheets with captions and small plots, drawn with Pillow alone."""
 
 from collections.abc import Sequence
 
@@ -8,22 +8,23 @@ from torch import Tensor
 from fastgen.plots import INK, PAPER, grid
 
 GRID = (215, 215, 215)
-# One colour a class, told apart also without green (after Tableau's ten).
+# One colour for each class: Tableau's ten.
 COLOURS = [
     (31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189),
     (140, 86, 75), (227, 119, 194), (127, 127, 127), (188, 189, 34), (23, 190, 207),
 ]  # fmt: skip
-LINE = 18  # pixels of a line of text
+LINE = 18  # height of a line of text in pixels
 FONT = ImageFont.load_default(size=13)
 
 
 def rows_of(images: Tensor, levels: int) -> Image.Image:
-    """Images (rows, columns, C, H, W) in levels as a grid; see `fastgen.plots.grid`."""
+    """Draws levels (rows, columns, C, H, W) as a grid of images; see `fastgen.plots.grid`."""
     return grid(images.flatten(0, 1), levels, columns=images.shape[1])
 
 
 def sheet(*parts: tuple[str, Image.Image | None]) -> Image.Image:
-    """Captions, one line each, with the picture that belongs to it below, one after the other."""
+    """One picture of several (caption, picture) pairs, from top to bottom. A caption is one line above its picture; the
+    picture may be None."""
     widths = [max(FONT.getlength(text), 0 if picture is None else picture.width) for text, picture in parts]
     height = sum(LINE + (0 if picture is None else picture.height + LINE // 2) for _, picture in parts)
     page = Image.new("RGB", (int(max(widths)) + 2 * LINE, height + 2 * LINE), PAPER)
@@ -38,7 +39,12 @@ def sheet(*parts: tuple[str, Image.Image | None]) -> Image.Image:
 
 
 class Axes:
-    """A plot: `place` turns coordinates into pixels, the rest is drawn through `draw`."""
+    """A small plot, with methods for ticks, lines and dots. To draw anything else: `draw`, at pixels from `place`.
+
+    Args:
+        x, y: ranges of the coordinates.
+        size: width and height in pixels.
+    """
 
     def __init__(self, x: tuple[float, float], y: tuple[float, float], size: tuple[int, int] = (440, 260)) -> None:
         self.x, self.y = x, y
@@ -48,12 +54,13 @@ class Axes:
         self.draw.rectangle((self.left, self.top, self.right, self.bottom), outline=INK)
 
     def place(self, x: float, y: float) -> tuple[float, float]:
+        """The pixel, counted from the upper left corner, at the coordinates (x, y)."""
         across = (x - self.x[0]) / (self.x[1] - self.x[0])
         up = (y - self.y[0]) / (self.y[1] - self.y[0])
         return self.left + across * (self.right - self.left), self.bottom - up * (self.bottom - self.top)
 
     def ticks(self, x: dict[float, str], y: dict[float, str]) -> None:
-        """Grid lines with their labels."""
+        """Draws a grid line and a label at each of these coordinates."""
         for value, label in x.items():
             at, _ = self.place(value, 0)
             self.draw.line((at, self.top + 1, at, self.bottom - 1), GRID)

@@ -15,12 +15,12 @@ IMPORTANCE_SAMPLES = 64
 
 
 def run(*, steps: int = 1500, seed: int = 0) -> tuple[dict[str, Any], Image.Image]:
-    """Trains a VAE with 8 latent dimensions; samples, reconstructions and interpolations of test digits.
+    """Trains a VAE with 8 latent dimensions and draws samples, reconstructions and interpolations of test digits.
 
     Returns:
-        "nats" and "bits_per_dim" of the test images by "elbo" and by "importance" (64 samples), both upper bounds of
-        -log p, and for comparison by "histogram", a model of independent pixels. "kl_per_dimension" in nats,
-        "active_units".
+        "nats" and "bits_per_dim": means over the test images of two upper bounds of -log p, "elbo" and "importance" (64
+        samples); "bits_per_dim" also of "histogram", a model of independent pixels. "reconstruction", "kl" and
+        "kl_per_dimension": the parts of the ELBO in nats. "active_units": see `fastgen.models.bound.Bound`.
     """
     digits = data.load("digits")
     test = digits.test.images
@@ -42,19 +42,19 @@ def run(*, steps: int = 1500, seed: int = 0) -> tuple[dict[str, Any], Image.Imag
         "kl_per_dimension": report["kl_per_dimension"],
         "active_units": report["active_units"],
     }
-    drawn = model.sample(32, seed=seed).view(2, 16, *digits.shape)
+    samples = model.sample(32, seed=seed).view(2, 16, *digits.shape)
     expected = model.sample(32, seed=seed, expected=True).view(2, 16, *digits.shape)
-    rebuilt = torch.stack((test[:16], model.reconstruct(test[:16])))
-    path = model.interpolate(test[:3], test[3:6], 16).transpose(0, 1)
+    reconstructions = torch.stack((test[:16], model.reconstruct(test[:16])))
+    interpolations = model.interpolate(test[:3], test[3:6], 16).transpose(0, 1)
     summary = (
         f"Test digits: <= {importance.bits_per_dim:.3f} bits/dim ({IMPORTANCE_SAMPLES} importance samples), "
         f"<= {report['bits_per_dim']:.3f} by the ELBO; independent pixels {histogram:.3f}"
     )
     picture = sheet(
         (summary, None),
-        ("Samples of the model", rows_of(drawn, digits.levels)),
-        ("What the decoder expects for the same z", rows_of(expected, digits.levels)),
-        ("Test digits and their reconstructions", rows_of(rebuilt, digits.levels)),
-        ("From one test digit to another through the latent space", rows_of(path, digits.levels)),
+        ("Samples of the model", rows_of(samples, digits.levels)),
+        ("Expected images E[x | z] for the same z", rows_of(expected, digits.levels)),
+        ("Test digits and their reconstructions", rows_of(reconstructions, digits.levels)),
+        ("From one test digit to another through the latent space", rows_of(interpolations, digits.levels)),
     )
     return numbers, picture

@@ -31,7 +31,7 @@ def test_the_codebook_follows_its_features():
     model = VQVAE(codes=3, channels=4, dimensions=1)
     model.codebook.copy_(torch.tensor([[0.0], [1.0], [9.0]]))
     model.counts.copy_(torch.tensor([1.0, 2.0, 0.0]))
-    model._follow(torch.tensor([[0.2], [1.4], [1.6]]), torch.tensor([0, 1, 1]))
+    model._update_codebook(torch.tensor([[0.2], [1.4], [1.6]]), torch.tensor([0, 1, 1]))
     decayed = torch.tensor([1.0, 2.0]) * DECAY
     expected = (decayed * torch.tensor([0.0, 1.0]) + (1 - DECAY) * torch.tensor([0.2, 3.0])) / (
         decayed + (1 - DECAY) * torch.tensor([1.0, 2.0])

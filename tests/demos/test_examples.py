@@ -28,8 +28,8 @@ def test_any_model():
 
 
 def test_patch_layers():
-    swapped, difference, losses = patch_layers.main(steps=20)
-    assert swapped == 2 and difference < 1e-5 and losses[-1] < 0.5 * losses[0]
+    replaced, difference, losses = patch_layers.main(steps=20)
+    assert replaced == 2 and difference < 1e-5 and losses[-1] < 0.5 * losses[0]
 
 
 def test_pixelrnn(tmp_path):

@@ -114,7 +114,7 @@ def test_a_job_of_processes_is_a_job_of_one(count, sharded, images, one, tmp_pat
     if sharded:
         goes_on_alone(tmp_path / "parts", one / "pixelcnn")
     elif DIGITS:
-        (bits,) = re.findall(r"2 processes: ([\d.]+) bits/dim", out)
+        (bits,) = re.findall(r"processes: 2, bits/dim on the validation images: ([\d.]+)", out)
         assert float(bits) == pytest.approx(two_gpus.main(tmp_path / "alone", steps=2), abs=1e-4)
     for name in ("pixelcnn", "vae"):
         with np.load(one / f"{name}.npz") as expected, np.load(tmp_path / f"one-{name}.npz") as found:

@@ -1,9 +1,9 @@
-"""Short programs to copy from, each of at most 40 lines: python -m fastgen.demos.examples.NAME
+"""Short programs to copy from, each at most 40 lines long. Run one with: python -m fastgen.demos.examples.NAME
 
-codec         the serial loop of a learned image codec (needs compressai)
-any_model     sample a PixelCNN that knows nothing of fastgen
-patch_layers  swap the masked layers of such a model and train on
-pixelrnn      train PixelRNN and complete images
-vae_loss      the VAE's loss in a training loop of one's own
-two_gpus      the same run on one GPU or many, under torchrun
+any_model     sample from a PixelCNN that was written without fastgen
+patch_layers  replace the masked layers of such a model and go on training it
+pixelrnn      train PixelRNN and complete images (needs scikit-learn)
+vae_loss      use the fused loss of a VAE in your own training loop
+codec         decode a learned image codec (needs compressai)
+two_gpus      train on one GPU or several, under torchrun (needs scikit-learn)
 """

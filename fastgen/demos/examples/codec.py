@@ -1,4 +1,4 @@
-"""The serial loop of CompressAI's codecs (Minnen et al. 2018) by `sampler.decode`, with the entropy decoder as draw."""
+"""Run the serial loop of a CompressAI codec (Minnen et al. 2018) with `sampler.decode`: the entropy decoder draws."""
 
 import torch
 from compressai.ans import RansDecoder
@@ -7,7 +7,7 @@ from compressai.models import JointAutoregressiveHierarchicalPriors
 import fastgen
 
 
-class Context(torch.nn.ModuleList):  # context_prediction and entropy_parameters: what the loop computes at a position
+class Context(torch.nn.ModuleList):  # context_prediction, then entropy_parameters, as the codec's loop runs them
     def forward(self, y_hat, params):
         return self[1](torch.cat((params, self[0](y_hat)), 1))
 
@@ -32,9 +32,9 @@ def main(channels=16, size=8):
     sampler = fastgen.accelerate(network, y.shape[1:], distribution=fastgen.Gaussian(), condition=params)
     y_hat = loop(sampler, gaussian, params, lambda _, means, i, j: (y[0, :, i, j] - means[0]).round().tolist())
     decoder.set_stream(codec._compress_ar(torch.nn.functional.pad(y, (2,) * 4), params, size, size, 5, 2))
-    again = loop(sampler, gaussian, params, lambda indexes, *_: decoder.decode_stream(indexes, *tables))
-    return torch.equal(again, y_hat)
+    decoded = loop(sampler, gaussian, params, lambda indexes, *_: decoder.decode_stream(indexes, *tables))
+    return torch.equal(decoded, y_hat)
 
 
 if __name__ == "__main__":
-    print(f"The stream of the codec's own serial loop, decoded by the sampler: the same latents bit for bit: {main()}")
+    print(f"The sampler decodes the stream of the codec's own encoder to the same latents, bit for bit: {main()}")

@@ -1,4 +1,4 @@
-"""Train PixelRNN (van den Oord et al. 2016) on digits, score it, and complete images whose lower half is hidden."""
+"""Train PixelRNN (van den Oord et al. 2016) on digits, score it, and complete images from their upper half."""
 
 import torch
 
@@ -12,10 +12,10 @@ def main(folder="runs/pixelrnn", steps=200, digits=None, hidden_channels=16, lay
     digits = digits or data.load("digits")  # 8x8, levels 0..16
     sizes = {"kind": "diagonal_bilstm", "hidden_channels": hidden_channels, "layers": layers}
     model = PixelRNN(digits.shape, digits.levels, **sizes)
-    result = train(model, digits, folder, Settings(steps=steps, lr=3e-3, warmup=steps // 10))  # Ctrl-C saves
+    result = train(model, digits, folder, Settings(steps=steps, lr=3e-3, warmup=steps // 10))  # Ctrl-C saves the run
     print(f"{result.reason} after {result.steps} steps")
 
-    model = fastgen.load(folder)  # the best weights by the validation images
+    model = fastgen.load(folder)  # the weights that were best on the validation images
     test = digits.test.images[:64].long()
     score = likelihood.evaluate(model, test)
     known = torch.zeros(1, 1, *digits.shape[1:], dtype=torch.bool)
@@ -26,4 +26,4 @@ def main(folder="runs/pixelrnn", steps=200, digits=None, hidden_channels=16, lay
 
 if __name__ == "__main__":
     score, completed, _ = main()
-    print(score, completed.shape)
+    print(f"test: {score}\ncompletions: {tuple(completed.shape)}")

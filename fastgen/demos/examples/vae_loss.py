@@ -1,4 +1,4 @@
-"""The VAE's loss in a training loop of one's own: two fused operations in place of the usual ten lines."""
+"""Use the loss of a VAE in your own training loop: two fused operations instead of the usual ten lines."""
 
 import torch
 from torch import nn
@@ -15,8 +15,8 @@ def main(images=None, steps=100, latent=4):
     history = []
     for _ in range(steps):
         mu, logvar = encoder(images).chunk(2, 1)
-        z, kl = reparameterize_kl(mu, logvar)  # noise drawn in the kernel, not stored; kl (B,) nats
-        bound, _, _ = elbo(decoder(z), images, kl, "bernoulli")  # each (B,) nats: -(nll + kl), nll, kl
+        z, kl = reparameterize_kl(mu, logvar)  # on a GPU the kernel draws the noise and does not store it; kl (B,) nats
+        bound, _, _ = elbo(decoder(z), images, kl, "bernoulli")  # -(nll + kl), nll and kl, each (B,) nats
         loss = -bound.mean()
         optimizer.zero_grad()
         loss.backward()
@@ -27,4 +27,4 @@ def main(images=None, steps=100, latent=4):
 
 if __name__ == "__main__":
     history = main()
-    print(f"-ELBO {history[0]:.2f} -> {history[-1]:.2f} nats an image")
+    print(f"-ELBO {history[0]:.2f} -> {history[-1]:.2f} nats per image")
