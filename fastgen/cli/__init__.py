@@ -1,6 +1,6 @@
 """The command `fastgen`.
 
-Exit status 0: done. 2: wrong usage or input, said in one line on stderr. 130: interrupted.
+Exit status 0: success. 2: wrong usage or input, explained in one line on stderr. 130: interrupted.
 """
 
 import argparse
@@ -14,19 +14,20 @@ from typing import Any, NoReturn
 
 from fastgen._version import __version__
 
-SHARED = ("train", "evaluate", "sample")  # commands whose work processes share
+SHARED = ("train", "evaluate", "sample")  # commands whose work the processes of torchrun share
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one line, and a misspelt option is named with the one that was probably meant."""
+    """Prints errors as one line, and for a misspelt option suggests the one that was probably meant."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
-        self.needed: list[argparse.Action] = []
+        self.required_options: list[argparse.Action] = []
 
-    def add_needed(self, *names: str, **options: Any) -> None:
-        """Adds an option that must be given. A misspelt option is named first, since it may be the missing one."""
-        self.needed.append(self.add_argument(*names, **options))
+    def add_required(self, *names: str, **options: Any) -> None:
+        """Adds an option that must be given. argparse's own `required` would report it as missing before a misspelling
+        of it as unknown."""
+        self.required_options.append(self.add_argument(*names, **options))
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
@@ -39,15 +40,15 @@ class Parser(argparse.ArgumentParser):
             close = get_close_matches(unknown[0].partition("=")[0], options, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             parser.error(f"unrecognized argument {unknown[0]!r}{hint}")
-        for action in parser.needed:
+        for action in parser.required_options:
             if getattr(parsed, action.dest) is None:
                 parser.error(f"{action.option_strings[0]} is needed")
         return parsed
 
 
 def build_parser() -> Parser:
-    """All commands. Each module's `add` gives its parser `run(arguments) -> exit status`; torch is imported there.
-    `bench` is only listed: `main` hands its arguments on."""
+    """The parser of all commands. The `add` of each module sets `run(arguments) -> exit status` on its parser. Only
+    `run` imports torch, so that --help and errors are fast. `bench` is only listed: `main` passes its arguments on."""
     from fastgen.cli import bench, compression, demo, doctor, drawing, judging, latent, training, using
 
     parser = Parser(prog="fastgen", description="Train, evaluate and sample generative models of images.")
@@ -61,9 +62,9 @@ def build_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status. FASTGEN_DEBUG=1 shows the whole traceback of an error.
+    """Runs a command and returns its exit status. With FASTGEN_DEBUG=1 errors show their whole traceback.
 
-    Of processes that torchrun started, those of a rank above 0 take part in the commands of SHARED only.
+    Under torchrun, processes of a rank above 0 take part in the commands of SHARED and skip all others.
     """
     from fastgen import distributed
     from fastgen.cli import bench, config

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-HELP = "measure against plain PyTorch: python -m benchmarks in a source checkout, with the same arguments"
+HELP = "measure against plain PyTorch (in a source checkout; same arguments as python -m benchmarks)"
 NOT_HERE = "the benchmarks are not installed with the library: run this from a source checkout"
 
 
 def add(commands: Any) -> None:
-    """For the list of commands: its arguments are those of `python -m benchmarks`, its help included."""
+    """Lists the command. `run` passes all arguments on to `python -m benchmarks`, --help included."""
     commands.add_parser("bench", help=HELP, add_help=False)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Raises ValueError outside a source checkout, where only help can be had."""
+    """Runs `python -m benchmarks`. Outside a source checkout, prints help or raises ValueError."""
     root = Path(__file__).resolve().parents[2]
     if not (root / "benchmarks" / "__main__.py").is_file():
         if {"-h", "--help"} & set(arguments):

@@ -1,4 +1,4 @@
-"""Options of a command in a TOML file: `--config FILE`, and the file that a run leaves of its own."""
+"""Options in a TOML file: reads `--config FILE`, and writes the file that a training run leaves in its folder."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,22 +9,28 @@ FLAG = "--config"
 
 
 def expand(argv: Sequence[str]) -> list[str]:
-    """The arguments of a command with those of its --config FILE put before them, so that the command line has the last
-    word. `name = value` is the option --name, true and false --name and --no-name; the table [set] is --set.
+    """Replaces --config FILE by the options in the file. These come first, so that the command line overrides them.
+
+    `name = value` in the file becomes the option --name; true and false become --name and --no-name; the table [set]
+    becomes --set.
+
+    Args:
+        argv: the command and its arguments.
 
     Raises:
-        ValueError: the file is missing or no TOML, or holds what is no option.
+        ValueError: the file is not TOML, or a value cannot be the value of an option.
+        OSError: the file is missing or cannot be read.
     """
-    given, files = [], []
-    rest = iter(argv)
-    for argument in rest:
+    others, files = [], []
+    remaining = iter(argv)
+    for argument in remaining:
         name, equals, value = argument.partition("=")
         if name == FLAG:
-            files.append(value if equals else next(rest, ""))
+            files.append(value if equals else next(remaining, ""))
         else:
-            given.append(argument)
+            others.append(argument)
     tokens = [token for file in files for token in _tokens(_read(Path(file)), file)]
-    return [*given[:1], *tokens, *given[1:]]
+    return [*others[:1], *tokens, *others[1:]]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -52,12 +58,13 @@ def _tokens(options: Mapping[str, Any], file: str) -> list[str]:
         elif isinstance(value, (str, int, float)):
             tokens.append(f"{option}={value}")
         else:
-            raise ValueError(f"{file}: {name} must be a text, a number, true or false, got {value!r}")
+            raise ValueError(f"{file}: {name} must be a string, a number, true or false, got {value!r}")
     return tokens
 
 
-def written(options: Mapping[str, Any]) -> bytes:
-    """Options as a file that `expand` reads; None is left out, a mapping becomes a table at the end."""
+def to_toml(options: Mapping[str, Any]) -> bytes:
+    """The content of a file with these options, which `expand` reads. None is left out; mappings become tables, which
+    come last."""
     plain = {name: value for name, value in options.items() if value is not None and not isinstance(value, Mapping)}
     tables = {name: value for name, value in options.items() if isinstance(value, Mapping)}
     lines = [f"{name.replace('_', '-')} = {_value(value)}" for name, value in plain.items()]
@@ -67,5 +74,5 @@ def written(options: Mapping[str, Any]) -> bytes:
 
 
 def _value(value: Any) -> str:
-    """A value in TOML, whose text, numbers, true, false and lists are written as in JSON."""
+    """A value as TOML, which writes strings, numbers, booleans and lists as JSON does."""
     return json.dumps(list(value) if isinstance(value, tuple) else value)

@@ -13,22 +13,22 @@ from typing import Any
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "pillow", "tqdm")
 OPTIONAL = {
-    "scikit-learn": "the data sets digits and patches, fastgen demo",
-    "matplotlib": "curves",
-    "datasets": "hf:NAME",
-    "tensorboard": "a log for TensorBoard",
-    "constriction": "fastgen compress, decompress",
-    "huggingface_hub": "from_pretrained of a repository",
-    **({"tomli": "--config, before Python 3.11"} if sys.version_info < (3, 11) else {}),
+    "scikit-learn": "the data sets digits and patches, and fastgen demo",
+    "matplotlib": "training curves and reliability diagrams",
+    "datasets": "the data sets hf:NAME",
+    "tensorboard": "TensorBoard logs of training runs",
+    "constriction": "fastgen compress and decompress",
+    "huggingface_hub": "from_pretrained with a repository of the hub",
+    **({"tomli": "--config (Python 3.10 has no tomllib)"} if sys.version_info < (3, 11) else {}),
 }
-LEAST_CAPABILITY = (8, 0)  # of the GPUs that the compile gate covers
+LEAST_CAPABILITY = (8, 0)  # the oldest GPUs for which the compile gate compiles the kernels
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "doctor",
         help="what this machine has, and which kernels can run on it",
-        description="Prints versions, the GPU, and for each kernel whether it can run here and why not.",
+        description="Prints versions, GPUs, and for each kernel whether it can run here; if not, why.",
     )
     parser.set_defaults(run=run)
 
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name in PACKAGES:
         print(f"  {name} {_version(name) or 'not installed'}")
     for name, purpose in OPTIONAL.items():
-        print(f"  {name} {_version(name) or f'not installed; needed for: {purpose}'}")
+        print(f"  {name} {_version(name) or f'not installed (for {purpose})'}")
     print(f"CPU: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
     for line in gpus():
         print(f"GPU: {line}")
@@ -50,16 +50,14 @@ def run(arguments: argparse.Namespace) -> int:
     print("Kernels:")
     for name, problem in kernels(reason):
         print(f"  {name}: {problem or 'can run'}")
-    if not reason and torch.cuda.is_available():
+    if reason:
+        print(f'No Triton kernel runs here: {reason}. impl="auto" runs the PyTorch definitions, with the same results.')
+    elif torch.cuda.is_available():
         from fastgen.kernels.masked_conv2d.config import describe
 
         print(describe(torch.cuda.get_device_name()))
-    if not reason and not torch.cuda.is_available():
-        print(
-            'TRITON_INTERPRET=1: kernels run in Triton\'s interpreter, on CPU tensors, where impl="triton" asks for it'
-        )
-    if reason:
-        print(f'No Triton kernel runs here: {reason}. impl="auto" uses the PyTorch definitions, with the same results.')
+    else:
+        print('TRITON_INTERPRET=1 is set: impl="triton" runs the kernels on CPU tensors in Triton\'s interpreter')
     return 0
 
 
@@ -71,7 +69,7 @@ def _version(package: str) -> str | None:
 
 
 def gpus() -> list[str]:
-    """A line for each GPU that torch finds, or one that says why there is none."""
+    """One line for each GPU that torch finds, or one line that says why there is none."""
     import torch
 
     if not torch.cuda.is_available():
@@ -87,7 +85,7 @@ def gpus() -> list[str]:
 
 
 def why_no_kernels() -> str:
-    """Why no kernel can run on this machine, "" where they can."""
+    """The reason why no kernel can run on this machine; "" if kernels can run."""
     import torch
 
     if importlib.util.find_spec("triton") is None:
@@ -95,7 +93,7 @@ def why_no_kernels() -> str:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return ""
     if not torch.cuda.is_available():
-        return "there is no GPU (TRITON_INTERPRET=1 runs them on the CPU in Triton's interpreter, slowly)"
+        return "there is no GPU (with TRITON_INTERPRET=1 kernels run on the CPU in Triton's interpreter, slowly)"
     capability = torch.cuda.get_device_capability()
     if torch.version.hip is None and capability < LEAST_CAPABILITY:
         return f"the GPU has compute capability {capability[0]}.{capability[1]}, expected at least 8.0"
@@ -103,8 +101,12 @@ def why_no_kernels() -> str:
 
 
 def kernels(reason: str) -> list[tuple[str, str]]:
-    """Each kernel as FAMILY.NAME with why it cannot run here, "" where it can. Without Triton, which kernels a family
-    has is not known, and the family stands for them."""
+    """(FAMILY.NAME of a kernel, the reason why it cannot run here or "") for each kernel. Without Triton kernels cannot
+    be listed, so that there is one entry for each family.
+
+    Args:
+        reason: what `why_no_kernels` returned.
+    """
     from fastgen import kernels as package
 
     if importlib.util.find_spec("triton") is None:
@@ -117,7 +119,7 @@ def kernels(reason: str) -> list[tuple[str, str]]:
         name = full.split(".")[2]
         try:
             module = importlib.import_module(full)
-        except Exception as error:  # whatever stops a kernel from being defined is what the reader wants to know
+        except Exception as error:  # any error in defining a kernel is reported, not raised
             lines.append((name, f"cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}"))
             continue
         entries: dict[str, list[Any]] = {}
@@ -128,11 +130,11 @@ def kernels(reason: str) -> list[tuple[str, str]]:
 
 
 def _skipped(entries: list[Any]) -> str:
-    """Why a kernel is never launched on this GPU, "" where it is."""
+    """The reason why a kernel is never launched on this GPU; "" if it is."""
     import torch
 
     if not torch.cuda.is_available():
-        return ""  # the interpreter
+        return ""  # the interpreter runs all kernels
     target = "gfx942" if torch.version.hip else "sm_{}{}".format(*torch.cuda.get_device_capability())
     reasons = [entry.skips.get(target, "") for entry in entries]
     return reasons[0] if all(reasons) else ""

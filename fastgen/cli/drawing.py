@@ -4,57 +4,78 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from fastgen.cli.common import add_data, add_run, device_of, load_run_data, natural, number, positive_int
+from fastgen.cli.common import (
+    add_data,
+    add_run,
+    device_of,
+    finite_number,
+    load_run_data,
+    non_negative_int,
+    positive_int,
+)
 from fastgen.cli.pictures import check_target, png_target, read_images, read_mask, write_images
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 BACKENDS = ("auto", "naive", "eager", "compiled", "cuda_graph", "persistent", "fixed_point")
-VAE_AT_ONCE = 64  # images of a VAE that share a seed
+VAE_BATCH = 64  # images of a VAE that are drawn together, from one seed
 
 
 def add(commands: Any) -> None:
     sample = commands.add_parser(
         "sample",
         help="draw images",
-        description="Draws images. Processes of torchrun share them; the images do not depend on their number. FID of "
-        "a folder of samples by the torch-fidelity package: fidelity --fid --input1 SAMPLES --input2 IMAGES.",
+        description="Draws images from a trained model. Under torchrun the processes share the work, and the images do "
+        "not depend on the number of processes. To compute the FID of a folder of samples with the torch-fidelity "
+        "package: fidelity --fid --input1 SAMPLES --input2 IMAGES.",
     )
     add_run(sample, run_sample)
     sample.add_argument("--n", "--count", type=positive_int, default=64, help="number of images (default 64)")
-    sample.add_argument("--label", type=natural, help="class of a conditional model (default: all, in turns)")
+    sample.add_argument(
+        "--label", type=non_negative_int, help="class to draw, for a class-conditional model (default: all in turn)"
+    )
     sample.add_argument(
         "--out",
         default="samples.png",
-        help="a .png (a grid; pages NAME-1.png, ... where they are many), an .npz, or a folder for one PNG an image "
-        "(default samples.png)",
+        help="a .png (a grid of images; NAME-1.png, NAME-2.png, ... if there are many), an .npz file, or a folder for "
+        "one PNG per image (default samples.png)",
     )
     _add_drawing(sample)
     complete = commands.add_parser(
         "complete",
-        help="complete half-hidden images",
-        description="Hides a part of images, the lower half unless there is a mask, and draws it anew, several times. "
-        "Columns of the PNG: the image, what the model sees, the completions.",
+        help="complete images of which a part is hidden",
+        description="Hides the lower half of each image, or what --mask hides, and draws it several times. Each row of "
+        "the PNG shows an image, what the model sees of it, and the completions.",
     )
     add_run(complete, run_complete)
-    add_data(complete, needed=False, more=": its test images")
-    complete.add_argument("--images", metavar="FILE", help="images instead: an image file, a folder, an .npy or .npz")
-    complete.add_argument("--mask", metavar="FILE", help="white (or not 0) is kept: an image file, an .npy or .npz")
-    complete.add_argument("--label", type=natural, help="class of all images of --images, for a conditional model")
+    add_data(complete, required=False, more=": its test images")
     complete.add_argument(
-        "--n", "--count", type=positive_int, help="number of images (default 8 of --data, all of --images)"
+        "--images", metavar="FILE", help="your own images instead of --data: an image file, a folder, an .npy or .npz"
+    )
+    complete.add_argument(
+        "--mask", metavar="FILE", help="an image file whose white pixels are kept, or an .npy or .npz with 1 for these"
+    )
+    complete.add_argument("--label", type=non_negative_int, help="class of all --images, for a class-conditional model")
+    complete.add_argument(
+        "--n", "--count", type=positive_int, help="number of images (default: 8 of --data, all of --images)"
     )
     complete.add_argument("--out", default="completions.png", help="the PNG to write (default completions.png)")
     _add_drawing(complete)
 
 
 def _add_drawing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=natural, default=0, help="of the noise (default 0)")
-    parser.add_argument("--temperature", type=number, default=1.0, help="0: the most probable levels (default 1)")
-    parser.add_argument("--top-k", type=positive_int, help="only the K most probable levels of a draw")
-    parser.add_argument("--top-p", type=number, help="only the most probable levels that have this probability")
-    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="how to run an autoregressive model")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of the noise (default 0)")
+    parser.add_argument(
+        "--temperature", type=finite_number, default=1.0, help="default 1; 0 takes the most probable level of each draw"
+    )
+    parser.add_argument("--top-k", type=positive_int, help="draw from the K most probable levels")
+    parser.add_argument(
+        "--top-p", type=finite_number, help="draw from the fewest most probable levels whose probabilities sum to P"
+    )
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default="auto", help="how to run an autoregressive model (default auto)"
+    )
 
 
 def run_sample(arguments: argparse.Namespace) -> int:
@@ -72,15 +93,18 @@ def run_sample(arguments: argparse.Namespace) -> int:
         condition = torch.arange(arguments.n) % model.n_classes
     images = draw(model, arguments, condition)
     if distributed.rank() == 0:
-        in_turns = condition is not None and arguments.label is None
-        columns = min(model.n_classes if in_turns else plots.columns_of(arguments.n), arguments.n)
-        said = write_images(images, model.levels, path, columns=columns, labels=condition)
-        print(f"{arguments.n} images in {said}")
+        all_classes = condition is not None and arguments.label is None  # one column for each
+        columns = min(model.n_classes if all_classes else plots.columns_of(arguments.n), arguments.n)
+        files = write_images(images, model.levels, path, columns=columns, labels=condition)
+        print(f"{arguments.n} images in {files}")
     return 0
 
 
 def draw(model: Any, arguments: argparse.Namespace, condition: "Tensor | None") -> "Tensor":
-    """Images (n, C, H, W) on the CPU, which the seed decides, whatever the number of processes.
+    """Draws levels (n, C, H, W) and returns them on the CPU. They depend on the seed, not on the number of processes.
+
+    Args:
+        condition: classes (n,) of a class-conditional model.
 
     Raises:
         ValueError: the model cannot be sampled, or not with these options.
@@ -99,19 +123,19 @@ def draw(model: Any, arguments: argparse.Namespace, condition: "Tensor | None") 
         for name in ("top_k", "top_p"):
             if getattr(arguments, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} is for an autoregressive model, not for a VAE")
-        for number_, start in enumerate(range(0, arguments.n, VAE_AT_ONCE)):
-            if number_ % distributed.world_size() == distributed.rank():
-                part = slice(start, min(arguments.n, start + VAE_AT_ONCE))
+        for number, start in enumerate(range(0, arguments.n, VAE_BATCH)):
+            if number % distributed.world_size() == distributed.rank():
+                part = slice(start, min(arguments.n, start + VAE_BATCH))
                 images[part] = model.sample(
                     part.stop - start,
-                    seed=distributed.mix(arguments.seed, number_),
+                    seed=distributed.mix(arguments.seed, number),
                     temperature=arguments.temperature,
                     condition=None if classes is None else classes[part],
                 ).cpu()
         return distributed.merged(images)
     sampler = _sampler(model, arguments, classes)
     part = distributed.shard(arguments.n)
-    # As sample(seed=) does it for all, so that a process knows the noise of its own.
+    # The noise that sample(seed=...) would draw for all images; each process takes its part of it.
     generator = torch.Generator().manual_seed(arguments.seed)
     noise = torch.rand(sampler.noise_shape(arguments.n), generator=generator)[part].to(device)
     images[part] = sampler.sample(
@@ -136,11 +160,11 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _label(arguments: argparse.Namespace, model: Any, count: int) -> "Tensor":
-    """The class of --label for each of `count` images."""
+    """The class --label for each of `count` images, (count,)."""
     import torch
 
     if model.n_classes is None:
-        raise ValueError("--label: the model is not conditional on classes")
+        raise ValueError("--label: the model is not class-conditional")
     if arguments.label >= model.n_classes:
         raise ValueError(f"--label {arguments.label}: the model has the classes 0..{model.n_classes - 1}")
     return torch.full((count,), arguments.label)
@@ -169,12 +193,12 @@ def run_complete(arguments: argparse.Namespace) -> int:
 
 
 def _images_to_complete(arguments: argparse.Namespace, model: Any) -> "tuple[Tensor, Tensor | None]":
-    """Levels (n, C, H, W) and, for a conditional model, classes (n,)."""
+    """Levels (n, C, H, W) and, for a class-conditional model, classes (n,)."""
     if (arguments.data is None) == (arguments.images is None):
         raise ValueError("--data or --images is needed, and not both")
     if arguments.data is not None:
         if arguments.label is not None:
-            raise ValueError("--label is for --images: those of --data have classes of their own")
+            raise ValueError("--label is for --images: the images of --data have their own classes")
         count = arguments.n or 8
         dataset = load_run_data(arguments, model)
         if count > len(dataset.test):
@@ -187,5 +211,5 @@ def _images_to_complete(arguments: argparse.Namespace, model: Any) -> "tuple[Ten
             raise ValueError(f"--n {arguments.n}: {arguments.images} has {len(images)} images")
         images = images[: arguments.n]
     if model.n_classes is not None and arguments.label is None:
-        raise ValueError(f"--label is needed: the model is conditional on the classes 0..{model.n_classes - 1}")
+        raise ValueError(f"--label is needed: the model is conditional on a class in 0..{model.n_classes - 1}")
     return images, None if arguments.label is None else _label(arguments, model, len(images))

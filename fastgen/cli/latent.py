@@ -1,4 +1,4 @@
-"""fastgen reconstruct, interpolate: through the latent space of a VAE or an autoencoder."""
+"""fastgen reconstruct, interpolate: pictures of what a VAE or an autoencoder keeps of an image."""
 
 import argparse
 from typing import Any
@@ -10,18 +10,18 @@ from fastgen.cli.pictures import png_target
 def add(commands: Any) -> None:
     reconstruct = commands.add_parser(
         "reconstruct",
-        help="rebuild images from their latents",
-        description="Test images above what a VAE or an autoencoder makes of them.",
+        help="reconstruct images with a VAE or an autoencoder",
+        description="Writes a PNG of test images, in the upper row, and their reconstructions below.",
     )
     _add(reconstruct, run_reconstruct, "reconstructions.png")
     interpolate = commands.add_parser(
         "interpolate",
-        help="from one image to another through the latent space of a VAE",
-        description="A row a pair of test images: the reconstruction of one, images on the straight line between their "
-        "latents, the reconstruction of the other.",
+        help="interpolate between images in the latent space of a VAE",
+        description="Writes a PNG with one row for each pair of test images: from the reconstruction of the first to "
+        "that of the second, along the straight line between their latents.",
     )
     _add(interpolate, run_interpolate, "interpolations.png")
-    interpolate.add_argument("--steps", type=positive_int, default=8, help="images of a row (default 8)")
+    interpolate.add_argument("--steps", type=positive_int, default=8, help="images in a row (default 8)")
 
 
 def _add(parser: Any, run: Any, out: str) -> None:
@@ -33,17 +33,22 @@ def _add(parser: Any, run: Any, out: str) -> None:
     parser.add_argument("--out", default=out, help=f"the PNG to write (default {out})")
 
 
-def _model_and_images(arguments: argparse.Namespace, each: int, kinds: tuple[type, ...]) -> tuple[Any, ...]:
+def _model_and_images(arguments: argparse.Namespace, count: int, kinds: tuple[type, ...]) -> tuple[Any, ...]:
+    """The model, which must be one of `kinds`, the first `count` test images and, for a class-conditional model, their
+    classes."""
     from fastgen import checkpoint
 
     device = device_of(arguments)
     model = checkpoint.load(arguments.folder).to(device)
     if not issubclass(type(model), kinds):
-        raise ValueError(f"{arguments.folder}: a {type(model).__name__} has no such latents")
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{arguments.folder}: holds a {type(model).__name__}, expected {expected}")
     dataset = load_run_data(arguments, model)
-    if arguments.n * each > len(dataset.test):
-        raise ValueError(f"--n {arguments.n}: {dataset.name} has {len(dataset.test)} test images")
-    split = dataset.test[: arguments.n * each]
+    if count > len(dataset.test):
+        raise ValueError(
+            f"--n {arguments.n}: takes {count} test images, {dataset.name} has {len(dataset.test)} test images"
+        )
+    split = dataset.test[:count]
     labels = None if model.n_classes is None or split.labels is None else split.labels.to(device)
     return model, split.images.long().to(device), labels
 
@@ -55,7 +60,7 @@ def run_reconstruct(arguments: argparse.Namespace) -> int:
     from fastgen.models import VAE, Autoencoder
 
     path = png_target(arguments.out)
-    model, images, labels = _model_and_images(arguments, 1, (VAE, Autoencoder))
+    model, images, labels = _model_and_images(arguments, arguments.n, (VAE, Autoencoder))
     with torch.no_grad():
         rows = torch.cat((images.float(), model.reconstruct(images, labels).float()))
     plots.image_grid(rows, model.levels, path, columns=len(images))
@@ -68,7 +73,7 @@ def run_interpolate(arguments: argparse.Namespace) -> int:
     from fastgen.models import VAE
 
     path = png_target(arguments.out)
-    model, images, labels = _model_and_images(arguments, 2, (VAE,))
+    model, images, labels = _model_and_images(arguments, 2 * arguments.n, (VAE,))
     if labels is not None:
         labels = labels[::2]
     rows = model.interpolate(images[::2], images[1::2], arguments.steps, labels).transpose(0, 1)

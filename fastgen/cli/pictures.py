@@ -1,4 +1,4 @@
-"""Images in files of the user's own, read for a model and written."""
+"""Reads images and masks from the user's files for a model, and writes images."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,12 @@ ARRAYS = (".npy", ".npz")
 
 
 def png_target(path: str) -> Path:
-    """The PNG to write, known to be writable before the work begins. Raises ValueError or OSError."""
+    """The path of a PNG to write, after a check, before the work begins, that its folder can be written to.
+
+    Raises:
+        ValueError: the path does not end in .png, or a folder of it is a file.
+        OSError: the folder cannot be written to.
+    """
     from fastgen import files, plots
 
     target = plots.png_path(path)
@@ -19,7 +24,7 @@ def png_target(path: str) -> Path:
 
 
 def check_target(path: str) -> Path:
-    """Where images go: a .png, an .npz or a folder. Raises ValueError or OSError."""
+    """The path of a .png, an .npz or a folder to write images to, checked as in `png_target`; raises as it does."""
     from fastgen import files
 
     target = Path(path)
@@ -33,7 +38,8 @@ def check_target(path: str) -> Path:
 
 
 def write_images(images: "Tensor", levels: int, path: Path, *, columns: int, labels: "Tensor | None" = None) -> str:
-    """Writes levels (n, C, H, W) to what `check_target` gave; returns the names of the files in a few words."""
+    """Writes levels (n, C, H, W) on the CPU to a path that `check_target` returned. Returns the names of the files as
+    text for a message."""
     import io
 
     import numpy as np
@@ -64,11 +70,15 @@ def write_images(images: "Tensor", levels: int, path: Path, *, columns: int, lab
 
 
 def read_images(path: str, model: Any, resize: int | None = None, crop: int | None = None) -> "Tensor":
-    """Levels (n, C, H, W) for a model: of image files, 8 bits scaled to the model's levels; of arrays, integers as they
-    are.
+    """Reads integer levels (n, C, H, W) for a model.
+
+    Args:
+        path: an image file or a folder of image files, whose 0..255 are scaled to the model's levels; or an .npy or
+            .npz file of integer levels (H, W), (n, H, W), (C, H, W) or (n, C, H, W).
+        resize, crop: as in `fastgen.data.load`, for image files.
 
     Raises:
-        ValueError: the file is missing or holds something else; names it.
+        ValueError: the file is missing, or its images do not fit the model; names the file.
     """
     import torch
 
@@ -90,19 +100,26 @@ def read_images(path: str, model: Any, resize: int | None = None, crop: int | No
         pixels = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
         images = (pixels * ((model.levels - 1) / 255)).round().long()
         images = images.expand(-1, channels, -1, -1)
-    for axis, dims in ((0, 2), (1, 3)):  # one image (H, W); several grey ones (n, H, W), or one in colour
-        if images.dim() == dims:
-            images = images.unsqueeze(0 if dims == 2 or images.shape[0] == channels > 1 else axis)
+    if images.dim() == 2:  # one grey image
+        images = images[None, None]
+    elif images.dim() == 3:  # one image (C, H, W), or several grey ones (n, H, W)
+        images = images.unsqueeze(0 if images.shape[0] == channels > 1 else 1)
     if tuple(images.shape[1:]) != model.shape:
         raise ValueError(f"{path}: the images have the shape {tuple(images.shape[1:])}, the model's are {model.shape}")
     return images
 
 
 def read_mask(path: str, count: int, shape: tuple[int, int, int]) -> "Tensor":
-    """bool (1 or count, 1, H, W): True where a picture is white (128 or more), or an array is not 0.
+    """Reads a mask of the pixels to keep, bool (1 or count, 1, H, W).
+
+    Args:
+        path: an image file, in which 128 or more of 255 means True; or an .npy or .npz file, in which anything but 0
+            means True.
+        count: number of images; the file holds one mask for all or one for each.
+        shape: (C, H, W) of the images.
 
     Raises:
-        ValueError: the file is missing or holds something else; names it.
+        ValueError: the file is missing, or holds no such masks; names the file.
     """
     import torch
 
@@ -117,7 +134,7 @@ def read_mask(path: str, count: int, shape: tuple[int, int, int]) -> "Tensor":
     known = known.unsqueeze(1) if known.dim() == 3 else known
     if known.dim() != 4 or len(known) not in (1, count) or tuple(known.shape[1:]) != (1, *shape[1:]):
         raise ValueError(
-            f"{path}: a mask must be {shape[1]} rows of {shape[2]} pixels, one or {count} of them, got the shape "
+            f"{path}: must hold 1 or {count} masks, each {shape[1]} rows of {shape[2]} pixels, got the shape "
             f"{tuple(known.shape)}"
         )
     return known
@@ -135,5 +152,5 @@ def _array(path: str) -> Any:
             return loaded["images" if "images" in names else names[0]]
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
-    except Exception as error:  # NumPy has no kind of its own for a damaged file, or for one that holds objects
+    except Exception as error:  # NumPy raises many exceptions for damaged files and for files of pickled objects
         raise ValueError(f"{path}: does not hold a plain array ({error})") from error

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgen.cli import config
-from fastgen.cli.common import add_data, add_device, device_of, load_data, load_run_data, natural, number, positive_int
+from fastgen.cli.common import (
+    add_data,
+    add_device,
+    device_of,
+    finite_number,
+    load_data,
+    load_run_data,
+    non_negative_int,
+    positive_int,
+)
 
 if TYPE_CHECKING:
     from fastgen.data import Dataset
@@ -22,7 +31,7 @@ MODELS = {
     "vae": "VAE",
     "autoencoder": "Autoencoder",
 }
-SMALL_IMAGE = 16 * 16  # pixels; up to here models are small by default, which a CPU can train
+SMALL_IMAGE = 16 * 16  # pixels; for images up to this size the default models are small enough to train on a CPU
 SMALL: dict[str, dict[str, Any]] = {
     "gated_pixelcnn": {"channels": 48, "layers": 6, "dropout": 0.3},
     "pixelcnn": {"channels": 32, "layers": 6},
@@ -32,68 +41,78 @@ SMALL: dict[str, dict[str, Any]] = {
     "autoencoder": {"latent_dim": 8, "channels": 16, "hidden": 128},
 }
 LARGE: dict[str, dict[str, Any]] = {"vae": {"latent_dim": 64}, "autoencoder": {"latent_dim": 64}}
-FROM_DATA = ("shape", "levels", "n_classes")
-MIXTURE_LEVELS = 256  # of PixelCNN++
-RESOLVED = "train.toml"  # in the run's folder
+FROM_DATA = ("shape", "levels", "n_classes")  # arguments of a model that the data set determines
+MIXTURE_LEVELS = 256  # the number of levels of PixelCNN++
+RESOLVED = "train.toml"  # the file of all options in the run's folder
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
         help="train a model",
-        description="Train a model; the run is a folder. Under torchrun, processes share each step: "
+        description="Trains a model and writes the run to a folder. Under torchrun the processes share each step: "
         "torchrun --nproc-per-node N -m fastgen train ...",
     )
-    parser.add_argument("--model", choices=sorted(MODELS), help="needed for a new run, but with --init-from RUN")
-    add_data(parser, needed=False, more="; needed for a new run")
-    parser.add_needed("--out", metavar="RUN", help="folder of the run")
-    parser.add_argument("--resume", action="store_true", help="continue the run in RUN, as if it had never stopped")
+    parser.add_argument("--model", choices=sorted(MODELS), help="needed for a new run, except with --init-from RUN")
+    add_data(parser, required=False, more="; needed for a new run")
+    parser.add_required("--out", metavar="RUN", help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="continue the run in RUN exactly where it stopped")
     parser.add_argument(
         "--init-from",
         metavar="WEIGHTS",
-        help="start from weights: another RUN, or a .pt or .safetensors file of a model of the same shapes",
+        help="start from these weights: the folder of another run, or a .pt or .safetensors file with tensors of the "
+        "same shapes",
     )
     parser.add_argument(
         config.FLAG,
         metavar="FILE",
-        help=f"options in a TOML file (name = value, [set] for --set), such as the {RESOLVED} of a run",
+        help=f"read options from a TOML file (name = value, a table [set] for --set), such as the {RESOLVED} of a run",
     )
     parser.add_argument(
-        "--conditional", action=argparse.BooleanOptionalAction, help="condition the model on the images' classes"
+        "--conditional", action=argparse.BooleanOptionalAction, help="condition the model on the classes of the images"
     )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="an argument of the model, e.g. channels=64, or a setting",
+        help="set an argument of the model, such as channels=64, or a setting; may be repeated",
     )
     settings = parser.add_argument_group(
-        "settings (a resumed run keeps its own; --steps, --patience, --lr and how it is computed may be new)"
+        "settings",
+        "A resumed run keeps its settings. Only --steps, --patience, --lr, --max-seconds, --samples, --parallel and "
+        "--cuda-graph may change.",
     )
-    settings.add_argument("--steps", type=positive_int, help="optimizer steps in all (default 2000)")
-    settings.add_argument("--batch-size", type=positive_int, help="images a step, of all processes (default 64)")
-    settings.add_argument("--lr", type=number, help="peak learning rate (default 0.001)")
-    settings.add_argument("--warmup", type=natural, help="steps until the peak (default 100)")
+
+    def add_setting(name: str, kind: Any, description: str) -> None:
+        settings.add_argument(name, type=kind, help=description)
+
+    add_setting("--steps", positive_int, "optimizer steps in all (default 2000)")
+    add_setting("--batch-size", positive_int, "images per step, over all processes (default 64)")
+    add_setting("--lr", finite_number, "peak learning rate (default 0.001)")
+    add_setting("--warmup", non_negative_int, "steps until the peak learning rate (default 100)")
+    add_setting("--decay-steps", positive_int, "steps of the cosine schedule (default: --steps, but at least 2000)")
+    add_setting("--weight-decay", finite_number, "weight decay of AdamW (default 0.01)")
+    add_setting("--clip", finite_number, "largest norm of the gradient (default 1)")
+    add_setting("--ema", finite_number, "decay of the averaged weights (default 0.995)")
+    add_setting("--validate-every", positive_int, "steps between validations (default 100)")
+    add_setting("--patience", non_negative_int, "stop after N validations without improvement (default 10; 0: never)")
+    add_setting("--max-seconds", finite_number, "stop after this time")
+    add_setting("--seed", non_negative_int, "seed of weights, order of images and noise (default 0)")
+    add_setting("--beta", finite_number, "weight of the KL in the loss of a VAE (default 1)")
+    add_setting("--beta-warmup", non_negative_int, "steps over which this weight rises from 0 (default 0)")
+    add_setting("--free-bits", finite_number, "minimum of the KL of each latent dimension of a VAE, nats (default 0)")
+    add_setting("--samples", non_negative_int, "images drawn into RUN/samples at each validation (default 0)")
     settings.add_argument(
-        "--decay-steps", type=positive_int, help="steps of the cosine (default: the steps, at least 2000)"
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        help="auto (default): bfloat16 or float16 autocast on CUDA GPUs, float32 elsewhere",
     )
-    settings.add_argument("--weight-decay", type=number, help="of AdamW (default 0.01)")
-    settings.add_argument("--clip", type=number, help="largest norm of the gradient (default 1)")
-    settings.add_argument("--ema", type=number, help="decay of the averaged weights (default 0.995)")
-    settings.add_argument("--validate-every", type=positive_int, help="steps between validations (default 100)")
-    settings.add_argument("--patience", type=natural, help="validations without improvement; 0: any (default 10)")
-    settings.add_argument("--max-seconds", type=number, help="time after which training stops")
-    settings.add_argument("--seed", type=natural, help="of weights, order and noise (default 0)")
-    settings.add_argument("--beta", type=number, help="weight of the KL of a VAE (default 1)")
-    settings.add_argument("--beta-warmup", type=natural, help="steps over which it rises from 0 (default 0)")
-    settings.add_argument("--free-bits", type=number, help="least KL of a latent dimension, nats (default 0)")
-    settings.add_argument("--samples", type=natural, help="images drawn at each validation, RUN/samples (default 0)")
-    computed = ("auto", "float32", "bfloat16")
-    settings.add_argument("--precision", choices=computed, help="auto: half on GPUs, float32 elsewhere (default)")
-    settings.add_argument("--parallel", choices=("ddp", "fsdp"), help="of several processes (default ddp)")
     settings.add_argument(
-        "--cuda-graph", action=argparse.BooleanOptionalAction, help="replay steps as a CUDA graph (default: no)"
+        "--parallel", choices=("ddp", "fsdp"), help="how processes under torchrun share the model (default ddp)"
+    )
+    settings.add_argument(
+        "--cuda-graph", action=argparse.BooleanOptionalAction, help="replay training steps as a CUDA graph (default no)"
     )
     add_device(parser)
     parser.set_defaults(run=run)
@@ -111,11 +130,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.resume:
         state = read_state(arguments.out)
         if options or arguments.conditional is not None or arguments.init_from:
-            raise ValueError("--resume keeps the model of the run: leave out --set, --conditional and --init-from")
+            raise ValueError("--resume keeps the model of the run: leave out --init-from, --conditional and --set")
         settings = _settings({**state["settings"], **given})
         model = checkpoint.build(state["model"], Path(arguments.out) / STATE)
         if arguments.model and MODELS[arguments.model] != type(model).__name__:
-            raise ValueError(f"--model {arguments.model}: the run in {arguments.out} is of a {type(model).__name__}")
+            raise ValueError(f"--model {arguments.model}: the run in {arguments.out} trains a {type(model).__name__}")
         loading = {name: value for name, value in state["data"]["loading"].items() if name != "levels"}
         dataset = load_run_data(arguments, model, data=state["data"]["name"], **loading)
     else:
@@ -141,7 +160,7 @@ def run(arguments: argparse.Namespace) -> int:
         resume=arguments.resume,
         init_from=arguments.init_from,
         device=device,
-        callbacks=[Resolved(config.written(_resolved(model, dataset, settings)))],
+        callbacks=[Resolved(config.to_toml(_resolved(model, dataset, settings)))],
     )
     best = f"; validation {result.metric} {result.best:.4f}" if result.best < float("inf") else ""
     print(f"{result.reason} at step {result.steps}{best}; saved in {arguments.out}")
@@ -150,14 +169,14 @@ def run(arguments: argparse.Namespace) -> int:
         return 130
     if result.reason == "no improvement" and result.steps < settings.steps:
         print(
-            f"no better validation in {settings.patience}; to go on, --resume with another --patience (0: any), --lr "
-            "or --steps"
+            f"no improvement in {settings.patience} validations; to go on all the same: --resume with another "
+            "--patience (0: never stop), --lr or --steps"
         )
     return 0
 
 
 class Resolved:
-    """A callback that writes the options of a run to its folder, after the first step."""
+    """A callback that writes the file of all options to the folder of the run, after the first step."""
 
     def __init__(self, content: bytes) -> None:
         self.content = content
@@ -175,7 +194,7 @@ def _settings(given: Mapping[str, Any]) -> Any:
 
     try:
         return Settings(**given)
-    except TypeError as error:  # a comparison with what is no number, from --set
+    except TypeError as error:  # a value of --set that is not a number was compared with one
         raise ValueError(f"--set: {error}") from error
 
 
@@ -186,7 +205,7 @@ def _new_run(arguments: argparse.Namespace, options: dict[str, Any], seed: int) 
 
     if arguments.model is None:
         if arguments.init_from is None or not Path(arguments.init_from).is_dir():
-            raise ValueError("--model is needed for a new run (but with --init-from RUN, whose model it takes)")
+            raise ValueError("--model is needed for a new run (except with --init-from RUN, which names the model)")
         if options or arguments.conditional is not None:
             raise ValueError("--set and --conditional need --model: without it the model is that of --init-from RUN")
         model = checkpoint.load(arguments.init_from)
@@ -197,7 +216,7 @@ def _new_run(arguments: argparse.Namespace, options: dict[str, Any], seed: int) 
 
 
 def _resolved(model: Any, dataset: "Dataset", settings: Any) -> dict[str, Any]:
-    """All options with which the run could be begun anew."""
+    """All options of a run, with which `fastgen train` would repeat it."""
     names = {kind: name for name, kind in MODELS.items()}
     arguments = model.constructor_arguments()
     return {
@@ -211,17 +230,17 @@ def _resolved(model: Any, dataset: "Dataset", settings: Any) -> dict[str, Any]:
 
 
 def _assignments(texts: Sequence[str]) -> dict[str, Any]:
-    """NAME=VALUE texts as a dict. A VALUE that is a literal of Python becomes its value, any other stays text."""
-    found: dict[str, Any] = {}
+    """NAME=VALUE texts as a dict. A VALUE that is a Python literal becomes its value, any other stays a string."""
+    assignments: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"--set {text}: expected NAME=VALUE")
         try:
-            found[name] = ast.literal_eval(value)
+            assignments[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            found[name] = value
-    return found
+            assignments[name] = value
+    return assignments
 
 
 def new_model(
@@ -230,11 +249,14 @@ def new_model(
     """A model for the images of a data set, with fresh weights.
 
     Args:
-        name: of MODELS.
-        options: arguments of the constructor.
+        name: a key of MODELS.
+        dataset: the data set, which determines shape, levels and n_classes.
+        conditional: whether the model is class-conditional.
+        options: further arguments of the constructor.
 
     Raises:
-        ValueError: an option is misspelt or the constructor refuses it; the data has no classes, or is not for it.
+        ValueError: an option is misspelt, or the constructor refuses it; the data set has no classes, or images that
+            the model cannot describe.
     """
     from fastgen import models
 
@@ -247,10 +269,11 @@ def new_model(
         arguments["levels"] = dataset.levels
     elif dataset.levels != MIXTURE_LEVELS or dataset.shape[0] not in (1, 3):
         others = ", ".join(other for other in sorted(MODELS) if other != name)
+        own_images = not dataset.name.isidentifier()  # npz:, folder: and hf:, of which --levels is an option
         raise ValueError(
-            f"--model {name} is for 256 levels of 1 or 3 channels, the images of {dataset.name} have {dataset.levels} "
-            f"levels of {dataset.shape[0]}: take --model gated_pixelcnn, or another of {others}"
-            + (", or --levels 256" if not dataset.name.isidentifier() and dataset.shape[0] in (1, 3) else "")
+            f"--model {name} is for images with 256 levels and 1 or 3 channels, those of {dataset.name} have "
+            f"{dataset.levels} levels and {dataset.shape[0]} channel(s): choose --model gated_pixelcnn, or another of "
+            f"{others}" + (", or --levels 256" if own_images and dataset.shape[0] in (1, 3) else "")
         )
     if name == "vae":
         mixture = "logistic_mixture" if dataset.shape[0] in (1, 3) else "categorical"
@@ -268,5 +291,5 @@ def new_model(
     try:
         return kind(**arguments)
     except TypeError as error:
-        said = " ".join(f"{key}={value!r}" for key, value in (options or {}).items())
-        raise ValueError(f"--set {said}: {error}") from error
+        given = " ".join(f"{key}={value!r}" for key, value in (options or {}).items())
+        raise ValueError(f"--set {given}: {error}") from error

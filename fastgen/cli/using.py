@@ -3,24 +3,25 @@
 import argparse
 from typing import Any
 
-from fastgen.cli.common import add_data, add_run, device_of, load_run_data, natural, positive_int
+from fastgen.cli.common import add_data, add_run, add_split, device_of, load_run_data, non_negative_int, positive_int
 
 
 def add(commands: Any) -> None:
     evaluate = commands.add_parser(
         "evaluate",
-        help="score a model on images",
-        description="Bits/dim of a model on images it has not seen. Processes of torchrun share the images; the figure "
-        "does not depend on their number.",
+        help="measure a model's bits/dim on images",
+        description="Prints a model's bits/dim on a data set; for a class-conditional model also the accuracy and "
+        "calibration of Bayes' rule. Under torchrun the processes share the images, and the result does not depend on "
+        "the number of processes.",
     )
     add_run(evaluate, run_evaluate)
     add_data(evaluate)
-    evaluate.add_argument("--split", choices=("train", "validation", "test"), default="test", help="default: test")
+    add_split(evaluate)
     evaluate.add_argument("--batch-size", type=positive_int, help="images at a time (default: up to 256)")
     evaluate.add_argument(
-        "--samples", type=positive_int, default=64, help="draws of the latent for each image of a VAE (default 64)"
+        "--samples", type=positive_int, default=64, help="importance samples for each image, for a VAE (default 64)"
     )
-    evaluate.add_argument("--seed", type=natural, default=0, help="of those draws (default 0)")
+    evaluate.add_argument("--seed", type=non_negative_int, default=0, help="seed of these samples (default 0)")
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
@@ -37,7 +38,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     print(f"{type(model).__name__} on the {arguments.split} images of {dataset.name}:")
     if isinstance(model, Autoencoder):
         error = mean_loss(model, split, device, batch_size=arguments.batch_size) * unit(model)[1]
-        print(f"squared error {error:.5f} a dimension on the scale of -1..1, {len(split)} images")
+        print(f"squared error {error:.5f} per dimension on the scale of -1..1, {len(split)} images")
         return 0
     options: dict[str, Any] = {"batch_size": arguments.batch_size or images_at_once(model), "shared": True}
     if isinstance(model, VAE):
@@ -46,10 +47,10 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     score = likelihood.evaluate(model, split.images.long(), labels, **options)
     print(score)
     print(
-        f"to compare: uniform {baselines.uniform_bits_per_dim(dataset):.3f} bits/dim, a histogram for each position "
-        f"{baselines.histogram_bits_per_dim(dataset, split):.3f}"
+        f"baselines: uniform {baselines.uniform_bits_per_dim(dataset):.3f} bits/dim, a histogram for each position "
+        f"{baselines.histogram_bits_per_dim(dataset, split):.3f} bits/dim"
     )
     if labels is not None:
         posterior = likelihood.class_posterior(model, split.images.long(), **options)
-        print(f"classified by Bayes' rule: {calibration(posterior.log_probs, labels)}")
+        print(f"classification by Bayes' rule: {calibration(posterior.log_probs, labels)}")
     return 0

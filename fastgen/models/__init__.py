@@ -1,4 +1,4 @@
-"""Generative models of images: exact likelihoods, exact samples."""
+"""Generative models of images: autoregressive models with exact likelihoods and samples, a VAE and an autoencoder."""
 
 from fastgen.models.autoencoder import Autoencoder
 from fastgen.models.gated_pixelcnn import GatedPixelCNN

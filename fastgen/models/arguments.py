@@ -1,5 +1,5 @@
-"""What all models do with their arguments: checks, and levels as floats. Values of tensors are read only where
-`may_read_values` allows it."""
+"""Checks of the models' arguments, and the conversion of levels to floats. The checks read the values of a tensor only
+if `may_read_values` allows it."""
 
 from typing import Any
 
@@ -10,20 +10,20 @@ from fastgen.ops._implementation import may_read_values
 
 
 def check_shape(shape: Any) -> None:
-    """Raises ValueError where the shape of an image is not three positive ints."""
+    """Raises ValueError if `shape` is not three positive ints (C, H, W)."""
     if len(shape) != 3 or any(not isinstance(size, int) or size < 1 for size in shape):
         raise ValueError(f"shape must be three positive ints (C, H, W), got {shape!r}")
 
 
 def check_counts(least: int = 1, **counts: Any) -> None:
-    """Raises ValueError naming the first argument that is no int, or below `least`."""
+    """Raises ValueError, naming the argument, if one of `counts` is not an int or is below `least`."""
     for name, count in counts.items():
         if not isinstance(count, int) or count < least:
             raise ValueError(f"{name} must be an int >= {least}, got {count!r}")
 
 
 def as_floats(x: Tensor, shape: tuple[int, ...], levels: int, dtype: torch.dtype) -> Tensor:
-    """Integer levels (B, C, H, W) as floats in [-1, 1]; a float tensor is taken as encoded already.
+    """Converts integer levels (B, C, H, W) to floats in [-1, 1] of `dtype`. A float tensor counts as converted already.
 
     Raises:
         ValueError: x is not (B, *shape).
@@ -34,12 +34,16 @@ def as_floats(x: Tensor, shape: tuple[int, ...], levels: int, dtype: torch.dtype
 
 
 def check_condition(condition: Any, n_classes: int | None) -> None:
-    """Raises ValueError where classes are missing, given to an unconditional model, or none of the model's, and
-    TypeError where they are no integers.
+    """Checks the classes that a model is given. Their values are not read while `accelerate` records a pass: a value
+    that is read would become a constant of the recorded network.
 
     Args:
-        condition: classes (B,), or one class for all. Their values are not read while `accelerate` records a pass: a
-            value that is read would become a constant of the recorded network.
+        condition: classes (B,), one class for all images, or None.
+        n_classes: number of classes of the model; None for an unconditional model.
+
+    Raises:
+        ValueError: classes are missing, out of range, or given to an unconditional model.
+        TypeError: classes are not integers.
     """
     if condition is None and n_classes is not None:
         raise ValueError(f"condition is missing: this model needs a class in 0..{n_classes - 1} for each image")
@@ -47,7 +51,7 @@ def check_condition(condition: Any, n_classes: int | None) -> None:
         raise ValueError("condition was given, but this model is unconditional (n_classes=None)")
     if condition is None:
         return
-    assert n_classes is not None  # as above
+    assert n_classes is not None  # otherwise it has raised above
     classes = torch.tensor(condition) if type(condition) is int else condition
     if (
         not isinstance(classes, Tensor)
@@ -66,7 +70,7 @@ def check_condition(condition: Any, n_classes: int | None) -> None:
 
 
 def check_levels(x: Any, levels: int) -> None:
-    """Raises TypeError where x is no tensor of integers, ValueError where they are not levels 0..levels - 1."""
+    """Raises TypeError if x is not a tensor of integers, ValueError if a value is not in 0..levels - 1."""
     if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x must hold integer levels 0..{levels - 1}, got {kind}")

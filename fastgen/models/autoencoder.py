@@ -1,4 +1,4 @@
-"""A plain autoencoder: features of an image that are enough to rebuild it."""
+"""A plain autoencoder: features from which an image can be reconstructed."""
 
 from typing import Any
 
@@ -11,8 +11,8 @@ from fastgen.models.rebuildable import Rebuildable
 
 
 class Autoencoder(Rebuildable):
-    """Trained on the squared distance between an image and its reconstruction. Its encoder is of use without the
-    decoder: `encode` gives features for a classifier with few labels. It has no likelihood and cannot be sampled.
+    """An autoencoder trained on the squared distance between an image and its reconstruction. `encode` gives features,
+    for example for a classifier with few labels. The model has no likelihood and cannot be sampled.
 
     Args:
         shape: (C, H, W) of an image, any sizes.
@@ -53,12 +53,12 @@ class Autoencoder(Rebuildable):
         return as_floats(x, self.shape, self.levels, next(self.parameters()).dtype)
 
     def encode(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Integer levels (B, C, H, W), or floats in [-1, 1], and classes (B,) -> features (B, latent_dim)."""
+        """Encodes integer levels (B, C, H, W), or floats in [-1, 1], and classes (B,) as features (B, latent_dim)."""
         check_condition(condition, self.n_classes)
         return self.encoder(self._floats(x), condition)
 
     def decode(self, features: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Features (B, latent_dim) -> images (B, C, H, W), floats where -1 is level 0 and 1 the highest level."""
+        """Decodes features (B, latent_dim) to images (B, C, H, W), floats; -1 is level 0 and 1 the highest level."""
         check_condition(condition, self.n_classes)
         return self.decoder(features, condition)
 
@@ -67,7 +67,8 @@ class Autoencoder(Rebuildable):
         return self.decode(self.encode(x, condition), condition)
 
     def loss(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Squared distance of the reconstruction on the scale of -1..1, summed over an image, mean of the batch: ()."""
+        """Squared distance of the reconstruction on the scale of -1..1, summed over an image, mean over the batch:
+        ()."""
         return F.mse_loss(self(x, condition), self._floats(x), reduction="sum") / x.shape[0]
 
     def reconstruct(self, x: Tensor, condition: Tensor | None = None) -> Tensor:

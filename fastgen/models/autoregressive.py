@@ -1,4 +1,4 @@
-"""The base class of the autoregressive image models: exact likelihood, exact samples."""
+"""The base class of the autoregressive image models."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 
 
 class AutoregressiveModel(Rebuildable):
-    """Base class: p(x) = prod_i p(x_i | x_<i), pixels in raster order, colours R, G, B inside a pixel.
+    """Base class of models p(x) = prod_i p(x_i | x_<i), with the pixels in raster order and the colours R, G, B of a
+    pixel in this order. Likelihoods and samples are exact.
 
     A subclass makes its layers and defines `forward(x, condition=None) -> params`, which calls `self.encode(x)`.
 
     Args:
         shape: (C, H, W) of an image.
         levels: number of levels of a channel.
-        distribution: distribution of a pixel given the parameters at it.
+        distribution: distribution of a pixel given `params` at the pixel.
         n_classes: number of classes of a conditional model, None for an unconditional one.
     """
 
@@ -39,11 +40,12 @@ class AutoregressiveModel(Rebuildable):
         self.levels = levels
         self.distribution = distribution
         self.n_classes = n_classes
-        # At most one sampler. In a list, so that a sampler does not take its own making for a change of the model.
+        # At most one sampler. It is in a list, so that adding it does not look like a change of the model's attributes,
+        # which a sampler watches.
         self._samplers: list[Any] = []
 
     def encode(self, x: Tensor) -> Tensor:
-        """Integer levels (B, C, H, W) as floats in [-1, 1]; a float tensor is taken as encoded already.
+        """Converts integer levels (B, C, H, W) to floats in [-1, 1]. A float tensor counts as converted already.
 
         Raises:
             ValueError: x is not (B, *shape).
@@ -52,23 +54,22 @@ class AutoregressiveModel(Rebuildable):
         return as_floats(x, self.shape, self.levels, dtype)
 
     def check_condition(self, condition: Tensor | None) -> None:
-        """Raises ValueError or TypeError where a class is missing, wrong, or given to an unconditional model."""
+        """Raises ValueError or TypeError if classes are missing, wrong, or given to an unconditional model."""
         check_condition(condition, self.n_classes)
 
     def log_prob(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Log-likelihood of integer levels x (B, C, H, W): (B,) nats.
+        """Log-likelihood of integer levels x (B, C, H, W) given classes (B,): (B,) nats.
 
         Raises:
-            TypeError, ValueError: x or the classes have another type, shape or range.
+            TypeError: x or condition is not a tensor of integers.
+            ValueError: x or condition has another shape or range, or condition is missing or superfluous.
         """
         self._check(x, condition)
         return self.distribution.log_prob(self(x, condition), x.long())
 
     def loss(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """-log p(x), mean over the batch, () nats: for training. Fused where a kernel runs, in float32 at least.
-
-        Raises as `log_prob`.
-        """
+        """The mean of -log p(x) over the batch, () nats, for training. Computed in float32 or float64, by a fused
+        kernel on a GPU. Raises as `log_prob`."""
         self._check(x, condition)
         params = self(x, condition)
         if isinstance(self.distribution, Categorical):
@@ -83,17 +84,18 @@ class AutoregressiveModel(Rebuildable):
 
     @torch.no_grad()
     def sample(self, n: int, **options: Any) -> Tensor:
-        """Draws n images; options as in `fastgen.sampling.Sampler.sample`. Returns (n, C, H, W) levels."""
+        """Draws n images; returns int64 levels (n, C, H, W). Options and errors as in
+        `fastgen.sampling.Sampler.sample`."""
         return self.sampler(options.get("condition")).sample(n, **options)
 
     def sampler(self, condition: Any = None) -> "Sampler":
-        """The `fastgen.accelerate` of this model, made once.
+        """The sampler of this model, made by `fastgen.accelerate` at the first call.
 
         Args:
-            condition: classes of a class-conditional model, or one class: an example.
+            condition: an example of the classes of a class-conditional model: a tensor of classes, or one class.
 
         Raises:
-            TypeError, ValueError: as `log_prob` for classes; the model is in training mode.
+            TypeError, ValueError: as `log_prob` for classes; ValueError also if the model is in training mode.
         """
         from fastgen.sampling import accelerate
 

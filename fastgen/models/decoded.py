@@ -1,4 +1,4 @@
-"""Images from a decoder's parameters: draws of p(x | z), and its expected image. Integer levels in and out."""
+"""Images from the parameters of p(x | z) that a VAE's decoder gives: draws and expected images, as levels."""
 
 import math
 
@@ -10,7 +10,7 @@ from fastgen.ops.reconstruction_nll import LOG_VARIANCE_RANGE
 
 
 def planes_of(likelihood: str, channels: int, levels: int, n_mix: int) -> int:
-    """Parameters a pixel that `reconstruction_nll` takes."""
+    """The number of parameters of a pixel that `fastgen.ops.reconstruction_nll` takes."""
     if likelihood == "logistic_mixture":
         return n_mix * (10 if channels == 3 else 3)
     return channels * {"bernoulli": 1, "gaussian": 2, "categorical": levels}[likelihood]
@@ -19,7 +19,12 @@ def planes_of(likelihood: str, channels: int, levels: int, n_mix: int) -> int:
 def draw(
     params: Tensor, likelihood: str, channels: int, levels: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Levels (B, C, H, W) int64 drawn independently in every pixel; of a Gaussian, the nearest level to the draw."""
+    """Draws int64 levels (B, C, H, W), each pixel independently. A draw of a Gaussian or a logistic is rounded to the
+    nearest level.
+
+    Args:
+        params: parameters of p(x | z) as `fastgen.ops.reconstruction_nll` takes them.
+    """
 
     def uniforms(shape: torch.Size) -> Tensor:
         smallest = torch.finfo(torch.float32).tiny
@@ -47,9 +52,9 @@ def draw(
 
 
 def expected(params: Tensor, likelihood: str, channels: int, levels: int) -> Tensor:
-    """E[x | z] in levels, float (B, C, H, W) within 0..levels - 1.
+    """E[x | z] in levels, floats (B, C, H, W) within 0..levels - 1. Arguments as in `draw`.
 
-    Of a Gaussian or a logistic mixture: the mean before it is clipped and rounded to levels, limited to the range.
+    For a Gaussian or a logistic mixture this is the mean before rounding to levels, clamped to the range.
     """
     params = params.float()
     if likelihood == "bernoulli":
@@ -69,15 +74,19 @@ def expected(params: Tensor, likelihood: str, channels: int, levels: int) -> Ten
 
 
 def nearest_level(x: Tensor, levels: int) -> Tensor:
-    """The level of a number in -1..1, int64; 0 for NaN."""
+    """The level (int64) nearest to a number on the scale of -1..1; 0 for NaN."""
     return ((x.clamp(-1, 1) + 1) * ((levels - 1) / 2)).round().nan_to_num(0).long()
 
 
 def gaussian_nll(params: Tensor, x: Tensor, levels: int) -> Tensor:
-    """-log p of integer levels (B, C, H, W) that a Gaussian is rounded to, (B,) nats.
+    """-log p of integer levels (B, C, H, W) under a Gaussian that is rounded to levels, (B,) nats.
 
-    The probability of a level is the Gaussian's integral over the level's bin; the first and the last have all beyond
-    them, as `draw` gives it, so that all of them add up to one. params: means and log-variances, as `draw` takes them.
+    The probability of a level is the integral of the Gaussian over the level's bin. The bins of the first and the last
+    level extend to infinity, as `draw` rounds, so that the probabilities sum to one.
+
+    Args:
+        params: (B, 2C, H, W), means, then log-variances.
+        x: integer levels (B, C, H, W).
     """
     params = params if params.dtype == torch.float64 else params.float()
     mean, log_variance = params.chunk(2, 1)
@@ -85,15 +94,17 @@ def gaussian_nll(params: Tensor, x: Tensor, levels: int) -> Tensor:
     bin_width = 2 / (levels - 1)
     deviation = (x.to(mean.dtype) * bin_width - 1 - mean) * inverse
     width = bin_width * inverse
-    # By symmetry both ends of the bin lie in the lower tail, or on both sides of the mean.
-    size = -deviation.abs()
-    upper, lower = torch.special.log_ndtr(size + width / 2), torch.special.log_ndtr(size - width / 2)
-    # A narrow bin has the density times its width, with terms for its curvature: there the difference cancels.
+    # Mirrored into the lower tail, where the logarithms of both ends of the bin are accurate.
+    mirrored = -deviation.abs()
+    upper, lower = torch.special.log_ndtr(mirrored + width / 2), torch.special.log_ndtr(mirrored - width / 2)
+    # For a narrow bin the difference of both ends cancels. Its probability is the density times the width, with
+    # second- and fourth-order terms of the curvature.
     narrow = width * (1 + deviation.abs()) < 0.2
-    m, w = deviation.square(), torch.where(narrow, width, 0.1).square()
-    m = torch.where(narrow, m, 1)
-    curved = w * (m - 1) / 24 + w.square() * (m.square() - 6 * m + 3) / 1920
-    density = torch.log(width) - 0.5 * (deviation.square() + math.log(2 * math.pi)) + torch.log1p(curved)
+    # Where the bin is wide, harmless numbers take the place of these: torch.where's gradient must stay finite.
+    width_2, deviation_2 = torch.where(narrow, width, 0.1).square(), torch.where(narrow, deviation.square(), 1)
+    curvature = width_2 * (deviation_2 - 1) / 24
+    curvature = curvature + width_2.square() * (deviation_2.square() - 6 * deviation_2 + 3) / 1920
+    density = torch.log(width) - 0.5 * (deviation.square() + math.log(2 * math.pi)) + torch.log1p(curvature)
     difference = torch.where(narrow, -torch.ones_like(width), lower - upper)
     inside = torch.where(narrow, density, upper + torch.log(-torch.expm1(difference)))
     first = torch.special.log_ndtr(deviation + width / 2)

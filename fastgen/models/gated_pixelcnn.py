@@ -10,16 +10,17 @@ from fastgen.nn import GatedMaskedBlock
 
 
 class GatedPixelCNN(SoftmaxModel):
-    """A 7x7 gated layer of mask type A, 3x3 layers of type B, two 1x1 layers, a softmax for every colour: levels
-    (B, C, H, W) -> logits (B, K, C, H, W).
+    """Gated PixelCNN: a 7x7 gated layer of mask type A, 3x3 gated layers of type B, two 1x1 convolutions and a softmax
+    for every colour. Levels (B, C, H, W) -> logits (B, K, C, H, W).
 
     Args:
         shape: (C, H, W); with C = 3 the colours are ordered R, G, B.
-        levels: number of levels of a channel.
-        channels: feature maps of each stack, rounded as in `channels_of`.
-        layers: number of gated layers, the first included.
+        levels: number of levels K of a channel.
+        channels: feature maps of each of the two stacks. If C does not divide them, they are rounded up as in
+            `fastgen.models.softmax.channels_of`: 128 become 192 for RGB.
+        layers: number of gated layers, including the first.
         n_classes: number of classes of a class-conditional model, None for an unconditional one.
-        dropout: probability, before the output convolution of every layer.
+        dropout: dropout probability before the output convolution of every layer.
 
     Raises:
         ValueError: an argument is not as above.

@@ -1,4 +1,4 @@
-"""Encoders and decoders of images of any size: convolutions with stride 2 and their transposes, or an MLP."""
+"""Encoders and decoders for images of any size: convolutions of stride 2 and transposed convolutions, or MLPs."""
 
 from itertools import pairwise
 
@@ -8,23 +8,24 @@ from fastgen.models.arguments import check_counts, check_shape
 from fastgen.nn.gated import ClassBias
 
 NETWORKS = ("convolutional", "mlp")
-SMALLEST = 4  # convolutions halve an image until no side is longer
+SMALLEST = 4  # pixels: convolutions of stride 2 follow each other until no side is longer
 Shape = tuple[int, int, int]
 
 
 class Encoder(nn.Module):
-    """(B, C, H, W) floats -> (B, outputs).
+    """Encodes float images (B, C, H, W) as (B, outputs).
 
-    A 3x3 convolution, convolutions of stride 2 until no side is longer than 4 (channels double up to four times the
-    first), and a linear layer; or an MLP of two hidden layers. A class is a bias of the first layer.
+    The convolutional network is a 3x3 convolution, convolutions of stride 2 until no side is longer than 4 pixels (they
+    double the channels, up to four times the first) and a linear layer. The MLP has two hidden layers. A class adds a
+    bias to the first layer.
 
     Args:
         shape: (C, H, W) of an image.
-        outputs: numbers an image.
+        outputs: number of outputs for each image.
         network: "convolutional" or "mlp".
         channels: feature maps at full resolution.
-        hidden: units of an MLP's hidden layer.
-        n_classes: number of classes, None for none.
+        hidden: units of a hidden layer of the MLP.
+        n_classes: number of classes, None for an unconditional network.
 
     Raises:
         ValueError: an argument is not as above.
@@ -62,13 +63,16 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, inputs) -> (B, planes, H, W): the encoder's mirror image, with transposed convolutions.
+    """Decodes (B, inputs) to (B, planes, H, W): the mirror image of `Encoder`, with transposed convolutions.
 
     Args:
         shape: (C, H, W) of an image.
-        inputs: numbers an image.
-        planes: parameters a pixel.
+        inputs: number of inputs for each image.
+        planes: number of outputs for each pixel.
         network, channels, hidden, n_classes: as in `Encoder`.
+
+    Raises:
+        ValueError: an argument is not as above.
     """
 
     def __init__(
@@ -87,16 +91,16 @@ class Decoder(nn.Module):
             self.input = nn.Linear(inputs, stages[0][0] * stages[0][1] * stages[0][2])
             rest = [nn.ReLU(), nn.Unflatten(1, stages[0])]
             for (before, low, narrow), (after, high, wide) in pairwise(stages):
-                # A side of h pixels came from 2h - 1 or from 2h; the padding of the output tells which.
-                even = (high - 2 * low + 1, wide - 2 * narrow + 1)
-                rest += [nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=even), nn.ReLU()]
+                # The encoder made h pixels of 2h - 1 or of 2h; the output padding is 0 or 1 respectively.
+                padding = (high - 2 * low + 1, wide - 2 * narrow + 1)
+                rest += [nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=padding), nn.ReLU()]
             rest.append(nn.Conv2d(channels, planes, 3, padding=1))
         self.condition = None if n_classes is None else ClassBias(n_classes, self.input.out_features)
         self.layers = nn.Sequential(*rest)
 
     @property
     def bias(self) -> Tensor:
-        """The bias of the last layer, (planes, 1) of a convolution, (planes, H * W) of an MLP: a view."""
+        """The bias of the last layer: a view (planes, 1) of a convolution's, (planes, H * W) of an MLP's."""
         last = next(layer for layer in reversed(self.layers) if isinstance(layer, nn.Conv2d | nn.Linear))
         assert last.bias is not None
         return last.bias.view(self.planes, -1)
@@ -109,7 +113,7 @@ class Decoder(nn.Module):
 
 
 def stages_of(shape: Shape, channels: int) -> list[Shape]:
-    """(channels, height, width) of the feature maps at each resolution, the largest first."""
+    """(channels, height, width) of the feature maps at each resolution, from the largest to the smallest."""
     _, height, width = shape
     stages = [(channels, height, width)]
     while max(height, width) > SMALLEST:
@@ -119,7 +123,7 @@ def stages_of(shape: Shape, channels: int) -> list[Shape]:
 
 
 def check_network(shape: Shape, network: str, **counts: int) -> None:
-    """Raises ValueError where shape is not three positive ints, network is unknown, or a count is no positive int."""
+    """Raises ValueError if shape is not three positive ints, network is unknown, or a count is not a positive int."""
     check_shape(shape)
     if network not in NETWORKS:
         raise ValueError(f"network must be one of {NETWORKS}, got {network!r}")

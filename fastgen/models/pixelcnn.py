@@ -9,13 +9,14 @@ from fastgen.nn.gated import ClassBias
 
 
 class PixelCNN(SoftmaxModel):
-    """A 7x7 convolution of mask type A, residual blocks of type B, two 1x1 layers, a softmax for every colour: levels
-    (B, C, H, W) -> logits (B, K, C, H, W).
+    """PixelCNN: a 7x7 convolution of mask type A, residual blocks of type B, two 1x1 convolutions and a softmax for
+    every colour. Levels (B, C, H, W) -> logits (B, K, C, H, W).
 
     Args:
         shape: (C, H, W); with C = 3 the colours are ordered R, G, B.
-        levels: number of levels of a channel.
-        channels: h, feature maps of the 3x3 convolutions; the residual stream has 2h. Rounded as in `channels_of`.
+        levels: number of levels K of a channel.
+        channels: feature maps h of the 3x3 convolutions; the residual stream has 2h. If C does not divide them, they
+            are rounded up as in `fastgen.models.softmax.channels_of`: 128 become 192 for RGB.
         layers: number of residual blocks.
         n_classes: number of classes of a class-conditional model, None for an unconditional one.
 
@@ -43,7 +44,7 @@ class PixelCNN(SoftmaxModel):
 
 
 class ResidualBlock(nn.Module):
-    """Figure 5 (left): 2h features -> 1x1 -> h -> 3x3 -> h -> 1x1 -> 2h, added to the input."""
+    """Figure 5 (left) of the paper: 2h features -> 1x1 -> h -> 3x3 -> h -> 1x1 -> 2h, added to the input."""
 
     def __init__(self, h: int, colours: int, n_classes: int | None) -> None:
         super().__init__()

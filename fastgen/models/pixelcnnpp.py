@@ -1,4 +1,5 @@
-"""PixelCNN++ (Salimans et al. 2017): shifted convolutions without masks, three resolutions, a mixture of logistics."""
+"""PixelCNN++ (Salimans et al. 2017, "PixelCNN++: Improving the PixelCNN with Discretized Logistic Mixture Likelihood
+and Other Modifications")."""
 
 from collections.abc import Sequence
 
@@ -16,22 +17,24 @@ RESOLUTIONS = 3
 
 
 class PixelCNNPP(AutoregressiveModel):
-    """Two streams: one sees the rows above a pixel, the other these and the pixels to its left.
+    """PixelCNN++: shifted convolutions instead of masks, three resolutions, a mixture of logistics with 256 levels.
+    Levels (B, C, H, W) -> parameters (B, 10 * n_mix, H, W) for C = 3 and (B, 3 * n_mix, H, W) for C = 1, in the order
+    of `fastgen.LogisticMixture`.
 
-    Both go through three resolutions, down by convolutions of stride 2 and up by transposed ones, and every layer on
-    the way up sees the layer of its resolution on the way down. The order of the colours is the mixture's own: its
-    means of green and blue are linear in the colours before them (equation 3), so that the network sees nothing of the
-    pixel that it describes. Images have 256 levels and any size: levels (B, C, H, W) -> parameters
-    (B, 10 * n_mix, H, W) for C = 3, (B, 3 * n_mix, H, W) for C = 1, in the order of `fastgen.LogisticMixture`.
+    There are two streams: one sees the rows above a pixel, the other also the pixels to its left. Convolutions of
+    stride 2 take both streams down to the two lower resolutions, transposed convolutions back up; each layer on the way
+    up also sees a layer of the same resolution on the way down. The network sees nothing of the pixel that it
+    describes. The mixture orders the colours: the means of green and blue are linear in the colours before them
+    (equation 3).
 
     Args:
-        shape: (C, H, W), C = 1 or 3.
+        shape: (C, H, W), any height and width; C = 1 or 3.
         channels: feature maps of each stream.
-        layers: residual layers of a resolution.
-        n_mix: components of the mixture.
+        layers: number of residual layers at each resolution.
+        n_mix: number of components of the mixture.
         n_classes: number of classes of a class-conditional model, None for an unconditional one.
-        dropout: probability, in every residual layer.
-        weight_norm: all convolutions keep their weights as a length and a direction, as in the paper.
+        dropout: dropout probability in every residual layer.
+        weight_norm: True applies weight normalization to all convolutions, as in the paper.
 
     Raises:
         ValueError: an argument is not as above.
@@ -52,7 +55,7 @@ class PixelCNNPP(AutoregressiveModel):
         if shape[0] not in (1, 3):
             raise ValueError(f"shape must have 1 or 3 channels for a mixture of logistics, got {shape!r}")
         check_counts(channels=channels, layers=layers)
-        inputs = shape[0] + 1  # a channel of ones tells the image from the zeros around it
+        inputs = shape[0] + 1  # forward adds a channel of ones, which distinguishes the image from its padding
         self.rows_above = ShiftedConv2d(inputs, channels, (2, 3))
         self.row_above = ShiftedConv2d(inputs, channels, (1, 3))
         self.pixels_left = ShiftedConv2d(inputs, channels, (2, 1), leftward=True)
@@ -63,7 +66,8 @@ class PixelCNNPP(AutoregressiveModel):
         steps = range(RESOLUTIONS - 1)
         self.down = nn.ModuleList(nn.ModuleList(layer(False) for _ in range(layers)) for _ in range(RESOLUTIONS))
         self.shrink = nn.ModuleList(Shrink(channels) for _ in steps)
-        # The way down leaves one skip a layer, and one for what enters each resolution: the way up uses them all.
+        # The way down leaves one skip connection for each layer and one for the input of each resolution. The way up
+        # uses all of them.
         counts = [layers] + [layers + 1 for _ in steps]
         self.up = nn.ModuleList(nn.ModuleList(layer(True) for _ in range(count)) for count in counts)
         self.grow = nn.ModuleList(Grow(channels) for _ in steps)
@@ -101,7 +105,12 @@ class PixelCNNPP(AutoregressiveModel):
 
 
 class TwoStreams(nn.Module):
-    """A residual layer of both streams (figure 2). The second sees the first as it is after this layer."""
+    """A residual layer of both streams (figure 2). The second stream sees the first as it is after this layer.
+
+    Args:
+        channels: feature maps of each stream.
+        skip: whether the layer gets a skip connection: it is on the way up.
+    """
 
     def __init__(self, channels: int, skip: bool, n_classes: int | None, dropout: float) -> None:
         super().__init__()
@@ -119,7 +128,14 @@ class TwoStreams(nn.Module):
 
 
 class GatedResidual(nn.Module):
-    """x + a * sigmoid(b). Two convolutions compute a and b from x, the skip connection and the other stream."""
+    """x + a * sigmoid(b). Two convolutions compute a and b from x and from `others`, the skip connection and the other
+    stream.
+
+    Args:
+        channels: feature maps of x.
+        leftward: whether this is the second stream, which also sees the pixels to the left.
+        others: feature maps of `others`; 0 if there are none.
+    """
 
     def __init__(self, channels: int, leftward: bool, others: int, n_classes: int | None, dropout: float) -> None:
         super().__init__()
@@ -144,7 +160,7 @@ class GatedResidual(nn.Module):
 
 
 class Shrink(nn.Module):
-    """Both streams at half the size, rounded up."""
+    """Halves the height and width of both streams, rounded up."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -156,8 +172,8 @@ class Shrink(nn.Module):
 
 
 class Grow(nn.Module):
-    """Both streams at twice the size, cropped to (H, W). A pixel reaches its own 2x2 block and no earlier one, so the
-    order of the pixels is kept."""
+    """Doubles the height and width of both streams and crops them to `size` (H, W). A pixel influences its own 2x2
+    block and later ones, so that the order of the pixels is kept."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -173,8 +189,8 @@ class Grow(nn.Module):
 
 
 class ShiftedConv2d(nn.Conv2d):
-    """Each output sees the pixels above it and in its own row: as many to its left as to its right, or, where
-    `leftward`, its own column and those to its left."""
+    """A convolution whose outputs see no row below their own. In columns the kernel is centred; with `leftward` it ends
+    at the output's own column."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: tuple[int, int], stride: int = 1, leftward: bool = False
@@ -192,10 +208,10 @@ def concat_elu(x: Tensor) -> Tensor:
 
 
 def shift_down(x: Tensor) -> Tensor:
-    """Moves the rows down by one; the first becomes zeros."""
+    """Moves the rows down by one; the first row becomes zeros."""
     return F.pad(x, (0, 0, 1, -1))
 
 
 def shift_right(x: Tensor) -> Tensor:
-    """Moves the columns right by one; the first becomes zeros."""
+    """Moves the columns right by one; the first column becomes zeros."""
     return F.pad(x, (1, -1))

@@ -13,18 +13,19 @@ KINDS = ("diagonal_bilstm", "row_lstm")
 
 
 class PixelRNN(SoftmaxModel):
-    """A 7x7 convolution of mask type A, residual LSTM layers, two 1x1 layers, a softmax for every colour: levels
-    (B, C, H, W) -> logits (B, K, C, H, W).
+    """PixelRNN: a 7x7 convolution of mask type A, residual LSTM layers, two 1x1 convolutions and a softmax for every
+    colour. Levels (B, C, H, W) -> logits (B, K, C, H, W).
 
     Args:
         shape: (C, H, W); with C = 3 the colours are ordered R, G, B.
-        levels: number of levels of a channel.
-        kind: "diagonal_bilstm", whose layers see every pixel before, or "row_lstm", whose layers see a triangle.
-        hidden_channels: h, units of a layer; the residual stream has 2h. Rounded up to a multiple of C.
+        levels: number of levels K of a channel.
+        kind: "diagonal_bilstm", whose layers see all pixels before their own, or "row_lstm", whose layers see a
+            triangle of them.
+        hidden_channels: hidden units h of a layer, rounded up to a multiple of C; the residual stream has 2h.
         layers: number of LSTM layers.
         n_classes: number of classes of a class-conditional model, None for an unconditional one.
-        head_channels: feature maps of the last layers, rounded up to a multiple of C; None is 2h.
-        skewed_padding: see `fastgen.nn.DiagonalLSTM`; only for "diagonal_bilstm".
+        head_channels: feature maps between the last two layers, rounded up to a multiple of C; None means 2h.
+        skewed_padding: as in `fastgen.nn.DiagonalLSTM`; only for "diagonal_bilstm".
 
     Raises:
         ValueError: an argument is not as above.
@@ -66,20 +67,22 @@ class PixelRNN(SoftmaxModel):
 
     @classmethod
     def mnist(cls, **options: Any) -> "PixelRNN":
-        """The paper's Diagonal BiLSTM for binarized MNIST: 7 layers of 16 units, two levels."""
+        """The paper's Diagonal BiLSTM for binarized MNIST: 7 layers of 16 units, 2 levels. Options override these."""
         return cls((1, 28, 28), **{"levels": 2, "hidden_channels": 16, "layers": 7, "head_channels": 32, **options})
 
     @classmethod
     def cifar10(cls, **options: Any) -> "PixelRNN":
-        """The paper's Diagonal BiLSTM for CIFAR-10: 12 layers of 128 units (129: a third each for R, G and B).
+        """The paper's Diagonal BiLSTM for CIFAR-10: 12 layers of 128 units, rounded up to 129, which R, G and B share.
+        Options override these.
 
-        The kernels load units in wide words where their number is a multiple of 16, as hidden_channels=144 is.
+        The kernels are faster if the number of units is a multiple of 16, such as hidden_channels=144.
         """
         return cls((3, 32, 32), **{"hidden_channels": 128, "layers": 12, "head_channels": 1024, **options})
 
 
 class ResidualLSTM(nn.Module):
-    """Figure 5 (right): 2h features -> LSTM -> h -> 1x1 -> 2h, added to the input; the class is added to the LSTM's."""
+    """Figure 5 (right) of the paper: 2h features -> LSTM -> h -> 1x1 -> 2h, added to the input. A class adds a bias to
+    the input of the LSTM."""
 
     def __init__(self, scan: nn.Module, expand: MaskedConv2d, n_classes: int | None) -> None:
         super().__init__()
@@ -88,5 +91,5 @@ class ResidualLSTM(nn.Module):
         self.condition = None if n_classes is None else ClassBias(n_classes, expand.out_channels)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        seen = x if self.condition is None else x + self.condition(condition)
-        return x + self.expand(self.scan(seen))
+        biased = x if self.condition is None else x + self.condition(condition)
+        return x + self.expand(self.scan(biased))

@@ -1,4 +1,4 @@
-"""Modules that remember the arguments they were built with, so that a file can say how to build them again."""
+"""Modules that remember their constructor's arguments, so that a saved file can say how to build them again."""
 
 import inspect
 import os
@@ -8,25 +8,25 @@ from torch import nn
 
 
 class Rebuildable(nn.Module):
-    """Base class of every model of `fastgen.models`. `type(model)(**model.constructor_arguments())` is the same model
-    with fresh weights; `fastgen.save` writes these arguments and `fastgen.load` reads them."""
+    """Base class of all models. `type(model)(**model.constructor_arguments())` builds the same model with fresh
+    weights; `fastgen.save` writes these arguments and `fastgen.load` reads them."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Rebuildable":
-        # Here and not in __init__, so that no subclass has to hand its arguments on.
+        # In __new__ rather than in __init__: subclasses then need not pass their arguments on.
         model = super().__new__(cls)
         model.__dict__["_built_with"] = (args, kwargs)
         return model
 
     def constructor_arguments(self) -> dict[str, Any]:
-        """The arguments of the constructor by name, without those left at their defaults."""
+        """The arguments that the constructor was given, by name; arguments left at their defaults are not included."""
         args, kwargs = self.__dict__["_built_with"]
         bound = inspect.signature(type(self).__init__).bind(self, *args, **kwargs)
         return dict(list(bound.arguments.items())[1:])
 
     def note_argument(self, name: str, value: Any) -> None:
-        """Records the value that the constructor really uses for a keyword argument, where it rounds what it was given.
+        """Records the value that a constructor uses in place of a keyword argument that it rounds.
 
-        A file then holds that value, and does not depend on how later versions round. Nothing is recorded where the
+        Saved files then hold this value, and do not depend on how later versions round. Nothing is recorded if the
         constructor of a subclass has no such argument.
         """
         _, keywords = self.__dict__["_built_with"]
@@ -35,18 +35,21 @@ class Rebuildable(nn.Module):
             keywords[name] = value
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """`fastgen.save`, which also works for a subclass of your own. Raises as `fastgen.save` does."""
+        """As `fastgen.save`, but also for your own subclass of a model. Raises as `fastgen.save`."""
         from fastgen import checkpoint
 
         checkpoint.write(folder, checkpoint.configuration(self), self.state_dict())
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike) -> Any:
-        """Loads a model of this class, in evaluation mode, from a folder that `save_pretrained`, `fastgen.save` or a
-        run wrote. If there is no such folder, `name` is taken as a repository USER/NAME of the Hugging Face hub.
+        """Loads a model of this class, on the CPU, in evaluation mode.
+
+        Args:
+            name: a folder that `save_pretrained`, `fastgen.save` or a training run wrote; if there is no such folder, a
+                repository USER/NAME of the Hugging Face hub.
 
         Raises:
-            ValueError: there is none, or of another class; see `fastgen.load`.
+            ValueError: there is neither, or the model is of another class, or as `fastgen.load`.
         """
         from fastgen import checkpoint
 

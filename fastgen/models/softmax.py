@@ -1,4 +1,4 @@
-"""Base class of the models that end in a softmax for every colour: PixelCNN, Gated PixelCNN, PixelRNN."""
+"""The base class of the models that end in a softmax for every colour: PixelCNN, Gated PixelCNN, PixelRNN."""
 
 from torch import Tensor, nn
 
@@ -9,7 +9,8 @@ from fastgen.nn import MaskedConv2d
 
 
 class SoftmaxModel(AutoregressiveModel):
-    """Base class: `input` makes feature maps of the image, each of `blocks` changes them, `head` gives the logits.
+    """Base class. A subclass sets `input`, which maps the image to feature maps, `blocks`, which transform these, and
+    `head`, which maps them to logits.
 
     Args:
         shape: (C, H, W); with C = 3 the colours are ordered R, G, B.
@@ -43,14 +44,14 @@ def head_of(channels: int, hidden: int, colours: int, levels: int) -> nn.Sequent
 
 
 def channels_of(channels: int, colours: int, unit: int = 1) -> int:
-    """The number of feature maps that is built: every colour gets an equal share of them.
+    """Rounds a number of feature maps up so that every colour gets an equal share.
 
-    `channels` itself if it is a multiple of the colours. Otherwise the share is rounded up, and, where it is more than
-    half a `unit`, up to a multiple of `unit`, so that it fills the kernels' blocks: with three colours and units of 32,
-    128 becomes 192 (64 a colour), which takes a kernel no longer than 129 would.
+    A multiple of the number of colours stays as it is. Otherwise the share of a colour is rounded up to an integer, and
+    if that is more than half a `unit`, to a multiple of `unit`, the width of the kernels' blocks. For 3 colours and a
+    unit of 32, 128 becomes 192 (64 per colour), which takes a kernel no longer than 129.
 
     Raises:
-        ValueError: channels is no int >= 1.
+        ValueError: channels is not an int >= 1.
     """
     check_counts(channels=channels)
     if channels % colours == 0:
@@ -60,5 +61,5 @@ def channels_of(channels: int, colours: int, unit: int = 1) -> int:
 
 
 def logits_of_colours(features: Tensor, colours: int) -> Tensor:
-    """(B, C*K, H, W), the colours' groups one after the other, as (B, K, C, H, W): a view."""
+    """Views features (B, C*K, H, W), the K logits of each colour one after the other, as (B, K, C, H, W)."""
     return features.unflatten(1, (colours, -1)).transpose(1, 2)

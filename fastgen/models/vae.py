@@ -1,4 +1,5 @@
-"""Variational autoencoder (Kingma & Welling 2014) with exact likelihoods and an importance-weighted bound."""
+"""The variational autoencoder (Kingma & Welling 2014), with exact p(x | z) and importance-weighted bounds of log
+p(x)."""
 
 import math
 from collections.abc import Sequence
@@ -18,29 +19,30 @@ from fastgen.ops.elbo import bound_of
 from fastgen.ops.reconstruction_nll import LIKELIHOODS
 from fastgen.ops.reparameterize_kl import MAX_LOGVAR, MIN_LOGVAR
 
-PARAMETERS_AT_ONCE = 2**24  # of the decoder's output; `log_prob` takes its samples in turns beyond that
+PARAMETERS_AT_ONCE = 2**24  # size of the decoder's output beyond which `log_prob` decodes its samples in several parts
 
 
 class VAE(Rebuildable):
-    """p(x) = E over z ~ N(0, I) of p(x | z), with a diagonal Gaussian posterior q(z | x) for training and scoring.
+    """A variational autoencoder: p(x) = E over z ~ N(0, I) of p(x | z), with a Gaussian q(z | x) of diagonal covariance
+    for training and scoring.
 
-    Images are integer levels (B, C, H, W) as in the autoregressive models. Networks see them as floats in [-1, 1]
-    (Bernoulli: 0 and 1); float images are taken as encoded so already.
+    Images are integer levels (B, C, H, W), as in the autoregressive models. The networks see them as floats in [-1, 1]
+    (Bernoulli: 0 and 1); float images count as converted already.
 
     Args:
         shape: (C, H, W) of an image, any sizes; C = 1 or 3 for "logistic_mixture".
         latent_dim: D, dimensions of z.
-        likelihood: p(x | z) of `fastgen.ops.reconstruction_nll`. "bernoulli": levels 0 and 1. "gaussian": a number
-            rounded to the nearest level, with learned mean and variance; of images given as floats its density, in
-            nats that cannot be compared with those of levels. The variance starts at about 1, the scale of -1..1, and
-            is at least that of rounding to a level, so that a constant pixel has no infinite density. "categorical": a
-            softmax over the levels. "logistic_mixture": PixelCNN++'s.
-        levels: number of levels of a channel; a Bernoulli has two, whatever is given here.
+        likelihood: p(x | z), as in `fastgen.ops.reconstruction_nll`. "bernoulli": levels 0 and 1. "categorical": a
+            softmax over the levels. "logistic_mixture": as in PixelCNN++. "gaussian": a Gaussian with learned mean and
+            variance, rounded to the nearest level; float images have its density instead, whose nats are not comparable
+            with those of levels. The variance starts near 1 on the scale of -1..1. It cannot fall below the variance of
+            rounding to a level, so that the density of a constant pixel stays finite.
+        levels: number of levels of a channel; ignored for "bernoulli", which has two.
         n_classes: number of classes of a class-conditional model p(x | y), None for an unconditional one.
         network: "convolutional" or "mlp"; see `fastgen.models.networks`.
         channels: feature maps of the convolutional network at full resolution.
         hidden: units of a hidden layer of the MLP.
-        n_mix: components of the logistic mixture.
+        n_mix: number of components of the logistic mixture.
 
     Raises:
         ValueError: an argument is not as above.
@@ -76,7 +78,7 @@ class VAE(Rebuildable):
         self.encoder = Encoder(shape, 2 * latent_dim, **sizes)
         self.decoder = Decoder(shape, latent_dim, self.planes, **sizes)
         if likelihood == "gaussian":
-            with torch.no_grad():  # a log-variance of about 0 once `decode` has added the least
+            with torch.no_grad():  # `decode` then gives log-variances of about 0
                 self.decoder.bias[shape[0] :] = max(-self._least_log_variance, 0.0)
 
     # --- the two networks
@@ -88,13 +90,13 @@ class VAE(Rebuildable):
         return as_floats(x, self.shape, self.levels, dtype)
 
     def encode(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) and classes (B,) -> mean and log-variance of q(z | x), (B, D) each."""
+        """Maps images (B, C, H, W) and classes (B,) to the mean and log-variance of q(z | x), (B, D) each."""
         check_condition(condition, self.n_classes)
         mu, logvar = self.encoder(self._floats(x), condition).chunk(2, 1)
         return mu, logvar
 
     def decode(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
-        """z (B, D) and classes (B,) -> params of p(x | z) as `fastgen.ops.reconstruction_nll` takes them.
+        """Maps z (B, D) and classes (B,) to the parameters of p(x | z) that `fastgen.ops.reconstruction_nll` takes.
 
         "bernoulli": logits (B, C, H, W). "gaussian": (B, 2*C, H, W), means, then log-variances. "categorical": logits
         (B, K, C, H, W). "logistic_mixture": (B, 10 * n_mix, H, W) for RGB, (B, 3 * n_mix, H, W) for one channel.
@@ -110,12 +112,12 @@ class VAE(Rebuildable):
 
     @property
     def _least_log_variance(self) -> float:
-        """The log-variance of uniform noise as wide as a level."""
+        """The log-variance of uniform noise on an interval as wide as a level."""
         width = 2 / (self.levels - 1)
         return math.log(width**2 / 12)
 
     def _nll(self, params: Tensor, x: Tensor) -> Tensor:
-        """-log p(x | z), (B,) nats. Raises TypeError where a likelihood of levels gets floats."""
+        """-log p(x | z), (B,) nats. Raises TypeError if a likelihood of integer levels gets floats."""
         if self.likelihood == "gaussian":
             if not x.is_floating_point():
                 return decoded.gaussian_nll(params, x, self.levels)
@@ -135,18 +137,19 @@ class VAE(Rebuildable):
         free_bits: float = 0.0,
         eps: Tensor | None = None,
     ) -> Bound:
-        """One draw of the evidence lower bound for each image, with its parts.
+        """Estimates the evidence lower bound of each image from one draw of z.
 
         Args:
-            x: integer levels (B, C, H, W); for "bernoulli" and "gaussian" also floats as encoded.
+            x: integer levels (B, C, H, W); for "bernoulli" and "gaussian" also floats, as the networks see them.
             condition: classes (B,) of a class-conditional model.
-            beta: weight of the KL (Higgins et al. 2017); for annealing give another in each step, under
-                `torch.compile` as a tensor of one element.
-            free_bits: the least KL of a latent dimension, nats; see `fastgen.ops.reparameterize_kl`.
-            eps: the standard normal noise, (B, D); None draws it from torch's default generator.
+            beta: weight of the KL (Higgins et al. 2017). To anneal it, give another value in each step; under
+                `torch.compile` as a tensor of one element, which avoids recompilation.
+            free_bits: minimum of the KL of each latent dimension, nats; see `fastgen.ops.reparameterize_kl`.
+            eps: standard normal noise (B, D); None draws it from torch's default generator.
 
         Raises:
-            ValueError, TypeError: as in `fastgen.ops.elbo`; x has another shape; the condition is missing.
+            ValueError: x has another shape, condition is missing or superfluous, or as in `fastgen.ops.elbo`.
+            TypeError: a likelihood of integer levels gets floats, or as in `fastgen.ops.elbo`.
         """
         mu, logvar = self.encode(x, condition)
         z, kl = ops.reparameterize_kl(mu, logvar, eps=eps, free_bits=free_bits)
@@ -164,7 +167,7 @@ class VAE(Rebuildable):
         beta: float | Tensor = 1.0,
         free_bits: float = 0.0,
     ) -> Tensor:
-        """-elbo, mean over the batch: () nats."""
+        """The mean of -elbo over the batch, () nats, for training. Arguments as in `elbo`."""
         return -self.elbo(x, condition, beta=beta, free_bits=free_bits).elbo.mean()
 
     def log_prob(
@@ -175,15 +178,19 @@ class VAE(Rebuildable):
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Importance-weighted estimate of log p(x), (B,) nats (Burda et al. 2016, equation 8).
+        """Importance-weighted estimate of log p(x), (B,) nats (Burda et al. 2016, "Importance Weighted Autoencoders",
+        equation 8).
 
-        log of the mean over n_samples draws z of q(z | x) of p(x | z) p(z) / q(z | x). In expectation it is a lower
-        bound of log p(x), the ELBO for one sample, that rises with n_samples and tends to log p(x).
+        It is the logarithm of the mean of p(x | z) p(z) / q(z | x) over n_samples draws z from q(z | x). Its
+        expectation is a lower bound of log p(x): the ELBO for one sample; it increases with n_samples towards log p(x).
 
         Args:
             x, condition: as in `elbo`.
-            n_samples: draws of z for each image; decoded in turns where all at once would take too much memory.
-            generator: where the noise comes from; None is torch's default generator of the device.
+            n_samples: draws of z for each image. They are decoded in several parts if memory requires it.
+            generator: generator of the noise; None uses torch's default generator of the device.
+
+        Raises:
+            ValueError, TypeError: as in `elbo`; ValueError also if n_samples < 1.
         """
         check_counts(n_samples=n_samples)
         mu, logvar = self.encode(x, condition)
@@ -196,16 +203,16 @@ class VAE(Rebuildable):
             z, _ = ops.reparameterize_kl(mu.expand_as(eps), logvar.expand_as(eps), eps=eps)
             params = self.decode(z.flatten(0, 1), None if condition is None else condition.repeat(count))
             nll = self._nll(params, x.repeat(count, 1, 1, 1))
-            # log p(z) - log q(z | x); the constants cancel, and (z - mu) / sigma is eps.
-            eps, z, width = (tensor.to(nll.dtype) for tensor in (eps, z, logvar.clamp(MIN_LOGVAR, MAX_LOGVAR)))
-            latent = 0.5 * (eps.square() - z.square() + width).sum(2)
-            log_weights.append(latent - nll.view(count, -1))
+            # log p(z) - log q(z | x): the constants cancel, and (z - mu) / sigma is eps.
+            eps, z, clamped = (tensor.to(nll.dtype) for tensor in (eps, z, logvar.clamp(MIN_LOGVAR, MAX_LOGVAR)))
+            log_ratio = 0.5 * (eps.square() - z.square() + clamped).sum(2)
+            log_weights.append(log_ratio - nll.view(count, -1))
         return torch.cat(log_weights).logsumexp(0) - math.log(n_samples)
 
     # --- images
 
     def expected(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
-        """E[x | z] in levels for z (B, D): floats (B, C, H, W) within 0..levels - 1."""
+        """E[x | z] for z (B, D) and classes (B,), in levels: floats (B, C, H, W) within 0..levels - 1."""
         return decoded.expected(self.decode(z, condition), self.likelihood, self.shape[0], self.levels)
 
     @torch.no_grad()
@@ -222,21 +229,24 @@ class VAE(Rebuildable):
 
         Args:
             n: number of images.
-            seed: fixes the noise; None takes torch's default generator of the device.
-            temperature: scale of the prior's standard deviation.
+            seed: seed of the noise; None uses torch's default generator of the device.
+            temperature: factor of the prior's standard deviation.
             condition: classes (n,) of a class-conditional model.
-            expected: E[x | z] instead of a draw: smoother to look at, but no sample of the model.
+            expected: True returns E[x | z] instead of a draw from p(x | z). It looks smoother, but is not a sample.
 
         Returns:
-            Levels (n, C, H, W), int64 (for "gaussian" the nearest to the draw); with `expected`, floats.
+            int64 levels (n, C, H, W); with `expected` floats within 0..levels - 1.
+
+        Raises:
+            ValueError: n is not an int >= 0, temperature is not a finite number >= 0, or condition does not fit.
         """
         check_counts(0, n=n)
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be a finite number >= 0, got {temperature!r}")
-        like = next(self.parameters())
-        generator = None if seed is None else torch.Generator(like.device).manual_seed(seed)
-        z = torch.randn(n, self.latent_dim, generator=generator, device=like.device) * temperature
-        z = z.to(like.dtype)
+        weight = next(self.parameters())
+        generator = None if seed is None else torch.Generator(weight.device).manual_seed(seed)
+        z = torch.randn(n, self.latent_dim, generator=generator, device=weight.device) * temperature
+        z = z.to(weight.dtype)
         if expected:
             return self.expected(z, condition)
         params = self.decode(z, condition)
@@ -244,21 +254,24 @@ class VAE(Rebuildable):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """E[x | z] at the posterior's mean: floats (B, C, H, W) within 0..levels - 1."""
+        """E[x | z] where z is the mean of q(z | x): floats (B, C, H, W) within 0..levels - 1."""
         return self.expected(self.encode(x, condition)[0], condition)
 
     @torch.no_grad()
     def interpolate(self, x1: Tensor, x2: Tensor, steps: int, condition: Tensor | None = None) -> Tensor:
-        """Expected images on the straight line between the posterior means of two images.
+        """Expected images at points on the straight line between the posterior means of x1 and x2.
 
         Args:
-            x1, x2: (B, C, H, W) as in `elbo`, or one image (C, H, W) each.
-            steps: points on the line, both ends included, at least 2.
+            x1, x2: images (B, C, H, W) as in `elbo`, or one image (C, H, W) each.
+            steps: number of points on the line, including both ends; at least 2.
             condition: classes (B,) of a class-conditional model.
 
         Returns:
-            Floats (steps, B, C, H, W), or (steps, C, H, W), within 0..levels - 1; the first and the last are the
-            reconstructions of x1 and x2.
+            Floats (steps, B, C, H, W), or (steps, C, H, W) for one image each, within 0..levels - 1. The first and the
+            last are the reconstructions of x1 and x2.
+
+        Raises:
+            ValueError: x1 and x2 differ in shape, or steps < 2.
         """
         check_counts(2, steps=steps)
         if x1.shape != x2.shape:
@@ -273,23 +286,26 @@ class VAE(Rebuildable):
     def traverse(
         self, x: Tensor, dimension: int, values: Sequence[float] | Tensor, condition: Tensor | None = None
     ) -> Tensor:
-        """Expected images at the posterior means of x with one latent dimension set to each of the values.
+        """Expected images at the posterior means of x, with one latent dimension replaced by each of the values.
 
         Args:
-            x: (B, C, H, W) as in `elbo`.
-            dimension: index of the dimension of z, 0..D - 1.
-            values: V numbers; the prior's standard deviation is 1.
+            x: images (B, C, H, W) as in `elbo`.
+            dimension: index of the latent dimension, 0..D - 1.
+            values: V numbers; the prior of the dimension has mean 0 and standard deviation 1.
             condition: classes (B,) of a class-conditional model.
 
         Returns:
             Floats (V, B, C, H, W) within 0..levels - 1.
+
+        Raises:
+            ValueError: dimension is not an int in 0..D - 1.
         """
         if not isinstance(dimension, int) or not 0 <= dimension < self.latent_dim:
             raise ValueError(f"dimension must be an int in 0..{self.latent_dim - 1}, got {dimension!r}")
         mu = self.encode(x, condition)[0]
-        each = torch.as_tensor(values, dtype=mu.dtype, device=mu.device)
-        z = mu.repeat(len(each), 1, 1)
-        z[:, :, dimension] = each.unsqueeze(1)
+        coordinates = torch.as_tensor(values, dtype=mu.dtype, device=mu.device)
+        z = mu.repeat(len(coordinates), 1, 1)
+        z[:, :, dimension] = coordinates.unsqueeze(1)
         return self._expected_of_each(z, condition)
 
     def _expected_of_each(self, z: Tensor, condition: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Modules over the operations, with the signatures of their `torch.nn` counterparts."""
+"""Modules built on the operations of `fastgen.ops`. MaskedConv2d has the signature and the state_dict of nn.Conv2d."""
 
 from fastgen.nn.gated import GatedMaskedBlock
 from fastgen.nn.lstm import DiagonalBiLSTM, DiagonalLSTM, RowLSTM

@@ -1,4 +1,4 @@
-"""`patch`: makes the masked convolutions of an existing model into fastgen's."""
+"""`patch`: turns the masked convolutions of an existing model into `MaskedConv2d`."""
 
 import copy
 import inspect
@@ -14,11 +14,11 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 class PatchedConv2d(MaskedConv2d):
-    """The class that `patch` gives to a masked convolution, which stays the same object with the same parameters and
-    buffers.
+    """The class that `patch` gives to a masked convolution. The module stays the same object, with the same parameters
+    and buffers.
 
-    Its mask stays in the buffer where it was, of any dtype and of any shape that broadcasts to the weight's. `_live`
-    holds it as a BoolTensor of the weight's shape, and is computed again when that buffer was changed or loaded.
+    Its mask stays in the module's own buffer, of any dtype and of any shape that broadcasts to the weight's. `_live` is
+    the mask as a BoolTensor of the weight's shape; it is recomputed when the buffer has changed.
     """
 
     _live: Tensor
@@ -42,28 +42,29 @@ class PatchedConv2d(MaskedConv2d):
 
 
 def patch(model: nn.Module) -> int:
-    """Makes the masked convolutions of `model` into `fastgen.nn.MaskedConv2d`, in place.
+    """Turns the masked convolutions of `model` into `fastgen.nn.MaskedConv2d`, in place.
 
-    It changes instances of subclasses of `nn.Conv2d` whose weights are multiplied, or overwritten, by a buffer of zeros
-    and ones. The buffer may have any name, any dtype and any shape that broadcasts to the weight's. An object keeps its
-    identity, its Parameters, its buffers and so its state_dict. Before it is changed, each is run on small random
-    inputs; it is left alone if a masked convolution does not give the same results and gradients.
+    Masked convolutions are instances of subclasses of `nn.Conv2d` whose weights (O, I, kh, kw) are multiplied, or
+    overwritten, by a buffer of zeros and ones of any name, any dtype and any shape that broadcasts to the weight's.
+    Each keeps its identity, its Parameter objects and its buffers, and therefore its state_dict. Before a module is
+    changed, it is run on small random inputs; it is left alone if a masked convolution gives other results or
+    gradients.
 
-    Left alone, too: groups; padding modes other than zeros; a forward with more arguments than the input; hooks;
-    weights that are no Parameter (weight_norm and other parametrizations); further parameters or submodules; masks with
-    values other than 0 and 1; masks that are no buffer.
+    Other modules are left alone: those with groups, padding modes other than zeros, a forward with more arguments than
+    the input, hooks, weights that are not Parameters (weight_norm and other parametrizations), further parameters or
+    submodules, masks with values other than 0 and 1, or masks that are not buffers.
 
-    One thing differs in training: masked weights get a gradient of exactly zero, while code that overwrites them
-    computes one that it then ignores.
+    One thing changes in training: the gradient of a masked weight is exactly zero. Code that overwrites masked weights
+    computes a gradient for them and ignores it.
 
     Args:
-        model: any module; it may be a masked convolution itself.
+        model: any module, also a single masked convolution.
 
     Returns:
-        How many convolutions were changed; 0 on a second call.
+        The number of convolutions that were changed; 0 on a second call.
 
     Raises:
-        TypeError: model is no nn.Module.
+        TypeError: model is not an nn.Module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -71,12 +72,13 @@ def patch(model: nn.Module) -> int:
     for module in list(model.modules()):
         if isinstance(module, nn.Conv2d) and not isinstance(module, MaskedConv2d) and _may_be_masked(module):
             name = next((name for name in _masks(module) if _reproduces(module, name)), None)
-            if name is not None and _take(module, name):
+            if name is not None and _convert(module, name):
                 count += 1
     return count
 
 
 def _may_be_masked(module: nn.Conv2d) -> bool:
+    """Whether nothing but its mask keeps a module from being a MaskedConv2d; see `patch` for what is left alone."""
     if type(module) is nn.Conv2d or module.groups != 1 or module.padding_mode != "zeros" or module._modules:
         return False
     if any(getattr(module, hooks) for hooks in HOOKS) or not set(module._parameters) <= {"weight", "bias"}:
@@ -90,7 +92,7 @@ def _may_be_masked(module: nn.Conv2d) -> bool:
 
 
 def _masks(module: nn.Conv2d) -> list[str]:
-    """Names of the buffers that can be the mask; those that mask something first."""
+    """Names of the buffers that can be the mask; buffers with a zero come first."""
     candidates = []
     for name, buffer in module._buffers.items():
         if buffer is None or not 2 <= buffer.dim() <= 4 or buffer.is_complex():
@@ -107,10 +109,10 @@ def _masks(module: nn.Conv2d) -> list[str]:
 
 
 def _reproduces(module: nn.Conv2d, name: str) -> bool:
-    """Whether a convolution masked by that buffer gives the module's results and gradients.
+    """Whether a convolution masked by the buffer `name` has the module's results and gradients.
 
-    On the CPU, in float64, with random parameters in the place of its own, which may hide something (zeros), in
-    training and in evaluation mode."""
+    Both are compared on the CPU, in float64, in training and in evaluation mode. A copy of the module gets random
+    parameters: its own may be zero and hide a difference."""
     generator = torch.Generator().manual_seed(0)
     try:
         twin = copy.deepcopy(module).cpu().double()
@@ -127,7 +129,7 @@ def _reproduces(module: nn.Conv2d, name: str) -> bool:
             x = scale * torch.randn(2, twin.in_channels, *size, generator=generator, dtype=torch.float64)
             if not _same(twin, name, x.requires_grad_()):
                 return False
-    except Exception:  # code of others may do anything with an input that it was not made for
+    except Exception:  # a foreign forward may raise anything for an input of this size
         return False
     return True
 
@@ -142,7 +144,6 @@ def _same(twin: nn.Conv2d, name: str, x: Tensor) -> bool:
     if not isinstance(output, Tensor) or output.shape != expected.shape:
         return False
     others = [x] if bias is None else [x, bias]
-    # A gradient of its own: the twin's graph must not be freed before both are known.
     grad = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view(expected.shape)
     expected_gradients = torch.autograd.grad(expected, [weight, *others], grad)
     gradients = list(torch.autograd.grad(output, [twin.weight, *others], grad))
@@ -153,8 +154,9 @@ def _same(twin: nn.Conv2d, name: str, x: Tensor) -> bool:
     )
 
 
-def _take(module: nn.Conv2d, name: str) -> bool:
-    """Changes the class of the object. Returns False if Python refuses to, or if it has an attribute of our names."""
+def _convert(module: nn.Conv2d, name: str) -> bool:
+    """Makes a module a PatchedConv2d whose mask is the buffer `name`. Returns False if Python cannot change its class,
+    or if the module already has an attribute that PatchedConv2d sets."""
     if any(name in vars(module) or name in module._buffers for name in ("_live", "_mask_name", "_live_of", "_box")):
         return False
     try:
@@ -162,8 +164,8 @@ def _take(module: nn.Conv2d, name: str) -> bool:
     except TypeError:  # the class has slots
         return False
     vars(module).setdefault("mask_type", None)
-    taken: Any = module
-    taken.activation = "none"
-    taken._mask_name = name
-    taken._read_mask()
+    patched: Any = module
+    patched.activation = "none"
+    patched._mask_name = name
+    patched._read_mask()
     return True

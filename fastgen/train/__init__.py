@@ -1,16 +1,16 @@
-"""Training, in one process or many: AdamW with warm-up and a cosine, clipped gradients, averaged weights, early
-stopping, exact resumption.
+"""Training in one process or several: AdamW with warm-up and a cosine schedule, gradient clipping, averaged weights,
+early stopping, exact resumption.
 
 A run is a folder:
 
-    model.safetensors, config.json   the averaged weights that were best on the validation images (`fastgen.load`)
-    metrics.jsonl                    what was measured, one JSON object a line; the same run gives the same bytes
-    training.pt                      all that is needed to go on as if nothing had happened, tensors and numbers only
-    train.toml                       how `fastgen train` was called, all options with their values
-    samples/                         pictures of samples at each validation, where the settings ask for them
-    tensorboard/                     the metrics and the pictures again, where TensorBoard is installed
+    model.safetensors, config.json   the averaged weights that were best on the validation images; see `fastgen.load`
+    metrics.jsonl                    losses over the steps, one JSON object per line; the same run gives the same bytes
+    training.pt                      the state from which the run resumes; holds only tensors, numbers and text
+    train.toml                       all options of `fastgen train` with their values
+    samples/                         pictures of samples at each validation, if the settings ask for them
+    tensorboard/                     the same metrics and pictures for TensorBoard, if it is installed
 
-Every file is replaced whole.
+Every file is replaced atomically.
 """
 
 from fastgen.train.callbacks import Callback

@@ -1,7 +1,7 @@
 """Batches for training and validation, from a `fastgen.data.Dataset`, a torch Dataset or a DataLoader.
 
-The images of a step depend on the seed and the step's number alone, so that a run can be resumed, and shared by
-processes.
+The images of a step depend only on the seed and on the number of the step. A run can therefore be resumed at any step,
+and divided among processes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,15 +15,17 @@ from fastgen import data
 from fastgen.data import Dataset, Split
 from fastgen.distributed import mix
 
-Batch = tuple[Tensor, Tensor | None]  # images and, where there are any, their classes
+Batch = tuple[Tensor, Tensor | None]  # images, and their classes or None
 
 
 def as_batch(item: Any) -> Batch:
-    """An item of a torch data set or loader as a Batch. The item is images, or a sequence of images, classes and
-    others, which are left out.
+    """Converts an item of a torch Dataset or DataLoader to a Batch.
+
+    Args:
+        item: images, or a sequence that starts with images and classes; the rest of a sequence is ignored.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: item is something else.
     """
     parts = list(item) if isinstance(item, (list, tuple)) else [item]
     if not parts or not isinstance(parts[0], Tensor) or (len(parts) > 1 and not isinstance(parts[1], Tensor)):
@@ -32,7 +34,12 @@ def as_batch(item: Any) -> Batch:
 
 
 class Indexed:
-    """Images that are looked up by number, of a `Split` or a torch Dataset of tensors."""
+    """Images of a `Split` or a torch Dataset, in an order that is drawn for each epoch.
+
+    Args:
+        source: the data set.
+        numbers: indexes of the images to use; None uses all.
+    """
 
     def __init__(self, source: Any, numbers: Tensor | None = None) -> None:
         self.source = source
@@ -42,6 +49,7 @@ class Indexed:
         return len(self.numbers)
 
     def get(self, places: Tensor) -> Batch:
+        """The images at these places of `numbers`."""
         numbers = self.numbers[places]
         if isinstance(self.source, Split):
             part = self.source[numbers]
@@ -49,7 +57,8 @@ class Indexed:
         return as_batch(default_collate([self.source[number] for number in numbers.tolist()]))
 
     def places(self, step: int, batch_size: int, seed: int) -> Tensor:
-        """Places of a step's images: each epoch is a permutation of its own, its remainder left out."""
+        """The places in `numbers` of a step's images. Each epoch has its own permutation, and drops its last images if
+        they do not fill a batch."""
         size = min(batch_size, len(self))
         epoch, position = divmod(step, len(self) // size)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -64,24 +73,24 @@ class Indexed:
 
 
 class Loaded:
-    """Batches as a DataLoader gives them; its order is drawn anew in each epoch, from the run's seed."""
+    """Batches of a DataLoader. Its random order in each epoch depends on the seed of the run and the epoch."""
 
     def __init__(self, loader: DataLoader) -> None:
         self.loader = loader
         if not isinstance(loader.dataset, IterableDataset) and len(loader) == 0:
             raise ValueError("data must have batches, this DataLoader has none")
         self._batches: Iterator[Any] = iter(())
-        self._next = -1  # step that the iterator would give
+        self._next_step = -1  # the step whose batch comes next out of _batches
 
     def batch(self, step: int, batch_size: int, seed: int) -> Batch:
-        """Steps are asked for in order; the first may be any, the batches before it in its epoch are passed over."""
+        """The batch of a step. Consecutive steps are fast; for any other step the epoch is read from its start."""
         epoch, position = divmod(step, self._length())
-        if position == 0 or step != self._next:
-            torch.manual_seed(mix(seed, epoch))  # samplers and workers draw their seed from here
+        if position == 0 or step != self._next_step:
+            torch.manual_seed(mix(seed, epoch))  # the loader's sampler and workers take their seeds from this generator
             self._batches = iter(self.loader)
             for _ in range(position):
                 next(self._batches)
-        self._next = step + 1
+        self._next_step = step + 1
         return as_batch(next(self._batches))
 
     def chunks(self, size: int) -> Iterator[Batch]:
@@ -91,17 +100,21 @@ class Loaded:
         try:
             return len(self.loader)
         except TypeError as error:
-            raise TypeError("data must be a DataLoader with a length: a run finds its place by it") from error
+            raise TypeError("data must be a DataLoader with a length, which a run needs to find its epoch") from error
 
 
 class Data:
-    """What a run is trained and validated on.
+    """The training and validation images of a run.
+
+    Args:
+        source: `data` as in `train`.
 
     Attributes:
-        name, loading: what `fastgen.data.load` was given; the class's name and {} for torch's data.
-        sha256: of the images' and classes' content; of torch data other than TensorDataset, the number of images alone,
-            since what it gives may be random.
-        validation: None where there is none.
+        name, loading: the arguments of `fastgen.data.load`; for torch's data the name of the class, and {}.
+        sha256: hash of the images and classes; for torch data other than a TensorDataset, whose items may be random,
+            only of the number of images.
+        train: the training images.
+        validation: the validation images, or None.
     """
 
     def __init__(self, source: Any) -> None:
@@ -121,7 +134,7 @@ class Data:
             self.validation = None if validation is None else _source(validation)
 
     def first(self) -> Batch:
-        """A batch to look at: of validation where there is any, which draws no random numbers."""
+        """An example batch. It comes from the validation images if there are any, which draws no random numbers."""
         return next(iter((self.validation or self.train).chunks(1)))
 
 

@@ -1,4 +1,4 @@
-"""Callbacks of a training run: the user's own, TensorBoard, grids of samples."""
+"""Callbacks of a training run: the protocol, and those for TensorBoard and for grids of samples."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,31 +12,32 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """A callback is any object with one or more of these methods. They are called in every process of a job.
+    """A callback is any object with one or more of these methods. Every process of a job calls them.
 
-    They may read of a run `step`, `model`, `average` (the averaged weights, which are what is validated), `folder`,
-    `settings`, `rows` (of metrics.jsonl so far), `best` and `metric`.
+    They may read these attributes of a run: `step`, `model`, `average` (the model with averaged weights, which is
+    validated and saved), `folder`, `settings`, `rows` (the lines of metrics.jsonl so far), `best` and `metric`.
     """
 
     def on_step(self, run: "Run") -> None:
-        """After a step of the optimizer."""
+        """Called after each step of the optimizer."""
 
     def on_validation(self, run: "Run") -> None:
-        """After a validation, saved; its figure is in the last of `run.rows`."""
+        """Called after each validation, when the run is saved. The result is in the last of `run.rows`."""
 
     def on_end(self, run: "Run") -> None:
-        """Once, when the run has ended well or was interrupted, with the best weights in the model."""
+        """Called once, when the run has ended or was interrupted. `run.model` has the best weights."""
 
 
-def notify(callbacks: list[Any], moment: str, run: "Run") -> None:
+def notify(callbacks: list[Any], event: str, run: "Run") -> None:
+    """Calls the method `event` of each callback that has it."""
     for callback in callbacks:
-        method = getattr(callback, moment, None)
+        method = getattr(callback, event, None)
         if method is not None:
             method(run)
 
 
 class TensorBoard(Callback):
-    """Rows and pictures of samples, in RUN/tensorboard; rows that a resumed run repeats are dropped there.
+    """Writes the rows of metrics.jsonl to RUN/tensorboard. A resumed run removes the steps that it repeats.
 
     Raises:
         ImportError: TensorBoard is not installed.
@@ -63,15 +64,20 @@ class TensorBoard(Callback):
 
 
 class SampleGrids(Callback):
-    """Writes samples of the averaged weights at every validation, to RUN/samples/step-0000100.png and so on, always
-    from the same noise."""
+    """Draws samples from the averaged weights at every validation, always from the same noise, and writes them to
+    RUN/samples/step-0000100.png and so on.
+
+    Args:
+        count: number of images.
+        tensorboard: where the pictures are logged too, if not None.
+    """
 
     def __init__(self, count: int, tensorboard: TensorBoard | None) -> None:
         self.count, self.tensorboard = count, tensorboard
 
     @staticmethod
     def why_not(model: Any) -> str:
-        """Why a model cannot be sampled here, "" if it can."""
+        """The reason why a model cannot be sampled here; "" if it can."""
         if all(hasattr(model, name) for name in ("sample", "levels", "shape", "n_classes")):
             return ""
         return f"a {type(model).__name__} has no sample(n) of images with levels"

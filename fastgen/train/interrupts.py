@@ -1,4 +1,4 @@
-"""Delays Ctrl-C and SIGTERM (which queues send) until a moment at which a run can be saved."""
+"""Delays Ctrl-C and SIGTERM, which batch queues send, until a run can be saved."""
 
 import signal
 import threading
@@ -9,14 +9,14 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """Raised inside `Interrupts.at_once`."""
+    """Raised by a signal inside `Interrupts.at_once`, and by `mean_loss` when it is told to stop."""
 
 
 class Interrupts:
-    """While it is entered, the first SIGINT or SIGTERM only sets `caught`, or, inside `at_once`, also raises
+    """A context manager. Inside it, the first SIGINT or SIGTERM sets `caught`, and inside `at_once` also raises
     Interrupted; a second SIGINT raises KeyboardInterrupt.
 
-    Does nothing outside the main thread, where signals are not to be had.
+    It has no effect outside the main thread, which alone receives signals.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,8 @@ class Interrupts:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, an interrupt ends the work at once: it may take long, and changes nothing until it is done."""
+        """Inside, a signal raises Interrupted at once. It is for work that takes long and changes nothing before it is
+        finished: a validation."""
         self._at_once = True
         try:
             if self.caught:

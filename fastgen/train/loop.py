@@ -1,4 +1,4 @@
-"""`train`: steps and validations until there is a reason to end."""
+"""`train`, the training loop."""
 
 import os
 import time
@@ -28,8 +28,15 @@ LOG_EVERY = 10  # steps
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: `reason` is "finished", "no improvement", "out of time" or "interrupted"; `best` is the lowest
-    validation figure, in the unit that `metric` names, infinite where none was measured."""
+    """How a training run ended.
+
+    Attributes:
+        steps: optimizer steps taken in all, including those before a resumption.
+        reason: "finished", "no improvement", "out of time" or "interrupted".
+        best: lowest validation loss, in the unit `metric`; infinite if there was no validation.
+        metric: the unit of the loss; see `fastgen.train.unit`.
+        seconds: wall time of this call of `train`.
+    """
 
     steps: int
     reason: str
@@ -53,57 +60,64 @@ def train(
     progress: bool = True,
     device: torch.device | str | None = None,
 ) -> Result:
-    """Trains a model, and leaves it with the averaged weights that were best, in evaluation mode.
+    """Trains a model. Afterwards it is in evaluation mode, with the averaged weights that were best in validation.
 
-    SIGINT (Ctrl-C) and SIGTERM end the run after the step at hand, or at once during a validation, with the state
-    saved; a second Ctrl-C at once. Under `torchrun`, inside `fastgen.distributed.processes()`, the processes share
-    each step and each validation, and that of rank 0 writes.
+    Ctrl-C (SIGINT) and SIGTERM save the state and end the run: after the current step, or at once during a validation.
+    A second Ctrl-C ends the program without saving. Under `torchrun`, call it inside `fastgen.distributed.processes()`:
+    the processes then share each step and each validation, and rank 0 writes the files.
 
     Args:
-        model: any module with `loss(x[, condition]) -> ()` or `log_prob(x[, condition]) -> (B,)` nats; wrappers of
-            DataParallel, DDP and torch.compile are taken off. Classes are given to a model of `fastgen.models` that has
-            n_classes, and to another whose method has a second argument.
-        data: a `fastgen.data.Dataset`; a torch Dataset of images, or pairs of images and classes, of which a tenth is
-            held out for validation; a DataLoader, without validation (the latest weights then count as the best); or
-            a pair of the last two, for training and validation. Integers reach the model as int64, floats as they are.
-        folder: the folder of the run; see the module's docstring.
-        callbacks: see `fastgen.train.Callback`.
-        init_from: weights to start from, as `fastgen.weights.load_weights` takes them.
-        resume: go on from `training.pt`, exactly as if the run had never ended. `steps`, `max_seconds`, `patience`,
-            `lr`, `samples` and how it is computed may differ from the run's settings.
-        augment: images (n, C, H, W) -> images, for training only; random numbers from torch's default generators.
-        optimizer: an optimizer of the model's parameters, or a function of them that gives one (needed for "fsdp");
-            None is AdamW. Its learning rates are left alone unless a schedule is given.
-        schedule: the learning rate of a step, counted from 0, or a torch LRScheduler, stepped at each step; None is the
-            settings' warm-up and cosine.
-        progress: a bar on a terminal, elsewhere a line for each validation.
-        device: None is the GPU where there is one.
+        model: any module with `loss(x[, condition]) -> ()` or `log_prob(x[, condition]) -> (B,)` nats. Wrappers
+            (DataParallel, DDP, torch.compile) are removed. A model of `fastgen.models` gets classes if it has
+            n_classes, any other module if its method has a second argument.
+        data: a `fastgen.data.Dataset`; or a torch Dataset of images, or of pairs of images and classes, of which a
+            tenth is held out for validation; or a DataLoader, which has no validation (the latest weights count as the
+            best); or a pair of Datasets or DataLoaders for training and validation. Integer images become int64, float
+            images reach the model unchanged.
+        folder: the folder of the run; see the docstring of `fastgen.train`.
+        settings: number of steps, learning rate and so on; see `fastgen.train.Settings`.
+        callbacks: objects with methods of `fastgen.train.Callback`.
+        init_from: a source of weights to start from, as in `fastgen.weights.load_weights`.
+        resume: True continues from `training.pt` exactly where the run stopped. The settings `steps`, `max_seconds`,
+            `patience`, `lr`, `samples`, `parallel` and `cuda_graph` may have new values.
+        augment: a function of images (n, C, H, W) that returns images, applied to training batches. Its random numbers
+            must come from torch's default generators.
+        optimizer: an optimizer of the model's parameters, or a function that makes one from the parameters (needed for
+            "fsdp"); None is AdamW. Without `schedule`, the learning rates of your optimizer are not changed.
+        schedule: a function from the number of the step, counted from 0, to the learning rate; or a torch LRScheduler,
+            which is stepped after each step; None is the warm-up and cosine of the settings.
+        progress: True shows a progress bar on a terminal, and elsewhere prints a line for each validation.
+        device: the device to train on; None is the GPU if there is one.
+
+    Returns:
+        How the run ended.
 
     Raises:
-        ValueError: model and data do not fit; nothing of the model can be trained; its loss has another shape; the
-            optimizer is of other parameters; data are empty; the folder is a file, has no run to resume, or another
-            one, or one that has gone further than `steps`.
-        TypeError: model or data are none of the above, or cannot be saved.
-        OSError: the folder cannot be written to, the disk is full. What was saved before stays.
+        ValueError: model and data do not fit; no parameter can be trained; the loss has another shape; the optimizer
+            has other parameters than the model; there are no images; `folder` is a file, already holds a run, or holds
+            none to resume; the run to resume differs in model, images or settings, or has taken more than `steps`
+            steps.
+        TypeError: model or data is not one of the above; the model cannot be saved.
+        OSError: the folder cannot be written to, or the disk is full. What was saved before stays.
         FloatingPointError: the loss is not finite.
     """
     started = time.monotonic()
     model = checkpoint.unwrap(model)
-    Loss(model)  # refuses what cannot be trained
+    Loss(model)  # raises TypeError for a model that cannot be trained
     if isinstance(data, Dataset) and isinstance(model, Rebuildable):
         check_fit(model, data)
     _check_settings(model, settings)
-    checkpoint.encode(checkpoint.configuration(model), model.state_dict())  # what cannot be saved is known now
+    checkpoint.encode(checkpoint.configuration(model), model.state_dict())  # raises now if the model cannot be saved
     if init_from is not None:
         if resume:
-            raise ValueError("init_from is for a new run: a resumed one has weights of its own")
+            raise ValueError("init_from is for a new run: a resumed run continues with its own weights")
         note = load_weights(model, init_from)
         if progress and note:
             print(note, flush=True)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder = Path(folder)
     if not resume and (folder / state.STATE).exists():
-        raise ValueError(f"folder {str(folder)!r} holds a run already: resume=True goes on with it")
+        raise ValueError(f"folder {str(folder)!r} holds a run already: resume=True continues it")
     saved = state.read(folder) if resume else None
     if distributed.rank() == 0:
         make_folder(folder)
@@ -114,7 +128,7 @@ def train(
         changed = state.restore(run, saved)
         if progress and changed:
             print(f"resumed at step {run.step} with {', '.join(changed)}", flush=True)
-    callbacks = [*_own_callbacks(run), *callbacks]
+    callbacks = [*_built_in_callbacks(run), *callbacks]
     with Interrupts() as interrupts:
         reason = _loop(run, interrupts, callbacks, progress, started)
         best = _finish(run, interrupts, reason, callbacks)
@@ -123,7 +137,7 @@ def train(
 
 
 def _check_settings(model: Any, settings: Settings) -> None:
-    """Raises ValueError for settings that are not for this model."""
+    """Raises ValueError for settings that this model cannot have."""
     unknown = settings.loss_options(0).keys() - Loss(model).options
     if unknown:
         raise ValueError(f"{min(unknown)} is a setting for a VAE: the loss of {type(model).__name__} does not take it")
@@ -134,7 +148,8 @@ def _check_settings(model: Any, settings: Settings) -> None:
             raise ValueError('samples must be 0 with parallel="fsdp": one process draws them')
 
 
-def _own_callbacks(run: Run) -> list[Any]:
+def _built_in_callbacks(run: Run) -> list[Any]:
+    """TensorBoard, if it is installed, and grids of samples, if the settings ask for them; in the process of rank 0."""
     if distributed.rank():
         return []
     try:
@@ -146,7 +161,7 @@ def _own_callbacks(run: Run) -> list[Any]:
 
 
 def _loop(run: Run, interrupts: Interrupts, callbacks: list[Any], progress: bool, started: float) -> str:
-    """Steps and validations until there is a reason to end, which is returned."""
+    """Runs steps and validations until there is a reason to end, and returns the reason."""
     from tqdm import tqdm
 
     settings, reason = run.settings, run.over()
@@ -154,13 +169,14 @@ def _loop(run: Run, interrupts: Interrupts, callbacks: list[Any], progress: bool
     with tqdm(total=settings.steps, initial=run.step, unit="step", disable=None if shown else True) as bar:
         while not reason:
             if run.validation_is_due():
-                value = _measured(run, interrupts)
+                value = _validated(run, interrupts)
                 if value is None:
                     return "interrupted"
                 run.record(value)
                 state.save(run)
                 if shown and bar.disable:
-                    print(f"step {run.step} of {settings.steps}: {_figure(run, value)}", flush=True)
+                    result = "saved" if run.data.validation is None else f"validation {run.metric} {value:.4f}"
+                    print(f"step {run.step} of {settings.steps}: {result}", flush=True)
                 notify(callbacks, "on_validation", run)
             else:
                 run.train_step()
@@ -169,21 +185,17 @@ def _loop(run: Run, interrupts: Interrupts, callbacks: list[Any], progress: bool
                     bar.set_postfix_str(f"{run.metric} {run.log():.3f} (validation {run.best:.3f})", refresh=False)
                 notify(callbacks, "on_step", run)
             reason = run.over()
-            late = settings.max_seconds is not None and time.monotonic() - started > settings.max_seconds
-            if not reason and distributed.any_of_us(late):
+            out_of_time = settings.max_seconds is not None and time.monotonic() - started > settings.max_seconds
+            if not reason and distributed.any_of_us(out_of_time):
                 reason = "out of time"
             if not reason and distributed.any_of_us(interrupts.caught):
                 reason = "interrupted"
     return reason
 
 
-def _figure(run: Run, value: float) -> str:
-    return "saved" if run.data.validation is None else f"validation {run.metric} {value:.4f}"
-
-
-def _measured(run: Run, interrupts: Interrupts) -> float | None:
-    """The validation figure, None where an interrupt came: at once, or where there are several processes after the
-    batch at hand, since they must agree."""
+def _validated(run: Run, interrupts: Interrupts) -> float | None:
+    """The validation loss, or None if a signal interrupted the validation: at once in a single process; with several
+    processes, which must stop together, after the current batch."""
     try:
         if distributed.active():
             return run.measure(lambda: interrupts.caught)
@@ -194,13 +206,14 @@ def _measured(run: Run, interrupts: Interrupts) -> float | None:
 
 
 def _finish(run: Run, interrupts: Interrupts, reason: str, callbacks: list[Any]) -> float:
-    """Leaves the model with its best weights, saved. Where training ended between two scheduled validations, the last
-    weights are validated too; a resumed run will not know of it, so that it equals one that never ended. An interrupted
-    run is not validated. Returns the best validation figure."""
+    """Gives the model its best weights, saves them, and returns the best validation loss.
+
+    If training ended between two scheduled validations, the last weights are validated too, unless the run was
+    interrupted. training.pt does not record this validation, so that a resumed run equals one that never stopped."""
     best, weights = run.best, run.best_weights
     if run.step != run.validated:
         state.save(run)
-        value = None if reason == "interrupted" else _measured(run, interrupts)
+        value = None if reason == "interrupted" else _validated(run, interrupts)
         if value is not None:
             run.add_validation(value)
             notify(callbacks, "on_validation", run)

@@ -1,4 +1,4 @@
-"""The loss of a model as training and validation use it, its unit, and its mean over a split."""
+"""The loss of a model as training and validation use it, its unit, and its mean over a data set."""
 
 import inspect
 import math
@@ -15,17 +15,17 @@ from fastgen.models.autoregressive import AutoregressiveModel
 from fastgen.train.batches import Batch, Indexed, Loaded
 from fastgen.train.interrupts import Interrupted
 
-LOGITS_AT_ONCE = 2**25  # 256 MiB in float64, of which scoring takes a few
+LOGITS_AT_ONCE = 2**25  # 256 MiB in float64; scoring holds a few tensors of this size
 
 
 class Loss(nn.Module):
-    """The loss of a model as the forward pass of a module, which DDP, FSDP and CUDA graphs can wrap.
+    """A module whose forward pass is the loss of a model, so that DDP, FSDP and CUDA graphs can wrap it.
 
     Args:
-        model: with `loss(x[, condition])`, the mean over a batch, or with `log_prob(x[, condition])`, (B,) nats.
+        model: a module with `loss(x[, condition])`, the mean over a batch, or `log_prob(x[, condition])`, (B,) nats.
 
     Raises:
-        TypeError: it has neither.
+        TypeError: the module has neither.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -42,18 +42,18 @@ class Loss(nn.Module):
         if hasattr(model, "n_classes"):
             self.conditional = model.n_classes is not None
         else:
-            places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-            self.conditional = len(places) > 1 and places[1].name not in self.options
+            positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+            self.conditional = len(positional) > 1 and positional[1].name not in self.options
 
     def forward(self, x: Tensor, condition: Tensor | None = None, **options: Any) -> Tensor:
-        """The mean over the batch, (). Raises ValueError where the model's method gives another shape."""
-        given = () if condition is None else (condition,)
+        """The mean over the batch, (). Raises ValueError if the model's method returns another shape."""
+        classes = () if condition is None else (condition,)
         if self._is_loss:
-            loss = self.model.loss(x, *given, **options)  # type: ignore[operator]
+            loss = self.model.loss(x, *classes, **options)  # type: ignore[operator]
             self._check("loss", loss, (), "the mean over the batch")
             return loss
-        log_prob = self.model.log_prob(x, *given, **options)  # type: ignore[operator]
-        self._check("log_prob", log_prob, (len(x),), "one an image")
+        log_prob = self.model.log_prob(x, *classes, **options)  # type: ignore[operator]
+        self._check("log_prob", log_prob, (len(x),), "one for each image")
         return -log_prob.mean()
 
     def _check(self, method: str, value: Any, shape: tuple[int, ...], meaning: str) -> None:
@@ -62,7 +62,7 @@ class Loss(nn.Module):
             raise ValueError(f"model.{method} must return a tensor of the shape {shape}, {meaning}, got {got}")
 
     def batch(self, batch: Batch, device: torch.device) -> Batch:
-        """Images (integers as int64) and the classes that the model asks for, on the device."""
+        """Moves a batch to the device: images, integers as int64, and classes if the model takes them."""
         x, labels = batch
         x = x.to(device)
         labels = labels.to(device) if self.conditional and labels is not None else None
@@ -70,14 +70,15 @@ class Loss(nn.Module):
 
 
 def unit(model: Any, shape: tuple[int, ...] | None = None, floats: bool = False) -> tuple[str, float]:
-    """The unit in which the loss of a model is shown, and the factor from the loss to it.
+    """The unit in which the loss of a model is reported, and the factor that converts the loss to it.
 
-    "bits_per_dim" of a likelihood of levels; "squared_error" a dimension of an autoencoder; "density_nats" an image,
-    where a Gaussian VAE has a density of floats; "loss", as it is, where a model's own `loss` may be anything.
+    The unit is "bits_per_dim" for a likelihood of levels, "squared_error" (per dimension) for an autoencoder,
+    "density_nats" (per image) for a Gaussian VAE of float images, and "loss", with the factor 1, for any other module
+    with its own `loss`.
 
     Args:
-        shape: the shape of an image; None is the model's.
-        floats: whether images are floats, and not levels.
+        shape: the shape of an image; None takes the model's.
+        floats: whether the images are floats instead of levels.
     """
     dims = math.prod(model.shape if shape is None else shape)
     if isinstance(model, Autoencoder):
@@ -93,7 +94,9 @@ def check_fit(model: Any, dataset: Dataset) -> None:
     """Raises ValueError if the images have another shape, number of levels or number of classes than the model."""
     if model.shape != dataset.shape:
         advice = (
-            "" if model.shape[1:] == dataset.shape[1:] else "; resize=N and crop=N (--resize N --crop N) cut images"
+            ""
+            if model.shape[1:] == dataset.shape[1:]
+            else "; resize=N and crop=N (--resize N --crop N) resize image files"
         )
         raise ValueError(
             f"the images of {dataset.name} have the shape {dataset.shape}, the model's are {model.shape}{advice}"
@@ -107,8 +110,8 @@ def check_fit(model: Any, dataset: Dataset) -> None:
 
 
 def images_at_once(model: Any) -> int:
-    """Images that a model scores in one pass by default: 256, or fewer where the parameters of their distributions
-    would take too much memory."""
+    """The default number of images that a model scores in one pass: 256, or fewer if the model's output would take too
+    much memory."""
     if not hasattr(model, "levels"):
         return 256
     return max(1, min(256, LOGITS_AT_ONCE // (math.prod(model.shape) * model.levels)))
@@ -124,15 +127,20 @@ def mean_loss(
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> float:
-    """The mean of a model's loss over all images, with the noise of a seed; the random state stays as it is.
-
-    Batches are the same for any number of processes, which take them in turns, and so is the mean.
+    """The mean of a model's loss over all images. The processes of a job divide the batches among themselves; the mean
+    does not depend on their number. torch's random state does not change.
 
     Args:
-        stop: asked after each round of batches whether to give up, in all processes together.
+        model: as in `train`.
+        split: the images.
+        device: the device of the model.
+        batch_size: images in a pass; None is `images_at_once`.
+        seed: seed of the noise in the loss (of a VAE).
+        stop: a function that is called after each round of batches; True in any process makes all of them give up.
 
     Raises:
-        Interrupted: `stop` said so in one of the processes.
+        Interrupted: `stop` returned True in one of the processes.
+        TypeError, ValueError: as in `train`.
     """
     loss, source = Loss(model), Indexed(split) if isinstance(split, Split) else split
     count, rank = distributed.world_size(), distributed.rank()
@@ -146,5 +154,5 @@ def mean_loss(
         if number % count == count - 1 and distributed.any_of_us(stop()):
             raise Interrupted
     if batch is not None and rank >= len(sums) % count > 0:
-        loss(*loss.batch(batch, device))  # a sharded model runs in all processes or in none
+        loss(*loss.batch(batch, device))  # an idle process joins the last round: sharded models need all processes
     return float(distributed.merged(torch.tensor(sums, dtype=torch.float64)).sum()) / images

@@ -1,4 +1,4 @@
-"""PyTorch's own ways to run a training step: DistributedDataParallel, FSDP2, a CUDA graph."""
+"""PyTorch's ways to run a training step: DistributedDataParallel, FSDP2 and CUDA graphs."""
 
 import warnings
 from typing import Any
@@ -14,14 +14,15 @@ from fastgen.train.settings import Settings
 
 
 def sharded(settings: Settings) -> bool:
+    """Whether the parameters are sharded over the processes of this job."""
     return settings.parallel == "fsdp" and distributed.active()
 
 
 def shard(model: nn.Module) -> None:
-    """Gives each process a part of the model's parameters (FSDP2). Its loss gathers them for a pass."""
+    """Shards the model's parameters over the processes (FSDP2). `loss` and `log_prob` gather them for each pass."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here is done in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # matters only for in-place operations
     fully_shard(model)
     for method in ("loss", "log_prob"):
         if hasattr(model, method):
@@ -29,7 +30,8 @@ def shard(model: nn.Module) -> None:
 
 
 def for_training(loss: Loss, settings: Settings, device: torch.device) -> nn.Module:
-    """The loss as a step runs it. Gradients are means over the processes."""
+    """Wraps the loss for training steps: as a CUDA graph, in DDP, or not at all. DDP's gradients are means over the
+    processes."""
     if settings.cuda_graph:
         reason = _why_no_graph(settings, device)
         if not reason:
@@ -44,13 +46,13 @@ def _why_no_graph(settings: Settings, device: torch.device) -> str:
     if device.type != "cuda":
         return f"it needs a CUDA device, the model is on {device.type}"
     if settings.loss_options(0):
-        return "it does not take the weight of the KL or free bits, which change"
+        return "it cannot take beta or free_bits, which may change from step to step"
     return "it is for one process, there are several" if distributed.active() else ""
 
 
 class GraphedLoss(nn.Module):
-    """A loss whose forward and backward pass are captured at its first batch and replayed for all of those shapes
-    (`torch.cuda.make_graphed_callables`); batches of other shapes run without it."""
+    """A loss whose forward and backward pass are captured as CUDA graphs at the first batch and replayed for all
+    batches of the same shapes (`torch.cuda.make_graphed_callables`). Other batches run without graphs."""
 
     def __init__(self, loss: Loss) -> None:
         super().__init__()
@@ -70,27 +72,28 @@ class GraphedLoss(nn.Module):
     def _capture(self, batch: tuple[Tensor, ...]) -> None:
         before = [buffer.clone() for buffer in self.loss.buffers()]
         try:
-            # A Loss of its own: its forward is replaced for good.
+            # A new Loss of the same model: make_graphed_callables replaces its forward permanently.
             self._replayed = torch.cuda.make_graphed_callables(
                 Loss(self.loss.model), tuple(tensor.clone() for tensor in batch), allow_unused_input=True
             )
         except RuntimeError as error:
             warnings.warn(f"cuda_graph is not used: the loss cannot be captured ({error})", stacklevel=2)
-        with torch.no_grad():  # the passes that warm up count for nothing
+        with torch.no_grad():  # undo what the warm-up passes did to buffers (batch norm's running means)
             for buffer, value in zip(self.loss.buffers(), before, strict=True):
                 buffer.copy_(value)
 
 
-# --- whole tensors of sharded ones, and back: files do not know of processes
+# --- gathering and sharding tensors: files hold whole tensors, whatever the number of processes
 
 
 def whole(tree: Any) -> Any:
-    """Gathers the sharded tensors in any nest of containers; all processes must call it. Other values stay."""
+    """Gathers the sharded tensors in nested containers; other values are kept. All processes must call it."""
     return tree_map(lambda value: value.full_tensor() if _is_sharded(value) else value, tree)
 
 
 def like(value: Any, parameter: Any) -> Any:
-    """A whole tensor, sharded like the parameter if that is sharded and has the same shape."""
+    """Shards a whole tensor like a parameter, if the parameter is sharded and has the same shape. Returns any other
+    value unchanged."""
     if _is_sharded(parameter) and isinstance(value, Tensor) and value.shape == parameter.shape:
         from torch.distributed.tensor import distribute_tensor
 
@@ -99,25 +102,27 @@ def like(value: Any, parameter: Any) -> Any:
 
 
 def load_model(model: nn.Module, state: dict[str, Any]) -> None:
+    """Loads a state dict of whole tensors into a model that may be sharded."""
     ours = model.state_dict()
     model.load_state_dict({name: like(value, ours[name]) if name in ours else value for name, value in state.items()})
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Loads a state dict of whole tensors into an optimizer whose parameters may be sharded."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    each = {
+    entries = {
         number: {key: like(value, parameters[number]) for key, value in entry.items()}
         for number, entry in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": each})
+    optimizer.load_state_dict({**state, "state": entries})
 
 
 def local(model: nn.Module) -> list[Tensor]:
-    """The parameters of a model; of a sharded one, the part that this process holds."""
+    """The parameters of a model; for a sharded model the parts that this process holds."""
     parameters: list[Any] = list(model.parameters())
     return [p.to_local() if _is_sharded(p) else p for p in parameters]
 
 
 def _is_sharded(value: Any) -> bool:
-    """Whether it is a DTensor, whose class takes long to import."""
+    """Whether a value is a DTensor. (The class takes long to import.)"""
     return isinstance(value, Tensor) and hasattr(value, "full_tensor")

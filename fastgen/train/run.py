@@ -1,4 +1,4 @@
-"""Everything that changes while a model is trained, in one object that can be saved and restored whole."""
+"""`Run`: everything that changes during training, in one object that can be saved and restored."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -21,8 +21,8 @@ Schedule = Callable[[int], float] | LRScheduler
 
 
 class Run:
-    """A model, its average, its optimizer, and what was measured so far. A step draws its random numbers from the
-    settings' seed, its own number and its process: there is no random state to keep.
+    """A model, its averaged weights, its optimizer, and the losses so far. The random numbers of a step depend on the
+    seed of the settings, the number of the step and the process, so that there is no random state to save.
 
     Args:
         augment, optimizer, schedule: as in `train`.
@@ -30,11 +30,12 @@ class Run:
     Attributes:
         step: optimizer steps taken.
         validated: the step of the latest scheduled validation.
-        best: lowest validation figure of a scheduled validation, in `metric`'s unit; infinite before the first.
-        best_weights: the averaged weights at that moment, on the CPU.
-        stale: validations since the best one.
+        best: lowest loss of a scheduled validation, in the unit `metric`; infinite before the first.
+        best_weights: the averaged weights at that validation, on the CPU.
+        stale: number of validations since then.
         rows: the lines of metrics.jsonl.
-        loss_sum, loss_count: of the steps since the last row; the sum over this process's share of the images.
+        loss_sum, loss_count: sum and number of the training losses since the last row; the sum is over this process's
+            share of the images.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Run:
 
     def _batch(self) -> tuple[Tensor, Tensor | None, float]:
         """This process's images and classes, and their fraction of the step's images. If there are fewer images than
-        processes, some processes compute one image that counts nothing."""
+        processes, some processes compute one image with the fraction 0."""
         x, labels = self.data.train.batch(self.step, self.settings.batch_size, self.settings.seed)
         part = distributed.shard(len(x))
         share = (part.stop - part.start) / len(x)
@@ -95,16 +96,17 @@ class Run:
         return self.settings.learning_rate(self.step)
 
     def train_step(self) -> None:
+        """One step of the optimizer and of the averaged weights."""
         torch.manual_seed(mix(self.settings.seed, self.step, distributed.rank()))
         x, labels, share = self._batch()
         rate = self.learning_rate()
         if callable(self.schedule) or not (self.schedule or self._own_rates):
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-        given = (x,) if labels is None else (x, labels)
-        cached = not self.settings.cuda_graph
+        batch = (x,) if labels is None else (x, labels)
+        cached = not self.settings.cuda_graph  # a graph cannot be captured with autocast's cache of weights
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None, cache_enabled=cached):
-            loss = self._training_loss(*given, **self.settings.loss_options(self.step))
+            loss = self._training_loss(*batch, **self.settings.loss_options(self.step))
         self.optimizer.zero_grad()
         self.scaler.scale(loss * (share * distributed.world_size())).backward()  # gradients become means over processes
         self.scaler.unscale_(self.optimizer)
@@ -122,15 +124,17 @@ class Run:
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))  # the first weights are soon forgotten
+        decay = min(
+            self.settings.ema, (1 + self.step) / (10 + self.step)
+        )  # smaller at first: initial weights fade fast
         torch._foreach_lerp_(parallel.local(self.average), parallel.local(self.model), 1 - decay)
         for average, value in zip(self.average.buffers(), self.model.buffers(), strict=True):
             average.copy_(value)
 
-    # --- what is measured
+    # --- losses
 
     def log(self) -> float:
-        """Adds a row on training; returns its loss. Waits for the device.
+        """Adds a row with the mean training loss since the last row, and returns it. Waits for the device.
 
         Raises:
             FloatingPointError: the loss is not finite.
@@ -147,12 +151,12 @@ class Run:
         return self.step % self.settings.validate_every == 0 and self.step > self.validated
 
     def measure(self, stop: Callable[[], bool] = lambda: False) -> float:
-        """The validation figure of the averaged weights; minus the step where there are no validation images, so that
-        the latest weights are the best. Changes nothing.
+        """The validation loss of the averaged weights. Without validation images this is minus the step, so that the
+        latest weights count as the best. Changes nothing.
 
         Raises:
-            FloatingPointError: it is not finite.
-            Interrupted: `stop` said so; see `mean_loss`.
+            FloatingPointError: the loss is not finite.
+            Interrupted: `stop` returned True; see `mean_loss`.
         """
         if self.data.validation is None:
             return -float(self.step)
@@ -161,7 +165,7 @@ class Run:
         return value * self.factor
 
     def record(self, value: float) -> None:
-        """Takes the figure of a scheduled validation: a row, and the weights where they are the best."""
+        """Records the loss of a scheduled validation as a row, and the averaged weights if they are the best."""
         self.validated = self.step
         self.add_validation(value)
         if value < self.best:
@@ -171,11 +175,12 @@ class Run:
             self.stale += 1
 
     def add_validation(self, value: float) -> None:
+        """Adds a row with a validation loss."""
         if self.data.validation is not None:
             self.rows.append({"step": self.step, f"validation_{self.metric}": value})
 
     def averaged(self) -> dict[str, Tensor]:
-        """The averaged weights, gathered; all processes must call it."""
+        """The averaged weights as whole tensors. All processes must call it."""
         return parallel.whole(self.average.state_dict())
 
     def _check_finite(self, loss: float) -> None:
@@ -185,7 +190,7 @@ class Run:
             )
 
     def over(self) -> str:
-        """Why the run is over, "" if it is not."""
+        """The reason why the run is over; "" if it is not."""
         if self.validation_is_due():
             return ""
         if self.settings.patience and self.stale >= self.settings.patience:
@@ -194,7 +199,8 @@ class Run:
 
 
 def _optimizer(model: nn.Module, settings: Settings, given: Optimizer | None) -> torch.optim.Optimizer:
-    """Raises ValueError where nothing can be trained, or the optimizer given is of other parameters."""
+    """The optimizer that was given, or AdamW. Raises ValueError if no parameter of the model can be trained, or if the
+    given optimizer has other parameters."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"model must have parameters that require a gradient, this {type(model).__name__} has none")
     if given is not None:
@@ -204,16 +210,17 @@ def _optimizer(model: nn.Module, settings: Settings, given: Optimizer | None) ->
         if foreign:
             raise ValueError(
                 f"optimizer must be of the model's own parameters, {foreign} of its tensors are not: make it after the "
-                "model has its final form, or give a function of the parameters"
+                "model has its final form, or give a function that makes it from the parameters"
             )
         return optimizer
-    decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    others = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    biases = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+    groups = [{"params": weights, "weight_decay": settings.weight_decay}, {"params": biases, "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr)
 
 
 def _autocast(precision: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast; None for no autocast."""
     if precision == "bfloat16":
         return torch.bfloat16
     if precision == "float32" or device.type != "cuda":

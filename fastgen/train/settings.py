@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-FLOOR = 0.01  # of the peak learning rate, at the end of the cosine and beyond
+FLOOR = 0.01  # learning rate at the end of the cosine and after it, as a fraction of the peak
 SHORTEST_DECAY = 2000  # steps; see Settings.decay_steps
 PRECISIONS = ("auto", "float32", "bfloat16")
 PARALLEL = ("ddp", "fsdp")
@@ -12,31 +12,32 @@ LEAST = {"steps": 1, "batch_size": 1, "warmup": 0, "validate_every": 1, "patienc
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is trained.
+    """Settings of a training run.
 
     Attributes:
         steps: optimizer steps in all.
-        batch_size: images a step, over all processes; all training images where there are fewer. A DataLoader's batches
-            are as they come.
+        batch_size: images in a step, over all processes; all training images if there are fewer. Ignored for a
+            DataLoader, which has its own.
         lr: peak learning rate.
-        warmup: steps over which the learning rate rises from 0.
-        decay_steps: steps over which it falls to a hundredth; None becomes `steps`, but at least 2,000, so that a short
-            run is the beginning of a longer one and can be resumed as such.
-        weight_decay: AdamW's, on weights of two or more dimensions.
+        warmup: steps over which the learning rate rises from 0 to the peak.
+        decay_steps: steps over which it falls to a hundredth of the peak, along a cosine. None means `steps`, but at
+            least 2,000, so that a short run is the beginning of a longer one and can be resumed as such.
+        weight_decay: weight decay of AdamW, on parameters of two or more dimensions.
         clip: largest norm of the gradient.
-        ema: decay of the averaged weights, less in the first steps.
-        validate_every: steps from one validation to the next; each also saves the run.
-        patience: validations without improvement before training stops; 0 never stops.
-        max_seconds: wall time after which training stops at the next step; None for none.
-        seed: fixes the order of the images, dropout and noise. The first weights are those that the model has.
-        beta: weight of the KL in a VAE's loss (Higgins et al. 2017); validation is of the bound itself, beta = 1.
-        beta_warmup: steps over which that weight rises from 0 (annealing).
-        free_bits: the least KL of each latent dimension in a VAE's loss, nats.
-        precision: "auto" is bfloat16 autocast on GPUs (float16 where they lack it) and float32 elsewhere; "float32";
-            "bfloat16". Validation is in float32.
-        samples: images drawn at each validation into samples/; 0 for none.
-        parallel: how several processes share a model: "ddp", or "fsdp" (FSDP2: parameters and optimizer sharded).
-        cuda_graph: replay the model's forward and backward pass as a CUDA graph; for fixed shapes on one GPU.
+        ema: decay of the averaged weights; it is smaller in the first steps.
+        validate_every: steps between validations; each validation also saves the run.
+        patience: number of validations without improvement after which training stops; 0 never stops.
+        max_seconds: wall time after which training stops at the next step; None for no limit.
+        seed: seed of the order of the images, of dropout and of noise. It does not affect the initial weights, which
+            are those of the model.
+        beta: weight of the KL in the loss of a VAE (Higgins et al. 2017). Validation uses 1.
+        beta_warmup: steps over which this weight rises from 0 (annealing).
+        free_bits: minimum of the KL of each latent dimension in the loss of a VAE, nats.
+        precision: "auto": autocast on CUDA GPUs to bfloat16, or float16 if they lack it, and float32 elsewhere;
+            "float32"; "bfloat16". Validation uses float32.
+        samples: number of images drawn into samples/ at each validation.
+        parallel: how several processes share a model: "ddp", or "fsdp" (FSDP2, which shards parameters and optimizer).
+        cuda_graph: True replays forward and backward pass as a CUDA graph; for batches of one shape on one GPU.
 
     Raises:
         ValueError: a value is out of its range; names it.
@@ -88,14 +89,14 @@ class Settings:
             raise ValueError(f"cuda_graph must be a bool, got {self.cuda_graph!r}")
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
-        assert self.decay_steps is not None  # since __post_init__
-        rise = min(1.0, (step + 1) / max(1, self.warmup))
-        fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.decay_steps)))
-        return self.lr * rise * (FLOOR + (1 - FLOOR) * fall)
+        """The learning rate of a step, counted from 0."""
+        assert self.decay_steps is not None  # __post_init__ has set it
+        warmup = min(1.0, (step + 1) / max(1, self.warmup))
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.decay_steps)))
+        return self.lr * warmup * (FLOOR + (1 - FLOOR) * cosine)
 
     def loss_options(self, step: int) -> dict[str, float]:
-        """Options of a VAE's loss at a step, counted from 0; empty where all are left at their defaults."""
+        """The keyword arguments of a VAE's loss at a step, counted from 0; empty if all have their defaults."""
         options = {}
         if self.beta != 1 or self.beta_warmup:
             options["beta"] = self.beta * min(1.0, step / max(1, self.beta_warmup)) if self.beta_warmup else self.beta

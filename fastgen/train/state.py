@@ -1,4 +1,5 @@
-"""training.pt: a run between two steps, as tensors, numbers and text. It does not know of devices or processes."""
+"""training.pt: the state of a run between two steps, as tensors, numbers and text. It depends neither on the devices
+nor on the number of processes."""
 
 import io
 import json
@@ -22,7 +23,8 @@ MAY_CHANGE = ("steps", "max_seconds", "patience", "lr", "samples", "parallel", "
 
 
 def save(run: Run) -> None:
-    """Writes training.pt, metrics.jsonl and, where there are best weights, the model; all processes must call it."""
+    """Writes training.pt, metrics.jsonl and, once there has been a validation, the model with the best weights. All
+    processes must call it."""
     state = {
         "format": FORMAT,
         "model": run.configuration,
@@ -51,28 +53,30 @@ def save(run: Run) -> None:
 
 
 def metrics(run: Run) -> bytes:
+    """The content of metrics.jsonl."""
     return "".join(json.dumps(row) + "\n" for row in run.rows).encode()
 
 
 def restore(run: Run, state: dict[str, Any]) -> list[str]:
-    """Puts a state that `read` gave into a run. Returns the settings that have a new value, as "NAME OLD -> NEW".
+    """Restores a run from a state that `read` returned. Returns the settings that have a new value, as texts
+    "NAME OLD -> NEW".
 
-    A run that had stopped without improvement goes on where one of these is new.
+    A new value of steps, patience or lr also lets a run go on that had stopped without improvement.
 
     Raises:
-        ValueError: it is of another model, other images or other settings; names them.
+        ValueError: the state has another model, other images or other settings; names them.
     """
     path = run.folder / STATE
     given, before = asdict(run.settings), {**asdict(type(run.settings)()), **state["settings"]}
-    differences = [(key, state["model"][key], run.configuration[key]) for key in ("class", "arguments")]
+    must_agree = [(key, state["model"][key], run.configuration[key]) for key in ("class", "arguments")]
     if state["data"]["sha256"] != run.data.sha256:
         raise ValueError(
-            f"{path}: this run is of other images than {run.data.name} (was {state['data']['name']}) holds"
+            f"{path}: was trained on other images than {run.data.name} (was {state['data']['name']}) holds now"
         )
-    differences += [(name, before.get(name), value) for name, value in given.items() if name not in MAY_CHANGE]
-    for name, value, other in differences:
-        if value != other:
-            raise ValueError(f"{path}: this run has {name} = {value}, and cannot be resumed with {other}")
+    must_agree += [(name, before.get(name), value) for name, value in given.items() if name not in MAY_CHANGE]
+    for name, saved_value, value in must_agree:
+        if saved_value != value:
+            raise ValueError(f"{path}: this run has {name} = {saved_value}, and cannot be resumed with {value}")
     if run.settings.steps < state["step"]:
         raise ValueError(
             f"steps must be at least {state['step']}, which this run has reached, got {run.settings.steps}"
@@ -88,10 +92,10 @@ def restore(run: Run, state: dict[str, Any]) -> list[str]:
         run.step, run.validated = state["step"], state["validated"]
         run.best, run.best_weights, run.stale = state["best"], state["best_weights"], state["stale"]
         run.rows = state["rows"]
-        if distributed.rank() == 0:  # the sum over all is that of the file
+        if distributed.rank() == 0:  # the file holds the sum over all processes, which must be counted once
             run.loss_sum = state["loss"][0].to(run.device)
         run.loss_count, run.gradient_norm = state["loss"][1], state["gradient_norm"].to(run.device)
-    except Exception as error:  # whatever torch says to tensors and numbers that do not belong there
+    except Exception as error:  # torch raises many exceptions for tensors and numbers that do not fit
         raise ValueError(f"{path}: is damaged ({error})") from error
     if before["patience"] and run.stale >= before["patience"] and changed:
         run.stale = 0
@@ -101,17 +105,17 @@ def restore(run: Run, state: dict[str, Any]) -> list[str]:
 
 
 def read(folder: str | os.PathLike) -> dict[str, Any]:
-    """The contents of FOLDER/training.pt on the CPU: tensors, numbers and text, nothing that runs.
+    """Reads FOLDER/training.pt: tensors on the CPU, numbers and text. No code in the file is run.
 
     Raises:
-        ValueError: the file is missing or is not one that a run wrote; names it.
+        ValueError: the file is missing, or this version of fastgen did not write it; names the file.
     """
     path = Path(folder) / STATE
     if not path.is_file():
         raise ValueError(f"{path}: no such file, so there is no run to resume")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, zipfile and pickle raise many kinds for files that are something else
+    except Exception as error:  # torch, zipfile and pickle raise many exceptions for foreign files
         raise ValueError(f"{path}: is not a training state, or damaged ({type(error).__name__})") from error
     if (
         not isinstance(state, dict)

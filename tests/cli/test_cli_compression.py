@@ -99,5 +99,5 @@ def test_other_codecs_are_lossless_sizes():
     noise = torch.randint(256, (5, 3, 8, 8))
     assert all(count > noise.numel() for count in other_codecs(noise, 256).values())
     grey = other_codecs(torch.randint(17, (5, 1, 8, 8)), 17)
-    assert grey["PNG, optimized, one picture"] < grey["PNG, optimized, a file an image"]
+    assert grey["PNG, optimized, one picture"] < grey["PNG, optimized, one file per image"]
     assert other_codecs(torch.zeros(5, 2, 8, 8), 4) == other_codecs(torch.zeros(5, 1, 8, 8), 65536) == {}

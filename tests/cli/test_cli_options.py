@@ -62,7 +62,7 @@ def test_a_run_can_be_repeated_from_the_configuration_that_it_leaves(images, tmp
 
 def test_a_configuration_says_what_is_wrong_with_it(tmp_path, capsys):
     path = tmp_path / "a.toml"
-    for text, named in (("model = ", "not a TOML file"), ("steps = [1, 2]", "steps must be a text, a number")):
+    for text, named in (("model = ", "not a TOML file"), ("steps = [1, 2]", "steps must be a string, a number")):
         path.write_text(text)
         assert named in refused(capsys, "train", "--config", path, "--out", tmp_path / "run")
     path.write_text('model = "pixelcnn"\nstepz = 3\n')
