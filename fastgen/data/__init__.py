@@ -1,14 +1,14 @@
-"""Images by name, as integer levels, split into training, validation and test images.
+"""Data sets of images by name, as integer levels, with training, validation and test images.
 
-    digits       scikit-learn's handwritten digits, 8x8, 17 grey levels; no network
-    patches      32x32 RGB patches of scikit-learn's two photographs; no network
+    digits       scikit-learn's handwritten digits, 8x8, 17 grey levels; no download
+    patches      32x32 RGB patches of scikit-learn's two photographs; no download
     mnist        28x28, 256 grey levels; downloaded once
     cifar10      32x32 RGB; downloaded once
     npz:PATH     arrays in an .npz file
-    folder:PATH  image files
-    hf:NAME      a data set of the Hugging Face hub, or a local one, through the `datasets` package
+    folder:PATH  a folder of image files
+    hf:NAME      a data set of the Hugging Face hub, or a local one, read by the `datasets` package
 
-Every split is fixed: the same name gives the same images in the same order on any machine.
+The splits are fixed: the same name gives the same images in the same order on any machine.
 """
 
 from collections.abc import Callable
@@ -31,22 +31,27 @@ PATHS = ("npz", "folder")
 
 
 def load(name: str, *, levels: int | None = None, resize: int | None = None, crop: int | None = None) -> Dataset:
-    """The data set of that name; see the module's docstring.
+    """Loads a data set.
 
     Args:
-        levels: number of levels of a channel, for npz:, folder: and hf:; None is what the data set says of itself, or
-            what its images show (`Dataset.note` then says so).
-        resize: pixels of the shorter side of image files (folder:, hf:), which are scaled to it.
-        crop: side of the square that is then cut from their middle.
+        name: a name of the list in the docstring of `fastgen.data`.
+        levels: number of levels of a channel, for npz:, folder: and hf:. None takes the number that the data set
+            states, or else infers it from the images; `Dataset.note` says if it was inferred.
+        resize: scales image files (folder:, hf:) so that the shorter side has this many pixels.
+        crop: then cuts out the central square with this side.
+
+    Returns:
+        A `Dataset` of uint8 levels (n, C, H, W) and int64 classes (n,).
 
     Raises:
-        ValueError: no such name; a file that is missing or holds something else; a package that is not installed.
+        ValueError: the name is unknown, a file is missing or holds something else, an argument is not for this data
+            set, or a package is not installed.
         OSError: a file cannot be read or downloaded.
     """
     kind, _, rest = name.partition(":")
-    given = {"levels": levels, "resize": resize, "crop": crop}
-    loading = {key: value for key, value in given.items() if value is not None}
-    taken: tuple[str, ...] = ("levels",) if kind == "npz" else ("levels", "resize", "crop")
+    arguments = {"levels": levels, "resize": resize, "crop": crop}
+    loading = {key: value for key, value in arguments.items() if value is not None}
+    accepted: tuple[str, ...] = ("levels",) if kind == "npz" else ("levels", "resize", "crop")
     for key, value in loading.items():
         least = 2 if key == "levels" else 1
         if not isinstance(value, int) or value < least or (key == "levels" and value > 256):
@@ -54,12 +59,12 @@ def load(name: str, *, levels: int | None = None, resize: int | None = None, cro
     if name in NAMED:
         dataset = NAMED[name]()
         if loading.pop("levels", dataset.levels) != dataset.levels:
-            raise ValueError(f"levels must be {dataset.levels}, those of {name}, got {levels}")
-        taken = ()
+            raise ValueError(f"levels must be {dataset.levels}, the number of levels of {name}, got {levels}")
+        accepted = ()
     elif kind not in SOURCES or not rest:
         known = [*NAMED, *(f"{kind}:{'NAME' if kind == 'hf' else 'PATH'}" for kind in SOURCES)]
         raise ValueError(f"unknown data set {name!r}: expected one of {', '.join(known)}")
-    for key in loading.keys() - set(taken):
+    for key in loading.keys() - set(accepted):
         raise ValueError(f"{key} is for image files (folder:PATH, hf:NAME), not for {name}")
     if name in NAMED:
         return replace(dataset, name=name)

@@ -1,4 +1,4 @@
-"""Data sets as tensors, and the rules by which arrays become one."""
+"""Data sets as tensors, and the conversion of arrays to a data set."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -9,14 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-HELD_OUT = 10  # one image in ten, for each of validation and test that a source does not have
-FEW_LEVELS = 64  # images of integers that stay below are taken to have no more levels than they show
-CHANNELS = (1, 3, 2, 4)  # numbers of channels, by how readily one is recognized in an array's shape
+HELD_OUT = 10  # one image in ten becomes a validation image (and one in ten a test image) if a source has none
+FEW_LEVELS = 64  # integers that are all smaller than this have only as many levels as occur
+CHANNELS = (1, 3, 2, 4)  # possible numbers of channels; the first two are more likely the axis of channels in a shape
 
 
 @dataclass(frozen=True)
 class Split:
-    """images: uint8 levels (n, C, H, W). labels: int64 classes (n,), None where there are none."""
+    """Images and classes. Slices and indexes give a `Split`.
+
+    Attributes:
+        images: uint8 levels (n, C, H, W).
+        labels: int64 classes (n,), or None.
+    """
 
     images: Tensor
     labels: Tensor | None = None
@@ -33,12 +38,13 @@ class Dataset:
     """Three splits of images of one shape.
 
     Attributes:
-        name: as given to `load`, with a path made absolute.
+        name: the name given to `load`; a path in it is absolute.
         levels: number of levels of a channel; images hold 0..levels - 1.
-        n_classes: number of classes, None where there are no labels.
-        attribution: who made the images, where their licence asks to say so.
-        note: what was decided about the images that was not asked for, "" for nothing.
-        loading: what else `load` was given.
+        n_classes: number of classes, None if there are no labels.
+        train, validation, test: the splits.
+        attribution: the makers of the images, if the licence requires it to be shown.
+        note: what was inferred about the images, such as the number of levels; "" if nothing was.
+        loading: the keyword arguments given to `load`.
     """
 
     name: str
@@ -59,7 +65,7 @@ class Dataset:
 
     @cached_property
     def sha256(self) -> str:
-        """The SHA-256 of images, classes, splits and the number of levels, wherever they came from."""
+        """SHA-256 of the images and classes of all splits and of the number of levels, in hexadecimal."""
         parts = [
             tensor for split in (self.train, self.validation, self.test) for tensor in (split.images, split.labels)
         ]
@@ -67,7 +73,7 @@ class Dataset:
 
 
 def sha256(tensors: Sequence[Tensor], number: int | None) -> str:
-    """The SHA-256 of tensors and a number, in hexadecimal."""
+    """SHA-256 of the dtypes, shapes and contents of tensors and of a number, in hexadecimal."""
     digest = hashlib.sha256(repr(number).encode())
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -76,18 +82,25 @@ def sha256(tensors: Sequence[Tensor], number: int | None) -> str:
 
 
 def hold_out(count: int, missing: Sequence[str], source: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """Chooses a tenth of the images for each missing split, by a fixed permutation. Returns the indices of those that
-    stay for training, and those of each split.
+    """Chooses a tenth of the images for each missing split, by a fixed permutation.
+
+    Args:
+        count: number of images.
+        missing: names of the splits.
+        source: name of the data set, for the error message.
+
+    Returns:
+        The indexes of the images that stay for training, and the indexes for each missing split, by name.
 
     Raises:
-        ValueError: there are too few.
+        ValueError: there are too few images.
     """
-    each = max(1, count // HELD_OUT)
-    if count <= each * len(missing):
+    size = max(1, count // HELD_OUT)
+    if count <= size * len(missing):
         raise ValueError(f"{source}: {count} images are too few to hold some out for {' and '.join(missing)}")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    parts = {name: order[number * each : (number + 1) * each].sort().values for number, name in enumerate(missing)}
-    return order[len(missing) * each :].sort().values, parts
+    parts = {name: order[number * size : (number + 1) * size].sort().values for number, name in enumerate(missing)}
+    return order[len(missing) * size :].sort().values, parts
 
 
 def assemble(
@@ -97,16 +110,17 @@ def assemble(
     *,
     files: bool = False,
 ) -> Dataset:
-    """A data set of arrays: images and labels by split.
+    """Makes a data set of arrays.
 
     Args:
-        splits: "train", "validation" and "test"; where one of the last two is missing, a tenth of the training images
-            takes its place, chosen by a fixed permutation. Images (n, H, W), (n, C, H, W) or (n, H, W, C) with C in
-            1..4, of bool or integers; labels (n,), integers from 0.
-        levels: number of levels. None: 2 for bool, and for integers that are 0 and 255 alone (which become 0 and 1);
-            one more than the greatest integer where that is below 64 and the arrays are no image files; otherwise 256.
-        source: named in errors.
-        files: the arrays are the pixels of image files of 8 bits a channel.
+        splits: (images, labels or None) of "train", "validation" and "test". For "validation" and "test" a tenth of the
+            training images is held out if they are missing, by a fixed permutation. Images are bool or integers
+            (n, H, W), (n, C, H, W) or (n, H, W, C) with C in 1..4; labels are integers (n,) from 0.
+        levels: number of levels of a channel. None infers it: 2 for bool, and for images that hold only 0 and 255,
+            which become 0 and 1; the largest integer plus one if that integer is below 64 and `files` is False;
+            otherwise 256.
+        source: name of the data set, for error messages.
+        files: True if the arrays are pixels of image files with 8 bits per channel.
 
     Raises:
         ValueError: arrays are not as above, or splits differ in shape.
@@ -138,7 +152,7 @@ def assemble(
 
 
 def _channels_first(images: np.ndarray, source: str) -> np.ndarray:
-    """Integers or bool as (n, C, H, W)."""
+    """Converts images of bool or integers to (n, C, H, W). Raises ValueError for other dtypes and shapes."""
     if np.issubdtype(images.dtype, np.floating):
         advice = "turn them into levels first"
         if images.size and images.min() >= 0 and images.max() <= 1:
@@ -165,7 +179,7 @@ def _channels_first(images: np.ndarray, source: str) -> np.ndarray:
 
 
 def _levels(images: dict[str, np.ndarray], levels: int | None, source: str, files: bool) -> tuple[int, str]:
-    """The number of levels, and a note where it was guessed. Images of 0 and 255 alone become 0 and 1 in place."""
+    """The number of levels, and a note if it was inferred. Replaces images that hold only 0 and 255 by 0 and 1."""
     if levels not in (None, 2):
         return levels, ""  # type: ignore[return-value]
     if all(array.dtype == np.bool_ for array in images.values()):
@@ -191,7 +205,7 @@ def _classes(labels: np.ndarray | None, count: int, source: str) -> Tensor | Non
         return None
     if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
         raise ValueError(
-            f"{source}: labels must be integers from 0, one for each of {count} images, got {labels.dtype} "
-            f"of the shape {labels.shape}"
+            f"{source}: labels must be integers from 0, one for each of {count} images, got {labels.dtype} of the "
+            f"shape {labels.shape}"
         )
     return torch.from_numpy(labels.astype(np.int64))

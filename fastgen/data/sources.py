@@ -1,4 +1,4 @@
-"""One function a source of images. Nothing is unpickled, and nothing that is read is run."""
+"""One function for each source of images. No source unpickles data or runs code that it reads."""
 
 import gzip
 import hashlib
@@ -34,19 +34,18 @@ CIFAR10_RECORD = 1 + 3 * 32 * 32  # a label, then the red, green and blue plane
 
 
 def digits() -> Dataset:
-    """1,797 digits of UCI's Optical Recognition of Handwritten Digits: the first 1,350 to train, the next 150 for
-    validation, the last 297 for test. Neighbours are often by one writer, so the last are of other writers."""
+    """1,797 digits of UCI's Optical Recognition of Handwritten Digits: the first 1,350 for training, the next 150 for
+    validation, the last 297 for test. They are not shuffled: digits of one writer follow each other, so that most test
+    digits are by writers that are not in the training images."""
     bunch = _sklearn_datasets().load_digits()
-    every = Split(
-        torch.from_numpy(bunch.images.astype(np.uint8)).unsqueeze(1), torch.from_numpy(bunch.target.astype(np.int64))
-    )
-    return Dataset("digits", 17, 10, every[:1350], every[1350:1500], every[1500:])
+    images = torch.from_numpy(bunch.images.astype(np.uint8)).unsqueeze(1)
+    digits = Split(images, torch.from_numpy(bunch.target.astype(np.int64)))
+    return Dataset("digits", 17, 10, digits[:1350], digits[1350:1500], digits[1500:])
 
 
 def patches() -> Dataset:
-    """Patches of china.jpg and flower.jpg (427x640). Each photograph is cut by columns into a part to train (0..415,
-    patches at every eighth pixel), for validation (416..511) and for test (512..639), both cut into patches that do
-    not overlap."""
+    """32x32 patches of china.jpg and flower.jpg (427x640). The columns of each photograph are divided among training
+    (0..415, a patch at every eighth pixel), validation (416..511) and test (512..639, both without overlaps)."""
     photographs = _sklearn_datasets().load_sample_images().images
 
     def cut(left: int, right: int, stride: int) -> Split:
@@ -72,15 +71,15 @@ def _sklearn_datasets():
 
 
 def npz(path: str, levels: int | None = None) -> Dataset:
-    """Arrays `train`, `validation` and `test` (or `x_train`, ...; a single array, or `images`, is all to train), labels
-    under the same names with `_labels` (or `y_train`, ..., `labels`), and optionally the number `levels`; the argument
-    comes first."""
+    """An .npz file with arrays `train`, `validation` and `test` (or `x_train`, ...), and classes under the same names
+    with `_labels` (or `y_train`, ...). A single array, or `images` with `labels`, holds training images. `levels` in
+    the file is the number of levels, unless the argument states another."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError as error:
         raise ValueError(f"npz:{path}: no such file") from error
-    except Exception as error:  # NumPy has no kind of its own for a damaged file, or for one that holds objects
+    except Exception as error:  # NumPy raises many exceptions for damaged files and for files of pickled objects
         raise ValueError(f"npz:{path}: is not an .npz file of plain arrays ({error})") from error
     if "levels" in arrays:
         count = arrays.pop("levels")
@@ -107,9 +106,11 @@ def npz(path: str, levels: int | None = None) -> Dataset:
 
 
 def folder(path: str, levels: int | None = None, resize: int | None = None, crop: int | None = None) -> Dataset:
-    """Image files of one size, in PATH/train, PATH/validation and PATH/test, or all in PATH. Folders inside are
-    classes, numbered by their names in order, where every image is in one. Grey only if all images are grey. Hidden
-    files are passed over. What is transparent is laid over white; the camera's turn (EXIF) is applied."""
+    """Image files of one size in PATH/train, PATH/validation and PATH/test, or all in PATH.
+
+    If every image is in a subfolder, the subfolders are classes, numbered in alphabetical order. The images are grey if
+    all files are grey, otherwise RGB. Hidden files are ignored, transparent pixels are blended with white, and images
+    are rotated as their EXIF data says."""
     source, root = f"folder:{path}", Path(path)
     if not root.is_dir():
         raise ValueError(f"{source}: no such folder")
@@ -119,19 +120,22 @@ def folder(path: str, levels: int | None = None, resize: int | None = None, crop
     files = {name: image_files(part) for name, part in roots.items()}
     if not files["train"]:
         raise ValueError(f"{source}: has no image files ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    kinds = {name: [file.relative_to(roots[name]).parts[:-1][:1] for file in part] for name, part in files.items()}
-    names = sorted({kind for part in kinds.values() for kind in part})
-    every = read_pixels(((str(file), file) for part in files.values() for file in part), source, resize, crop)
+    # The subfolder of each file as a tuple of its name; () for a file outside of subfolders.
+    subfolders = {name: [file.relative_to(roots[name]).parts[:-1][:1] for file in part] for name, part in files.items()}
+    classes = sorted({subfolder for part in subfolders.values() for subfolder in part})
+    pixels = read_pixels(((str(file), file) for part in files.values() for file in part), source, resize, crop)
     splits, start = {}, 0
     for name, part in files.items():
         if part:
-            labels = None if () in names else np.array([names.index(kind) for kind in kinds[name]])
-            splits[name] = (every[start : start + len(part)], labels)
+            labels = None if () in classes else np.array([classes.index(subfolder) for subfolder in subfolders[name]])
+            splits[name] = (pixels[start : start + len(part)], labels)
             start += len(part)
     return assemble(splits, levels, source, files=True)
 
 
 def image_files(root: Path) -> list[Path]:
+    """All image files below a folder, sorted, without hidden ones."""
+
     def visible(file: Path) -> bool:
         return not any(part.startswith(".") or part == "__MACOSX" for part in file.relative_to(root).parts)
 
@@ -142,8 +146,16 @@ def image_files(root: Path) -> list[Path]:
 def read_pixels(
     images: Iterable[tuple[str, Any]], source: str, resize: int | None = None, crop: int | None = None
 ) -> np.ndarray:
-    """Images (each a name for errors, and a file or a PIL image) as uint8 (n, H, W), or (n, H, W, 3) where one of them
-    has colours."""
+    """Reads images as uint8 (n, H, W), or as (n, H, W, 3) if one of them has colours.
+
+    Args:
+        images: (name, image) pairs; the name is for error messages, the image is a path or a PIL image.
+        source: name of the data set, for error messages.
+        resize, crop: as in `fastgen.data.load`.
+
+    Raises:
+        ValueError: a file is not an image with 8 bits per channel, is too small for `crop`, or the sizes differ.
+    """
     from PIL import Image, ImageOps
 
     opened: list[tuple[str, Image.Image]] = []
@@ -154,7 +166,7 @@ def read_pixels(
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{source}: {name} is not an image that can be read ({error})") from error
         if image.mode not in GREY_MODES | COLOUR_MODES:
-            raise ValueError(f"{source}: {name} has the mode {image.mode}, expected 8 bits a channel")
+            raise ValueError(f"{source}: {name} has the mode {image.mode}, expected 8 bits per channel")
         image = _cut(_over_white(image), f"{source}: {name}", resize, crop)
         if opened and image.size != opened[0][1].size:
             first, size = opened[0][0], "x".join(map(str, opened[0][1].size))
@@ -168,7 +180,7 @@ def read_pixels(
 
 
 def _over_white(image: Any) -> Any:
-    """A PIL image as "L" or "RGB", without transparency."""
+    """A PIL image in the mode "L" or "RGB"; transparent pixels are blended with white."""
     from PIL import Image
 
     mode = "L" if image.mode in GREY_MODES else "RGB"
@@ -179,7 +191,8 @@ def _over_white(image: Any) -> Any:
 
 
 def _cut(image: Any, name: str, resize: int | None, crop: int | None) -> Any:
-    """A PIL image scaled so that its shorter side has `resize` pixels, then the middle square of side `crop`."""
+    """A PIL image, scaled so that its shorter side has `resize` pixels, then cropped to the central square of
+    `crop`."""
     from PIL import Image
 
     if resize is not None:
@@ -195,8 +208,8 @@ def _cut(image: Any, name: str, resize: int | None, crop: int | None) -> Any:
 
 
 def hub(name: str, levels: int | None = None, resize: int | None = None, crop: int | None = None) -> Dataset:
-    """A data set of the Hugging Face hub, or a folder that `datasets.load_dataset` reads. Its first column of images
-    is taken, and its first column of class labels."""
+    """A data set of the Hugging Face hub, or a folder that `datasets.load_dataset` reads. Uses its first column of
+    images and its first column of class labels."""
     source = f"hf:{name}"
     try:
         import datasets
@@ -204,7 +217,7 @@ def hub(name: str, levels: int | None = None, resize: int | None = None, crop: i
         raise ValueError(f"{source}: needs the datasets package: pip install datasets") from error
     try:
         loaded = datasets.load_dataset(name)
-    except Exception as error:  # network, missing names and damaged files each raise their own
+    except Exception as error:  # network errors, unknown names and damaged files raise many exceptions
         raise ValueError(f"{source}: cannot be loaded ({error})") from error
     splits: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
     parts = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
@@ -216,13 +229,12 @@ def hub(name: str, levels: int | None = None, resize: int | None = None, crop: i
     if not columns:
         raise ValueError(f"{source}: has no column of images (its columns: {', '.join(features)})")
     classes = [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    lengths = {part: len(rows) for part, rows in chosen.items()}
-    every = ((f"{part} {i}", row) for part, rows in chosen.items() for i, row in enumerate(rows[columns[0]]))
-    pixels, start = read_pixels(every, source, resize, crop), 0
-    for part, length in lengths.items():
-        labels = np.array(chosen[part][classes[0]]) if classes else None
-        splits[part] = (pixels[start : start + length], labels)
-        start += length
+    images = ((f"{part} {i}", row) for part, rows in chosen.items() for i, row in enumerate(rows[columns[0]]))
+    pixels, start = read_pixels(images, source, resize, crop), 0
+    for part, rows in chosen.items():
+        labels = np.array(rows[classes[0]]) if classes else None
+        splits[part] = (pixels[start : start + len(rows)], labels)
+        start += len(rows)
     return assemble(splits, levels, source, files=True)
 
 
@@ -230,12 +242,12 @@ def hub(name: str, levels: int | None = None, resize: int | None = None, crop: i
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: the environment variable FASTGEN_DATA, or ~/.cache/fastgen."""
+    """The folder of downloaded files: the environment variable FASTGEN_DATA, or ~/.cache/fastgen."""
     return Path(os.environ.get("FASTGEN_DATA") or Path.home() / ".cache" / "fastgen")
 
 
-def _fetched(name: str, url: str, md5: str) -> Path:
-    """The file of that name in the cache, downloaded and compared with its checksum where it is missing."""
+def _download(name: str, url: str, md5: str) -> Path:
+    """The path of a file in the cache. If it is missing, it is downloaded and compared with its checksum."""
     path = cache_folder() / name
     if path.is_file():
         return path
@@ -253,17 +265,19 @@ def _fetched(name: str, url: str, md5: str) -> Path:
 
 
 def mnist() -> Dataset:
-    """LeCun et al. 1998: 60,000 images, a tenth of them for validation, and 10,000 for test."""
-    files = [_idx(_fetched(f"mnist/{name}", MNIST_URL, md5)) for name, md5 in MNIST_MD5.items()]
-    return assemble({"train": (files[0], files[1]), "test": (files[2], files[3])}, 256, "mnist")
+    """MNIST (LeCun et al. 1998): 60,000 training images, of which a tenth is held out for validation, and 10,000 test
+    images."""
+    arrays = [_idx(_download(f"mnist/{name}", MNIST_URL, md5)) for name, md5 in MNIST_MD5.items()]
+    return assemble({"train": (arrays[0], arrays[1]), "test": (arrays[2], arrays[3])}, 256, "mnist")
 
 
 def _idx(path: Path) -> np.ndarray:
-    """An array in MNIST's format: two zeros, type 8 (uint8), the number of dimensions, big-endian sizes, bytes."""
+    """Reads an array in MNIST's gzipped IDX format: two zeros, type 8 (uint8), the number of dimensions, the sizes as
+    big-endian 32-bit integers, the bytes."""
     try:
         content = gzip.decompress(path.read_bytes())
         if content[:3] != b"\0\0\x08":
-            raise ValueError("it does not start as an IDX file of bytes")
+            raise ValueError("it is not an IDX file of bytes")
         sizes = np.frombuffer(content, ">u4", count=content[3], offset=4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(sizes.tolist())
     except (ValueError, IndexError, EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -271,8 +285,9 @@ def _idx(path: Path) -> np.ndarray:
 
 
 def cifar10() -> Dataset:
-    """Krizhevsky 2009: 50,000 images, a tenth of them for validation, and 10,000 for test."""
-    path = _fetched(f"cifar10/{CIFAR10_FILE}", CIFAR10_URL, CIFAR10_MD5)
+    """CIFAR-10 (Krizhevsky 2009): 50,000 training images, of which a tenth is held out for validation, and 10,000 test
+    images."""
+    path = _download(f"cifar10/{CIFAR10_FILE}", CIFAR10_URL, CIFAR10_MD5)
     batches = {}
     try:
         with tarfile.open(path, "r:gz") as archive:

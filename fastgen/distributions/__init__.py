@@ -1,31 +1,32 @@
-"""Distributions of one pixel given the model's output there: draws by inverse CDF, and log-probabilities.
+"""Distributions of one pixel given the model's output at it: draws by the inverse CDF, and log-probabilities.
 
-A distribution is any object with
+A distribution is any object with these methods:
 
-    noise_shape(n, shape) -> the shape of the uniforms one batch of n images needs, (n, U, H, W)
-    draw(params, noise, channel, previous) -> (n,) int64 levels of one channel
+    noise_shape(n, shape) -> (n, U, H, W), the shape of the uniforms for a batch of n images of the shape (C, H, W)
+    draw(params, noise, channel, previous) -> int64 levels (n,) of one channel
     log_prob(params, levels) -> (n,) nats
 
-where, at one pixel, params (n, ...) is the model's output, noise (n, U) float32 the uniforms in [0, 1), channel
-the channel to draw and previous (n, channel) the levels already drawn there. `log_prob` of those of this package
-accepts any further trailing dimensions (a whole image) as well, so that an image is scored in one call.
+All arguments belong to one pixel: params (n, ...) is the model's output, noise (n, U) are float32 uniforms in [0, 1),
+channel is the channel to draw, and previous (n, channel) are the levels of the channels before it. The `log_prob` of
+this package's distributions also accepts further trailing dimensions, so that one call scores a whole image.
 
-Attributes say what it draws, where it has them:
+Optional attributes describe what is drawn:
 
-    levels: how many there are, an int; or ints that are broadcastable to (C, H, W), where it depends on the place
-    dtype: a floating-point type, where real values are drawn, not levels; see `real`
-    independent_channels: True where no draw of a channel reads those of others, so that several can be drawn at once.
-        `channel` is then a tensor of channels wherever the model's output at a pixel depends on none of them, and draw
-        returns (n, channels): `params[:, channel]` and `noise[:, channel]` are right for one and for several
+    levels: the number of levels, an int; or ints broadcastable to (C, H, W), if the number depends on the place
+    dtype: a floating-point dtype, if the distribution draws real values instead of levels; see `real`
+    independent_channels: True if the draw of a channel does not read those of other channels. Several channels can then
+        be drawn at once, if the model's output at the pixel does not depend on them either: `channel` is then a tensor
+        of channels, and draw returns (n, channels). Indexing with `params[:, channel]` and `noise[:, channel]` handles
+        both cases.
 
-Four further methods are used where they are present, and take a `channel` like that of `draw`:
+Optional methods; `channel` and the shape of the results are as in `draw`:
 
     tempered(temperature, top_k, top_p) -> the distribution with these sampling options
-    uncertain(params, noise, channel, previous, error) -> bool of the shape of a draw, True where an absolute error of
-        at most `error` in every entry of params could change the level that `draw` gives for this noise; conservative
-    steps(params, channel) -> of that shape with a further dimension, the values of noise[:, channel] at which the level
-        that `draw` gives changes, and nothing else in params matters; or None
-    check_params(params, channels), which raises ValueError where the model's output at a pixel does not fit
+    uncertain(params, noise, channel, previous, error) -> bool, True where the level that `draw` gives for this noise
+        could change if every entry of params changed by at most `error`. It may be True where nothing changes.
+    steps(params, channel) -> the values of noise[:, channel], along one more dimension, at which the level that `draw`
+        gives changes; None if draws depend on params in any other way
+    check_params(params, channels): raises ValueError if the model's output at a pixel does not fit
 """
 
 from fastgen.distributions.base import Channels, Distribution

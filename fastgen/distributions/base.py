@@ -1,4 +1,4 @@
-"""The protocol of a distribution, and what those of this package share."""
+"""The protocol of a distribution, and functions that this package's distributions share."""
 
 import math
 import numbers
@@ -12,7 +12,7 @@ Channels = int | Tensor  # one channel, or several at once
 
 @runtime_checkable
 class Distribution(Protocol):
-    """What `accelerate` asks of a distribution; see the package's docstring."""
+    """What `accelerate` requires of a distribution; see the docstring of `fastgen.distributions`."""
 
     def noise_shape(self, n: int, shape: tuple[int, int, int]) -> tuple[int, ...]: ...
 
@@ -22,15 +22,15 @@ class Distribution(Protocol):
 
 
 def independent(distribution: Distribution) -> bool:
-    """Whether its draw takes several channels at once."""
+    """Whether the distribution's `draw` can take several channels at once."""
     return bool(getattr(distribution, "independent_channels", False))
 
 
 def level_counts(levels: Any) -> Tensor:
-    """Numbers of levels of channels or places, as a tensor of one to three dimensions.
+    """Converts numbers of levels of channels or places to an int64 tensor of one to three dimensions.
 
     Raises:
-        ValueError: they are no ints >= 1, none is 2 or more, or they have another number of dimensions.
+        ValueError: a number is not an int >= 1, all are 1, or there are more or fewer dimensions.
     """
     expected = "levels must be an int >= 2, or ints >= 1 that are broadcastable to the shape, one of them >= 2"
     try:
@@ -44,12 +44,13 @@ def level_counts(levels: Any) -> Tensor:
 
 
 def precise(params: Tensor) -> Tensor:
-    """float64 where the device has it: a draw then depends on the parameters, not on how they are summed."""
+    """params in float64, or in float32 on devices without float64 (mps). In float64 the rounding of sums in a draw is
+    far below the spacing of float32 noise, so that the order of summation does not matter."""
     return params.float() if params.device.type == "mps" else params.double()
 
 
 def check_options(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raises ValueError where an option of sampling has a wrong type or lies out of its range."""
+    """Raises ValueError if a sampling option has a wrong type or is out of its range."""
     if not (isinstance(temperature, numbers.Real) and 0 <= temperature < math.inf):
         raise ValueError(f"temperature must be a finite number >= 0, got {temperature!r}")
     if top_k is not None and (not isinstance(top_k, numbers.Integral) or isinstance(top_k, bool) or top_k < 1):
@@ -59,32 +60,44 @@ def check_options(temperature: float, top_k: int | None, top_p: float | None) ->
 
 
 def no_ranking(name: str, top_k: int | None, top_p: float | None) -> None:
-    """Raises ValueError where top_k or top_p is given to a distribution whose levels are not ranked."""
+    """Raises ValueError if top_k or top_p is given: the distribution `name` does not define them."""
     if top_k is not None or top_p is not None:
         raise ValueError(f"top_k and top_p are not defined for {name}: use temperature")
 
 
 def softmax(logits: Tensor, temperature: float) -> Tensor:
-    """Over dim 1. The greatest logit is taken off first, so that a small temperature does not overflow."""
+    """Softmax of logits / temperature over dim 1. The largest logit is subtracted before the division, which cannot
+    overflow then."""
     if temperature == 1:
         return logits.softmax(1)
     return ((logits - logits.amax(1, keepdim=True)) / temperature).softmax(1)
 
 
 def first_exceeding(probabilities: Tensor, noise: Tensor) -> Tensor:
-    """The smallest index on dim 1 whose cumulative probability exceeds the noise; never one of probability 0."""
+    """The smallest index (n, ...) whose cumulative probability exceeds the noise; never an index of probability 0.
+
+    Args:
+        probabilities: (n, K, ...), not necessarily normalized.
+        noise: uniforms (n, ...) in [0, 1).
+    """
     cumulative = probabilities.movedim(1, -1).cumsum(-1)
     threshold = noise.unsqueeze(-1) * cumulative[..., -1:]
     index = torch.searchsorted(cumulative.contiguous(), threshold.contiguous(), right=True).squeeze(-1)
-    # float32 noise is at most 1 - 2**-24: rounded in float32 or float64, the threshold stays below the last sum, and
-    # only NaN exceeds nothing.
+    # float32 noise is at most 1 - 2**-24, so that the threshold stays below the last sum even after rounding. The clamp
+    # is for NaN, which no sum exceeds.
     return index.clamp(max=probabilities.shape[1] - 1)
 
 
 def bounds(share: Tensor, error: float) -> tuple[Tensor, Tensor]:
-    """The least and the greatest probability (dim 1) that a set of levels can have instead of `share`, when every
-    logit moves by at most `error`: the log-odds of the set then move by at most 2 * error. A little wider, for the
-    rounding of sums."""
+    """Bounds of the probability of a set of levels when every logit changes by at most `error`: the log-odds of the set
+    then change by at most 2 * error. The bounds are widened a little for the rounding of sums.
+
+    Args:
+        share: probabilities of sets of levels, on dim 1.
+
+    Returns:
+        The lower and the upper bounds, of the shape of `share`.
+    """
     share = share.clamp(max=1)
     shrink = math.exp(-2 * min(error, 300.0))
     slack = share.shape[1] * torch.finfo(share.dtype).eps
@@ -94,7 +107,7 @@ def bounds(share: Tensor, error: float) -> tuple[Tensor, Tensor]:
 
 
 def near_a_step(probabilities: Tensor, noise: Tensor, error: float) -> Tensor:
-    """Whether `first_exceeding` could give another index when every logit moves by at most `error`."""
+    """Whether `first_exceeding` could give another index if every logit changed by at most `error`, (n,) bool."""
     cumulative = probabilities.cumsum(1)
     low, high = bounds(cumulative[:, :-1] / cumulative[:, -1:], error)
     noise = noise.unsqueeze(1)
@@ -102,7 +115,7 @@ def near_a_step(probabilities: Tensor, noise: Tensor, error: float) -> Tensor:
 
 
 def close_leaders(logits: Tensor, error: float) -> Tensor:
-    """Whether the index of the greatest logit could change when every logit moves by at most `error`."""
+    """Whether the index of the largest logit could change if every logit changed by at most `error`, (n,) bool."""
     if logits.shape[1] == 1:
         return torch.zeros_like(logits[:, 0], dtype=torch.bool)
     first, second = logits.topk(2, 1).values.unbind(1)
@@ -110,4 +123,5 @@ def close_leaders(logits: Tensor, error: float) -> Tensor:
 
 
 def sum_all_but_batch(values: Tensor) -> Tensor:
+    """The sum over all dimensions except the first, (n,)."""
     return values.flatten(1).sum(1) if values.dim() > 1 else values

@@ -26,30 +26,29 @@ LAYOUTS = ("BKCHW", "BCKHW", "B(KC)HW", "B(CK)HW", "BTK", "BKT", "BHWK")
 
 @dataclass(frozen=True)
 class Categorical:
-    """A softmax over `levels` for every channel of a pixel (van den Oord et al. 2016, section 3.4).
+    """A softmax over the levels 0..K - 1 for every channel of a pixel (van den Oord et al. 2016, section 3.4).
 
     Args:
-        levels: number of levels K, at least 2. Where it depends on the channel or the place: ints (a sequence or a
-            tensor) broadcastable to the shape (C, H, W), (H, W) or (T,). K is then the greatest. A sampler, which knows
-            the place, takes the logits of levels that it does not have as -inf, whatever the model says; `draw` and
-            `log_prob` called directly take params as they are.
-        layout: where the model puts the K logits of the C channels: "BKCHW", "BCKHW", or one axis that
-            holds both, "B(KC)HW" (channel fastest) or "B(CK)HW" (level fastest). With C = 1, a model that
-            gives (B, K, H, W) fits either of the last two. Of sequences (B, T) "BTK" or "BKT", of grids (B, H, W)
-            "BHWK"; at one place all three are (B, K).
-        temperature, top_k, top_p: options of sampling, which `tempered` sets.
+        levels: number of levels K, at least 2. If the number depends on the channel or the place: ints (a sequence or a
+            tensor) broadcastable to the shape (C, H, W), (H, W) or (T,), of which K is the largest. A sampler, which
+            knows the place, then replaces the logits of levels that a place does not have by -inf; `draw` and
+            `log_prob` do not.
+        layout: the axes of the model's output, K logits for each of C channels. "BKCHW", "BCKHW", or one axis for both:
+            "B(KC)HW" (channel fastest) or "B(CK)HW" (level fastest). With C = 1, an output (B, K, H, W) has either of
+            the last two. For sequences (B, T): "BTK" or "BKT"; for grids (B, H, W): "BHWK".
+        temperature, top_k, top_p: sampling options, which `tempered` sets.
 
     Raises:
-        ValueError: levels, layout or an option of sampling is none of these. All methods that take params raise it
-            where these do not have the layout, and `check_params` where they are of another number of channels.
+        ValueError: levels, layout or a sampling option is not one of these. Methods with `params` raise it if these do
+            not have the layout; `check_params` also if they have another number of channels.
     """
 
-    levels: Any  # an int once it has been made
+    levels: Any  # __post_init__ makes it an int
     layout: str = "BKCHW"
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
-    counts: Tensor | None = field(default=None, repr=False, compare=False)  # `levels`, where these are not one int
+    counts: Tensor | None = field(default=None, repr=False, compare=False)  # `levels` as a tensor, if it is not an int
     independent_channels: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -78,10 +77,10 @@ class Categorical:
         return replace(self, temperature=temperature, top_k=top_k, top_p=top_p)
 
     def logits(self, params: Tensor) -> Tensor:
-        """The model's output (n, ...) as (n, K, C, ...), a view.
+        """Views the model's output (n, ...) as logits (n, K, C, ...).
 
         Raises:
-            ValueError: the output has no axes of this layout.
+            ValueError: the output does not have this layout.
         """
         axis = {"BTK": -1, "BHWK": -1, "BKT": 1, "BKCHW": 1, "BCKHW": 2}.get(self.layout)
         if self.layout in ("BTK", "BKT", "BHWK"):
@@ -102,14 +101,15 @@ class Categorical:
     def _misfit(self, params: Tensor) -> ValueError:
         hint = "output= of accelerate picks the logits out of what the model returns"
         if params.dim() == 2 and params.shape[1] % self.levels == 0:
-            hint = "where all channels are on one axis, as with one channel, it is layout='B(KC)HW' or 'B(CK)HW'"
+            hint = "where all channels share an axis with the levels, it is layout='B(KC)HW' or 'B(CK)HW'"
         return ValueError(
             f"params has the shape {tuple(params.shape)}; expected K = {self.levels} logits in the layout "
             f"{self.layout}: {hint}"
         )
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Softmax over dim 1 in float64, after temperature, top-k and top-p: of logits (n, K, ...)."""
+        """The probabilities of logits (n, K, ...) after temperature, top-k and top-p, in float64 (see `precise`). With
+        top-k or top-p they are not normalized."""
         logits = precise(logits)
         if self.temperature == 0:
             return F.one_hot(logits.argmax(1), self.levels).movedim(-1, 1).to(logits.dtype)
@@ -121,12 +121,13 @@ class Categorical:
             kept[:, self.top_k :] = False
         if self.top_p is not None:
             ranked = ranked * kept
-            sums = ranked.cumsum(1)  # the last is the sum of all, in one order everywhere
+            sums = ranked.cumsum(1)  # sums[:, -1] rather than .sum(): the same order of summation
             kept &= sums - ranked < self.top_p * sums[:, -1:]
         return torch.zeros_like(ranked).scatter(1, order, ranked * kept)
 
     def restricted(self, params: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        """The model's output (n, ..., H, W) for images (C, H, W), -inf at the levels that a place does not have."""
+        """The model's output (n, ..., H, W) for images of `shape` (C, H, W), with -inf for levels that a place does not
+        have."""
         if self.counts is None:
             return params
         self.check_params(params[..., 0, 0], shape[0])
@@ -136,8 +137,8 @@ class Categorical:
         return params.masked_fill(hidden.reshape(params.shape[1:]).to(params.device), float("-inf"))
 
     def _rows(self, params: Tensor, channel: Channels) -> tuple[Tensor, torch.Size]:
-        """Logits (rows, K) of one channel or of several, and the shape of their draws, (n,) or (n, C): a channel's are
-        rounded the same with others or without."""
+        """Logits (rows, K) of one channel or several, and the shape of their draws, (n,) or (n, channels). As rows, the
+        sums of a channel are rounded in the same way, whether it is drawn alone or with others."""
         logits = self.logits(params)[:, :, channel].movedim(1, -1)
         return logits.reshape(-1, self.levels), logits.shape[:-1]
 
@@ -147,7 +148,7 @@ class Categorical:
 
     def steps(self, params: Tensor, channel: Channels) -> Tensor | None:
         if self.temperature == 0 or self.top_k is not None or self.top_p is not None:
-            return None  # the set of levels may change
+            return None  # params also decide which levels can be drawn
         logits, shape = self._rows(params, channel)
         cumulative = self.probabilities(logits).cumsum(1)
         return (cumulative[:, :-1] / cumulative[:, -1:]).view(*shape, -1)
@@ -164,8 +165,8 @@ class Categorical:
         unsure = near_a_step(self.probabilities(logits), noise, error)
         if self.top_k is None and self.top_p is None:
             return unsure
-        # The set of kept levels changes where two in the ranking about its end could swap, or where the number kept
-        # by top_p could change.
+        # The set of kept levels could change if the last level kept and the next one could swap their ranks, or if the
+        # number of levels that top_p keeps could change.
         ranked = logits.sort(dim=1, descending=True).values / self.temperature
         swaps = ranked[:, :-1] - ranked[:, 1:] <= 2 * error + 1e-12
         count = self.levels if self.top_k is None else min(self.top_k, self.levels)
@@ -174,7 +175,7 @@ class Categorical:
         if self.top_p is not None and self.top_p < 1 and count > 1:
             share = ranked[:, :count].softmax(1).cumsum(1)[:, :-1]
             low, high = bounds(share, error)
-            last = (share < self.top_p).sum(1, keepdim=True)  # rank of the last level kept
+            last = (share < self.top_p).sum(1, keepdim=True)  # rank of the last level that top_p keeps
             swaps = F.pad(swaps, (0, 1)).gather(1, last).squeeze(1)
             unsure = unsure | swaps | ((low < self.top_p) & (self.top_p <= high)).any(1)
         return unsure
@@ -190,17 +191,18 @@ class Categorical:
     def log_prob(self, params: Tensor, levels: Tensor) -> Tensor:
         log_probabilities = precise(self.logits(params)).log_softmax(1)
         if levels.dim() == log_probabilities.dim() - 2:
-            levels = levels.unsqueeze(1)  # a sequence or a grid has no axis of channels
+            levels = levels.unsqueeze(1)  # sequences and grids have no axis of channels
         return sum_all_but_batch(log_probabilities.gather(1, levels.unsqueeze(1)).squeeze(1))
 
 
 @dataclass(frozen=True)
 class Bernoulli:
-    """One logit for every channel of a pixel; levels 0 and 1, 1 where noise >= 1 - sigmoid(logit).
+    """Levels 0 and 1 with one logit for every channel of a pixel: 1 if noise >= 1 - sigmoid(logit). The model's output
+    is (B, C, H, W) logits.
 
     Raises:
-        ValueError: temperature is no finite number >= 0; in `tempered`, top_k or top_p is given; in `check_params`,
-            params has not one logit a channel.
+        ValueError: temperature is not a finite number >= 0. `tempered` raises it if top_k or top_p is given,
+            `check_params` if params does not have one logit for each channel.
     """
 
     temperature: float = 1.0

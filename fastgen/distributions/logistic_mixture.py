@@ -1,4 +1,4 @@
-"""PixelCNN++'s distribution of a pixel; `fastgen.mixture` has its likelihood."""
+"""PixelCNN++'s distribution of a pixel, a mixture of logistics; `fastgen.mixture` computes its likelihood."""
 
 import math
 from dataclasses import dataclass, replace
@@ -23,14 +23,14 @@ from fastgen.mixture import component_mean, mixture_log_prob, parts_of
 class LogisticMixture:
     """Discretized mixture of logistics over 256 levels (PixelCNN++, Salimans et al. 2017, equations 1-3).
 
-    Parameters a pixel, M = n_mix: for RGB 10*M, in order M mixture logits, then for each colour M means,
-    M log-scales (not below -7) and M coefficients (tanh; r->g, r->b, g->b); for one channel 3*M: M logits,
-    M means, M log-scales. Levels 0..255 stand for -1..1. Of the C + 1 uniforms at a pixel the first chooses the
-    component, the others are the channels' own.
+    The model's output, with M = n_mix, is (B, 10*M, H, W) for RGB: M mixture logits, then for each colour M means, M
+    log-scales (not below -7) and M coefficients (through tanh; r->g, r->b, g->b). For one channel it is (B, 3*M, H, W):
+    M logits, M means, M log-scales. Levels 0..255 stand for -1..1. Each pixel takes C + 1 uniforms: the first chooses
+    the component, then there is one for each channel.
 
     Raises:
-        ValueError: n_mix is no int >= 1, or temperature no finite number >= 0; in `tempered`, top_k or top_p is given;
-            in the methods that take params, these are not 3*M or 10*M, or not of as many channels.
+        ValueError: n_mix is not an int >= 1, or temperature not a finite number >= 0. `tempered` raises it if top_k or
+            top_p is given; methods with `params` if these are not 3*M or 10*M, or for another number of channels.
     """
 
     n_mix: int = 10
@@ -51,7 +51,8 @@ class LogisticMixture:
         return replace(self, temperature=temperature)
 
     def _split(self, params: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (n, M, ...), and what each colour has, (n, C, 3, M, ...) for RGB and (n, 1, 2, M, ...) for one."""
+        """Logits (n, M, ...), and the other parameters of each colour: (n, 3, 3, M, ...) for RGB, (n, 1, 2, M, ...) for
+        one channel."""
         m = self.n_mix
         if params.dim() < 2 or params.shape[1] not in (3 * m, 10 * m):
             raise ValueError(
@@ -75,16 +76,16 @@ class LogisticMixture:
             unsure = close_leaders(logits, error)
         else:
             unsure = near_a_step(softmax(logits, self.temperature), noise[:, 0], error / self.temperature)
-        # The mean moves by its own error and by those of its coefficients (the slope of tanh is at most 1) times the
-        # colours before, a scale by a factor of at most exp(error).
+        # The mean can change by its own error plus those of its coefficients (the slope of tanh is at most 1) times the
+        # colours before; the scale by a factor of at most exp(error).
         x = mean + offset
-        moved = error * (1 + (previous.to(x.dtype) / 127.5 - 1).abs().sum(1)) + 1e-12
-        moved = moved + offset.abs() * (math.expm1(min(error, 300.0)) + 1e-12)
-        return unsure | (self._level(x - moved) != self._level(x + moved))
+        change = error * (1 + (previous.to(x.dtype) / 127.5 - 1).abs().sum(1)) + 1e-12
+        change = change + offset.abs() * (math.expm1(min(error, 300.0)) + 1e-12)
+        return unsure | (self._level(x - change) != self._level(x + change))
 
     def _chosen(self, params: Tensor, noise: Tensor, channel: int, previous: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the component that the first uniform chooses: its mean for the channel, (n,), and how far from it the
-        channel's own uniform falls, (n,). Also the mixture's logits (n, M)."""
+        """For the component that the first uniform chooses: the channel's mean (n,), and the offset (n,) from it that
+        the channel's uniform gives. Also the logits (n, M) of the mixture."""
         logits, colours = self._split(params)
         if self.temperature == 0:
             component = logits.argmax(1)

@@ -1,8 +1,8 @@
-"""Real-valued pixels: a Gaussian, a logistic or a mixture of Gaussians, given the model's output.
+"""Distributions of real-valued pixels: Gaussian, logistic, mixture of Gaussians.
 
-They set `dtype`: images are then of that type, and the model is given their values as they are (no levels to scale).
-A uniform u in [0, 1) stands for the quantile of u + 2**-25, half a step of float32 uniforms further, which is finite:
-the tails end at about 5.4 standard deviations of a Gaussian and 17.3 scales of a logistic.
+Their `dtype` is the dtype of images, whose values the model gets unscaled. A uniform u in [0, 1) becomes the quantile
+of u + 2**-25, half a step of float32 uniforms above u, so that it is finite: the tails end at about 5.4 standard
+deviations of a Gaussian and 17.3 scales of a logistic.
 """
 
 import math
@@ -22,14 +22,15 @@ from fastgen.distributions.base import (
     sum_all_but_batch,
 )
 
-HALF_A_STEP = 2.0**-25
+HALF_A_STEP = 2.0**-25  # half the spacing of float32 uniforms
 
 Kind = TypeVar("Kind", bound="_LocationScale")
 
 
 @dataclass(frozen=True)
 class _LocationScale:
-    """Parameters a pixel (2C): C means, then the logarithms of C spreads; channels independent given these."""
+    """Base class of Gaussian and Logistic. The model's output at a pixel (n, 2C) is C means, then the logarithms of C
+    spreads. Channels are independent given these."""
 
     temperature: float = 1.0
     dtype: ClassVar[torch.dtype] = torch.float32
@@ -68,7 +69,7 @@ class _LocationScale:
         raise NotImplementedError
 
     def _quantile(self, u: Tensor) -> Tensor:
-        """Of mean 0 and scale 1."""
+        """The quantile of u for mean 0 and scale 1."""
         raise NotImplementedError
 
     def _log_density(self, x: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
@@ -77,12 +78,14 @@ class _LocationScale:
 
 @dataclass(frozen=True)
 class Gaussian(_LocationScale):
-    """Parameters a pixel (2C): C means, then C log-variances. Channels are independent given the parameters.
+    """A Gaussian for every channel. The model's output is (B, 2C, H, W): C means, then C log-variances. Channels are
+    independent given these.
 
-    `temperature` multiplies the standard deviations; 0 takes the mean.
+    `temperature` multiplies the standard deviations; with 0 a draw is the mean.
 
     Raises:
-        ValueError: a wrong temperature; in `tempered`, top_k or top_p; in `check_params`, params that are not 2C.
+        ValueError: temperature is not a finite number >= 0. `tempered` raises it if top_k or top_p is given,
+            `check_params` if params are not 2C.
     """
 
     _spread = "log-variances"
@@ -99,13 +102,15 @@ class Gaussian(_LocationScale):
 
 @dataclass(frozen=True)
 class Logistic(_LocationScale):
-    """Parameters a pixel (2C): C means, then C log-scales. Channels are independent given the parameters.
+    """A logistic distribution for every channel. The model's output is (B, 2C, H, W): C means, then C log-scales.
+    Channels are independent given these.
 
-    A value is mean + scale * (log u - log(1 - u)); its standard deviation is scale * pi / sqrt(3). `temperature`
-    multiplies the scales; 0 takes the mean.
+    A draw is mean + scale * (log u - log(1 - u)); its standard deviation is scale * pi / sqrt(3). `temperature`
+    multiplies the scales; with 0 a draw is the mean.
 
     Raises:
-        ValueError: a wrong temperature; in `tempered`, top_k or top_p; in `check_params`, params that are not 2C.
+        ValueError: temperature is not a finite number >= 0. `tempered` raises it if top_k or top_p is given,
+            `check_params` if params are not 2C.
     """
 
     _spread = "log-scales"
@@ -117,7 +122,7 @@ class Logistic(_LocationScale):
         return u.log() - (-u).log1p()
 
     def _log_density(self, x: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
-        z = ((x - mean) * (-spread).exp()).abs()  # the density is even
+        z = ((x - mean) * (-spread).exp()).abs()  # the density is symmetric about the mean
         return -z - spread - 2 * (-z).exp().log1p()
 
 
@@ -127,20 +132,22 @@ def _normal_log_density(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor
 
 @dataclass(frozen=True)
 class GaussianMixture:
-    """Of n_mix = M components with independent channels. Parameters a pixel (M + 2 * C * M): M mixture logits, then for
-    each channel M means and M log-variances. Of the C + 1 uniforms at a pixel the first chooses the component.
+    """A mixture of n_mix = M Gaussian components; within a component the channels are independent. The model's output
+    is (B, M + 2*C*M, H, W): M mixture logits, then for each channel M means and M log-variances. Each pixel takes C + 1
+    uniforms: the first chooses the component, then there is one for each channel.
 
-    `temperature` divides the logits and multiplies the standard deviations; 0 takes the mean of the likeliest.
+    `temperature` divides the logits and multiplies the standard deviations; with 0 a draw is the mean of the most
+    probable component.
 
     Raises:
-        ValueError: n_mix is no int >= 1, or temperature no finite number >= 0; in `tempered`, top_k or top_p is given;
-            in `check_params`, params are not M + 2 * C * M.
+        ValueError: n_mix is not an int >= 1, or temperature not a finite number >= 0. `tempered` raises it if top_k or
+            top_p is given, `check_params` if params are not M + 2*C*M.
     """
 
     n_mix: int
     temperature: float = 1.0
     dtype: ClassVar[torch.dtype] = torch.float32
-    independent_channels: ClassVar[bool] = True  # given the component, which all channels take from one uniform
+    independent_channels: ClassVar[bool] = True  # given the component, which the first uniform chooses for all channels
 
     def __post_init__(self) -> None:
         if not isinstance(self.n_mix, int) or self.n_mix < 1:
@@ -155,7 +162,7 @@ class GaussianMixture:
         return replace(self, temperature=temperature)
 
     def _split(self, params: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (n, M, ...), and (n, C, 2, M, ...): means and log-variances."""
+        """Logits (n, M, ...), and means and log-variances (n, C, 2, M, ...)."""
         params = precise(params)
         return params[:, : self.n_mix], params[:, self.n_mix :].unflatten(1, (-1, 2, self.n_mix))
 
