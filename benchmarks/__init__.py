@@ -1,1 +1,2 @@
-"""Benchmarks: one file an operation or job, one runner, rows as JSON lines. `python -m benchmarks --help`."""
+"""Benchmarks: one file for each operation or job, one runner, results as JSON lines. See `python -m benchmarks
+--help`."""

@@ -1,23 +1,24 @@
 """Benchmarks of fastgen against plain PyTorch, on this machine.
 
-    python -m benchmarks [NAME ...]          run; rows are saved under benchmarks/results/<GPU or CPU>/
-    python -m benchmarks --full              more sizes, dtypes, rivals and samples, for as long as it takes
-    python -m benchmarks --budget SECONDS    start no case later than that (default: 420 where no NAME is given)
-    python -m benchmarks --resume            only what has no rows yet that are still true
-    python -m benchmarks --compare OLD       run, and show what changed against the rows in OLD (a file or folder)
+    python -m benchmarks [NAME ...]          measure; rows are saved in benchmarks/results/<GPU or CPU>/
+    python -m benchmarks --full              more sizes, dtypes, rivals and samples, without a time limit
+    python -m benchmarks --budget SECONDS    start no case later than this (default: 420 if no NAME is given)
+    python -m benchmarks --resume            measure only cases without valid rows
+    python -m benchmarks --compare OLD       measure, and show changes against the rows in OLD (a file or folder)
     python -m benchmarks --dry-run           only compare with float64, at toy size; on a CPU in Triton's interpreter
     python -m benchmarks first-contact [--minutes M] [--resume]
-                                             a GPU and little time: its rates, every kernel once, headlines, the rest
-    python -m benchmarks gpu-tests [PATH ..] the quick tests on this GPU in several processes (--full: all of them)
-    python -m benchmarks host                what the host takes for a call of each operation; needs no GPU
-    python -m benchmarks predict [FILE ..]   what whole images in one launch should take, by rates in these rows
-    python -m benchmarks status              for every kernel and GPU: was it right, and are its rows of today's source?
-    python -m benchmarks readme-tables       write the README's performance section from the saved rows
-    python -m benchmarks adopt FILE ..       save rows that another machine brought back
+                                             for a GPU and little time: its rates, every kernel once, headlines, the
+                                                 rest
+    python -m benchmarks gpu-tests [PATH ..] run the quick tests on this GPU in several processes (--full: all tests)
+    python -m benchmarks host                measure the host's time for a call of each operation; needs no GPU
+    python -m benchmarks predict [FILE ..]   predict the time of whole images in one launch, with the rates in these
+    rows python -m benchmarks status              for every kernel and GPU: was it right, and are its rows of today's
+    source? python -m benchmarks readme-tables       write the README's performance section from the saved rows
+    python -m benchmarks adopt FILE ..       save rows that were measured on another machine
     python -m benchmarks plots               draw the saved rows into runs/benchmarks/
 
-Every case runs in a process of its own. first-contact and gpu-tests write under $OUT where that is set.
-Exit status 1: a result was wrong, or the README is not what the rows say (--check). 2: wrong usage.
+Every case runs in its own process. first-contact and gpu-tests write to the folder $OUT if it is set.
+Exit status 1: a result was wrong, or the README does not agree with the rows (--check). 2: wrong usage.
 """
 
 import argparse
@@ -31,7 +32,7 @@ WITH_PATHS = ("gpu-tests", "predict", "adopt")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors are one line."""
+    """Prints errors as one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
@@ -41,16 +42,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = _Parser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="of benchmarks; none: all. Or one command")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run (default: all), or a command")
     parser.add_argument("--full", action="store_true", help="more sizes, dtypes and samples")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no case (gpu-tests: test) later")
-    parser.add_argument("--minutes", type=float, default=5.0, metavar="M", help="of first-contact (default 5)")
-    parser.add_argument("--resume", action="store_true", help="skip the cases whose saved rows are still true")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no case or test after this time")
+    parser.add_argument("--minutes", type=float, default=5.0, metavar="M", help="time of first-contact (default 5)")
+    parser.add_argument("--resume", action="store_true", help="skip the cases whose saved rows are still valid")
     parser.add_argument("--compare", type=Path, metavar="OLD", help="show changes beyond noise against these rows")
-    parser.add_argument("--dry-run", action="store_true", help="compare at toy size, take and save no times")
+    parser.add_argument("--dry-run", action="store_true", help="compare with float64 at toy size, measure no times")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-    parser.add_argument("--results", type=Path, help="the folder of saved rows (default benchmarks/results)")
-    parser.add_argument("--check", action="store_true", help="readme-tables: only check, change nothing")
+    parser.add_argument("--results", type=Path, help="folder of saved rows (default benchmarks/results)")
+    parser.add_argument("--check", action="store_true", help="readme-tables: check the files without writing them")
     arguments = parser.parse_args(argv)
     command, rest = (arguments.names[:1] or [""])[0], arguments.names[1:]
     arguments.command = command if command in COMMANDS and (not rest or command in WITH_PATHS) else "measure"
@@ -62,7 +63,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
     if arguments.dry_run and not _on_a_gpu(arguments):
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # must be chosen before kernels are defined
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before kernels are defined
     from benchmarks.harness.rows import RESULTS
 
     folder = arguments.results or RESULTS
@@ -81,12 +82,12 @@ def _on_a_gpu(arguments: argparse.Namespace) -> bool:
 
 
 def _run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
-    """Raises ValueError for what the user can mend."""
+    """Runs the command and returns its exit status. Raises ValueError for wrong usage or input."""
     from benchmarks import cases, first_contact, host, measure
     from benchmarks.figures import plots, tables
     from benchmarks.harness import machine, report, rows
 
-    # On a machine that is lent, what is under $OUT comes back.
+    # On a borrowed machine, only files in $OUT survive.
     out = arguments.results or Path(os.environ.get("OUT") or folder)
     match arguments.command:
         case "first-contact":

@@ -7,7 +7,7 @@ import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # must be chosen before kernels are defined
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before kernels are defined
 
 
 def pytest_addoption(parser):
@@ -16,7 +16,7 @@ def pytest_addoption(parser):
 
 
 def pytest_generate_tests(metafunc):
-    """One test a case, provider and mode. All of them stand first in their file's own order."""
+    """Makes one test for each case, provider and mode."""
     from benchmarks.cases import NAMES, load
     from benchmarks.harness.case import INTERPRETED, SIZES, name_of
 

@@ -1,11 +1,15 @@
-"""A GPU and little time: what is worth most first, and nothing lost of what has been seen.
+"""`python -m benchmarks first-contact`: for a GPU and little time. The most valuable measurements come first, and every
+result is saved at once.
 
-1. the device's own rates; 2. one launch of everything that is launched by default, compared with float64, in as many
-processes as there are cores (they wait for the compiler, and leave what they compiled in its cache), and the headlines
-compared, too; 3. the headlines, timed one after the other; 4. the rest in turns, until the time is over.
+1. The device's own rates: copying and matrix products.
+2. One launch of everything that is launched by default, and the headline cases, compared with float64. As many
+processes
+   run as there are cores: most of the time goes into compiling, and the compiler's cache keeps the results.
+3. The headline cases, timed one after the other.
+4. All other cases, until the time is over.
 
-rows.jsonl, log.txt and, at the end, table.md lie in $OUT where that is set: `python -m benchmarks adopt rows.jsonl`
-saves them elsewhere. `--resume` goes on behind what is there, failures included.
+The folder $OUT, if it is set, gets rows.jsonl, log.txt and, at the end, table.md. `python -m benchmarks adopt
+rows.jsonl` saves the rows in a checkout. `--resume` skips what is there already, including failures.
 """
 
 import argparse
@@ -28,7 +32,7 @@ from benchmarks.harness.session import OUT_OF_MEMORY, Session
 
 LAYER = "128x32x32 to 256, 3x3 B gated"
 SAMPLING = "GatedPixelCNN 1x28x28 levels=256 B="
-# Benchmark, dtype, size; all of "probes".
+# (benchmark, dtype, size); all cases of "probes".
 HEADLINES = (
     *(("masked_conv2d", "bfloat16", f"{batch}x{LAYER}") for batch in (128, 16)),
     *(("diagonal_lstm", "bfloat16", f"B=16 h={units} 32x32") for units in (64, 128)),
@@ -41,19 +45,20 @@ HEADLINES = (
     ("reconstruction_nll", "float32", "logistic_mixture 64x3x32x32"),
 )
 SIZE = "gpu"
-PATIENCE = 60.0  # seconds of one step of one provider: its comparison with all that it compiles, or some samples
-FOR_LAUNCHES = 0.45  # of the time, at most
-LEAN = "BENCHMARKS_IMPORT_NOTHING_BEFOREHAND"  # environment variable
-TOGETHER = 6  # cases of one process: to start one takes seconds
-# What takes minutes to compile, what is slower than its neighbour by another way, what fastgen does not choose.
+PATIENCE = 60.0  # seconds for one step of one provider: its comparison, including compilation, or a few samples
+LAUNCHES_SHARE = 0.45  # of the time, at most, for phase 2
+LEAN = "BENCHMARKS_IMPORT_NOTHING_BEFOREHAND"  # environment variable: skip _preload
+CASES_PER_PROCESS = 6  # starting a process takes seconds
+# Words in the names of providers that are measured last: they take minutes to compile, are slower than a similar
+# provider, or are variants that fastgen does not choose.
 NOT_FIRST = ("compiled, skewed", "unrolled", "naive, compiled", "distributions", "by diagonals", "split", "launched")
 
 
 def headlines(session: Session) -> list[Case]:
-    """Those cases, without the rivals that take long to compile or are never the strongest.
+    """The cases of HEADLINES, without the providers of NOT_FIRST.
 
     Raises:
-        ValueError: a headline is no case.
+        ValueError: a headline is not a case.
     """
     chosen: list[Case] = []
     for name, dtype, shape in HEADLINES:
@@ -67,7 +72,7 @@ def headlines(session: Session) -> list[Case]:
 
 
 def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
-    """Exit status 1: something was wrong or dead.
+    """Returns the exit status: 1 if a result was wrong or a provider of fastgen died.
 
     Raises:
         ValueError: there is no GPU.
@@ -77,9 +82,9 @@ def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
     session = measure.begin("cuda", command)
     session.patience = PATIENCE
     facts, device = session.facts, session.device
-    at_home = rows.RESULTS / machine.folder_name(facts)
-    folder = folder if os.environ.get("OUT") else folder / at_home.name
-    earlier = [old for old in {at_home: 0, folder: 0} if arguments.resume and old.exists()]
+    saved = rows.RESULTS / machine.folder_name(facts)
+    folder = folder if os.environ.get("OUT") else folder / saved.name
+    earlier = [old for old in dict.fromkeys((saved, folder)) if arguments.resume and old.exists()]
     results = measure.Results(folder, [row for old in earlier for row in rows.load(old)])
     _preload()
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,20 +92,22 @@ def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
     comparing = replace(session, timing=False)
 
     def left(candidates: Iterable[Case], *, timed: bool = True, again: frozenset[tuple] = frozenset()) -> list[Case]:
+        """The cases that have no valid rows yet; rows with a key in `again` do not count."""
         known = {key: row for key, row in results.known.items() if key not in again}
         return rows.left(candidates, facts, known, timed=timed)
 
-    def several_a_process(todo: list[Case]) -> list[Piece]:
-        """Cases that lie side by side share their kernels: processes that take every n-th compile different ones."""
+    def several_per_process(todo: list[Case]) -> list[Piece]:
+        """Neighbouring cases share kernels. Each process takes every n-th case, so that processes which run at the same
+        time compile different kernels."""
         pieces = []
         for blocking in (True, False):
-            alike = [case for case in todo if case.blocking is blocking]
-            count = -(-len(alike) // TOGETHER)
-            pieces += [Piece(alike[i::count], comparing, results.save) for i in range(count)]
+            group = [case for case in todo if case.blocking is blocking]
+            count = -(-len(group) // CASES_PER_PROCESS)
+            pieces += [Piece(group[i::count], comparing, results.save) for i in range(count)]
         return pieces
 
-    def one_a_process(todo: list[Case], its_session: Session = session) -> list[Piece]:
-        return [Piece([case], its_session, results.save) for case in todo]
+    def one_per_process(todo: list[Case], piece_session: Session = session) -> list[Piece]:
+        return [Piece([case], piece_session, results.save) for case in todo]
 
     def phase(name: str, pieces: list[Piece], lanes: int = 1, until: float = end) -> None:
         count = sum(len(piece.cases) for piece in pieces)
@@ -109,37 +116,37 @@ def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
         processes.run(pieces, lanes=lanes, end=until, log=log.fileno())
 
     with (folder / "log.txt").open("ab", buffering=0) as log:
-        pieces = several_a_process(left(launch_cases)) + one_a_process(left(headline_cases, timed=False), comparing)
-        phase("every launch against float64", pieces, os.cpu_count() or 1, start + FOR_LAUNCHES * (end - start))
-        # One after the other, there may be memory enough.
+        pieces = several_per_process(left(launch_cases)) + one_per_process(left(headline_cases, timed=False), comparing)
+        phase("every launch against float64", pieces, os.cpu_count() or 1, start + LAUNCHES_SHARE * (end - start))
+        # A case that ran out of memory beside others may fit on its own.
         too_large = frozenset(rows.key(row) for row in results.rows if row["problem"] == OUT_OF_MEMORY)
-        phase("headlines", one_a_process(left(headline_cases, again=too_large)))
+        phase("headlines", one_per_process(left(headline_cases, again=too_large)))
         for name, words in (("the rest", NOT_FIRST), ("the rest, what takes long", ())):
             rest = [case.without(*words) for case in cases.in_turns(cases.ON_A_GPU, SIZE, device)]
-            phase(name, several_a_process(left(launch_cases)) + one_a_process(left(rest)))
+            phase(name, several_per_process(left(launch_cases)) + one_per_process(left(rest)))
     report.footer(results.rows, 0, left([*launch_cases, *rest]), folder)
     known = results.known
     kernels = "\n".join(report.kernels(list(known.values()), launches.catalogue()))
     (folder / tables.TABLE).write_text(f"{tables.gpu_table(facts['gpu'], known.values())}\n{kernels}\n")
-    shown = {(case.op, case.shape, name_of(case.dtype)) for case in headline_cases}
-    chosen = (row for row in known.values() if (row["op"], row["shape"], row["dtype"]) in shown)
-    print(f"\n{kernels}\n\n{tables.gpu_table(facts['gpu'], chosen)}")
+    headline_keys = {(case.op, case.shape, name_of(case.dtype)) for case in headline_cases}
+    headline_rows = (row for row in known.values() if (row["op"], row["shape"], row["dtype"]) in headline_keys)
+    print(f"\n{kernels}\n\n{tables.gpu_table(facts['gpu'], headline_rows)}")
     return 1 if any(runner.went_wrong(row) for row in results.rows) else 0
 
 
 def _preload() -> None:
-    """Imports what every process would import for seconds. Where that uses CUDA, so that forks cannot, the command
-    starts anew without it."""
+    """Imports, before processes are forked, what each of them would spend seconds on. If an import initializes CUDA,
+    which forks could then not use, the command restarts itself with LEAN set."""
     if LEAN in os.environ:
         return
-    os.environ.setdefault("TORCH_WARM_POOL", "0")  # no processes of the compiler's beside this one
-    # The compiler of PyTorch 2.11 asks whether there is a GPU when it is imported.
+    os.environ.setdefault("TORCH_WARM_POOL", "0")  # the compiler must not start worker processes
+    # The compiler of PyTorch 2.11 asks for a GPU when it is imported; with this setting, that initializes nothing.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     importlib.import_module("torch._inductor.compile_fx")
     launches.catalogue()
     try:
         processes.in_a_process(torch.cuda.init)
     except ValueError as problem:
-        print(f"an import uses CUDA: once more, without what is imported beforehand ({problem})", flush=True)
+        print(f"an import initializes CUDA: starting again without imports beforehand ({problem})", flush=True)
         os.environ[LEAN] = "1"
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]])

@@ -1,7 +1,8 @@
-"""`python -m benchmarks gpu-tests`: the tests that a GPU is needed for, in several processes; how they went is a row.
+"""`python -m benchmarks gpu-tests`: runs the tests that need a GPU in several processes, and saves a row of the
+outcome.
 
-Each process is a pytest that runs its share and tells of each test before and after it runs. Where one dies or hangs,
-the test it was at has failed, and another goes on behind it.
+Each process is a pytest that runs its share of the tests and reports each test before and after it runs. If the process
+dies or hangs, the test it was running counts as failed, and a new process continues after it.
 """
 
 import os
@@ -22,20 +23,20 @@ from benchmarks.harness.processes import Task, Tell
 from benchmarks.harness.runner import empty_row
 from benchmarks.harness.session import Session
 
-PROCESSES = 16  # each compiles its kernels, and holds some gigabytes of the GPU
-PATIENCE = 180.0  # seconds that one test may take, or the collection of all
-ALONE = "offsets_beyond"  # tests that take tens of gigabytes: one after the other, in the first share
-ENDED = (0, 1, 5)  # pytest's exit status: all passed, some failed, none there
+PROCESSES = 16  # at most; each holds some gigabytes of the GPU's memory
+PATIENCE = 180.0  # seconds that one test, or the collection of all tests, may take
+ALONE = "offsets_beyond"  # tests with this in their name take tens of gigabytes: they all run in the first share
+ENDED = (0, 1, 5)  # exit statuses of pytest: all tests passed, some failed, there were none
 OUTCOMES = ("passed", "failed", "skipped", "not_run")
 
 
 class Share(Task):
-    """Every `count`-th test from number `index` on, in a pytest whose plugin this is.
+    """Every `count`-th test, starting with test `index`. The object is also the plugin of the pytest that runs them.
 
     Attributes:
-        outcomes: (word, text) of each test that has ended.
-        collected: how many tests there are; None before the first process has found them.
-        at: the test that runs, or ran last; None before the first of a process.
+        outcomes: (outcome, text) of each test that has ended, by its name.
+        collected: number of tests in the share; None until the process has collected them.
+        current: the name of the test that runs, or ran last; None before the first test of a process.
     """
 
     patience = PATIENCE
@@ -45,7 +46,7 @@ class Share(Task):
         self.arguments = [*arguments, "-p", "no:cacheprovider", "-p", "no:xdist"]
         self.outcomes: dict[str, tuple[str, str]] = {}
         self.collected: int | None = None
-        self.at: str | None = None
+        self.current: str | None = None
 
     def work(self, tell: Tell) -> None:
         torch.set_num_threads(1)
@@ -54,7 +55,7 @@ class Share(Task):
         if status not in ENDED:
             raise RuntimeError(f"pytest ended with status {status}")
 
-    @pytest.hookimpl(trylast=True)  # what `-m` leaves, in the order of conftest.py
+    @pytest.hookimpl(trylast=True)  # after `-m` has deselected tests and conftest.py has sorted them
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         alone = [item for item in items if ALONE in item.name] if self.index == 0 else []
         others = [item for item in items if ALONE not in item.name]
@@ -75,22 +76,22 @@ class Share(Task):
         if kind == "collected":
             self.collected = news
         elif kind == "started":
-            self.at = news
+            self.current = news
         else:
             name, *outcome = news
             self.outcomes[name] = tuple(outcome)
 
     def died(self, how: str) -> "Share | None":
-        """The test that it was at has failed, and it goes on behind it."""
-        if self.at is None:
-            return None  # not even one test: it would be the same once more
-        self.outcomes.setdefault(self.at, ("failed", how))
-        self.at = None
+        """Counts the current test as failed; a new process continues with the tests after it."""
+        if self.current is None:
+            return None  # the process died before its first test, and would die again
+        self.outcomes.setdefault(self.current, ("failed", how))
+        self.current = None
         return self
 
 
 def run(folder: Path, paths: Sequence[str], budget: float | None, command: str, *, full: bool) -> int:
-    """The tests in `paths`: those that take long only with `full`. Exit status 1: some failed.
+    """Runs the tests in `paths`, slow ones only with `full`. Returns the exit status: 1 if a test failed.
 
     Raises:
         ValueError: there is no GPU.
@@ -111,7 +112,7 @@ def run(folder: Path, paths: Sequence[str], budget: float | None, command: str, 
     problem = f"{broken} processes found no test" if broken else f"{tally['failed']} failed" * bool(tally["failed"])
     case = Case(rows.TESTS, " ".join([chosen, *paths]), torch.float32, lambda device: {}, {"pytest": tuple}, None)
     row = empty_row(case, session, "pytest", "full", Checked(problem, launched=list(launches.catalogue())))
-    # Of the kernels it keeps the source, and claims of no single one that it was launched.
+    # The row depends on the source of all kernels, but does not claim that any of them was launched.
     row |= {"dtype": "all", "launched": [], "died_in": None, "verdict": None, **tally, "seconds": seconds}
     rows.save([row | {"sanitizer": shutil.which("compute-sanitizer") is not None}], folder / rows.FILE)
     print("\n".join(tally["failures"]) if not broken else log.read_text()[-3000:])
@@ -120,7 +121,8 @@ def run(folder: Path, paths: Sequence[str], budget: float | None, command: str, 
 
 
 def counts(shares: Sequence[Share]) -> dict[str, Any]:
-    """passed, failed, skipped, not_run; and the first failures, each with its last line."""
+    """The numbers of tests that "passed", "failed", were "skipped" and "not_run"; and "failures", the first 50 with
+    their messages."""
     outcomes = {name: outcome for share in shares for name, outcome in share.outcomes.items()}
     words = Counter(word for word, _ in outcomes.values())
     failures = [f"{name}: {text}" for name, (word, text) in outcomes.items() if word == "failed"]

@@ -1,8 +1,9 @@
-"""`python -m benchmarks host`: what the host takes for a call of each public operation, in microseconds; needs no GPU.
+"""`python -m benchmarks host`: measures the host's time, in microseconds, for a call of each public operation. Needs no
+GPU.
 
-Launches end at a driver that does nothing: what remains is Python, PyTorch's dispatcher, autograd, allocations and
-Triton's way to a launch. On a GPU the driver's own 2 to 3 us a launch are added, and the
-column host_us of its rows is the whole.
+Launches end at a mocked driver that does nothing. What is measured is Python, PyTorch's dispatcher, autograd,
+allocations and Triton's launching code. On a GPU the real driver adds 2 to 3 us per launch; the column host_us of rows
+from a GPU includes them.
 """
 
 import contextlib
@@ -28,25 +29,26 @@ from benchmarks.harness.session import Session
 
 PROVIDER = "fastgen, launches mocked"
 WARM, CALLS, TURNS = 20, 20, 15
-_mocked: list[str] = []  # one for all: what was compiled is kept beyond the `mocked` that it was compiled in
+_mocked: list[str] = []  # names of launched kernels; a single list, since compiled kernels outlive a `mocked` block
 
 
 @contextlib.contextmanager
 def mocked() -> Iterator[list[str]]:
-    """Inside, `impl="triton"` takes tensors of a CPU and launches nothing; the names of the kernels, one a launch.
+    """Inside, `impl="triton"` accepts CPU tensors and launches nothing. Yields the list of launched kernels, one name
+    for each launch.
 
-    Triton's driver is what all ways of launching share: `kernel[grid](...)` binds, specializes and looks up, later
-    launches may call what that compiled at once, and both end at a launcher of the driver. Here the driver is one of
-    sm_90 that does nothing, and what would be compiled is an empty kernel.
+    All launches pass through Triton's driver, whether by `kernel[grid](...)`, which binds and specializes the
+    arguments, or by calling an already compiled kernel. Here it is replaced by a driver for sm_90 that does nothing,
+    and compiling gives an empty kernel.
 
     Raises:
-        RuntimeError: TRITON_INTERPRET=1 is set: kernels are in Triton's interpreter here.
+        RuntimeError: TRITON_INTERPRET=1 is set, so that kernels run in Triton's interpreter.
     """
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    catalogue()  # defines all kernels, which read the environment then
+    catalogue()  # imports all kernels, before TRITON_INTERPRET is set below
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 is set: kernels run in the interpreter, and are not launched")
     _mocked.clear()
@@ -64,12 +66,13 @@ def mocked() -> Iterator[list[str]]:
     with (
         mock.patch.object(driver, "_active", idle),
         mock.patch.object(JITFunction, "_do_compile", compiled),
-        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),  # what `impl="triton"` wants for tensors of a CPU
+        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),  # `impl="triton"` requires it for CPU tensors
     ):
         yield _mocked
 
 
 def cases() -> list[Case]:
+    """One case for each operation of `launches.of_host`."""
     small_cases = []
     for operation in launches.of_host():
         inputs = functools.partial(operation.inputs, dtype=torch.float32)
@@ -79,7 +82,8 @@ def cases() -> list[Case]:
 
 
 def measure(case: Case, session: Session) -> list[Row]:
-    """A row a mode: the least of some means over calls, of the processor's time, for what else runs only adds to it."""
+    """One row for each mode. The time is the minimum, over TURNS, of the mean processor time of CALLS calls: other work
+    on the machine can only add to it."""
     inputs = case.inputs(session.device)
     measured = []
     for mode in case.modes:
@@ -100,8 +104,8 @@ def measure(case: Case, session: Session) -> list[Row]:
 
 
 def run(folder: Path, command: str) -> int:
-    """Raises ValueError where Triton is not installed."""
-    os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are defined
+    """Measures, prints and saves. Raises ValueError if Triton is not installed."""
+    os.environ.pop("TRITON_INTERPRET", None)  # kernels read it when they are defined
     torch.set_num_threads(1)
     session = Session(machine.facts("cpu"), command, timing=False)
     for case in cases():

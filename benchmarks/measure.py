@@ -1,4 +1,5 @@
-"""`python -m benchmarks [NAME ...]`: cases in turns, within a time, and only what is still to be measured."""
+"""`python -m benchmarks [NAME ...]`: measures cases within a time limit; with --resume only those without valid
+rows."""
 
 import argparse
 import functools
@@ -17,18 +18,24 @@ from benchmarks.harness.pieces import Piece
 from benchmarks.harness.rows import Row
 from benchmarks.harness.session import Session
 
-BUDGET = 420.0  # seconds of a run without NAME and --full, so that it ends within ten minutes
-LAST_CASE = 90.0  # seconds after them in which the last case may still compile
-PATIENCE = 120.0, 600.0  # seconds of one step of one provider, without and with --full
+BUDGET = 420.0  # seconds for a run without NAME and --full, so that it ends within ten minutes
+LAST_CASE = 90.0  # seconds after the budget in which the last case may finish
+PATIENCE = 120.0, 600.0  # seconds for one step of one provider, without and with --full
 
 
 def begin(kind: str | None, command: str, budget: float = 0.1, threads: tuple[int, ...] = ()) -> Session:
-    """A session with the device's own rates; on a CPU for each of these numbers of threads.
+    """Starts a session and measures the device's own rates; on a CPU once for each number of threads.
+
+    Args:
+        kind: "cpu", "cuda", or None for the GPU if there is one.
+        command: the command line, for the rows.
+        budget: seconds of samples for one provider in one mode.
+        threads: numbers of threads to measure a CPU's rates with.
 
     Raises:
         ValueError: there is no such device.
     """
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU then initializes nothing
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # torch then looks for a GPU without initializing CUDA
     session = Session(processes.in_a_process(lambda: machine.facts(kind)), command, budget)
     report.header(session)
 
@@ -47,8 +54,17 @@ def begin(kind: str | None, command: str, budget: float = 0.1, threads: tuple[in
 
 
 class Results:
-    """What has been measured: saved and printed as it comes, only what has a problem while `brief`. `known` are rows by
-    key, the `earlier` ones as well."""
+    """Saves and prints rows as they come.
+
+    Args:
+        folder: the folder to save to; None saves nothing.
+        earlier: rows of earlier runs.
+
+    Attributes:
+        rows: the rows of this run.
+        known: all rows, including earlier ones, by their key.
+        brief: True prints only rows with a problem.
+    """
 
     brief = False
 
@@ -57,7 +73,7 @@ class Results:
         self.known = {rows.key(row): row for row in earlier}
         self.rows: list[Row] = []
         self._title = ""
-        self._said: set[str] = set()  # providers of the case; what has no times is said once for all modes
+        self._printed: set[str] = set()  # providers of the current case; one without times is printed for one mode only
 
     def save(self, case: Case, row: Row) -> None:
         if self.folder is not None:
@@ -68,11 +84,11 @@ class Results:
             return
         title = case.title + ("" if row["threads"] is None else f", {row['threads']} threads")
         if title != self._title:
-            self._title, self._said = title, set()
+            self._title, self._printed = title, set()
             print(f"\n{title}\n{report.COLUMNS}")
-        if row["ms_p50"] or row["provider"] not in self._said:
+        if row["ms_p50"] or row["provider"] not in self._printed:
             print(report.line(row), flush=True)
-        self._said.add(row["provider"])
+        self._printed.add(row["provider"])
 
 
 def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
@@ -91,11 +107,11 @@ def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
     every = []
     for case in cases.in_turns(arguments.names or (cases.ON_A_GPU if cuda else cases.ON_A_CPU), size, session.device):
         for count in (None,) if cuda else threads:
-            # One thread of a CPU is compiled for only where all is asked for.
+            # torch.compile takes long: with one thread of a CPU it is measured only with --full.
             variant = case.without("compiled") if size == "cpu" and count != most else case
             every.append(replace(variant, threads=count))
-    true = (rows.still_true(case, name, session.facts, results.known) for case in every for name in case.providers)
-    kept = {rows.key(row): row for found_rows in true for row in found_rows}
+    valid = (rows.still_valid(case, name, session.facts, results.known) for case in every for name in case.providers)
+    kept = {rows.key(row): row for valid_rows in valid for row in valid_rows}
     todo = [Piece([case], session, results.save) for case in rows.left(every, session.facts, results.known)]
     budget = BUDGET if arguments.budget is None and not (arguments.names or arguments.full) else arguments.budget
     until = time.monotonic() + (float("inf") if budget is None else budget)
@@ -103,14 +119,14 @@ def run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
     if arguments.compare:
         changes = report.changes(old, results.rows)
         print("\n  ".join([f"\n{len(changes)} changes beyond noise", *changes]))
-    for row in results.rows:  # a baseline is measured again beside what had no rows
+    for row in results.rows:  # baselines with valid rows are measured again beside the providers without
         kept.pop(rows.key(row), None)
     report.footer(results.rows, len(kept), [case for piece in late for case in piece.cases], folder)
     return 1 if any(runner.went_wrong(row) for row in (*results.rows, *kept.values())) else 0
 
 
 def _dry_run(names: Sequence[str], kind: str | None, command: str) -> int:
-    """In this process, for it is where a debugger and a sanitizer look."""
+    """Compares at toy size, in this process, so that a debugger or a sanitizer can be used."""
     session = Session(machine.facts(kind), command, timing=False)
     report.header(session)
     results = Results(None)

@@ -1,17 +1,18 @@
-"""`python -m benchmarks predict [FILE ..]`: what whole images in one launch should take on a GPU, not yet measured.
+"""`python -m benchmarks predict [FILE ..]`: predicts how long a GPU takes for whole images in one launch.
 
-Instructions, bytes and multiply-adds are counted in the plans of the models of `sampling`; rates are those that rows of
-`probes` in the given files tell, and otherwise ASSUMED, from data sheets of the H100 and from guesses. A program of the
-launch owns some images and plays all instructions one after the other, with a barrier after each:
+Instructions, bytes and multiply-adds are counted in the plans of the models of the benchmark `sampling`. The rates come
+from rows of `probes` in the given files; rates that no row tells are ASSUMED, from data sheets of the H100 or by guess.
+In the launch, each GPU program (thread block) owns a group of images and plays all instructions one after the other:
 
-    an instruction   its fixed time, and the longest of: weights from L2, multiply-adds, activations
-    a draw           a fixed time for each of its groups of images
-    a barrier        where several programs share images, one before each instruction and each draw, of which each
-                     program then has its share of tiles
+    an instruction   takes a fixed time, plus the longest of: reading weights from L2, multiply-adds, activations
+    a draw           takes a fixed time for each group of images
+    a barrier        comes before each instruction and each draw if several GPU programs share their images; each of
+    them
+                     then computes some of the tiles
 
-Heavy programs (ends of rows) are played over the whole GPU while images are few: each of their instructions takes a
-launch, and its tiles are shared by all processors. One whole pass of the model, which makes sure of a batch, is not
-part of it.
+Heavy programs of the plan (ends of rows) are played by the whole GPU if there are few images: each of their
+instructions takes a launch, and all processors share its tiles. The whole pass of the model that verifies a batch is
+not included.
 """
 
 import functools
@@ -35,24 +36,25 @@ from fastgen.sampling.trace.network import Network
 
 MICRO = 1e6
 TERMS = ("fixed", "weights", "products", "activations", "draws", "barriers")
-SHARING = (2, 4, 8)  # programs that may share images
-PROBED = 128, 256  # widths of the products that `probes` measures
+SHARING = (2, 4, 8)  # numbers of GPU programs that may share images
+PROBED = 128, 256  # widths of the matrix products that `probes` measures
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Of a GPU; seconds, bytes and multiply-adds a second. The defaults are no measurements.
+    """Rates and times of a GPU. The defaults were not measured by this project.
 
     Attributes:
-        processors: streaming multiprocessors (H100 SXM: 132).
-        weights: bytes that one processor reads from L2 (64 a clock at 1.755 GHz).
-        together: bytes that all of them read from L2 (published microbenchmarks of the H100: about 5.5 TB/s).
-        multiply_adds: of one processor, of TF32 thrice (data sheet: 512 a clock dense, of which `mma` without `wgmma`
-            reaches about half).
-        instruction: fixed time of one, barrier included (a guess: some loads of L2, 0.2 us each).
-        draw: of a group of images (a guess).
-        launch: of a node of a CUDA graph (published measurements: about 2 us).
-        barrier: between programs (a guess: an atomic addition and a look at it, each a way to L2 and back).
+        processors: number of streaming multiprocessors (H100 SXM: 132).
+        weights: bytes per second that one processor reads from L2 (64 per clock at 1.755 GHz).
+        together: bytes per second that all processors read from L2 (published microbenchmarks of the H100: 5.5 TB/s).
+        multiply_adds: multiply-adds per second of one processor, in three TF32 products each (data sheet: 512 per
+            clock, of which `mma` without `wgmma` reaches about half).
+        instruction: fixed seconds of an instruction, including its barrier (a guess: some loads from L2, 0.2 us each).
+        draw: seconds of a draw for a group of images (a guess).
+        launch: seconds of a node of a CUDA graph (published measurements: about 2 us).
+        barrier: seconds of a barrier between GPU programs (a guess: an atomic addition and a load of the counter, two
+            round trips to L2).
     """
 
     processors: float = 132
@@ -65,13 +67,14 @@ class Rates:
     barrier: float = 1.3e-6
 
 
-BF16 = 989e12  # operations a second of an H100's data sheet, to which a measured rate of large products is compared
+BF16 = 989e12  # bfloat16 operations per second in the H100's data sheet; `rates_of` scales `multiply_adds` by it
 
 
 def rates_of(measured: Iterable[Row]) -> tuple[Rates, list[str]]:
-    """What rows say, and the names of the rates that they say. Of several rows of a probe the last."""
+    """The rates in measured rows of `probes`, with defaults for the others; and the names of the measured rates. If a
+    probe has several rows, the last counts."""
     probes = {row["shape"]: row for row in measured if row["op"] == "probes" and row["provider"] == "fastgen"}
-    found: dict[str, float] = {}
+    rates: dict[str, float] = {}
     times = []
     for width in PROBED:
         name = f"by {width}x{width} in one program"
@@ -79,26 +82,26 @@ def rates_of(measured: Iterable[Row]) -> tuple[Rates, list[str]]:
         if row is not None and row["ms_p50"] is not None:
             times.append(row["ms_p50"] / 1e3)
             if row["matmul_tflop_s"]:
-                found["multiply_adds"] = Rates.multiply_adds * row["matmul_tflop_s"] * 1e12 / BF16
+                rates["multiply_adds"] = Rates.multiply_adds * row["matmul_tflop_s"] * 1e12 / BF16
     if len(times) == len(PROBED) and times[1] > times[0]:
-        small, large = (2 * width**2 for width in PROBED)  # bytes of bfloat16
-        found["weights"] = (large - small) / (times[1] - times[0])
-        found["instruction"] = max(0.0, times[0] - small / found["weights"])
+        small, large = (2 * width**2 for width in PROBED)  # bytes of the weights in bfloat16
+        rates["weights"] = (large - small) / (times[1] - times[0])
+        rates["instruction"] = max(0.0, times[0] - small / rates["weights"])
     for rate, name in (("launch", "launches, one after the other"), ("barrier", "barriers between all")):
-        of_rate = [row["ms_p50"] for shape, row in probes.items() if shape.endswith(name)]
-        if of_rate and of_rate[-1] is not None:
-            found[rate] = of_rate[-1] / 1e3
-    return replace(Rates(), **found), list(found)
+        milliseconds = [row["ms_p50"] for shape, row in probes.items() if shape.endswith(name)]
+        if milliseconds and milliseconds[-1] is not None:
+            rates[rate] = milliseconds[-1] / 1e3
+    return replace(Rates(), **rates), list(rates)
 
 
 @dataclass(frozen=True)
 class Work:
-    """Of one program for its images.
+    """The work of one instruction for some images.
 
     Attributes:
-        weights: bytes that products read, once for every tile of rows.
-        products: multiply-adds, those with zeros that fill a tile included.
-        activations: bytes of all else that is read and written.
+        weights: bytes of weights that a product reads, once for every tile of rows.
+        products: multiply-adds, including those with the zeros that pad a tile.
+        activations: bytes of everything else that is read and written.
     """
 
     weights: float = 0
@@ -106,31 +109,42 @@ class Work:
     activations: float = 0
 
 
-def work_of(one: Fused, tiles: Tiles, images: int) -> Work:
-    sizes, strides = one.collapsed()
-    product = one.head.op == "product"
-    sides = [of for side, of in zip(one.sides, strides, strict=True) if not (product and side is one.head.inputs[0])]
-    passed = sum(images * math.prod(size for size, step in zip(sizes, of, strict=True) if step) for of in sides)
-    height, columns, depth = images * math.prod(sizes[:-1]), sizes[-1], one.head.depth
-    if not product:
-        return Work(0, height * columns * depth, 4 * (passed + height * columns * depth))
-    row_tiles, panels = -(-height // tiles.BM), -(-columns // tiles.BN)
-    packed = panels * tiles.BN * -(-depth // tiles.BK) * tiles.BK
-    return Work(4 * row_tiles * packed, row_tiles * packed * tiles.BM, 4 * (passed + panels * height * depth))
+def work_of(instruction: Fused, tiles: Tiles, images: int) -> Work:
+    """The work of a fused instruction, computed in these tiles for this many images."""
+    sizes, strides = instruction.collapsed()
+    is_product = instruction.head.op == "product"
+    # The strides of all operands and results; the left factor of a product is counted apart, as rows.
+    passed_strides = [
+        side_strides
+        for side, side_strides in zip(instruction.sides, strides, strict=True)
+        if not (is_product and side is instruction.head.inputs[0])
+    ]
+    passed = sum(  # elements: a dimension with stride 0 is broadcast, and read once
+        images * math.prod(size for size, stride in zip(sizes, side_strides, strict=True) if stride)
+        for side_strides in passed_strides
+    )
+    rows, columns, depth = images * math.prod(sizes[:-1]), sizes[-1], instruction.head.depth
+    if not is_product:
+        return Work(0, rows * columns * depth, 4 * (passed + rows * columns * depth))
+    row_tiles, column_tiles = -(-rows // tiles.BM), -(-columns // tiles.BN)
+    packed = column_tiles * tiles.BN * -(-depth // tiles.BK) * tiles.BK  # elements of the padded weights
+    return Work(4 * row_tiles * packed, row_tiles * packed * tiles.BM, 4 * (passed + column_tiles * rows * depth))
 
 
-def tiles_of(one: Fused, tiles: Tiles, images: int) -> int:
-    """Of its result, each of which a program computes."""
-    *rows, columns = one.collapsed()[0]
+def tiles_of(instruction: Fused, tiles: Tiles, images: int) -> int:
+    """The number of tiles of the result of a fused instruction."""
+    *rows, columns = instruction.collapsed()[0]
     return -(-images * math.prod(rows) // tiles.BM) * -(-columns // tiles.BN)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Attributes:
-    instructions: a draw, in the mean.
-    seconds: a draw, of a batch.
-    terms: what of them is bound by what.
+    """What one draw of a batch takes.
+
+    Attributes:
+        instructions: instructions per draw, on average.
+        seconds: seconds per draw.
+        terms: the parts of `seconds`, by TERMS: what limits them.
     """
 
     instructions: float
@@ -139,19 +153,26 @@ class Prediction:
 
     @property
     def binding(self) -> str:
+        """The largest term."""
         return max(self.terms, key=lambda name: self.terms[name])
 
 
 def predict(plan: Plan, batch: int, rates: Rates, sharing: int = 1) -> Prediction | str:
-    """What the machine does not know, by name, where it does not know all.
+    """Predicts the time of a draw for a plan.
 
-    sharing: programs that share images, as far as all run at the same time.
+    Args:
+        batch: number of images.
+        rates: rates of the GPU.
+        sharing: number of GPU programs that share images, if so many can run at the same time.
+
+    Returns:
+        The prediction; or the names of the instructions in the plan that the GPU machine does not know.
     """
     served = Counter(step.program for step in plan.steps[1:])
     unknown = sorted({name for number in served for name in unknown_in(plan.programs[number])})
     if unknown:
         return ", ".join(unknown)
-    tiles = next((one for one in SIZES[:-1] if -(-batch // one.BM) <= rates.processors), SIZES[-1])
+    tiles = next((size for size in SIZES[:-1] if -(-batch // size.BM) <= rates.processors), SIZES[-1])
     groups, images = -(-batch // tiles.BM), min(batch, tiles.BM)
     sharing = max(1, min(sharing, int(rates.processors) // groups))
     from_l2 = min(rates.weights, rates.together / min(groups * sharing, rates.processors))
@@ -160,23 +181,23 @@ def predict(plan: Plan, batch: int, rates: Rates, sharing: int = 1) -> Predictio
     terms, instructions = dict.fromkeys(TERMS, 0.0), 0
     heavy = heavy_programs(plan, batch, tiles, rates.processors)
     for number, times in served.items():
-        everywhere = number in heavy
-        for one in fuse(plan.programs[number].instructions):
-            work = work_of(one, tiles, batch if everywhere else images)
-            # Of all processors, or of those that share images, as many as there are tiles.
-            most, of_images = (rates.processors, batch) if everywhere else (sharing, images)
-            shared = min(most, tiles_of(one, tiles, of_images))
-            speed = min(shared * rates.weights, rates.together) if everywhere else shared * from_l2
-            of = {
+        whole_gpu = number in heavy
+        for instruction in fuse(plan.programs[number].instructions):
+            instruction_images = batch if whole_gpu else images
+            work = work_of(instruction, tiles, instruction_images)
+            # A tile is computed by one processor: no more than there are tiles can work at the same time.
+            busy = min(rates.processors if whole_gpu else sharing, tiles_of(instruction, tiles, instruction_images))
+            speed = min(busy * rates.weights, rates.together) if whole_gpu else busy * from_l2
+            seconds = {
                 "weights": work.weights / speed,
-                "products": work.products / (shared * rates.multiply_adds),
+                "products": work.products / (busy * rates.multiply_adds),
                 "activations": work.activations / speed,
             }
-            longest = max(of, key=lambda name: of[name])
-            repeats = times if everywhere else times * waves
-            terms[longest] += repeats * of[longest]
-            terms["fixed"] += repeats * (rates.launch if everywhere else rates.instruction)
-            terms["barriers"] += 0 if everywhere else times * barrier
+            longest = max(seconds, key=lambda name: seconds[name])
+            repeats = times if whole_gpu else times * waves
+            terms[longest] += repeats * seconds[longest]
+            terms["fixed"] += repeats * (rates.launch if whole_gpu else rates.instruction)
+            terms["barriers"] += 0 if whole_gpu else times * barrier
             instructions += times
     draws = len(plan.order)
     channels = plan.levels.shape[1] if plan.whole_pixels else 1
@@ -194,15 +215,19 @@ def _plan(build: Any, shape: tuple[int, int, int], levels: int, size: tuple[tupl
 
 
 def run(files: Sequence[str], size: str) -> int:
-    """Prints a line for each model and batch of `sampling`.
+    """Prints a line for each model and batch of the benchmark `sampling`.
+
+    Args:
+        files: files of rows, as `rows.load` reads them.
+        size: a key of `sampling.JOBS`.
 
     Raises:
-        ValueError: a file is not there or has a line that is no row.
+        ValueError: a file is missing, or has a line that is not a row.
     """
-    rates, told = rates_of(row for name in files for row in rows.load(Path(name)))
-    for one in fields(rates):
-        source = "measured" if one.name in told else "ASSUMED, data sheet or guess"
-        print(f"{one.name:<14} {getattr(rates, one.name):>10.3g}  {source}")
+    rates, measured = rates_of(row for name in files for row in rows.load(Path(name)))
+    for field in fields(rates):
+        source = "measured" if field.name in measured else "ASSUMED, data sheet or guess"
+        print(f"{field.name:<14} {getattr(rates, field.name):>10.3g}  {source}")
     print(
         f"\n{'us a draw, by':<52}" + "".join(f"{term:>13}" for term in TERMS) + f"{'all':>9}{'images/s':>10}  binding"
     )
@@ -210,14 +235,14 @@ def run(files: Sequence[str], size: str) -> int:
     for build, shape, levels, more, batch in sampling.JOBS[size]:
         name = f"{build.__name__} {'x'.join(map(str, shape))} levels={levels} B={batch}"
         plan = _plan(build, shape, levels, tuple(more.items()))
-        found = predict(plan, batch, rates)
-        if isinstance(found, str):
-            print(f"{name:<52}  no prediction: the machine does not know {found}", flush=True)
+        prediction = predict(plan, batch, rates)
+        if isinstance(prediction, str):
+            print(f"{name:<52}  no prediction: the machine does not know {prediction}", flush=True)
             continue
-        options = ((f"  {many} programs share images", predict(plan, batch, rates, many)) for many in SHARING)
+        options = ((f"  {count} programs share images", predict(plan, batch, rates, count)) for count in SHARING)
         shared = {text: option for text, option in options if isinstance(option, Prediction)}
         quickest = min(shared, key=lambda text: shared[text].seconds)
-        lines = {f"{name} ({found.instructions:.0f} instr.)": found, quickest: shared[quickest]}
+        lines = {f"{name} ({prediction.instructions:.0f} instr.)": prediction, quickest: shared[quickest]}
         for text, line in lines.items():
             terms = "".join(f"{MICRO * line.terms[term]:>13.1f}" for term in TERMS)
             speed = batch / (line.seconds * len(plan.order))

@@ -1,4 +1,4 @@
-"""Every case, provider and mode as a pytest-benchmark test. `python -m benchmarks` also compares with float64."""
+"""Every case, provider and mode as a pytest-benchmark test. Only `python -m benchmarks` compares with float64."""
 
 import torch
 
@@ -11,7 +11,7 @@ def test_speed(benchmark, case, provider, mode):
     call = prepare(case, case.providers[provider], mode, case.inputs(torch.device("cuda" if cuda else "cpu")))
 
     def finished():
-        # pytest-benchmark reads the host's clock: a GPU must be done before it stops.
+        # pytest-benchmark reads the host's clock: the GPU must have finished before.
         call()
         if cuda:
             torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""What a benchmark states: inputs, rivals, floor. How it is run stands in runner.py, how time is taken in timing.py."""
+"""`Case`: the inputs, providers and least possible work of a benchmark. runner.py runs it, timing.py measures time."""
 
 import copy
 import functools
@@ -10,40 +10,41 @@ import torch
 from torch import Tensor, nn
 
 SIZES = ("toy", "cpu", "cpu-full", "gpu", "gpu-full")
-INTERPRETED = "interpreted"  # suffix of a provider that runs in Triton's interpreter: checked, never timed
+INTERPRETED = "interpreted"  # suffix of a provider that runs in Triton's interpreter: compared, never timed
 Outputs = Tensor | tuple[Tensor, ...]
 Rivals = dict[str, Callable[..., Outputs]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operation at one size.
+    """One operation at one size, and the providers that compute it.
 
     Attributes:
-        op: name of the operation or job, that of its file.
-        shape: the size in words, e.g. "1024x4096".
+        op: name of the operation or job, which is also the name of its file.
+        shape: the size as text, e.g. "1024x4096".
         dtype: dtype of the float inputs.
-        inputs: device -> keyword arguments of the providers. Float tensors that require a gradient, and the
-            parameters of modules, are differentiated.
-        providers: name -> function of the inputs. The first is the baseline, which speed-ups refer to.
-        truth: the same function in float64; None where nothing is compared. See also `exact`.
-        modes: some of "fwd" (no gradient recorded), "bwd" (the backward alone), "full" (forward and backward).
-        bytes: the least that a forward and a backward must move: inputs read once, results written once.
-        flops: multiplications and additions of a forward and a backward, at least.
-        given: inputs -> arguments for the comparison alone: noise that is otherwise drawn, fewer images.
-        exact: truth takes the inputs as they are, and outputs must be equal to the last bit.
-        landmarks: providers that compute something else (a lower bound, another recurrence): not compared, no rivals.
-        tf32: whether all float32 products may be rounded to TF32 on a GPU, those of rivals as well.
-        timed: False: it is only compared.
-        blocking: each launch is waited for, so that a failure shows at the launch that it is of. No CUDA graph can be
+        inputs: function of the device that returns the keyword arguments of the providers. Float tensors that require a
+            gradient, and the parameters of modules, are differentiated.
+        providers: functions of the inputs, by name. The first is the baseline.
+        truth: the same function, which is called with float64 inputs; None compares nothing. See also `exact`.
+        modes: some of "fwd" (forward, no gradient recorded), "bwd" (backward alone), "full" (forward and backward).
+        bytes: the bytes that a forward, and a backward, must move at least: inputs read once, results written once.
+        flops: multiplications and additions of a forward, and of a backward, at least.
+        given: function of the inputs that returns further arguments for the comparison: noise that is otherwise drawn,
+            or fewer images.
+        exact: True: the truth takes the inputs in their own dtype, and outputs must be equal bit for bit.
+        landmarks: providers that compute something else, such as a lower bound: they are not compared, and not rivals.
+        tf32: whether float32 products of all providers may be rounded to TF32 on a GPU.
+        timed: False: the case is only compared.
+        blocking: True waits for each launch, so that a failure is reported at its own launch. CUDA graphs cannot be
             captured then.
-        threads: the number of threads of a CPU; None: as many as torch takes by itself.
-        batch: images of one call, for plots over it.
-        share: provider -> how much one call does of what the row times: 1/784 where it makes one of 784 passes (and is
-            not compared), 1000 where it launches a thousand nodes and the time of one is the question. The row's times
-            are those of the call over its share, and the row says so.
-        about: provider, inputs -> what the row shall say beside its times, asked after them.
-        baseline: the provider that speed-ups and tolerances refer to; the first, also where it was left out since.
+        threads: number of CPU threads; None: torch's default.
+        batch: images of one call, for plots over the batch size.
+        share: by provider, how much of the timed work one call does: 1/784 for one of 784 forward passes (such a
+            provider is not compared), 1000 for a call that does a thousand times what is timed. The times of a row are
+            those of the call divided by its share, and the row contains the share.
+        about: function of provider and inputs, called after timing, that returns further fields of the row.
+        baseline: the provider that speed-ups and tolerances refer to: the first, even if `providers` no longer has it.
     """
 
     op: str
@@ -71,21 +72,21 @@ class Case:
         object.__setattr__(self, "baseline", self.baseline or next(iter(self.providers)))
 
     def timed_modes(self, provider: str) -> tuple[str, ...]:
-        """The modes in which a provider is timed. CUDA graphs of torch.compile are recorded anew for every backward
-        that follows another over the same forward, so that the backward alone has no time of its own."""
+        """The modes in which a provider is timed. "reduce-overhead" has no "bwd": torch.compile records a new CUDA
+        graph for every repeated backward over the same forward."""
         return tuple(mode for mode in self.modes if mode != "bwd" or "reduce-overhead" not in provider)
 
     @staticmethod
     def in_mode(work: tuple[int, int], mode: str) -> int | None:
-        """The part of `bytes` or `flops` that a mode needs; None where they are not known."""
+        """The part of `bytes` or `flops` that a mode needs; None if it is not known."""
         return {"fwd": work[0], "bwd": work[1], "full": sum(work)}[mode] or None
 
     def without(self, *words: str) -> "Case":
-        """The same without the providers whose names contain one of the words."""
+        """The same case without the providers whose names contain one of the words."""
         return self.only(name for name in self.providers if not any(word in name for word in words))
 
     def only(self, names: Iterable[str]) -> "Case":
-        """The same with these providers."""
+        """The same case with only these providers."""
         kept = set(names)
         return replace(self, providers={name: call for name, call in self.providers.items() if name in kept})
 
@@ -95,20 +96,21 @@ class Case:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """ "float32" and the like, as in the rows."""
+    """The name of a dtype in rows, such as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
 def replays_graphs(provider: str) -> bool:
-    """Whether the provider runs as CUDA graphs by itself: its memory is theirs, and it is not captured once more."""
+    """Whether the provider itself replays CUDA graphs. It is then not captured in another graph, and its peak memory,
+    which the graphs hold, is not measured."""
     return "reduce-overhead" in provider or "CUDA graph" in provider
 
 
 def contenders(
     size: str, device: torch.device, rivals: Rivals, operation: Callable[..., Outputs], definition: Callable[..., Any]
 ) -> Rivals:
-    """The rivals and what fastgen runs there: its kernel on a GPU, its definition on a CPU, and at toy size its kernel
-    in Triton's interpreter."""
+    """The rivals, and fastgen's own providers for a device: the operation on a GPU; on a CPU the definition and, at toy
+    size, the kernel in Triton's interpreter."""
     if device.type == "cuda":
         return {**rivals, "fastgen": operation}
     interpreted = {f"fastgen, {INTERPRETED}": functools.partial(operation, impl="triton")} if size == "toy" else {}
@@ -123,7 +125,7 @@ def leaves(inputs: Mapping[str, Any]) -> list[Tensor]:
 
 
 def in_float64(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The same inputs in float64; integers and what is no tensor stay. Modules that share parameters go on doing so."""
+    """The inputs in float64. Integers and other values are kept, and modules that share parameters still share them."""
     copies: dict[int, Any] = {}
 
     def widen(value: Any) -> Any:
@@ -141,12 +143,12 @@ def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
 
 
 def cotangents(outputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """The gradients that a backward starts from. Every element of an output counts differently, and the layout is that
-    of the output, as it would be of a gradient from a next layer."""
+    """The gradients that a backward starts from: different for every element of an output, and with the memory layout
+    of the output, as the gradient from a following layer would have."""
     weights = (torch.linspace(0.5, 1.5, out.numel(), device=out.device).view(out.shape) for out in outputs)
     return [torch.empty_like(out).copy_(weight) for out, weight in zip(outputs, weights, strict=True)]
 
 
 def gradients(outputs: tuple[Tensor, ...], variables: list[Tensor], seeds: list[Tensor], *, retain: bool = False):
-    """Gradients of the variables, None for one that the outputs do not depend on."""
+    """Gradients of the variables; None for a variable that the outputs do not depend on."""
     return torch.autograd.grad(outputs, variables, seeds, retain_graph=retain, allow_unused=True)

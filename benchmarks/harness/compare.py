@@ -1,4 +1,4 @@
-"""The gate before any time is taken: is a provider's result that of float64?"""
+"""Compares the results of providers with float64, before any time is measured."""
 
 import functools
 import math
@@ -14,13 +14,14 @@ from benchmarks.harness import launches
 from benchmarks.harness.case import Case, as_tuple, cotangents, gradients, in_float64, leaves
 from benchmarks.harness.session import Session
 
-# The largest error of one output or gradient that can pass. In half precision, a gradient that nearly cancels loses
-# much of itself: up to 0.2 was seen in plain PyTorch.
+# The largest relative error of an output or gradient that can pass. In half precision, sums that nearly cancel have
+# large relative errors: up to 0.2 was seen in gradients of plain PyTorch.
 LIMIT = {torch.float64: 0.1, torch.float32: 0.1, torch.bfloat16: 0.5, torch.float16: 0.5}
 
 
 def relative_error(actual: Tensor | None, expected: Tensor | None) -> float:
-    """Largest difference over the largest expected size; a missing gradient counts as zeros."""
+    """The largest absolute difference divided by the largest absolute expected value. A missing gradient counts as
+    zeros."""
     if expected is None:
         return 0.0 if actual is None else math.inf
     expected = expected.detach().double()
@@ -34,7 +35,7 @@ def relative_error(actual: Tensor | None, expected: Tensor | None) -> float:
 
 
 def evaluate(case: Case, call: Callable, inputs: dict[str, Any]) -> list[Tensor | None]:
-    """Outputs of the call and, where gradients are timed, the gradients of all leaves."""
+    """The outputs of the call and, if the case has a mode with a backward, the gradients of all leaves."""
     variables = leaves(inputs) if case.modes != ("fwd",) else []
     with torch.set_grad_enabled(bool(variables)):
         outputs = as_tuple(call(**inputs))
@@ -43,20 +44,26 @@ def evaluate(case: Case, call: Callable, inputs: dict[str, Any]) -> list[Tensor 
 
 @dataclass
 class Checked:
-    """The result of a provider's comparison with float64; first_call_s contains its compilation and autotuning."""
+    """The result of comparing a provider with float64.
+
+    Attributes:
+        problem: why there is no right result; "" if there is one.
+        error: the largest relative error over outputs and gradients; None if nothing was compared.
+        first_call_s: seconds of the first call, including compilation and autotuning.
+        launched: names of the kernels of fastgen, one for each launch.
+    """
 
     problem: str = ""
     error: float | None = None
     first_call_s: float | None = None
-    launched: list[str] = field(default_factory=list)  # kernels of fastgen, by name, one a launch
+    launched: list[str] = field(default_factory=list)
 
 
 def compare(case: Case, inputs: dict[str, Any], session: Session) -> dict[str, Checked]:
-    """The gate: provider -> what came of it. A provider with a problem is not timed.
+    """Compares each provider with float64 and returns the results by name. A provider with a problem is not timed.
 
-    The error is the largest over outputs and gradients, relative to the largest value of each. Allowed in each are
-    four times what the baseline loses there in this dtype, and at least eight roundings; nothing where the case is
-    exact. More than LIMIT is wrong whatever the baseline loses.
+    Each output and each gradient may have four times the error of the baseline in this dtype, and at least eight
+    roundings, but at most LIMIT. An exact case allows no error.
     """
     results = {name: Checked() for name in case.providers}
     if case.truth is None:
@@ -86,8 +93,8 @@ def compare(case: Case, inputs: dict[str, Any], session: Session) -> dict[str, C
         seconds = time.perf_counter() - start
         if name == case.baseline and not case.exact:
             allowed = [min(LIMIT[case.dtype], max(rounding, 4 * error)) for error in errors]
-        beyond = [(error, most) for error, most in zip(errors, allowed, strict=True) if not error <= most]
-        wrong = "wrong: error {:.2g}, allowed {:.2g}".format(*max(beyond)) if beyond else ""
+        too_large = [(error, limit) for error, limit in zip(errors, allowed, strict=True) if not error <= limit]
+        wrong = "wrong: error {:.2g}, allowed {:.2g}".format(*max(too_large)) if too_large else ""
         error = max(errors)
         results[name] = Checked(wrong, error if math.isfinite(error) else None, seconds, launched)
     return results

@@ -1,4 +1,4 @@
-"""Which kernels a call launches, by name: what a row says was measured, and what `status` goes by."""
+"""Records the names of the kernels that a call launches, for the rows and for `status`."""
 
 import contextlib
 import functools
@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-COMPILED = "triton_"  # how the names of torch.compile's kernels begin
+COMPILED = "triton_"  # prefix of the names of torch.compile's kernels
 
 
 @functools.cache
 def catalogue() -> dict[str, str]:
-    """Kernel -> its module, of all kernels of fastgen; modules as in the field `kernels` of rows.
+    """All kernels of fastgen: the module of each, by its name. Modules are written as in the field `kernels` of rows.
 
     Raises:
         ValueError: Triton is not installed.
@@ -28,12 +28,12 @@ def catalogue() -> dict[str, str]:
 
 @contextlib.contextmanager
 def recorded(tell: Callable[[str], Any] = lambda name: None) -> Iterator[list[str]]:
-    """Names of the kernels of fastgen that are launched inside, one a launch, on a GPU or in the interpreter; `tell`
-    hears of each launch before it. Stays empty where Triton is not installed.
+    """Yields a list of the kernels of fastgen that are launched inside, one name for each launch, on a GPU or in the
+    interpreter. `tell` is called with the name before each launch. The list stays empty if Triton is not installed.
 
-    A kernel is launched as `kernel[grid](...)`, or again as what that compiled. Triton's hook sees both on a GPU, and
-    those of torch.compile as well; only the first is seen in the interpreter. A replay of a CUDA graph launches what
-    was recorded at its capture, and is not seen.
+    A kernel is launched as `kernel[grid](...)`, or by calling the compiled kernel directly. On a GPU Triton's hook
+    reports both, and also torch.compile's kernels, which are left out here; in the interpreter only the first is seen.
+    Replays of CUDA graphs are not seen.
     """
     names: list[str] = []
     try:

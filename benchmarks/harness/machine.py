@@ -1,4 +1,4 @@
-"""The machine, the software and the source that a row was measured with."""
+"""The machine, the software versions and the source that a row was measured with."""
 
 import hashlib
 import importlib.util
@@ -21,7 +21,7 @@ SMI_FIELDS = (
 
 
 def _output(*command: str) -> str:
-    """What the command prints, "" where it is missing or fails."""
+    """The output of a command; "" if it is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -29,15 +29,15 @@ def _output(*command: str) -> str:
 
 
 def _smi(*fields: str) -> list[str]:
-    # By UUID: nvidia-smi counts all GPUs, torch those that CUDA_VISIBLE_DEVICES leaves.
-    uuid = getattr(torch.cuda.get_device_properties("cuda"), "uuid", None)  # older versions of torch do not say it
+    # The GPU is named by UUID: nvidia-smi numbers all GPUs, torch only those in CUDA_VISIBLE_DEVICES.
+    uuid = getattr(torch.cuda.get_device_properties("cuda"), "uuid", None)  # missing in older versions of torch
     query = ("nvidia-smi", "--format=csv,noheader", "-i", "0" if uuid is None else f"GPU-{uuid}")
     values = [value.strip() for value in _output(*query, f"--query-gpu={','.join(fields)}").split(",")]
     return values if len(values) == len(fields) and all(values) else ["unknown"] * len(fields)
 
 
 def power_state(device: torch.device) -> dict[str, str]:
-    """Clocks, temperature and power as read now, as a record of how steady they were; empty on a CPU."""
+    """Current clocks, temperature and power, which show whether the GPU was throttled; empty on a CPU."""
     return dict(zip(SMI_FIELDS, _smi(*SMI_FIELDS), strict=True)) if device.type == "cuda" else {}
 
 
@@ -48,8 +48,8 @@ def cpu_name() -> str:
 
 
 def allow_tf32(allowed: bool = True) -> None:
-    """Allows or forbids TF32 in all float32 products, of convolutions and of matrices, of rivals and of fastgen. It
-    reads no setting: torch's older getters raise where a newer setting was used."""
+    """Allows or forbids TF32 in all float32 products of convolutions and matrices, of rivals and of fastgen. It reads
+    no setting: torch's older getters raise if a newer setter was used."""
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     torch.backends.cudnn.allow_tf32 = allowed
 
@@ -59,7 +59,7 @@ def gpu() -> str | None:
 
 
 def facts(kind: str | None = None) -> dict[str, Any]:
-    """What every row says of hardware, versions and source; `gpu` is None where none is used.
+    """The fields of every row about hardware, versions and source. `gpu` is None if no GPU is used.
 
     Args:
         kind: "cpu", "cuda", or None for the GPU if there is one.
@@ -91,9 +91,9 @@ def folder_name(row: dict[str, Any]) -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout, with "+changes" where tracked files differ from it; results do not count.
+    """The commit of the checkout, with "+changes" if tracked files other than results differ from it.
 
-    In a copy without its history, the environment variable FASTGEN_COMMIT says which commit it was made of.
+    For a copy without history, it is the value of the environment variable FASTGEN_COMMIT, or "unknown".
     """
     head = _output("git", "rev-parse", "HEAD")
     changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
@@ -101,7 +101,8 @@ def commit() -> str:
 
 
 def source_sha256() -> str:
-    """sha256 of all Python source of the library, the kernels and the benchmarks: tells copies of one commit apart."""
+    """sha256 of all Python source of the library, the kernels and the benchmarks. It identifies copies without
+    history."""
     digest = hashlib.sha256()
     for folder in ("benchmarks", "fastgen", "kernels"):
         for file in sorted((ROOT / folder).rglob("*.py")):
@@ -110,8 +111,8 @@ def source_sha256() -> str:
 
 
 def kernel_sha256(modules: Iterable[str]) -> str | None:
-    """sha256 of all source that a kernel of these modules ("vae/reparameterize_kl") can depend on: the folder of each
-    one's family, and what families share. None: a module is gone, or there are none."""
+    """sha256 of all source that the kernels in these modules (e.g. "vae/reparameterize_kl") can depend on: the folders
+    of their families, and the files that all families share. None if a module no longer exists, or there are none."""
     files = [KERNELS / f"{module}.py" for module in modules]
     if not files or not all(file.exists() for file in files):
         return None
@@ -121,7 +122,7 @@ def kernel_sha256(modules: Iterable[str]) -> str | None:
 
 
 def lost(device: torch.device) -> bool:
-    """Whether the GPU answers nothing more in this process, as after an illegal memory access."""
+    """Whether this process can no longer use the GPU, for example after an illegal memory access."""
     if device.type == "cuda":
         try:
             torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Cases in a process: a provider that dies costs its own rows only."""
+"""`Piece`: some cases that are measured in one process. A provider that crashes loses only its own rows."""
 
 import os
 from collections.abc import Callable
@@ -19,12 +19,13 @@ Save = Callable[[Case, Row], Any]
 
 
 class Piece(Task):
-    """Cases that one process measures, one after the other; this one saves each row as soon as it is whole.
+    """Cases that a child process measures one after the other. The parent process saves each row when it arrives.
 
     Attributes:
-        cases: those that are not done yet.
-        provider: the provider that is compared or timed now, None while the case's inputs or truth are computed.
-        kernels: names of the kernels that the provider has launched, one a launch.
+        cases: the cases that are not finished.
+        provider: the provider that is being compared or timed; None while inputs or truth are computed.
+        kernels: names of the kernels that this provider has launched, one for each launch.
+        done: (provider, mode) of the rows of the current case that have arrived.
     """
 
     def __init__(self, cases: list[Case], session: Session, save: Save) -> None:
@@ -34,13 +35,13 @@ class Piece(Task):
     def _begin(self) -> None:
         self.provider: str | None = None
         self.kernels: list[str] = []
-        self.done: set[tuple[str, str]] = set()  # providers and modes of the case that have their rows
+        self.done: set[tuple[str, str]] = set()
 
     def work(self, tell: Tell) -> None:
         if all(case.blocking for case in self.cases):
             os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
         if not self.session.timing:
-            torch._inductor.config.compile_threads = 1  # other such pieces compile at the same time
+            torch._inductor.config.compile_threads = 1  # other pieces compile at the same time
         for case in self.cases:
             try:
                 measure(case, replace(self.session, tell=tell))
@@ -62,7 +63,8 @@ class Piece(Task):
             self.save(self.cases[0], news)
 
     def died(self, how: str) -> "Piece | None":
-        """Saves the rows of what was being done, or of all providers where it was none's; the rest goes on."""
+        """Saves rows for the provider that died, or for all providers if it was none's fault. Returns a piece of what
+        remains."""
         if not self.cases:
             return None
         case, *later = self.cases
@@ -74,7 +76,7 @@ class Piece(Task):
                 for mode in lacking:
                     self.save(case, empty_row(case, self.session, name, mode, checked))
             elif not lacking:
-                dead.append(name)  # of a mode, all providers have rows or none
+                dead.append(name)  # it has all its rows: rows of a mode arrive for all providers together
         if alive := set(case.providers) - set(dead):
             later = [case.only(alive), *later]
         return Piece(later, self.session, self.save) if later else None

@@ -1,8 +1,8 @@
-"""Tasks, each in a process of its own: what crashes, hangs or breaks the GPU's context takes nothing else with it.
+"""Runs tasks, each in its own process: one that crashes, hangs or breaks the GPU's context does not affect the others.
 
-Processes are forks: everything is imported once, here, and no process waits for it. A fork of a process that has used
-CUDA cannot use it, so that this one never does: what is to be known of the GPU, a child finds out. A child only tells;
-this process keeps and writes what it hears.
+Processes are forked, so that modules are imported only once, in the parent. Forks of a process that has initialized
+CUDA cannot use it; the parent therefore never does, and children answer questions about the GPU. Children send
+messages; the parent keeps and writes the results.
 """
 
 import contextlib
@@ -20,35 +20,35 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
 FORK = multiprocessing.get_context("fork")
-Tell = Callable[[str, Any], Any]  # takes a kind of news, and the news
+Tell = Callable[[str, Any], Any]  # sends a message to the parent: its kind and its content
 
 
 class Task:
-    """What a process does, and what is made of it here.
+    """The work of a child process, and what the parent does with its messages.
 
     Attributes:
-        patience: seconds that it may be silent.
+        patience: seconds without a message after which the child is killed.
     """
 
     patience = 60.0
 
     def work(self, tell: Tell) -> None:
-        """All of it, in the process."""
+        """The work, in the child process."""
         raise NotImplementedError
 
     def hear(self, kind: str, news: Any) -> None:
-        """Takes in, here, what the process has told."""
+        """Handles a message of the child, in the parent."""
 
     def died(self, how: str) -> Any:
-        """Called here when the process ended before `work` did, or is silent; returns the task of the same kind that
-        goes on instead, if any."""
+        """Called in the parent if the child ended before its work was done, or was killed. Returns a task that
+        continues the work in a new process, or None."""
 
 
 T = TypeVar("T", bound=Task)
 
 
 class Child(Generic[T]):
-    """The process of a task."""
+    """The child process of a task, seen from the parent. `log` is a file descriptor for what the child prints."""
 
     def __init__(self, task: T, log: int | None = None) -> None:
         self.task, self.until = task, time.monotonic() + task.patience
@@ -58,29 +58,31 @@ class Child(Generic[T]):
         theirs.close()
 
     def _run(self, news: Connection, log: int | None, parent: int) -> None:
-        os.setpgid(0, 0)  # with what it starts, as compilers
-        gc.freeze()  # to look through all that was imported takes a second, each time
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its children
+        os.setpgid(0, 0)  # a process group with the processes it starts, such as compilers, to kill them together
+        gc.freeze()  # otherwise each collection scans all imported modules, which takes a second
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its children
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
         if log is not None:
             os.dup2(log, 1)
             os.dup2(log, 2)
-            sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1, closefd=False)  # whatever they were here
+            sys.stdout = sys.stderr = os.fdopen(
+                log, "w", buffering=1, closefd=False
+            )  # also if the parent replaced them
             faulthandler.enable(log)
         try:
             self.task.work(lambda kind, value: news.send((kind, value)))
             news.send(("end", ""))
         except BaseException as error:
             news.send(("end", f"{type(error).__name__}: {error}"))
-        os._exit(0)  # without what else this process inherited to do at its end
+        os._exit(0)  # skips the exit handlers that were inherited from the parent
 
     @property
     def ends(self) -> list[Any]:
-        """What is ready when there is news, or the process has ended."""
+        """Objects for `multiprocessing.connection.wait`, ready if there is a message or the process has ended."""
         return [self.news, self.process.sentinel]
 
     def _heard(self) -> Iterator[tuple[str, Any]]:
-        """All news so far; ("end", how) is the last where the process has ended, and "" says that its work is done."""
+        """All messages so far. If the process has ended, the last one is ("end", how), where "" means success."""
         with contextlib.suppress(EOFError, OSError):
             while self.news.poll():
                 yield self.news.recv()
@@ -91,7 +93,8 @@ class Child(Generic[T]):
         yield "end", f"killed by {signal.Signals(-code).name}" if code < 0 else f"the process ended with status {code}"
 
     def listen(self) -> str | None:
-        """Passes the news on to the task. How the process has ended, or None while it goes on."""
+        """Passes the messages on to the task. Returns how the process has ended ("" means success), or None if it still
+        runs."""
         for kind, news in self._heard():
             self.until = time.monotonic() + self.task.patience
             if kind == "end":
@@ -108,7 +111,7 @@ class Child(Generic[T]):
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process soon after its parent has ended, however that came."""
+    """Ends this process soon after its parent has ended, for whatever reason."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
@@ -122,11 +125,13 @@ def run(
     end: float = float("inf"),
     log: int | None = None,
 ) -> list[T]:
-    """Runs the tasks in order, `lanes` at the same time, and returns those that no time was left for.
+    """Runs the tasks in order and returns those for which no time was left.
 
     Args:
-        start_until, end: of `time.monotonic()`: no task starts after the first, and none runs after the second.
-        log: file descriptor that what the processes print goes to.
+        lanes: number of tasks that run at the same time.
+        start_until: no task starts after this value of `time.monotonic()`.
+        end: tasks that still run at this value are killed, and returned.
+        log: file descriptor for what the processes print.
     """
     waiting, running, late = deque(tasks), set[Child[T]](), list[T]()
     try:
@@ -153,7 +158,7 @@ def run(
 
 
 class _Question(Task):
-    """`answer` is what `ask` returns in the process, `problem` why there is none."""
+    """Calls `ask` in the child. `answer` is its result, `problem` the reason why there is none."""
 
     def __init__(self, ask: Callable[[], Any], patience: float) -> None:
         self.ask, self.patience = ask, patience
@@ -170,10 +175,10 @@ class _Question(Task):
 
 
 def in_a_process(ask: Callable[[], Any], patience: float = 120.0) -> Any:
-    """What `ask` returns in a process of its own.
+    """Calls `ask` in its own process and returns the result.
 
     Raises:
-        ValueError: it failed or took too long; the text says how.
+        ValueError: it raised, crashed or took longer than `patience` seconds; the message says how.
     """
     question = _Question(ask, patience)
     run([question])

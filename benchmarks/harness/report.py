@@ -1,4 +1,4 @@
-"""What is printed, all of it from rows. What is written (the README's section, tables) stands in figures/tables.py."""
+"""Prints rows. figures/tables.py writes them to files (the README's section and the tables)."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from benchmarks.harness.session import Session
 WIDTHS = {"mode": 6, "ms": 10, "20..80%": 16, "times": 8, "wall": 10, "graph": 10, "host us": 9, "peak MB": 10}
 WIDTHS |= {"of copy": 9, "error": 9}
 COLUMNS = f"  {'provider':<34}" + "".join(f"{name:>{width}}" for name, width in WIDTHS.items())
-NOISE = 0.03  # changes below this are not reported, however narrow the quantiles are
+NOISE = 0.03  # relative changes below this are not reported, even if the quantiles are narrow
 
 
 def header(session: Session) -> None:
@@ -36,13 +36,13 @@ def number(value: float | None, form: str = ".4g") -> str:
 
 
 def share(row: Row) -> str:
-    """Says how much of the work, or how many times it, the row's call did; "" where it did it once."""
+    """A note on the row's share: that the time is extrapolated, or is one of several in a call; "" for a share of 1."""
     part = row.get("share") or 1
     return f"extrapolated from 1/{1 / part:.0f} of it" if part < 1 else f"one of {part:.0f}" if part > 1 else ""
 
 
 def line(row: Row) -> str:
-    """The line of a row under COLUMNS; a problem comes last."""
+    """A row as a line under COLUMNS, with its problem at the end."""
     spread = f"{row['ms_p20']:.3g}..{row['ms_p80']:.3g}" if row["ms_p50"] else "-"
     cells = [row["mode"], number(row["ms_p50"]), spread, number(row["times_baseline"], ".2f")]
     cells += [number(row.get("wall_ms_p50")), number(row.get("graph_ms_p50")), number(row.get("host_us"), ".3g")]
@@ -66,38 +66,37 @@ def footer(measured: list[Row], kept: int, late: list[Case], folder: Path | None
 
 
 def changes(old: list[Row], new: list[Row]) -> list[str]:
-    """A line for each median that changed by more than noise, slowest first: the ranges from the 20th to the 80th
-    percentile are apart, and the medians differ by more than 3 %. Then one for each row that has a problem instead of
-    the time that it had."""
-    before = {rows.key(row): row for row in old if row.get("ms_p50")}
+    """A line for each median that changed by more than noise, the slowest first: the ranges from the 20th to the 80th
+    percentile do not overlap, and the medians differ by more than NOISE. Then a line for each row that had a time and
+    now has a problem."""
+    old_rows = {rows.key(row): row for row in old if row.get("ms_p50")}
     changed, failing = list[tuple[float, str]](), list[str]()
     for row in new:
-        past, name = (
-            before.get(rows.key(row)),
-            f"{row['op']} {row['shape']} {row['dtype']} {row['provider']} {row['mode']}",
-        )
-        if past is None:
+        before = old_rows.get(rows.key(row))
+        name = f"{row['op']} {row['shape']} {row['dtype']} {row['provider']} {row['mode']}"
+        if before is None:
             continue
         if not row.get("ms_p50"):
             failing += [f"{name}: had a time, and now: {row['problem']}"] if row.get("problem") else []
             continue
-        ratio, apart = row["ms_p50"] / past["ms_p50"], row["ms_p20"] > past["ms_p80"] or row["ms_p80"] < past["ms_p20"]
+        ratio = row["ms_p50"] / before["ms_p50"]
+        apart = row["ms_p20"] > before["ms_p80"] or row["ms_p80"] < before["ms_p20"]
         if apart and abs(ratio - 1) > NOISE:
             how = f"{max(ratio, 1 / ratio):.2f} times {'slower' if ratio > 1 else 'faster'}"
-            changed.append((ratio, f"{name}: {past['ms_p50']:.4g} -> {row['ms_p50']:.4g} ms, {how}"))
+            changed.append((ratio, f"{name}: {before['ms_p50']:.4g} -> {row['ms_p50']:.4g} ms, {how}"))
     return [text for _, text in sorted(changed, reverse=True)] + failing
 
 
 def kernels(saved: list[Row], names: Iterable[str]) -> list[str]:
-    """A line a kernel, by the rows of one GPU that launched it.
+    """One line for each kernel, from the rows of one GPU that launched it.
 
-    Its first word is "dead" where the kernel was the last that a call launched, "wrong" where a result was (which is
-    that of every kernel of its call), "correct", or "not launched". Then: are the rows that timed it of today's source,
-    how many are there, and are the tests?
+    The first word is "dead" (a call failed, and this was the last kernel it launched), "wrong" (the result of a call
+    that launched it was wrong), "correct" or "not launched". Then follow the age and the number of the rows that timed
+    it, the age of the test results, and the largest error. "stale" rows were measured with older source.
     """
 
-    def age(about: list[Row]) -> str:
-        states = {rows.state(row) for row in about}
+    def age(dated: list[Row]) -> str:
+        states = {rows.state(row) for row in dated}
         return "stale" if "stale" in states else "fresh" if states else "missing"
 
     tests = [row for row in saved if row["op"] == rows.TESTS]
@@ -106,18 +105,20 @@ def kernels(saved: list[Row], names: Iterable[str]) -> list[str]:
     for name in names:
         launched = [row for row in saved if name in row.get("launched", ())]
         timed = [row for row in launched if row.get("ms_p50")]
-        by = {"dead": [row for row in launched if row.get("died_in") == name]}
-        by |= {word: [row for row in launched if row.get("verdict") == word] for word in ("wrong", "correct")}
-        word = next((word for word in by if by[word]), "not launched")
+        by_verdict = {"dead": [row for row in launched if row.get("died_in") == name]}
+        by_verdict |= {word: [row for row in launched if row.get("verdict") == word] for word in ("wrong", "correct")}
+        word = next((word for word, its_rows in by_verdict.items() if its_rows), "not launched")
         times = f"times {age(timed)} ({len(timed)} rows)"
         errors = [row["error"] for row in launched if row["error"] is not None]
         largest = f"largest error {max(errors):.1e}" if errors else ""
-        problem = "{op} {shape} {dtype} {mode}: {problem}".format(**by[word][0]) if word in ("dead", "wrong") else ""
+        failed = word in ("dead", "wrong")
+        problem = "{op} {shape} {dtype} {mode}: {problem}".format(**by_verdict[word][0]) if failed else ""
         lines.append(f"{word:<12} {name:<42} {times:<24} tests {tested:<8} {largest:<22} {problem}".rstrip())
     return lines
 
 
 def status(folder: Path) -> int:
+    """Prints `kernels` for every GPU that has rows in a folder, and for the GPU of this machine. Returns 0."""
     saved = rows.load(folder) if folder.exists() else []
     gpus = sorted({row["gpu"] for row in saved if row.get("gpu")} | {here for here in (machine.gpu(),) if here})
     for gpu in gpus or ["(no GPU yet)"]:

@@ -1,4 +1,4 @@
-"""Saved rows: one JSON object a line, complete in itself. Fresh, stale or missing."""
+"""Reads, saves and selects rows: results as JSON objects, one per line, each complete in itself."""
 
 import datetime
 import json
@@ -13,7 +13,7 @@ RESULTS = machine.ROOT / "benchmarks" / "results"
 FILE = "rows.jsonl"
 Row = dict[str, Any]
 KEY = ("gpu", "cpu", "op", "shape", "dtype", "provider", "mode", "threads")
-TESTS = "tests"  # the operation of rows that say how the tests went
+TESTS = "tests"  # the `op` of rows with the outcome of the tests
 VERSIONS = ("torch", "triton", "cuda", "driver")
 
 
@@ -22,15 +22,15 @@ def now() -> str:
 
 
 def key(row: Row) -> tuple:
-    """What a row measures, and on what. The CPU counts where no GPU was used."""
+    """Identifies what a row measures, and on which device: the GPU or, if none was used, the CPU."""
     return tuple(row.get(name) if name != "cpu" or row.get("gpu") is None else None for name in KEY)
 
 
 def read(file: Path) -> list[Row]:
-    """All rows of a file. A last line without its end, which a killed run may leave, is no row.
+    """All rows of a file. A last line without a line break, which a killed run may leave, is ignored.
 
     Raises:
-        ValueError: a line is no row; names file and line.
+        ValueError: a line is not a JSON object; names file and line.
     """
     rows = []
     for number, line in enumerate(file.read_text().split("\n")[:-1], 1):
@@ -42,10 +42,10 @@ def read(file: Path) -> list[Row]:
 
 
 def load(path: Path) -> list[Row]:
-    """Rows of a file, or of all .jsonl files below a folder; of several of one key the last.
+    """The rows of a file, or of all .jsonl files below a folder. If several rows have the same key, the last counts.
 
     Raises:
-        ValueError: the path is not there, or a line is no row; names file and line.
+        ValueError: the path does not exist, or a line is not a row; names file and line.
     """
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
@@ -59,7 +59,7 @@ def load(path: Path) -> list[Row]:
 
 
 def save(rows: Iterable[Row], file: Path) -> None:
-    """Appends the rows, each in one piece: a killed run leaves whole rows."""
+    """Appends the rows, each with a single write, so that a killed run leaves whole rows."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.exists() and not (text := file.read_bytes()).endswith(b"\n"):
         file.write_bytes(text[: text.rfind(b"\n") + 1])
@@ -69,8 +69,8 @@ def save(rows: Iterable[Row], file: Path) -> None:
 
 
 def adopt(rows: Iterable[Row], folder: Path) -> None:
-    """Saves rows that a copy of this checkout brought back, each in the folder of its machine. A copy without history
-    does not know its commit: where its source is today's, the commit is."""
+    """Saves rows that a copy of this checkout has measured elsewhere, each in the folder of its machine. Rows of a copy
+    without history get the commit of this checkout if their source is the same."""
     source, commit = machine.source_sha256(), machine.commit()
     for row in rows:
         if row.get("commit") == "unknown" and row.get("source_sha256") == source:
@@ -78,10 +78,17 @@ def adopt(rows: Iterable[Row], folder: Path) -> None:
         save([row], folder / machine.folder_name(row) / FILE)
 
 
-def still_true(case: Case, provider: str, facts: Row, saved: Mapping[tuple, Row], *, timed: bool = True) -> list[Row]:
-    """The saved rows (by key) of a provider, failures among them; [] where one is missing or outdated: the versions
-    must be today's, and so must the kernels that the row ran, or the whole source where it ran none. A rival in plain
-    PyTorch does not depend on the source. With `timed`, a row that only says that a result is right does not do."""
+def still_valid(case: Case, provider: str, facts: Row, saved: Mapping[tuple, Row], *, timed: bool = True) -> list[Row]:
+    """The saved rows of a provider, one for each mode, if all of them are valid; otherwise [].
+
+    A row is valid if it has today's versions, and was measured with today's source of its kernels; if it launched none,
+    with today's source as a whole. On a GPU, rivals in plain PyTorch do not depend on the source. Failures are valid
+    rows too. With `timed`, a row without a time is not valid, unless it is a failure.
+
+    Args:
+        facts: `machine.facts` of today.
+        saved: rows by their key.
+    """
     rows = []
     for mode in case.timed_modes(provider):
         wanted = {"op": case.op, "shape": case.shape, "mode": mode, "dtype": name_of(case.dtype)}
@@ -97,18 +104,19 @@ def still_true(case: Case, provider: str, facts: Row, saved: Mapping[tuple, Row]
 
 
 def left(candidates: Iterable[Case], facts: Row, saved: Mapping[tuple, Row], *, timed: bool = True) -> list[Case]:
-    """The cases with those providers whose rows are not `still_true`, and beside them the baseline, if it lives."""
+    """The cases that are still to be measured, with those providers whose rows are not `still_valid`, and with the
+    baseline, to compare them with, unless it has died before."""
     cases = []
     for case in candidates:
-        true_rows = {name: still_true(case, name, facts, saved, timed=timed) for name in case.providers}
-        lacking = {name for name, rows in true_rows.items() if not rows}
-        dead = {name for name, rows in true_rows.items() if rows and rows[0]["verdict"] == "dead"}
+        valid_rows = {name: still_valid(case, name, facts, saved, timed=timed) for name in case.providers}
+        lacking = {name for name, rows in valid_rows.items() if not rows}
+        dead = {name for name, rows in valid_rows.items() if rows and rows[0]["verdict"] == "dead"}
         if lacking:
             cases.append(case.only(lacking | ({case.baseline} - dead)))
     return cases
 
 
 def state(row: Row) -> str:
-    """ "fresh" where the kernels' source is what it was when the row was measured, else "stale"."""
+    """ "fresh" if the source of the row's kernels has not changed since it was measured, otherwise "stale"."""
     current = machine.kernel_sha256(row.get("kernels") or [])
     return "fresh" if current is not None and current == row.get("kernel_sha256") else "stale"

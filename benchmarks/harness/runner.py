@@ -1,6 +1,6 @@
-"""Runs a case: every provider is first compared with float64, then timed in turns with the others.
+"""Runs a case: compares every provider with float64, then times all of them in alternation.
 
-What is going on is told while it goes on: the process that waits for the results may have to say what this one died of.
+Progress is reported through `session.tell`, so that the parent process knows what this one was doing if it dies.
 """
 
 import functools
@@ -19,32 +19,33 @@ from benchmarks.harness.rows import Row, now
 from benchmarks.harness.session import OUT_OF_MEMORY, Session
 from benchmarks.harness.timing import Samples
 
-# Otherwise torch.compile frees what the backward alone, run many times over one forward, reads again.
+# Otherwise torch.compile frees buffers that the mode "bwd", which repeats the backward over one forward, reads again.
 functorch_config.donated_buffer = False
 
-TURNS = 5  # a provider's samples are spread over as many turns, so that a disturbance meets all of them
-UNKNOWN = (  # fields of a row that only times fill in
+TURNS = 5  # the samples of a provider are spread over this many turns, so that a disturbance affects all providers
+UNKNOWN = (  # fields of a row that stay None without times
     *("ms_p20", "ms_p50", "ms_p80", "host_us", "peak_mb", "warmup_s", "graph_problem", "times_baseline"),
     *("copy_fraction", "matmul_fraction"),
 )
 
 
 def verdict(error: float | None, problem: str) -> str | None:
-    """ "correct", "wrong", "dead" (no result), or None where nothing was compared."""
+    """ "correct", "wrong", "dead" (no result), or None if nothing was compared."""
     if problem:
         return "wrong" if problem.startswith("wrong") else "dead"
     return None if error is None else "correct"
 
 
 def went_wrong(row: Row) -> bool:
-    """Whether a run with this row must fail: a wrong result, of whatever provider, or fastgen itself did not run."""
+    """Whether a run with this row fails: the result of any provider is wrong, or fastgen itself has no result for a
+    reason other than memory."""
     is_fastgen = row["provider"] in ("fastgen", f"fastgen, {INTERPRETED}")
     died = row["verdict"] == "dead" and OUT_OF_MEMORY not in row["problem"]
     return row["verdict"] == "wrong" or (is_fastgen and died)
 
 
 def prepare(case: Case, call: Callable, mode: str, inputs: dict[str, Any]) -> Callable[[], Any]:
-    """The call that is timed. For "bwd" it runs the forward now and keeps its graph."""
+    """The function that is timed. For "bwd", `prepare` runs the forward and keeps its graph."""
     if mode == "fwd":
         return torch.no_grad()(functools.partial(call, **inputs))
     variables = leaves(inputs)
@@ -56,12 +57,12 @@ def prepare(case: Case, call: Callable, mode: str, inputs: dict[str, Any]) -> Ca
 
 
 def measure(case: Case, session: Session) -> list[Row]:
-    """Rows of all providers and modes of a case, each told as soon as it is whole.
+    """Measures all providers and modes of a case. Returns the rows, and tells each as soon as it is complete.
 
     Raises:
-        DeviceLost: the GPU answers nothing more in this process.
+        DeviceLost: this process can no longer use the GPU.
     """
-    if "torch._inductor.compile_fx" in sys.modules:  # else nothing was compiled, and this would import it
+    if "torch._inductor.compile_fx" in sys.modules:  # otherwise nothing was compiled, and reset would import it
         torch._dynamo.reset()
     gc.collect()
     torch.manual_seed(0)
@@ -79,7 +80,7 @@ def measure(case: Case, session: Session) -> list[Row]:
         timed = {n: row for n, row in rows_of_mode.items() if not row["problem"] and INTERPRETED not in n}
         if session.timing and case.timed:
             _time(case, session, mode, inputs if timed else {}, timed)
-        power = machine.power_state(session.device) if session.timing else {}  # right after the work, not idle
+        power = machine.power_state(session.device) if session.timing else {}  # read right after the work
         base = rows_of_mode[case.baseline]["ms_p50"] if case.baseline in rows_of_mode else None
         for row in rows_of_mode.values():
             row["times_baseline"] = row["ms_p50"] / base if base and row["ms_p50"] else None
@@ -90,7 +91,7 @@ def measure(case: Case, session: Session) -> list[Row]:
 
 
 def empty_row(case: Case, session: Session, name: str, mode: str, checked: Checked) -> Row:
-    """Without times."""
+    """A row without times."""
     cuda = session.device.type == "cuda"
     threads = None if cuda else case.threads or torch.get_num_threads()
     known = launches.catalogue() if checked.launched else {}
@@ -130,7 +131,8 @@ def empty_row(case: Case, session: Session, name: str, mode: str, checked: Check
 
 
 def plan(once: float, budget: float, long: float) -> tuple[int, int]:
-    """Turns, and samples a turn, for a call of `once` seconds: at least three samples, one where it takes `long`."""
+    """The number of turns, and of samples in a turn, for a call that takes `once` seconds: at least three samples in
+    all, about `budget` seconds; a single one if the call takes more than `long` seconds."""
     if once > long:
         return 1, 1
     count = max(1, min(40, round(budget / max(once, 1e-6) / TURNS)))
@@ -138,7 +140,7 @@ def plan(once: float, budget: float, long: float) -> tuple[int, int]:
 
 
 def _time(case: Case, session: Session, mode: str, inputs: dict[str, Any], rows: dict[str, Row]) -> None:
-    """Samples the providers in turns, each warmed up in its first, and fills their rows in."""
+    """Samples the providers in turns and fills their rows in. The first turn of a provider also warms it up."""
     clock, plans = session.clock, dict[str, tuple[int, int]]()
     samples = {name: Samples() for name in rows}
     for turn in range(TURNS):
@@ -149,7 +151,7 @@ def _time(case: Case, session: Session, mode: str, inputs: dict[str, Any], rows:
             with session.doing(case, name) as problems:
                 call = make()
                 if turn == 0:
-                    # The first call may compile. What is slow even so is not run once more for its memory.
+                    # The first call may compile. A second call measures the memory, unless the first one took too long.
                     row["warmup_s"] = once = clock.once(call)[0]
                     if once < clock.LONG:
                         once, memory = clock.once(call)
@@ -159,19 +161,19 @@ def _time(case: Case, session: Session, mode: str, inputs: dict[str, Any], rows:
                 if count > 1:
                     clock.once(call)
                 clock.turn(call, count, samples[name])
-                del call  # a backward keeps its forward's memory
+                del call  # frees the graph of the forward that "bwd" keeps
                 if turn == 0 and count > 1 and not replays_graphs(name):
                     row["graph_problem"] = clock.graph(make, samples[name]) or None
             row["problem"] = "".join(problems)
     for name, row in rows.items():
         if not row["problem"]:
             row.update(samples[name].figures(case.share.get(name, 1)))
-            row.update(_of_the_floor(row))
+            row.update(_floor_fractions(row))
             row.update(case.about(name, inputs))
 
 
-def _of_the_floor(row: Row) -> Row:
-    """The floor's bytes and operations over the time, as parts of the measured copy bandwidth and matmul rate."""
+def _floor_fractions(row: Row) -> Row:
+    """The least bytes and operations divided by the time, as fractions of the measured copy and matmul rates."""
 
     def fraction(work: int | None, rate: float | None) -> float | None:
         return work / (row["ms_p50"] / 1e3) / rate if work and rate and row["ms_p50"] else None

@@ -1,4 +1,4 @@
-"""One run on one device, and what is told of it while it goes on."""
+"""`Session`: one run on one device, and how it reports progress and failures."""
 
 import contextlib
 import functools
@@ -19,11 +19,11 @@ OUT_OF_MEMORY = "out of memory"
 
 
 class DeviceLost(Exception):
-    """The GPU answers nothing more in this process; the text is the failure after which it did not."""
+    """This process can no longer use the GPU. The message is the failure that caused it."""
 
 
 def failure(error: BaseException) -> str:
-    """A line for the row; running out of memory is a result of its own."""
+    """An exception as one line for a row; OUT_OF_MEMORY if memory has run out."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in text:
         return OUT_OF_MEMORY
@@ -36,13 +36,13 @@ class Session:
     """One run on one device.
 
     Attributes:
-        facts: what every row says of the machine, `machine.facts`.
+        facts: the result of `machine.facts`.
         command: the command line, for the rows.
         budget: seconds of samples for one provider in one mode.
-        timing: False: only compare, take no time.
-        patience: seconds that one step of one provider (its comparison, some samples) may take, compilation included.
-        rates: results of `timing.rates` by number of threads (None on a GPU); empty where they were not measured.
-        tell: is told ("doing", provider), ("kernel", name) before a launch, and ("row", row).
+        timing: False: only compare, measure no times.
+        patience: seconds that one step of one provider (its comparison, a few samples) may take, with compilation.
+        rates: results of `timing.rates` by number of threads (None on a GPU); empty if they were not measured.
+        tell: is called with ("doing", provider), with ("kernel", name) before a launch, and with ("row", row).
     """
 
     facts: dict[str, Any]
@@ -63,20 +63,20 @@ class Session:
 
     @contextlib.contextmanager
     def doing(self, case: Case, provider: str | None) -> Iterator[list[str]]:
-        """Whatever goes wrong inside is the provider's (None: of the whole case) problem; the list gets its text, and
-        stderr all of it.
+        """Catches exceptions of a provider, or with None of the case as a whole. Yields a list that gets a line for an
+        exception; stderr gets the whole traceback.
 
         Raises:
-            DeviceLost: nothing more can be done in this process.
+            DeviceLost: after the exception this process can no longer use the GPU.
         """
         problems: list[str] = []
         self.tell("doing", provider)
         try:
             yield problems
-        except Exception as error:  # a rival may fail in any way: that is a row, not the end of the run
+        except Exception as error:  # any failure of a provider becomes a row and does not end the run
             problems.append(failure(error))
             print(f"{case.title}, {provider}\n{traceback.format_exc()}", file=sys.stderr)
             del error
-            gc.collect()  # what the frames of the failure held
+            gc.collect()  # frees the tensors that the traceback's frames held
             if machine.lost(self.device):
                 raise DeviceLost(problems[0]) from None

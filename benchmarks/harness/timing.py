@@ -1,4 +1,4 @@
-"""How time and memory are taken, on a CPU and on a CUDA GPU. Both timers offer the same methods to the runner."""
+"""Measures time and memory on a CPU and on a CUDA GPU. Both timers have the same methods."""
 
 import time
 from collections.abc import Callable
@@ -16,29 +16,29 @@ def quantile(values: list[float], q: float) -> float:
 
 
 class Samples(dict[str, list[float]]):
-    """Field of a row -> its values of several turns: `ms` of single calls, and what a timer adds to it."""
+    """The samples of several turns, by field of a row: "ms" of single calls, and further fields that a timer adds."""
 
     def add(self, name: str, values: list[float]) -> None:
         self.setdefault(name, []).extend(values)
 
     def figures(self, share: float = 1) -> dict[str, float | int]:
-        """Fields of a row: the quantiles of `ms` and the medians of the rest, over the `share` of a call."""
+        """The fields of a row: quantiles of "ms" and medians of the other fields, divided by the `share` of a call."""
         fields = {f"ms_p{int(100 * q)}": quantile(self["ms"], q) / share for q in (0.2, 0.5, 0.8)}
         fields |= {name: quantile(values, 0.5) / share for name, values in self.items() if name != "ms"}
         return {**fields, "samples": len(self["ms"])}
 
 
 class CpuTimer:
-    """Wall time, and the processor's. `ms` is the processor's where one thread computes, for other work on the machine
-    hardly changes that, and else the wall time."""
+    """Measures wall time and processor time. With one thread, "ms" is the processor time, which other work on the
+    machine hardly changes; otherwise it is the wall time."""
 
-    LONG = 20.0  # seconds: a call of this length is sampled once
+    LONG = 20.0  # seconds; a longer call is sampled once
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def once(self, call: Call) -> tuple[float, float | None]:
-        """Seconds of one call; no memory: torch does not count that of a CPU."""
+        """The seconds of one call, and None: torch does not measure memory on a CPU."""
         start = time.perf_counter()
         call()
         return time.perf_counter() - start, None
@@ -54,26 +54,26 @@ class CpuTimer:
         samples.add("cpu_ms_p50", cpu)
 
     def graph(self, make: Callable[[], Call], samples: Samples) -> str:
-        """There are no CUDA graphs here."""
+        """A CPU has no CUDA graphs: does nothing."""
         return ""
 
 
 class CudaTimer:
-    """CUDA events around single calls after the L2 cache was overwritten; the warm, wall and graph times beside it.
+    """Measures the times of a call in several ways:
 
-    - ms: one call between two events, inputs not in the L2 cache;
+    - ms: between two CUDA events around one call, after the L2 cache was cleared;
     - warm_ms: the same without clearing the cache;
-    - wall_ms: wall time of a call in a row of calls with one synchronization. Clearing the cache gives the host a head
-      start, so that `ms` hides about 70 us of its work, and this does not;
-    - host_us: what the host takes to launch a call of that row;
-    - graph_ms: one replay of the call as a CUDA graph, cache cleared: no launch cost of single kernels.
+    - wall_ms: wall time per call of several calls with one synchronization at the end. Clearing the cache lets the host
+      run ahead, so that "ms" hides about 70 us of its work; this does not;
+    - host_us: time that the host takes to launch one of these calls;
+    - graph_ms: one replay of the call as a CUDA graph, cache cleared, without the launch costs of single kernels.
 
-    A call that is sampled once a turn, because it is long, has only the first: caches and launches say nothing of it.
+    A call that is sampled once per turn, because it is long, has only "ms": caches and launches hardly matter.
     """
 
-    LONG = 5.0
+    LONG = 5.0  # seconds; a longer call is sampled once
     REPLAYS = 20
-    FLUSH = 2**26  # bytes that are overwritten to clear the L2 cache, at least
+    FLUSH = 2**26  # least number of bytes that are overwritten to clear the L2 cache
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -81,7 +81,7 @@ class CudaTimer:
         self.flush = torch.empty(max(4 * cache, self.FLUSH), dtype=torch.uint8, device=device)
 
     def once(self, call: Call) -> tuple[float, float | None]:
-        """Seconds of one call, and its memory beyond what stood before it, in 10^6 bytes."""
+        """The seconds of one call, and the peak memory that it allocates, in 10^6 bytes."""
         torch.cuda.synchronize(self.device)
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -118,12 +118,15 @@ class CudaTimer:
         samples.add("host_us", [1e6 * enqueued / count])
 
     def graph(self, make: Callable[[], Call], samples: Samples) -> str:
-        """The graph time, where the call can be captured; else why not. `make` makes the call, on the stream that is
-        captured, so that a backward alone runs there too."""
+        """Samples replays of the call as a CUDA graph. Returns the reason if it cannot be captured, otherwise "".
+
+        Args:
+            make: makes the call. It runs on the stream that is captured, where the backward of "bwd" must run too.
+        """
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         try:
-            # What waits for the GPU is found before the capture, which it would break.
+            # Raises for operations that wait for the GPU, which cannot be captured.
             torch.cuda.set_sync_debug_mode("error")
             with torch.cuda.stream(stream):
                 call = make()
@@ -134,7 +137,7 @@ class CudaTimer:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream):
                 call()
-        except Exception as error:  # a rival may fail here in any way: it only has no graph time then
+        except Exception as error:  # whatever fails here: the provider just has no graph time
             return str(error).strip().partition("\n")[0][:200] or type(error).__name__
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -148,7 +151,7 @@ def timer(device: torch.device) -> CpuTimer | CudaTimer:
 
 
 def _seconds(clock: CpuTimer | CudaTimer, call: Call) -> float:
-    """The median of a few calls."""
+    """The median time of a few calls in seconds."""
     call()
     samples = Samples()
     clock.turn(call, 7, samples)
@@ -156,7 +159,7 @@ def _seconds(clock: CpuTimer | CudaTimer, call: Call) -> float:
 
 
 def copy_rate(clock: CpuTimer | CudaTimer) -> float:
-    """Measured copy bandwidth in 10^9 bytes a second, reads and writes counted."""
+    """The measured copy bandwidth in 10^9 bytes per second, counting reads and writes."""
     size = 2**30 if clock.device.type == "cuda" else 2**27
     source = torch.randint(256, (size,), dtype=torch.uint8, device=clock.device)
     target = torch.empty_like(source)
@@ -164,14 +167,15 @@ def copy_rate(clock: CpuTimer | CudaTimer) -> float:
 
 
 def matmul_rate(clock: CpuTimer | CudaTimer, dtype: torch.dtype) -> float:
-    """Measured rate of a large matrix product in 10^12 operations a second, under the settings of the run."""
+    """The measured rate of a large matrix product in 10^12 operations per second, with the run's TF32 setting."""
     n = 8192 if clock.device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=clock.device).to(dtype) for _ in range(2))
     return 2 * n**3 / _seconds(clock, lambda: a @ b) / 1e12
 
 
 def rates(device: torch.device) -> dict[str, float]:
-    """The device's own rates, those that the fields copy_gb_s and matmul_tflop_s of a row come from."""
+    """The device's own rates: "copy" in GB/s and, by dtype, matrix products in TFLOP/s. Rows contain them as copy_gb_s
+    and matmul_tflop_s."""
     clock = timer(device)
     dtypes = (torch.bfloat16, torch.float16, torch.float32) if device.type == "cuda" else (torch.float32,)
     return {"copy": copy_rate(clock), **{name_of(dtype): matmul_rate(clock, dtype) for dtype in dtypes}}
