@@ -1,4 +1,5 @@
-"""The diagonal LSTM over a map: H + W - 1 dependent steps, so bound by the time of a step, not by rates."""
+"""The diagonal LSTM over a map: H + W - 1 dependent steps. The latency of a step limits it, not bandwidth or
+arithmetic."""
 
 import functools
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from fastgen.ops.diagonal_lstm import diagonal_lstm_cell, diagonal_lstm_referenc
 
 
 def pixel_by_pixel(gates: Tensor, weight: Tensor) -> Tensor:
-    """Each pixel a matrix product of its own: what the definition's diagonals save on a CPU."""
+    """The diagonal LSTM with a matrix product for each pixel; the definition computes a diagonal at once."""
     batch, channels, height, width = gates.shape
     outside = gates.new_zeros(batch, channels // 4)
     cell = outside.float()
@@ -63,10 +64,10 @@ def _fastgen(x: Tensor, layer: nn.Module, plain: nn.Module) -> Tensor:
 
 
 def _layer(size: str, device: torch.device, batch: int, units: int, n: int) -> Case:
-    """A Diagonal BiLSTM with its input-to-state convolutions: both directions, at the same time on a GPU."""
+    """A Diagonal BiLSTM with its input-to-state convolutions. On a GPU both directions run at the same time."""
     dtype = torch.bfloat16 if size.startswith("gpu") else torch.float32
     providers: Rivals = {"eager, skewed": _plain}
-    if device.type == "cuda":  # two unrolled loops: a CPU would compile for longer than all of its benchmarks take
+    if device.type == "cuda":  # on a CPU, compiling two unrolled loops takes longer than all other benchmarks
         providers["compiled, skewed"] = references.compiled(_plain)
     return Case(
         op="diagonal_bilstm",

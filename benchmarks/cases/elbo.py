@@ -1,4 +1,4 @@
-"""Everything of a VAE's loss but its networks: the latent draw with its KL, and the reconstruction's nats."""
+"""A VAE's loss without its networks: the latent draw with its KL, and the nats of the reconstruction."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from fastgen import ops
 from fastgen.ops.reconstruction_nll import reconstruction_nll_reference
 from fastgen.ops.reparameterize_kl import reparameterize_kl_reference
 
-# Likelihood, (B, C, H, W) images, latent dimensions.
+# Likelihood, shape (B, C, H, W) of the images, latent dimensions.
 Size = tuple[str, tuple[int, ...], int]
 CPU: list[Size] = [("bernoulli", (128, 1, 28, 28), 20), ("logistic_mixture", (8, 3, 32, 32), 128)]
 SIZES: dict[str, list[Size]] = {
@@ -41,7 +41,7 @@ def fused(
     mu: Tensor, logvar: Tensor, params: Tensor, target: Tensor, eps: Tensor | None = None, *, impl: str = "auto",
     likelihood: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """z and the bound (B,)."""
+    """z (B, D) and the ELBO (B,) by fastgen's two operations."""
     z, kl = ops.reparameterize_kl(mu, logvar, eps=eps, impl=impl)
     return z, ops.elbo(params, target, kl, likelihood, impl=impl).elbo
 
@@ -50,6 +50,7 @@ def in_parts(
     mu: Tensor, logvar: Tensor, params: Tensor, target: Tensor, eps: Tensor | None = None, *,
     kl: Callable[..., Any], nats: Callable[..., Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """z (B, D) and the ELBO (B,) by given functions for the draw with its KL and for the reconstruction."""
     z, divergence = kl(mu, logvar, eps=eps)
     return z, -(nats(params, target) + divergence)
 
@@ -65,8 +66,7 @@ def cases(size: str, device: torch.device) -> Iterator[Case]:
         rivals = references.rivals_of(functools.partial(in_parts, kl=textbook, nats=nats))
         definition, operation = definition_of(likelihood), functools.partial(fused, likelihood=likelihood)
         case_inputs = functools.partial(inputs, likelihood=likelihood, image=image, latent=latent)
-        example = case_inputs(torch.device("meta")).values()
-        z, _, params, target = (x.numel() * x.dtype.itemsize for x in example)
+        mu, _, params, target = (x.numel() * x.dtype.itemsize for x in case_inputs(torch.device("meta")).values())
         yield Case(
             op="elbo",
             shape=f"{likelihood} {'x'.join(map(str, image))} D={latent}",
@@ -74,7 +74,8 @@ def cases(size: str, device: torch.device) -> Iterator[Case]:
             inputs=case_inputs,
             providers=contenders(size, device, rivals, operation, definition),
             truth=definition,
-            bytes=(3 * z + params + target, 5 * z + 2 * params + target),  # of the two operations, one after the other
+            # Of the two operations, as in their own benchmarks.
+            bytes=(3 * mu + params + target, 5 * mu + 2 * params + target),
             given=reparameterize_kl.noise,
             batch=image[0],
         )

@@ -1,13 +1,14 @@
-"""One launch of everything that is launched by default, against float64: is it right on this device? Nothing is timed.
+"""Compares one launch of everything that is launched by default with float64, to see if it is right on this device.
+Nothing is timed.
 
 The public operations choose their kernels and configurations by dtype, sizes and chip. The tables below hold sizes on
-both sides of each of these choices: channels below 16, odd and a multiple of 16, one pixel and many, every activation,
-likelihood, direction and tap count, with and without what is optional.
+both sides of each choice: channels below 16, odd, and a multiple of 16; one pixel and many; every activation,
+likelihood, direction and number of taps; with and without optional arguments.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +25,9 @@ from fastgen.ops.reconstruction_nll import reconstruction_nll_reference
 from fastgen.ops.reparameterize_kl import reparameterize_kl_reference
 from fastgen.ops.row_lstm import row_lstm_reference
 
-# dtype, and whether products of float32 may be TF32
+# dtype, and whether float32 products may be rounded to TF32
 MODES = [(torch.bfloat16, True), (torch.float32, True), (torch.float32, False), (torch.float16, True)]
-PRODUCTS = ("masked_conv2d", "diagonal_lstm", "row_lstm")  # what has any
+PRODUCTS = ("masked_conv2d", "diagonal_lstm", "row_lstm")  # operations with matrix products, for which TF32 matters
 # (B, I, O, N), kernel, mask type, activation, further arguments
 Convolution = tuple[tuple[int, int, int, int], int, str, str, dict[str, Any]]
 CONVOLUTIONS: list[Convolution] = [
@@ -56,7 +57,15 @@ IMAGES = [(3, 1, 28, 28), (2, 3, 32, 32), (2, 3, 5, 7)]
 
 
 class Tables(NamedTuple):
-    """Sizes of convolutions, of gated blocks (B, channels, N), of scans, of latents and of images."""
+    """The sizes of all operations.
+
+    Attributes:
+        convolutions: see Convolution.
+        blocks: (B, channels, N) of gated blocks on N x N maps.
+        scans: (B, hidden units, height, width).
+        latents: shapes of mu and logvar.
+        images: (B, C, H, W).
+    """
 
     convolutions: list[Convolution] = CONVOLUTIONS
     blocks: list[tuple[int, int, int]] = BLOCKS
@@ -65,12 +74,19 @@ class Tables(NamedTuple):
     images: list[tuple[int, int, int, int]] = IMAGES
 
 
-# The benchmark masked_conv2d compares a block's kernels in the interpreter.
+# No blocks: the benchmark masked_conv2d compares them in the interpreter.
 TOY = Tables(CONVOLUTIONS[-1:], [], [(1, 3, 2, 3)], LATENTS[:1], [(1, 3, 2, 3)])
 
 
 class Operation(NamedTuple):
-    """inputs: device, dtype -> arguments; call: takes `impl` as well."""
+    """An operation at one size.
+
+    Attributes:
+        op, shape: as in `Case`.
+        inputs: function of device and dtype that returns the arguments.
+        definition: the operation in plain PyTorch.
+        call: the public operation, which also takes `impl`.
+    """
 
     op: str
     shape: str
@@ -85,53 +101,52 @@ def _latent(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) ->
 
 
 def _kl_alone(mu: Tensor, logvar: Tensor, *, call: Callable[..., tuple[Tensor, Tensor]], **options: Any) -> Tensor:
-    """The divergence alone: z of a call that draws its own noise cannot be compared."""
+    """Only the KL of an operation that draws its own noise: its z cannot be compared."""
     return call(mu, logvar, **options)[1]
 
 
 def operations(tables: Tables) -> Iterator[Operation]:
-    """Everything that is launched, at these sizes."""
-    of = functools.partial
-    both: Iterable[Callable[..., Any]]
+    """All operations that launch kernels, at these sizes."""
+    calls: Iterable[Callable[..., Any]]  # the definition and the operation
     for sizes, kernel, mask_type, activation, more in tables.convolutions:
         options = {"activation": activation, **{k: v for k, v in more.items() if k != "data_channels"}}
-        given = {"kernel": kernel, "mask_type": mask_type, "data_channels": more.get("data_channels", 1)}
-        what = "".join(f" {key}={value}" for key, value in more.items())
+        input_options = {"kernel": kernel, "mask_type": mask_type, "data_channels": more.get("data_channels", 1)}
+        suffix = "".join(f" {key}={value}" for key, value in more.items())
         yield Operation(
             "masked_conv2d",
-            f"{'x'.join(map(str, sizes))} {kernel}x{kernel} {mask_type} {activation}{what}",
-            of(masked_conv2d.inputs, sizes=sizes, **given),
-            of(masked_conv2d.convolve, call=masked_conv2d_reference, **options),
-            of(masked_conv2d.convolve, call=ops.masked_conv2d, **options),
+            f"{'x'.join(map(str, sizes))} {kernel}x{kernel} {mask_type} {activation}{suffix}",
+            partial(masked_conv2d.inputs, sizes=sizes, **input_options),
+            partial(masked_conv2d.convolve, call=masked_conv2d_reference, **options),
+            partial(masked_conv2d.convolve, call=ops.masked_conv2d, **options),
         )
     for block in tables.blocks:
-        inputs, name = of(masked_conv2d.block_inputs, sizes=block), f"gated block {'x'.join(map(str, block))}"
+        inputs, name = partial(masked_conv2d.block_inputs, sizes=block), f"gated block {'x'.join(map(str, block))}"
         yield Operation("masked_conv2d", name, inputs, gated_block_cropped, masked_conv2d.run_block)
     for sizes in tables.scans:
         name = "x".join(map(str, sizes))
-        for word, reverse in (("", False), (" reverse", True)):
-            both = (of(call, reverse=reverse) for call in (diagonal_lstm_reference, ops.diagonal_lstm))
-            yield Operation("diagonal_lstm", name + word, of(scans.inputs, sizes=sizes, taps=2), *both)
+        for suffix, reverse in (("", False), (" reverse", True)):
+            calls = (partial(call, reverse=reverse) for call in (diagonal_lstm_reference, ops.diagonal_lstm))
+            yield Operation("diagonal_lstm", name + suffix, partial(scans.inputs, sizes=sizes, taps=2), *calls)
         for taps in (1, 3, 5):
-            inputs = of(scans.inputs, sizes=sizes, taps=taps)
+            inputs = partial(scans.inputs, sizes=sizes, taps=taps)
             yield Operation("row_lstm", f"{name} k={taps}", inputs, row_lstm_reference, ops.row_lstm)
     for shape in tables.latents:
         name = "x".join(map(str, shape))
-        calls: tuple[Callable[..., Any], ...] = (reparameterize_kl_reference, ops.reparameterize_kl)
+        functions: tuple[Callable[..., Any], ...] = (reparameterize_kl_reference, ops.reparameterize_kl)
         for free_bits in (0.0, 0.1):
-            both = (of(call, free_bits=free_bits) for call in calls)
-            yield Operation("reparameterize_kl", f"{name} free_bits={free_bits}", of(_latent, shape=shape), *both)
-        inputs = of(reparameterize_kl.inputs, shape=shape)
-        yield Operation("reparameterize_kl", f"{name} own noise", inputs, *(of(_kl_alone, call=c) for c in calls))
+            calls = (partial(function, free_bits=free_bits) for function in functions)
+            yield Operation("reparameterize_kl", f"{name} free_bits={free_bits}", partial(_latent, shape=shape), *calls)
+        inputs, calls = partial(reparameterize_kl.inputs, shape=shape), (partial(_kl_alone, call=f) for f in functions)
+        yield Operation("reparameterize_kl", f"{name} own noise", inputs, *calls)
     for image in tables.images:
         for likelihood in reconstruction_nll.RIVALS:
-            inputs = of(reconstruction_nll.inputs, likelihood=likelihood, image=image)
-            both = (of(c, likelihood=likelihood) for c in (reconstruction_nll_reference, ops.reconstruction_nll))
-            yield Operation("reconstruction_nll", f"{likelihood} {'x'.join(map(str, image))}", inputs, *both)
+            inputs = partial(reconstruction_nll.inputs, likelihood=likelihood, image=image)
+            calls = (partial(f, likelihood=likelihood) for f in (reconstruction_nll_reference, ops.reconstruction_nll))
+            yield Operation("reconstruction_nll", f"{likelihood} {'x'.join(map(str, image))}", inputs, *calls)
 
 
-# The model, its image, its size, images at once: 3,000 and 6,000 are rows enough for the larger tiles on 94 to 187
-# multiprocessors.
+# The model, the shape of its images, its size, and the number of images. 3,000 and 6,000 images are enough rows for the
+# larger tiles of the sampler on 94 to 187 multiprocessors.
 Machine = tuple[Callable[..., nn.Module], tuple[int, int, int], dict[str, Any], int]
 MACHINES: list[Machine] = [
     *((GatedPixelCNN, (1, 4, 5), {"levels": 5, "channels": 24, "layers": 2}, n) for n in (3, 3000, 6000)),
@@ -139,7 +154,7 @@ MACHINES: list[Machine] = [
     (PixelCNNPP, (3, 4, 4), {"channels": 12, "layers": 1, "n_mix": 2}, 5),
 ]
 TOY_MACHINES: list[Machine] = [(GatedPixelCNN, (1, 2, 3), {"levels": 3, "channels": 4, "layers": 1}, 2)]
-FAR = 1e-4  # of a parameter from that of the model's own pass
+FAR = 1e-4  # largest tolerated distance of the engine's parameters from those of the model's own pass
 
 
 def _model(device: torch.device, machine: Machine) -> dict[str, Any]:
@@ -147,40 +162,39 @@ def _model(device: torch.device, machine: Machine) -> dict[str, Any]:
     model: Any = build(shape, **size).to(device).eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            parameter.mul_(2)  # else its levels are all but equally probable
+            parameter.mul_(2)  # otherwise all levels are almost equally probable
     return {"model": model, "noise": torch.rand(model.distribution.noise_shape(n, shape), device=device)}
 
 
 def _images(model: Any, noise: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """Images, and 1 for each that was right before a whole pass of the model looked at it.
+    """Images (n, C, H, W), and n ones if the backend drew them rightly, before a whole pass of the model corrected
+    them; otherwise n zeros.
 
     Raises:
-        RuntimeError: another backend was taken.
+        RuntimeError: the sampler fell back to another backend.
     """
     sampler = accelerate(model, model.shape, distribution=model.distribution, backend=backend, verify="always")
     levels = sampler.sample(len(noise), noise=noise)
     stats = sampler.stats
     if stats is None or stats.backend != backend:
         raise RuntimeError(f"not played by {backend}: {sampler.explain()}")
-    # Rounding alone changes a draw in 10^5 or so.
+    # Rounding alone changes about one draw in 10^5.
     wrong = (stats.error or 0.0) > FAR or stats.redrawn > len(noise) / 100
     return levels, torch.full((len(noise),), float(not wrong))
 
 
 def step_machines(machines: list[Machine], backends: Sequence[str], provider: str) -> Iterator[Case]:
-    """The kernels that draw whole images, held to the naive loop: what is drawn, and the parameters it is drawn of.
-
-    Both backends may capture CUDA graphs, so that launches are not waited for.
-    """
+    """Compares the kernels that draw whole images with the naive loop. The cases are not `blocking`: the backends may
+    capture CUDA graphs."""
     for machine, backend in itertools.product(machines, backends):
         build, shape, _, n = machine
         yield Case(
             op="launches",
             shape=f"step machine {backend}, {build.__name__} {'x'.join(map(str, shape))} B={n}",
             dtype=torch.float32,
-            inputs=functools.partial(_model, machine=machine),
-            providers={provider: functools.partial(_images, backend=backend)},
-            truth=functools.partial(_images, backend="naive"),
+            inputs=partial(_model, machine=machine),
+            providers={provider: partial(_images, backend=backend)},
+            truth=partial(_images, backend="naive"),
             modes=("fwd",),
             exact=True,
             timed=False,
@@ -188,10 +202,10 @@ def step_machines(machines: list[Machine], backends: Sequence[str], provider: st
 
 
 def cases(size: str, device: torch.device) -> Iterator[Case]:
-    """Each with what plain PyTorch loses in that dtype, which the tolerance is taken from."""
+    """Each operation beside its definition in plain PyTorch, whose error in this dtype sets the tolerance."""
     toy = size == "toy"
     provider = "fastgen" if device.type == "cuda" else f"fastgen, {INTERPRETED}"
-    # The interpreter plays one of the two, the other needs CUDA graphs.
+    # The interpreter can run only "persistent": the other backend needs CUDA graphs.
     machines, backends = (TOY_MACHINES, ["persistent"]) if toy else (MACHINES, ["persistent", "cuda_graph"])
     yield from step_machines(machines, backends, provider)
     for dtype, tf32 in [(torch.float32, True)] if toy else MODES:
@@ -201,10 +215,10 @@ def cases(size: str, device: torch.device) -> Iterator[Case]:
                     op="launches",
                     shape=f"{operation.op} {operation.shape}{'' if tf32 else ' IEEE'}",
                     dtype=dtype,
-                    inputs=functools.partial(operation.inputs, dtype=dtype),
+                    inputs=partial(operation.inputs, dtype=dtype),
                     providers={
                         "definition": operation.definition,
-                        provider: functools.partial(operation.call, impl="triton"),
+                        provider: partial(operation.call, impl="triton"),
                     },
                     truth=operation.definition,
                     modes=("full",),
@@ -214,7 +228,7 @@ def cases(size: str, device: torch.device) -> Iterator[Case]:
                 )
 
 
-# For the host's time: small, for what the operations leave to PyTorch is computed.
+# Sizes for `python -m benchmarks host`. They are small, since operations that fastgen leaves to PyTorch really run.
 SMALL = Tables(
     [((2, 32, 64, 8), 3, "B", "gated", {})], [], [(2, 16, 8, 8), (2, 128, 8, 8)], [(128, 20)], [(2, 3, 8, 8)]
 )
@@ -223,6 +237,6 @@ SMALL = Tables(
 def of_host() -> Iterator[Operation]:
     """One or two small sizes of every public operation."""
     yield from operations(SMALL)
-    call = functools.partial(elbo.fused, likelihood="bernoulli")
-    inputs = functools.partial(elbo.inputs, likelihood="bernoulli", image=(8, 1, 8, 8), latent=20)
+    call = partial(elbo.fused, likelihood="bernoulli")
+    inputs = partial(elbo.inputs, likelihood="bernoulli", image=(8, 1, 8, 8), latent=20)
     yield Operation("elbo", "bernoulli 8x1x8x8 D=20", inputs, elbo.definition_of("bernoulli"), call)

@@ -1,5 +1,5 @@
-"""A softmax's nats from the features before a 1x1 convolution to 256 levels of three colours, summed over the images as
-a training step does; watch the memory."""
+"""Nats of a softmax over 256 levels of three colours, from the features before the last 1x1 convolution, summed over
+the images as in a training step. The point is the memory that it saves."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from benchmarks.harness.case import Case, Rivals
 from fastgen.ops import linear_cross_entropy
 from fastgen.ops.linear_cross_entropy import linear_cross_entropy_reference
 
-# (B, F, H, W) features, levels.
+# Shape (B, F, H, W) of the features, number of levels.
 Size = tuple[tuple[int, int, int, int], int]
 SIZES: dict[str, list[Size]] = {
     "toy": [((2, 5, 3, 4), 7)],
@@ -37,6 +37,8 @@ def _inputs(device: torch.device, features: tuple[int, int, int, int], levels: i
 
 
 def summed(nats: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The sum over the images of a function that returns nats (B,)."""
+
     def total(features: Tensor, weight: Tensor, target: Tensor, bias: Tensor) -> Tensor:
         return nats(features, weight, target, bias).sum()
 
@@ -48,11 +50,11 @@ def cases(size: str, device: torch.device) -> Iterator[Case]:
         eager = summed(references.convolution_cross_entropy)
         providers: Rivals = {"eager": eager, "compiled": references.compiled(eager)}
         if hasattr(F, "linear_cross_entropy") and hasattr(nn, "LinearCrossEntropyOptions"):  # since torch 2.13
-            by_torch = references.linear_cross_entropy_torch
-            providers["F.linear_cross_entropy"] = summed(by_torch)
-            providers["F.linear_cross_entropy, chunked"] = summed(functools.partial(by_torch, chunked=True))
-        own = functools.partial(linear_cross_entropy, positions=5 if size == "toy" else 8192)
-        providers["fastgen"] = summed(own)
+            torch_function = references.linear_cross_entropy_torch
+            providers["F.linear_cross_entropy"] = summed(torch_function)
+            providers["F.linear_cross_entropy, chunked"] = summed(functools.partial(torch_function, chunked=True))
+        operation = functools.partial(linear_cross_entropy, positions=5 if size == "toy" else 8192)
+        providers["fastgen"] = summed(operation)
         positions = features[0] * features[2] * features[3]
         multiply_adds = positions * features[1] * 3 * levels
         yield Case(

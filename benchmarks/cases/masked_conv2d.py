@@ -1,4 +1,4 @@
-"""A convolution with masked weights, bias and activation. Bound by operations, of which the mask leaves about half."""
+"""A convolution with masked weights, bias and activation. Arithmetic limits it; the mask leaves about half of it."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from fastgen.ops import causal_mask, masked_conv2d
 from fastgen.ops.masked_conv2d import masked_conv2d_reference
 
 Sizes = tuple[int, int, int, int]  # (B, I, O, N): N x N maps
-Layer = tuple[Sizes, int, str, str]  # and kernel, mask type, activation
+Layer = tuple[Sizes, int, str, str]  # sizes, kernel size, mask type, activation
 GATED, PLAIN = (3, "B", "gated"), (3, "B", "relu")
 SMALL: list[Layer] = [((16, 32, 64, 28), *GATED), ((16, 1, 64, 28), 7, "A", "none")]
 LAYERS: dict[str, list[Layer]] = {
@@ -49,13 +49,14 @@ BLOCKS: dict[str, list[tuple[int, int, int]]] = {
 def inputs(
     device: torch.device, sizes: Sizes, kernel: int, mask_type: str, dtype: torch.dtype, data_channels: int = 1
 ) -> dict[str, Tensor]:
-    """Channels-last, the layout that cuDNN is fastest in."""
-    batch, of, to, n = sizes
-    tensors = {"x": torch.randn(batch, of, n, n, device=device)}
-    tensors["weight"] = torch.randn(to, of, kernel, kernel, device=device) / (of * kernel**2 / 2) ** 0.5
+    """Tensors in the layout channels-last, in which cuDNN is fastest."""
+    batch, in_channels, out_channels, n = sizes
+    tensors = {"x": torch.randn(batch, in_channels, n, n, device=device)}
+    weight = torch.randn(out_channels, in_channels, kernel, kernel, device=device)
+    tensors["weight"] = weight / (in_channels * kernel**2 / 2) ** 0.5
     tensors = {name: x.contiguous(memory_format=torch.channels_last) for name, x in tensors.items()}
-    tensors["bias"] = torch.randn(to, device=device)
-    mask = causal_mask(mask_type, to, of, kernel, data_channels).to(device)
+    tensors["bias"] = torch.randn(out_channels, device=device)
+    mask = causal_mask(mask_type, out_channels, in_channels, kernel, data_channels).to(device)
     return {**{name: x.to(dtype).requires_grad_() for name, x in tensors.items()}, "mask": mask}
 
 
@@ -66,28 +67,28 @@ def convolve(
 
 
 def _layer(size: str, device: torch.device, layer: Layer, dtype: torch.dtype) -> Case:
-    (batch, of, to, n), kernel, mask_type, activation = layer
+    (batch, in_channels, out_channels, n), kernel, mask_type, activation = layer
     plain = {name: getattr(references, f"masked_conv2d_{name}") for name in ("dense", "cropped", "split")}
     plain = {name: functools.partial(call, activation=activation) for name, call in plain.items()}
     rivals: Rivals = {f"eager, {name}": call for name, call in plain.items()}
-    for word, mode in (("compiled", None), ("compiled max-autotune", "max-autotune-no-cudagraphs")):
-        rivals |= {f"{word}, {name}": references.compiled(plain[name], mode) for name in ("dense", "cropped")}
+    for prefix, mode in (("compiled", None), ("compiled max-autotune", "max-autotune-no-cudagraphs")):
+        rivals |= {f"{prefix}, {name}": references.compiled(plain[name], mode) for name in ("dense", "cropped")}
     definition = functools.partial(convolve, call=masked_conv2d_reference, activation=activation)
     operation = functools.partial(convolve, call=masked_conv2d, activation=activation)
     taps = int(causal_mask(mask_type, 1, 1, kernel).sum())
-    results = to // 2 if activation == "gated" else to
-    weights, pixels, size_of = taps * of * to, batch * n * n, dtype.itemsize
+    results = out_channels // 2 if activation == "gated" else out_channels
+    weights, pixels, itemsize = taps * in_channels * out_channels, batch * n * n, dtype.itemsize
     return Case(
         op="masked_conv2d",
-        shape=f"{batch}x{of}x{n}x{n} to {to}, {kernel}x{kernel} {mask_type} {activation}",
+        shape=f"{batch}x{in_channels}x{n}x{n} to {out_channels}, {kernel}x{kernel} {mask_type} {activation}",
         dtype=dtype,
         inputs=functools.partial(inputs, sizes=layer[0], kernel=kernel, mask_type=mask_type, dtype=dtype),
         providers=contenders(size, device, rivals, operation, definition),
         truth=definition,
         # The backward reads x, the convolution's result and the incoming gradient, and writes the gradient of x.
         bytes=(
-            size_of * (pixels * (of + results) + weights),
-            size_of * (pixels * (2 * of + to + results) + 2 * weights),
+            itemsize * (pixels * (in_channels + results) + weights),
+            itemsize * (pixels * (2 * in_channels + out_channels + results) + 2 * weights),
         ),
         flops=(2 * weights * pixels, 4 * weights * pixels),
         batch=batch,
@@ -105,7 +106,7 @@ def block_inputs(device: torch.device, sizes: tuple[int, int, int], dtype: torch
 def run_block(
     block: GatedMaskedBlock, vertical: Tensor, horizontal: Tensor, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """impl="triton": the kernels also on a CPU, in the interpreter."""
+    """Runs the block. impl="triton" runs its kernels also on a CPU, in the interpreter."""
     return block.fused(vertical, horizontal) if impl == "triton" else block(vertical, horizontal)
 
 
@@ -121,8 +122,8 @@ def _block(size: str, device: torch.device, sizes: tuple[int, int, int], dtype: 
         inputs=functools.partial(block_inputs, sizes=sizes, dtype=dtype),
         providers=contenders(size, device, rivals, run_block, run_block),
         truth=run_block,
-        # Two maps in, two out; the backward reads the maps and both gradients and writes the gradients of the maps.
-        bytes=(dtype.itemsize * (4 * c * pixels + weights), dtype.itemsize * (6 * c * pixels + 2 * weights)),
+        # The forward reads and writes two maps. The backward reads two maps and two gradients, and writes two
+        # gradients. tes=(dtype.itemsize * (4 * c * pixels + weights), dtype.itemsize * (6 * c * pixels + 2 * weights)),
         flops=(2 * weights * pixels, 4 * weights * pixels),
         batch=batch,
     )

@@ -1,4 +1,4 @@
-"""The kernels of the probes: next to nothing, over and over. They are no part of the library."""
+"""The kernels of the probes: each repeats a step that does almost nothing. They are not part of the library."""
 
 import triton
 import triton.language as tl
@@ -6,18 +6,18 @@ import triton.language as tl
 
 @triton.jit
 def add_one(x_ptr, SIZE: tl.constexpr):
-    """A node of a graph: it loads and stores what the one before has stored."""
+    """Adds one to x. As a node of a CUDA graph it loads what the node before has stored."""
     i = tl.arange(0, SIZE)
     tl.store(x_ptr + i, tl.load(x_ptr + i) + 1)
 
 
 @triton.jit
 def pass_to_the_neighbour(x_ptr, arrived_ptr, parts, programs):
-    """`parts` barriers between all programs, which must run at the same time: each takes its neighbour's value of the
-    part before, adds one and waits until all have done so.
+    """`parts` barriers between all programs, which must run at the same time. In each part, every program stores its
+    neighbour's value of the previous part plus one, and waits until all programs have done so.
 
-    x_ptr: (2, programs), read and written in turns. arrived_ptr: a counter that starts at 0. A program that waits for
-    too long goes on, with a wrong result instead of a hang.
+    x_ptr: (2, programs), of which one row is read and the other written, alternating. arrived_ptr: a counter that
+    starts at 0. A program that has waited for too long goes on: the result is then wrong, instead of a hang.
     """
     me = tl.program_id(0)
     neighbour = (me + 1) % programs
@@ -37,8 +37,8 @@ def pass_to_the_neighbour(x_ptr, arrived_ptr, parts, programs):
 
 @triton.jit
 def instructions(x_ptr, weights_ptr, parts, ROWS: tl.constexpr, K: tl.constexpr, DISTINCT: tl.constexpr):
-    """`parts` instructions of a sampler in one program: load a few rows, multiply by the weight of the instruction, an
-    activation, store, and a barrier before the next loads them."""
+    """`parts` instructions as in the sampler, in one program. Each loads a few rows, multiplies them by its weight,
+    applies an activation and stores them; a barrier separates it from the next."""
     rows, k = tl.arange(0, ROWS), tl.arange(0, K)
     block = x_ptr + rows[:, None] * K + k[None, :]
     for part in range(parts):

@@ -1,5 +1,5 @@
-"""What a step costs that does hardly anything: a node of a CUDA graph, a barrier between programs, an instruction of a
-sampler. A row has the time of one of them."""
+"""The cost of steps that do almost nothing: a node of a CUDA graph, a barrier between programs, an instruction of the
+sampler. The times in a row are those of one step."""
 
 import functools
 import importlib
@@ -13,17 +13,18 @@ from benchmarks.harness.case import INTERPRETED, Case, Rivals
 
 TOY = 3
 PARTS = {"toy": TOY, "cpu": TOY, "cpu-full": TOY, "gpu": 1000, "gpu-full": 1000}
-ROWS = 16  # of a product: the least that tensor cores take
+ROWS = 16  # of a product: the least that tensor cores compute
 WIDTHS = {"toy": (16,), "gpu": (128, 256), "gpu-full": (64, 128, 256)}
 
 
 def kernels() -> Any:
-    """They need Triton, which is not everywhere."""
+    """The module of the kernels, imported late: it needs Triton."""
     return importlib.import_module("benchmarks.cases.probe_kernels")
 
 
 def _programs(device: torch.device) -> int:
-    """One a multiprocessor, so that all of them run at the same time; in the interpreter they run one by one."""
+    """One program for each multiprocessor, so that all run at the same time; in the interpreter, which runs programs
+    one after the other, a single one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -34,14 +35,14 @@ def add_ones(x: Tensor, parts: int) -> Tensor:
 
 
 def pass_around(x: Tensor, parts: int) -> Tensor:
-    """In every part, each program takes what its neighbour has, and adds one."""
+    """In every part, each program takes its neighbour's value and adds one."""
     for _ in range(parts):
         x = x.roll(-1) + 1
     return x
 
 
 def products(x: Tensor, weights: Tensor, parts: int) -> Tensor:
-    """Each product is of the one before: x (rows, K), weights (n, K, K), taken in turns."""
+    """A chain of products: x (rows, K) times each of the weights (n, K, K) in turn."""
     for part in range(parts):
         x = (x.double() @ weights[part % len(weights)].double()).relu().to(x.dtype)
     return x
@@ -73,7 +74,8 @@ def _counters(device: torch.device, count: int | None, parts: int) -> dict[str, 
 
 
 def _factors(device: torch.device, width: int, parts: int, dtype: torch.dtype) -> dict[str, Any]:
-    """As many weights as fit the L2 cache and no level before it; so scaled that nothing grows or fades."""
+    """24 weights, which together fit into the L2 cache but not into L1. They are scaled so that values neither grow nor
+    vanish."""
     weights = torch.randn(24, width, width, device=device) * (2 / width) ** 0.5
     return {"x": torch.rand(ROWS, width, device=device).to(dtype), "weights": weights.to(dtype), "parts": parts}
 

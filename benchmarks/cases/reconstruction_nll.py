@@ -17,7 +17,7 @@ RIVALS = {
     "categorical": references.categorical_nll,
     "logistic_mixture": references.logistic_mixture_nll,
 }
-# The same by torch.distributions, and by torch's own loss where that is not what the first rival is.
+# Further rivals: torch.distributions, and torch's own loss if the first rival does not use it.
 OTHERS: dict[str, Rivals] = {
     "bernoulli": {"distributions": references.bernoulli_nll_distributions},
     "gaussian": {
@@ -27,7 +27,7 @@ OTHERS: dict[str, Rivals] = {
     "categorical": {"distributions": references.categorical_nll_distributions},
     "logistic_mixture": {},
 }
-Image = tuple[int, ...]  # (B, C, H, W); the parameters follow from the likelihood
+Image = tuple[int, ...]  # (B, C, H, W)
 CPU: list[tuple[str, Image]] = [("bernoulli", (256, 1, 28, 28))]
 CPU += [("categorical", (8, 3, 32, 32)), ("logistic_mixture", (8, 3, 32, 32))]
 IMAGES: dict[str, list[tuple[str, Image]]] = {
@@ -50,7 +50,9 @@ def inputs(device: torch.device, likelihood: str, image: Image, dtype: torch.dty
     per_pixel = {"bernoulli": channels, "gaussian": 2 * channels, "logistic_mixture": 100 if channels == 3 else 30}
     sizes = (256, channels) if likelihood == "categorical" else (per_pixel[likelihood],)
     params = torch.randn(batch, *sizes, height, width, device=device)
-    if likelihood == "logistic_mixture":  # log-scales of a trained model; wider than a pixel, narrower than the range
+    if (
+        likelihood == "logistic_mixture"
+    ):  # log-scales as in a trained model: wider than a level, narrower than the range
         params[:, 10:].view(batch, channels, -1, 10, height, width)[:, :, 1] -= 3
     target = torch.randint(2 if likelihood == "bernoulli" else 256, image, device=device, dtype=torch.uint8)
     if likelihood == "gaussian":

@@ -1,4 +1,4 @@
-"""The rivals, in plain PyTorch: what a careful user writes today. Each is named as in the tables."""
+"""The rivals, in plain PyTorch: what a careful user would write today."""
 
 import copy
 import functools
@@ -14,19 +14,20 @@ from fastgen.nn import DiagonalLSTM, GatedMaskedBlock, MaskedConv2d, RowLSTM
 
 
 def compiled(call: Callable, mode: str | None = None) -> Callable:
-    """The same under `torch.compile`, static shapes; nothing happens (nor asks for a GPU) before the first call."""
+    """The function under `torch.compile`, with static shapes. Nothing is compiled, and no GPU initialized, before the
+    first call."""
     made = functools.cache(lambda: torch.compile(call, dynamic=False, mode=mode))
 
     def step(*args: Any, **options: Any) -> Any:
         if mode == "reduce-overhead":
-            torch.compiler.cudagraph_mark_step_begin()  # what the last call returned is not needed any more
+            torch.compiler.cudagraph_mark_step_begin()  # the result of the previous call may be overwritten
         return made()(*args, **options)
 
     return step
 
 
 def rivals_of(eager: Callable) -> dict[str, Callable]:
-    """The same eager, compiled, and compiled into CUDA graphs."""
+    """The function itself, compiled, and compiled with CUDA graphs."""
     return {
         "eager": eager,
         "compiled": compiled(eager),
@@ -38,7 +39,7 @@ def rivals_of(eager: Callable) -> dict[str, Callable]:
 
 
 def reparameterize_kl_textbook(mu: Tensor, logvar: Tensor, eps: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Kingma & Welling 2014, appendix B, as most code writes it, in float32 under half precision."""
+    """Kingma & Welling 2014, appendix B, as in most code; half precision is computed in float32."""
     mu32, logvar32 = mu.float(), logvar.float()
     noise = torch.randn_like(mu) if eps is None else eps
     z = mu32 + torch.exp(0.5 * logvar32) * noise
@@ -47,7 +48,7 @@ def reparameterize_kl_textbook(mu: Tensor, logvar: Tensor, eps: Tensor | None = 
 
 
 def reparameterize_kl_distributions(mu: Tensor, logvar: Tensor, eps: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The same by torch.distributions, its argument checks off (they wait for the GPU)."""
+    """The same with torch.distributions, without its argument checks, which wait for the GPU."""
     normal = torch.distributions.Normal
     mu32 = mu.float()
     posterior = normal(mu32, torch.exp(0.5 * logvar.float()), validate_args=False)
@@ -71,14 +72,15 @@ def gaussian_nll(params: Tensor, target: Tensor) -> Tensor:
 
 
 def categorical_nll(params: Tensor, target: Tensor) -> Tensor:
-    """F.cross_entropy with the classes on dim 1: the layout in which it copies nothing."""
+    """F.cross_entropy with the levels on dim 1, a layout in which it copies nothing."""
     return F.cross_entropy(params.float(), target.long(), reduction="none").flatten(1).sum(1)
 
 
 def logistic_mixture_nll(params: Tensor, target: Tensor) -> Tensor:
-    """PixelCNN++'s likelihood of an RGB image (Salimans et al. 2017), by the exact difference of two sigmoids.
+    """PixelCNN++'s likelihood of RGB images (Salimans et al. 2017), with the exact difference of two sigmoids.
 
-    The published recipe with its thresholds is no faster, and off by up to 1.6 nats a pixel in float32.
+    The published implementation, which switches between approximations by thresholds, is not faster, and in float32 is
+    wrong by up to 1.6 nats per pixel.
     """
     n_mix = params.shape[1] // 10
     params = params.float()
@@ -99,7 +101,7 @@ def logistic_mixture_nll(params: Tensor, target: Tensor) -> Tensor:
 
 
 def bernoulli_nll_distributions(params: Tensor, target: Tensor) -> Tensor:
-    """By torch.distributions, its argument checks off (they wait for the GPU)."""
+    """With torch.distributions, without its argument checks, which wait for the GPU."""
     distribution = torch.distributions.Bernoulli(logits=params.float(), validate_args=False)
     return -distribution.log_prob(target.float()).flatten(1).sum(1)
 
@@ -111,7 +113,7 @@ def gaussian_nll_distributions(params: Tensor, target: Tensor) -> Tensor:
 
 
 def gaussian_nll_torch(params: Tensor, target: Tensor) -> Tensor:
-    """torch's own loss, of the variance; it waits for the GPU to see that no variance is negative."""
+    """torch's own loss, which takes variances. It waits for the GPU, to check that no variance is negative."""
     mean, logvar = params.float().chunk(2, 1)
     losses = F.gaussian_nll_loss(mean, target, torch.exp(logvar), full=True, eps=0.0, reduction="none")
     return losses.flatten(1).sum(1)
@@ -123,7 +125,7 @@ def categorical_nll_distributions(params: Tensor, target: Tensor) -> Tensor:
 
 
 def convolution_cross_entropy(features: Tensor, weight: Tensor, target: Tensor, bias: Tensor) -> Tensor:
-    """Logits (B, 3 * levels, H, W) by a 1x1 convolution, then F.cross_entropy on the classes' dim."""
+    """Logits (B, levels, 3, H, W) by a 1x1 convolution, then F.cross_entropy."""
     logits = F.conv2d(features, weight[:, :, None, None], bias).unflatten(1, (3, -1)).transpose(1, 2)
     return categorical_nll(logits, target)
 
@@ -131,8 +133,9 @@ def convolution_cross_entropy(features: Tensor, weight: Tensor, target: Tensor, 
 def linear_cross_entropy_torch(
     features: Tensor, weight: Tensor, target: Tensor, bias: Tensor, *, chunked: bool = False
 ) -> Tensor:
-    """torch's own F.linear_cross_entropy, a product and a softmax in one function. As it is by default it keeps the
-    logits; `chunked` does not, and takes the three colours one after the other and only sums over all images."""
+    """torch's own F.linear_cross_entropy, a matrix product and a softmax in one function. By default it keeps the
+    logits. The chunked variant does not; it takes the three colours one after the other, and returns only the sum over
+    all images."""
     rows = features.movedim(1, -1).flatten(0, -2)
     levels = target.movedim(1, -1).flatten(0, -2)
     weights, biases = weight.unflatten(0, (3, -1)), bias.unflatten(0, (3, -1))
@@ -158,8 +161,8 @@ def _cell(pre: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def diagonal_lstm_skewed(gates: Tensor, weight: Tensor) -> Tensor:
-    """van den Oord et al. 2016, section 3.2, as published code has it: the map is skewed, every row shifted by one
-    against the one above, so that a diagonal is a column; then a convolution with kernel 2 a column."""
+    """van den Oord et al. 2016, section 3.2, as in published code. The map is skewed: every row is shifted by one
+    against the row above, so that diagonals become columns. Then each column takes a convolution with a kernel of 2."""
     batch, _, height, width = gates.shape
     units = weight.shape[1]
     skewed = torch.stack([F.pad(gates[:, :, i], (i, height - 1 - i)) for i in range(height)], 2)
@@ -178,7 +181,7 @@ def diagonal_lstm_skewed(gates: Tensor, weight: Tensor) -> Tensor:
 
 
 def row_lstm_convolutions(gates: Tensor, weight: Tensor) -> Tensor:
-    """van den Oord et al. 2016, section 3.1: a one-dimensional convolution over the row above for every row."""
+    """van den Oord et al. 2016, section 3.1: for every row, a one-dimensional convolution over the row above."""
     hidden = gates.new_zeros(gates.shape[0], weight.shape[1], gates.shape[3])
     cell = torch.zeros_like(hidden, dtype=torch.float32)
     rows = []
@@ -191,10 +194,10 @@ def row_lstm_convolutions(gates: Tensor, weight: Tensor) -> Tensor:
 
 
 def lstm_of_equal_length(steps: int, units: int, device: torch.device, dtype: torch.dtype) -> Callable:
-    """torch.nn.LSTM (cuDNN on a GPU) with as many steps, rows and units, as a landmark: another recurrence.
+    """torch.nn.LSTM (cuDNN on a GPU) with as many steps, rows and units: a landmark, since it is another recurrence.
 
-    Nothing comes from the neighbour above. Its input-to-state product, which the diagonal LSTM does not contain, is
-    kept small: one input feature.
+    It takes no state from the neighbour above. Its input-to-state product, which the diagonal LSTM does not have, is
+    kept small by a single input feature.
     """
     lstm = functools.cache(lambda: torch.nn.LSTM(1, units, bias=False).to(device, dtype))
 
@@ -216,20 +219,21 @@ def _activate(out: Tensor, activation: str) -> Tensor:
 
 
 def masked_conv2d_dense(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
-    """A dense convolution with zeros for what is masked, as nearly all PixelCNN code has it; "same" padding."""
+    """A dense convolution whose masked weights are zero, as in nearly all PixelCNN code; "same" padding."""
     return _activate(F.conv2d(x, weight * mask, bias, padding=weight.shape[2] // 2), activation)
 
 
 def masked_conv2d_cropped(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
-    """Only the kernel's upper rows, which hold all live weights: half the work of the dense one, and nothing copied."""
+    """A convolution with the upper rows of the kernel, which hold all live weights: about half the work of the dense
+    one, without copies of x."""
     reach = weight.shape[2] // 2
     upper = (weight * mask)[:, :, : reach + 1]
     return _activate(F.conv2d(x, upper, bias, padding=reach)[:, :, : x.shape[2]], activation)
 
 
 def masked_conv2d_split(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
-    """Two convolutions without any masked tap, as a careful user splits a causal kernel: the rows above (1x3 of a 3x3),
-    and the centre with what is to its left (1x2). The sums are written twice."""
+    """Two convolutions without masked taps: one with the rows of the kernel above the centre (1x3 of a 3x3), one with
+    the centre and the taps to its left (1x2). Their results are added, which writes the output twice."""
     reach = weight.shape[2] // 2
     live = weight * mask
     out = F.conv2d(x, live[:, :, reach : reach + 1, : reach + 1], bias, padding=(0, reach))[..., : x.shape[3]]
@@ -239,8 +243,8 @@ def masked_conv2d_split(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor, a
 
 
 def gated_block_cropped(block: GatedMaskedBlock, vertical: Tensor, horizontal: Tensor) -> tuple[Tensor, Tensor]:
-    """A layer of the Gated PixelCNN, mask B, on the block's parameters, as careful code has it: the stacks are a 2x3
-    and a 1x2 convolution without any masked tap, padded and cropped."""
+    """A layer of the Gated PixelCNN of mask type B with the block's parameters. The stacks are a 2x3 and a 1x2
+    convolution without masked taps, padded and cropped."""
     reach = block.vertical.kernel_size[0] // 2
     above = F.conv2d(vertical, block.vertical.weight[:, :, : reach + 1], block.vertical.bias, padding=reach)
     above = above[:, :, : vertical.shape[2]]
@@ -252,7 +256,7 @@ def gated_block_cropped(block: GatedMaskedBlock, vertical: Tensor, horizontal: T
 
 
 class PlainMaskedConv2d(nn.Module):
-    """What stands in the place of a MaskedConv2d in `plain`: the same parameters in a dense convolution."""
+    """Replaces a MaskedConv2d in `plain`: a dense convolution with the same parameters."""
 
     mask: Tensor
 
@@ -270,7 +274,7 @@ class PlainMaskedConv2d(nn.Module):
 
 
 class PlainScan(nn.Module):
-    """What stands in the place of a DiagonalLSTM or a RowLSTM in `plain`: the same parameters in a loop."""
+    """Replaces a DiagonalLSTM or a RowLSTM in `plain`: a loop with the same parameters."""
 
     def __init__(self, layer: DiagonalLSTM | RowLSTM) -> None:
         super().__init__()
@@ -289,7 +293,7 @@ class PlainScan(nn.Module):
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """The same model in plain PyTorch, around the same Parameter objects."""
+    """A copy of a model in plain PyTorch that shares its Parameter objects."""
     shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     copied = copy.deepcopy(model, shared)
     for parent in list(copied.modules()):

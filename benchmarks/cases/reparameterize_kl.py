@@ -1,4 +1,4 @@
-"""Reparameterization and KL of a diagonal Gaussian. Memory-bound; small latents are bound by launches."""
+"""Reparameterization and KL of a diagonal Gaussian. Bandwidth limits it; for small latents, the cost of a launch."""
 
 import functools
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from benchmarks.harness.case import Case, Rivals, contenders
 from fastgen.ops import reparameterize_kl
 from fastgen.ops.reparameterize_kl import reparameterize_kl_reference
 
-# The latents of an MLP, large ones for the bandwidth, latent maps (few long rows), those of a convolutional network.
+# Latents of an MLP; large ones, to measure bandwidth; latent maps (few long rows); latents of a convolutional network.
 GPU: list[tuple[int, ...]] = [(128, 20), (1024, 4096), (16, 4, 64, 64), (256, 128)]
 SHAPES: dict[str, list[tuple[int, ...]]] = {
     "toy": [(3, 37), (1, 1025)],
@@ -21,7 +21,7 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
     "gpu": GPU,
     "gpu-full": [*GPU, (4096, 4096)],
 }
-HALF = [(3, 37), (1024, 4096)]  # in bfloat16, too
+HALF = [(3, 37), (1024, 4096)]  # these are measured in bfloat16 too
 
 
 def inputs(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -30,7 +30,7 @@ def inputs(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> 
 
 
 def noise(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """The same noise for all where they are compared; while timed, each draws its own."""
+    """The same noise for all providers while they are compared. While they are timed, each draws its own."""
     return {"eps": torch.randn_like(inputs["mu"])}
 
 
@@ -48,7 +48,8 @@ def cases(size: str, device: torch.device) -> Iterator[Case]:
             inputs=functools.partial(inputs, shape=shape, dtype=dtype),
             providers=contenders(size, device, rivals, reparameterize_kl, reparameterize_kl_reference),
             truth=reparameterize_kl_reference,
-            # Read mu, logvar, write z; read dz, mu, logvar, write dmu, dlogvar; the noise is not stored.
+            # The forward reads mu and logvar and writes z; the backward reads dz, mu and logvar and writes dmu and
+            # dlogvar. The noise is not stored.
             bytes=(3 * moved, 5 * moved),
             given=noise,
             batch=shape[0],

@@ -1,4 +1,4 @@
-"""The Row LSTM over a map: one dependent step a row."""
+"""The Row LSTM over a map: one dependent step for each row."""
 
 from collections.abc import Iterator
 

@@ -1,11 +1,13 @@
-"""Exact sampling, a batch of images, beside one forward pass of the same batch: the least that any exact sampler needs.
+"""Exact sampling of a batch of images. The baseline is one forward pass of the batch, the least work of any exact
+sampler.
 
-Analysis and first batch (which measures the rounding of the engine) belong to the comparison, and are not timed. The
-images of all backends are compared level by level with those of "naive" or, for large batches, of "fixed_point". The
-rivals in plain PyTorch run a whole forward pass a draw; all are alike, so that one is timed, and the row says so.
+Analysis and the first batch, which measures the rounding of the engine, are part of the comparison and not timed. The
+images of all backends must equal those of "naive" or, for large batches, of "fixed_point". The rivals in plain PyTorch
+run a whole forward pass for each draw. All draws take the same time, so that one draw is timed and the row's times are
+extrapolated.
 
-Weights are scaled so that logits differ as those of a trained model do: where they hardly do, rounding never changes a
-draw, and nothing has ever to be drawn again.
+Weights are scaled so that logits spread as in a trained model. With nearly equal logits, rounding would never change a
+draw, and no image would have to be drawn again.
 """
 
 import functools
@@ -22,7 +24,7 @@ from benchmarks.harness.case import Case, Rivals
 from fastgen import accelerate
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelRNN
 
-# The model, image, levels, further sizes, images at once.
+# The model, shape of an image, number of levels, further arguments, number of images.
 Job = tuple[type[GatedPixelCNN] | type[PixelCNN] | type[PixelRNN], tuple[int, int, int], int, dict[str, Any], int]
 
 CPU: list[Job] = [
@@ -47,27 +49,27 @@ JOBS: dict[str, list[Job]] = {
     "gpu": GPU,
     "gpu-full": GPU + [(PixelCNN, (3, 32, 32), 256, {}, batch) for batch in (1, 64, 256)],
 }
-NAIVE_DRAWS = {"cpu": 2000, "cuda": 60_000}  # a batch of up to so many levels is compared with naive sampling
+NAIVE_DRAWS = {"cpu": 2000, "cuda": 60_000}  # batches of up to this many levels are compared with naive sampling
 PRODUCT = "as many multiply-adds in one product"
-COLUMNS = 256  # of that
+COLUMNS = 256  # of the factors of PRODUCT
 SPREAD = 2.0  # standard deviation of a pixel's logits
 
 
 def spread_of(logits: Tensor) -> float:
-    """Standard deviation over the levels, dim 1, in the mean of all places."""
+    """Standard deviation of logits (B, K, ...) over the levels, averaged over all places."""
     return logits.float().std(1).mean().item()
 
 
 @torch.no_grad()
 def scale(model: nn.Module, x: Tensor) -> None:
-    """Scales the parameters of the model's last layer, so that its logits spread by SPREAD."""
-    ran: list[nn.Module] = []
+    """Scales the parameters of the model's last layer so that the spread of the logits becomes SPREAD."""
+    layers_in_order: list[nn.Module] = []
     layers = [layer for layer in model.modules() if isinstance(getattr(layer, "weight", None), nn.Parameter)]
-    hooks = [layer.register_forward_hook(lambda layer, *_: ran.append(layer)) for layer in layers]
+    hooks = [layer.register_forward_hook(lambda layer, *_: layers_in_order.append(layer)) for layer in layers]
     factor = SPREAD / spread_of(model(x))
     for hook in hooks:
         hook.remove()
-    for parameter in ran[-1].parameters(recurse=False):
+    for parameter in layers_in_order[-1].parameters(recurse=False):
         parameter.mul_(factor)
 
 
@@ -78,7 +80,7 @@ def _inputs(device: torch.device, job: Job) -> dict[str, Any]:
     x = torch.randint(levels, (batch, *shape), generator=generator).to(device)
     model = build(shape, levels, **size).to(device).eval().requires_grad_(False)
     scale(model, x[:8])
-    # Made at the first call: each backend that is asked for analyses the model once.
+    # Each backend analyses the model once, when it is first used.
     sampler = functools.cache(lambda name: accelerate(model, shape, distribution=model.distribution, backend=name))
     factors = functools.cache(lambda: _factors(sampler, batch, device))
     return {"model": model, "x": x, "noise": noise, "sampler": sampler, "factors": factors}
@@ -93,7 +95,7 @@ def _sample(noise: Tensor, sampler: Any, *, backend: str, **others: Any) -> Tens
 
 
 def _one_draw(model: Any, noise: Tensor, **others: Any) -> Tensor:
-    """The first of the C * H * W draws, as most code draws them: for each, a whole forward pass."""
+    """The first of C * H * W draws by the usual loop, which runs a whole forward pass for each."""
     levels = torch.zeros_like(noise, dtype=torch.long)
     params = model(levels)[..., 0, 0]
     levels[:, 0, 0, 0] = model.distribution.draw(params, noise[..., 0, 0], 0, levels[:, :0, 0, 0])
@@ -101,19 +103,20 @@ def _one_draw(model: Any, noise: Tensor, **others: Any) -> Tensor:
 
 
 def _factors(sampler: Any, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two matrices whose product takes as many multiply-adds as the steps of a batch."""
-    found = re.search(r"(\S+) million multiply-adds an image", sampler("auto").explain())
-    rows = 1 if found is None else max(1, round(float(found[1]) * 1e6 * batch / COLUMNS**2))
+    """Two matrices whose product takes as many multiply-adds as sampling the batch; (1, COLUMNS) if the backend does
+    not state the number."""
+    stated = re.search(r"(\S+) million multiply-adds an image", sampler("auto").explain())
+    rows = 1 if stated is None else max(1, round(float(stated[1]) * 1e6 * batch / COLUMNS**2))
     return torch.rand(rows, COLUMNS, device=device), torch.rand(COLUMNS, COLUMNS, device=device)
 
 
 def _one_product(factors: Any, **others: Any) -> Tensor:
-    """What the processor's own matrix product takes for as many multiply-adds: over it, the machine's share of that."""
+    """torch's matrix product with as many multiply-adds as sampling: how fast the processor could be."""
     return torch.mm(*factors())
 
 
 def _about(provider: str, inputs: dict[str, Any], backends: dict[str, str]) -> dict[str, Any]:
-    """What the sampler says of itself: passes, images drawn again, launches."""
+    """Further fields of the row: the sampler's work ratio and statistics."""
     if provider not in backends:
         return {}
     sampler = inputs["sampler"](backends[provider])
@@ -124,7 +127,7 @@ def _about(provider: str, inputs: dict[str, Any], backends: dict[str, str]) -> d
 def cases(size: str, device: torch.device) -> Iterator[Case]:
     cuda = device.type == "cuda"
     for job in JOBS[size]:
-        build, shape, levels, of_model, batch = job
+        build, shape, levels, arguments, batch = job
         draws = math.prod(shape)
         backends = {"fastgen": "auto", "fastgen, persistent": "persistent"}
         if size != "gpu":
@@ -132,7 +135,7 @@ def cases(size: str, device: torch.device) -> Iterator[Case]:
         providers: Rivals = {"one forward pass": one_pass, PRODUCT: _one_product, "naive": _one_draw}
         providers |= {name: functools.partial(_sample, backend=backend) for name, backend in backends.items()}
         providers["naive, compiled"] = compiled(_one_draw, "reduce-overhead" if cuda else None)
-        sizes = "".join(f" {key}={value}" for key, value in of_model.items())
+        sizes = "".join(f" {key}={value}" for key, value in arguments.items())
         truth = "naive" if batch * draws <= NAIVE_DRAWS[device.type] else "fixed_point"
         yield Case(
             op="sampling",

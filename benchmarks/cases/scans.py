@@ -1,4 +1,5 @@
-"""What the benchmarks of the diagonal and the Row LSTM share: sizes, inputs, floor, and the ways to launch them."""
+"""What the benchmarks of the diagonal LSTM and of the Row LSTM share: sizes, inputs, cases and variants of the
+launch."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -39,15 +40,24 @@ def cases_of(
     landmark: str = "",
     suffix: str = "",
 ) -> Iterator[Case]:
-    """A case for each size and dtype. `rivals` takes (units, n, dtype); the first of them is a loop, which a GPU also
-    captures in a CUDA graph."""
+    """A case for each size and dtype.
+
+    Args:
+        operation, definition: fastgen's operation and its definition in PyTorch.
+        rivals: function of (units, n, dtype) that returns the rivals. The first is a loop, which is also captured in a
+            CUDA graph on a GPU.
+        taps: taps of the recurrent weight.
+        landmark: name of the rival that is a landmark, if any.
+        suffix: end of the text of the size.
+    """
     for batch, units, n in SIZES[size]:
         for dtype in [torch.float32] if size.startswith("cpu") else [torch.float32, torch.bfloat16]:
             providers = rivals(units, n, dtype)
             providers["CUDA graph of the eager loop"] = graph_captured(next(iter(providers.values())))
             providers["fastgen, CUDA graph"] = graph_captured(operation)
             providers["fastgen, by tiles"] = by_tiles(operation)
-            # Read 4h gates a pixel, write h; the backward reads the gates' activations, cells and dh, and writes 4h.
+            # For each pixel the forward reads 4h gates and writes h. The backward reads 4h activations, the gradient of
+            # h and h cells in float32, and writes 4h gradients.
             pixels, storage = batch * n * n, dtype.itemsize
             flops = 2 * taps * 4 * units**2 * pixels
             yield Case(
@@ -65,23 +75,23 @@ def cases_of(
 
 
 def graph_captured(call: Scan) -> Scan:
-    """The same with its launches in a CUDA graph, forward and backward; captured at the first call, for its tensors."""
-    made: dict[bool, Scan] = {}
+    """The scan with its launches in CUDA graphs, forward and backward, which are captured at the first call."""
+    graphs: dict[bool, Scan] = {}  # by whether gradients are recorded
 
     def captured(*tensors: Tensor) -> Tensor:
         training = torch.is_grad_enabled()
         if not training:
             tensors = tuple(tensor.detach() for tensor in tensors)
-        if training not in made:
-            made[training] = torch.cuda.make_graphed_callables(call, tensors)
-        return made[training](*tensors)
+        if training not in graphs:
+            graphs[training] = torch.cuda.make_graphed_callables(call, tensors)
+        return graphs[training](*tensors)
 
     return lambda gates, weight: captured(gates, weight)
 
 
 @contextmanager
 def tiles() -> Iterator[None]:
-    """All scans inside are launched by tiles, as fastgen itself chooses for many units."""
+    """Inside, all scans are launched by tiles, the variant that fastgen chooses for many units."""
     from unittest import mock
 
     from fastgen.kernels.lstm import choice, diagonal, row
@@ -93,7 +103,7 @@ def tiles() -> Iterator[None]:
 
 
 class ByTiles(torch.autograd.Function):
-    """A scan by tiles whose backward is one, too."""
+    """A scan by tiles whose backward also runs by tiles: it is launched inside `tiles`, too."""
 
     @staticmethod
     def forward(ctx: Any, gates: Tensor, weight: Tensor, operation: Scan) -> Tensor:
@@ -109,6 +119,8 @@ class ByTiles(torch.autograd.Function):
 
 
 def by_tiles(operation: Scan) -> Scan:
+    """The scan launched by tiles, forward and backward."""
+
     def scan(gates: Tensor, weight: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return ByTiles.apply(gates, weight, operation)

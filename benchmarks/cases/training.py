@@ -1,6 +1,6 @@
-"""Training steps without the optimizer, which is the same for all: loss and gradients of a batch.
+"""Training steps: loss and gradients of a batch, without the optimizer, which is the same for all providers.
 
-The rivals hold the same parameters in plain PyTorch. On a GPU bfloat16 means autocast.
+The rivals have the same parameters in plain PyTorch. bfloat16 means autocast.
 """
 
 import functools
@@ -20,15 +20,15 @@ from fastgen.ops import reconstruction_nll
 Shape = tuple[int, int, int]
 SHAPES: dict[str, Shape] = {"digits": (1, 8, 8), "patches": (3, 32, 32), "random": (3, 32, 32)}
 LEVELS = {"digits": 17, "patches": 256, "random": 256}
-# The first two are scikit-learn's. Without it there are only random images.
+# The first two data sets come from scikit-learn.
 AVAILABLE = [name for name in SHAPES if name == "random" or importlib.util.find_spec("sklearn")]
 
 
 def images(data: str, shape: Shape, levels: int, batch: int, device: torch.device) -> Tensor:
-    """The first images to train on, or random levels: uint8 (batch, C, H, W).
+    """The first training images of a data set, or random levels, uint8 (batch, C, H, W).
 
     Raises:
-        ValueError: the data set has fewer images, or others.
+        ValueError: the data set has fewer images, or images of another shape.
     """
     if data == "random":
         return torch.randint(levels, (batch, *shape), dtype=torch.uint8, device=device)
@@ -46,7 +46,16 @@ MODELS = CONVOLUTIONS | SCANS
 
 
 class Job(NamedTuple):
-    """A model of some size, on a batch of images."""
+    """A model and a batch of images.
+
+    Attributes:
+        model: a key of MODELS.
+        data: a key of SHAPES.
+        batch: number of images.
+        size: further arguments of the model.
+        shape: (C, H, W) of an image.
+        levels: number of levels of a channel.
+    """
 
     model: str
     data: str
@@ -69,7 +78,7 @@ def _of(models: Iterable[str], data: str, batch: int, size: dict[str, int]) -> l
 
 
 def _mnist(batch: int) -> list[Job]:
-    """PixelRNN with the 7 layers of 16 units that the paper has for binarized MNIST, on random images of that shape."""
+    """PixelRNN with 7 layers of 16 units, as in the paper for binarized MNIST, on random images of MNIST's shape."""
     return [job._replace(shape=(1, 28, 28), levels=2) for job in _scans("random", batch, 16, 7)]
 
 
@@ -114,26 +123,27 @@ def _inputs(device: torch.device, job: Job, dtype: torch.dtype) -> dict[str, Any
 
 
 def _few_images(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Fewer images for the comparison, as float64 takes twice the memory."""
+    """Fewer images for the comparison, since float64 takes twice the memory."""
     x = inputs["x"]
     return {"x": x if x.numel() <= 2**17 else x[:2]}
 
 
 def fastgen_loss(model: nn.Module, plain: nn.Module, x: Tensor, autocast: Any) -> Tensor:
-    """Mean nats an image."""
+    """Mean nats per image, by fastgen's model and loss."""
     with autocast:
         params = model(x)
     return reconstruction_nll(params, x, "categorical").mean()
 
 
 def plain_loss(model: nn.Module, plain: nn.Module, x: Tensor, autocast: Any) -> Tensor:
+    """Mean nats per image, by the model and the loss in plain PyTorch."""
     with autocast:
         params = plain(x)
     return references.categorical_nll(params, x).mean()
 
 
 def truth(model: nn.Module, plain: nn.Module, x: Tensor, autocast: Any) -> Tensor:
-    """In float64, so without autocast."""
+    """Mean nats per image in plain PyTorch, without autocast: it is called with float64 inputs."""
     return nn.functional.cross_entropy(plain(x), x, reduction="none").flatten(1).sum(1).mean()
 
 
@@ -146,7 +156,7 @@ def steps(
     fastgen_loss: Callable[..., Tensor],
     **more: Any,
 ) -> Iterator[Case]:
-    """The cases of one model, one for each dtype, which `inputs` is given."""
+    """The cases of one model, one for each dtype. `inputs` takes the dtype as a keyword argument."""
     dtypes = {"gpu": [torch.bfloat16], "gpu-full": [torch.float32, torch.bfloat16]}.get(size, [torch.float32])
     providers = {**rivals, "fastgen": fastgen_loss}
     if size.endswith("-full"):
@@ -161,6 +171,7 @@ def cases(size: str, device: torch.device) -> Iterator[Case]:
         sizes = " ".join(f"{key}={value}" for key, value in job.size.items())
         shape = f"{job.model} {job.data} {'x'.join(map(str, job.shape))} levels={job.levels} B={job.batch} {sizes}"
         inputs, more = functools.partial(_inputs, job=job), {"truth": truth, "given": _few_images, "batch": job.batch}
-        word = "compiled, unrolled" if job.model in SCANS else "compiled"  # the loops of a scan: it takes minutes
-        rivals: Rivals = {"eager": plain_loss, word: references.compiled(plain_loss)}
+        # Compiling unrolls the loops of a scan, which takes minutes.
+        compiled = "compiled, unrolled" if job.model in SCANS else "compiled"
+        rivals: Rivals = {"eager": plain_loss, compiled: references.compiled(plain_loss)}
         yield from steps(size, "training", shape, inputs, rivals, fastgen_loss, **more)

@@ -1,5 +1,7 @@
-"""A whole training step of a VAE without the optimizer: loss and gradients of a batch. The rivals hold the same
-networks, and the loss in plain PyTorch. On a GPU bfloat16 means autocast of the networks."""
+"""Training steps of a VAE: loss and gradients of a batch, without the optimizer.
+
+The rivals have the same networks, and the loss in plain PyTorch. bfloat16 means autocast of the networks.
+"""
 
 import functools
 from collections.abc import Iterator
@@ -17,15 +19,19 @@ from fastgen.models import VAE
 from fastgen.ops.reconstruction_nll import reconstruction_nll_reference
 from fastgen.ops.reparameterize_kl import reparameterize_kl_reference
 
-# Likelihood, data, batch, arguments of the VAE.
+# Likelihood, data (with a shape, if it is not the usual one), number of images, arguments of the VAE.
 Job = tuple[str, str, int, dict[str, Any]]
 MLP: Job = ("bernoulli", "binary", 128, {"latent_dim": 20, "network": "mlp", "hidden": 400})
 
 
-def _on_all(of_digits: tuple[int, dict[str, Any]], of_colours: tuple[int, dict[str, Any]]) -> list[Job]:
-    """A softmax over the levels of digits, a mixture of logistics for images with colours."""
-    jobs: list[Job] = [("categorical", "digits", *of_digits)]
-    jobs += [("logistic_mixture", data, *of_colours) for data in ("patches", "random")]
+def _on_all(digits: tuple[int, dict[str, Any]], colours: tuple[int, dict[str, Any]]) -> list[Job]:
+    """A softmax over the levels of digits, mixtures of logistics for RGB images, and MLP.
+
+    Args:
+        digits, colours: number of images and arguments of the VAE.
+    """
+    jobs: list[Job] = [("categorical", "digits", *digits)]
+    jobs += [("logistic_mixture", data, *colours) for data in ("patches", "random")]
     return [*(job for job in jobs if job[1] in AVAILABLE), MLP]
 
 
@@ -63,13 +69,13 @@ def _inputs(device: torch.device, job: Job, dtype: torch.dtype) -> dict[str, Any
 
 
 def _noise(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """The same noise for all where they are compared; while timed, each draws its own."""
+    """The same noise for all providers while they are compared. While they are timed, each draws its own."""
     model, x = inputs["model"], inputs["x"]
     return {"eps": torch.randn(len(x), model.latent_dim, device=x.device)}
 
 
 def fastgen_loss(model: VAE, x: Tensor, autocast: Any, eps: Tensor | None = None) -> Tensor:
-    """Mean nats an image."""
+    """-ELBO, mean nats per image, by fastgen's operations."""
     with autocast:
         mu, logvar = model.encode(x)
         z, kl = ops.reparameterize_kl(mu, logvar, eps=eps)
@@ -78,6 +84,7 @@ def fastgen_loss(model: VAE, x: Tensor, autocast: Any, eps: Tensor | None = None
 
 
 def plain_loss(model: VAE, x: Tensor, autocast: Any, eps: Tensor | None = None) -> Tensor:
+    """-ELBO, mean nats per image, in plain PyTorch."""
     with autocast:
         z, kl = references.reparameterize_kl_textbook(*model.encode(x), eps)
         params = model.decode(z)
@@ -85,7 +92,7 @@ def plain_loss(model: VAE, x: Tensor, autocast: Any, eps: Tensor | None = None) 
 
 
 def truth(model: VAE, x: Tensor, autocast: Any, eps: Tensor) -> Tensor:
-    """In float64, so without autocast."""
+    """-ELBO by the definitions, without autocast: it is called with float64 inputs."""
     z, kl = reparameterize_kl_reference(*model.encode(x), eps=eps)
     return (reconstruction_nll_reference(model.decode(z), x, model.likelihood, levels=model.levels) + kl).mean()
 

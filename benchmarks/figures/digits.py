@@ -1,7 +1,7 @@
-"""How good the models are on scikit-learn's digits, by their size.
+"""Bits/dim of the models on scikit-learn's digits, over their number of parameters.
 
-python -m benchmarks.figures.digits measure    appends to rows/digits.jsonl; trains each for 600 steps, ten minutes
-python -m benchmarks.figures.digits draw       docs/digits.png of these rows
+python -m benchmarks.figures.digits measure    trains each for 600 steps and appends to rows/digits.jsonl; ten minutes
+python -m benchmarks.figures.digits draw       draws docs/digits.png from these rows
 """
 
 import sys
@@ -32,10 +32,10 @@ SETTINGS = Settings(steps=600, decay_steps=600, lr=3e-3, weight_decay=0.05)
 
 
 def measure(models: list[tuple[type, dict[str, Any]]] = MODELS, settings: Settings = SETTINGS) -> Iterator[dict]:
-    """A row for each model: bits/dim on the test images, an upper bound (64 importance samples) for the VAE."""
+    """A row for each model: bits/dim on the test images, for the VAE an upper bound (64 importance samples)."""
     torch.set_num_threads(1)
     digits = data.load("digits")
-    about = {**machine.facts("cpu"), "time": rows.now(), "steps": settings.steps}
+    facts = {**machine.facts("cpu"), "time": rows.now(), "steps": settings.steps}
     uniform, histogram = baselines.uniform_bits_per_dim(digits), baselines.histogram_bits_per_dim(digits, digits.test)
     for kind, sizes in models:
         started = time.process_time()
@@ -46,11 +46,11 @@ def measure(models: list[tuple[type, dict[str, Any]]] = MODELS, settings: Settin
         score = likelihood.evaluate(model, digits.test.images.long(), seed=0)
         row = {"model": kind.__name__, "sizes": sizes, "parameters": sum(p.numel() for p in model.parameters())}
         row |= {"bits_per_dim": score.bits_per_dim, "exact": score.exact, "cpu_s": time.process_time() - started}
-        yield {**row, "uniform": uniform, "histogram": histogram, **about}
+        yield {**row, "uniform": uniform, "histogram": histogram, **facts}
 
 
 def draw(saved: list[dict[str, Any]], target: Path = PICTURE) -> Path:
-    """Bits/dim over parameters, a line a kind of model."""
+    """Draws bits/dim over the number of parameters, with a line for each class of models; returns `target`."""
     latest = {(row["model"], row["parameters"]): row for row in saved}
     with figure(target, (7, 4.2)) as page:
         axes = page.subplots()

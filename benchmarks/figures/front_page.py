@@ -1,6 +1,6 @@
-"""The README's picture, of what `fastgen demo` drew and timed: python -m benchmarks.figures.front_page runs/demo
+"""Draws the README's picture from the results of `fastgen demo`: python -m benchmarks.figures.front_page runs/demo
 
-The numbers go into the PNG's text, where the README's test finds them.
+The PNG contains the numbers as text, which the test of the README compares with the README.
 """
 
 import json
@@ -15,13 +15,14 @@ KEPT = ("date", "device", "threads", "sampling_batch", "naive_seconds", "fast_se
 
 
 def draw(demo: Path, target: Path = PICTURE) -> Path:
-    """Samples at the left, the two times at the right.
+    """Draws samples on the left and the two times on the right; returns `target`.
 
     Args:
-        demo: folder that `fastgen demo` wrote.
+        demo: the folder that `fastgen demo` wrote.
+        target: the PNG to write.
 
     Raises:
-        ValueError: its samples differ from those of the naive loop.
+        ValueError: the samples differ from those of the naive loop.
     """
     from PIL import Image
 
@@ -43,8 +44,8 @@ def draw(demo: Path, target: Path = PICTURE) -> Path:
         right.set_axis_off()
         right.set_title(f"{seconds[0] / seconds[1]:.0f} times as fast, the same images pixel for pixel", fontsize=12)
         threads = "1 thread" if numbers["threads"] == 1 else f"{numbers['threads']} threads"
-        about = f"{numbers['device'].upper()}, {threads}, torch {numbers['versions']['torch']}, {numbers['date']}"
-        right.text(0, -0.55, about, fontsize=9, color="grey")
+        source = f"{numbers['device'].upper()}, {threads}, torch {numbers['versions']['torch']}, {numbers['date']}"
+        right.text(0, -0.55, source, fontsize=9, color="grey")
     return target
 
 

@@ -1,5 +1,4 @@
-"""Plots of saved rows: speed-up bars, time over batch size, bandwidth over size, a roofline. Nothing is drawn from
-memory."""
+"""Plots of saved rows: bars of speed-ups, time over batch size, bandwidth over size, a roofline."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from benchmarks.harness.rows import Row
 
 
 def draw(saved: list[Row], folder: Path) -> list[Path]:
-    """Draws what the rows of each machine allow into `folder`/MACHINE/; returns the files.
+    """Draws all plots for which there are rows, into FOLDER/MACHINE/; returns the files.
 
     Raises:
         ValueError: matplotlib is not installed, or no row has a time.
@@ -41,7 +40,8 @@ def draw(saved: list[Row], folder: Path) -> list[Path]:
 
 @contextmanager
 def _axes(file: Path, title: str, x: str, y: str, size: tuple[float, float] = (7, 4.5), **scale: Any) -> Iterator[Any]:
-    """The axes of a figure that is written to `file` at the end. y is logarithmic, and so is x if `scale` is given."""
+    """Yields the axes of a figure that is written to `file` at the end. y is logarithmic; x is logarithmic if `scale`,
+    options of the scale, are given."""
     with figure(file, size) as page:
         axes = page.subplots()
         axes.set(title=title, xlabel=x, ylabel=y)
@@ -57,8 +57,8 @@ def _threads(row: Row) -> str:
 
 
 def _bars(title: str, rows: list[Row], file: Path) -> Path:
-    """How many times as fast as the baseline of its case; 1 is the baseline itself."""
-    speed_ups: dict[str, dict[str, float]] = {}  # provider -> case -> how many times
+    """Bars of the speed-ups over the baseline of each case."""
+    speed_ups: dict[str, dict[str, float]] = {}  # by provider and case
     for row in rows:
         label = f"{row['shape']}\n{row['dtype']} {row['mode']}{_threads(row)}"
         if row["provider"] != row["baseline"] and row["times_baseline"]:
@@ -75,15 +75,15 @@ def _bars(title: str, rows: list[Row], file: Path) -> Path:
 
 
 def _over_batch(title: str, rows: list[Row], file: Path) -> Path:
-    """Time a call over images a call, one line a provider and size."""
+    """Time of a call over the number of images, with a line for each provider and size."""
     with _axes(file, title, "images a call", "ms", base=2) as axes:
-        but_batch = r"\bB=\d+ ?|(?<=\s)\d+x|^\d+x"
-        _lines(axes, rows, lambda row: (re.sub(but_batch, "", row["shape"], count=1), row["batch"], row["ms_p50"]))
+        batch = r"\bB=\d+ ?|(?<=\s)\d+x|^\d+x"  # the part of a shape that is the batch size
+        _lines(axes, rows, lambda row: (re.sub(batch, "", row["shape"], count=1), row["batch"], row["ms_p50"]))
     return file
 
 
 def _over_size(title: str, rows: list[Row], file: Path) -> Path:
-    """Bytes a second over the bytes that must be moved, one line a provider; a dashed line is the measured copy."""
+    """Bandwidth over the bytes that must be moved, with a line for each provider; dashed: the measured copy."""
     with _axes(file, title, "bytes that must be moved", "GB/s", base=10) as axes:
         _lines(axes, rows, lambda row: ("", row["bytes"], row["bytes"] / row["ms_p50"] / 1e6))
         for rate in {row["copy_gb_s"] for row in rows if row.get("copy_gb_s")}:
@@ -92,7 +92,7 @@ def _over_size(title: str, rows: list[Row], file: Path) -> Path:
 
 
 def _lines(axes: Any, rows: list[Row], point: Callable[[Row], tuple[str, float, float]]) -> None:
-    """`point` says of a row which size's line it is on, x and y."""
+    """Draws rows as lines. `point` returns the size, x and y of a row; each provider and size has a line."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         size, x, y = point(row)
@@ -103,7 +103,8 @@ def _lines(axes: Any, rows: list[Row], point: Callable[[Row], tuple[str, float, 
 
 
 def _roofline(title: str, rows: list[Row], file: Path) -> Path:
-    """Operations a second over operations a byte, both of the floor, under the measured copy and matmul rates."""
+    """Operations per second over operations per byte, where both are the least possible numbers of a case, below the
+    measured copy and matmul rates."""
     intensities = [row["flops"] / row["bytes"] for row in rows]
     ends = min(intensities) / 4, max(intensities) * 4
     with _axes(file, title, "operations a byte", "TFLOP/s", (7, 5), base=10) as axes:

@@ -1,4 +1,4 @@
-"""How figures look: colours that colour-blind readers tell apart, thin axes, whole files."""
+"""The style of figures: colours that colour-blind readers can distinguish, no frame, files written atomically."""
 
 import io
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Any
 
 from fastgen.files import write_atomically
 
-# Okabe & Ito 2008; black comes last but one, grey last.
+# The palette of Okabe & Ito 2008, with black and grey at the end.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vPX*"
 
@@ -32,7 +32,8 @@ def look() -> Iterator[None]:
 
 @contextmanager
 def figure(target: Path, size: tuple[float, float], *, metadata: dict[str, str] | None = None) -> Iterator[Any]:
-    """A matplotlib figure of size inches that is written to target, a PNG, at the end. Raises as `look`."""
+    """Yields a matplotlib figure of `size` inches, which is written to `target`, a PNG, at the end. Raises as
+    `look`."""
     with look():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

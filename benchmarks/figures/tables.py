@@ -1,4 +1,4 @@
-"""What is written of saved rows: the README's performance section, and a table beside the rows of each machine."""
+"""Writes saved rows as text: the README's performance section, and a table beside the rows of each machine."""
 
 import math
 import re
@@ -19,7 +19,7 @@ Group = dict[str, Row]  # the rows of one case, mode and number of threads, by p
 
 
 def groups(saved: Iterable[Row]) -> list[Group]:
-    """Sorted by name; what says how the tests went is in none."""
+    """The rows of each case, mode and number of threads, sorted. Rows of test outcomes are left out."""
     by_case: dict[tuple[str | int, ...], Group] = {}
     for row in saved:
         if row["op"] != rows.TESTS:
@@ -29,18 +29,20 @@ def groups(saved: Iterable[Row]) -> list[Group]:
 
 
 def best_rival(group: Group, figure: str = "ms_p50") -> Row | None:
-    """The fastest of the others that computes the same thing."""
+    """The fastest row of the providers that are not fastgen's and compute the same; None if there is none."""
     rivals = [row for name, row in group.items() if not name.startswith("fastgen")]
     timed = [r for r in rivals if r.get(figure) and not r.get("landmark", r["error"] is None)]
     return min(timed, key=lambda r: r[figure], default=None)
 
 
 def speed_up(row: Row, group: Group, figure: str = "ms_p50") -> float | None:
+    """How many times as fast as the best rival a row is."""
     rival = best_rival(group, figure)
     return rival[figure] / row[figure] if rival and row.get(figure) else None
 
 
 def markdown(head: str, body: Iterable[Iterable[object]]) -> list[str]:
+    """The lines of a table, and an empty line."""
     columns = head.split(" | ")
     return [f"| {head} |", "|---" * len(columns) + "|", *(f"| {' | '.join(map(str, cells))} |" for cells in body), ""]
 
@@ -53,7 +55,7 @@ def _link(folder: str) -> str:
 
 
 def gpu_summary(gpu: str, saved: list[Row]) -> Iterator[str]:
-    """A line for each operation and mode: how much faster than the best rival of each size, none left out."""
+    """A table with a line for each operation and mode: speed-ups over the best rival, over all sizes."""
     versions = sorted({f"torch {row['torch']}, Triton {row['triton']}, driver {row['driver']}" for row in saved})
     yield f"### {gpu}\n"
     yield f"{'; '.join(versions)}; TF32 allowed to all float32 products. Speed-up over the fastest"
@@ -72,7 +74,7 @@ def gpu_summary(gpu: str, saved: list[Row]) -> Iterator[str]:
 
 
 def gpu_table(gpu: str, saved: Iterable[Row]) -> str:
-    """Every size of every operation that was measured on a GPU, slower ones and failures among them."""
+    """A table of every size of every operation that was measured on a GPU, including failures."""
     body = []
     for group in groups(row for row in saved if row["gpu"] == gpu):
         rival = best_rival(group)
@@ -94,7 +96,7 @@ def gpu_table(gpu: str, saved: Iterable[Row]) -> str:
 
 
 def cpu_samples(saved: Iterable[Row]) -> dict[str, list[Group]]:
-    """CPU -> its groups of rows of sampling, one for each model and number of threads."""
+    """The groups of rows of sampling by CPU, one group for each model and number of threads."""
     by_cpu: dict[str, list[Group]] = {}
     sampled = [row for row in saved if row["op"] == "sampling" and not row["gpu"]]
     ratios = [row for row in sampled if row["times_baseline"] or row["problem"]]
@@ -103,20 +105,20 @@ def cpu_samples(saved: Iterable[Row]) -> dict[str, list[Group]]:
     return by_cpu
 
 
-def _about(group: Group) -> tuple[str, int, str]:
-    """Model, threads, date."""
+def _model_threads_date(group: Group) -> tuple[str, int, str]:
+    """The model, the number of threads, and the date of the latest row."""
     row = next(iter(group.values()))
     return row["shape"], row["threads"], max(row["time"] for row in group.values())[:10]
 
 
 def cpu_table(cpu: str, sampled: list[Group]) -> str:
-    """Every model, number of threads and backend."""
+    """A table of every model, number of threads and backend."""
     names = dict.fromkeys(name for group in sampled for name, row in group.items() if name != row["baseline"])
     body = []
     for group in sampled:
-        model, threads, date = _about(group)
-        rows = [group.get(name, {"problem": None, "times_baseline": None}) for name in names]
-        times = [row["problem"] or number(row["times_baseline"], ".3g") for row in rows]
+        model, threads, date = _model_threads_date(group)
+        cells = [group.get(name, {"problem": None, "times_baseline": None}) for name in names]
+        times = [row["problem"] or number(row["times_baseline"], ".3g") for row in cells]
         body.append([model, threads, *times, date])
     lines = [f"# Sampling on a CPU ({cpu})", ""]
     lines += ["Time of a whole batch of images, in units of one forward pass of the same batch in the same run.", ""]
@@ -124,22 +126,23 @@ def cpu_table(cpu: str, sampled: list[Group]) -> str:
 
 
 def cpu_summary(cpu: str, sampled: list[Group]) -> list[str]:
-    """A line for each model, with the most threads that it was sampled with: the naive loop beside fastgen."""
+    """A table with a line for each model, with the most threads that were measured: the naive loop and fastgen."""
     link = _link(machine.folder_name({"gpu": None, "cpu": cpu}))
     lines = [
         f"Sampling a batch on a CPU ({cpu}), in units of one forward pass of the batch in the same run. The loop's",
         rf"time is that of one draw for all; \* where none was timed, a pass for each draw. All backends: {link}.",
         "",
     ]
-    most: dict[str, list[object]] = {}
+    lines_by_model: dict[str, list[object]] = {}  # the group with the most threads comes last
     for group in (group for group in sampled if "fastgen" in group and group["fastgen"]["times_baseline"]):
-        model, threads, date = _about(group)
+        model, threads, date = _model_threads_date(group)
         draws = math.prod(int(side) for side in re.findall(r"\d+(?=x)|(?<=x)\d+", model))
         timed = "naive" in group and group["naive"]["times_baseline"]
         naive = timed or draws
         mark, fast = "" if timed else r"\*", group["fastgen"]["times_baseline"]
-        most[model] = [model, threads, f"{naive:.0f}{mark}", f"{fast:.3g}", f"{naive / fast:.0f}", date]
-    return [*lines, *markdown("model | threads | loop | fastgen | times as fast | measured", most.values())]
+        cells = [model, threads, f"{naive:.0f}{mark}", f"{fast:.3g}", f"{naive / fast:.0f}", date]
+        lines_by_model[model] = cells
+    return [*lines, *markdown("model | threads | loop | fastgen | times as fast | measured", lines_by_model.values())]
 
 
 # All
@@ -160,10 +163,11 @@ def performance_section(saved: list[Row]) -> str:
 
 
 def write(folder: Path, *, check: bool, readme: Path = README) -> int:
-    """Writes the section between the markers of the README and the table of every machine, or only checks them.
+    """Writes the section between the markers of the README and the table of every machine; with `check` only compares
+    them. Returns the exit status: 1 if `check` finds a difference.
 
     Raises:
-        ValueError: the README has no markers, or not one pair of them.
+        ValueError: the README does not have exactly one pair of markers.
     """
     text = readme.read_text()
     pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
@@ -179,7 +183,7 @@ def write(folder: Path, *, check: bool, readme: Path = README) -> int:
     stale = [file for file, new in wanted.items() if not file.exists() or file.read_text() != new]
     for file in stale:
         if check:
-            print(f"{file}: is not what the saved rows say: make readme-tables", file=sys.stderr)
+            print(f"{file}: does not agree with the saved rows: run make readme-tables", file=sys.stderr)
         else:
             file.write_text(wanted[file])
     return 1 if check and stale else 0
