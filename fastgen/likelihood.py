@@ -296,7 +296,15 @@ def rejection_threshold(inlier_scores: Tensor, false_alarms: float = 0.05) -> fl
 
 
 def auroc(inlier_scores: Tensor, outlier_scores: Tensor) -> float:
-    """Probability that a random outlier scores higher than a random inlier, with ties counted half; 0.5 is chance."""
+    """Probability that a random outlier scores higher than a random inlier, with ties counted half; 0.5 is chance.
+
+    Raises:
+        ValueError: there are no inliers or no outliers.
+    """
+    if not len(inlier_scores) or not len(outlier_scores):
+        raise ValueError(
+            f"inlier_scores and outlier_scores must not be empty, got {len(inlier_scores)} and {len(outlier_scores)}"
+        )
     ordered = inlier_scores.sort().values
     below = torch.searchsorted(ordered, outlier_scores, right=False)
     up_to = torch.searchsorted(ordered, outlier_scores, right=True)

@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
     def add_required(self, *names: str, **options: Any) -> None:
         """Adds an option that must be given. argparse's own `required` would report it as missing before a misspelling
         of it as unknown."""
-        self.required_options.append(self.add_argument(*names, **options))
+        self.required_options.append(self.add_argument(*names, **{**options, "help": f"{options['help']} (needed)"}))
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
@@ -51,7 +51,12 @@ def build_parser() -> Parser:
     `run` imports torch, so that --help and errors are fast. `bench` is only listed: `main` passes its arguments on."""
     from fastgen.cli import bench, compression, demo, doctor, drawing, judging, latent, training, using
 
-    parser = Parser(prog="fastgen", description="Train, evaluate and sample generative models of images.")
+    parser = Parser(
+        prog="fastgen",
+        description="Train, evaluate and sample generative models of images.",
+        epilog="fastgen COMMAND --help explains a command.",
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=18),
+    )
     parser.add_argument("--version", action="version", version=f"fastgen {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for module in (demo, training, using, drawing, latent, judging, compression, bench, doctor):

@@ -96,8 +96,10 @@ def add(commands: Any) -> None:
     add_setting("--clip", finite_number, "largest norm of the gradient (default 1)")
     add_setting("--ema", finite_number, "decay of the averaged weights (default 0.995)")
     add_setting("--validate-every", positive_int, "steps between validations (default 100)")
-    add_setting("--patience", non_negative_int, "stop after N validations without improvement (default 10; 0: never)")
-    add_setting("--max-seconds", finite_number, "stop after this time")
+    add_setting(
+        "--patience", non_negative_int, "stop after this many validations without improvement (default 10; 0: never)"
+    )
+    add_setting("--max-seconds", finite_number, "stop after this many seconds")
     add_setting("--seed", non_negative_int, "seed of weights, order of images and noise (default 0)")
     add_setting("--beta", finite_number, "weight of the KL in the loss of a VAE (default 1)")
     add_setting("--beta-warmup", non_negative_int, "steps over which this weight rises from 0 (default 0)")
@@ -131,7 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
         state = read_state(arguments.out)
         if options or arguments.conditional is not None or arguments.init_from:
             raise ValueError("--resume keeps the model of the run: leave out --init-from, --conditional and --set")
-        settings = _settings({**state["settings"], **given})
+        settings = Settings(**{**state["settings"], **given})
         model = checkpoint.build(state["model"], Path(arguments.out) / STATE)
         if arguments.model and MODELS[arguments.model] != type(model).__name__:
             raise ValueError(f"--model {arguments.model}: the run in {arguments.out} trains a {type(model).__name__}")
@@ -142,7 +144,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{arguments.out}: holds a run already; give --resume to continue it, or another --out")
         if arguments.data is None:
             raise ValueError("--data is needed for a new run")
-        settings = _settings(given)
+        settings = Settings(**given)
         model, dataset = _new_run(arguments, options, settings.seed)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = "x".join(map(str, dataset.shape))
@@ -187,15 +189,6 @@ class Resolved:
         if self.content and distributed.rank() == 0:
             files.write_atomically({run.folder / RESOLVED: self.content})
             self.content = b""
-
-
-def _settings(given: Mapping[str, Any]) -> Any:
-    from fastgen.train import Settings
-
-    try:
-        return Settings(**given)
-    except TypeError as error:  # a value of --set that is not a number was compared with one
-        raise ValueError(f"--set: {error}") from error
 
 
 def _new_run(arguments: argparse.Namespace, options: dict[str, Any], seed: int) -> tuple[Any, "Dataset"]:

@@ -48,7 +48,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     print(score)
     print(
         f"baselines: uniform {baselines.uniform_bits_per_dim(dataset):.3f} bits/dim, a histogram for each position "
-        f"{baselines.histogram_bits_per_dim(dataset, split):.3f} bits/dim"
+        f"{baselines.histogram_bits_per_dim(dataset, split):.3f}"
     )
     if labels is not None:
         posterior = likelihood.class_posterior(model, split.images.long(), **options)

@@ -44,10 +44,13 @@ def load(name: str, *, levels: int | None = None, resize: int | None = None, cro
         A `Dataset` of uint8 levels (n, C, H, W) and int64 classes (n,).
 
     Raises:
+        TypeError: name is not a str.
         ValueError: the name is unknown, a file is missing or holds something else, an argument is not for this data
             set, or a package is not installed.
         OSError: a file cannot be read or downloaded.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, got {type(name).__name__}")
     kind, _, rest = name.partition(":")
     arguments = {"levels": levels, "resize": resize, "crop": crop}
     loading = {key: value for key, value in arguments.items() if value is not None}

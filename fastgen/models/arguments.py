@@ -11,15 +11,30 @@ from fastgen.ops._implementation import may_read_values
 
 def check_shape(shape: Any) -> None:
     """Raises ValueError if `shape` is not three positive ints (C, H, W)."""
-    if len(shape) != 3 or any(not isinstance(size, int) or size < 1 for size in shape):
+    is_triple = isinstance(shape, (tuple, list)) and len(shape) == 3
+    if not is_triple or any(not isinstance(size, int) or size < 1 for size in shape):
         raise ValueError(f"shape must be three positive ints (C, H, W), got {shape!r}")
 
 
 def check_counts(least: int = 1, **counts: Any) -> None:
     """Raises ValueError, naming the argument, if one of `counts` is not an int or is below `least`."""
     for name, count in counts.items():
-        if not isinstance(count, int) or count < least:
+        if not isinstance(count, int) or isinstance(count, bool) or count < least:
             raise ValueError(f"{name} must be an int >= {least}, got {count!r}")
+
+
+def check_dropout(dropout: Any) -> None:
+    """Raises ValueError if `dropout` is not a number in [0, 1]."""
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be a number in [0, 1], got {dropout!r}")
+
+
+def check_latents(latent_dim: int, **latents: Any) -> None:
+    """Raises ValueError, naming the argument, if one of `latents` is not a tensor (B, latent_dim)."""
+    for name, z in latents.items():
+        if not isinstance(z, Tensor) or z.dim() != 2 or z.shape[1] != latent_dim:
+            got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
+            raise ValueError(f"{name} must be a tensor of the shape (B, {latent_dim}), got {got}")
 
 
 def as_floats(x: Tensor, shape: tuple[int, ...], levels: int, dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgen.models.arguments import as_floats, check_condition, check_counts
+from fastgen.models.arguments import as_floats, check_condition, check_counts, check_latents
 from fastgen.models.networks import Decoder, Encoder, check_network
 from fastgen.models.rebuildable import Rebuildable
 
@@ -59,6 +59,7 @@ class Autoencoder(Rebuildable):
 
     def decode(self, features: Tensor, condition: Tensor | None = None) -> Tensor:
         """Decodes features (B, latent_dim) to images (B, C, H, W), floats; -1 is level 0 and 1 the highest level."""
+        check_latents(self.latent_dim, features=features)
         check_condition(condition, self.n_classes)
         return self.decoder(features, condition)
 

@@ -48,8 +48,11 @@ class AutoregressiveModel(Rebuildable):
         """Converts integer levels (B, C, H, W) to floats in [-1, 1]. A float tensor counts as converted already.
 
         Raises:
+            TypeError: x is not a tensor.
             ValueError: x is not (B, *shape).
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor of levels, got {type(x).__name__}")
         dtype = x.dtype if x.is_floating_point() else next(self.parameters()).dtype
         return as_floats(x, self.shape, self.levels, dtype)
 

@@ -4,7 +4,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from fastgen.models.arguments import check_counts
+from fastgen.models.arguments import check_counts, check_dropout
 from fastgen.models.softmax import SoftmaxModel, channels_of, head_of, logits_of_colours
 from fastgen.nn import GatedMaskedBlock
 
@@ -38,6 +38,7 @@ class GatedPixelCNN(SoftmaxModel):
     ) -> None:
         super().__init__(shape, levels, n_classes)
         check_counts(layers=layers)
+        check_dropout(dropout)
         colours = shape[0]
         channels = channels_of(channels, colours, 32)
         self.note_argument("channels", channels)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from fastgen.distributions import LogisticMixture
-from fastgen.models.arguments import check_counts
+from fastgen.models.arguments import check_counts, check_dropout
 from fastgen.models.autoregressive import AutoregressiveModel
 from fastgen.nn.gated import ClassBias
 
@@ -55,6 +55,7 @@ class PixelCNNPP(AutoregressiveModel):
         if shape[0] not in (1, 3):
             raise ValueError(f"shape must have 1 or 3 channels for a mixture of logistics, got {shape!r}")
         check_counts(channels=channels, layers=layers)
+        check_dropout(dropout)
         inputs = shape[0] + 1  # forward adds a channel of ones, which distinguishes the image from its padding
         self.rows_above = ShiftedConv2d(inputs, channels, (2, 3))
         self.row_above = ShiftedConv2d(inputs, channels, (1, 3))

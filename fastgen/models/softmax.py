@@ -23,6 +23,7 @@ class SoftmaxModel(AutoregressiveModel):
     head: nn.Module
 
     def __init__(self, shape: tuple[int, int, int], levels: int, n_classes: int | None) -> None:
+        check_counts(2, levels=levels)
         super().__init__(shape, levels, Categorical(levels, layout="BKCHW"), n_classes)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:

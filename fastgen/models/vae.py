@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fastgen import ops
 from fastgen.models import decoded
-from fastgen.models.arguments import as_floats, check_condition, check_counts
+from fastgen.models.arguments import as_floats, check_condition, check_counts, check_latents
 from fastgen.models.bound import Bound
 from fastgen.models.networks import Decoder, Encoder, check_network
 from fastgen.models.rebuildable import Rebuildable
@@ -101,6 +101,7 @@ class VAE(Rebuildable):
         "bernoulli": logits (B, C, H, W). "gaussian": (B, 2*C, H, W), means, then log-variances. "categorical": logits
         (B, K, C, H, W). "logistic_mixture": (B, 10 * n_mix, H, W) for RGB, (B, 3 * n_mix, H, W) for one channel.
         """
+        check_latents(self.latent_dim, z=z)
         check_condition(condition, self.n_classes)
         params = self.decoder(z, condition)
         if self.likelihood == "categorical":

@@ -97,7 +97,7 @@ def train(
             has other parameters than the model; there are no images; `folder` is a file, already holds a run, or holds
             none to resume; the run to resume differs in model, images or settings, or has taken more than `steps`
             steps.
-        TypeError: model or data is not one of the above; the model cannot be saved.
+        TypeError: model, data or settings is not one of the above; the model cannot be saved.
         OSError: the folder cannot be written to, or the disk is full. What was saved before stays.
         FloatingPointError: the loss is not finite.
     """
@@ -137,7 +137,9 @@ def train(
 
 
 def _check_settings(model: Any, settings: Settings) -> None:
-    """Raises ValueError for settings that this model cannot have."""
+    """Raises TypeError if `settings` are not Settings, ValueError for settings that this model cannot have."""
+    if not isinstance(settings, Settings):
+        raise TypeError(f"settings must be a fastgen.train.Settings, got {type(settings).__name__}")
     unknown = settings.loss_options(0).keys() - Loss(model).options
     if unknown:
         raise ValueError(f"{min(unknown)} is a setting for a VAE: the loss of {type(model).__name__} does not take it")

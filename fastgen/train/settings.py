@@ -73,13 +73,17 @@ class Settings:
         elif not isinstance(self.decay_steps, int) or self.decay_steps < 1:
             raise ValueError(f"decay_steps must be an int >= 1 or None, got {self.decay_steps!r}")
         for name in ("lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a finite number > 0, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
         for name in ("weight_decay", "beta", "free_bits"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)!r}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be in [0, 1), got {self.ema!r}")
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+        if not isinstance(self.ema, (int, float)) or not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be a number in [0, 1), got {self.ema!r}")
+        if self.max_seconds is not None and not isinstance(self.max_seconds, (int, float)):
+            raise ValueError(f"max_seconds must be a number or None, got {self.max_seconds!r}")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be an int in 0..2**31-1, got {self.seed!r}")
         for name, known in (("precision", PRECISIONS), ("parallel", PARALLEL)):

@@ -15,6 +15,7 @@ from fastgen import checkpoint, distributed
 from fastgen.files import write_atomically
 from fastgen.train import parallel
 from fastgen.train.run import Run
+from fastgen.train.settings import Settings
 
 METRICS = "metrics.jsonl"
 STATE = "training.pt"
@@ -67,7 +68,7 @@ def restore(run: Run, state: dict[str, Any]) -> list[str]:
         ValueError: the state has another model, other images or other settings; names them.
     """
     path = run.folder / STATE
-    given, before = asdict(run.settings), {**asdict(type(run.settings)()), **state["settings"]}
+    given, before = asdict(run.settings), {**asdict(Settings()), **state["settings"]}
     must_agree = [(key, state["model"][key], run.configuration[key]) for key in ("class", "arguments")]
     if state["data"]["sha256"] != run.data.sha256:
         raise ValueError(
@@ -121,6 +122,7 @@ def read(folder: str | os.PathLike) -> dict[str, Any]:
         not isinstance(state, dict)
         or state.get("format") != FORMAT
         or any(not isinstance(state.get(name), dict) for name in ("model", "data", "settings"))
+        or not state["settings"].keys() <= Settings.__dataclass_fields__.keys()
     ):
         raise ValueError(f"{path}: is not a training state written by this version of fastgen")
     return state
