@@ -1,4 +1,4 @@
-"""`fastgen.save` and `fastgen.load`: exact, whole or not at all, and nothing foreign gets in."""
+"""`fastgen.save` and `fastgen.load`: exact and atomic; foreign and damaged files are refused."""
 
 import errno
 import json
@@ -64,7 +64,7 @@ def test_the_configuration_can_be_read(saved):
 @pytest.mark.parametrize("kind", [PixelCNN, GatedPixelCNN])
 @pytest.mark.parametrize("asked", [{}, {"channels": 128}, {"channels": 100}, {"channels": 129}])
 def test_files_of_colour_models_from_before_channels_filled_blocks_load(kind, asked, tmp_path):
-    """Their files say what was asked for; channels were rounded up to the next multiple of the colours."""
+    """Their files hold the number of channels that was asked for, which was rounded up to a multiple of the colours."""
     count = -(-asked.get("channels", 128) // 3) * 3
     model = kind((3, 4, 4), 3, channels=count, layers=1)
     arguments = {"shape": [3, 4, 4], "levels": 3, "layers": 1, **asked}
@@ -137,7 +137,7 @@ def test_refuses_a_changed_configuration(saved, change, named):
 
 
 def consistent(saved, arguments, tensors):
-    """Both files as they would be if somebody had forged them to agree."""
+    """Two files that agree, as a forger would write them."""
     config = {"format": "fastgen model 1", "class": "PixelCNN", "arguments": arguments}
     (saved / "config.json").write_text(json.dumps(config))
     from fastgen.checkpoint import _checksum

@@ -1,4 +1,4 @@
-"""Calibration, worked by hand, and a discriminative network of a given size."""
+"""Calibration compared with hand calculations, and a discriminative network of a given size."""
 
 import math
 
@@ -11,7 +11,7 @@ from fastgen.demos.common import fit
 
 
 def test_calibration_by_hand():
-    """Two images named with 0.95, one of them rightly, and one with 0.55, rightly."""
+    """Two images with a confidence of 0.95, one of them right, and one with 0.55, which is right."""
     p = torch.tensor([[0.95, 0.05], [0.95, 0.05], [0.45, 0.55]])
     found = calibration(p.log(), torch.tensor([0, 1, 1]))
     assert found.accuracy == pytest.approx(2 / 3)

@@ -1,4 +1,4 @@
-"""Compressed images come back bit for bit, in about as many bits as the model says, or not at all."""
+"""Compressed images come back bit for bit, or an error is raised; streams are about as long as the likelihood says."""
 
 import math
 import re
@@ -76,7 +76,7 @@ def test_any_number_of_images(small, n):
 
 
 def test_classes_of_several_batches(monkeypatch):
-    """Each image with the probabilities of its own class: others would take many more bits."""
+    """Each image is coded with its own class; another class would take many more bits."""
     monkeypatch.setattr(compression, "MOST_IMAGES", 16)
     model, classes = gated((1, 4, 3), 4, n_classes=3), torch.arange(90) % 3
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_samplers_of_any_model(backend):
 @pytest.mark.parametrize("backend", ["auto", "naive"])
 @pytest.mark.parametrize("counts", [torch.tensor([[3, 300, 2], [1, 5, 2]]), [2, 7, 300]], ids=["each", "columns"])
 def test_numbers_of_levels_that_depend_on_the_place(counts, backend):
-    """Bits are spent on the levels of a place alone."""
+    """A place costs bits only for the levels that it has."""
     distribution = fastgen.Categorical(counts, layout="B(KC)HW")
     sampler = fastgen.accelerate(Grid(), (2, 3), distribution=distribution, backend=backend)
     images, log_prob = sampler.sample(40, seed=0, return_log_prob=True)
@@ -177,7 +177,7 @@ def test_probabilities_of_a_temperature_are_those_of_the_model():
 
 @pytest.mark.parametrize("count", [2, 256, 257, 600, 70000])
 def test_digits_are_coded_by_the_chain_rule(count):
-    """Of a level's digits, most significant first: their probabilities multiply to the level's."""
+    """The probabilities of a level's digits, the most significant first, multiply to that of the level."""
     random = np.random.default_rng(0)
     p = random.random((3, count))
     p /= p.sum(1, keepdims=True)
@@ -197,7 +197,7 @@ def test_digits_are_coded_by_the_chain_rule(count):
 
 
 def test_digits_of_no_level_are_refused():
-    """Of 300 levels the first digit is 0 or 1, and a damaged stream may hold 1 and then 255."""
+    """With 300 levels the first digit is 0 or 1, but a damaged stream may hold 1 and then 255."""
     sampler = fastgen.accelerate(Grid(), (2, 3), distribution=fastgen.Categorical(300, layout="B(KC)HW"))
     last = compression._Batch(
         sampler, torch.zeros(2, 2, 3, dtype=torch.long), lambda p, _: np.full(len(p), p.shape[1] - 1)
@@ -207,7 +207,7 @@ def test_digits_of_no_level_are_refused():
 
 
 class Certain(nn.Module):
-    """Expects level 7 everywhere, with a certainty beyond float64."""
+    """Gives level 7 a probability that float64 rounds to 1."""
 
     def __init__(self, levels):
         super().__init__()
@@ -220,7 +220,7 @@ class Certain(nn.Module):
 
 @pytest.mark.parametrize("levels", [10, 1000])
 def test_levels_that_cannot_be_are_coded_too(levels):
-    """At the price of a few bytes each; what is certain costs next to nothing."""
+    """Levels of probability 0 take a few bytes each, certain levels almost nothing."""
     sampler = fastgen.accelerate(Certain(levels), (1, 8, 8), distribution=fastgen.Categorical(levels))
     images = torch.full((16, 1, 8, 8), 7)
     certain = fastgen.compress(sampler, images)

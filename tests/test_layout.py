@@ -1,4 +1,4 @@
-"""Imports point one way, as CONTRIBUTING.md draws it."""
+"""Imports point in one direction, as drawn in CONTRIBUTING.md."""
 
 import ast
 from pathlib import Path

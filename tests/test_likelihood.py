@@ -1,4 +1,4 @@
-"""Scores of data sets, Bayes' rule against enumerated models, outlier scores against what they must be."""
+"""Scores of data sets; Bayes' rule compared with enumerated models; outlier scores compared with known values."""
 
 import itertools
 import math
@@ -135,7 +135,7 @@ def test_a_typicality_threshold_is_exceeded_as_often_as_asked():
 
 
 def test_the_ratio_finds_what_the_likelihood_alone_misses():
-    """Simple images (all level 0) are likely under both models; the ratio tells them from the training data."""
+    """Simple images (level 0 everywhere) are likely under both models; the ratio separates them from the data."""
     levels = 4
     patterns = torch.tensor([[0, 3, 0, 3], [3, 0, 3, 0]])
 
@@ -202,6 +202,7 @@ class Training(Table, nn.Module):
         (lambda: likelihood.perturb(EVERY, 3, 1.5), "rate"),
         (lambda: likelihood.typicality(torch.zeros(5), torch.zeros(5), group=2), "group"),
         (lambda: likelihood.rejection_threshold(torch.zeros(5), 0.0), "false_alarms"),
+        (lambda: likelihood.auroc(torch.zeros(0), torch.zeros(5)), "must not be empty, got 0 and 5"),
     ],
 )
 def test_bad_arguments_are_named(call, named):

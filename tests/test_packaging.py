@@ -1,4 +1,4 @@
-"""The built wheel, outside the repository: what it holds, and that it runs, also without Triton."""
+"""The built wheel contains what it should, and works outside of the repository, also without Triton."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Pictures show the right pixels in the right places, and appear whole or not at all."""
+"""Pictures show the right pixels in the right places, and are written atomically."""
 
 import errno
 import os
@@ -78,6 +78,7 @@ def test_bad_arguments_are_named(tmp_path):
         (lambda: plots.image_grid(images[0], 2, tmp_path / "a.png", columns=1), "shape"),
         (lambda: plots.image_grid(images[:0], 2, tmp_path / "a.png", columns=1), "shape"),
         (lambda: plots.image_grid(images, 2, tmp_path / "a.png", columns=1, row_names=["x"]), "row_names"),
+        (lambda: plots.image_grid(images, 2, tmp_path / "a.png", columns=0), "columns"),
         (lambda: plots.curves([], tmp_path / "a.pdf"), r"a\.pdf"),
     ):
         with pytest.raises(ValueError, match=named):

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands there, its commands are there, its first figure is its picture's."""
+"""The README's Python code runs, its commands exist, and its first figure is that of its picture."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The reference has every public name, with shapes and errors where there are any."""
+"""The reference contains every public name, with shapes and errors."""
 
 import importlib
 import re
@@ -21,7 +21,7 @@ NAMES = {
 
 
 def entry(name):
-    """The part of the page about a name of the first module that has it."""
+    """The section of the page about a name, under the first module that has it."""
     found = re.search(rf"^### {re.escape(name)}\n(.*?)(?=^##)", PAGE + "##", re.M | re.S)
     assert found, f"{name} is not in the reference"
     return found[1]

@@ -1,4 +1,4 @@
-"""Scores of images, maps of surprise, and images that are to be caught."""
+"""Outlier scores, maps of surprise, and images of other kinds to test the scores with."""
 
 import math
 
@@ -30,7 +30,7 @@ def test_maps_of_surprise_sum_to_the_likelihood(kind):
 
 
 def test_a_pixel_surprises_at_its_own_place():
-    """By hand: p = 3/4 for level 1 everywhere; a single 0 takes 2 bits, the others log2(4/3)."""
+    """With p = 3/4 for level 1 everywhere, a single 0 takes 2 bits, the other pixels log2(4/3)."""
 
     class Fixed(models.PixelCNN):
         def forward(self, x, condition=None):
@@ -76,7 +76,7 @@ def test_letters_are_white_on_black(shape):
 
 
 class Bernoulli(nn.Module):
-    """Binary pixels, each 1 with one probability."""
+    """A model of independent binary pixels with the same probability."""
 
     def __init__(self, p, n_classes=None):
         super().__init__()

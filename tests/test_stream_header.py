@@ -1,4 +1,4 @@
-"""Compressed streams that are not those that were written, or are decoded by another model: refused, and why."""
+"""Damaged compressed streams, and other models to decode with, are refused with a reason."""
 
 import struct
 
@@ -86,7 +86,7 @@ def test_damage_behind_a_right_seal_never_gives_images(levels):
 
 
 def test_a_hostile_header_takes_no_memory(small, stream, monkeypatch):
-    """A number of images or words that is far too high is refused after the first batches, not believed."""
+    """A stream whose header promises far too many images or words is refused after the first batches."""
     model, _ = small
     taken = []
     run = compression._Batch.run
@@ -157,7 +157,7 @@ def test_other_arithmetic_is_named(small, stream, monkeypatch):
 
 
 def test_arithmetic_that_no_header_tells_is_noticed(small, stream, monkeypatch):
-    """A machine that rounds otherwise, and says nothing of it."""
+    """A machine that rounds otherwise, but has the same header."""
     right = compression._probabilities
     monkeypatch.setattr(compression, "_probabilities", lambda *arguments: right(*arguments) * [1, 1, 1.001, 1, 1])
     with pytest.raises(ValueError, match="computed otherwise on this machine"):

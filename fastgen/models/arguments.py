@@ -1,6 +1,7 @@
 """Checks of the models' arguments, and the conversion of levels to floats. The checks read the values of a tensor only
 if `may_read_values` allows it."""
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def check_counts(least: int = 1, **counts: Any) -> None:
 
 def check_dropout(dropout: Any) -> None:
     """Raises ValueError if `dropout` is not a number in [0, 1]."""
-    if not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+    if not isinstance(dropout, Real) or not 0 <= dropout <= 1:
         raise ValueError(f"dropout must be a number in [0, 1], got {dropout!r}")
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 FLOOR = 0.01  # learning rate at the end of the cosine and after it, as a fraction of the peak
 SHORTEST_DECAY = 2000  # steps; see Settings.decay_steps
@@ -74,15 +75,15 @@ class Settings:
             raise ValueError(f"decay_steps must be an int >= 1 or None, got {self.decay_steps!r}")
         for name in ("lr", "clip"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            if not isinstance(value, Real) or not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
         for name in ("weight_decay", "beta", "free_bits"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            if not isinstance(value, Real) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
-        if not isinstance(self.ema, (int, float)) or not 0 <= self.ema < 1:
+        if not isinstance(self.ema, Real) or not 0 <= self.ema < 1:
             raise ValueError(f"ema must be a number in [0, 1), got {self.ema!r}")
-        if self.max_seconds is not None and not isinstance(self.max_seconds, (int, float)):
+        if self.max_seconds is not None and not isinstance(self.max_seconds, Real):
             raise ValueError(f"max_seconds must be a number or None, got {self.max_seconds!r}")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be an int in 0..2**31-1, got {self.seed!r}")

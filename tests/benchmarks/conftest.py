@@ -1,4 +1,4 @@
-"""One thread: what the tests fork must not wait for threads that only their parent has."""
+"""One thread: processes that the tests fork must not wait for threads that exist only in the parent."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def precision():
-    """A case sets it. Restored by torch's older setters, after which its older getters no longer raise."""
+    """Restores the precision of products, which cases set, by older setters: torch's older getters then work."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     yield
     torch.set_float32_matmul_precision(before[0])

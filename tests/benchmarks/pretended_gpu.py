@@ -24,7 +24,7 @@ NAME = "Pretended GPU"
 
 
 class Stub:
-    """Stands in for an event (its time is that of the recording), a stream, a graph, their contexts, a device."""
+    """Replaces an event (with the time of its recording), a stream, a graph, their contexts and a device."""
 
     L2_cache_size = 2**10
 
@@ -51,7 +51,7 @@ class Stub:
 
 
 class OnTheCpu(TorchFunctionMode):
-    """Puts on the CPU what is asked for on the GPU."""
+    """Creates tensors on the CPU that were asked for on the GPU."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         def moved(value):

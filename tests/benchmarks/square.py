@@ -1,4 +1,4 @@
-"""The least case of a benchmark: eight squares, and how to get them wrong."""
+"""The smallest case of a benchmark: eight squares, and providers that compute them wrongly."""
 
 import torch
 
@@ -14,7 +14,7 @@ def out_of_memory(x):
 
 
 def case(providers, shape="8", **options):
-    """Squares by "eager", the baseline, and by these providers."""
+    """A case of squares with the baseline "eager" and these providers."""
     return Case(
         op="square",
         shape=shape,

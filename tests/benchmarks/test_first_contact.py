@@ -58,7 +58,7 @@ def case_of(shape, planted, **options):
 
 @pytest.fixture
 def planted(monkeypatch, tmp_path):
-    """first-contact on a pretended GPU with one launch and one headline; `run(fault)` returns status and rows."""
+    """first-contact with one launch and one headline on a pretended GPU; `run(fault)` returns status and rows."""
 
     def start(fault, *options):
         monkeypatch.setattr(first_contact, "PATIENCE", 2.0 if fault is hang else 20.0)
@@ -104,7 +104,7 @@ def test_what_was_mended_is_run_again(planted, monkeypatch):
 
 
 def test_the_kernel_that_a_process_died_in_is_named(planted, monkeypatch, tmp_path, capsys):
-    """The last that was launched."""
+    """The dead kernel is the last one that was launched."""
     pytest.importorskip("triton")
     kl = next(one for one in launches.operations(launches.TOY) if one.op == "reparameterize_kl")
 
@@ -119,7 +119,7 @@ def test_the_kernel_that_a_process_died_in_is_named(planted, monkeypatch, tmp_pa
 
 
 def test_imports_that_use_cuda_are_done_without(monkeypatch, capsys):
-    """A fork could not use it any more."""
+    """Otherwise forks could not use CUDA."""
     started = []
 
     def initialized():
@@ -145,7 +145,7 @@ def test_the_headlines_are_cases_of_a_gpu():
 
 
 def test_a_killed_run_leaves_whole_rows_and_goes_on(tmp_path):
-    """The command itself, on all benchmarks at toy size."""
+    """Runs the command itself, on all benchmarks at toy size."""
     command = [sys.executable, "-m", "tests.benchmarks.pretended_gpu", "first-contact", "--minutes", "0.5"]
     environment = {**os.environ, "OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(command, cwd=machine.ROOT, env=environment, stdout=subprocess.DEVNULL)

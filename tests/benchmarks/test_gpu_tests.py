@@ -1,4 +1,4 @@
-"""The tests of a GPU in several processes: each test once, also where one of them kills its process or hangs."""
+"""GPU tests in several processes: each test runs once, even if one of them kills its process or hangs."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the host takes for a call, with launches that end at the driver's door."""
+"""The host's time for a call, measured with a mocked driver."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ sys.exit(__main__.main(["host", "--results", sys.argv[1]]))
 
 
 def test_every_operation_has_a_row_with_its_launches(tmp_path):
-    """In a process whose kernels are not in the interpreter, and with few calls."""
+    """In a new process, whose kernels do not run in the interpreter, with few calls."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", FEW, str(tmp_path)]
     done = subprocess.run(command, cwd=machine.ROOT, env=environment, capture_output=True, text=True)

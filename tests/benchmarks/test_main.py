@@ -1,4 +1,4 @@
-"""The commands themselves, at toy size."""
+"""The commands of `python -m benchmarks`, at toy size."""
 
 import os
 import re
@@ -48,7 +48,7 @@ def test_pytest_benchmark_runs_the_same_cases():
 
 
 def test_the_harness_knows_no_case_and_cases_know_of_it_what_a_case_is():
-    """Imports point one way."""
+    """Imports point in one direction."""
     rooms = {"harness": {"harness"}, "cases": {"cases", "harness.case"}}
     rooms["figures"] = {"figures", "harness", "cases.sampling"}
     for folder, allowed in rooms.items():

@@ -1,4 +1,4 @@
-"""`python -m benchmarks` on a GPU that is only pretended: no branch of it runs there for the first time."""
+"""`python -m benchmarks` on a pretended GPU, so that no branch of it runs for the first time on a real one."""
 
 from dataclasses import replace
 

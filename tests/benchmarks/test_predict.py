@@ -1,4 +1,4 @@
-"""What is predicted of a GPU: counts by hand, rates from rows, which term binds."""
+"""Predictions for a GPU: counts compared with hand calculations, rates from rows, the largest term."""
 
 from dataclasses import replace
 

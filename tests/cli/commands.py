@@ -10,7 +10,7 @@ def run(*arguments):
 
 
 def refused(capsys, *arguments):
-    """The one line on stderr; asserts that there is one line and the exit status is 2."""
+    """Runs a command that must fail with exit status 2 and one line on stderr; returns the line."""
     try:
         status = cli.main([str(argument) for argument in arguments])
     except SystemExit as error:

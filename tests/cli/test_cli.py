@@ -1,4 +1,4 @@
-"""The command line: what it does, and one line with exit status 2 for whatever is wrong."""
+"""The command line: its results, and one line with exit status 2 for wrong usage or input."""
 
 import errno
 import json
@@ -243,7 +243,7 @@ def test_too_little_memory_is_one_line(monkeypatch, trained, tmp_path, capsys):
 
 
 def test_ctrl_c_of_the_real_command(images, tmp_path):
-    """A process of its own: `python -m fastgen`, a real signal, the exit status, and a run that goes on."""
+    """Starts `python -m fastgen`, sends a real signal, checks the exit status, and resumes the run."""
     arguments = ["--model", "pixelcnn", "--data", images, "--steps", "100000", "--patience", "0", *TINY]
     command = [sys.executable, "-m", "fastgen", "train", *arguments, "--out", str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""`fastgen compress` and `decompress`: the very images come back, also those of a class-conditional model."""
+"""`fastgen compress` and `decompress` return the same images, also with a class-conditional model."""
 
 import re
 import sys
@@ -95,7 +95,7 @@ def test_wrong_usage_is_one_line(runs, images, tmp_path, capsys, monkeypatch):
 
 
 def test_other_codecs_are_lossless_sizes():
-    """Of noise they take at least its entropy; they are silent about what they have no pixels for."""
+    """Noise takes at least its entropy; images that picture files cannot hold give an empty dict."""
     noise = torch.randint(256, (5, 3, 8, 8))
     assert all(count > noise.numel() for count in other_codecs(noise, 256).values())
     grey = other_codecs(torch.randint(17, (5, 1, 8, 8)), 17)

@@ -1,4 +1,4 @@
-"""The command line: configurations, weights to start from, forms of output, images and masks of one's own."""
+"""The command line: configuration files, initial weights, kinds of output, the user's own images and masks."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Images of an .npz file: splits, levels, and errors that name what is wrong."""
+"""Images in .npz files: splits, levels, and errors that name the mistake."""
 
 import numpy as np
 import pytest
@@ -81,6 +81,8 @@ def test_bad_names_and_files(tmp_path):
     ):
         with pytest.raises(ValueError, match=named):
             data.load(name)
+    with pytest.raises(TypeError, match="name must be a str, got NoneType"):
+        data.load(None)
 
 
 @pytest.mark.parametrize(

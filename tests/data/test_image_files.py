@@ -1,4 +1,4 @@
-"""Images of folders and of the hub: classes, colours, sizes, and errors that name the file."""
+"""Images in folders and of the hub: classes, colours, sizes, and errors that name the file."""
 
 import numpy as np
 import pytest

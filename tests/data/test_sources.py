@@ -26,7 +26,7 @@ def test_digits_are_split_as_stated():
 
 
 def test_patches_of_different_splits_do_not_overlap():
-    """Each patch is looked up in its photograph; the columns that the splits cover are disjoint."""
+    """Each patch is found in its photograph, and the splits cover disjoint columns."""
     patches = data.load("patches")
     assert (patches.shape, patches.levels, patches.n_classes) == ((3, 32, 32), 256, None)
     assert "danielbuechele" in patches.attribution and "vultilion" in patches.attribution
@@ -80,7 +80,7 @@ def test_mnist_from_its_files(tmp_path, monkeypatch, mnist_files):
 
 
 def test_a_download_is_checked_and_kept(tmp_path, monkeypatch, mnist_files):
-    """Over file:// URLs: the same code as over the network."""
+    """With file:// URLs, which the same code reads as URLs of the network."""
     _, files = mnist_files
     monkeypatch.setenv("FASTGEN_DATA", str(tmp_path / "cache"))
     server = tmp_path / "server"

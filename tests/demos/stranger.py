@@ -1,4 +1,4 @@
-"""A PixelCNN as most public ones are written: it masks its weights in forward, and knows nothing of fastgen."""
+"""A PixelCNN as most public ones are written: it masks its weights in forward, and was written without fastgen."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""A VQ-VAE and its prior, briefly: what the demonstration proves, and the codebook by hand."""
+"""A VQ-VAE and its prior: the demonstration with few steps, and the codebook compared with hand calculations."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_the_codebook_follows_its_features():
 
 
 def test_the_encoder_learns_through_the_codes(monkeypatch):
-    """Also where nothing binds it to the vectors: the decoder's gradient is passed straight on."""
+    """Even without a commitment loss, since the decoder's gradient passes straight through the codes."""
     monkeypatch.setattr("fastgen.demos.code_prior.COMMITMENT", 0.0)
     model = VQVAE(codes=3, channels=4, dimensions=2)
     model.loss(torch.rand(2, 3, 8, 8)).backward()

@@ -1,4 +1,4 @@
-"""The demonstrations run, leave a picture, and their numbers mean what they say. Few steps: nothing is learnt well."""
+"""The demonstrations run and write a picture; their numbers mean what is documented. Few steps: little is learnt."""
 
 import importlib
 import json
@@ -19,7 +19,7 @@ pytest.importorskip("sklearn")
 
 @pytest.fixture
 def written(tmp_path, monkeypatch):
-    """Runs one and returns its numbers, after a look at what it wrote."""
+    """Runs a demonstration, checks the files that it writes, and returns its numbers."""
     for module in ("bayes", "outliers"):
         monkeypatch.setattr(f"fastgen.demos.{module}.IMPORTANCE_SAMPLES", 4)
 
@@ -126,7 +126,7 @@ def test_pictures_show_levels():
 
 
 def test_a_vae_of_digits_learns():
-    """The demonstration's model and training, briefly: a good way below a histogram of each pixel."""
+    """The demonstration's model after few steps is better than histograms of the pixels, though not yet good."""
     digits = data.load("digits")
     model = digits_vae(digits)
     fit(model, digits, 150)

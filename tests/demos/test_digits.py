@@ -1,4 +1,4 @@
-"""`fastgen demo` leaves what it promises. Few steps: nothing is learnt well."""
+"""`fastgen demo` writes the files that it promises. Few steps: little is learnt."""
 
 import json
 

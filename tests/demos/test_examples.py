@@ -1,4 +1,4 @@
-"""Each example runs, does what its first line says, and is short."""
+"""Each example is short, runs, and does what its first line says."""
 
 import re
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Exact free energies against sums over all states, and a network that comes close to them."""
+"""Exact free energies compared with sums over all states, and a network that comes close to them."""
 
 import itertools
 import math
@@ -39,7 +39,7 @@ def test_energy_by_hand():
 
 
 def test_the_network_has_probabilities_of_all_states():
-    """They sum to one, and are the same for both signs; the estimates of f are bound and limit."""
+    """They sum to one and are equal for mirrored states; the estimates of f are an upper bound and consistent."""
     network = ising.Network(3, 4)
     levels = ((states(3, 3) + 1) / 2).long()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Draws against independent definitions, edge cases of the rule, and bad arguments."""
+"""Draws compared with independent definitions, edge cases of the rule, and bad arguments."""
 
 import math
 
@@ -15,7 +15,7 @@ NONE = torch.zeros(1, 0, dtype=torch.long)  # no earlier channel
 
 
 def probabilities_by_hand(logits, temperature=1.0, top_k=None, top_p=None):
-    """Of one draw, in plain Python: temperature, then top-k, then the fewest of these with the mass top_p."""
+    """Probabilities of one draw in plain Python: temperature, then top-k, then the fewest with the mass top_p."""
     scaled = [float(logit) / temperature for logit in logits]
     weights = [math.exp(logit - max(scaled)) for logit in scaled]
     ranking = sorted(range(len(weights)), key=lambda k: (-weights[k], k))[:top_k]
@@ -109,7 +109,7 @@ def test_levels_of_probability_zero_are_never_drawn():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_greatest_noise_gives_the_last_possible_level(dtype):
-    """Whatever the sum of the weights: its product with the noise must not round up to it."""
+    """The product of the noise and the sum of the weights must not round up to the sum."""
     total = torch.cat((1 + torch.arange(64) * 2.0**-23, torch.rand(2000) * 2))
     weights = torch.stack((torch.zeros_like(total), total / 2, total - total / 2, torch.zeros_like(total)), 1)
     drawn = first_exceeding(weights.to(dtype), torch.full((len(total),), 1 - 2**-24))
@@ -263,7 +263,7 @@ def test_other_bad_arguments_are_named():
 @given(st.integers(0, 2**31), st.sampled_from([0.5, 3.0]))
 @settings(max_examples=30, deadline=None, derandomize=True)
 def test_log_probabilities_are_what_the_draws_have(seed, spread):
-    """The share of an even grid of uniforms that gives a level is its probability."""
+    """The fraction of a regular grid of uniforms that gives a level is the probability of the level."""
     generator = torch.Generator().manual_seed(seed)
     params = spread * torch.randn(1, 6, generator=generator)
     grid = (torch.arange(4000) + 0.5) / 4000

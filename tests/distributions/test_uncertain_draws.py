@@ -1,4 +1,4 @@
-"""Draws that rounding of the parameters could change, and no others, are uncertain."""
+"""`uncertain` marks the draws that rounding of the parameters could change, and hardly any others."""
 
 import math
 
@@ -14,7 +14,7 @@ NONE = torch.zeros(1, 0, dtype=torch.long)  # no earlier channel
 
 @st.composite
 def draws(draw):
-    """A distribution with options, parameters for some draws of it, an error, and the seed of its direction."""
+    """A distribution with options, parameters of some draws, the size of an error, and a seed for its direction."""
     kind = draw(st.sampled_from(["categorical", "bernoulli", "mixture", "rgb"]))
     temperature = draw(st.sampled_from([0.0, 0.3, 1.0, 2.0]))
     if kind == "categorical":
@@ -91,7 +91,7 @@ def test_levels_change_at_the_steps_and_nowhere_else(distribution):
 
 
 def test_few_draws_of_a_mixture_are_uncertain():
-    """A level is 2/255 wide: an error of the parameters moves x by about as much, a few times with the scale."""
+    """A level is 2/255 wide; an error of the parameters moves x by a few times its size."""
     params, noise = torch.randn(20000, 20), torch.rand(20000, 4)
     previous = torch.randint(256, (20000, 2))
     uncertain = LogisticMixture(2).uncertain(params, noise, 2, previous, 1e-5)

@@ -1,4 +1,4 @@
-"""Whether a model learns at all: the same for every autoregressive model."""
+"""A check, for every autoregressive model, that it learns."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Wrong images and classes are refused with the argument's name, the value and what was expected."""
+"""Errors for wrong images and classes name the argument, the value and what was expected."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ CONDITIONAL = {
 
 
 def calls(model, x, condition):
-    """Each use of a model with these images and classes, by name."""
+    """Functions that use a model with these images and classes, by name."""
     found = {"loss": lambda: model.loss(x, condition)}
     if not isinstance(model, Autoencoder):
         found["log_prob"] = lambda: model.log_prob(x, condition=condition)

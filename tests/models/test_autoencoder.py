@@ -1,4 +1,4 @@
-"""The autoencoder: any shape, the loss it states, features that rebuild an image."""
+"""The autoencoder: any shape, the loss as documented, features from which an image can be reconstructed."""
 
 import pytest
 import torch
@@ -68,6 +68,7 @@ def test_compiles_into_one_graph():
         (lambda: Autoencoder((1, 4, 4), 2, channels=0), "channels"),
         (lambda: small().loss(torch.zeros(1, 1, 5, 5)), "x must have the shape"),
         (lambda: small().encode(torch.zeros(1, 1, 5, 6), torch.zeros(1)), "condition was given"),
+        (lambda: small().decode([0.0]), "features must be a tensor of the shape .* got list"),
     ],
 )
 def test_bad_arguments_are_named(call, named):

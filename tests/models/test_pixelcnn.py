@@ -1,4 +1,4 @@
-"""What holds for every autoregressive model of convolutions: causality, exact likelihood, checkpoints, training."""
+"""All convolutional autoregressive models: causality, exact likelihood, checkpoints, training."""
 
 import itertools
 import math
@@ -86,7 +86,7 @@ def test_probabilities_of_all_levels_sum_to_one_in_a_mixture():
 
 
 def test_the_colours_of_a_mixture_follow_the_chain_rule():
-    """Given red, the probabilities of all green levels sum to that of red alone, blue summed out as well."""
+    """p(red) is the sum of p(red, green, blue) over all green and blue levels."""
     distribution = SMALL["plusplus"]((3, 1, 1)).distribution
     params = torch.randn(1, 20, dtype=torch.float64)
     green, blue = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
@@ -99,7 +99,7 @@ def test_the_colours_of_a_mixture_follow_the_chain_rule():
 
 
 def test_log_prob_is_the_chain_rule(build):
-    """The likelihood of an image from one pass is the product of its pixels', each from a pass that has not seen it."""
+    """log p of an image is the sum over its pixels, each computed by a pass that has not seen the pixel."""
     model = build((1, 3, 3), n_classes=2)
     x = torch.randint(model.levels, (2, 1, 3, 3))
     condition = torch.tensor([0, 1])
@@ -161,7 +161,7 @@ def test_compiles_into_one_graph(build):
 
 
 def test_the_sampler_reads_what_runs_on_a_gpu(monkeypatch):
-    """The fused block, here in Triton's interpreter: the same samples, and no slower way of drawing them."""
+    """The sampler can trace the fused block (here in Triton's interpreter): same samples, same backend."""
     model = SMALL["gated"]((1, 3, 3)).eval()
     plain = accelerate(model, (1, 3, 3), distribution=model.distribution)
     expected = plain.sample(2, seed=3)
@@ -196,7 +196,12 @@ def test_weight_norm_keeps_the_model():
     ("make", "named"),
     [
         (lambda: PixelCNN((1, 4), 4), "shape"),
+        (lambda: PixelCNN(None, 4), "shape must be .* got None"),
         (lambda: PixelCNN((1, 4, 4), 1), "levels"),
+        (lambda: PixelCNN((1, 4, 4), "4"), "levels must be an int >= 2, got '4'"),
+        (lambda: PixelCNN((1, 4, 4), 4, channels=True), "channels must be .* got True"),
+        (lambda: GatedPixelCNN((1, 4, 4), 4, dropout="0.5"), "dropout must be .* got '0.5'"),
+        (lambda: PixelCNNPP((1, 4, 4), dropout=1.5), "dropout"),
         (lambda: PixelCNN((1, 4, 4), 4, channels=0), "channels"),
         (lambda: GatedPixelCNN((1, 4, 4), 4, layers=0), "layers"),
         (lambda: GatedPixelCNN((1, 4, 4), 4, n_classes=0), "n_classes"),

@@ -1,4 +1,4 @@
-"""PixelRNN: causality of the whole model with its colours, exact likelihood, the paper's configurations."""
+"""PixelRNN: causality with colours, exact likelihood, the configurations of the paper."""
 
 import itertools
 import math

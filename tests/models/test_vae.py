@@ -1,4 +1,4 @@
-"""The VAE: its bound, a linear-Gaussian model whose log p(x) is known, samples, all shapes and likelihoods."""
+"""The VAE: its bound, a linear Gaussian model whose log p(x) is known, samples, all shapes and likelihoods."""
 
 import math
 
@@ -169,7 +169,7 @@ def test_the_importance_weighted_bound_rises_to_log_p(linear):
 
 
 def test_the_true_posterior_leaves_no_gap(linear):
-    """With columns at right angles the true posterior is diagonal: every single draw is log p(x) exactly."""
+    """With orthogonal columns the true posterior is diagonal, and every draw of the estimate is log p(x) exactly."""
     model, x = linear
     model.weight = torch.linalg.qr(model.weight)[0] * torch.tensor([2.0, 0.5])
     model.posterior_variance = torch.linalg.inv(model.weight.T @ model.weight / model.noise + torch.eye(2))
@@ -254,6 +254,11 @@ def test_autocast_gives_float32_nats():
         (lambda: small(likelihood="categorical").elbo(torch.zeros(1, 1, 5, 6)), TypeError, "integer levels"),
         (lambda: small(n_classes=2).elbo(torch.zeros(1, 1, 5, 6)), ValueError, "condition is missing"),
         (lambda: small().decode(torch.zeros(1, 3), torch.zeros(1)), ValueError, "condition was given"),
+        (
+            lambda: small().decode(torch.zeros(1, 4)),
+            ValueError,
+            r"z must be a tensor of the shape \(B, 3\), got \(1, 4\)",
+        ),
         (lambda: small().log_prob(torch.zeros(1, 1, 5, 6), 0), ValueError, "n_samples"),
         (lambda: small().sample(-1), ValueError, "n must be"),
         (lambda: small().sample(1, temperature=-1.0), ValueError, "temperature"),

@@ -1,4 +1,4 @@
-"""The VAE's images: draws, interpolations, and the Gaussian that is rounded to levels."""
+"""Images of the VAE: draws, interpolations, and the Gaussian that is rounded to levels."""
 
 import math
 
@@ -16,7 +16,7 @@ from tests.models.small_vaes import images, small
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_draws_follow_the_likelihood(likelihood, channels):
-    """Frequencies of the levels against exp(-nll), and the mean of the draws."""
+    """The frequencies of levels agree with exp(-nll), the mean of draws with the expected image."""
     levels, n = 2 if likelihood == "bernoulli" else 5, 40_000
     model = small((channels, 1, 1), likelihood, levels)
     params = model.decode(torch.randn(1, 3) * 3)
@@ -34,7 +34,7 @@ def test_draws_follow_the_likelihood(likelihood, channels):
 
 
 def test_colours_of_a_mixture_are_drawn_together():
-    """A green that follows red through its coefficient: the joint frequencies are those of the likelihood."""
+    """Green depends on red through its coefficient; the joint frequencies agree with the likelihood."""
     levels, n = 4, 40_000
     params = torch.zeros(1, 20, 1, 1)
     params[:, 2:].view(3, 3, 2)[:, 1] = -1.5
@@ -97,7 +97,7 @@ def test_a_constant_pixel_has_no_infinite_density():
 
 @pytest.mark.parametrize("network", ["convolutional", "mlp"])
 def test_the_gaussian_starts_at_the_scale_of_the_data(network):
-    """Near the uniform's bits/dim, with gradients that can be followed, whatever the number of levels."""
+    """For any number of levels, bits/dim start near those of a uniform distribution, with moderate gradients."""
     for levels in (2, 5, 256, 2**16):
         model = VAE((1, 8, 8), 3, likelihood="gaussian", levels=levels, network=network, channels=4, hidden=16)
         bound = model.elbo(images(model, 64))

@@ -44,7 +44,7 @@ def test_equals_the_cropped_stacks(mask_type, kernel_size, colours, n_classes):
 @pytest.mark.parametrize("hook", [False, True])
 @pytest.mark.parametrize(("mask_type", "colours", "n_classes"), [("A", 3, None), ("B", 1, 2)])
 def test_the_fused_block_equals_the_composition(mask_type, colours, n_classes, hook, monkeypatch):
-    """In the interpreter: outputs and the gradients of inputs and parameters; a hook sees its layer called."""
+    """Compares outputs and gradients in the interpreter; with a hook, the layer of the hook is called."""
     inputs = colours if mask_type == "A" else 6
     block = GatedMaskedBlock(inputs, 6, 3, mask_type=mask_type, data_channels=colours, n_classes=n_classes)
     calls = []

@@ -14,7 +14,7 @@ from fastgen.ops import causal_mask
 
 
 class Overwrites(nn.Conv2d):
-    """The common style: a float mask, the weights overwritten in every call."""
+    """The usual style: a float mask that overwrites the weights in every call."""
 
     def __init__(self, mask_type, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -31,7 +31,7 @@ class Overwrites(nn.Conv2d):
 
 
 class Multiplies(nn.Conv2d):
-    """A mask of two dimensions under another name, a functional convolution, any arguments."""
+    """A two-dimensional mask with another name, a functional convolution, *args and **kwargs."""
 
     def __init__(self, *arguments, kind=torch.uint8, persistent=True, **options):
         super().__init__(*arguments, **options)
@@ -47,7 +47,7 @@ class Multiplies(nn.Conv2d):
 
 
 class Colours(nn.Conv2d):
-    """A bool mask of colour groups, torch.where, the weights written with no_grad."""
+    """A bool mask of colour groups, applied with torch.where; the weights are overwritten under no_grad."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -96,7 +96,7 @@ class Detaches(Overwrites):
 
 
 class Forgets(Overwrites):
-    """Has a mask and does not use it."""
+    """A layer with a mask that it does not use."""
 
     def forward(self, x):
         return nn.Conv2d.forward(self, x)

@@ -1,4 +1,4 @@
-"""What the tests of training share: small models and images, short settings."""
+"""Small models, images and settings for the tests of training."""
 
 import functools
 import json
@@ -46,7 +46,7 @@ def autoencoder():
 
 
 class Own(nn.Module):
-    """Independent pixels, with a loss that is no likelihood."""
+    """A model of independent pixels whose loss is not a likelihood."""
 
     def __init__(self):
         super().__init__()
@@ -65,7 +65,7 @@ def rows(folder):
 
 
 def resumes_exactly(build, source, tmp_path, **options):
-    """Trains in one go and in two; returns the first folder."""
+    """Trains without and with an interruption; returns the folder of the uninterrupted run."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     models = [build() for _ in range(3)]
     made = [{name: make(model) for name, make in options.items()} for model in models]

@@ -1,4 +1,4 @@
-"""Several processes, by torchrun on the CPU: what one process computes, and a process that dies."""
+"""Several processes under torchrun on the CPU: they compute what one process computes, and one may die."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ TINY = ["--batch-size", 7, "--validate-every", 2, "--set", "channels=4", "--lr",
 
 
 def launch(count, *command):
-    """A job of `count` processes that is not waited for."""
+    """Starts a job of `count` processes without waiting for it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     return subprocess.Popen(
@@ -61,7 +61,7 @@ def commands(images, root):
 
 @pytest.fixture(scope="module")
 def one(images, tmp_path_factory):
-    """The same commands in this process."""
+    """Runs the same commands in this process."""
     root = tmp_path_factory.mktemp("one")
     for command in commands(images, root):
         assert cli.main([str(argument) for argument in command]) == 0
@@ -128,7 +128,7 @@ def test_a_job_of_processes_is_a_job_of_one(count, sharded, images, one, tmp_pat
 
 
 def goes_on_alone(parts, one):
-    """The state of sharded processes is that of one process."""
+    """A single process resumes a run of sharded processes."""
     rest = ["train", "--resume", "--steps", "6", "--device", "cpu", "--parallel", "ddp", "--out"]
     assert cli.main([*rest, str(parts)]) == 0
     assert curve(parts) == pytest.approx(curve(one), rel=1e-5)

@@ -1,4 +1,4 @@
-"""Images that are not the library's: data sets and loaders of torch."""
+"""Training with torch Datasets and DataLoaders."""
 
 import functools
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Models that are not the library's, or are part of something else: any module with a loss or a likelihood."""
+"""Training of modules that are not fastgen's: any module with a loss or a likelihood, also inside wrappers."""
 
 import json
 
@@ -14,7 +14,7 @@ from fastgen.weights import load_weights
 
 
 class Likelihood(nn.Module):
-    """A histogram for every pixel and class, of which only the log-likelihood is known."""
+    """A model with a histogram for every pixel and class, which has log_prob but no loss."""
 
     def __init__(self):
         super().__init__()
@@ -57,7 +57,7 @@ def test_a_subclass_is_trained_and_comes_back(tmp_path):
     assert type(model) is Mine and not model.training
     with pytest.raises(ValueError, match=r"'Mine'.*from_pretrained"):
         fastgen.load(tmp_path)
-    with pytest.raises(ValueError, match="'Mine', not of 'PixelCNN'"):
+    with pytest.raises(ValueError, match="holds a 'Mine', expected a 'PixelCNN'"):
         PixelCNN.from_pretrained(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Callbacks, augmentation, optimizers, schedules and trainers that are not the library's."""
+"""The user's own callbacks, augmentation, optimizers, schedules and trainers."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""A run goes on exactly where it was: after its end, a kill, a signal; and nothing foreign is taken for one."""
+"""A run resumes exactly where it stopped: at its end, by a kill, by a signal. Foreign files are refused."""
 
 import os
 import pickle
@@ -147,7 +147,7 @@ def test_leftovers_of_killed_runs_are_cleared(stripes, tmp_path):
 
 @pytest.mark.parametrize("moment", ["validation", "save", "last validation"])
 def test_a_signal_during_a_validation_or_a_save(moment, stripes, tmp_path, monkeypatch):
-    """Nothing is lost, and the rest of the validation is not waited for."""
+    """The run is saved at once, without finishing the validation."""
     monkeypatch.setattr("fastgen.train.measure.images_at_once", lambda model: 2)
     train(gated(), stripes, tmp_path / "whole", replace(QUICK, steps=8), progress=False)
     at = {"validation": 6, "save": 6, "last validation": 8}[moment]

@@ -1,4 +1,4 @@
-"""Settings of a VAE, of precision, of noise and of CUDA graphs reach what they are for."""
+"""The settings of VAEs, precision, noise and CUDA graphs have their effect."""
 
 import inspect
 import warnings
@@ -75,7 +75,7 @@ def test_a_cuda_graph_is_not_taken_on_a_cpu_and_says_so(tmp_path):
 
 
 def test_a_graphed_loss_replays_one_shape_and_leaves_the_model_as_it_was(monkeypatch):
-    """With a stand-in for torch's capture, which warms up by running the module and replaces its forward."""
+    """With a replacement of torch's capture, which runs the module to warm up and replaces its forward."""
     captured = []
 
     def make_graphed_callables(module, sample, allow_unused_input):

@@ -1,4 +1,4 @@
-"""Training: what is learnt, measured, shown and left behind, and nothing lost when something fails."""
+"""Training: learning, measuring, progress, the files of a run, and that failures lose nothing."""
 
 import errno
 import itertools
@@ -124,7 +124,8 @@ def test_scores_fewer_images_at_once_where_they_are_large():
 @pytest.mark.parametrize(
     ("field", "value"),
     [("steps", 0), ("batch_size", 0), ("warmup", -1), ("decay_steps", 0), ("validate_every", 0), ("patience", -1)]
-    + [("lr", 0.0), ("lr", math.nan), ("clip", 0.0), ("weight_decay", -1.0), ("ema", 1.0), ("seed", -1)],
+    + [("lr", 0.0), ("lr", math.nan), ("clip", 0.0), ("weight_decay", -1.0), ("ema", 1.0), ("seed", -1)]
+    + [("lr", "0.1"), ("beta", None), ("ema", "0.9"), ("max_seconds", "60")],
 )
 def test_bad_settings_are_named(field, value):
     with pytest.raises(ValueError, match=field):

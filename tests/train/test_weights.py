@@ -1,4 +1,4 @@
-"""Weights of other runs and of other people's files: taken where they fit, named where they do not."""
+"""Weights of other runs and from foreign files: loaded if they fit, otherwise refused by name."""
 
 import functools
 from dataclasses import replace

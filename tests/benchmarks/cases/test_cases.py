@@ -1,4 +1,4 @@
-"""What all cases have to be, at every size; and what some of them promise."""
+"""Properties of all cases at every size, and of some cases in particular."""
 
 import functools
 import os
@@ -34,7 +34,7 @@ def test_every_size_is_stated(name):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in Triton's interpreter
 def test_the_launches_are_right_and_launch_every_kernel_but_those_of_some_chips_and_sizes():
-    """At toy size, in the interpreter. The rest depends on the chip, or on sizes that are too large here."""
+    """At toy size, in the interpreter. Other kernels need some chip, or sizes that are too large here."""
     pytest.importorskip("triton")
     session = Session(machine.facts("cpu"), "", timing=False)
     found = [row for case in cases.load("launches", "toy", CPU) for row in measure(case, session)]
@@ -47,7 +47,7 @@ def test_the_launches_are_right_and_launch_every_kernel_but_those_of_some_chips_
 
 
 def off(play, *arguments):
-    """Plays with weights that are 1 % larger."""
+    """A step machine whose weights are 1 % too large."""
     tensors, *rest = arguments
     play((*tensors[:2], 1.01 * tensors[2], *tensors[3:]), *rest)
 
@@ -62,7 +62,7 @@ def crash(play, *arguments):
     ("fault", "verdict", "died_in"), [(off, "wrong", None), (crash, "dead", "step_machine_kernel")]
 )
 def test_a_fault_of_the_step_machine_is_seen(fault, verdict, died_in, monkeypatch):
-    """Though a whole pass of the model puts its images right."""
+    """The fault is found, although a whole pass of the model corrects the images."""
     pytest.importorskip("triton")
     from fastgen.sampling.run import gpu_player
 
@@ -86,7 +86,7 @@ JOBS = [job for size in ("toy", "cpu", "gpu") for job in sampling.JOBS[size] if 
 
 @pytest.mark.parametrize("job", JOBS, ids=str)
 def test_sampling_is_measured_on_logits_that_spread(job):
-    """Else rounding never changes a draw, and no image is ever drawn on."""
+    """With nearly equal logits rounding would never change a draw, and no image would be drawn again."""
     build, shape, levels, size, _ = job
     inputs = sampling._inputs(CPU, (build, shape, levels, size, 1))
     assert sampling.spread_of(inputs["model"](inputs["x"])) >= 1.5

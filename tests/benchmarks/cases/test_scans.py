@@ -1,4 +1,4 @@
-"""The benchmarks' scans with other launches: they must be the operation, or a comparison says nothing."""
+"""Variants of the benchmarks' scans that are launched otherwise compute the same as the operation."""
 
 import functools
 

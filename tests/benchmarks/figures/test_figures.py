@@ -1,4 +1,4 @@
-"""What is drawn from saved rows."""
+"""Figures that are drawn from saved rows."""
 
 import pytest
 

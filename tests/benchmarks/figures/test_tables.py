@@ -1,4 +1,4 @@
-"""What is written of rows: the README's section, and the table of each machine."""
+"""Text that is written from rows: the README's section, and the table of each machine."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Which source a row was measured with."""
+"""The hash of the source that a row was measured with."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from benchmarks.harness import machine
 
 @pytest.fixture
 def kernels(tmp_path, monkeypatch):
-    """Two families and what they share."""
+    """A folder with two families of kernels and a file that they share."""
     for name in ("common", "lstm/scan", "lstm/cell", "vae/kl"):
         file = tmp_path / f"{name}.py"
         file.parent.mkdir(exist_ok=True)

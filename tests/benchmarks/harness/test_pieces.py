@@ -1,4 +1,4 @@
-"""Pieces of a run in processes of their own: what is left when one dies late, and when the time is over."""
+"""Pieces of a run in their own processes: which rows remain when one dies late, and when the time is over."""
 
 import os
 import signal
@@ -65,7 +65,7 @@ def test_nothing_starts_after_its_time(run):
 
 
 def test_what_goes_on_is_what_lacks_a_row_without_the_one_that_died():
-    """A provider that has no time of the backward alone lacks nothing once it has its forward."""
+    """A provider without the mode "bwd" is complete once it has its row of "fwd"."""
     saved = []
     providers = {"compiled reduce-overhead": square, "bad": square}
     first, later = case(providers, modes=("fwd", "bwd")), case({}, "later")

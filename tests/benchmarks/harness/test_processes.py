@@ -1,4 +1,4 @@
-"""Tasks in processes of their own: what one answers or why not, and that none outlives the process that waits."""
+"""Tasks in their own processes: their results or failures, and that none outlives the parent."""
 
 import os
 import signal

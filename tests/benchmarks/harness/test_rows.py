@@ -1,4 +1,4 @@
-"""Saved rows: replaced by key, fresh or stale; how kernels went; changes beyond noise."""
+"""Saved rows: replaced by key, fresh or stale; the status of kernels; changes beyond noise."""
 
 import json
 import re

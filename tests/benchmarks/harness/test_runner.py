@@ -1,4 +1,4 @@
-"""What a row says: the comparison before any timing, failures as rows, timing on a CPU and (stood in for) a GPU."""
+"""Rows of a case: comparison before timing, failures as rows, timing on a CPU and on a pretended GPU."""
 
 import json
 import time
@@ -123,7 +123,7 @@ def test_quantiles_and_plans():
 
 @pytest.mark.parametrize(("threads", "expected"), [(1, [2.0] * 4), (2, [2.0, 52.0] * 2)])
 def test_one_thread_is_timed_by_the_processors_clock(threads, expected, monkeypatch):
-    """Which does not run while something else does."""
+    """The processor's clock does not run while another process does."""
     wall, cpu = [0.0], [0.0]
     waits = iter([0, 1, 0, 1])
 
@@ -211,7 +211,7 @@ def test_of_many_that_are_alike_the_row_has_the_time_of_one(session):
 
 
 def test_a_case_without_its_baseline_is_held_to_the_limit(session):
-    """As where the baseline has died: nothing says any more what is lost in that dtype."""
+    """As when the baseline has died, whose error would set the tolerance."""
     rest = case({"rough": lambda x: x * x * 1.01, "wrong": lambda x: x * 1.5}, modes=("fwd",)).only(["rough", "wrong"])
     rough, wrong = measure(rest, session)
     assert rough["verdict"] == "correct" and wrong["verdict"] == "wrong"
@@ -228,7 +228,7 @@ def test_a_lost_device_ends_the_process(session, monkeypatch):
 
 @pytest.mark.parametrize("setting", ["ieee", "tf32"])
 def test_precision_is_set_whatever_was_set_before_and_however(setting, session):
-    """Where a newer setting was used, older getters of torch raise."""
+    """After a newer setter was used, torch's older getters raise."""
     torch.backends.cudnn.conv.fp32_precision = setting
     torch.backends.cuda.matmul.fp32_precision = setting
     if setting == "ieee":

@@ -1,4 +1,4 @@
-"""The timer of a GPU, on events and graphs that are stood in for."""
+"""The timer of a GPU, with pretended events and graphs."""
 
 import time
 
