@@ -86,14 +86,18 @@ def _methods(item: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _call(name: str, item: Any) -> str:
-    """The signature; one line for each argument if it is long."""
-    text = re.sub(r"\b(?:\w+\.)+(?=[A-Za-z_])", "", f"{name}{inspect.signature(item)}")  # torch.Tensor is Tensor
+    """The call of a function, a method or a class; one line for each argument if it is long."""
+    signature = inspect.signature(item)
+    arguments = [argument for argument in signature.parameters.values() if argument.name not in ("self", "cls")]
+    result = inspect.Signature.empty if inspect.isclass(item) else signature.return_annotation
+    call = signature.replace(parameters=arguments, return_annotation=result)
+    text = re.sub(r"\b(?:\w+\.)+(?=[A-Za-z_])", "", f"{name}{call}")  # torch.Tensor is Tensor
     text = re.sub(r"<function <lambda> at \w+>", "...", text)
     if len(text) <= 100:
         return text
-    opening, arguments, rest = re.match(r"(\w+\()(.*?)(\)(?: -> .*)?)$", text).groups()  # type: ignore[union-attr]
+    opening, listed, rest = re.match(r"(\w+\()(.*?)(\)(?: -> .*)?)$", text).groups()  # type: ignore[union-attr]
     separator = r", (?![^\[(]*[\])])"  # a comma outside of brackets
-    return "\n".join([opening, *(f"    {argument}," for argument in re.split(separator, arguments)), rest])
+    return "\n".join([opening, *(f"    {argument}," for argument in re.split(separator, listed)), rest])
 
 
 def _text(item: Any) -> str:

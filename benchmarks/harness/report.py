@@ -58,7 +58,7 @@ def footer(measured: list[Row], kept: int, late: list[Case], folder: Path | None
     if folder is None:
         print("dry run: compared with float64, not timed, not saved")
     if kept:
-        print(f"{kept} rows of an earlier run are still true and were not measured again")
+        print(f"{kept} rows of an earlier run are still valid and were not measured again")
     if late:
         names = ", ".join(f"{count} of {name}" for name, count in Counter(case.op for case in late).items())
         print(f"no time was left for {len(late)} cases ({names}): the same command with --resume goes on")

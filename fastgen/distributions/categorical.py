@@ -37,6 +37,7 @@ class Categorical:
             "B(KC)HW" (channel fastest) or "B(CK)HW" (level fastest). With C = 1, an output (B, K, H, W) has either of
             the last two. For sequences (B, T): "BTK" or "BKT"; for grids (B, H, W): "BHWK".
         temperature, top_k, top_p: sampling options, which `tempered` sets.
+        counts: set by the constructor: `levels` as a tensor, if it is not an int.
 
     Raises:
         ValueError: levels, layout or a sampling option is not one of these. Methods with `params` raise it if these do

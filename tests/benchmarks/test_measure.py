@@ -30,7 +30,7 @@ def test_every_benchmark_runs_and_saves_its_rows(name, monkeypatch, tmp_path, ca
         written = {(row["op"], row["shape"], row["dtype"], row["provider"], row["mode"]) for row in saved}
         assert len(written) == len(saved)
         assert main(["--device", "cuda", "--full", "--results", str(tmp_path), "--resume", name]) == 0
-        assert f"{len(saved)} rows of an earlier run are still true" in capsys.readouterr().out
+        assert f"{len(saved)} rows of an earlier run are still valid" in capsys.readouterr().out
 
 
 def test_where_no_time_is_left_the_rest_is_named(monkeypatch, tmp_path, capsys):
