@@ -2,9 +2,8 @@
 result is saved at once.
 
 1. The device's own rates: copying and matrix products.
-2. One launch of everything that is launched by default, and the headline cases, compared with float64. As many
-processes
-   run as there are cores: most of the time goes into compiling, and the compiler's cache keeps the results.
+2. One launch of everything that is launched by default, and the headline cases, compared with float64. There are as
+   many processes as cores: most of the time goes into compiling, and the compiler's cache keeps the results.
 3. The headline cases, timed one after the other.
 4. All other cases, until the time is over.
 

@@ -6,9 +6,8 @@ In the launch, each GPU program (thread block) owns a group of images and plays 
 
     an instruction   takes a fixed time, plus the longest of: reading weights from L2, multiply-adds, activations
     a draw           takes a fixed time for each group of images
-    a barrier        comes before each instruction and each draw if several GPU programs share their images; each of
-    them
-                     then computes some of the tiles
+    a barrier        comes before each instruction and each draw if several GPU programs share their images; each
+                     program then computes some of the tiles
 
 Heavy programs of the plan (ends of rows) are played by the whole GPU if there are few images: each of their
 instructions takes a launch, and all processors share its tiles. The whole pass of the model that verifies a batch is

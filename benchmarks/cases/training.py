@@ -84,7 +84,7 @@ def _mnist(batch: int) -> list[Job]:
 
 COLOURS = ("patches", "random")
 JOBS: dict[str, list[Job]] = {
-    "toy": [j._replace(shape=(1, 3, 4), levels=3) for of in (_convolutions, _scans) for j in of("random", 2, 4, 1)],
+    "toy": [j._replace(shape=(1, 3, 4), levels=3) for jobs in (_convolutions, _scans) for j in jobs("random", 2, 4, 1)],
     "cpu": _convolutions("digits", 64, 32, 3) + _convolutions("patches", 2, 32, 3) + _convolutions("random", 2, 32, 3),
     "cpu-full": [
         *(job for data, n in (("digits", 64), ("patches", 4), ("random", 4)) for job in _convolutions(data, n, 48, 6)),
