@@ -84,7 +84,7 @@ def draw(saved: list[dict[str, Any]], target: Path = PICTURE) -> Path:
             time_axes.plot(batches, [row["sample_s"] for row in rows_of_side], label=f"{side}x{side}", **style)
             naive = [row["pass_s"] * side**2 for row in rows_of_side]
             time_axes.plot(batches, naive, linestyle="--", **style)
-        time_axes.set(xlabel="images a batch", ylabel="CPU seconds a batch", title="drawn, and (dashed) by the loop")
+        time_axes.set(xlabel="images in a batch", ylabel="CPU seconds per batch", title="accelerate (dashed: the loop)")
         time_axes.set_xscale("log", base=2)
         counts = sorted({batch for _, batch in latest})
         time_axes.set_xticks(counts, [f"{count}" for count in counts])
@@ -94,12 +94,12 @@ def draw(saved: list[dict[str, Any]], target: Path = PICTURE) -> Path:
         smallest_batches = [next(latest[key] for key in sorted(latest) if key[0] == side) for side in sides]
         work_axes.plot(sides, [side**2 for side in sides], label="the loop", color=COLOURS[7])
         work_axes.plot(sides, [row["work_ratio"] for row in smallest_batches], label="accelerate", color=COLOURS[0])
-        work_axes.set(ylabel="multiply-adds an image, in passes", title="work, counted", ylim=(0.5, None))
+        work_axes.set(ylabel="multiply-adds per image, in forward passes", title="work (counted)", ylim=(0.5, None))
         work_axes.legend(frameon=False)
         setup_axes.plot(sides, [row["setup_s"] for row in smallest_batches], label="set-up", color=COLOURS[1])
         loop_seconds = [row["pass_s"] * row["side"] ** 2 for row in smallest_batches]
         setup_axes.plot(sides, loop_seconds, label="one image by the loop", color=COLOURS[7])
-        setup_axes.set(ylabel="CPU seconds", title="set-up of a sampler, once")
+        setup_axes.set(ylabel="CPU seconds", title="set-up of a sampler (once)")
         setup_axes.legend(frameon=False)
         for axes in (work_axes, setup_axes):
             axes.set_xscale("log", base=2)

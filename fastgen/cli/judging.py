@@ -157,8 +157,8 @@ def run_score(arguments: argparse.Namespace) -> int:
     labels = [""] * len(split) if split.labels is None else split.labels.tolist()
     columns = (scores.log_prob, bits_per_dim(-scores.log_prob, model.shape), scores.likelihood_ratio, scores.typicality)
     values = zip(*(column.tolist() for column in columns), strict=True)
-    for index, (label, row) in enumerate(zip(labels, values, strict=True)):
-        rows.writerow([index, label, *(f"{value:.6g}" for value in row)])
+    for index, (label, numbers) in enumerate(zip(labels, values, strict=True)):
+        rows.writerow([index, label, *(f"{value:.6g}" for value in numbers)])
     files.write_atomically({path: buffer.getvalue().encode()})
     mean = -scores.log_prob.mean()
     print(

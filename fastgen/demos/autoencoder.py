@@ -34,18 +34,18 @@ def run(*, steps: int = 1000, seed: int = 0) -> tuple[dict[str, Any], Image.Imag
         features = model.encode(images), model.encode(test)
         rebuilt = model.reconstruct(test[:16])
         error = model.loss(test).item()
-    pixels = tuple((split.double() / (digits.levels - 1) * 2 - 1).flatten(1) for split in (images, test))
+    train_pixels, test_pixels = ((part.double() / (digits.levels - 1) * 2 - 1).flatten(1) for part in (images, test))
     accuracy = {
         str(count): {
             name: _accuracy(x, digits.train, digits.test, count, seed)
-            for name, x in (("features", features), ("pixels", pixels))
+            for name, x in (("features", features), ("pixels", (train_pixels, test_pixels)))
         }
         for count in (*LABELS, len(images))
     }
     numbers = {
         "features": FEATURES,
         "error": error,
-        "error_of_mean": (pixels[1] - pixels[0].mean(0)).square().sum(1).mean().item(),
+        "error_of_mean": (test_pixels - train_pixels.mean(0)).square().sum(1).mean().item(),
         "accuracy": accuracy,
     }
     picture = sheet(

@@ -26,7 +26,7 @@ def check_counts(least: int = 1, **counts: Any) -> None:
 
 def check_dropout(dropout: Any) -> None:
     """Raises ValueError if `dropout` is not a number in [0, 1]."""
-    if not isinstance(dropout, Real) or not 0 <= dropout <= 1:
+    if not isinstance(dropout, Real) or not 0 <= float(dropout) <= 1:
         raise ValueError(f"dropout must be a number in [0, 1], got {dropout!r}")
 
 

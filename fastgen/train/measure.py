@@ -93,11 +93,8 @@ def unit(model: Any, shape: tuple[int, ...] | None = None, floats: bool = False)
 def check_fit(model: Any, dataset: Dataset) -> None:
     """Raises ValueError if the images have another shape, number of levels or number of classes than the model."""
     if model.shape != dataset.shape:
-        advice = (
-            ""
-            if model.shape[1:] == dataset.shape[1:]
-            else "; resize=N and crop=N (--resize N --crop N) resize image files"
-        )
+        same_size = model.shape[1:] == dataset.shape[1:]
+        advice = "" if same_size else "; resize=N and crop=N (--resize N --crop N) change the size of image files"
         raise ValueError(
             f"the images of {dataset.name} have the shape {dataset.shape}, the model's are {model.shape}{advice}"
         )

@@ -75,11 +75,11 @@ class Settings:
             raise ValueError(f"decay_steps must be an int >= 1 or None, got {self.decay_steps!r}")
         for name in ("lr", "clip"):
             value = getattr(self, name)
-            if not isinstance(value, Real) or not 0 < value < math.inf:
+            if not isinstance(value, Real) or not 0 < float(value) < math.inf:
                 raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
         for name in ("weight_decay", "beta", "free_bits"):
             value = getattr(self, name)
-            if not isinstance(value, Real) or not 0 <= value < math.inf:
+            if not isinstance(value, Real) or not 0 <= float(value) < math.inf:
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
         if not isinstance(self.ema, Real) or not 0 <= self.ema < 1:
             raise ValueError(f"ema must be a number in [0, 1), got {self.ema!r}")
