@@ -36,7 +36,9 @@ def draw(demo: Path, target: Path = PICTURE) -> Path:
         left.set_title(f"{numbers['sampling_batch']} digits drawn by a PixelCNN", fontsize=12)
         seconds = [numbers["naive_seconds"], numbers["fast_seconds"]]
         right.barh([1, 0], seconds, 0.5, color=[COLOURS[7], COLOURS[0]])
-        for place, name, value in zip((1, 0), ("the usual loop: the network once for every pixel", "fastgen.accelerate"), seconds, strict=True):
+        for place, name, value in zip(
+            (1, 0), ("the network once per pixel", "fastgen.accelerate"), seconds, strict=True
+        ):
             right.text(0, place + 0.31, name, fontsize=12, va="bottom")
             right.text(value, place, f"  {value:.3g} s", fontsize=14, va="center")
         right.set_xlim(0, seconds[0] * 1.25)
