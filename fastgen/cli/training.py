@@ -281,8 +281,4 @@ def new_model(
                 f"--set {key}={value}: expected NAME=VALUE with NAME one of {', '.join(accepted)}, or a setting"
             )
         arguments[key] = value
-    try:
-        return kind(**arguments)
-    except TypeError as error:
-        given = " ".join(f"{key}={value!r}" for key, value in (options or {}).items())
-        raise ValueError(f"--set {given}: {error}") from error
+    return kind(**arguments)

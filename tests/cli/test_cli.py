@@ -142,7 +142,7 @@ def test_wrong_usage_is_one_line(images, trained, tmp_path, capsys):
         ([*new, "--set", "levels=3"], "levels=3"),
         (
             ["train", "--model", "gated_pixelcnn", "--data", images, "--out", tmp_path, "--set", "dropout='x'"],
-            "dropout='x'",
+            "dropout must be .*'x'",
         ),
         ([*new, "--set", "channels=none"], "'none'"),
         (["train", "--model", "pixelcnn", "--data", "patches", "--conditional", "--out", tmp_path / "new"], "classes"),
