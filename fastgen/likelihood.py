@@ -120,7 +120,7 @@ class Evaluation(NamedTuple):
 
     def __str__(self) -> str:
         sign = "" if self.exact else "<= "
-        return f"{sign}{self.nats:.2f} nats an image (standard error {self.standard_error:.2f}), " + (
+        return f"{sign}{self.nats:.2f} nats per image (standard error {self.standard_error:.2f}), " + (
             f"{sign}{self.bits_per_dim:.3f} bits/dim, {self.images} images"
         )
 
