@@ -92,6 +92,8 @@ class Adapter(nn.Module):
             found = self.output(found)
         if not isinstance(found, Tensor):
             return found
+        if len(self.outer) < 3 and len(x) > 1:  # some models squeeze a batch of one
+            self._check_places(found)
         if self.levels_last:
             found = found.movedim(-1, 1)
         if len(self.outer) == 1:
@@ -100,6 +102,17 @@ class Adapter(nn.Module):
         if isinstance(self.distribution, Categorical) and found.shape[-2:] == self.shape[1:]:
             found = self.distribution.restricted(found, self.shape)
         return found
+
+    def _check_places(self, params: Tensor) -> None:
+        """Raises ValueError where the model's output for a sequence or a grid has not one place for each of it."""
+        places = params.shape[-1 - len(self.outer) : -1] if self.levels_last else params.shape[-len(self.outer) :]
+        if tuple(places) != self.outer:
+            names = ", ".join(("T",) if len(self.outer) == 1 else ("H", "W"))
+            expected = f"(n, {names}, K)" if self.levels_last else f"(n, ..., {names})"
+            raise ValueError(
+                f"model must return parameters {expected} for shape={self.outer}, one for each place of the input, got "
+                f"the shape {tuple(params.shape)}"
+            )
 
     def inward(self, levels: Tensor) -> Tensor:
         """Levels or noise of a user's shape, or (n, ..., H, W) already, as that."""

@@ -82,9 +82,9 @@ def _passes(operand: Operand, through: Callable[[Value, str], bool]) -> bool:
 
 def _negates(value: Value, name: str) -> bool:
     if name in ("mul", "div"):
-        factors = [one for one in value.args if not isinstance(one, Operand)]
+        factors = [torch.as_tensor(one) for one in value.args if not isinstance(one, Operand)]
         factors += [one.graph.data_of(one) for one in value.operands if constant_operand(one)]
-        return any(bool((torch.as_tensor(one) < 0).any()) for one in factors if not isinstance(one, complex))
+        return any(one.is_complex() or bool((one < 0).any()) for one in factors)
     return name in ("neg", "rsub") or (name == "sub" and constant_operand(value.args[0]))
 
 

@@ -4,12 +4,14 @@ import torch
 
 from fastgen.sampling.rules.base import Analysis, Rule, constant_operand
 from fastgen.sampling.rules.concatenation import Concatenation
+from fastgen.sampling.rules.condition import Condition
 from fastgen.sampling.rules.convolution import Convolution
 from fastgen.sampling.rules.grouped_convolution import FEW_GROUPS, GroupedConvolution
 from fastgen.sampling.rules.matmul import MatMul
 from fastgen.sampling.rules.pointwise import Pointwise
 from fastgen.sampling.rules.reduction import Cumulative, Lookup, Opaque, Reduction, Softmax
 from fastgen.sampling.rules.scan import DiagonalScan, RowScan
+from fastgen.sampling.rules.selection import Selection
 from fastgen.sampling.rules.slicewise import Slicewise
 from fastgen.sampling.rules.transposed import TransposedConvolution
 from fastgen.sampling.trace.graph import Value
@@ -17,7 +19,7 @@ from fastgen.sampling.trace.graph import Value
 __all__ = ["Analysis", "Opaque", "Rule", "Slicewise", "rule_for", "rule_kind"]
 
 POINTWISE = {
-    "clone", "_to_copy", "view", "masked_fill", "where", "complex", "polar",
+    "clone", "_to_copy", "view", "complex", "polar",
     "fake_quantize_per_tensor_affine_cachemask", "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
 }  # fmt: skip
 BY_NAME: dict[str, type[Rule]] = {
@@ -49,8 +51,9 @@ def rule_kind(value: Value) -> type[Rule]:
         return Lookup
     if name == "index" and constant_operand(value.args[0]) and len(value.args[1]) == 1:
         return Lookup
-    if Slicewise.takes(value):
-        return Slicewise
+    for kind in (Slicewise, Selection, Condition):
+        if kind.takes(value):
+            return kind
     if name in REDUCTION or torch.Tag.reduction in value.op.tags:
         return Reduction
     if name in POINTWISE or torch.Tag.pointwise in value.op.tags:

@@ -45,7 +45,7 @@ class Value:
     """One tensor of the network that is computed, given or constant.
 
     Attributes:
-        kind: "levels", "condition", "constant" or "computed".
+        kind: "levels", "condition", "constant", "computed", or "random", on which no output may depend.
         shape: of one image, with the leading 1 of its batch where the model has it.
         data: the tensor of the traced run, contiguous.
         op, args, kwargs: the ATen operator and its arguments; tensors among them are `Operand`s.
@@ -278,6 +278,22 @@ class Graph:
             if fits and value.data[0] == 0:
                 return value
         return self.add(Value("constant", (1,), torch.zeros(1, dtype=dtype)))
+
+    def leave_out_unused(self) -> None:
+        """Only what the output depends on stays, and what is given. Raises RandomNumbers where that is random."""
+        used, pending = set(), [*self.output.values]
+        while pending:
+            value = pending.pop()
+            if value not in used:
+                used.add(value)
+                pending += [source for operand in value.operands for source in operand.values]
+        for value in used:
+            if value.kind == "random":
+                where = f" in module {value.module!r}" if value.module else ""
+                raise RandomNumbers(f"{value.op_name} draws random numbers{where}")
+        self.values = [one for one in self.values if one in used or one.kind not in ("computed", "random")]
+        for number, value in enumerate(self.values):
+            value.index = number
 
     def values_of(self, ids: Tensor) -> list[Value]:
         bases = torch.tensor([value.base for value in self.numbered])

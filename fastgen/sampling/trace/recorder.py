@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgen.sampling.trace.decompositions import WRITTEN_OUT, convolution_by_patches
-from fastgen.sampling.trace.graph import Graph, Map, Operand, RandomNumbers, Unsupported, Value, map_arguments, name_of
+from fastgen.sampling.trace.graph import Graph, Map, Operand, Unsupported, Value, map_arguments, name_of
 from fastgen.sampling.trace.movement import moved
 from fastgen.sampling.trace.operators import (
     DECOMPOSED,
@@ -55,7 +55,7 @@ def trace(
             then not kept, and may be overwritten.
 
     Raises:
-        RandomNumbers: the run draws random numbers.
+        RandomNumbers: the output depends on random numbers.
         Unsupported: the run uses what cannot be recorded.
     """
     recorder = _Recorder(like)
@@ -76,6 +76,7 @@ def trace(
         raise Unsupported(f"the model returns a {type(output).__name__}")
     found = recorder.storages.operand(output)
     recorder.graph.output = found if found.map is not None else recorder.copied(found)
+    recorder.graph.leave_out_unused()
     recorder.graph.result = output.detach().cpu()
     return recorder.graph
 
@@ -166,7 +167,7 @@ class _Recorder(TorchDispatchMode):
             if found is not NotImplemented:
                 return found
         if torch.Tag.nondeterministic_seeded in func.tags and (variable or not is_seeded(func, args, kwargs)):
-            raise RandomNumbers(f"{name} draws random numbers" + (f" in module {self.module!r}" * bool(self.module)))
+            return self.record_random(func, args, kwargs)
         if name in METADATA_ONLY:
             return func(*args, **kwargs)
         written = written_arguments(func, args, kwargs)
@@ -238,6 +239,15 @@ class _Recorder(TorchDispatchMode):
                 raise Unsupported(f"{name} gives a {type(tensor).__name__}")
             elif "reads values of its input" not in self.graph.remarks:
                 self.graph.remarks.append("reads values of its input")
+
+    def record_random(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What is drawn is a value of its own: some models also return a sample, which nobody asks for here."""
+        out = func(*args, **kwargs)
+        for k, tensor in enumerate(tensors_in(out)):
+            data = copied_to_cpu(tensor)
+            value = self.graph.add(Value("random", tuple(data.shape), data, func, output=k, module=self.module))
+            self.storages.write(tensor, self.graph.whole(value))
+        return out
 
     def record_scan(self, func: Any, name: str, args: Any, recorded_args: Any, hidden: Tensor) -> None:
         """The value of a scan holds its hidden and its cell states, in the dtype of the latter; the model sees the

@@ -35,7 +35,7 @@ class Storages:
 
     def __init__(self, graph: Graph, like: Graph | None = None) -> None:
         self.graph = graph
-        self._others = [] if like is None else like.values
+        self._others = iter(() if like is None else [one.data for one in like.values if one.kind == "constant"])
         self._known: dict[int, TracedStorage] = {}
         self._alive: list[Tensor] = []  # storages are known by address, which must not be used again
         self._constants: dict[Any, Value] = {}
@@ -55,9 +55,9 @@ class Storages:
         known = self._constants.get(key)
         if known is None or not torch.equal(known.data, tensor.cpu()):
             self._alive.append(tensor)
-            other = next(iter(self._others[len(self.graph.values) :]), None)
-            same = other is not None and other.data.dtype == tensor.dtype and torch.equal(other.data, tensor.cpu())
-            data = other.data if other is not None and same else copied_to_cpu(tensor)
+            other = next(self._others, None)  # two runs have the same constants in the same order
+            same = other is not None and other.dtype == tensor.dtype and torch.equal(other, tensor.cpu())
+            data = other if other is not None and same else copied_to_cpu(tensor)
             known = self._constants[key] = self.graph.add(Value("constant", tuple(tensor.shape), data))
         return known
 

@@ -71,6 +71,25 @@ def test_random_numbers_are_not_recorded():
         trace(lambda x: F.dropout(x, 0.5), None, torch.ones(1, 1, 2, 2))
 
 
+def test_random_numbers_that_the_output_does_not_read_leave_no_trace():
+    def logits(x):
+        y = 2 * x
+        y.sigmoid().bernoulli(), torch.rand(3).exp(), torch.empty(2, 2)[0].normal_() + y  # a sample that is thrown away
+        return y
+
+    graph = trace(logits, None, torch.ones(1, 1, 2, 2))
+    assert [value.name for value in graph.values if value.kind != "constant"] == ["levels", "mul"]
+    assert [value.index for value in graph.values] == list(range(len(graph.values)))
+
+    def partly(x):
+        y = x.clone()
+        y[:, :, 0] = torch.rand(2)
+        return y
+
+    with pytest.raises(RandomNumbers, match="rand draws random numbers"):
+        trace(partly, None, torch.ones(1, 1, 2, 2))
+
+
 def test_what_is_written_in_place_is_what_is_read_later():
     def shifted(x):
         y = 2 * x

@@ -31,9 +31,9 @@ void tile(const Rows& rows, const float* weights, int64_t depth) {
 }
 
 void (*const TILES[])(const Rows&, const float*, int64_t) = {
-    nullptr, tile<1>, tile<2>, tile<3>, tile<4>,
+    nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>,
 #if defined(__AVX512F__)
-    tile<5>, tile<6>, tile<7>, tile<8>,
+    tile<7>, tile<8>,
 #endif
 };
 

@@ -8,11 +8,11 @@ namespace {
 #if defined(__AVX512F__)
 constexpr int LANES = 16, ROWS = 8;
 #elif defined(__AVX__)
-constexpr int LANES = 8, ROWS = 4;
+constexpr int LANES = 8, ROWS = 6;
 #else
-constexpr int LANES = 4, ROWS = 4;
+constexpr int LANES = 4, ROWS = 6;
 #endif
-constexpr int VECTORS = 2, PANEL = VECTORS * LANES;  // ROWS * VECTORS sums and VECTORS weights fit the registers
+constexpr int VECTORS = 2, PANEL = VECTORS * LANES;  // ROWS * VECTORS sums, VECTORS weights, a factor fit the registers
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
