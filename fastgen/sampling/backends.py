@@ -185,7 +185,8 @@ class Backends:
             check_params = getattr(self.distribution, "check_params", None)
             if check_params is not None:
                 check_params(params[..., 0, 0], self.shape[0])
-            noise = torch.zeros(self.distribution.noise_shape(2, self.shape), device=params.device)
+            size = self.distribution.noise_shape(2, self.shape)
+            noise = torch.zeros(size, dtype=torch.float32, device=params.device)
             draw_image(SampleRequest(2, self.shape, noise, self.distribution, dtype=dtype), params)
             params = params if sampled else None
         order: Order | None = None

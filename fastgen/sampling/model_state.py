@@ -1,6 +1,7 @@
 """A model is left as it was found (`unchanged`), and what has changed since an analysis is noticed (`ModelState`)."""
 
 import itertools
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
@@ -12,9 +13,15 @@ from torch.nn.parameter import is_lazy
 Kept = Callable[[], AbstractContextManager[Any]]  # a model may be called inside, and is afterwards as it was
 Change = Literal["nothing", "values", "structure"]
 PLAIN = (bool, int, float, complex, str, type(None))
-CONTAINERS = (dict, list, set)
+CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)
+_OF_SPARSE = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
+}  # a layout -> the methods that give the tensors it is made of
 _KEPT_BY_TORCH = frozenset(nn.Module().__dict__)
 _REGISTERED = ("_parameters", "_buffers", "_modules")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class unchanged:
@@ -41,9 +48,8 @@ class unchanged:
         self._held: list[tuple[Any, Any]] = []
         for _, module, attributes in self._before:
             registered = [module.__dict__.get(name) for name in _REGISTERED]
-            for one in (*registered, *attributes.values()):
-                if type(one) in CONTAINERS:
-                    self._held.append((one, one.copy()))
+            for one in _containers((*registered, *attributes.values())):
+                self._held.append((one, one.copy()))
         tensors = dict(_tensors(self.model))
         self._tensors = {
             name: (tensor, self.copies[name] if name in self.copies else tensor.detach().clone())
@@ -140,8 +146,24 @@ def _own(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in module.__dict__.items() if name not in _KEPT_BY_TORCH}
 
 
-def _modules(model: nn.Module) -> list[tuple[str, type, bool]]:
-    return [(path, type(module), module.training) for path, module in model.named_modules()]
+def _modules(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Their names, classes, modes and hooks."""
+    return [
+        (path, type(module), module.training, *(list(getattr(module, hooks).values()) for hooks in _HOOKS))
+        for path, module in model.named_modules()
+    ]
+
+
+def _containers(values: Sequence[Any]) -> list[Any]:
+    """Those among the values, and those inside of them, each once."""
+    found: dict[int, Any] = {}
+    pending = list(values)
+    while pending:
+        one = pending.pop()
+        if type(one) in CONTAINERS and id(one) not in found:
+            found[id(one)] = one
+            pending += one.values() if isinstance(one, dict) else one
+    return list(found.values())
 
 
 def _plain(model: nn.Module) -> dict[str, Any]:
@@ -154,13 +176,18 @@ def _plain(model: nn.Module) -> dict[str, Any]:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, buffers, and tensors kept as attributes. Those that wait for their shape are none yet."""
+    """Parameters, buffers, and tensors kept as attributes; of sparse ones what they are made of. Those that wait for
+    their shape are none yet."""
     named = itertools.chain(
         model.named_parameters(remove_duplicate=False),
         model.named_buffers(remove_duplicate=False),
         ((f"{path}.{name}", value) for path, module in model.named_modules() for name, value in _own(module).items()),
     )
-    return ((name, value) for name, value in named if isinstance(value, Tensor) and not is_lazy(value))
+    for name, value in named:
+        if isinstance(value, Tensor) and value.layout in _OF_SPARSE:
+            yield from ((f"{name}.{part}", getattr(value, part)()) for part in _OF_SPARSE[value.layout])
+        elif isinstance(value, Tensor) and not is_lazy(value):
+            yield name, value
 
 
 def _differs(a: Tensor, b: Tensor) -> Tensor:
@@ -190,4 +217,4 @@ def _refill(container: Any, before: Any) -> None:
         same = len(container) == len(before) and all(a is b for a, b in zip(container, before, strict=True))
     if not same:
         container.clear()
-        (container.extend if isinstance(container, list) else container.update)(before)
+        (container.extend if isinstance(container, (list, deque)) else container.update)(before)

@@ -213,7 +213,7 @@ def uniforms(shape: tuple[int, ...], seed: int | torch.Generator | None, device:
         TypeError, ValueError: seed is none of these, or an int that a generator does not take.
     """
     if seed is None:
-        return torch.rand(shape, device=device)
+        return torch.rand(shape, dtype=torch.float32, device=device)
     if isinstance(seed, torch.Generator):
         generator = seed
     else:
@@ -223,7 +223,7 @@ def uniforms(shape: tuple[int, ...], seed: int | torch.Generator | None, device:
             raise TypeError(f"seed must be an int, a torch.Generator or None, got {seed!r}") from None
         except (RuntimeError, ValueError, OverflowError) as error:
             raise ValueError(f"seed must fit into 64 bits, got {seed!r}") from error
-    return torch.rand(shape, generator=generator, device=generator.device).to(device)
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device=generator.device).to(device)
 
 
 def check_noise(noise: Tensor, shape: tuple[int, ...]) -> None:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+from collections import OrderedDict, defaultdict, deque
 
 import pytest
 import torch
@@ -167,6 +168,8 @@ def test_what_kind_of_change_it_was():
             lambda m: setattr(m, "norm", nn.Identity()),
             lambda m: setattr(m, "scale", None),
             lambda m: m.register_buffer("more", torch.ones(1)),
+            lambda m: m.conv.register_forward_hook(lambda module, given, found: 2 * found),
+            lambda m: m.register_forward_pre_hook(lambda module, given: None),
         ),
     }
     for kind, of_kind in changes.items():
@@ -213,6 +216,48 @@ def test_unchanged_puts_back_containers_and_modules():
     assert (model.things, model.numbers, model.names, len(model)) == ({"a": 1}, [1, 2], {"x"}, 1)
     assert passes.attributes == {".number"} and not hasattr(model, "number")
     assert list(passes.tensors) == ["0.weight"] and passes.tensors["0.weight"].item() == 7 != model[0].weight.item()
+
+
+def test_unchanged_puts_back_containers_inside_of_others():
+    model = nn.Identity()
+    model.cache = OrderedDict(layer={"keys": None, "seen": [1]})
+    model.recent, model.counts = deque([1, 2], maxlen=2), defaultdict(list, a=[1])
+    with unchanged(model):
+        model.cache["layer"]["keys"] = torch.ones(2)
+        model.cache["layer"]["seen"].append(2)
+        model.recent.append(3)
+        model.counts["b"].append(1)
+        model.counts["a"].clear()
+    assert model.cache == {"layer": {"keys": None, "seen": [1]}}
+    assert (list(model.recent), model.counts) == ([1, 2], {"a": [1]})
+
+
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_sparse_csc"])
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+def test_sparse_buffers_are_watched(layout):
+    model = nn.Identity()
+    model.mask = getattr(torch.eye(3), layout)()
+    state = ModelState(model)
+    with state.kept():
+        pass
+    assert state.change() == "nothing"
+    values = model.mask._values() if layout == "to_sparse" else model.mask.values()
+    values.mul_(2)
+    assert state.change() == "values"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_of_others_changes_nothing(dtype):
+    """Some packages set it when they are imported."""
+    model, shape, distribution = small("grey")
+    samplers = [accelerate(model, shape, distribution=distribution, backend=one) for one in ("auto", "eager")]
+    expected = samplers[0].sample(3, seed=0)
+    try:
+        torch.set_default_dtype(dtype)
+        for sampler in (*samplers, accelerate(model, shape, distribution=distribution)):
+            assert torch.equal(sampler.sample(3, seed=0), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_autocast_around_a_call_is_another_model():

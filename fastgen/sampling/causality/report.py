@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastgen.sampling.causality.draws import Draws
 from fastgen.sampling.causality.ready_times import Timed, path_to_input
+from fastgen.sampling.trace.element_times import compact
 
 TRAINING_HINT = "the model is in training mode: call model.eval() first"
 SHIFT_HINT = (
@@ -17,6 +18,7 @@ SHIFT_HINT = (
 )
 BATCH_HINT = "the module takes the mean and the variance of its batch, in eval mode, too: it keeps no statistics"
 MOST_LEAKS = 16
+_OF_ONE_PIXEL = ("embedding", "mm", "addmm", "native_layer_norm")  # operators that mostly mix features alone
 
 
 @dataclass(frozen=True)
@@ -139,32 +141,45 @@ def _shift_hint(draws: Draws, source: tuple[int, int, int], i: int, j: int) -> s
 
 
 def _first_to_see(timed: Timed, path: list[Any], draw_index: Tensor, needed: int) -> tuple[str, str]:
-    """The operation after which all on the way to the output knows more than its own pixel may. Where none does (one
-    colour sees another of its pixel), the first that belongs to no pixel and knows more than was `needed`, else the
-    first that mixes elements."""
-    first = culprit = among_colours = None
+    """The operation after which all on the way to the output knows more than its own pixel may: no level of a later
+    pixel, and, where the output sees its own level, not that of its own pixel.
+
+    Where there is none (one colour sees another of its pixel), the first that belongs to no pixel and knows more than
+    was `needed`, else the first that mixes pixels, else the first.
+    """
+    first = mixing = culprit = among_colours = None
     fine = False  # from here on to the input
+    sees_itself = int(timed.analysis.ready_of(path[0][0])[path[0][1]]) == needed
     for value, place in path:
         if value.kind != "computed":
             continue
-        own, ready = _draw_of_pixel(value.shape, place, draw_index), int(timed.analysis.ready_of(value)[place])
-        fine = fine or (own is not None and ready <= own)
-        if torch.Tag.pointwise not in value.op.tags:
-            operation = value.name.split(" in ")[0]
-            first = ("moved elements" if operation == "clone" else operation, value.module)
-            pads = operation == "clone" and own is None  # what comes after it puts elements where they are too early
-            if not fine and (culprit is None or not pads):
-                culprit = first
-            if own is None and ready > needed:
-                among_colours = first
-    return culprit or among_colours or first or (path[0][0].name, path[0][0].module)
+        times = timed.analysis.ready_of(value)
+        own, ready = _draw_of_pixel(times, place, draw_index), int(times[place])
+        fine = fine or (own is not None and ready <= own - sees_itself)
+        if torch.Tag.pointwise in value.op.tags or value.op_name == "_to_copy":
+            continue
+        operation = value.name.split(" in ")[0]
+        first = ("moved elements" if operation == "clone" else operation, value.module)
+        pads = operation == "clone" and own is None  # what comes after it puts elements where they are too early
+        if not fine and (culprit is None or not pads):
+            culprit = first
+        if own is None and ready > needed:
+            among_colours = first
+        mixing = mixing if value.op_name in _OF_ONE_PIXEL else first
+    return (culprit if fine else None) or among_colours or mixing or first or (path[0][0].name, path[0][0].module)
 
 
-def _draw_of_pixel(shape: Sequence[int], place: Sequence[int], draw_index: Tensor) -> int | None:
-    """The last draw of the pixel that an element belongs to: of a map (..., H, W), or of a value with one dimension of
-    H*W; None for any other."""
-    of_pixels = draw_index[0].amax(0)
-    if tuple(shape[-2:]) == of_pixels.shape and len(shape) > 2:
-        return int(of_pixels[place[-2], place[-1]])
-    flat = [k for k, size in enumerate(shape) if k and size == of_pixels.numel()]
+def _draw_of_pixel(ready: Tensor, place: Sequence[int], draw_index: Tensor) -> int | None:
+    """The last draw of the pixel that an element belongs to; None where that is not known.
+
+    Args:
+        ready: ready times of the value, of a map (..., H, W) or (..., H, W, features), or with one dimension of H*W.
+        place: of the element.
+        draw_index: of the levels.
+    """
+    of_pixels, shape = draw_index[0].amax(0), compact(ready).shape  # features of a pixel are mostly ready at one time
+    maps = [k for k in range(len(shape) - 1) if shape[k : k + 2] == of_pixels.shape and 1 not in of_pixels.shape]
+    if maps:
+        return int(of_pixels[place[maps[-1]], place[maps[-1] + 1]])
+    flat = [k for k, size in enumerate(shape) if size == of_pixels.numel()]
     return int(of_pixels.flatten()[place[flat[0]]]) if len(flat) == 1 else None

@@ -20,13 +20,13 @@ def sample_images(model: nn.Module, shape: Sequence[int], levels: int | Tensor |
     """Images (5, C, H, W) on the device of a model, always the same ones: see `Network`."""
     generator, device, size = torch.Generator().manual_seed(0), device_of(model), (5, *shape)
     if isinstance(levels, torch.dtype):
-        return torch.randn(size, generator=generator).to(levels).to(device)
+        return torch.randn(size, generator=generator, dtype=torch.float32).to(levels).to(device)
     if isinstance(levels, int):
         return torch.randint(levels, size, generator=generator).to(device)
     if levels is not None:
         return (torch.randint(2**32, size, generator=generator) % levels).to(device)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    return (torch.rand(size, generator=generator) * 2 - 1).to(dtype).to(device)
+    return (torch.rand(size, generator=generator, dtype=torch.float32) * 2 - 1).to(dtype).to(device)
 
 
 class Network:

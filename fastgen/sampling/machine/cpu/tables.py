@@ -88,7 +88,7 @@ class Linker:
             depth, columns = weight.sizes
             panels = -(-columns // panel)
             data = self.memory.block(weight.memory)[0]
-            wide = torch.zeros(depth, panels * panel)
+            wide = torch.zeros(depth, panels * panel, dtype=data.dtype)
             wide[:, :columns] = data.as_strided(weight.sizes, weight.strides, weight.offset.at(()))
             found = self._pages.take(wide.numel(), wide.dtype).view(panels, depth, panel)
             self._packed[weight] = found.copy_(wide.view(depth, panels, panel).transpose(0, 1))

@@ -109,7 +109,7 @@ class Linker:
             rows.append([step.program, len(offsets), len(codes), len(moved)])
             codes += moved
             offsets += [0, *step.offsets.tolist()]
-        weights = torch.cat(self._weights) if self._weights else torch.zeros(ALIGNED)
+        weights = torch.cat(self._weights) if self._weights else torch.zeros(ALIGNED, dtype=torch.float32)
         codes = codes or [[0] * words.WORDS.value]
         tables = [np.array(one, dtype=np.int64) for one in (codes, ranges, rows, offsets)]
         codes_, programs_, steps_, offsets_ = (torch.from_numpy(one).to(device) for one in tables)
