@@ -1,5 +1,6 @@
 """Takes a `Network`; gives its `Plan`: the drawing order, the schedule, where values lie, the programs of all steps."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -227,10 +228,12 @@ def _write_programs(plan: Plan, groups: list[np.ndarray], built: Built) -> bool:
     steps: dict[int, Step] = {}
     numbers: dict[Any, int] = {}
 
-    pending = list(groups)
+    pending = deque(groups)
+    written = plan.schedule.tasks([int(group[0]) for group in groups])
     while pending:
-        group = pending.pop(0)
-        builder, tasks = _build(plan, int(group[0]), built)
+        group = pending.popleft()
+        step = int(group[0])
+        builder, tasks = _build(plan, step, written.pop(step, None) or plan.schedule.tasks([step])[step], built)
         starts = [boxes.places(nth, group) for boxes, nth in tasks]
         fits = np.ones(len(group), dtype=bool)
         for check in builder.checks:
@@ -246,16 +249,16 @@ def _write_programs(plan: Plan, groups: list[np.ndarray], built: Built) -> bool:
         if number == len(plan.programs):
             plan.programs.append(program)
         offsets = program.offsets([one[fits] for one in starts], listed[fits])
-        for step, row in zip(group[fits].tolist(), offsets, strict=True):
-            steps[step] = Step(number, row)
+        for fitting, row in zip(group[fits].tolist(), offsets, strict=True):
+            steps[fitting] = Step(number, row)
     plan.steps = [steps[step] for step in range(len(steps))]
     return len(plan.storage.stored) == before
 
 
-def _build(plan: Plan, step: int, built: Built) -> tuple[Builder, Tasks]:
+def _build(plan: Plan, step: int, written: Sequence[tuple[Value, Boxes, int]], built: Built) -> tuple[Builder, Tasks]:
+    """Writes the program of a step from what it computes, or takes the one that was written before."""
     if step in built and not built[step][0].local.keys() & plan.storage.stored:
         return built[step]
-    written = plan.schedule.tasks(step)
     numbers: dict[tuple[Boxes, int], int] = {}  # of tasks
     for _, boxes, k in written:
         numbers.setdefault((boxes, k), len(numbers))

@@ -70,12 +70,14 @@ class Schedule:
     boxes: dict[Value, Boxes]
     times: ElementTimes
 
-    def tasks(self, step: int) -> list[tuple[Value, Boxes, int]]:
-        """What a step computes: the value, and which of its boxes."""
-        found = []
+    def tasks(self, steps: Sequence[int]) -> dict[int, list[tuple[Value, Boxes, int]]]:
+        """What each of these steps computes: the value, and which of its boxes."""
+        found: dict[int, list[tuple[Value, Boxes, int]]] = {step: [] for step in steps}
+        wanted = np.array(steps, dtype=np.int64)
         for value, boxes in self.boxes.items():
-            first, last = np.searchsorted(boxes.at, (step, step + 1)).tolist()
-            found += [(value, boxes, k) for k in range(first, last)]
+            first, last = np.searchsorted(boxes.at, wanted), np.searchsorted(boxes.at, wanted, side="right")
+            for number in np.flatnonzero(last > first).tolist():
+                found[steps[number]] += [(value, boxes, k) for k in range(first[number], last[number])]
         return found
 
     def alike(self, rules: Mapping[Value, Rule]) -> list[np.ndarray]:

@@ -63,14 +63,20 @@ class Concatenation(Rule):
             part = times.narrow(self.dim, first, last - first)
             yield one, part.squeeze(self.dim) if self.stacks else part
 
+    def _begins(self, boxes: Any) -> np.ndarray:
+        """Where each operand but the first begins in a box, (operands - 1, boxes)."""
+        start, sizes, steps = (np.atleast_1d(one[self.dim]) for one in (boxes.start, boxes.sizes, boxes.steps))
+        firsts = np.array([first for first, _, _ in self.pieces[1:]], dtype=np.int64)[:, None]
+        return np.clip(-((start - firsts) // steps), 0, sizes)
+
     def fixed(self, boxes: Any) -> Sequence[Any]:
-        """Where each operand but the first begins in the box."""
-        start, sizes, steps = (one[self.dim] for one in (boxes.start, boxes.sizes, boxes.steps))
-        return [np.clip(-((start - first) // steps), 0, sizes) for first, _, _ in self.pieces[1:]]
+        """The number of a kind: in boxes of one kind all operands begin alike."""
+        begins = self._begins(boxes)
+        return (np.unique(begins, axis=1, return_inverse=True)[1],) if len(begins) else ()
 
     def emit(self, builder: Builder, box: Box) -> None:
         dim, out = self.dim, builder.out(self.value, box)
-        begins = [0, *map(int, self.fixed(box)), box.sizes[dim]]
+        begins = [0, *self._begins(box)[:, 0].tolist(), box.sizes[dim]]
         for (first, _, one), inside, end in zip(self.pieces, begins, begins[1:], strict=False):
             if inside == end:
                 continue

@@ -252,6 +252,7 @@ class Graph:
     result: Tensor = field(init=False)  # the output of the traced run
     numel: int = 1  # element 0 is the zero outside of images
     remarks: list[str] = field(default_factory=list)
+    _bases: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long), init=False, repr=False)
 
     def add(self, value: Value) -> Value:
         value.index = len(self.values)
@@ -296,8 +297,9 @@ class Graph:
             value.index = number
 
     def values_of(self, ids: Tensor) -> list[Value]:
-        bases = torch.tensor([value.base for value in self.numbered])
-        numbers = torch.searchsorted(bases, ids.reshape(-1).unique(), right=True) - 1
+        if len(self._bases) < len(self.numbered):
+            self._bases = torch.tensor([value.base for value in self.numbered])
+        numbers = torch.searchsorted(self._bases, ids.reshape(-1).unique(), right=True) - 1
         return [self.numbered[k] for k in numbers.unique().tolist() if k >= 0]
 
     def data_of(self, operand: Operand) -> Tensor:

@@ -31,7 +31,7 @@ def test_each_element_is_computed_once_and_not_before_it_is_ready(name):
     plan = planned(*MODELS[name]())
     counted = {value.index: torch.zeros(value.shape, dtype=torch.long) for value in plan.timed.computed}
     for step in range(-1, len(plan.order)):
-        for value, boxes, k in plan.schedule.tasks(step + 1):
+        for value, boxes, k in plan.schedule.tasks([step + 1])[step + 1]:
             index = tuple(places_of(boxes[k]).T)
             times = plan.schedule.times.of(value)[index]
             free = (times == CONSTANT) | (times == NEVER)

@@ -37,7 +37,7 @@ def test_what_earlier_rows_give_is_computed_for_a_row_at_once(player, monkeypatc
     model = masked(2)
     plan = planned(model, SHAPE)
     assert len(convolutions(plan)) == 5  # two are in two parts
-    whole_rows = {value for value, boxes, k in plan.schedule.tasks(10) if boxes.sizes[-1, k] == 5}
+    whole_rows = {value for value, boxes, k in plan.schedule.tasks([10])[10] if boxes.sizes[-1, k] == 5}
     parts = [value for value in convolutions(plan) if value in whole_rows]
     assert len(parts) == 2
     for value in parts:  # and at no other steps than those
