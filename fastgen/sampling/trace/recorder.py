@@ -210,6 +210,8 @@ class _Recorder(TorchDispatchMode):
             return aten.convolution.default(*args[:9])
         if name == "convolution" and self.storages.tracked(args[1]):
             return convolution_by_patches(*args)
+        if name == "gather" and not self.storages.tracked(args[0]) and args[0].numel() == args[0].shape[args[1]]:
+            return aten.index.Tensor(args[0].reshape(-1), [args[2]])  # of a table, by each index alone
         return NotImplemented
 
     def recorded(self, arguments: Any) -> Any:
