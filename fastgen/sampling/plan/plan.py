@@ -233,7 +233,9 @@ def _write_programs(plan: Plan, groups: list[np.ndarray], built: Built) -> bool:
     while pending:
         group = pending.popleft()
         step = int(group[0])
-        builder, tasks = _build(plan, step, written.pop(step, None) or plan.schedule.tasks([step])[step], built)
+        if step not in written:  # the first of those that did not fit another's program
+            written |= plan.schedule.tasks([step])
+        builder, tasks = _build(plan, step, written.pop(step), built)
         starts = [boxes.places(nth, group) for boxes, nth in tasks]
         fits = np.ones(len(group), dtype=bool)
         for check in builder.checks:

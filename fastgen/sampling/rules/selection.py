@@ -21,7 +21,7 @@ CONSTANT_TIME = torch.tensor(CONSTANT, dtype=torch.int32)
 class Selection(Pointwise):
     """Where the condition is constant, the result does not read what that leaves out."""
 
-    sees_zeros = True  # type: ignore[assignment]
+    sees_zeros = True
 
     @staticmethod
     def takes(value: Value) -> bool:
@@ -38,15 +38,15 @@ class Selection(Pointwise):
         return (args[1], args[2]) if self.value.op_name == "where" else (args[2], args[0])
 
     def ready(self) -> tuple[Tensor, Tensor | None]:
-        times = [
+        first, second = (
             self._aligned(self.analysis.ready(one)) if isinstance(one, Operand) else CONSTANT_TIME
             for one in self.choices
-        ]
+        )
         known, true = self._known()
-        every = reduce(torch.maximum, [self._aligned(self.analysis.ready(self.condition)), *times])
-        ready = torch.where(known, torch.where(true, *times), every)
-        low = [self._softmax_zero(one) for one in self.choices]
-        return ready.expand(self.value.shape), torch.where(known, torch.where(true, *low), low[0] & low[1])
+        every = reduce(torch.maximum, (self._aligned(self.analysis.ready(self.condition)), first, second))
+        ready = torch.where(known, torch.where(true, first, second), every)
+        low, other = map(self._softmax_zero, self.choices)
+        return ready.expand(self.value.shape), torch.where(known, torch.where(true, low, other), low & other)
 
     def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
         yield self.condition, reduce_to(times, self.condition.shape)
