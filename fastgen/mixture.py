@@ -20,15 +20,15 @@ DEVIATION_LIMIT = 1e15
 def split_mixture(params: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Logits (B, M, ...), means and log-scales (B, C, M, ...), coefficients (B, 3, M, ...) or None for one channel."""
     n_mix = params.shape[1] // (10 if channels == 3 else 3)
-    of_colours = params[:, n_mix:].unflatten(1, (channels, -1, n_mix))
-    return params[:, :n_mix].clamp(-LOGIT_LIMIT, LOGIT_LIMIT), *parts_of(of_colours)
+    colour_params = params[:, n_mix:].unflatten(1, (channels, -1, n_mix))
+    return params[:, :n_mix].clamp(-LOGIT_LIMIT, LOGIT_LIMIT), *parts_of(colour_params)
 
 
-def parts_of(of_colours: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def parts_of(colour_params: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Means, log-scales and coefficients, as `split_mixture` gives them, of (B, C, 3 or 2, M, ...)."""
-    coefficients = of_colours[:, :, 2].tanh() if of_colours.shape[2] == 3 else None
-    means = of_colours[:, :, 0].clamp(-DEVIATION_LIMIT, DEVIATION_LIMIT)
-    return means, of_colours[:, :, 1].clamp(MIN_LOG_SCALE, LOGIT_LIMIT), coefficients
+    coefficients = colour_params[:, :, 2].tanh() if colour_params.shape[2] == 3 else None
+    means = colour_params[:, :, 0].clamp(-DEVIATION_LIMIT, DEVIATION_LIMIT)
+    return means, colour_params[:, :, 1].clamp(MIN_LOG_SCALE, LOGIT_LIMIT), coefficients
 
 
 def component_mean(channel: int, means: Tensor, coefficients: Tensor | None, x: Tensor) -> Tensor:

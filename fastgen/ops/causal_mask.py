@@ -33,12 +33,12 @@ def causal_mask(
         BoolTensor (out_channels, in_channels, height, width), True where the weight is used.
 
     Raises:
-        ValueError: an unknown mask type, an even kernel, or channels that do not divide into the groups.
+        ValueError: an unknown mask type, a kernel_size that is not odd, or channels that do not divide into the groups.
     """
     if mask_type not in ("A", "B"):
         raise ValueError(f"mask_type must be 'A' (centre hidden) or 'B' (centre shown), got {mask_type!r}")
-    size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
-    if len(size) != 2 or any(not isinstance(side, int) or side < 1 or side % 2 == 0 for side in size):
+    size = tuple(kernel_size) if isinstance(kernel_size, (tuple, list)) else (kernel_size, kernel_size)
+    if len(size) != 2 or any(type(side) is not int or side < 1 or side % 2 == 0 for side in size):
         raise ValueError(f"kernel_size must be an odd int or a pair of them, got {kernel_size!r}")
     if not isinstance(data_channels, int) or data_channels < 1:
         raise ValueError(f"data_channels must be an int >= 1, got {data_channels!r}")

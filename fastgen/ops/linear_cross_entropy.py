@@ -32,10 +32,10 @@ def linear_cross_entropy(
 ) -> Tensor:
     """-log p(target) in nats for logits = conv2d(features, weight, bias) with a 1x1 kernel, summed over each image.
 
-    Beyond `positions` pixels the logits are made for that many at a time, and made again in the backward: a third more
-    multiplications for the memory of almost all logits and of their gradient. In float32 and float64 that is done by
-    `torch.nn.functional.linear_cross_entropy`, one colour after the other, where torch has it (2.13); it cannot be
-    differentiated twice. Elsewhere, and under autocast, by checkpointing.
+    With more than `positions` pixels the logits are computed in parts, and again in the backward: that takes a third
+    more multiplications, but memory for one part only. In float32 and float64
+    `torch.nn.functional.linear_cross_entropy` (torch 2.13 and later) does so, one colour after the other; it cannot be
+    differentiated twice. Otherwise, and under autocast, checkpointing does.
 
     Args:
         features: (B, F, H, W), or fewer dimensions after F; any float dtype. Channels last needs no copy.

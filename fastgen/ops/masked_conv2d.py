@@ -252,8 +252,8 @@ def masked_conv2d(
     """activation(F.conv2d(x, weight * mask, bias, stride, padding, dilation)), visiting live weights only.
 
     The kernel runs with float32 sums; float32 inputs are multiplied in TF32 where PyTorch's setting for convolutions
-    says so. Results repeat to the last bit. Beside x, weight and result it keeps for the backward half of what eager
-    PyTorch keeps with a gate, and nothing otherwise. Maps that are not channels-last are copied.
+    says so. Results repeat to the last bit. For the backward it stores, besides x, weight and result: with a gate, half
+    of what eager PyTorch stores; otherwise nothing. Maps that are not channels-last are copied.
 
     The first call with a mask reads it, and the first with a shape compares the kernel with cuDNN on the GPU, which
     waits for it; later calls do not. Where cuDNN is expected to be faster, or was measured so on the GPU

@@ -1,4 +1,4 @@
-"""`accelerate` and the `Sampler` it returns: arguments, batches, changed parameters; the drawing is the backends'."""
+"""`accelerate` and `Sampler`: they check arguments, split batches and notice changed models; the backends draw."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,38 +44,37 @@ def accelerate(
     backend: str = "auto",
     verify: str = "auto",
 ) -> "Sampler":
-    """An exact sampler of any causal model that computes every activation of the network once an image.
+    """Makes an exact sampler of a causal model that computes each activation of the network once per image.
 
     Args:
-        model: any module, model(x (B, C, H, W)[, condition]) -> params (B, ..., H, W). Analysed as it is: call
-            `model.eval()` first. One that takes a single number of images only is always called with so many.
+        model: any module, model(x (B, C, H, W)[, condition]) -> params (B, ..., H, W). It is analysed as it is: call
+            `model.eval()` first. A model that accepts only one batch size is always called with that.
         shape: (C, H, W) of an image; (H, W) of a grid of codes or (T,) of a sequence: x is then (B, H, W) or (B, T),
             params (B, ..., H, W), (B, ..., T), or with the levels last, as the distribution's layout says. Wherever
             (n, C, H, W) is written, (n, H, W) or (n, T) is meant for these.
         distribution: of a pixel given the model's output there: `fastgen.Categorical`, `fastgen.Bernoulli`,
             `fastgen.LogisticMixture`, `fastgen.Gaussian`, `fastgen.Logistic`, `fastgen.GaussianMixture` or an object
-            as described in `fastgen.distributions`. Channels of a pixel that depend on each other neither in it nor
-            in the model come in one draw.
+            as described in `fastgen.distributions`. Channels of a pixel that do not depend on each other, neither in
+            the distribution nor in the model, are drawn together.
         encode: int64 levels (B, C, H, W) -> the model's input. Default: levels as floats of the model's dtype in
-            [-1, 1], for Bernoulli 0. and 1., real values as they are; int64 levels where the model takes integers
-            only, as one that begins with an embedding does. `fastgen.shift_right(start)` is for models whose output at
-            a place is of the next one, as that of language models is.
-        condition: an example of the model's second argument, of its further arguments (a tuple) or keyword arguments
-            (a dict), and what `sample` takes where it is given none. Where the model needs one and there is none
-            here, it is analysed at the first `sample`. A tensor of another shape takes an analysis of its own: texts
-            of many lengths, padded to one and given with the model's mask for that, take one.
+            [-1, 1]; 0. and 1. for Bernoulli; real values as they are; int64 levels for a model that takes only
+            integers, as one that begins with an embedding does. `fastgen.shift_right(start)` is for models whose
+            output at a place describes the next place, as in language models.
+        condition: an example of the model's second argument, of its further arguments (a tuple) or of its keyword
+            arguments (a dict). `sample` uses it if it is given none. If the model needs a condition and none is given
+            here, the model is analysed at the first `sample`. A condition of another shape needs another analysis:
+            pad texts of different lengths to one length, and pass the mask that the model has for padding.
         output: what the model returns -> params, for models that return a tuple, a dict or a dataclass.
-        backend: "auto", or how to run: "naive" (a whole forward pass a draw), "fixed_point" (whole passes until
-            nothing changes), or the schedule that computes each activation once, "eager", "compiled", "cuda_graph" or
+        backend: "auto", or how to run: "naive" (one forward pass per draw), "fixed_point" (forward passes until no
+            level changes), or an engine that computes each activation once: "eager", "compiled", "cuda_graph" or
             "persistent". All give the same images for the same noise.
-        verify: when a whole pass of the model over the finished batch makes sure of the images of such a schedule,
-            which sums in another order than the model. "always": once a batch at least, and again until no draw
-            differs: the images of "naive", guaranteed. "auto": where an error of 1.5 times the largest that was seen
-            so far could have changed a draw (the first batch always); a measured margin, which `explain` states. A
-            model that computes in half precision has no such truth (two of its own passes may differ), and real
-            values differ in their last bits anyway: both are drawn of the schedule's output without a pass, and
-            `explain` states 1.5 times the largest difference seen, of real values in their own units. "never": no
-            whole pass.
+        verify: when a forward pass of the model over the finished batch verifies the images of an engine, which adds
+            up in another order than the model. "always": at least once per batch, and again until no draw differs,
+            which guarantees the images of "naive". "auto": only if an error of 1.5 times the largest seen so far could
+            have changed a draw, and always for the first batch; `explain` states this measured margin. "never": no
+            pass. "auto" makes no pass either in half precision, where two passes of the model itself may differ, or
+            for real values, which differ in their last bits anyway: `explain` then states 1.5 times the largest
+            difference seen, for real values in their own units.
 
     Raises:
         fastgen.NotCausalError: a parameter depends on a pixel that is drawn later.
@@ -85,14 +84,15 @@ def accelerate(
 
 
 class Sampler:
-    """Draws images of one model; made by `fastgen.accelerate`, where the arguments are explained.
+    """Draws images of one model. `fastgen.accelerate` makes it and explains its arguments.
 
-    Several threads may use it, and several samplers one model: calls take turns. The model is left as it was found,
-    also what its forward pass keeps of its first batch. Copies and pickles leave out what the next call makes again.
+    Threads may share a sampler, and samplers may share a model: calls take turns. The model is left as it was,
+    including what its forward pass caches from its first batch. Copies and pickles leave out what the next call
+    rebuilds.
 
     Attributes:
-        stats: of the latest `sample`, a `SampleStats` (backend, passes, redrawn, error, launches, seconds) of its own
-            for each call; None before the first.
+        stats: `SampleStats` (backend, passes, redrawn, error, launches, seconds) of the latest `sample`; each call
+            makes a new one; None before the first.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Sampler:
                 self._backends.get(condition, dtype_of(distribution), first)
 
     def noise_shape(self, n: int) -> tuple[int, ...]:
-        """The shape of `noise` for n images: (n, U, H, W), or (n, *shape) for a grid or a sequence with one uniform a
+        """The shape of `noise` for n images: (n, U, H, W), or (n, *shape) for a grid or a sequence with one uniform per
         draw."""
         n = checked_count("n", n, 0)
         found = tuple(self.distribution.noise_shape(n, self._adapter.shape))
@@ -324,6 +324,7 @@ class Sampler:
 
 @contextmanager
 def _turn() -> Iterator[None]:
-    """One thread at a time, float32 as it is, and no trace of autograd: memory outlives a caller's inference mode."""
+    """Lets in one thread at a time, with float32 products in IEEE arithmetic and without autograd. Tensors that are
+    kept must not be inference tensors."""
     with ieee_float32(), torch.inference_mode(False), torch.no_grad():
         yield

@@ -22,8 +22,7 @@ def shift_right(start: int | float) -> Callable[[Tensor], Tensor]:
 
     Raises:
         TypeError: start is not a number.
-        ValueError: start is not finite.
-        ValueError (of the function that is returned): the levels are images with channels (B, C, H, W).
+        ValueError: start is not finite; the returned function raises it for images with channels (B, C, H, W).
     """
     if not isinstance(start, numbers.Real) or isinstance(start, bool):
         raise TypeError(f"start must be a number, got {start!r}")

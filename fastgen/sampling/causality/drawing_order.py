@@ -179,9 +179,9 @@ def check_causality(
 ) -> CausalityReport:
     """Whether every output of a model depends only on pixels before it in raster order.
 
-    Found from the network itself, for all inputs at once: which weights are exactly zero, and what each operation
-    reads. Where an operation may hide what it reads, or the model cannot be traced, levels of many images are changed,
-    and the report says that the verdict is not proven.
+    The verdict comes from the network itself, for all inputs at once: from the zeros of its weights and from what each
+    operation reads. If an operation may hide what it reads, or the model cannot be traced, levels of many images are
+    changed instead, and the report says `proven=False`.
 
     Args:
         model: model(x (B, C, H, W)[, condition]) -> (B, ..., H, W), analysed as it is (training mode included).

@@ -53,7 +53,7 @@ class CausalityReport:
     Attributes:
         ok: no leak was found.
         leaks: one for each output position, at most 16.
-        remark: how it was found out, where that is not by ready times alone.
+        remark: how the verdict was reached, if not by ready times alone.
         proven: whether it holds for all inputs. False where ready times, an upper bound, show leaks that may cancel, or
             where the model could not be traced, and trials have shown none.
     """
