@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fastgen.sampling.causality.ready_times import ready_times
 from fastgen.sampling.trace.element_times import scatter_min
 from fastgen.sampling.trace.graph import Map, RandomNumbers, Value
 from fastgen.sampling.trace.recorder import trace
@@ -88,6 +89,16 @@ def test_random_numbers_that_the_output_does_not_read_leave_no_trace():
 
     with pytest.raises(RandomNumbers, match="rand draws random numbers"):
         trace(partly, None, torch.ones(1, 1, 2, 2))
+
+
+def test_a_gather_of_a_constant_table_depends_on_its_index_alone():
+    """Token types of RoBERTa, by the numbers of places."""
+    table = torch.tensor([[5, 3, 8]])
+    index = torch.tensor([[2, 0, 1, 2]])
+    graph = trace(lambda index: torch.gather(table, 1, index), None, index)
+    assert torch.equal(graph.result, torch.tensor([[8, 5, 3, 8]]))
+    draw_index = torch.arange(4, dtype=torch.int32)[None]
+    assert torch.equal(ready_times(graph, draw_index).output_ready(), draw_index)
 
 
 def test_what_is_written_in_place_is_what_is_read_later():
