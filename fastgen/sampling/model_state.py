@@ -147,9 +147,9 @@ def _own(module: nn.Module) -> dict[str, Any]:
 
 
 def _modules(model: nn.Module) -> list[tuple[Any, ...]]:
-    """Their names, classes, modes and hooks."""
+    """Their names, classes, modes and hooks; not the hooks of the model as a whole, which mostly count its calls."""
     return [
-        (path, type(module), module.training, *(list(getattr(module, hooks).values()) for hooks in _HOOKS))
+        (path, type(module), module.training, *(list(getattr(module, hooks).values()) for hooks in _HOOKS if path))
         for path, module in model.named_modules()
     ]
 

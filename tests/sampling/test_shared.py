@@ -151,7 +151,12 @@ def test_what_kind_of_change_it_was():
                 self.conv.weight[0, 0, 0] = 0
 
     changes = {
-        "nothing": (lambda m: None, lambda m: m.conv.weight.data.mul_(1), lambda m: m.requires_grad_(False)),
+        "nothing": (
+            lambda m: None,
+            lambda m: m.conv.weight.data.mul_(1),
+            lambda m: m.requires_grad_(False),
+            lambda m: m.register_forward_hook(lambda module, given, found: None),
+        ),
         "values": (
             lambda m: m.conv.weight.data.mul_(1.5),
             lambda m: m.conv.bias.data.fill_(2),
@@ -169,7 +174,7 @@ def test_what_kind_of_change_it_was():
             lambda m: setattr(m, "scale", None),
             lambda m: m.register_buffer("more", torch.ones(1)),
             lambda m: m.conv.register_forward_hook(lambda module, given, found: 2 * found),
-            lambda m: m.register_forward_pre_hook(lambda module, given: None),
+            lambda m: m.norm.register_forward_pre_hook(lambda module, given: None),
         ),
     }
     for kind, of_kind in changes.items():

@@ -18,6 +18,7 @@ SHIFT_HINT = (
 )
 BATCH_HINT = "the module takes the mean and the variance of its batch, in eval mode, too: it keeps no statistics"
 MOST_LEAKS = 16
+_OF_ALL_FEATURES = ("native_layer_norm", "mean", "sum", "var", "amax", "_softmax")  # of a pixel, or of more
 _OF_ONE_PIXEL = ("embedding", "mm", "addmm", "native_layer_norm")  # operators that mostly mix features alone
 
 
@@ -144,8 +145,8 @@ def _first_to_see(timed: Timed, path: list[Any], draw_index: Tensor, needed: int
     """The operation after which all on the way to the output knows more than its own pixel may: no level of a later
     pixel, and, where the output sees its own level, not that of its own pixel.
 
-    Where there is none (one colour sees another of its pixel), the first that belongs to no pixel and knows more than
-    was `needed`, else the first that mixes pixels, else the first.
+    Where there is none (one colour sees another of its pixel), the first that belongs to no pixel or mixes all features
+    and knows more than was `needed`, else the first that mixes pixels, else the first.
     """
     first = mixing = culprit = among_colours = None
     fine = False  # from here on to the input
@@ -163,7 +164,7 @@ def _first_to_see(timed: Timed, path: list[Any], draw_index: Tensor, needed: int
         pads = operation == "clone" and own is None  # what comes after it puts elements where they are too early
         if not fine and (culprit is None or not pads):
             culprit = first
-        if own is None and ready > needed:
+        if ready > needed and (own is None or value.op_name in _OF_ALL_FEATURES):
             among_colours = first
         mixing = mixing if value.op_name in _OF_ONE_PIXEL else first
     return (culprit if fine else None) or among_colours or mixing or first or (path[0][0].name, path[0][0].module)
