@@ -337,3 +337,25 @@ def test_the_layer_that_leaks_is_named_behind_a_shift():
     with pytest.raises(NotCausalError) as caught:
         accelerate(Dilated(), (8,), distribution=Categorical(5, "BTK"), encode=fastgen.shift_right(0))
     assert {leak.module for leak in caught.value.report.leaks} == {"layers.1"}
+
+
+def test_complex_weights_may_hide_what_they_multiply():
+    """A causal convolution by a Fourier transform, as S4 has them: tried, not proven."""
+
+    class Filtered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(3, 2), nn.Linear(2, 3)
+            self.kernels = nn.Parameter(torch.randn(2, 2, 6))
+
+        def forward(self, tokens):
+            x = torch.fft.rfft(self.embed(tokens).mT, n=12)
+            first, second = torch.fft.rfft(self.kernels, n=12)
+            y = torch.fft.irfft(x * first + x * second, n=12)[..., :6]
+            return self.head(y.mT)
+
+    model = Filtered().eval()
+    given = {"distribution": Categorical(3, "BTK"), "encode": fastgen.shift_right(0)}
+    with pytest.warns(UserWarning, match="not proven"):
+        sampler = accelerate(model, (6,), **given)
+    assert torch.equal(sampler.sample(8, seed=0), accelerate(model, (6,), backend="naive", **given).sample(8, seed=0))
