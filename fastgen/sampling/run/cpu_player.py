@@ -1,6 +1,7 @@
-"""Plays a plan with the step machine of the CPU: a row of draws and steps a call, torch for what it does not know."""
+"""Plays a plan with the step machine of the CPU: many draws and steps a call, torch for what it does not know."""
 
 import ctypes
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -16,11 +17,13 @@ from fastgen.sampling.machine.parts import Part, sections
 from fastgen.sampling.plan.plan import Plan, Step
 from fastgen.sampling.request import SampleRequest
 from fastgen.sampling.run.memory import PlanMemory
+from fastgen.sampling.run.pace import Pace
 from fastgen.sampling.run.torch_player import TorchPlayer
 from fastgen.sampling.run.torch_program import TorchProgram
 
-WORTH_A_THREAD = 2**17  # multiply-adds between two waits from which another thread pays
+WORTH_A_THREAD = 2**15  # multiply-adds between two waits from which another thread may pay
 CACHE = 12 * 2**20  # bytes of the last level of cache that weights and activations of a step may count on
+MOST_DRAWS = 128  # of a call: so progress shows, Ctrl-C works, and numbers of threads are tried
 FULL_TILES = 16  # images from which on products run at full speed
 
 
@@ -42,7 +45,7 @@ class PlayCode(ctypes.Structure):
         ("steps", ctypes.POINTER(StepCode)),
         ("moves", ctypes.POINTER(MoveCode)),
         ("draws", ctypes.POINTER(DrawsCode)),
-        ("images", ctypes.c_int64),
+        *words("images threads"),
     ]
 
 
@@ -63,7 +66,7 @@ class CPUMemory(PlanMemory):
 
 
 class CPUPlayer(TorchPlayer):
-    """A `Player`. Programs that are all of the machine's are played in `play`, whole rows of draws in a call."""
+    """A `Player`. Programs that are all of the machine's are played in `play`, many draws in a call."""
 
     def allocated(self) -> PlanMemory:
         return CPUMemory(self.plan, self.n, self.device)
@@ -76,11 +79,15 @@ class CPUPlayer(TorchPlayer):
         self._threads: list[tuple[ProgramCode, int]] = []  # programs, and the most threads that pay for each
         found = [self._bound(number, program) for number, program in enumerate(self.plan.programs)]
         self._tables()
+        self._pace = Pace(1)
         return found
 
     def begin(self, request: SampleRequest) -> None:
         for program, most in self._threads:
             program.threads = min(torch.get_num_threads(), most)
+        threads = max((program.threads for program, _ in self._threads), default=1)
+        if threads != self._pace.most:
+            self._pace = Pace(threads)
         super().begin(request)
 
     def play(self, request: SampleRequest, first: int) -> Tensor | None:
@@ -89,12 +96,15 @@ class CPUPlayer(TorchPlayer):
             return None
         plan, count = self.plan, len(self.plan.order)
         draws = Draws(request, self.params(), self.levels, plan.order, plan.whole_pixels)
-        code = PlayCode(self._codes, self._steps, self._moves, ctypes.pointer(draws.code), self.n)
+        code = PlayCode(self._codes, self._steps, self._moves, ctypes.pointer(draws.code), self.n, 1)
         row = self.levels.shape[-1] * (1 if plan.whole_pixels else self.levels.shape[1])
+        turn = min(row, MOST_DRAWS)
         place = first
         while place < count:
-            last = min(count, (place // row + 1) * row)  # a row a call, so that progress shows and Ctrl-C works
+            last = min(count, (place // turn + 1) * turn)
+            code.threads, start = self._pace.threads(), time.perf_counter()
             stop = self.machine.play(ctypes.addressof(code), place, last)
+            self._pace.took(code.threads, (time.perf_counter() - start) / (stop - place + 1))
             if stop < last:  # the step after this draw is not all of the machine's
                 self.step(stop)
                 stop += 1

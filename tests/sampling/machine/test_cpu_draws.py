@@ -32,7 +32,7 @@ def by_machine(request, params, whole_pixels=True, threads=1):
     nothing = (ctypes.c_int64 * 1)()
     programs = (ProgramCode * 1)(ProgramCode(ctypes.addressof(nothing), 0, threads))
     steps = (StepCode * (len(order) + 1))(*[StepCode(0, None, 0, 0)] * (len(order) + 1))
-    play = PlayCode(programs, steps, (MoveCode * 1)(), ctypes.pointer(draws.code), request.n)
+    play = PlayCode(programs, steps, (MoveCode * 1)(), ctypes.pointer(draws.code), request.n, threads)
     assert machine().play(ctypes.addressof(play), 0, len(order)) == len(order)
     return levels, bool(draws.bad[0])
 
@@ -273,7 +273,7 @@ def test_a_draw_stops_before_a_program_that_is_not_the_machines():
     nothing = (ctypes.c_int64 * 1)()
     programs = (ProgramCode * 2)(ProgramCode(ctypes.addressof(nothing), 0, 1), ProgramCode())
     steps = (StepCode * 9)(*[StepCode(int(k == 4), None, 0, 0) for k in range(9)])
-    play = PlayCode(programs, steps, (MoveCode * 1)(), ctypes.pointer(draws.code), 3)
+    play = PlayCode(programs, steps, (MoveCode * 1)(), ctypes.pointer(draws.code), 3, 1)
     assert machine().play(ctypes.addressof(play), 0, 8) == 3
     expected, _ = by_definition(request, params)
     drawn = np.array([levels[0, 0, i, j] >= 0 for _, i, j in order])

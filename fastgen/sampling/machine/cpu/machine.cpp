@@ -237,13 +237,14 @@ void play_alike(const Play* play, int64_t first, int64_t last, int64_t threads) 
 // the machine's, with its level drawn, and returns the number of that place; else `last`.
 int64_t fastgen_play(const Play* play, int64_t first, int64_t last) {
     auto program_of = [&](int64_t place) -> const Program& { return play->programs[play->steps[place + 1].program]; };
+    auto threads_of = [&](int64_t place) { return std::min(program_of(place).threads, play->threads); };
     for (int64_t place = first; place < last;) {
         if (!program_of(place).code) {
             draw_place(*play->draws, place, 0, play->images);
             return place;
         }
-        int64_t end = place + 1, threads = program_of(place).threads;
-        while (end < last && program_of(end).code && program_of(end).threads == threads) end++;
+        int64_t end = place + 1, threads = threads_of(place);
+        while (end < last && program_of(end).code && threads_of(end) == threads) end++;
         play_alike(play, place, end, threads);
         place = end;
     }

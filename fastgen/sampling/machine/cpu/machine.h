@@ -61,5 +61,5 @@ struct Play {
     const Step* steps;
     const Move* moves;
     const Draws* draws;
-    int64_t images;
+    int64_t images, threads;  // at most
 };
