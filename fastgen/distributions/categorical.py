@@ -34,8 +34,8 @@ class Categorical:
             knows the place, then replaces the logits of levels that a place does not have by -inf; `draw` and
             `log_prob` do not.
         layout: the axes of the model's output, K logits for each of C channels. "BKCHW", "BCKHW", or one axis for both:
-            "B(KC)HW" (channel fastest) or "B(CK)HW" (level fastest). With C = 1, an output (B, K, H, W) has either of
-            the last two. For sequences (B, T): "BTK" or "BKT"; for grids (B, H, W): "BHWK".
+            "B(KC)HW" (channel fastest) or "B(CK)HW" (level fastest). With C = 1, a sampler takes an output (B, K, H, W)
+            in any of the four. For sequences (B, T): "BTK" or "BKT"; for grids (B, H, W): "BHWK".
         temperature, top_k, top_p: sampling options, which `tempered` sets.
         counts: set by the constructor: `levels` as a tensor, if it is not an int.
 

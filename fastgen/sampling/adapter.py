@@ -100,6 +100,9 @@ class Adapter(nn.Module):
             found = found.unsqueeze(-2)
         found = found.unsqueeze(1) if len(self.outer) < 3 and found.dim() == 3 else found
         if isinstance(self.distribution, Categorical) and found.shape[-2:] == self.shape[1:]:
+            layout, levels = self.distribution.layout, self.distribution.levels
+            if layout in ("BKCHW", "BCKHW") and self.shape[0] == 1 and found.shape[1:-2] == (levels,):
+                found = found.unsqueeze(layout.index("C"))  # models of one channel leave its axis out
             found = self.distribution.restricted(found, self.shape)
         return found
 

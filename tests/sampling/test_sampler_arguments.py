@@ -68,7 +68,7 @@ def test_bad_arguments_of_accelerate_are_named():
         (ValueError, "backend", {"backend": "fast"}),
         (ValueError, "expected 1 channels", {"distribution": Categorical(2, "B(KC)HW"), "model": Stranger(1, 6)}),
         (ValueError, "K = 4", {"distribution": Categorical(4, "B(KC)HW")}),
-        (ValueError, "BKCHW", {"distribution": Categorical(5)}),
+        (ValueError, "BKCHW", {"distribution": Categorical(4)}),
     ):
         with pytest.raises(error, match=name):
             accelerate(**{"model": model, "shape": shape, "distribution": distribution, "backend": "naive"} | arguments)

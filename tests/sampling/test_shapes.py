@@ -225,3 +225,21 @@ def test_columns_of_different_sizes_may_be_clamped():
     fast, naive = pair(Table().eval(), (4,), **options)
     drawn = assert_exact(fast, naive, 200, seed=0)
     assert torch.equal(drawn.amax(0), sizes - 1)
+
+
+@pytest.mark.parametrize("layout", ["BKCHW", "BCKHW", "B(KC)HW", "B(CK)HW"])
+@pytest.mark.parametrize("shape", [(1, 4, 3), (4, 3)])
+def test_outputs_of_one_channel_may_leave_its_axis_out(shape, layout):
+    torch.manual_seed(0)
+    model = Stranger(1, K).eval()
+
+    def encode(levels):
+        return levels.view(-1, 1, 4, 3) / 2.0
+
+    fast, naive = pair(model, shape, "compiled", distribution=Categorical(K, layout), encode=encode)
+    noise = torch.rand(5, *shape)
+    images = assert_exact(fast, naive, 5, noise=noise, return_log_prob=True)
+    expected = plain_loop(lambda levels: model(encode(levels)).movedim(1, -1), (4, 3), noise)
+    assert torch.equal(images.view(5, 4, 3), expected)
+    with pytest.raises(ValueError, match="params has the shape"):
+        accelerate(model, shape, distribution=Categorical(K + 1, layout), encode=encode)
