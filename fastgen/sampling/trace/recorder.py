@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgen.sampling.trace.decompositions import WRITTEN_OUT, convolution_by_patches
+from fastgen.sampling.trace.fourier import convolution, spectrum_of
 from fastgen.sampling.trace.graph import Graph, Map, Operand, Unsupported, Value, map_arguments, name_of
 from fastgen.sampling.trace.movement import moved
 from fastgen.sampling.trace.operators import (
@@ -36,6 +37,7 @@ from fastgen.sampling.trace.operators import (
 from fastgen.sampling.trace.storages import Storages, copied_to_cpu, tensors_in
 
 aten = torch.ops.aten
+BY_FOURIER = "convolutions by Fourier transforms are computed as convolutions"
 
 
 def trace(
@@ -231,6 +233,8 @@ class _Recorder(TorchDispatchMode):
             self.storages.define(out, found)
             return
         recorded_args = self.in_one_piece(name, recorded_args)
+        if name == "_fft_c2r" and self.record_convolution(recorded_args, out):
+            return
         if name in SCANS:
             self.record_scan(func, name, args, recorded_args, out)
             return
@@ -241,6 +245,27 @@ class _Recorder(TorchDispatchMode):
                 raise Unsupported(f"{name} gives a {type(tensor).__name__}")
             elif "reads values of its input" not in self.graph.remarks:
                 self.graph.remarks.append("reads values of its input")
+
+    def record_convolution(self, args: Any, out: Tensor) -> bool:
+        """Whether an inverse Fourier transform is the end of a causal convolution; it is recorded as that then."""
+
+        def tensor_of(operand: Operand) -> Tensor:
+            with torch._C._DisableTorchDispatch():
+                tensor = self.graph.data_of(operand).clone(memory_format=torch.contiguous_format)
+            self.storages.define(tensor, operand)
+            return tensor
+
+        spectrum, (_, dims, norm, n) = spectrum_of(args[0]), args
+        if spectrum is None or len(dims) > 1:
+            return False
+        with self:
+            found = convolution(spectrum, dims[0] % out.dim() - out.dim(), norm, n, tensor_of)
+        if found is None:
+            return False
+        self.storages.define(out, self.storages.operand(found))
+        if BY_FOURIER not in self.graph.remarks:
+            self.graph.remarks.append(BY_FOURIER)
+        return True
 
     def record_random(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What is drawn is a value of its own: some models also return a sample, which nobody asks for here."""

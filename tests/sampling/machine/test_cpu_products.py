@@ -91,6 +91,25 @@ def test_products_of_two_computed_factors(m, depth, columns, side_by_side, start
     torch.testing.assert_close(blocks.read(out).double(), truth, atol=1e-6 * depth, rtol=1e-5)
 
 
+@pytest.mark.parametrize("start", ["none", "map"])
+@pytest.mark.parametrize("groups", [1, 3, 9, 40, 71])
+def test_groups_side_by_side(groups, start):
+    """As of a depthwise convolution; shared by any number of threads, to the last bit."""
+    x, weight, before = torch.randn(N, 33, groups), torch.randn(33, groups), torch.randn(N, groups)
+    found = []
+    for threads in (1, 2, 3):
+        blocks = Blocks()
+        out = blocks.result(groups, 1, 1)
+        rows = blocks.holding(x).order([1, 0]).as_strided((groups, 1, 33), (1, 0, groups))
+        factor = constant(weight).as_strided((groups, 33, 1), (1, groups, 0))
+        added = None if start == "none" else blocks.holding(before).as_strided((groups, 1, 1), (1, 0, 0))
+        by_machine(blocks, [Product(out, rows, factor, added)], threads=threads)
+        found.append(blocks.read(out).flatten(1))
+    truth = (x.double() * weight.double()).sum(1) + (0 if start == "none" else before.double())
+    torch.testing.assert_close(found[0].double(), truth, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 @pytest.mark.parametrize("play", [by_machine, by_torch])
 def test_each_image_has_its_own_computed_weight(play):
     """Also where it has two dimensions, as a constant has."""

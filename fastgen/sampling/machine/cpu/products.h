@@ -1,6 +1,7 @@
 // Products: of rows (R, depth) and weights (depth, columns) packed as panels (depth, PANEL), and of computed factors.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "rows.h"
@@ -67,6 +68,26 @@ void linear(const Instruction& one, const int64_t* offsets, Share share) {
     }
 }
 
+// Rounded once wherever the processor can, whatever the compiler makes of it: threads must not change a sum.
+inline float multiply_add(float a, float b, float c) {
+#ifdef __FP_FAST_FMAF
+    return __builtin_fmaf(a, b, c);
+#else
+    return c + a * b;
+#endif
+}
+
+// Sums of products that lie side by side: found[j] = from[j] + sum_k x[k][j] * w[k][j].
+template <int N>
+void side_by_side(float* found, const float* x, int64_t of_x, const float* w, int64_t of_w, int64_t depth,
+                  const float* from) {
+    float sums[N];
+    for (int j = 0; j < N; j++) sums[j] = from ? from[j] : 0.f;
+    for (int64_t k = 0; k < depth; k++, x += of_x, w += of_w)
+        for (int j = 0; j < N; j++) sums[j] = multiply_add(x[j], w[j], sums[j]);
+    for (int j = 0; j < N; j++) found[j] = sums[j];
+}
+
 // Of two computed factors: each row has a weight of its own.
 void contract(const Instruction& one, const int64_t* offsets, Share share) {
     const float* in = start_of<const float>(one.in[0], offsets);
@@ -76,12 +97,23 @@ void contract(const Instruction& one, const int64_t* offsets, Share share) {
     int64_t columns = one.sizes[DIMS - 1], depth = one.depth;
     int64_t of_rows = one.depth_strides[0], of_weights = one.depth_strides[1];
     int64_t across = one.in[1].strides[DIMS - 1], to = one.out.strides[DIMS - 1];
+    auto next_to = [&](const Side& side) { return !side.base || side.strides[DIMS - 2] == 1; };
+    bool together = columns == 1 && next_to(one.out) && next_to(one.in[0]) && next_to(one.in[1]) && next_to(one.in[2]);
+    constexpr int MANY = 4 * LANES;
     for (int64_t row = share.rows_from; row < share.rows_to; row++) {
         const float* x = in + offset_of_row(one.in[0], one.sizes, row);
         const float* w = weights + offset_of_row(one.in[1], one.sizes, row);
         const float* from = added ? added + offset_of_row(one.in[2], one.sizes, row) : nullptr;
         float* place = out + offset_of_row(one.out, one.sizes, row);
         int64_t step = one.in[2].strides[DIMS - 1];
+        if (together) {  // groups of a depthwise convolution
+            int64_t left = std::min(one.sizes[DIMS - 2] - row % one.sizes[DIMS - 2], share.rows_to - row);
+            int64_t many = left >= MANY ? MANY : left >= LANES ? LANES : 1;
+            auto sums = many == MANY ? side_by_side<MANY> : many == LANES ? side_by_side<LANES> : side_by_side<1>;
+            sums(place, x, of_rows, w, of_weights, depth, from);
+            row += many - 1;
+            continue;
+        }
         if (across == 1 && to == 1) {  // the weight's rows one after the other
             for (int64_t j = 0; j < columns; j++) place[j] = from ? from[j * step] : 0.f;
             for (int64_t k = 0; k < depth; k++) {
