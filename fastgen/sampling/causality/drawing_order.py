@@ -8,6 +8,7 @@
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from fastgen.sampling.causality.draws import Draws, Order, layouts_of, possible_
 from fastgen.sampling.causality.ready_times import Timed, ready_times
 from fastgen.sampling.causality.report import CausalityReport, Leak, NotCausalError, leaks_of, leaks_seen
 from fastgen.sampling.causality.search import search, topological_order
-from fastgen.sampling.causality.trials import dependences
+from fastgen.sampling.causality.trials import dependences, dependences_of_ends
 from fastgen.sampling.condition import example
 from fastgen.sampling.model_state import device_of
 from fastgen.sampling.request import checked_count, checked_shape
@@ -116,6 +117,9 @@ def _order_by_trials(
     """An order that the dependences seen in trials allow, and those that are certain. Raises NotCausalError where there
     is none."""
     _check_not_random(network, reason)
+    moved = dependences_of_ends(network)
+    if all(topological_order(_between_draws(moved, draws)) is None for draws in candidates):
+        raise NotCausalError(_seen(network, candidates[-1:], reason, moved, 1))
     moved, trials = dependences(network)
     for draws in candidates:
         depends = _between_draws(moved, draws)
@@ -134,12 +138,16 @@ def _seen(
 ) -> CausalityReport:
     """The leaks that trials have shown, with the names that ready times know."""
     seen = [leaks_seen(moved, one, network.model) for one in candidates]
-    remark = f"{trials} trials of changing its input; {reason}"
+    remark = f"trials of changing its input: {trials}; {reason}"
     if not all(seen):
         return CausalityReport(True, [], remark, proven=False)
     named: list[list[Leak]] = []
     if reason.graph is not None:
         named = [leaks_of(ready_times(reason.graph, one.of_levels()), one, network.model) for one in candidates]
+    if trials == 1:  # of two levels: few leaks, of what may have more
+        of_output = {leak.output: leak for leaks in named for leak in leaks}
+        seen = [[replace(of_output.get(leak.output, leak), input=leak.input) for leak in leaks] for leaks in seen]
+        named = []
     return CausalityReport(False, min((leaks for leaks in (*named, *seen) if leaks), key=len), remark)
 
 
@@ -242,4 +250,7 @@ def check_causality(
 def _tried(network: Network, candidates: Sequence[Draws], reason: Unsupported) -> CausalityReport:
     """The verdict of trials."""
     _check_not_random(network, reason)
-    return _seen(network, candidates, reason, *dependences(network))
+    moved, trials = dependences_of_ends(network), 1
+    if not all(leaks_seen(moved, one, network.model) for one in candidates):
+        moved, trials = dependences(network)
+    return _seen(network, candidates, reason, moved, trials)

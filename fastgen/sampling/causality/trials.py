@@ -35,6 +35,14 @@ def dependences(network: Network) -> tuple[Tensor, int]:
     return found, trials
 
 
+def dependences_of_ends(network: Network) -> Tensor:
+    """As `dependences`, seen in one trial of the first and the last level alone: enough where all depends on all, as
+    with a normalization in training mode."""
+    start, end = network.samples[:1], network.samples[1:2]
+    ends = torch.tensor([0, start.numel() - 1])
+    return changes(network.run, start, end, None, ends)
+
+
 def _trials(network: Network, trials: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """First and last image (1, C, H, W) of each, and the order in which a walk changes the levels; None for a star."""
     generator = torch.Generator().manual_seed(1)
@@ -58,7 +66,9 @@ def _trials(network: Network, trials: int) -> Iterator[tuple[Tensor, Tensor, Ten
             yield start, torch.where(high, blank, full), None if k % 2 else by_chance
 
 
-def changes(run: Callable[[Tensor], Tensor], start: Tensor, end: Tensor, walk: Tensor | None) -> Tensor:
+def changes(
+    run: Callable[[Tensor], Tensor], start: Tensor, end: Tensor, walk: Tensor | None, some: Tensor | None = None
+) -> Tensor:
     """Which outputs change with which levels: bool (C*H*W, *output of one image).
 
     Where an image's output depends on what else is in its batch (statistics of a batch), each changed image is run in
@@ -68,6 +78,7 @@ def changes(run: Callable[[Tensor], Tensor], start: Tensor, end: Tensor, walk: T
         run: images -> outputs.
         start, end: images (1, C, H, W).
         walk: the numbers of the levels in the order in which they change one after the other; None: each by itself.
+        some: the numbers of the levels that change by themselves; None: all.
     """
     other = start + 0.5 if start.is_floating_point() else torch.where(start == 0, 1, start - 1)
     end = torch.where(end == start, other, end)  # every level changes
@@ -75,7 +86,7 @@ def changes(run: Callable[[Tensor], Tensor], start: Tensor, end: Tensor, walk: T
     alone = not torch.allclose(base, ends[:1], rtol=1e-5, atol=1e-6, equal_nan=True)
     finite = ends[ends.isfinite()].abs()
     scale = finite.max().clamp(min=1e-30) if len(finite) else torch.ones(())
-    order = torch.arange(start.numel()) if walk is None else walk
+    order = walk if walk is not None else torch.arange(start.numel()) if some is None else some
     found = torch.zeros((start.numel(), *base.shape[1:]), dtype=torch.bool)
     flat, changed = start.reshape(1, -1), end.reshape(-1)
     for numbers in order.split(1 if alone else BATCH):
