@@ -17,7 +17,7 @@ from fastgen.sampling.causality.ready_times import Timed
 from fastgen.sampling.machine.language import Memory, Product, Program
 from fastgen.sampling.plan.builder import Builder, NeedsStorage, Storage
 from fastgen.sampling.plan.layout import dimension_order, layout
-from fastgen.sampling.plan.renewal import Traced, renew
+from fastgen.sampling.plan.renewal import renew
 from fastgen.sampling.plan.schedule import Boxes, Schedule, row_ends, running_times, schedule
 from fastgen.sampling.plan.sliding_rows import Candidate, Ring, make_rings
 from fastgen.sampling.plan.split_convolution import split_rows
@@ -60,7 +60,7 @@ class Plan:
     output: Operand
     leaves: list[Value]
     network: Network
-    traced: list[Traced]
+    traced: list[Value]
     remarks: list[str]
     programs: list[Program] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
@@ -112,17 +112,17 @@ class Plan:
         of both, so that the least is 1.
         """
         done, once = 0.0, 0.0
-        elements: dict[Boxes, int] = {}  # that a value has in any of them
+        shares: dict[Boxes, float] = {}  # of a value's elements that are in any of them
         for value, boxes in self.schedule.boxes.items():
             cost = self.timed.rules[value].multiply_adds
-            if cost and boxes not in elements:
-                computed = torch.zeros(value.shape, dtype=torch.bool)
+            if cost and boxes not in shares:
+                computed = np.zeros(compact(self.schedule.times.of(value)).shape, dtype=bool)
                 for k in range(len(boxes.at)):
                     computed[boxes[k].slices] = True
-                elements[boxes] = int(computed.sum())
+                shares[boxes] = float(computed.mean())
             if cost:
                 done += int(boxes.sizes.prod(0).sum()) * cost
-                once += elements[boxes] * cost
+                once += shares[boxes] * value.numel * cost
         return done / once if once else 1.0
 
 
@@ -130,7 +130,7 @@ def make_plan(network: Network, distribution: Distribution) -> Plan:
     """Raises NotCausalError, or Unsupported where the engine cannot take the model."""
     shape = network.shape
     draws, timed, conditions = ordered(network, distribution)
-    traced = Traced.all_of(timed.graph)
+    traced = list(timed.graph.values)
     output, order, ends = timed.graph.output, draws.order, row_ends(draws.order)
     times = running_times(timed, ends, draws.of_outputs() - 1, partial(split_rows, timed, ends))
     when = schedule(timed, len(order), times)

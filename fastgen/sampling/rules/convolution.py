@@ -46,19 +46,24 @@ class Part:
 
 
 class Convolution(Rule):
-    """A weight that is exactly zero takes no part: the live taps are those of the weights as they are."""
+    """A weight that is exactly zero takes no part: the live taps are those of the weights as they are.
+
+    Args:
+        rows: of the kernel, along its first dimension, that take part.
+        onto: a map that their sums are added to, in place of the bias.
+    """
 
     sees_zeros = False  # but those of its weights, which are no computed value
 
-    def __init__(self, value: Value, analysis: Analysis) -> None:
+    def __init__(
+        self, value: Value, analysis: Analysis, rows: slice | None = None, onto: Operand | None = None
+    ) -> None:
         super().__init__(value, analysis)
         self.x, weight, self.bias, stride, padding, dilation, _, _, self.groups = value.args
         if weight.map is None or weight.map.value.kind != "constant":
             raise Unsupported(f"{value.name}: a convolution whose weights depend on the input")
         self.weight = analysis.data(weight)
-        self.onto: Operand | None = None  # a map that the convolution is added to, see `split_rows`
-        if self.bias is not None and len(self.bias.shape) > 1:
-            self.onto, self.bias = self.bias, None
+        self.onto, self.bias = onto, self.bias if onto is None else None
         self.rank = len(self.x.shape) - 2
         self.stride, self.padding, self.dilation = (
             list(one) * (self.rank if len(one) == 1 else 1) for one in (stride, padding, dilation)
@@ -66,6 +71,8 @@ class Convolution(Rule):
         self.kernel = tuple(self.weight.shape[2:])
         self.taps: list[Sequence[int]] = list(product(*(range(size) for size in self.kernel)))
         self.live = self._live()
+        if rows is not None:
+            self.live[:, :, [k not in range(self.kernel[0])[rows] for k in range(self.kernel[0])]] = False
         self._parts: dict[Any, View | Part | None] = {}
 
     @property

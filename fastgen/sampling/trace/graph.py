@@ -53,7 +53,6 @@ class Value:
         module: qualified name of the module whose forward computed it.
         base: number of its first element; elements are numbered in row-major order. 0 for a constant none of whose
             elements is moved one by one, which has no numbers.
-        derive: how `data` is made of that of other values, for values that planning has added.
     """
 
     kind: str
@@ -66,7 +65,6 @@ class Value:
     module: str = ""
     index: int = -1
     base: int = 0
-    derive: Callable[[], Tensor] | None = None
 
     @property
     def numel(self) -> int:
@@ -240,6 +238,22 @@ class Operand:
             return [self.map.value]
         assert self.ids is not None
         return self.graph.values_of(self.ids)
+
+
+def same_operation(one: Value, other: Value) -> bool:
+    """Whether values of two traces come of the same operation, on operands that read the same elements."""
+    if (one.kind, one.op, one.shape, one.data.dtype) != (other.kind, other.op, other.shape, other.data.dtype):
+        return False
+    ours, theirs = (map_arguments((value.args, value.kwargs), _elements_read) for value in (one, other))
+    return bool(ours == theirs)
+
+
+def _elements_read(operand: Operand) -> Any:
+    """What an operand reads, in terms that two traces share."""
+    if operand.map is None:
+        assert operand.ids is not None
+        return operand.ids.shape, operand.ids.numpy().tobytes()
+    return operand.map.value.index, operand.map.shape, operand.map.start, operand.map.steps
 
 
 @dataclass(eq=False)

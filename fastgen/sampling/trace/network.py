@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastgen.sampling.model_state import Kept, device_of, unchanged
-from fastgen.sampling.trace.graph import Graph, Map, Operand, Unsupported, Value
+from fastgen.sampling.trace.graph import Graph, Map, Operand, Unsupported, Value, same_operation
 from fastgen.sampling.trace.recorder import trace
 
 MOST_ELEMENTS = 4 * 10**8  # of one image; beyond, the analysis would not fit into memory
@@ -167,13 +167,12 @@ def check_output(found: Any) -> None:
 def _check_same(graphs: Sequence[Graph], whole: Tensor) -> None:
     """The same operations for both images, each by itself as in a batch of both."""
     first, second = graphs
-    same = len(first.values) == len(second.values)
-    for a, b in zip(first.values, second.values, strict=False):
-        same = same and a.shape == b.shape and a.op == b.op
-        same = same and (
-            a.kind != "constant" or a.data is b.data or torch.equal(a.data.nan_to_num(), b.data.nan_to_num())
-        )
-    if not same:
+    pairs = list(zip(first.values, second.values, strict=False))
+    if len(first.values) != len(second.values) or not all(
+        same_operation(a, b)
+        and (a.kind != "constant" or a.data is b.data or torch.equal(a.data.nan_to_num(), b.data.nan_to_num()))
+        for a, b in pairs
+    ):
         raise Unsupported("the model computes in another way for other values of its input")
     precise = not any(value.data.dtype in HALF for value in first.values)
     for k, graph in enumerate(graphs):
