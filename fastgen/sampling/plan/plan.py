@@ -24,7 +24,7 @@ from fastgen.sampling.plan.split_convolution import split_rows
 from fastgen.sampling.plan.temporaries import Scratch, share_scratch
 from fastgen.sampling.rules.convolution import Convolution
 from fastgen.sampling.trace.element_times import compact
-from fastgen.sampling.trace.graph import CONSTANT, Map, Operand, Value
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Map, Operand, Value
 from fastgen.sampling.trace.network import Network
 
 
@@ -112,17 +112,11 @@ class Plan:
         of both, so that the least is 1.
         """
         done, once = 0.0, 0.0
-        shares: dict[Boxes, float] = {}  # of a value's elements that are in any of them
         for value, boxes in self.schedule.boxes.items():
             cost = self.timed.rules[value].multiply_adds
-            if cost and boxes not in shares:
-                computed = np.zeros(compact(self.schedule.times.of(value)).shape, dtype=bool)
-                for k in range(len(boxes.at)):
-                    computed[boxes[k].slices] = True
-                shares[boxes] = float(computed.mean())
             if cost:
                 done += int(boxes.sizes.prod(0).sum()) * cost
-                once += shares[boxes] * value.numel * cost
+                once += float((boxes.first >= 0).mean()) * value.numel * cost
         return done / once if once else 1.0
 
 
@@ -160,25 +154,22 @@ def _windows(plan: Plan) -> Iterator[Candidate]:
             rows = torch.nonzero(in_row).flatten().tolist()
             late = bool(in_row[1:].any())
             boxes = plan.schedule.boxes.get(value)
-            written = _written(value, boxes, constant.expand(value.shape), outer) if late and boxes else {}
+            written = _written(boxes, constant, outer) if late and boxes else {}
             begun = max((row + 1 for row in rows if row == 0 or row not in written), default=0)
             yield Candidate(memory, found, begun, {row: step for row, step in written.items() if row >= begun})
 
 
-def _written(value: Value, boxes: Boxes, constant: Tensor, outer: int) -> dict[int, int]:
+def _written(boxes: Boxes, constant: Tensor, outer: int) -> dict[int, int]:
     """Rows whose constants are all computed again, with others in their boxes, and by which step they are.
 
     Args:
-        boxes: of the value.
+        boxes: of a value.
         constant: which of its elements are.
         outer: the dimension of rows.
     """
-    never = 2**31 - 1
-    first = torch.full(value.shape, never, dtype=torch.int32)
-    for k in reversed(range(len(boxes.at))):
-        first[boxes[k].slices] = int(boxes.at[k])
-    last = torch.where(constant, first, -1).movedim(outer, 0).reshape(value.shape[outer], -1).amax(1).tolist()
-    return {row: step for row, step in enumerate(last) if 0 <= step < never}
+    first = np.where(constant.numpy(), np.where(boxes.first < 0, NEVER, boxes.first), -1)
+    last = np.moveaxis(first, outer, 0).reshape(first.shape[outer], -1).max(1).tolist()
+    return {row: step for row, step in enumerate(last) if 0 <= step < NEVER}
 
 
 def _storage(timed: Timed, when: Schedule, order: Order, shape: Sequence[int]) -> Storage:

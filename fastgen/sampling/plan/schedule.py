@@ -29,12 +29,14 @@ class Boxes:
     Attributes:
         at: (boxes,), the number of each one's step: 0 is step -1.
         start, sizes, steps: (dimensions, boxes), as of a `Box`.
+        shape: of the value, with size 1 along dimensions that all boxes hold whole.
     """
 
     at: np.ndarray
     start: np.ndarray
     sizes: np.ndarray
     steps: np.ndarray
+    shape: tuple[int, ...]
 
     @cached_property
     def kinds(self) -> np.ndarray:
@@ -48,6 +50,14 @@ class Boxes:
     def nth(self) -> np.ndarray:
         """(boxes,), how many of its step come before each."""
         return np.arange(len(self.at)) - np.searchsorted(self.at, self.at)
+
+    @cached_property
+    def first(self) -> np.ndarray:
+        """Of the value's `shape`: the number of the first step that computes each element; -1 where none does."""
+        found = np.full(self.shape, -1)
+        for k in reversed(range(len(self.at))):
+            found[self[k].slices] = self.at[k]
+        return found
 
     def places(self, nth: int, steps: np.ndarray) -> np.ndarray:
         """Start (steps, dimensions) of the box of that number in each of these steps."""
@@ -193,7 +203,7 @@ def _boxes(times: Tensor) -> Boxes:
     for d, size in enumerate(times.shape):
         if core.shape[d] < size:
             sizes[d] = size
-    return Boxes(np.array(at, dtype=np.int64), start, sizes, steps)
+    return Boxes(np.array(at, dtype=np.int64), start, sizes, steps, tuple(core.shape))
 
 
 def _each_box(core: Tensor, busy: Tensor) -> tuple[list[int], list[Box]]:

@@ -72,7 +72,8 @@ class Convolution(Rule):
         self.taps: list[Sequence[int]] = list(product(*(range(size) for size in self.kernel)))
         self.live = self._live()
         if rows is not None:
-            self.live[:, :, [k not in range(self.kernel[0])[rows] for k in range(self.kernel[0])]] = False
+            first, last, _ = rows.indices(self.kernel[0])
+            self.live[:, :, :first] = self.live[:, :, last:] = False
         self._parts: dict[Any, View | Part | None] = {}
 
     @property

@@ -115,8 +115,9 @@ class Map:
         return Map(value, value.shape, (0,) * rank, steps)
 
     @cached_property
-    def is_identity(self) -> bool:
-        return self == Map.identity(self.value)
+    def along(self) -> list[list[tuple[int, int]]]:
+        """For each dimension of the value, those of the operand that step along it, and by how much."""
+        return [[(d, step[k]) for d, step in enumerate(self.steps) if step[k]] for k in range(len(self.start))]
 
     def within(self, shape: tuple[int, ...], start: Sequence[int], steps: Sequence[Sequence[int]]) -> "Map":
         """The map of a view: its element i is the element start + sum_d i_d * steps[d] of this operand."""
@@ -128,17 +129,18 @@ class Map:
         first = tuple(a + b for a, b in zip(self.start, along(start), strict=True))
         return Map(self.value, shape, first, tuple(along(step) for step in steps))
 
+    @cached_property
     def bounds(self) -> list[tuple[int, int]]:
         """The least and the greatest coordinate along each dimension of the value."""
         found = []
-        for k, low in enumerate(self.start):
-            reach = [step[k] * (size - 1) for step, size in zip(self.steps, self.shape, strict=True)]
+        for low, along in zip(self.start, self.along, strict=True):
+            reach = [step * (self.shape[d] - 1) for d, step in along]
             found.append((low + sum(min(r, 0) for r in reach), low + sum(max(r, 0) for r in reach)))
         return found
 
     @property
     def padded(self) -> bool:
-        return any(low < 0 or high >= size for (low, high), size in zip(self.bounds(), self.value.shape, strict=True))
+        return any(low < 0 or high >= size for (low, high), size in zip(self.bounds, self.value.shape, strict=True))
 
     def pad(self, before: Sequence[int], after: Sequence[int]) -> "Map | None":
         """More zeros around (fewer elements where negative); None where not zeros but elements lie there."""
@@ -167,7 +169,7 @@ class Map:
 
     def read(self, source: Tensor, fill: int) -> Tensor:
         """The operand's view of a tensor of the value's shape, `fill` standing for the zeros around."""
-        shape, bounds = self.value.shape, self.bounds()
+        shape, bounds = self.value.shape, self.bounds
         lows = [max(0, -low) for low, _ in bounds]
         highs = [max(0, high - size + 1) for (_, high), size in zip(bounds, shape, strict=True)]
         if any(lows) or any(highs):

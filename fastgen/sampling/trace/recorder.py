@@ -34,7 +34,7 @@ from fastgen.sampling.trace.operators import (
     single_mask,
     written_arguments,
 )
-from fastgen.sampling.trace.storages import Storages, copied_to_cpu, tensors_in
+from fastgen.sampling.trace.storages import Storages, copied_to_cpu, storage_of, tensors_in
 
 aten = torch.ops.aten
 BY_FOURIER = "convolutions by Fourier transforms are computed as convolutions"
@@ -53,8 +53,7 @@ def trace(
         run: the model as a function.
         modules: the model, after whose modules operations are named.
         levels, conditions: its inputs.
-        like: of another run, with which this one shares constants that are equal. The data of its computed values are
-            then not kept, and may be overwritten.
+        like: of another run, with which this one shares constants that are equal.
 
     Raises:
         RandomNumbers: the output depends on random numbers.
@@ -111,7 +110,7 @@ class _Recorder(TorchDispatchMode):
         self.graph = Graph()
         self.storages = Storages(self.graph, like)
         self.modules: list[str] = []
-        self.keep_data = like is None
+        self.lent: dict[int, list[Value]] = {}  # a storage -> values whose data lie there, until it is written
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -126,8 +125,9 @@ class _Recorder(TorchDispatchMode):
 
     def add(self, op: Any, data: Tensor, args: Sequence[Any], kwargs: Any = None, output: int = 0) -> Operand:
         """A new value, read whole."""
-        data = copied_to_cpu(data) if self.keep_data else data.detach().cpu()
+        data = data.detach().cpu().contiguous()
         value = Value("computed", tuple(data.shape), data, op, tuple(args), kwargs or {}, output, self.module)
+        self.lent.setdefault(storage_of(data), []).append(value)
         return self.graph.whole(self.graph.add(value))
 
     def copied(self, operand: Operand) -> Operand:
@@ -173,6 +173,8 @@ class _Recorder(TorchDispatchMode):
         if name in METADATA_ONLY:
             return func(*args, **kwargs)
         written = written_arguments(func, args, kwargs)
+        for value in (value for tensor in written for value in self.lent.pop(storage_of(tensor), ())):
+            value.data = value.data.clone()
         if not variable or name in SHAPE_ONLY:
             out = func(*args, **kwargs)
             if "empty" in name and isinstance(out, Tensor) and out.numel():
@@ -326,7 +328,7 @@ class _Recorder(TorchDispatchMode):
         if not name.endswith("_") or overload is None:
             raise Unsupported(f"{name} writes into its arguments")
         found = moved(self.storages, overload, plain, args, kwargs, recorded_args, target)
-        return found or self.add(overload, target, self.in_one_piece(plain, recorded_args), recorded_kwargs)
+        return found or self.add(overload, target.clone(), self.in_one_piece(plain, recorded_args), recorded_kwargs)
 
     def in_one_piece(self, name: str, args: Sequence[Any]) -> list[Any]:
         """Operands of what is no pointwise operation become values of their own where no map describes them."""
