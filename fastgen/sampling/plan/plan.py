@@ -22,6 +22,7 @@ from fastgen.sampling.plan.schedule import Boxes, Schedule, row_ends, running_ti
 from fastgen.sampling.plan.sliding_rows import Candidate, Ring, make_rings
 from fastgen.sampling.plan.split_convolution import split_rows
 from fastgen.sampling.plan.temporaries import Scratch, share_scratch
+from fastgen.sampling.rules.concatenation import Concatenation
 from fastgen.sampling.rules.convolution import Convolution
 from fastgen.sampling.trace.element_times import compact
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, Map, Operand, Value
@@ -177,11 +178,20 @@ def _storage(timed: Timed, when: Schedule, order: Order, shape: Sequence[int]) -
     maps: dict[Value, list[Map]] = {}
     # Programs show which other values must be, see `NeedsStorage`.
     stored = {*graph.output.values, *(value for value, rule in timed.rules.items() if rule.keeps_state)}
-    for operand in (graph.output, *(one for rule in timed.rules.values() for one in rule.reads())):
+    reads = {value: rule.reads() for value, rule in timed.rules.items()}
+    for operand in (graph.output, *(one for of_value in reads.values() for one in of_value)):
         if operand.map is not None:
             maps.setdefault(operand.map.value, []).append(operand.map)
         if operand.map is None or operand.map.padded:
             stored |= set(operand.values)
+    apart: dict[tuple[Boxes, Boxes | None], bool] = {}  # whether there are steps of the first alone
+    for value, boxes in when.boxes.items():
+        for source in {source for operand in reads[value] for source in operand.values if source.kind == "computed"}:
+            of_both = boxes, when.boxes.get(source)
+            if of_both not in apart:
+                apart[of_both] = of_both[1] is None or not np.isin(boxes.at, of_both[1].at).all()
+            if apart[of_both] and not isinstance(timed.rules[value], Concatenation):  # which may read some alone
+                stored.add(source)
     layouts = {}
     orders: dict[Any, tuple[int, ...]] = {}  # of values that are computed alike, too
     feature_maps = _feature_maps(timed)

@@ -27,9 +27,13 @@ class FirstRows:
     def __str__(self) -> str:
         return "aten.convolution"
 
-    def __call__(self, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-        kept = torch.arange(weight.shape[2], device=weight.device) < self.stop
-        return aten.convolution.default(x, weight * kept.view(-1, *[1] * (weight.dim() - 3)), *rest)
+    def __call__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, *rest: Any
+    ) -> Tensor:
+        kernel = weight[:, :, : self.stop]
+        found = aten.convolution.default(x, kernel, bias, stride, padding, dilation, *rest)
+        rows = (x.shape[2] + 2 * padding[0] - dilation[0] * (weight.shape[2] - 1) - 1) // stride[0] + 1
+        return found[:, :, :rows]
 
 
 def split_rows(timed: Timed, ends: Tensor, value: Value, times: Tensor) -> Value | None:
@@ -54,7 +58,7 @@ def split_rows(timed: Timed, ends: Tensor, value: Value, times: Tensor) -> Value
     if steps <= 2 * len(ends):
         return None
     first = replace(value, op=FirstRows(live[-1]), index=len(graph.values), base=0)
-    first.data = first.compute(*map(graph.data_of, first.operands))
+    first.data = first.compute(*map(graph.data_of, first.operands)).contiguous()
     found = Convolution(first, analysis, slice(live[-1]))
     ready = found.ready()
     if 2 * _steps(at_row_end(ends, ready[0], times)) > steps:
