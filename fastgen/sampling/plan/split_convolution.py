@@ -73,4 +73,6 @@ def split_rows(timed: Timed, ends: Tensor, value: Value, times: Tensor) -> Value
 def _steps(times: Tensor) -> int:
     """At how many of them something is computed."""
     found = compact(times)
-    return int((found[(found != CONSTANT) & (found != NEVER)] - READY).bincount().count_nonzero())
+    return int(
+        torch.where(found == NEVER, 0, found - CONSTANT).flatten().bincount()[READY - CONSTANT :].count_nonzero()
+    )
