@@ -295,40 +295,27 @@ class _Recorder(TorchDispatchMode):
 
     def record_write(self, func: Any, name: str, written: list[Tensor], args: Any, kwargs: Any) -> Any:
         """An operator in place is the one that gives a new tensor, followed by a write."""
-        if len(written) != 1 or written[0] is not args[0]:
+        target, plain = args[0], name.removesuffix("_").replace("_index_put_impl", "index_put")
+        new = getattr(getattr(aten, plain, None), func._overloadname, None)
+        if len(written) != 1 or written[0] is not target or not name.endswith("_") or new is None:
             raise Unsupported(f"{name} writes into its arguments")
-        target = args[0]
-        if name in ("index_put_", "_index_put_impl_"):
-            mask = single_mask(*args)
-            if mask is not None and self.storages.tracked(mask):
-                with self:  # x[mask] = number
-                    chosen = aten.where.self(mask, args[2], target)
-                self.storages.write(target, self.storages.operand(chosen))
-                return func(*args, **kwargs)
-        recorded_args, recorded_kwargs = self.recorded(args), self.recorded(kwargs)
-        out = func(*args, **kwargs)
-        self.storages.write(target, self.written(func, name, args, kwargs, recorded_args, recorded_kwargs))
-        return out
-
-    def written(
-        self, func: Any, name: str, args: Any, kwargs: Any, recorded_args: Any, recorded_kwargs: Any
-    ) -> Operand:
-        """What an operator in place has written into its first argument."""
-        target, plain = args[0], name.removesuffix("_")
         if name in ("zero_", "fill_") and not self.storages.tracked(args[-1] if name == "fill_" else None):
-            return self.graph.whole(self.storages.constant(target))
-        if name == "copy_":
-            source = recorded_args[1]
-            if source.dtype == target.dtype:
-                return source
-            data = self.graph.data_of(source).to(target.dtype)
-            return self.add(aten._to_copy.default, data, (source,), {"dtype": target.dtype})
-        packet = getattr(aten, plain, None)
-        overload = getattr(packet, func._overloadname, None) if packet is not None else None
-        if not name.endswith("_") or overload is None:
-            raise Unsupported(f"{name} writes into its arguments")
-        found = moved(self.storages, overload, plain, args, kwargs, recorded_args, target)
-        return found or self.add(overload, target.clone(), self.in_one_piece(plain, recorded_args), recorded_kwargs)
+            func(*args, **kwargs)
+            self.storages.write(target, self.graph.whole(self.storages.constant(target)))
+            return target
+        mask = single_mask(*args) if plain == "index_put" else None
+        with self:
+            if name == "copy_":
+                found = args[1].expand(target.shape)
+            elif mask is not None and self.storages.tracked(mask):  # x[mask] = number
+                found = aten.where.self(mask, args[2], target)
+            else:
+                found = new(*args[:4] if plain == "index_put" else args, **kwargs)
+            if found.dtype != target.dtype:
+                found = aten._to_copy.default(found, dtype=target.dtype)
+        self.storages.write(target, self.storages.operand(found))
+        with torch._C._DisableTorchDispatch():
+            return target.copy_(found)
 
     def in_one_piece(self, name: str, args: Sequence[Any]) -> list[Any]:
         """Operands of what is no pointwise operation become values of their own where no map describes them."""
