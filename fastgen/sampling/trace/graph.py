@@ -115,6 +115,10 @@ class Map:
         return Map(value, value.shape, (0,) * rank, steps)
 
     @cached_property
+    def is_identity(self) -> bool:
+        return self == Map.identity(self.value)
+
+    @cached_property
     def along(self) -> list[list[tuple[int, int]]]:
         """For each dimension of the value, those of the operand that step along it, and by how much."""
         return [[(d, step[k]) for d, step in enumerate(self.steps) if step[k]] for k in range(len(self.start))]
