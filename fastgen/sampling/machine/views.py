@@ -20,6 +20,9 @@ class AffineOffset:
     @staticmethod
     def weighted(const: int | Fraction, terms: Iterable[tuple["AffineOffset", int]]) -> "AffineOffset":
         """const + the sum of offsets times their weights"""
+        terms = [one for one in terms if one[1]]
+        if len(terms) == 1 and terms[0][1] == 1:
+            return terms[0][0] + const
         coefficients: list[int | Fraction] = []
         for offset, weight in terms:
             const += offset.const * weight
@@ -31,7 +34,7 @@ class AffineOffset:
 
     def __add__(self, other: "AffineOffset | int | Fraction") -> "AffineOffset":
         if not isinstance(other, AffineOffset):
-            return AffineOffset(self.const + other, self.coefficients)
+            return AffineOffset(self.const + other, self.coefficients) if other else self
         return AffineOffset.weighted(0, ((self, 1), (other, 1)))
 
     def __mul__(self, factor: int | Fraction) -> "AffineOffset":

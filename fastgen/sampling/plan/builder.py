@@ -185,48 +185,32 @@ class Builder:
             offset = AffineOffset.weighted(origin, [(one[0], unit) for one, unit in zip(region, units, strict=True)])
             along = tuple(unit * step for unit, (_, _, step) in zip(units, region, strict=True))
             return View(self.storage.memory(value), sizes, along, offset, self.task)
-        for task, box, view in self.local.get(value, ()):
-            if task == self.task and where.is_identity and region == self.region(box):
-                return view
-        first = [
-            AffineOffset.weighted(k, [(one[0], s[d]) for one, s in zip(region, where.steps, strict=True) if s[d]])
-            for d, k in enumerate(where.start)
-        ]
-        steps = [[s * step for s in along] for (_, _, step), along in zip(region, where.steps, strict=True)]
         for one in self.local.get(value, ()):
-            found = self._local_view(*one, first, steps, sizes)
+            found = self._local_view(where, region, *one)
             if found is not None:
                 return found
         raise NeedsStorage(value)
 
-    def _local_view(
-        self,
-        task: int,
-        box: Box,
-        view: View,
-        first: list[AffineOffset],
-        steps: list[list[int]],
-        sizes: tuple[int, ...],
-    ) -> View | None:
-        """What begins at `first` of a value, in a box of it; None where that does not hold all of it."""
-        here = self.starts_of[self.task]
-        offset = 0
-        along = [0] * len(sizes)
-        checks = []
-        for k in range(len(box.sizes)):
-            distance = first[k].at(here) - box.start[k]
-            reach = sum(max(step[k] * (size - 1), 0) for step, size in zip(steps, sizes, strict=True))
-            unit = box.steps[k]
+    def _local_view(self, where: Map, region: Region, task: int, box: Box, view: View) -> View | None:
+        """A region of an operand in a box of its value; None where that does not hold all of it."""
+        offset, strides, checks = 0, [0] * len(region), []
+        for k, (along, unit) in enumerate(zip(where.along, box.steps, strict=True)):
+            first = AffineOffset.weighted(where.start[k], [(region[d][0], step) for d, step in along])
+            distance = first.at(self.starts_of[self.task]) - box.start[k]
+            reach = 0
+            for d, step in along:
+                step *= region[d][2]
+                if step % unit and region[d][1] > 1:
+                    return None
+                reach += max(step * (region[d][1] - 1), 0)
+                strides[d] += step // unit * view.strides[k]
             if distance < 0 or distance % unit or (distance + reach) // unit >= box.sizes[k]:
                 return None
-            if any(step[k] % unit for step, size in zip(steps, sizes, strict=True) if size > 1):
-                return None
-            checks.append(Check(first[k], self.task, task, k, distance))
+            if task != self.task or first != self.starts(box)[k] + distance:
+                checks.append(Check(first, self.task, task, k, distance))
             offset += distance // unit * view.strides[k]
-            for d, step in enumerate(steps):
-                along[d] += step[k] // unit * view.strides[k] if sizes[d] > 1 else 0
         self.checks.update(dict.fromkeys(checks))
-        return View(view.memory, sizes, tuple(along), AffineOffset(offset), task)
+        return View(view.memory, tuple(size for _, size, _ in region), tuple(strides), AffineOffset(offset), task)
 
     def _read_indexed(self, operand: Operand, region: Region) -> View:
         indexed = self.storage.indexed(operand)

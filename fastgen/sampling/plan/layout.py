@@ -86,7 +86,7 @@ def layout(value: Value, order: tuple[int, ...], maps: Iterable[Map]) -> Layout:
     """Room for all that the maps read of the value, whose dimensions lie in this order."""
     before, after = [0] * len(value.shape), [0] * len(value.shape)
     for one in maps:
-        for k, (low, high) in enumerate(one.bounds()):
+        for k, (low, high) in enumerate(one.bounds):
             before[k] = max(before[k], -low)
             after[k] = max(after[k], high - value.shape[k] + 1)
     return Layout(value.shape, order, tuple(before), tuple(after))

@@ -17,14 +17,15 @@ from fastgen.sampling.causality.ready_times import Timed
 from fastgen.sampling.machine.language import Memory, Product, Program
 from fastgen.sampling.plan.builder import Builder, NeedsStorage, Storage
 from fastgen.sampling.plan.layout import dimension_order, layout
-from fastgen.sampling.plan.renewal import Traced, renew
+from fastgen.sampling.plan.renewal import renew
 from fastgen.sampling.plan.schedule import Boxes, Schedule, row_ends, running_times, schedule
 from fastgen.sampling.plan.sliding_rows import Candidate, Ring, make_rings
 from fastgen.sampling.plan.split_convolution import split_rows
 from fastgen.sampling.plan.temporaries import Scratch, share_scratch
+from fastgen.sampling.rules.concatenation import Concatenation
 from fastgen.sampling.rules.convolution import Convolution
 from fastgen.sampling.trace.element_times import compact
-from fastgen.sampling.trace.graph import CONSTANT, Map, Operand, Value
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, Map, Operand, Value
 from fastgen.sampling.trace.network import Network
 
 
@@ -60,7 +61,7 @@ class Plan:
     output: Operand
     leaves: list[Value]
     network: Network
-    traced: list[Traced]
+    traced: list[Value]
     remarks: list[str]
     programs: list[Program] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
@@ -112,17 +113,11 @@ class Plan:
         of both, so that the least is 1.
         """
         done, once = 0.0, 0.0
-        elements: dict[Boxes, int] = {}  # that a value has in any of them
         for value, boxes in self.schedule.boxes.items():
             cost = self.timed.rules[value].multiply_adds
-            if cost and boxes not in elements:
-                computed = torch.zeros(value.shape, dtype=torch.bool)
-                for k in range(len(boxes.at)):
-                    computed[boxes[k].slices] = True
-                elements[boxes] = int(computed.sum())
             if cost:
                 done += int(boxes.sizes.prod(0).sum()) * cost
-                once += elements[boxes] * cost
+                once += float((boxes.first >= 0).mean()) * value.numel * cost
         return done / once if once else 1.0
 
 
@@ -130,7 +125,7 @@ def make_plan(network: Network, distribution: Distribution) -> Plan:
     """Raises NotCausalError, or Unsupported where the engine cannot take the model."""
     shape = network.shape
     draws, timed, conditions = ordered(network, distribution)
-    traced = Traced.all_of(timed.graph)
+    traced = list(timed.graph.values)
     output, order, ends = timed.graph.output, draws.order, row_ends(draws.order)
     times = running_times(timed, ends, draws.of_outputs() - 1, partial(split_rows, timed, ends))
     when = schedule(timed, len(order), times)
@@ -160,25 +155,22 @@ def _windows(plan: Plan) -> Iterator[Candidate]:
             rows = torch.nonzero(in_row).flatten().tolist()
             late = bool(in_row[1:].any())
             boxes = plan.schedule.boxes.get(value)
-            written = _written(value, boxes, constant.expand(value.shape), outer) if late and boxes else {}
+            written = _written(boxes, constant, outer) if late and boxes else {}
             begun = max((row + 1 for row in rows if row == 0 or row not in written), default=0)
             yield Candidate(memory, found, begun, {row: step for row, step in written.items() if row >= begun})
 
 
-def _written(value: Value, boxes: Boxes, constant: Tensor, outer: int) -> dict[int, int]:
+def _written(boxes: Boxes, constant: Tensor, outer: int) -> dict[int, int]:
     """Rows whose constants are all computed again, with others in their boxes, and by which step they are.
 
     Args:
-        boxes: of the value.
+        boxes: of a value.
         constant: which of its elements are.
         outer: the dimension of rows.
     """
-    never = 2**31 - 1
-    first = torch.full(value.shape, never, dtype=torch.int32)
-    for k in reversed(range(len(boxes.at))):
-        first[boxes[k].slices] = int(boxes.at[k])
-    last = torch.where(constant, first, -1).movedim(outer, 0).reshape(value.shape[outer], -1).amax(1).tolist()
-    return {row: step for row, step in enumerate(last) if 0 <= step < never}
+    first = np.where(constant.numpy(), np.where(boxes.first < 0, NEVER, boxes.first), -1)
+    last = np.moveaxis(first, outer, 0).reshape(first.shape[outer], -1).max(1).tolist()
+    return {row: step for row, step in enumerate(last) if 0 <= step < NEVER}
 
 
 def _storage(timed: Timed, when: Schedule, order: Order, shape: Sequence[int]) -> Storage:
@@ -186,11 +178,20 @@ def _storage(timed: Timed, when: Schedule, order: Order, shape: Sequence[int]) -
     maps: dict[Value, list[Map]] = {}
     # Programs show which other values must be, see `NeedsStorage`.
     stored = {*graph.output.values, *(value for value, rule in timed.rules.items() if rule.keeps_state)}
-    for operand in (graph.output, *(one for rule in timed.rules.values() for one in rule.reads())):
+    reads = {value: rule.reads() for value, rule in timed.rules.items()}
+    for operand in (graph.output, *(one for of_value in reads.values() for one in of_value)):
         if operand.map is not None:
             maps.setdefault(operand.map.value, []).append(operand.map)
         if operand.map is None or operand.map.padded:
             stored |= set(operand.values)
+    apart: dict[tuple[Boxes, Boxes | None], bool] = {}  # whether there are steps of the first alone
+    for value, boxes in when.boxes.items():
+        for source in {source for operand in reads[value] for source in operand.values if source.kind == "computed"}:
+            of_both = boxes, when.boxes.get(source)
+            if of_both not in apart:
+                apart[of_both] = of_both[1] is None or not np.isin(boxes.at, of_both[1].at).all()
+            if apart[of_both] and not isinstance(timed.rules[value], Concatenation):  # which may read some alone
+                stored.add(source)
     layouts = {}
     orders: dict[Any, tuple[int, ...]] = {}  # of values that are computed alike, too
     feature_maps = _feature_maps(timed)

@@ -29,12 +29,15 @@ class Boxes:
     Attributes:
         at: (boxes,), the number of each one's step: 0 is step -1.
         start, sizes, steps: (dimensions, boxes), as of a `Box`.
+        first: the number of the first step that computes each element of a value, -1 where none does; of size 1 along
+            dimensions that all boxes hold whole.
     """
 
     at: np.ndarray
     start: np.ndarray
     sizes: np.ndarray
     steps: np.ndarray
+    first: np.ndarray
 
     @cached_property
     def kinds(self) -> np.ndarray:
@@ -184,8 +187,11 @@ def _boxes(times: Tensor) -> Boxes:
     core = compact(times)
     busy = (core != CONSTANT) & (core != NEVER)
     at, found = _each_box(core, busy)
+    first = torch.where(busy, core + 1, -1).numpy()
     if not busy.all():
         found = _all_grown(found, busy.numpy())
+        for step, box in zip(reversed(at), reversed(found), strict=True):
+            first[box.slices] = step
     start, sizes, steps = (
         np.array([getattr(box, name) for box in found], dtype=np.int64).reshape(len(found), times.dim()).T
         for name in ("start", "sizes", "steps")
@@ -193,7 +199,7 @@ def _boxes(times: Tensor) -> Boxes:
     for d, size in enumerate(times.shape):
         if core.shape[d] < size:
             sizes[d] = size
-    return Boxes(np.array(at, dtype=np.int64), start, sizes, steps)
+    return Boxes(np.array(at, dtype=np.int64), start, sizes, steps, first)
 
 
 def _each_box(core: Tensor, busy: Tensor) -> tuple[list[int], list[Box]]:
@@ -211,8 +217,9 @@ def _each_box(core: Tensor, busy: Tensor) -> tuple[list[int], list[Box]]:
     dense = _dense_boxes(where, counts)
     covers: dict[bytes, list[Box]] = {}
     at, found = [], []
-    for step, places, box in zip(steps.tolist(), where.split(counts.tolist()), dense, strict=True):
-        boxes = _cover_anywhere(places, covers) if box is None else [box]
+    ends = counts.cumsum(0).tolist()
+    for step, begin, end, box in zip(steps.tolist(), [0, *ends], ends, dense, strict=False):
+        boxes = _cover_anywhere(where[begin:end], covers) if box is None else [box]
         at += [step + 1] * len(boxes)
         found += boxes
     return at, found
@@ -293,11 +300,16 @@ def _all_grown(boxes: list[Box], busy: np.ndarray) -> list[Box]:
 
     Example: row t of a triangle holds t elements, a program each; whole rows are one program, if nobody minds the rest.
     """
-    grown = [_grown(box, busy) for box in boxes]
-    sizes: dict[Any, set[tuple[int, ...]]] = {}
-    for box, wide in zip(boxes, grown, strict=True):
-        sizes.setdefault((box.sizes, box.steps), set()).add(wide.sizes)
-    return [wide if len(sizes[box.sizes, box.steps]) == 1 else box for box, wide in zip(boxes, grown, strict=True)]
+    found, kinds = list(boxes), dict[Any, list[int]]()
+    for number, box in enumerate(boxes):
+        kinds.setdefault((box.sizes, box.steps), []).append(number)
+    for (sizes, _), numbers in kinds.items():
+        wide = _grown(boxes[numbers[0]], busy).sizes
+        if wide != sizes:
+            grown = [_grown(boxes[number], busy) for number in numbers]
+            for number, box in zip(numbers, grown, strict=True) if all(box.sizes == wide for box in grown) else ():
+                found[number] = box
+    return found
 
 
 def _grown(box: Box, busy: np.ndarray) -> Box:

@@ -96,18 +96,17 @@ class _Rows:
     def ring(self) -> Ring | None:
         needed = np.minimum.accumulate(self.low[::-1])[::-1]  # the first row that a step or a later one touches
         rows = ROOM * int((self.high - needed + 1).max())
-        if rows >= self.layout.room[self.layout.order[0]] or self.high.max() > self.last:  # what follows must stay zero
+        room = self.layout.room[self.layout.order[0]]
+        if not 0 < rows < room or self.high.max() > self.last:  # what follows must stay zero
             return None
         if any(((self.low <= row) & (self.high >= row))[:step].any() for row, step in self.written.items()):
             return None
         moves: list[Move] = []
-        first = top = 0
-        for step in np.flatnonzero(self.high >= 0).tolist():
-            if self.high[step] >= first + rows:
-                begin = int(needed[step])
-                moves.append(Move(step, begin - first, max(begin, top + 1) - first))
-                first = begin
-            top = max(top, int(self.high[step]))
+        tops, first = np.maximum.accumulate(self.high), 0  # the last row touched so far, at each step
+        while (step := int(np.searchsorted(tops, first + rows))) < len(tops):
+            begin, top = int(needed[step]), max(int(tops[step - 1]), 0) if step else 0
+            moves.append(Move(step, begin - first, max(begin, top + 1) - first))
+            first = begin
         fixed = bool(moves) and self.still[moves[0].step :].any()
         return None if fixed else Ring(self.layout, rows, tuple(moves))
 
@@ -128,6 +127,7 @@ def make_rings(candidates: Iterable[Candidate], programs: Sequence[Program], ste
             firsts[memory][move.step :] += move.first * ring.pitch
     for program, of_program in zip(programs, served, strict=True):
         moved = [(number, firsts[view.memory]) for number, view in enumerate(program.moving()) if view.memory in rings]
+        numbers, of_all = [number for number, _ in moved], np.array([first for _, first in moved])
         for step in of_program.tolist() if moved else ():
-            steps[step].offsets[[number for number, _ in moved]] -= [first[step] for _, first in moved]
+            steps[step].offsets[numbers] -= of_all[:, step]
     return rings

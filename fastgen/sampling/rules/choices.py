@@ -100,7 +100,7 @@ def _differ(operand: Operand) -> bool:
     if operand.map is None or operand.map.padded or operand.map.value.kind != "computed":
         return False
     value = operand.map.value
-    name = str(value.op).split(".")[1]  # that of a convolution of which a part is computed by row, too
+    name = value.op_name
     if name not in KEEP_APART:
         return name in SMOOTH
     for one in value.operands:

@@ -33,32 +33,35 @@ class Part:
     """Some output channels' weights, cropped to the box of taps that holds all that are not zero.
 
     Attributes:
-        first: where the box begins along each dimension of the kernel.
-        taps: its sizes.
+        taps: the first tap of the box and the one after the last, along each dimension of the kernel.
         channels: (first, count) of the input channels that it sees.
         weight: (taps * count, output channels), the channels of a tap side by side.
     """
 
-    first: tuple[int, ...]
-    taps: tuple[int, ...]
+    taps: list[tuple[int, int]]
     channels: tuple[int, int]
     weight: View
 
 
 class Convolution(Rule):
-    """A weight that is exactly zero takes no part: the live taps are those of the weights as they are."""
+    """A weight that is exactly zero takes no part: the live taps are those of the weights as they are.
+
+    Args:
+        rows: of the kernel, along its first dimension, that take part.
+        onto: a map that their sums are added to, in place of the bias.
+    """
 
     sees_zeros = False  # but those of its weights, which are no computed value
 
-    def __init__(self, value: Value, analysis: Analysis) -> None:
+    def __init__(
+        self, value: Value, analysis: Analysis, rows: slice | None = None, onto: Operand | None = None
+    ) -> None:
         super().__init__(value, analysis)
         self.x, weight, self.bias, stride, padding, dilation, _, _, self.groups = value.args
         if weight.map is None or weight.map.value.kind != "constant":
             raise Unsupported(f"{value.name}: a convolution whose weights depend on the input")
         self.weight = analysis.data(weight)
-        self.onto: Operand | None = None  # a map that the convolution is added to, see `split_rows`
-        if self.bias is not None and len(self.bias.shape) > 1:
-            self.onto, self.bias = self.bias, None
+        self.onto, self.bias = onto, self.bias if onto is None else None
         self.rank = len(self.x.shape) - 2
         self.stride, self.padding, self.dilation = (
             list(one) * (self.rank if len(one) == 1 else 1) for one in (stride, padding, dilation)
@@ -66,7 +69,11 @@ class Convolution(Rule):
         self.kernel = tuple(self.weight.shape[2:])
         self.taps: list[Sequence[int]] = list(product(*(range(size) for size in self.kernel)))
         self.live = self._live()
-        self._parts: dict[Any, View | Part | None] = {}
+        if rows is not None:
+            first, last, _ = rows.indices(self.kernel[0])
+            self.live[:, :, :first] = self.live[:, :, last:] = False
+        self._constants: dict[Any, View] = {}
+        self._parts: dict[Any, Part | None] = {}
 
     @property
     def multiply_adds(self) -> float:
@@ -75,9 +82,14 @@ class Convolution(Rule):
         return self.value.shape[0] * self.weight.numel() * live * math.prod(self.places) / max(1, self.value.numel)
 
     @cached_property
+    def live_taps(self) -> Tensor:
+        """Which taps an output channel has on any input channel, (output channels, taps...)."""
+        return any_along(self.live, 1)
+
+    @cached_property
     def live_rows(self) -> Tensor:
         """Which rows of the kernel, along its first dimension, have weights that are not zero."""
-        live = any_along(self.live, 1).any(0)  # taps
+        live = self.live_taps.any(0)
         return live.flatten(1).any(1) if self.rank > 1 else live
 
     def _live(self) -> Tensor:
@@ -107,7 +119,7 @@ class Convolution(Rule):
     def ready(self) -> tuple[Tensor, Tensor | None]:
         x, live, blocks = self.analysis.ready(self.x), self.live, list(self._blocks())
         if x.stride(1) == 0:  # the same for all channels: a channel of each kind of kernel will do
-            x, live, blocks = x[:, :1], any_along(self.live, 1).unsqueeze(1), [(slice(0, len(live)), slice(0, 1))]
+            x, live, blocks = x[:, :1], self.live_taps.unsqueeze(1), [(slice(0, len(live)), slice(0, 1))]
         found: list[tuple[Tensor, Tensor]] = []  # output channels, and their times without a dimension of channels
         for outs, ins in blocks:
             inputs = x[:, ins].transpose(0, 1)
@@ -206,11 +218,8 @@ class Convolution(Rule):
         if self.bias is None:
             return None
         first, count, step = box.start[1], box.sizes[1], box.steps[1]
-        key = ("bias", first, count, step)
-        if key not in self._parts:
-            self._parts[key] = constant(self.analysis.data(self.bias)[first : first + (count - 1) * step + 1 : step])
-        bias = self._parts[key]
-        assert isinstance(bias, View)
+        kept = slice(first, first + (count - 1) * step + 1, step)
+        bias = self._weights(("bias", first, count, step), self.analysis.data(self.bias)[kept])
         inner = [1] * self.rank
         return bias.as_strided((1, count, *inner), (0, 1, *(0 for _ in inner))).expand(out.sizes)
 
@@ -228,15 +237,13 @@ class Convolution(Rule):
 
     def _weights(self, key: Any, matrix: Tensor) -> View:
         """A constant that is made once."""
-        if key not in self._parts:
-            self._parts[key] = constant(matrix)
-        found = self._parts[key]
-        assert isinstance(found, View)
-        return found
+        if key not in self._constants:
+            self._constants[key] = constant(matrix)
+        return self._constants[key]
 
     def _part(self, channels: slice, group: int) -> Part | None:
         """The weights of some output channels; None where all are zero."""
-        key = ("part", channels.start, channels.stop, channels.step)
+        key = (channels.start, channels.stop, channels.step)
         if key not in self._parts:
             live = any_along(self.live[channels], 0)  # (input channels, taps...)
             found = None
@@ -246,11 +253,31 @@ class Convolution(Rule):
                 weight = self.weight[(channels, *cut)].permute(*range(2, 2 + self.rank), 1, 0)
                 matrix = constant(weight, (weight[..., 0].numel(), weight.shape[-1]))
                 seen = (group * len(live) + inputs[0], inputs[1] - inputs[0])
-                found = Part(tuple(a for a, _ in taps), tuple(b - a for a, b in taps), seen, matrix)
+                found = Part(taps, seen, matrix)
             self._parts[key] = found
-        part = self._parts[key]
-        assert not isinstance(part, View)
-        return part
+        return self._parts[key]
+
+    def _window_at(
+        self, builder: Builder, box: Box, channels: tuple[int, int], taps: Sequence[tuple[int, int]]
+    ) -> tuple[View, tuple[int, ...], tuple[int, ...]]:
+        """What these taps see of some input channels at the places of a box: all of it, strides along images and
+        places, strides along taps.
+
+        Args:
+            channels: the first, and how many.
+            taps: the first and the one after the last along each dimension of the kernel.
+        """
+        starts, steps = builder.starts(box), [s * step for s, step in zip(self.stride, box.steps[2:], strict=True)]
+        region = [(starts[0], box.sizes[0], box.steps[0]), (AffineOffset(channels[0]), channels[1], 1)]
+        for d, (first, last) in enumerate(taps):
+            corner = starts[2 + d] * self.stride[d] + first * self.dilation[d]
+            reach = (box.sizes[2 + d] - 1) * steps[d] + (last - 1 - first) * self.dilation[d] + 1
+            region.append((corner, reach, 1))
+        seen = builder.read(self._padded(), region)
+        places, along = (
+            tuple(s * step for s, step in zip(seen.strides[2:], by, strict=True)) for by in (steps, self.dilation)
+        )
+        return seen, (seen.strides[0], *places), along
 
     def _emit_products(
         self, builder: Builder, box: Box, out: View, added: View | None, channels: slice, group: int
@@ -261,21 +288,10 @@ class Convolution(Rule):
         if part is None:
             builder.pointwise("copy", out, 0.0 if added is None else added)
             return
-        starts = builder.starts(box)
-        steps = [stride * step for stride, step in zip(self.stride, box.steps[2:], strict=True)]
-        region = [(starts[0], box.sizes[0], box.steps[0]), (AffineOffset(part.channels[0]), part.channels[1], 1)]
-        for d in range(self.rank):
-            corner = starts[2 + d] * self.stride[d] + part.first[d] * self.dilation[d]
-            region.append((corner, (box.sizes[2 + d] - 1) * steps[d] + (part.taps[d] - 1) * self.dilation[d] + 1, 1))
-        seen = builder.read(self._padded(), region)
-        along = seen.strides[2:]
-        places = seen.as_strided(
-            (box.sizes[0], *box.sizes[2:]),
-            (seen.strides[0], *(s * step for s, step in zip(along, steps, strict=True))),
-        )
+        seen, strides, along = self._window_at(builder, box, part.channels, part.taps)
+        places = seen.as_strided((box.sizes[0], *box.sizes[2:]), strides)
         taps = seen.as_strided(
-            (*part.taps, part.channels[1]),
-            (*(s * dilation for s, dilation in zip(along, self.dilation, strict=True)), seen.strides[1]),
+            (*(last - first for first, last in part.taps), part.channels[1]), (*along, seen.strides[1])
         ).collapse()
         depth, dtype = part.weight.sizes[0], part.weight.memory.dtype
         run, stride = (taps.sizes[-1], taps.strides[-1]) if taps.sizes else (1, 1)

@@ -1,8 +1,6 @@
 """Convolutions of many groups, depthwise ones above all: one product for all groups of a part of the result."""
 
-from dataclasses import replace
-
-from fastgen.sampling.machine.language import AffineOffset, View, dense_strides
+from fastgen.sampling.machine.language import View, dense_strides
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
 from fastgen.sampling.rules.convolution import PRECISE, Convolution, extent
@@ -22,29 +20,19 @@ class GroupedConvolution(Convolution):
         out = builder.out(self.value, box)
         added = self._added(builder, box, out)
         cut = [extent(self.live.movedim(2 + d, 0).flatten(1).any(1)) for d in range(self.rank)]
-        starts, steps = builder.starts(box), [s * step for s, step in zip(self.stride, box.steps[2:], strict=True)]
         inputs = per * groups[0], per * (groups[-1] - groups[0] + 1)
-        region = [(starts[0], box.sizes[0], box.steps[0]), (AffineOffset(inputs[0]), inputs[1], 1)]
-        for d, (first, last) in enumerate(cut):
-            corner = starts[2 + d] * self.stride[d] + first * self.dilation[d]
-            reach = (box.sizes[2 + d] - 1) * steps[d] + (last - 1 - first) * self.dilation[d] + 1
-            region.append((corner, reach, 1))
-        seen = builder.read(self._padded(), region)
-        group, along = per * groups.step * seen.strides[1], seen.strides[2:]
+        seen, places, along = self._window_at(builder, box, inputs, cut)
         sizes = (box.sizes[0], *box.sizes[2:], len(groups))
-        strides = (seen.strides[0], *(s * step for s, step in zip(along, steps, strict=True)), group)
-        terms = replace(
-            seen,
-            sizes=(per, *(last - first for first, last in cut)),
-            strides=(seen.strides[1], *(s * d for s, d in zip(along, self.dilation, strict=True))),
-        ).collapse()
+        strides = (*places, per * groups.step * seen.strides[1])
+        taps = tuple(last - first for first, last in cut)
+        terms = seen.as_strided((per, *taps), (seen.strides[1], *along)).collapse()
         if len(terms.sizes) > 1:  # side by side
             rows = builder.scratch((*sizes, 1, terms.numel), self.value.data.dtype)
             inner = (*rows.strides[:-2], *dense_strides(terms.sizes))
-            both = replace(seen, sizes=(*sizes, *terms.sizes), strides=(*strides, *terms.strides))
-            builder.pointwise("copy", replace(rows, sizes=both.sizes, strides=inner), both)
+            both = seen.as_strided((*sizes, *terms.sizes), (*strides, *terms.strides))
+            builder.pointwise("copy", rows.as_strided(both.sizes, inner), both)
         else:
-            rows = replace(seen, sizes=(*sizes, 1, terms.numel), strides=(*strides, 0, *(terms.strides or (0,))))
+            rows = seen.as_strided((*sizes, 1, terms.numel), (*strides, 0, *(terms.strides or (0,))))
         weight = self.weight.unflatten(0, (self.groups, outs))[groups.start : groups.stop : groups.step]
         weight = weight[(..., *(slice(first, last) for first, last in cut))].flatten(2).permute(2, 0, 1).contiguous()
         # Groups lie next to each other, as channels do, so that the sums of many advance together.
@@ -66,4 +54,4 @@ def _by_groups(view: View, outs: int) -> View:
     """Channels (N, C, places ...) as rows (N, places ..., groups, 1, channels of a group)."""
     sizes, strides = ((one[0], *one[2:]) for one in (view.sizes, view.strides))
     groups, channel = view.sizes[1] // outs, view.strides[1]
-    return replace(view, sizes=(*sizes, groups, 1, outs), strides=(*strides, outs * channel, 0, channel))
+    return view.as_strided((*sizes, groups, 1, outs), (*strides, outs * channel, 0, channel))

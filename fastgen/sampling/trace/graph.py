@@ -53,7 +53,6 @@ class Value:
         module: qualified name of the module whose forward computed it.
         base: number of its first element; elements are numbered in row-major order. 0 for a constant none of whose
             elements is moved one by one, which has no numbers.
-        derive: how `data` is made of that of other values, for values that planning has added.
     """
 
     kind: str
@@ -66,7 +65,6 @@ class Value:
     module: str = ""
     index: int = -1
     base: int = 0
-    derive: Callable[[], Tensor] | None = None
 
     @property
     def numel(self) -> int:
@@ -120,6 +118,11 @@ class Map:
     def is_identity(self) -> bool:
         return self == Map.identity(self.value)
 
+    @cached_property
+    def along(self) -> list[list[tuple[int, int]]]:
+        """For each dimension of the value, those of the operand that step along it, and by how much."""
+        return [[(d, step[k]) for d, step in enumerate(self.steps) if step[k]] for k in range(len(self.start))]
+
     def within(self, shape: tuple[int, ...], start: Sequence[int], steps: Sequence[Sequence[int]]) -> "Map":
         """The map of a view: its element i is the element start + sum_d i_d * steps[d] of this operand."""
 
@@ -130,17 +133,18 @@ class Map:
         first = tuple(a + b for a, b in zip(self.start, along(start), strict=True))
         return Map(self.value, shape, first, tuple(along(step) for step in steps))
 
+    @cached_property
     def bounds(self) -> list[tuple[int, int]]:
         """The least and the greatest coordinate along each dimension of the value."""
         found = []
-        for k, low in enumerate(self.start):
-            reach = [step[k] * (size - 1) for step, size in zip(self.steps, self.shape, strict=True)]
+        for low, along in zip(self.start, self.along, strict=True):
+            reach = [step * (self.shape[d] - 1) for d, step in along]
             found.append((low + sum(min(r, 0) for r in reach), low + sum(max(r, 0) for r in reach)))
         return found
 
     @property
     def padded(self) -> bool:
-        return any(low < 0 or high >= size for (low, high), size in zip(self.bounds(), self.value.shape, strict=True))
+        return any(low < 0 or high >= size for (low, high), size in zip(self.bounds, self.value.shape, strict=True))
 
     def pad(self, before: Sequence[int], after: Sequence[int]) -> "Map | None":
         """More zeros around (fewer elements where negative); None where not zeros but elements lie there."""
@@ -169,7 +173,7 @@ class Map:
 
     def read(self, source: Tensor, fill: int) -> Tensor:
         """The operand's view of a tensor of the value's shape, `fill` standing for the zeros around."""
-        shape, bounds = self.value.shape, self.bounds()
+        shape, bounds = self.value.shape, self.bounds
         lows = [max(0, -low) for low, _ in bounds]
         highs = [max(0, high - size + 1) for (_, high), size in zip(bounds, shape, strict=True)]
         if any(lows) or any(highs):
@@ -240,6 +244,22 @@ class Operand:
             return [self.map.value]
         assert self.ids is not None
         return self.graph.values_of(self.ids)
+
+
+def same_operation(one: Value, other: Value) -> bool:
+    """Whether values of two traces come of the same operation, on operands that read the same elements."""
+    if (one.kind, one.op, one.shape, one.data.dtype) != (other.kind, other.op, other.shape, other.data.dtype):
+        return False
+    ours, theirs = (map_arguments((value.args, value.kwargs), _elements_read) for value in (one, other))
+    return bool(ours == theirs)
+
+
+def _elements_read(operand: Operand) -> Any:
+    """What an operand reads, in terms that two traces share."""
+    if operand.map is None:
+        assert operand.ids is not None
+        return operand.ids.shape, operand.ids.numpy().tobytes()
+    return operand.map.value.index, operand.map.shape, operand.map.start, operand.map.steps
 
 
 @dataclass(eq=False)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastgen.sampling.model_state import Kept, device_of, unchanged
-from fastgen.sampling.trace.graph import Graph, Map, Operand, Unsupported, Value
+from fastgen.sampling.trace.graph import Graph, Map, Operand, Unsupported, Value, same_operation
 from fastgen.sampling.trace.recorder import trace
 
 MOST_ELEMENTS = 4 * 10**8  # of one image; beyond, the analysis would not fit into memory
@@ -123,30 +123,25 @@ class Network:
 
     def once_more(self) -> Graph:
         """The graph of the model as it is now, not checked against other images."""
-        rows = [self._leaves[k][:1] for k in self._rows]
-        call = self._beside if self._traced_beside else self._call
+        return self._traced(self._beside if self._traced_beside else self._call, 0)
+
+    def _traced(self, call: Callable[..., Tensor], b: int, *like: Graph) -> Graph:
+        """The graph of call(levels, *rows of the condition) for a sample image and the row of that number."""
+        rows = [self._leaves[k][b : b + 1] for k in self._rows]
         try:
             with self.kept():
-                return trace(call, self.model, self.samples[:1], rows)
+                return trace(call, self.model, self.samples[b : b + 1], rows, *like)
         except Unsupported:
             raise
-        except Exception as error:
+        except Exception as error:  # the model runs on two images, but not on one, or not under the recorder
             raise Unsupported(f"tracing one image fails: {type(error).__name__}: {error}") from error
 
     def _checked(self, call: Callable[..., Tensor], images: list[int]) -> Graph:
-        """The graph of call(levels, *rows of the condition) for one image; the same for several, as in a batch."""
-        graphs: list[Graph] = []
-        for b in range(2):
-            rows = [self._leaves[k][b : b + 1] for k in self._rows]
-            try:
-                with self.kept():
-                    graphs.append(trace(call, self.model, self.samples[b : b + 1], rows, *graphs))
-            except Unsupported:
-                raise
-            except Exception as error:  # the model runs on two images, but not on one, or not under the recorder
-                raise Unsupported(f"tracing one image fails: {type(error).__name__}: {error}") from error
+        """The graph of the first image; the same for the second, and as in a batch of these images."""
+        graph = self._traced(call, 0)
+        graphs = graph, self._traced(call, 1, graph)
         _check_same(graphs, self._of_two if images == [0, 1] else self._together(images))
-        return graphs[0]
+        return graph
 
     @torch.no_grad()
     def _together(self, images: list[int]) -> Tensor:
@@ -167,13 +162,12 @@ def check_output(found: Any) -> None:
 def _check_same(graphs: Sequence[Graph], whole: Tensor) -> None:
     """The same operations for both images, each by itself as in a batch of both."""
     first, second = graphs
-    same = len(first.values) == len(second.values)
-    for a, b in zip(first.values, second.values, strict=False):
-        same = same and a.shape == b.shape and a.op == b.op
-        same = same and (
-            a.kind != "constant" or a.data is b.data or torch.equal(a.data.nan_to_num(), b.data.nan_to_num())
-        )
-    if not same:
+    pairs = list(zip(first.values, second.values, strict=False))
+    if len(first.values) != len(second.values) or not all(
+        same_operation(a, b)
+        and (a.kind != "constant" or a.data is b.data or torch.equal(a.data.nan_to_num(), b.data.nan_to_num()))
+        for a, b in pairs
+    ):
         raise Unsupported("the model computes in another way for other values of its input")
     precise = not any(value.data.dtype in HALF for value in first.values)
     for k, graph in enumerate(graphs):

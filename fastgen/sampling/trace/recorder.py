@@ -34,7 +34,7 @@ from fastgen.sampling.trace.operators import (
     single_mask,
     written_arguments,
 )
-from fastgen.sampling.trace.storages import Storages, copied_to_cpu, tensors_in
+from fastgen.sampling.trace.storages import Storages, copied_to_cpu, storage_of, tensors_in
 
 aten = torch.ops.aten
 BY_FOURIER = "convolutions by Fourier transforms are computed as convolutions"
@@ -53,8 +53,7 @@ def trace(
         run: the model as a function.
         modules: the model, after whose modules operations are named.
         levels, conditions: its inputs.
-        like: of another run, with which this one shares constants that are equal. The data of its computed values are
-            then not kept, and may be overwritten.
+        like: of another run, with which this one shares constants that are equal.
 
     Raises:
         RandomNumbers: the output depends on random numbers.
@@ -111,7 +110,7 @@ class _Recorder(TorchDispatchMode):
         self.graph = Graph()
         self.storages = Storages(self.graph, like)
         self.modules: list[str] = []
-        self.keep_data = like is None
+        self.lent: dict[int, list[Value]] = {}  # a storage -> values whose data lie there, until it is written
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -126,8 +125,9 @@ class _Recorder(TorchDispatchMode):
 
     def add(self, op: Any, data: Tensor, args: Sequence[Any], kwargs: Any = None, output: int = 0) -> Operand:
         """A new value, read whole."""
-        data = copied_to_cpu(data) if self.keep_data else data.detach().cpu()
+        data = data.detach().cpu().contiguous()
         value = Value("computed", tuple(data.shape), data, op, tuple(args), kwargs or {}, output, self.module)
+        self.lent.setdefault(storage_of(data), []).append(value)
         return self.graph.whole(self.graph.add(value))
 
     def copied(self, operand: Operand) -> Operand:
@@ -173,6 +173,8 @@ class _Recorder(TorchDispatchMode):
         if name in METADATA_ONLY:
             return func(*args, **kwargs)
         written = written_arguments(func, args, kwargs)
+        for value in (value for tensor in written for value in self.lent.pop(storage_of(tensor), ())):
+            value.data = value.data.clone()
         if not variable or name in SHAPE_ONLY:
             out = func(*args, **kwargs)
             if "empty" in name and isinstance(out, Tensor) and out.numel():
@@ -293,40 +295,27 @@ class _Recorder(TorchDispatchMode):
 
     def record_write(self, func: Any, name: str, written: list[Tensor], args: Any, kwargs: Any) -> Any:
         """An operator in place is the one that gives a new tensor, followed by a write."""
-        if len(written) != 1 or written[0] is not args[0]:
+        target, plain = args[0], name.removesuffix("_").replace("_index_put_impl", "index_put")
+        new = getattr(getattr(aten, plain, None), func._overloadname, None)
+        if len(written) != 1 or written[0] is not target or not name.endswith("_") or new is None:
             raise Unsupported(f"{name} writes into its arguments")
-        target = args[0]
-        if name in ("index_put_", "_index_put_impl_"):
-            mask = single_mask(*args)
-            if mask is not None and self.storages.tracked(mask):
-                with self:  # x[mask] = number
-                    chosen = aten.where.self(mask, args[2], target)
-                self.storages.write(target, self.storages.operand(chosen))
-                return func(*args, **kwargs)
-        recorded_args, recorded_kwargs = self.recorded(args), self.recorded(kwargs)
-        out = func(*args, **kwargs)
-        self.storages.write(target, self.written(func, name, args, kwargs, recorded_args, recorded_kwargs))
-        return out
-
-    def written(
-        self, func: Any, name: str, args: Any, kwargs: Any, recorded_args: Any, recorded_kwargs: Any
-    ) -> Operand:
-        """What an operator in place has written into its first argument."""
-        target, plain = args[0], name.removesuffix("_")
         if name in ("zero_", "fill_") and not self.storages.tracked(args[-1] if name == "fill_" else None):
-            return self.graph.whole(self.storages.constant(target))
-        if name == "copy_":
-            source = recorded_args[1]
-            if source.dtype == target.dtype:
-                return source
-            data = self.graph.data_of(source).to(target.dtype)
-            return self.add(aten._to_copy.default, data, (source,), {"dtype": target.dtype})
-        packet = getattr(aten, plain, None)
-        overload = getattr(packet, func._overloadname, None) if packet is not None else None
-        if not name.endswith("_") or overload is None:
-            raise Unsupported(f"{name} writes into its arguments")
-        found = moved(self.storages, overload, plain, args, kwargs, recorded_args, target)
-        return found or self.add(overload, target, self.in_one_piece(plain, recorded_args), recorded_kwargs)
+            func(*args, **kwargs)
+            self.storages.write(target, self.graph.whole(self.storages.constant(target)))
+            return target
+        mask = single_mask(*args) if plain == "index_put" else None
+        with self:
+            if name == "copy_":
+                found = args[1].expand(target.shape)
+            elif mask is not None and self.storages.tracked(mask):  # x[mask] = number
+                found = aten.where.self(mask, args[2], target)
+            else:
+                found = new(*args[:4] if plain == "index_put" else args, **kwargs)
+            if found.dtype != target.dtype:
+                found = aten._to_copy.default(found, dtype=target.dtype)
+        self.storages.write(target, self.storages.operand(found))
+        with torch._C._DisableTorchDispatch():
+            return target.copy_(found)
 
     def in_one_piece(self, name: str, args: Sequence[Any]) -> list[Any]:
         """Operands of what is no pointwise operation become values of their own where no map describes them."""

@@ -44,14 +44,14 @@ class Storages:
         """From now on the tensor's storage holds the operand's elements, and nothing else."""
         self._alive.append(tensor)
         offset = int(tensor.storage_offset())
-        self._known[_key(tensor)] = TracedStorage(operand, tuple(tensor.shape), tensor.stride(), offset)
+        self._known[storage_of(tensor)] = TracedStorage(operand, tuple(tensor.shape), tensor.stride(), offset)
 
     def tracked(self, tensor: Any) -> bool:
-        return isinstance(tensor, Tensor) and _key(tensor) in self._known
+        return isinstance(tensor, Tensor) and storage_of(tensor) in self._known
 
     def constant(self, tensor: Tensor) -> Value:
         """Weights are used again and again in loops: what is the same tensor with the same contents is one value."""
-        key = (_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        key = (storage_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         known = self._constants.get(key)
         if known is None or not torch.equal(known.data, tensor.cpu()):
             self._alive.append(tensor)
@@ -66,7 +66,7 @@ class Storages:
         shape = tuple(tensor.shape)
         if not self.tracked(tensor):
             return self.graph.whole(self.constant(tensor))
-        storage = self._known[_key(tensor)]
+        storage = self._known[storage_of(tensor)]
         place = TracedStorage(storage.operand, shape, tensor.stride(), int(tensor.storage_offset()))
         if storage.operand.map is not None and storage == place:
             return storage.operand
@@ -80,7 +80,7 @@ class Storages:
 
     def flat_ids(self, tensor: Tensor) -> Tensor:
         """Number of the element in every place of the tensor's storage."""
-        storage = self._known[_key(tensor)]
+        storage = self._known[storage_of(tensor)]
         if storage.operand.ids is not None and storage.strides == (1,):
             return storage.operand.ids
         room = tensor.untyped_storage().nbytes() // tensor.element_size()
@@ -104,7 +104,7 @@ class Storages:
         region = flat.as_strided(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
         region.copy_(operand.element_ids().expand(tensor.shape))
         self._alive.append(tensor)
-        self._known[_key(tensor)] = TracedStorage(Operand(self.graph, (room,), ids=flat), (room,), (1,), 0)
+        self._known[storage_of(tensor)] = TracedStorage(Operand(self.graph, (room,), ids=flat), (room,), (1,), 0)
 
 
 def tensors_in(arguments: Any) -> list[Tensor]:
@@ -115,7 +115,7 @@ def tensors_in(arguments: Any) -> list[Tensor]:
     return [arguments] if isinstance(arguments, Tensor) else []
 
 
-def _key(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
