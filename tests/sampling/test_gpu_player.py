@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from triton.runtime import interpreter
 
 from fastgen import Bernoulli, Categorical, LogisticMixture, accelerate
 from fastgen.kernels.sampler import words
@@ -18,7 +17,6 @@ from fastgen.sampling.run import gpu_player
 from fastgen.sampling.run.cpu_player import CPUPlayer
 from fastgen.sampling.run.draw_loop import draw_batch
 from fastgen.sampling.run.gpu_player import GPUPlayer
-from fastgen.sampling.run.graph_player import GraphPlayer
 from fastgen.sampling.trace.network import Network
 from tests.sampling.exactness import assert_exact, pair
 from tests.sampling.test_operations import OPERATIONS, Between
@@ -180,84 +178,6 @@ def test_the_machine_of_the_cpu_draws_the_same(name, options):
     (levels, params), (expected, expected_params) = (played(one, plan, request) for one in (GPUPlayer, CPUPlayer))
     assert torch.equal(levels, expected) and torch.equal(levels[mask], known[mask])
     torch.testing.assert_close(params, expected_params, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])  # the interpreter knows the first alone
-def test_tiles_of_images_in_any_order_draw_the_same(precision, monkeypatch):
-    monkeypatch.setattr(gpu_player, "precision_on", lambda *_: precision)
-    plan, distribution = small("gated")
-    request = SampleRequest(20, (1, 3, 3), torch.rand(20, 1, 3, 3), distribution)
-
-    class InReverse(GPUPlayer):
-        """The last tile of images first; tiles of instructions that nothing is a multiple of."""
-
-        tiles = Tiles(BM=16, BN=16, BK=16, ROWS=2, LEVELS=2)
-
-        def _launch(self, draws, first, last, until, images=None):
-            for begin in (16, 0):
-                super()._launch(draws, first, last, until, (begin, min(begin + 16, self.n)))
-
-    found, expected = played(InReverse, plan, request), played(CPUPlayer, plan, request)
-    assert torch.equal(found[0], expected[0])
-    torch.testing.assert_close(found[1], expected[1], atol=1e-5, rtol=1e-5)
-
-
-def test_a_missing_program_is_an_error_and_no_hang(monkeypatch):
-    """The interpreter plays programs one after the other: the first waits for a second one in vain."""
-    monkeypatch.setattr(gpu_player, "processors_of", lambda device: 2)
-    plan, distribution = small("gated")
-    request = SampleRequest(1, (1, 3, 3), torch.rand(1, 1, 3, 3), distribution)
-
-    class Together(GPUPlayer):
-        together, patience = 2, 3
-
-    player = Together(plan, 1, torch.device("cpu"))
-    with pytest.raises(RuntimeError, match="of 2 programs that share images one was missing"):
-        draw_batch(player, request)
-    monkeypatch.setattr(gpu_player, "processors_of", lambda device: 1)  # where they would not run at the same time
-    assert not draw_batch(Together(plan, 1, torch.device("cpu")), request)
-
-
-@pytest.fixture
-def last_program_first(monkeypatch):
-    """The programs of each launch in reverse."""
-    builder = interpreter.interpreter_builder
-    in_order = builder.set_grid_idx
-    monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: in_order(builder.grid_dim[0] - 1 - x, y, z))
-
-
-class OverTheWholeGPU(GraphPlayer):
-    """An instruction a launch; tiles that nothing is a multiple of."""
-
-    captures = False
-    tiles = Tiles(BM=16, BN=16, BK=16, ROWS=2, LEVELS=2)
-
-
-@pytest.mark.parametrize("name", [*SMALL, "recurrent"])
-def test_steps_over_the_whole_gpu_in_any_order_draw_the_same(name, last_program_first):
-    plan, distribution = small(name)
-    shape = tuple(plan.levels.shape[1:])
-    noise = torch.rand(distribution.noise_shape(17, shape))
-    known, mask = torch.randint(2, (17, *shape)), torch.rand(17, *shape) < 0.2
-    request = SampleRequest(17, shape, noise, distribution, known, mask)
-    (levels, params), (expected, expected_params) = (played(one, plan, request) for one in (OverTheWholeGPU, CPUPlayer))
-    assert torch.equal(levels, expected) and torch.equal(levels[mask], known[mask])
-    torch.testing.assert_close(params, expected_params, atol=1e-5, rtol=1e-5)
-
-
-def test_heavy_programs_are_played_over_the_whole_gpu_between_launches(monkeypatch, last_program_first):
-    plan, distribution = small("gated")
-    request = SampleRequest(3, (1, 3, 3), torch.rand(3, 1, 3, 3), distribution)
-    of_rows = plan.steps[3].program  # after the last draw of one
-    assert sum(step.program == of_rows for step in plan.steps) == 2
-    monkeypatch.setattr(gpu_player, "heavy_programs", lambda *_: {of_rows})
-    player = GPUPlayer(plan, 3, torch.device("cpu"))
-    assert not draw_batch(player, request)
-    assert torch.equal(player.levels, played(CPUPlayer, plan, request)[0])
-    assert player.launches == 1 + 3 + player.steps.launches
-    heavy = [k for k, step in enumerate(plan.steps) if step.program == of_rows]
-    moves = sum(target.shape[1] > 0 for k in heavy for target, _ in player.memory.moves.get(k, ()))
-    assert player.steps.launches == 2 * len(player._fused[of_rows]) + moves
 
 
 def test_heavy_programs_are_those_of_rows_while_images_are_few(monkeypatch):

@@ -172,21 +172,17 @@ class GPUPlayer(TorchPlayer):
             place = stop
         return draws.bad[0] != 0
 
-    def _launch(
-        self, draws: Draws | None, first: int, last: int, until: int, images: tuple[int, int] | None = None
-    ) -> None:
-        """Places from `first`: to before `last` they are drawn, to before `until` their steps follow; of all images or
-        of some."""
+    def _launch(self, draws: Draws | None, first: int, last: int, until: int) -> None:
+        """Places from `first`: to before `last` they are drawn, to before `until` their steps follow."""
         assert self.tiles is not None
-        images = images or (0, self.n)
         floats, integers = (self._arena.arenas[one] for one in (torch.float32, torch.int64))
         request = self.tables.no_request(floats) if draws is None else draws.read()
         tensors = (floats, integers, *self.tables.read(), *request, self.tables.steps, self._meeting)
-        together = max(1, min(self.together, processors_of(self.device) // cdiv(images[1] - images[0], self.tiles.BM)))
+        together = max(1, min(self.together, processors_of(self.device) // cdiv(self.n, self.tiles.BM)))
         if together > 1:
             self._meeting.zero_()
         self._launched += 1
         places = first, last, until
-        play(tensors, self.tiles, self.precision, places, draws is not None, images, together, self.patience)
+        play(tensors, self.tiles, self.precision, places, draws is not None, self.n, together, self.patience)
         if together > 1 and int(self._meeting[0]):
             raise RuntimeError(f"of {together} programs that share images one was missing")
