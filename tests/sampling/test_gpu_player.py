@@ -13,7 +13,7 @@ from fastgen.sampling.machine.gpu.fusion import Fused
 from fastgen.sampling.machine.parts import part_of
 from fastgen.sampling.plan.plan import make_plan
 from fastgen.sampling.request import SampleRequest
-from fastgen.sampling.run import gpu_player
+from fastgen.sampling.run import gpu_player, players
 from fastgen.sampling.run.cpu_player import CPUPlayer
 from fastgen.sampling.run.draw_loop import draw_batch
 from fastgen.sampling.run.gpu_player import GPUPlayer
@@ -190,6 +190,21 @@ def test_heavy_programs_are_those_of_rows_while_images_are_few(monkeypatch):
     assert found == {1: of_rows, 16: of_rows, 132 * 64: set()}
 
 
+def test_how_it_plays_is_explained(monkeypatch):
+    model = GatedPixelCNN((1, 3, 3), 4, channels=6, layers=1).eval()
+
+    def explained():
+        return accelerate(model, model.shape, distribution=model.distribution, backend="persistent").explain()
+
+    told = explained()
+    assert "products of float32 in IEEE arithmetic" in told and "heavy" not in told
+    monkeypatch.setattr(gpu_player, "precision_on", lambda device: "tf32x3")
+    monkeypatch.setattr(gpu_player, "WORTH_A_LAUNCH", 2**9)
+    told = explained()
+    assert "products of float32 by TF32 three times, each wrong by 7.2e-07 of it at most" in told
+    assert "persistent: heavy programs, 1 of 3, are played over the whole GPU" in told
+
+
 def test_joined_or_not_the_numbers_are_the_same(monkeypatch):
     plan, distribution = small("gated")
     request = SampleRequest(3, (1, 3, 3), torch.rand(3, 1, 3, 3), distribution)
@@ -217,6 +232,15 @@ def test_what_it_does_not_draw_torch_draws(monkeypatch):
     monkeypatch.setattr(GPUPlayer, "tiles", Tiles(LEVELS=2))
     assert_exact(fast, naive, 3, error=1e-5, seed=1, top_k=2, top_p=0.9)
     assert fast.stats.launches == 5  # before the draws, and after each
+
+
+def test_a_batch_is_drawn_in_parts_that_fit(monkeypatch):
+    monkeypatch.setattr(players, "images_that_fit", lambda plan, device: 2)
+    model = lively(GatedPixelCNN((1, 2, 2), 4, channels=4, layers=1))
+    fast, naive = pair(model, model.shape, "persistent", **arguments(model))
+    assert_exact(fast, naive, 3, error=1e-5, passes=2, seed=0)
+    engine = fast._backends.made[-1].backend
+    assert engine.most == 2 and [*engine._players] == [2, 1]
 
 
 def test_progress_is_told_row_by_row():

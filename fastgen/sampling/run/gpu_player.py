@@ -40,6 +40,10 @@ def heavy_programs(plan: Plan, images: int, tiles: Tiles, processors: float) -> 
 # Of a product of two numbers, at most. Each of them is taken as two of 11 bits, which leaves out 2^-22 of it, and the
 # product of the two lower ones, another 2^-22, is left out, too. Float32 itself rounds by 2^-24.
 ERROR_OF_TF32X3 = 3 * 2.0**-22
+PRODUCTS = {
+    "tf32x3": f"by TF32 three times, each wrong by {ERROR_OF_TF32X3:.1e} of it at most",
+    **dict.fromkeys(("ieee", "widened"), "in IEEE arithmetic"),
+}  # by precision, for people
 
 
 def precision_on(device: torch.device) -> str:
