@@ -26,7 +26,7 @@ from fastgen import Categorical, accelerate
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelCNNPP, PixelRNN
 
 
-def plus_plus(shape: tuple[int, int, int], levels: int, **size: int) -> PixelCNNPP:
+def plus_plus(shape: tuple[int, int, int], levels: int, **size: Any) -> PixelCNNPP:
     """The levels of a mixture of logistics are always 256."""
     return PixelCNNPP(shape, **size)
 
