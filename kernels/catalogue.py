@@ -148,7 +148,18 @@ def compile_entry(module_name: str, index: int, target: Target) -> Resources:
 def _assembly(compiled: Any, target: Target) -> str:
     if target.backend == "hip":
         return compiled.asm["amdgcn"]
-    return compiled.asm["ptx"] + compiled.asm["sass"]
+    return compiled.asm["ptx"] + _dumped(compiled, "-sass")  # Triton's own "sass" ends after 4096 instructions
+
+
+def _dumped(compiled: Any, what: str) -> str:
+    """What Triton's `cuobjdump` tells about machine code of NVIDIA's chips."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _serialized(compiled: Any, target: Target) -> list[str]:
@@ -176,14 +187,8 @@ def _serialized(compiled: Any, target: Target) -> list[str]:
 
 
 def _read_cubin(compiled: Any, row: Resources) -> int:
-    """Registers and local memory from the machine code, by Triton's `cuobjdump`. Returns the static shared memory."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    """Registers and local memory from the machine code. Returns the static shared memory."""
+    report = _dumped(compiled, "--dump-resource-usage")
     usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", report)
     if usage is None:
         raise RuntimeError(f"no resource usage in the report of cuobjdump: {report!r}")

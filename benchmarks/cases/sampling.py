@@ -13,19 +13,27 @@ draw, and no image would have to be drawn again.
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.cases.references import compiled
+from benchmarks.cases.transformer_prior import TransformerPrior
 from benchmarks.harness.case import Case, Rivals
-from fastgen import accelerate
-from fastgen.models import GatedPixelCNN, PixelCNN, PixelRNN
+from fastgen import Categorical, accelerate
+from fastgen.models import GatedPixelCNN, PixelCNN, PixelCNNPP, PixelRNN
 
+
+def plus_plus(shape: tuple[int, int, int], levels: int, **size: Any) -> PixelCNNPP:
+    """The levels of a mixture of logistics are always 256."""
+    return PixelCNNPP(shape, **size)
+
+
+plus_plus.__name__ = "PixelCNNPP"
 # The model, shape of an image, number of levels, further arguments, number of images.
-Job = tuple[type[GatedPixelCNN] | type[PixelCNN] | type[PixelRNN], tuple[int, int, int], int, dict[str, Any], int]
+Job = tuple[Callable[..., Any], tuple[int, int, int], int, dict[str, Any], int]
 
 CPU: list[Job] = [
     (GatedPixelCNN, (1, 8, 8), 17, {"channels": 48, "layers": 6}, 16),
@@ -38,8 +46,23 @@ GPU: list[Job] = [
     (PixelRNN, (1, 8, 8), 17, {"hidden_channels": 16, "layers": 7}, 64),
     *((GatedPixelCNN, (1, 28, 28), 256, {}, batch) for batch in (1, 64)),
 ]
+BATCHES = (16, 256, 1, 1024, 4096)
+MODELS: list[tuple[Callable[..., Any], tuple[int, int, int], int, dict[str, Any]]] = [
+    *((build, (1, 28, 28), levels, {}) for build in (GatedPixelCNN, PixelCNN) for levels in (256, 2)),
+    (PixelCNN, (3, 32, 32), 256, {}),
+    (PixelRNN, (1, 28, 28), 2, {"hidden_channels": 16, "layers": 7}),
+    (plus_plus, (3, 32, 32), 256, {}),
+    (TransformerPrior, (1, 16, 16), 512, {}),
+]
+EVERY: list[Job] = [(*model, batch) for batch in BATCHES for model in MODELS]
 JOBS: dict[str, list[Job]] = {
-    "toy": [(GatedPixelCNN, (1, 2, 2), 3, {"channels": 4, "layers": 1}, 2)],
+    "toy": [
+        (GatedPixelCNN, (1, 2, 2), 3, {"channels": 4, "layers": 1}, 2),
+        (PixelCNN, (3, 2, 1), 3, {"channels": 3, "layers": 1}, 2),
+        (PixelRNN, (1, 2, 2), 2, {"hidden_channels": 2, "layers": 1}, 2),
+        (plus_plus, (3, 4, 4), 256, {"channels": 4, "layers": 1, "n_mix": 2}, 2),
+        (TransformerPrior, (1, 2, 2), 3, {"width": 4, "layers": 1, "heads": 2}, 2),
+    ],
     "cpu": CPU,
     "cpu-full": [
         *CPU,
@@ -47,7 +70,7 @@ JOBS: dict[str, list[Job]] = {
         (PixelCNN, (3, 32, 32), 256, {}, 4),
     ],
     "gpu": GPU,
-    "gpu-full": GPU + [(PixelCNN, (3, 32, 32), 256, {}, batch) for batch in (1, 64, 256)],
+    "gpu-full": GPU + [(PixelCNN, (3, 32, 32), 256, {}, 64)] + [job for job in EVERY if job not in GPU],
 }
 NAIVE_DRAWS = {"cpu": 2000, "cuda": 60_000}  # batches of up to this many levels are compared with naive sampling
 PRODUCT = "as many multiply-adds in one product"
@@ -76,10 +99,11 @@ def scale(model: nn.Module, x: Tensor) -> None:
 def _inputs(device: torch.device, job: Job) -> dict[str, Any]:
     build, shape, levels, size, batch = job
     generator = torch.Generator().manual_seed(0)
-    noise = torch.rand((batch, *shape), generator=generator).to(device)
-    x = torch.randint(levels, (batch, *shape), generator=generator).to(device)
     model = build(shape, levels, **size).to(device).eval().requires_grad_(False)
-    scale(model, x[:8])
+    noise = torch.rand(model.distribution.noise_shape(batch, shape), generator=generator).to(device)
+    x = torch.randint(levels, (batch, *shape), generator=generator).to(device)
+    if isinstance(model.distribution, Categorical):
+        scale(model, x[:8])
     # Each backend analyses the model once, when it is first used.
     sampler = functools.cache(lambda name: accelerate(model, shape, distribution=model.distribution, backend=name))
     factors = functools.cache(lambda: _factors(sampler, batch, device))
@@ -94,11 +118,18 @@ def _sample(noise: Tensor, sampler: Any, *, backend: str, **others: Any) -> Tens
     return sampler(backend).sample(len(noise), noise=noise)
 
 
-def _one_draw(model: Any, noise: Tensor, **others: Any) -> Tensor:
-    """The first of C * H * W draws by the usual loop, which runs a whole forward pass for each."""
-    levels = torch.zeros_like(noise, dtype=torch.long)
+def channels_of_a_pass(build: Any, shape: tuple[int, int, int]) -> int:
+    """How many channels of a pixel are drawn of one output: all of a mixture, which orders the colours itself."""
+    return shape[0] if build is plus_plus else 1
+
+
+def _one_draw(model: Any, x: Tensor, noise: Tensor, *, channels: int, **others: Any) -> Tensor:
+    """The first draws by the usual loop, which runs a whole forward pass for every so many channels."""
+    levels = torch.zeros_like(x)
     params = model(levels)[..., 0, 0]
-    levels[:, 0, 0, 0] = model.distribution.draw(params, noise[..., 0, 0], 0, levels[:, :0, 0, 0])
+    for channel in range(channels):
+        before = levels[:, :channel, 0, 0]
+        levels[:, channel, 0, 0] = model.distribution.draw(params, noise[..., 0, 0], channel, before)
     return levels
 
 
@@ -128,13 +159,14 @@ def cases(size: str, device: torch.device) -> Iterator[Case]:
     cuda = device.type == "cuda"
     for job in JOBS[size]:
         build, shape, levels, arguments, batch = job
-        draws = math.prod(shape)
+        draws, channels = math.prod(shape), channels_of_a_pass(build, shape)
+        one_draw = functools.partial(_one_draw, channels=channels)
         backends = {"fastgen": "auto", "fastgen, persistent": "persistent"}
         if size != "gpu":
             backends = {"fixed_point": "fixed_point", **backends, "eager": "eager"}
-        providers: Rivals = {"one forward pass": one_pass, PRODUCT: _one_product, "naive": _one_draw}
+        providers: Rivals = {"one forward pass": one_pass, PRODUCT: _one_product, "naive": one_draw}
         providers |= {name: functools.partial(_sample, backend=backend) for name, backend in backends.items()}
-        providers["naive, compiled"] = compiled(_one_draw, "reduce-overhead" if cuda else None)
+        providers["naive, compiled"] = compiled(one_draw, "reduce-overhead" if cuda else None)
         sizes = "".join(f" {key}={value}" for key, value in arguments.items())
         truth = "naive" if batch * draws <= NAIVE_DRAWS[device.type] else "fixed_point"
         yield Case(
@@ -147,7 +179,7 @@ def cases(size: str, device: torch.device) -> Iterator[Case]:
             modes=("fwd",),
             exact=True,
             landmarks=frozenset({"one forward pass", PRODUCT}),
-            share={"naive": 1 / draws, "naive, compiled": 1 / draws},
+            share=dict.fromkeys(("naive", "naive, compiled"), channels / draws),
             about=functools.partial(_about, backends=backends),
             batch=batch,
         )

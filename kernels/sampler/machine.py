@@ -44,7 +44,7 @@ from fastgen.kernels.sampler.words import (
     WORDS,
 )
 
-COUNTS = ["what", "first", "last", "until", "drawing", "first_image", "n", "together", "patience"]
+COUNTS = ["what", "first", "last", "until", "drawing", "n", "together", "patience"]
 GIVEN = ["noise_ptr", "known_ptr", "mask_ptr"]  # by the caller, at any address
 
 
@@ -89,7 +89,6 @@ def step_machine_kernel(
     last,  # to before this one are drawn,
     until,  # those before this one are followed by their steps;
     drawing,  # 1, or 0: steps alone
-    first_image,
     n,  # images
     together,  # programs that share images
     patience,  # of programs that wait for another, in looks
@@ -105,7 +104,7 @@ def step_machine_kernel(
     request = draws_ptr, noise_ptr, known_ptr, mask_ptr, bad_ptr
     part, programs = tl.program_id(0) % together, together
     group = tl.where(what == PLACES, tl.program_id(0) // together, 0)
-    first_image = (first_image + group * BM).to(tl.int64)
+    first_image = (group * BM).to(tl.int64)
     images = tl.minimum(n - first_image, BM).to(tl.int32)
     if what != PLACES:
         # Whoever reads one of the two numbers writes the other one.
@@ -115,7 +114,8 @@ def step_machine_kernel(
         part, programs, images = tl.program_id(0), tl.num_programs(0), n
         if part == 0:
             tl.store(next_ptr + (1 - of_step), (first + 1).to(tl.int64))
-    for place in range(first, last):
+    # Addresses of all kinds of instructions, if computed before these loops, would fill the registers.
+    for place in tl.range(first, last, disable_licm=True):
         step = steps_ptr + (place + 1) * STEP_WORDS
         # Of a place, first there are the draws, then copies, then the instructions of the step's program.
         start, stop = what, what + 1
@@ -124,7 +124,7 @@ def step_machine_kernel(
             if place < until:
                 instructions = tl.load(programs_ptr + 2 * tl.load(step + PROGRAM) + 1)
                 stop += (tl.load(step + MOVES_COUNT) + instructions).to(tl.int32)
-        for number in range(start, stop):
+        for number in tl.range(start, stop, disable_licm=True):
             patience = meet(meeting_ptr, tl.where(what == PLACES, together, 1), patience)
             if number == DRAW:
                 rows = offsets_ptr, first_image, images, part, programs
@@ -187,7 +187,7 @@ def play(
     precision: str,
     places: tuple[int, int, int],
     drawing: bool,
-    images: tuple[int, int],
+    images: int,
     together: int = 1,
     patience: int = PATIENCE,
 ) -> None:
@@ -198,12 +198,11 @@ def play(
         precision: of products of float32, "ieee" or "tf32x3"; "widened", for Triton's interpreter, if those of half
             precision are products of float32, too.
         places: first, last, until; see the kernel.
-        images: from the first to before the last.
         together: programs that share images. All programs of the launch must run at the same time.
         patience: see the kernel.
     """
-    programs = cdiv(images[1] - images[0], tiles.BM) * together
-    _launch(tensors, tiles, precision, programs, (PLACES.value, *places, int(drawing), *images, together, patience))
+    programs = cdiv(images, tiles.BM) * together
+    _launch(tensors, tiles, precision, programs, (PLACES.value, *places, int(drawing), images, together, patience))
 
 
 def play_one(tensors: tuple[Tensor, ...], tiles: Tiles, precision: str, what: int, programs: int, images: int) -> None:
@@ -214,7 +213,7 @@ def play_one(tensors: tuple[Tensor, ...], tiles: Tiles, precision: str, what: in
         what: see the kernel.
         programs: `programs_for` an instruction; of draws and copies one for ROWS and BM images.
     """
-    _launch(tensors, tiles, precision, programs, (what, 0, 0, 0, 0, 0, images, 1, 0))
+    _launch(tensors, tiles, precision, programs, (what, 0, 0, 0, 0, images, 1, 0))
 
 
 def _launch(tensors: tuple[Tensor, ...], tiles: Tiles, precision: str, programs: int, counts: tuple[int, ...]) -> None:
@@ -249,8 +248,6 @@ def entry(tiles: Tiles, precision: str, targets: Sequence[str]) -> Entry:
         fixed,
         unaligned=tuple(GIVEN),
         requires={} if precision == "ieee" else {target: _products_on(target, tiles) for target in targets},
-        spills={"sm_90": 16} if tiles.BM == 64 and "sm_90" in targets else {},
-        reason="four numbers of the loop over places, six accesses a place: products of 64 images hold the registers",
         skips=dict.fromkeys(others, "draws in the other precision, or multiplies so"),
         num_warps=options.pop("num_warps"),
         num_stages=options.pop("num_stages"),
@@ -259,10 +256,10 @@ def entry(tiles: Tiles, precision: str, targets: Sequence[str]) -> Entry:
 
 
 def _products_on(target: str, tiles: Tiles) -> str:
-    """Words for products on tensor cores, of each precision."""
+    """Words of PTX for products on tensor cores, of each precision, and the word of SASS."""
     if target == "sm_100" and tiles.BM == 64:
-        return "tcgen05.mma kind::f16 kind::tf32"
-    return "mma f32.bf16.bf16 f32.f16.f16 f32.tf32.tf32"
+        return "tcgen05.mma kind::f16 kind::tf32 UTCHMMA"
+    return f"mma f32.bf16.bf16 f32.f16.f16 f32.tf32.tf32 {'HGMMA' if target == 'sm_90' and tiles.BM == 64 else 'HMMA'}"
 
 
 CATALOGUE: list[Entry] = [

@@ -63,6 +63,16 @@ def test_one_launch():
     assert player.launches == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_larger_tiles(size):
+    """The larger sizes of tiles that ship, with other products on some chips."""
+    from fastgen.kernels.sampler.machine import SIZES
+
+    levels, naive, _ = drawn(lambda base: type("Large", (base,), {"tiles": SIZES[size]}), tiny())
+    assert torch.equal(levels, naive) and len(naive.unique()) > 1
+
+
 def test_programs_that_share_images():
     levels, naive, player = drawn(lambda base: type("Together", (base,), {"together": 3}), tiny())
     assert torch.equal(levels, naive) and len(naive.unique()) > 1

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from triton.runtime import interpreter
 
 from fastgen import Bernoulli, Categorical, LogisticMixture, accelerate
 from fastgen.kernels.sampler import words
@@ -14,11 +13,10 @@ from fastgen.sampling.machine.gpu.fusion import Fused
 from fastgen.sampling.machine.parts import part_of
 from fastgen.sampling.plan.plan import make_plan
 from fastgen.sampling.request import SampleRequest
-from fastgen.sampling.run import gpu_player
+from fastgen.sampling.run import gpu_player, players
 from fastgen.sampling.run.cpu_player import CPUPlayer
 from fastgen.sampling.run.draw_loop import draw_batch
 from fastgen.sampling.run.gpu_player import GPUPlayer
-from fastgen.sampling.run.graph_player import GraphPlayer
 from fastgen.sampling.trace.network import Network
 from tests.sampling.exactness import assert_exact, pair
 from tests.sampling.test_operations import OPERATIONS, Between
@@ -182,84 +180,6 @@ def test_the_machine_of_the_cpu_draws_the_same(name, options):
     torch.testing.assert_close(params, expected_params, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])  # the interpreter knows the first alone
-def test_tiles_of_images_in_any_order_draw_the_same(precision, monkeypatch):
-    monkeypatch.setattr(gpu_player, "precision_on", lambda *_: precision)
-    plan, distribution = small("gated")
-    request = SampleRequest(20, (1, 3, 3), torch.rand(20, 1, 3, 3), distribution)
-
-    class InReverse(GPUPlayer):
-        """The last tile of images first; tiles of instructions that nothing is a multiple of."""
-
-        tiles = Tiles(BM=16, BN=16, BK=16, ROWS=2, LEVELS=2)
-
-        def _launch(self, draws, first, last, until, images=None):
-            for begin in (16, 0):
-                super()._launch(draws, first, last, until, (begin, min(begin + 16, self.n)))
-
-    found, expected = played(InReverse, plan, request), played(CPUPlayer, plan, request)
-    assert torch.equal(found[0], expected[0])
-    torch.testing.assert_close(found[1], expected[1], atol=1e-5, rtol=1e-5)
-
-
-def test_a_missing_program_is_an_error_and_no_hang(monkeypatch):
-    """The interpreter plays programs one after the other: the first waits for a second one in vain."""
-    monkeypatch.setattr(gpu_player, "processors_of", lambda device: 2)
-    plan, distribution = small("gated")
-    request = SampleRequest(1, (1, 3, 3), torch.rand(1, 1, 3, 3), distribution)
-
-    class Together(GPUPlayer):
-        together, patience = 2, 3
-
-    player = Together(plan, 1, torch.device("cpu"))
-    with pytest.raises(RuntimeError, match="of 2 programs that share images one was missing"):
-        draw_batch(player, request)
-    monkeypatch.setattr(gpu_player, "processors_of", lambda device: 1)  # where they would not run at the same time
-    assert not draw_batch(Together(plan, 1, torch.device("cpu")), request)
-
-
-@pytest.fixture
-def last_program_first(monkeypatch):
-    """The programs of each launch in reverse."""
-    builder = interpreter.interpreter_builder
-    in_order = builder.set_grid_idx
-    monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: in_order(builder.grid_dim[0] - 1 - x, y, z))
-
-
-class OverTheWholeGPU(GraphPlayer):
-    """An instruction a launch; tiles that nothing is a multiple of."""
-
-    captures = False
-    tiles = Tiles(BM=16, BN=16, BK=16, ROWS=2, LEVELS=2)
-
-
-@pytest.mark.parametrize("name", [*SMALL, "recurrent"])
-def test_steps_over_the_whole_gpu_in_any_order_draw_the_same(name, last_program_first):
-    plan, distribution = small(name)
-    shape = tuple(plan.levels.shape[1:])
-    noise = torch.rand(distribution.noise_shape(17, shape))
-    known, mask = torch.randint(2, (17, *shape)), torch.rand(17, *shape) < 0.2
-    request = SampleRequest(17, shape, noise, distribution, known, mask)
-    (levels, params), (expected, expected_params) = (played(one, plan, request) for one in (OverTheWholeGPU, CPUPlayer))
-    assert torch.equal(levels, expected) and torch.equal(levels[mask], known[mask])
-    torch.testing.assert_close(params, expected_params, atol=1e-5, rtol=1e-5)
-
-
-def test_heavy_programs_are_played_over_the_whole_gpu_between_launches(monkeypatch, last_program_first):
-    plan, distribution = small("gated")
-    request = SampleRequest(3, (1, 3, 3), torch.rand(3, 1, 3, 3), distribution)
-    of_rows = plan.steps[3].program  # after the last draw of one
-    assert sum(step.program == of_rows for step in plan.steps) == 2
-    monkeypatch.setattr(gpu_player, "heavy_programs", lambda *_: {of_rows})
-    player = GPUPlayer(plan, 3, torch.device("cpu"))
-    assert not draw_batch(player, request)
-    assert torch.equal(player.levels, played(CPUPlayer, plan, request)[0])
-    assert player.launches == 1 + 3 + player.steps.launches
-    heavy = [k for k, step in enumerate(plan.steps) if step.program == of_rows]
-    moves = sum(target.shape[1] > 0 for k in heavy for target, _ in player.memory.moves.get(k, ()))
-    assert player.steps.launches == 2 * len(player._fused[of_rows]) + moves
-
-
 def test_heavy_programs_are_those_of_rows_while_images_are_few(monkeypatch):
     model = GatedPixelCNN((1, 8, 8), 4, channels=16, layers=2).eval()
     plan = make_plan(Network(model, model.shape, model.encode, None, model.levels), model.distribution)
@@ -268,6 +188,21 @@ def test_heavy_programs_are_those_of_rows_while_images_are_few(monkeypatch):
     batches = {1: SIZES[0], 16: SIZES[0], 132 * 64: SIZES[2]}
     found = {n: gpu_player.heavy_programs(plan, n, tiles, 132) for n, tiles in batches.items()}
     assert found == {1: of_rows, 16: of_rows, 132 * 64: set()}
+
+
+def test_how_it_plays_is_explained(monkeypatch):
+    model = GatedPixelCNN((1, 3, 3), 4, channels=6, layers=1).eval()
+
+    def explained():
+        return accelerate(model, model.shape, distribution=model.distribution, backend="persistent").explain()
+
+    told = explained()
+    assert "products of float32 in IEEE arithmetic" in told and "heavy" not in told
+    monkeypatch.setattr(gpu_player, "precision_on", lambda device: "tf32x3")
+    monkeypatch.setattr(gpu_player, "WORTH_A_LAUNCH", 2**9)
+    told = explained()
+    assert "products of float32 by TF32 three times, each wrong by 7.2e-07 of it at most" in told
+    assert "persistent: heavy programs, 1 of 3, are played over the whole GPU" in told
 
 
 def test_joined_or_not_the_numbers_are_the_same(monkeypatch):
@@ -297,6 +232,15 @@ def test_what_it_does_not_draw_torch_draws(monkeypatch):
     monkeypatch.setattr(GPUPlayer, "tiles", Tiles(LEVELS=2))
     assert_exact(fast, naive, 3, error=1e-5, seed=1, top_k=2, top_p=0.9)
     assert fast.stats.launches == 5  # before the draws, and after each
+
+
+def test_a_batch_is_drawn_in_parts_that_fit(monkeypatch):
+    monkeypatch.setattr(players, "images_that_fit", lambda plan, device: 2)
+    model = lively(GatedPixelCNN((1, 2, 2), 4, channels=4, layers=1))
+    fast, naive = pair(model, model.shape, "persistent", **arguments(model))
+    assert_exact(fast, naive, 3, error=1e-5, passes=2, seed=0)
+    engine = fast._backends.made[-1].backend
+    assert engine.most == 2 and [*engine._players] == [2, 1]
 
 
 def test_progress_is_told_row_by_row():

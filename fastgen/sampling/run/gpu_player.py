@@ -40,6 +40,10 @@ def heavy_programs(plan: Plan, images: int, tiles: Tiles, processors: float) -> 
 # Of a product of two numbers, at most. Each of them is taken as two of 11 bits, which leaves out 2^-22 of it, and the
 # product of the two lower ones, another 2^-22, is left out, too. Float32 itself rounds by 2^-24.
 ERROR_OF_TF32X3 = 3 * 2.0**-22
+PRODUCTS = {
+    "tf32x3": f"by TF32 three times, each wrong by {ERROR_OF_TF32X3:.1e} of it at most",
+    **dict.fromkeys(("ieee", "widened"), "in IEEE arithmetic"),
+}  # by precision, for people
 
 
 def precision_on(device: torch.device) -> str:
@@ -172,21 +176,17 @@ class GPUPlayer(TorchPlayer):
             place = stop
         return draws.bad[0] != 0
 
-    def _launch(
-        self, draws: Draws | None, first: int, last: int, until: int, images: tuple[int, int] | None = None
-    ) -> None:
-        """Places from `first`: to before `last` they are drawn, to before `until` their steps follow; of all images or
-        of some."""
+    def _launch(self, draws: Draws | None, first: int, last: int, until: int) -> None:
+        """Places from `first`: to before `last` they are drawn, to before `until` their steps follow."""
         assert self.tiles is not None
-        images = images or (0, self.n)
         floats, integers = (self._arena.arenas[one] for one in (torch.float32, torch.int64))
         request = self.tables.no_request(floats) if draws is None else draws.read()
         tensors = (floats, integers, *self.tables.read(), *request, self.tables.steps, self._meeting)
-        together = max(1, min(self.together, processors_of(self.device) // cdiv(images[1] - images[0], self.tiles.BM)))
+        together = max(1, min(self.together, processors_of(self.device) // cdiv(self.n, self.tiles.BM)))
         if together > 1:
             self._meeting.zero_()
         self._launched += 1
         places = first, last, until
-        play(tensors, self.tiles, self.precision, places, draws is not None, images, together, self.patience)
+        play(tensors, self.tiles, self.precision, places, draws is not None, self.n, together, self.patience)
         if together > 1 and int(self._meeting[0]):
             raise RuntimeError(f"of {together} programs that share images one was missing")

@@ -89,11 +89,11 @@ def way_to_play(name: str, plan: Plan, distribution: Distribution, device: torch
     from fastgen.kernels.sampler.machine import draws_in_float64, tiles_for
     from fastgen.sampling.machine.gpu.draws import error_of_float32_draws
     from fastgen.sampling.machine.gpu.fusion import fuse
-    from fastgen.sampling.run.gpu_player import GPUPlayer, heavy_programs
+    from fastgen.sampling.run.gpu_player import PRODUCTS, GPUPlayer, heavy_programs, precision_on
     from fastgen.sampling.run.graph_player import GraphPlayer
 
     by_torch, names = _by_torch(plan)
-    remarks = []
+    remarks = [f"{name}: products of float32 {PRODUCTS[precision_on(device)]}"]
     if by_torch:
         remarks.append(f"{name}: torch plays {by_torch} of {len(plan.steps)} steps, between launches, for {names}")
     of_draws = 0.0 if draws_in_float64(device) else error_of_float32_draws(distribution)

@@ -80,8 +80,9 @@ def test_a_step_machine_that_is_not_played_is_no_success(monkeypatch):
     assert row["verdict"] == "dead" and "not played by persistent" in row["problem"]
 
 
-# Without those that take seconds for a pass here.
+# Without those that take seconds for a pass here, and without mixtures, which have no logits of levels.
 JOBS = [job for size in ("toy", "cpu", "gpu") for job in sampling.JOBS[size] if job[1] != (3, 32, 32)]
+JOBS = [job for job in JOBS if job[0] is not sampling.plus_plus]
 
 
 @pytest.mark.parametrize("job", JOBS, ids=str)
@@ -92,13 +93,23 @@ def test_sampling_is_measured_on_logits_that_spread(job):
     assert sampling.spread_of(inputs["model"](inputs["x"])) >= 1.5
 
 
+def test_sampling_has_every_model_at_every_batch():
+    found = {(build.__name__, shape, levels, batch) for build, shape, levels, _, batch in sampling.JOBS["gpu-full"]}
+    models = [(name, (1, 28, 28), levels) for name in ("GatedPixelCNN", "PixelCNN") for levels in (2, 256)]
+    models += [(name, (3, 32, 32), 256) for name in ("PixelCNN", "PixelCNNPP")]
+    models += [("PixelRNN", (1, 28, 28), 2), ("TransformerPrior", (1, 16, 16), 512)]
+    assert found >= {(*model, batch) for model in models for batch in (1, 16, 256, 1024, 4096)}
+    rivals = {"naive", "naive, compiled", "eager", "fixed_point", "fastgen", "fastgen, persistent"}
+    assert all(rivals <= {*case.providers} for case in sampling.cases("gpu-full", CPU))
+
+
 def test_a_model_is_analysed_once_a_backend_and_only_where_that_runs(monkeypatch):
     asked = []
     make = sampling.accelerate
     monkeypatch.setattr(
         sampling, "accelerate", lambda *a, backend, **o: asked.append(backend) or make(*a, backend=backend, **o)
     )
-    (case,) = [case.without("compiled") for case in cases.load("sampling", "toy", CPU)]
+    case = cases.load("sampling", "toy", CPU)[0].without("compiled")
     rows = {row["provider"]: row for row in measure(case, Session(machine.facts("cpu"), "", budget=0.0))}
     assert sorted(asked) == ["auto", "eager", "fixed_point", "naive"]
     assert rows["naive"]["share"] == 1 / 4 and rows["fastgen"]["share"] is None

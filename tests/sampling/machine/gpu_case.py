@@ -73,7 +73,7 @@ def run(blocks, instructions, offsets=None, moves=(), slots=None, join=None, pre
     floats, integers = blocks.arenas[torch.float32], blocks.arenas[torch.int64]
     meeting = torch.zeros(2, dtype=torch.int32, device=DEVICE)
     tensors = (floats, integers, *tables.read(), *tables.no_request(floats), tables.steps, meeting)
-    play(tensors, tiles, precision, (-1, 0, 0), False, (0, N))
+    play(tensors, tiles, precision, (-1, 0, 0), False, N)
 
 
 def by_gpu_machine(blocks, instructions, offsets=()):
