@@ -92,9 +92,9 @@ def grad_block(grad_map, block, start, batch, height, width, across, down, rows,
         return grad_map.load([image, y, x, start]).reshape(IMAGES * HEIGHT * WIDTH, N)
     else:
         image, y, x = pixels_of(block, height, width, across, down, IMAGES, HEIGHT, WIDTH)
-        n = start + tl.arange(0, N)[None, :]
-        at = (place_in(image, y, x, height, width) * rows)[:, None] + n
-        return tl.load(grad_map + at, mask=(image < batch)[:, None] & (n < rows), other=0.0)
+        n = start + tl.arange(0, N)[:, None]
+        at = (place_in(image, y, x, height, width) * rows)[None, :] + n
+        return tl.load(grad_map + at, mask=(image < batch)[None, :] & (n < rows), other=0.0).T
 
 
 @kernel

@@ -124,7 +124,7 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
     - 64 pixels in 4 warps where 128 would leave most of a hundred multiprocessors without a tile.
     - without tensor cores (float32 where TF32 is off): 64 x 64 in steps of 16, within the registers of 4 warps.
     - three stages: 96 KiB of shared memory, two programs on a Hopper multiprocessor. Two on AMD (64 KiB).
-    - of the weight's gradient: 128 bytes of each row of pixels; in float32 by pointers 64 columns, as 128 spill.
+    - of the weight's gradient: 128 bytes of each row of pixels.
     - the interpreter: tiny tiles, so that small tests have several.
     """
     if chip == "interpreter":
@@ -138,7 +138,7 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
             return Tile(16, min(wide, 64), 32, 4, 2)
         if layer.gathers:  # whose addresses take registers
             return Tile(line, min(wide, 64), 32, 4, stages)
-        deep = side_of(layer.channels, 128 if layer.tma or layer.dtype.itemsize == 2 else 64)
+        deep = side_of(layer.channels, 128)
         return Tile(line, wide, deep, 8 if wide * deep > 64 * 64 else 4, stages, layer.tma and deep >= 32)
     if scalar:
         return Tile(64, min(wide, 64), 16, 4, 2)
