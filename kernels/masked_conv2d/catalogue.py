@@ -19,7 +19,6 @@ CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.bool: "i1"}
 SAME = ((1, 1), (1, 1), (1, 1))
 SPILLS = {  # bytes a thread, by what follows "masked_conv2d_" in a kernel's name
-    "kernel": {"sm_120": 8, "gfx942": 224},
     "weight_kernel": {"sm_100": 40, "sm_120": 8},
 }
 REASON = "with Triton 3.6.0, 3.7.1 or 3.9.0, in kernels that hold a tile of sums; of AMD no GPU was at hand"

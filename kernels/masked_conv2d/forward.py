@@ -228,16 +228,16 @@ def gate(signal, valve, FAST: tl.constexpr):
 
 
 @triton.jit
-def write(to_map, values, half, at, inside, image, y, x, channel, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """Writes a half of the channels of a map (B, H, W, halves, rows) from one channel on: by a descriptor where
-    HEIGHT > 0, else to the offsets `at`."""
+def write(to_map, first, values, half, at, inside, place, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Writes a half of the channels of a map (B, H, W, halves, rows): by a descriptor, from the place (image, y, x,
+    channel) on, where HEIGHT > 0, else to the offsets `at` from `first` on."""
     if HEIGHT > 0:
         C: tl.constexpr = values.shape[0]
         IMAGES: tl.constexpr = values.shape[1] // (HEIGHT * WIDTH)
         box = values.to(to_map.dtype).T.reshape(IMAGES, HEIGHT, WIDTH, 1, C)
-        to_map.store([image, y, x, half, channel], box)
+        to_map.store([place[0], place[1], place[2], half, place[3]], box)
     else:
-        tl.store(to_map + at, values.to(to_map.dtype.element_ty), mask=inside)
+        tl.store(to_map + first + at, values.to(to_map.dtype.element_ty), mask=inside)
 
 
 @kernel
@@ -323,23 +323,28 @@ def masked_conv2d_kernel(
     image, y, x = pixels_of(block, out_height, out_width, across, down, IMAGES, HEIGHT, WIDTH)
     n = (tile * C + tl.arange(0, C))[:, None]
     inside = ((image < batch) & (y < out_height) & (x < out_width))[None, :] & (n < rows)
-    pixel = place_in(image, y, x, out_height, out_width)[None, :]
-    at = pixel * rows + n
+    if BOXES:
+        first, pixel = 0, place_in(image, y, x, out_height, out_width)[None, :]
+    else:  # offsets within the block, which take half the registers
+        first, pixel = block.to(tl.int64) * (M * rows), tl.arange(0, M)[None, :]
+    at, place = pixel * rows + n, (first_image, first_y, first_x, tile * C)
     image = image.to(tl.int64)[None, :]
     if GATED:
         sums, valve = halves_of(sums)
         sums = add_biases(sums, image, n, inside, bias_rows, bias_ptr, condition_ptr, 0, 2 * rows)
         valve = add_biases(valve, image, n, inside, bias_rows, bias_ptr, condition_ptr, rows, 2 * rows)
         if KEEP == "valve":
-            write(kept_map, valve, 0, at, inside, first_image, first_y, first_x, tile * C, HEIGHT, WIDTH)
+            write(kept_map, first, valve, 0, at, inside, place, HEIGHT, WIDTH)
         if KEEP == "both":
             half = pixel * (2 * rows) + n
-            write(kept_map, sums, 0, half, inside, first_image, first_y, first_x, tile * C, HEIGHT, WIDTH)
-            write(kept_map, valve, 1, half + rows, inside, first_image, first_y, first_x, tile * C, HEIGHT, WIDTH)
+            write(kept_map, 2 * first, sums, 0, half, inside, place, HEIGHT, WIDTH)
+            write(kept_map, 2 * first, valve, 1, half + rows, inside, place, HEIGHT, WIDTH)
         sums = gate(sums, valve, FAST)
     else:
         sums = add_biases(sums, image, n, inside, bias_rows, bias_ptr, condition_ptr, 0, rows)
         sums = tl.where(sums < least, least, sums)  # keeps NaN
     if residual_ptr is not None:
-        sums += tl.load(residual_ptr + at, mask=inside & (n < residual_rows * OUT_UNIT), other=0.0).to(tl.float32)
-    write(out_map, sums, 0, at, inside, first_image, first_y, first_x, tile * C, HEIGHT, WIDTH)
+        sums += tl.load(residual_ptr + first + at, mask=inside & (n < residual_rows * OUT_UNIT), other=0.0).to(
+            tl.float32
+        )
+    write(out_map, first, sums, 0, at, inside, place, HEIGHT, WIDTH)
