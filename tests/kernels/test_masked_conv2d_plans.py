@@ -227,6 +227,9 @@ def test_a_layer_tells_what_will_run(monkeypatch):
         lines = layer.provider(torch.zeros(1, 16, 4, 4)).splitlines()
     assert [line.split(":")[0] for line in lines] == ["result", "gradient of the input", "gradient of the weight"]
     assert "triton" in lines[0] and "cuDNN" in lines[2] and "by rule, not measured" in lines[2]
+    odd = MaskedConv2d(129, 258, 1, mask_type="B", data_channels=3, dtype=torch.bfloat16)
+    lines = odd.provider(torch.zeros(1, 129, 4, 4, dtype=torch.bfloat16)).splitlines()
+    assert all("cuDNN" in line and "channels are no multiple of 8" in line for line in lines)
 
 
 def test_choices_are_for_one_device_and_precision(monkeypatch):
