@@ -159,7 +159,7 @@ class Backward:
                 (pixels, rows // unit), SAVED=saved, UNIT=unit, PIXELS=high, ROWS=wide,
             )  # fmt: skip
 
-        def product(wants: bool, kind: Any, *tensors: Tensor | None, **options: Any) -> Any:
+        def product(wants: bool, kind: Any, *tensors: Any, **options: Any) -> Any:
             return check.tried(partial(kind, **options), *tensors) if wants else Nothing()
 
         weights = {"weights": Weights.of(weight, walk, geometry)}

@@ -216,12 +216,10 @@ class Convolve:
         )  # fmt: skip
         self.boxes: tuple[Any, ...] = ()  # for each of what is launched with
         if tile.tma:
-            sizes, read = (batch, height, width), (*box, tile.K)
-            of_x, of_packed = (
-                boxes(x, (batch, *x.shape[2:], x.shape[1]), read),
-                boxes(x, self.packed[0], (tile.N, tile.K)),
-            )
-            of_other = boxes(x, (*sizes, others), read) if others else None
+            sizes, block = (batch, height, width), (*box, tile.K)
+            of_x = boxes(x, (batch, *x.shape[2:], x.shape[1]), block)
+            of_packed = boxes(x, self.packed[0], (tile.N, tile.K))
+            of_other = boxes(x, (*sizes, others), block) if others else None
             of_kept, of_out = (boxes(x, (*sizes, n, rows), (*box, 1, written)) for n in (2 if keep == "both" else 1, 1))
             self.boxes = (of_x, of_packed, of_other, None, None, None, of_out, of_kept)
 

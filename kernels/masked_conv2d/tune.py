@@ -131,13 +131,14 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     gpu = torch.cuda.get_device_name(device)
     versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": str(torch.version.cuda)}
-    one = options.layer and [Problem(*options.layer, getattr(torch, options.dtype), options.gated)]
+    one = options.layer and [Problem(*options.layer, dtype=getattr(torch, options.dtype), gated=options.gated)]
     for problem in one or usual_problems():
         rows = {}
         for direction in DIRECTIONS:
             make, tensors = problem.product(direction, device)
-            layer = make(*tensors).layer
-            tiles = candidates(chip_of(device), layer, config.precision_of(tensors[0]))
+            layer, read = make(*tensors).layer, tensors[0]
+            assert read is not None
+            tiles = candidates(chip_of(device), layer, config.precision_of(read))
             rows[layer.key] = search((make, tensors), tiles)
         save(gpu, rows, versions)
     forget()

@@ -62,5 +62,7 @@ def test_little_more_is_moved_than_the_tiling_needs(dtype, direction, tma):
     assert found.loads.efficiency >= 0.95
     if direction == "out":
         assert 32 * found.classes["special"] <= 2 * PIXELS * OUTPUTS // 2, "special functions of the gate"
-    # Triton's sum over the pixels for the bias, once a program, is not the product.
-    assert all("standard.py" in place for place in conflicts)
+    # Triton's sum over the pixels for the bias, once a program, is not the product. A TF32 product of Hopper wants
+    # pixels side by side, so that a tile is transposed on its way.
+    transposes = config.EMULATED == "sm_90" and dtype == torch.float32 and direction == "weight"
+    assert transposes or all("standard.py" in place for place in conflicts)
