@@ -131,8 +131,8 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     gpu = torch.cuda.get_device_name(device)
     versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": str(torch.version.cuda)}
-    one = options.layer and [Problem(*options.layer, dtype=getattr(torch, options.dtype), gated=options.gated)]
-    for problem in one or usual_problems():
+    layer: Any = options.layer and (*options.layer, getattr(torch, options.dtype), options.gated)
+    for problem in [Problem._make(layer)] if layer else usual_problems():
         rows = {}
         for direction in DIRECTIONS:
             make, tensors = problem.product(direction, device)
