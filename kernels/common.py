@@ -13,6 +13,7 @@ from triton.runtime.jit import JITFunction
 
 from fastgen.kernels.maps import empty_map as empty_map
 
+ONES = (1, 1, 1)  # the least grid
 # How a compiled kernel is called is Triton's own affair. Known and tested for these; others launch the ordinary way.
 KNOWN_TRITON = ("3.6.", "3.7.", "3.8.", "3.9.")
 
@@ -73,35 +74,36 @@ class Launch:
     instrumentation) are those of the first launch; hooks on launches are called.
     """
 
-    __slots__ = ("compiled", "constants", "device", "kernel", "tail")
+    __slots__ = ("compiled", "constants", "device", "head", "kernel", "run", "tail")
 
     def __init__(self, kernel: Any, constants: Mapping[str, Any], device: int) -> None:
         self.kernel, self.constants, self.device = kernel, dict(constants), device
         self.compiled: Any = None
+        self.run: Any = None  # what launches it
+        self.head: tuple[Any, ...] = ()  # of its arguments those that say what is launched
         self.tail: tuple[Any, ...] = ()  # of all arguments: those that are constants
 
-    def __call__(self, grid: Sequence[int], args: Sequence[Any]) -> None:
-        """`kernel[grid](*args, **constants)`; args of the kind that `prepare` was called with."""
-        if self.device >= 0 and self.device != torch.cuda.current_device():
-            with torch.cuda.device(self.device):
-                return self(grid, args)
-        compiled = self.compiled
-        if compiled is None:
-            return self._first(grid, args)
+    def start(self, grid: Sequence[int], args: Sequence[Any], rest: Sequence[Any] = ()) -> None:
+        """`kernel[grid](*args, *rest, **constants)`; args and rest of the kind that `prepare` was called with."""
+        device = self.device
+        if device >= 0 and device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.start(grid, args, rest)
+        if self.run is None:
+            return self._first(grid, (*args, *rest))
         active = driver.active
-        stream = active.get_current_stream(active.get_current_device() if self.device < 0 else self.device)
+        stream = active.get_current_stream(active.get_current_device() if device < 0 else device)
         runtime = triton.knobs.runtime
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
         about = None
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
-            about = compiled.launch_metadata(tuple(grid), stream, *args, *self.tail)
+            about = self.compiled.launch_metadata(tuple(grid), stream, *args, *rest, *self.tail)
         else:
             enter = leave = None
-        x, y, z = (*grid, 1, 1)[:3]
-        compiled.run(
-            x, y, z, stream, compiled.function, compiled.packed_metadata, about, enter, leave, *args, *self.tail
-        )
+        self.run(*grid, *ONES[len(grid) :], stream, *self.head, about, enter, leave, *args, *rest, *self.tail)
         return None
+
+    __call__ = start  # which takes the host longer
 
     def _first(self, grid: Sequence[int], args: Sequence[Any]) -> None:
         compiled = self.kernel[tuple(grid)](*args, **self.constants)
@@ -111,7 +113,7 @@ class Launch:
             return
         rest = self.kernel.params[len(args) :]
         self.tail = tuple(self.constants.get(parameter.name, parameter.default) for parameter in rest)
-        self.compiled = compiled
+        self.compiled, self.run, self.head = compiled, compiled.run, (compiled.function, compiled.packed_metadata)
 
 
 _prepared: dict[tuple[Any, ...], Launch] = {}
@@ -170,3 +172,20 @@ def prepare(kernel: Any, args: Sequence[Any], constants: Mapping[str, Any]) -> L
 def launch(kernel: Any, grid: Sequence[int], args: Sequence[Any], constants: Mapping[str, Any]) -> None:
     """`kernel[grid](*args, **constants)` on the tensors' device and its current stream; arguments of `prepare`."""
     prepare(kernel, args, constants)(grid, args)
+
+
+class Launches:
+    """Launches of one kernel in which only the tensors differ, its first arguments: those of one kind (see `_key`)."""
+
+    __slots__ = ("arguments", "constants", "grid", "kernel", "ready")
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **constants: Any) -> None:
+        self.kernel, self.grid, self.arguments, self.constants = kernel, grid, arguments, constants
+        self.ready: Any = None
+
+    def start(self, *tensors: Any) -> None:
+        if self.ready is None:
+            self.ready = prepare(self.kernel, tensors + self.arguments, self.constants)
+        self.ready.start(self.grid, tensors, self.arguments)
+
+    __call__ = start  # which takes the host longer

@@ -132,7 +132,7 @@ def _save(ctx, tensors, geometry, activation, keep, out, kept, plans) -> None:
     x, weight, mask, _, _, _, other, other_weight = tensors
     ctx.set_materialize_grads(False)
     ctx.geometry, ctx.saved, ctx.plans = geometry, keep or activation, plans
-    out, kept = out if ctx.saved in ("relu", "valve") else None, kept if keep else None
+    out, kept = None if ctx.saved == "none" else out, kept if keep else None
     ctx.save_for_backward(x, weight, mask, other, other_weight, out, kept)
 
 
@@ -144,7 +144,7 @@ def _backward(ctx, grad, grad_kept=None):
         return (None,) * len(needs)
     wanted = (needs[0], needs[1], needs[3], needs[4], needs[6], needs[7])
     tensors = (grad, grad_pre, x, weight, mask, out, kept, other, other_weight)
-    if not torch.is_grad_enabled() and is_plain(grad, grad_pre, x, weight):
+    if not torch.is_grad_enabled() and is_plain(grad, grad_pre):
         gradients = _launch().backward(*tensors, ctx.geometry, ctx.saved, wanted, ctx.plans)
     else:
         computed = _backward_operator(*tensors, *ctx.geometry, ctx.saved, list(wanted))
@@ -309,7 +309,7 @@ def masked_conv2d(
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The autocast dtype of x's device where autocast is on."""
-    kind = x.device.type
+    kind = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type  # whose string takes the host longer
     # The question whether there is an autocast takes the host a microsecond.
     known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
     return torch.get_autocast_dtype(kind) if known and torch.is_autocast_enabled(kind) else None

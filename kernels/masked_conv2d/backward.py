@@ -4,9 +4,9 @@ What the forward keeps for it, beside its result (e bytes an element of x's dtyp
 
     none, ReLU     nothing: the result of a ReLU tells what passed
     gate           e R: its second half's input b ("valve"); the first follows from the result
-    gate, used     2 e R where the sums are used elsewhere, too: both halves' inputs a, b ("both")
+    gate, used     2 e R where the sums are used elsewhere, too: both halves' inputs, of which b is read ("both")
 
-Back, with t = tanh(a), s = sigmoid(b), out = t s, t = out / s where a was not kept, and g the incoming gradient:
+Back, with s = sigmoid(b), t = tanh(a) = out / s and g the incoming gradient:
 
     da = g * s * (1 - t^2)        db = g * t * s * (1 - s)
 
@@ -20,7 +20,6 @@ every weight, exactly zero where masked. All sums have a fixed order.
 import triton
 import triton.language as tl
 
-from fastgen.kernels.common import tanh
 from fastgen.kernels.masked_conv2d.forward import (
     columns_of,
     corner_of,
@@ -40,8 +39,8 @@ BIASES = tl.constexpr(16)  # programs of a tile and share that add up for the bi
 def masked_conv2d_activation_backward_kernel(
     grad_ptr,  # (pixels, rows)
     grad_sums_ptr,  # (pixels, parts * rows) or None: gradient of the sums themselves, added
-    first_ptr,  # SAVED "relu" and "valve": the result; "both": the halves (pixels, 2 * rows)
-    valve_ptr,  # "valve": the second half's input (pixels, rows); "both": as first_ptr
+    result_ptr,  # (pixels, rows)
+    kept_ptr,  # SAVED "valve": the second half's input (pixels, rows); "both": both halves' (pixels, 2 * rows)
     out_ptr,  # written: (pixels, parts * rows), gradient of the sums
     pixels, rows, SAVED: tl.constexpr, UNIT: tl.constexpr, PIXELS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -52,22 +51,17 @@ def masked_conv2d_activation_backward_kernel(
     at = pixel.to(tl.int64) * rows + n
     whole_at = at if SAVED == "relu" else at + pixel.to(tl.int64) * rows
     first = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    known = tl.load(first_ptr + (whole_at if SAVED == "both" else at), mask=inside, other=0.0).to(tl.float32)
+    result = tl.load(result_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if SAVED == "relu":
-        first = tl.where(known > 0, first, tl.where(known == 0, 0.0, first * known))  # NaN stays NaN
+        first = tl.where(result > 0, first, tl.where(result == 0, 0.0, first * result))  # NaN stays NaN
     else:
         valve_at = whole_at + rows if SAVED == "both" else at
-        valve = tl.load(valve_ptr + valve_at, mask=inside, other=0.0).to(tl.float32)
-        if SAVED == "both":
-            s, t = tl.sigmoid(valve), tanh(known)
-            out = t * s
-        else:
-            out, inverse = known, 1.0 + tl.exp(-valve)
-            s = 1.0 / inverse
-            t = tl.where(s > 0, out * inverse, 0.0)
-            t = tl.where(t > 1, 1.0, tl.where(t < -1, -1.0, t))
-        second = first * out * (1 - s)
-        first = first * (s - out * t)
+        inverse = 1.0 + tl.exp(-tl.load(kept_ptr + valve_at, mask=inside, other=0.0).to(tl.float32))
+        s = 1.0 / inverse
+        t = tl.where(s > 0, result * inverse, 0.0)
+        t = tl.where(t > 1, 1.0, tl.where(t < -1, -1.0, t))
+        second = first * result * (1 - s)
+        first = first * (s - result * t)
         if grad_sums_ptr is not None:
             second += tl.load(grad_sums_ptr + whole_at + rows, mask=inside, other=0.0).to(tl.float32)
         tl.store(out_ptr + whole_at + rows, second.to(out_ptr.dtype.element_ty), mask=inside)
@@ -98,9 +92,9 @@ def grad_block(grad_map, block, start, batch, height, width, across, down, rows,
         return grad_map.load([image, y, x, start]).reshape(IMAGES * HEIGHT * WIDTH, N)
     else:
         image, y, x = pixels_of(block, height, width, across, down, IMAGES, HEIGHT, WIDTH)
-        n = start + tl.arange(0, N)[None, :]
-        at = (place_in(image, y, x, height, width) * rows)[:, None] + n
-        return tl.load(grad_map + at, mask=(image < batch)[:, None] & (n < rows), other=0.0)
+        n = start + tl.arange(0, N)[:, None]
+        at = (place_in(image, y, x, height, width) * rows)[None, :] + n
+        return tl.load(grad_map + at, mask=(image < batch)[None, :] & (n < rows), other=0.0).T
 
 
 @kernel

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels.catalogue_entry import Entry
+from fastgen.kernels.common import Launches
 from fastgen.kernels.masked_conv2d import config, launch
-from fastgen.kernels.masked_conv2d.layout import Launches
 
 CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.bool: "i1"}
 SAME = ((1, 1), (1, 1), (1, 1))
 SPILLS = {  # bytes a thread, by what follows "masked_conv2d_" in a kernel's name
-    "kernel": {"sm_120": 8, "gfx942": 224},
     "weight_kernel": {"sm_100": 40, "sm_120": 8},
 }
 REASON = "with Triton 3.6.0, 3.7.1 or 3.9.0, in kernels that hold a tile of sums; of AMD no GPU was at hand"
@@ -44,13 +43,13 @@ def noted(chip: str) -> Iterator[dict[Kind, None]]:
                 signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
         kinds[self.kernel, tuple(signature.items()), tuple(constants.items())] = None
 
-    before = Launches.__call__, config.EMULATED, config.ALWAYS_KERNELS
-    Launches.__call__, config.EMULATED, config.ALWAYS_KERNELS = note, chip, True  # type: ignore
+    before = Launches.start, config.EMULATED, config.ALWAYS_KERNELS
+    Launches.start, config.EMULATED, config.ALWAYS_KERNELS = note, chip, True  # type: ignore
     launch.forget()
     try:
         yield kinds
     finally:
-        Launches.__call__, config.EMULATED, config.ALWAYS_KERNELS = before  # type: ignore
+        Launches.start, config.EMULATED, config.ALWAYS_KERNELS = before  # type: ignore
         launch.forget()
 
 

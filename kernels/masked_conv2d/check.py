@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels.common import cdiv
-from fastgen.kernels.masked_conv2d.config import Choice, precision_of
+from fastgen.kernels.masked_conv2d.config import Choice
 
 FAILED = "the kernel failed its check"
 PIXELS = 4096  # of the images that a product is tried on, about
@@ -40,8 +40,7 @@ def can_be_wrong(x: Tensor) -> bool:
 
 
 def key_of(product: Any, x: Tensor) -> tuple[Any, ...]:
-    layer = replace(product.layer, pixels=0)
-    return (layer, product.choice.tile, *product.run.constants.items(), x.get_device())
+    return (replace(product.layer, pixels=0), product.choice.tile, *product.product.constants.items(), x.get_device())
 
 
 def tried(make: Callable[..., Any], x: Tensor, *tensors: Tensor | None) -> Any:
@@ -57,7 +56,7 @@ def tried(make: Callable[..., Any], x: Tensor, *tensors: Tensor | None) -> Any:
             _trusted[key] = is_right(make, (x, *tensors), candidate.choice)
         if _trusted[key]:
             return candidate
-    return make(x, *tensors, choice=Choice("cropped", product.choice.tile, FAILED))
+    return make(x, *tensors, choice=Choice("cudnn", product.choice.tile, FAILED))
 
 
 def is_right(make: Callable[..., Any], tensors: tuple[Tensor | None, ...], choice: Choice) -> bool:
@@ -67,9 +66,9 @@ def is_right(make: Callable[..., Any], tensors: tuple[Tensor | None, ...], choic
     product = make(*few, choice=choice)
     problem = ""
     try:
-        found, again, expected = results(product, few), results(product, few), truth(product, few)
-        error = max(map(error_of, found, expected))
-        if error > tolerance(product, few[0].device) or not all(map(torch.equal, found, again)):
+        found, again = results(product.run(*few)), results(product.run(*few))
+        error = error_of(product, found, few)
+        if error > tolerance(product) or not all(map(torch.equal, found, again)):
             problem = f"gives wrong results ({error:.1e}); it is not used"
     except torch.OutOfMemoryError:
         raise
@@ -96,26 +95,24 @@ def few_images(product: Any, tensors: tuple[Tensor | None, ...]) -> list[Any]:
     return few
 
 
-def results(product: Any, tensors: Any, by_cudnn: bool = False) -> list[Tensor]:
-    """What a product writes."""
-    first, second = product.by_cudnn(*tensors) if by_cudnn else product(*tensors)
-    return [first] if second is None or second is first else [first, second]
+def results(written: tuple[Tensor | None, ...]) -> list[Tensor]:
+    """What a product returns, without what is not there."""
+    return [one for one in written if one is not None]
 
 
-def truth(product: Any, tensors: Any) -> list[Tensor]:
-    """As `results`, in float64."""
-    return results(product, [t.double() if t is not None and t.is_floating_point() else t for t in tensors], True)
+def error_of(product: Any, found: list[Tensor], tensors: Any) -> float:
+    """Largest difference of results from those in float64, over the largest value; infinite where there is a NaN."""
+    doubles = [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
+    errors = [
+        ((one.double() - true).abs().max() / true.abs().max().clamp(min=1e-30)).item()
+        for one, true in zip(found, results(product.by_cudnn(*doubles)), strict=True)
+    ]
+    return math.inf if any(error != error for error in errors) else max(errors)
 
 
-def error_of(found: Tensor, truth: Tensor) -> float:
-    """Largest difference over the largest value; infinite where there is a NaN."""
-    error = ((found.double() - truth).abs().max() / truth.double().abs().max().clamp(min=1e-30)).item()
-    return error if error == error else math.inf
-
-
-def tolerance(product: Any, device: torch.device) -> float:
+def tolerance(product: Any) -> float:
     """What `error_of` may be."""
     dtype = product.layer.dtype
-    if precision_of(device, dtype) == "tf32":
+    if product.product.constants["PRECISION"] == "tf32":
         return 2**-9
     return torch.finfo(dtype).eps * (16 + math.sqrt(product.terms) if dtype == torch.float32 else 1)

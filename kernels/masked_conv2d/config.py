@@ -20,7 +20,8 @@ import torch
 from fastgen.kernels.common import cdiv, next_power_of_2
 
 SHIPPED = Path(__file__).parent / "tuned"
-PROVIDERS = ("triton", "dense", "cropped")
+EMULATED: str | None = None  # the chip, "sm_90" say, that CPU tensors count as where kernels are compiled or emulated
+ALWAYS_KERNELS = False  # whether the kernels run also where cuDNN is expected to be faster: to compile and to test them
 
 
 class Tile(NamedTuple):
@@ -36,7 +37,7 @@ class Tile(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """provider: "triton", or cuDNN with "dense" or "cropped" weights. why: the reason, for people."""
+    """provider: "triton" or "cudnn". why: the reason, for people."""
 
     provider: str
     tile: Tile
@@ -55,9 +56,11 @@ class Layer:
     rows: int  # channels written, of both halves with a gate
     channels: int  # channels read
     taps: int  # live ones
+    boxed: int  # taps of the smallest box around the live ones, which is what cuDNN multiplies
     pixels: int  # of the written map, in all images
     gated: bool  # whether the product passes a gate
     tma: bool  # whether tensor descriptors can address the maps
+    strided: bool = False
 
     @property
     def key(self) -> str:
@@ -70,10 +73,6 @@ class Layer:
     def gathers(self) -> bool:
         """Whether a block of columns holds several taps: one tap of fewer channels does not fill the least of 16."""
         return self.channels < 16
-
-
-EMULATED: str | None = None  # the chip, "sm_90" say, that CPU tensors count as where kernels are compiled or emulated
-ALWAYS_KERNELS = False  # whether the kernels run also where cuDNN is expected to be faster: to compile and to test them
 
 
 @functools.cache
@@ -91,11 +90,11 @@ def chip_of(device: torch.device) -> str:
     return _chip_of_gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def precision_of(device: torch.device, dtype: torch.dtype) -> str:
+def precision_of(x: torch.Tensor) -> str:
     """The `input_precision` of products: TF32 for float32 where PyTorch's setting for convolutions allows it."""
-    if device.type != "cuda" and EMULATED is None:
+    if EMULATED is None and not x.is_cuda:
         return "float32"
-    if dtype is not torch.float32:
+    if x.dtype is not torch.float32:
         return "ieee"
     settings = getattr(torch.backends.cudnn, "conv", None)  # of PyTorch 2.9 and later; the older one warns there
     allowed = torch.backends.cudnn.allow_tf32 if settings is None else settings.fp32_precision == "tf32"
@@ -105,9 +104,8 @@ def precision_of(device: torch.device, dtype: torch.dtype) -> str:
 @functools.cache
 def has_tma(chip: str) -> bool:
     """Whether kernels can load by descriptors: on Hopper and later, and in the interpreter."""
-    if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
-        return False
-    return chip == "interpreter" or (chip.startswith("sm_") and int(chip[3:]) >= 90)
+    known = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+    return known and (chip == "interpreter" or (chip.startswith("sm_") and int(chip[3:]) >= 90))
 
 
 def side_of(channels: int, most: int) -> int:
@@ -126,7 +124,7 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
     - 64 pixels in 4 warps where 128 would leave most of a hundred multiprocessors without a tile.
     - without tensor cores (float32 where TF32 is off): 64 x 64 in steps of 16, within the registers of 4 warps.
     - three stages: 96 KiB of shared memory, two programs on a Hopper multiprocessor. Two on AMD (64 KiB).
-    - of the weight's gradient: 128 bytes of each row of pixels; in float32 by pointers 64 columns, as 128 spill.
+    - of the weight's gradient: 128 bytes of each row of pixels.
     - the interpreter: tiny tiles, so that small tests have several.
     """
     if chip == "interpreter":
@@ -140,23 +138,20 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
             return Tile(16, min(wide, 64), 32, 4, 2)
         if layer.gathers:  # whose addresses take registers
             return Tile(line, min(wide, 64), 32, 4, stages)
-        deep = side_of(layer.channels, 128 if layer.tma or layer.dtype.itemsize == 2 else 64)
+        deep = side_of(layer.channels, 128)
         return Tile(line, wide, deep, 8 if wide * deep > 64 * 64 else 4, stages, layer.tma and deep >= 32)
     if scalar:
         return Tile(64, min(wide, 64), 16, 4, 2)
     deep = min(max(next_power_of_2(layer.channels), 16), line)
     if layer.gathers:
         deep = 16 if 0 < layer.taps * layer.channels % 32 <= 16 else 32
-    tiles = -(-layer.pixels // 128) * -(-layer.rows // wide)
-    if tiles < 100 or wide < 32:
+    if cdiv(layer.pixels, 128) * cdiv(layer.rows, wide) < 100 or wide < 32:
         return Tile(64, min(wide, 64), deep, 4, stages)
     return Tile(128, wide, deep, 8 if wide > 64 else 4, stages, layer.tma and not layer.gathers and deep == line)
 
 
-def rule(chip: str, layer: Layer, precision: str, boxed: int) -> str:
+def rule(chip: str, layer: Layer, precision: str) -> str:
     """Why cuDNN is expected to be faster than the kernels, "" where it is not; nothing here was measured on a GPU.
-
-    boxed: taps of the smallest box around the live ones, which is what cropped cuDNN multiplies.
 
     Channels that are no multiple of 16 bytes: tiles are powers of two, and groups of odd sizes end inside of them. The
     PixelRNN with colours (3 x 43 units) would visit 1.92 times its live multiply-adds in the default tiles and 1.33
@@ -164,7 +159,11 @@ def rule(chip: str, layer: Layer, precision: str, boxed: int) -> str:
     inside of the map would have to be kept by all that lies between two convolutions, a scan and additions there. All
     other models visit 1.1 times at most (test_masked_conv2d_walk.py).
     """
-    if chip == "interpreter":
+    if layer.strided:
+        return "the kernels have no strides"
+    if layer.pixels == 0:
+        return "there is nothing to compute"
+    if chip == "interpreter" or ALWAYS_KERNELS:
         return ""
     if layer.dtype == torch.float32 and precision == "ieee":
         return "float32 without TF32: cuDNN's own kernels keep the arithmetic units busier"
@@ -173,9 +172,20 @@ def rule(chip: str, layer: Layer, precision: str, boxed: int) -> str:
     unit = 16 // layer.dtype.itemsize
     if layer.channels >= 16 and (layer.channels % unit or (layer.direction == "weight" and layer.rows % unit)):
         return f"{layer.channels} channels are no multiple of {unit}, so that loads are narrow"
-    if layer.channels >= 16 and layer.taps >= 25 and 1.15 * layer.taps > boxed:
-        return f"{layer.taps} of {boxed} taps are live: little is skipped"
+    if layer.channels >= 16 and layer.taps >= 25 and 1.15 * layer.taps > layer.boxed:
+        return f"{layer.taps} of {layer.boxed} taps are live: little is skipped"
     return ""
+
+
+def choose(x: torch.Tensor, layer: Layer) -> Choice:
+    """As measured for this GPU where it was, by the rule and the default otherwise. x: of the layer's device."""
+    chip, precision = chip_of(x.device), precision_of(x)
+    tile, why = default_tile(chip, layer, precision), rule(chip, layer, precision)
+    gpu = torch.cuda.get_device_name(x.device) if x.is_cuda else chip
+    known = None if chip == "interpreter" or layer.strided or not layer.pixels else measured(gpu).get(layer.key)
+    if known is not None:
+        return known._replace(tile=known.tile._replace(tma=known.tile.tma and layer.tma))
+    return Choice("cudnn" if why else "triton", tile, f"by rule, not measured{why and ': '}{why}")
 
 
 # --- measured choices
@@ -199,28 +209,13 @@ def measured(gpu: str) -> dict[str, Choice]:
     for path in (path for path in (SHIPPED / own.name, own) if path.exists()):
         try:
             for key, row in json.loads(path.read_text())["layers"].items():
-                if row["provider"] not in PROVIDERS:
+                if row["provider"] not in ("triton", "cudnn"):
                     raise ValueError(f"unknown provider {row['provider']!r} for {key!r}")
                 times = ", ".join(f"{name} {ms:.4g} ms" for name, ms in row["ms"].items())
                 rows[key] = Choice(row["provider"], Tile(**row["tile"]), f"measured: {times}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no table of measured masked convolutions: {error}; remove it") from error
     return rows
-
-
-def choose(device: torch.device, layer: Layer, precision: str, boxed: int, stride: tuple[int, int]) -> Choice:
-    """As measured for this GPU where it was, by the rule and the default otherwise."""
-    chip = chip_of(device)
-    tile = default_tile(chip, layer, precision)
-    if stride != (1, 1) or layer.pixels == 0:
-        return Choice("cropped", tile, "the kernels have no strides" if layer.pixels else "there is nothing to compute")
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else chip
-    choice = measured(gpu).get(layer.key) if chip != "interpreter" else None
-    if choice is not None:
-        return choice if layer.tma else choice._replace(tile=choice.tile._replace(tma=False))
-    if not ALWAYS_KERNELS and (why := rule(chip, layer, precision, boxed)):
-        return Choice("cropped", tile, f"by rule, not measured: {why}")
-    return Choice("triton", tile, "by rule, not measured")
 
 
 def describe(gpu: str) -> str:

@@ -1,44 +1,54 @@
 """The same operation by cuDNN, for the layers where it is expected or was measured to be faster than the kernels.
 
-It convolves with zeros for what is masked: with the whole weight, or with the smallest box of taps that holds all live
-weights (the upper two of three rows, say), which reads nothing of what the box leaves out. Weights are channels-last,
-so that cuDNN reads and writes channels-last maps.
+It convolves with the smallest box of taps that holds all live weights (the upper two of three rows, say), with zeros
+for those of the box that are masked. Weights are channels-last, so that cuDNN reads and writes channels-last maps.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgen.kernels.masked_conv2d.walk import Geometry
-
-Box = tuple[int, int, int, int] | None  # (top, bottom, left, right); None: the whole weight
+from fastgen.kernels.masked_conv2d.walk import Geometry, Walk
 
 
-def cropped(weight: Tensor, mask: Tensor | None, box: Box, geometry: Geometry) -> tuple[Tensor, list[int], list[int]]:
-    """(live weights of the box, padding that the convolution adds, padding added to x before: left, right, ...)."""
-    live = weight if mask is None else torch.where(mask, weight, 0)
-    height, width = weight.shape[2:]
-    top, bottom, left, right = box or (0, height, 0, width)
-    pads: list[int] = []
-    padding: list[int] = []
-    for axis, before, after in ((1, left, width - right), (0, top, height - bottom)):
-        first = geometry.padding[axis] - before * geometry.dilation[axis]
-        last = geometry.padding[axis] - after * geometry.dilation[axis]
-        shared = first if first == last >= 0 else 0
-        padding.insert(0, shared)
-        pads += [first - shared, last - shared]
-    return live[:, :, top:bottom, left:right].contiguous(memory_format=torch.channels_last), padding, pads
+class Cropped:
+    """A convolution with the live weights of a box. pads: what is added to the map before (left, right, top, bottom)
+    where the two sides differ."""
+
+    def __init__(self, weight: Tensor, mask: Tensor | None, walk: Walk, geometry: Geometry) -> None:
+        self.mask = mask
+        self.box = (slice(None), slice(None), slice(*walk.box[:2]), slice(*walk.box[2:]))
+        live = weight if mask is None else torch.where(mask, weight, 0)
+        self.live = live[self.box].contiguous(memory_format=torch.channels_last)
+        self.pads: list[int] = []
+        padding: list[int] = []
+        for axis in (1, 0):
+            dilation, around = geometry.dilation[axis], geometry.padding[axis]
+            before = around - walk.box[2 * axis] * dilation
+            after = around - (weight.shape[2 + axis] - walk.box[2 * axis + 1]) * dilation
+            shared = before if before == after >= 0 else 0
+            padding.insert(0, shared)
+            self.pads += [before - shared, after - shared]
+        self.geometry = (geometry.stride, padding, geometry.dilation)
+
+    def padded(self, x: Tensor, sign: int = 1) -> Tensor:
+        return F.pad(x, [sign * pad for pad in self.pads]) if any(self.pads) else x
+
+    def gradients(self, grad: Tensor, padded: Tensor, wanted: list[bool]) -> Any:
+        return torch.ops.aten.convolution_backward(
+            grad, padded, self.live, None, *self.geometry, False, [0, 0], 1, [*wanted, False]
+        )
 
 
 def forward(
-    x: Tensor, weight: Tensor, mask: Tensor | None, box: Box, geometry: Geometry, bias: Tensor | None,
-    condition: Tensor | None, residual: Tensor | None, other: Tensor | None, other_weight: Tensor | None,
-    activation: str, keep: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor, cropped: Cropped, activation: str, keep: str, bias: Tensor | None = None,
+    condition: Tensor | None = None, residual: Tensor | None = None, other: Tensor | None = None,
+    other_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The result and what is kept, both channels-last; PyTorch computes what follows the sums."""
-    live, padding, pads = cropped(weight, mask, box, geometry)
-    padded = F.pad(x, pads) if any(pads) else x
-    pre = F.conv2d(padded, live, bias, geometry.stride, padding, geometry.dilation)
+    pre = F.conv2d(cropped.padded(x), cropped.live, bias, *cropped.geometry)
     if other is not None and other_weight is not None:
         pre = pre + F.conv2d(other, other_weight)
     if condition is not None:
@@ -53,33 +63,19 @@ def forward(
     if residual is not None:
         out = out + residual
     out = out.contiguous(memory_format=torch.channels_last)
-    return out, kept.contiguous(memory_format=torch.channels_last) if keep else out
+    return out, kept.contiguous(memory_format=torch.channels_last) if keep else None
 
 
-def input_gradient(
-    grad: Tensor, size: tuple[int, ...], weight: Tensor, mask: Tensor | None, box: Box, geometry: Geometry
-) -> Tensor:
+def input_gradient(grad: Tensor, size: tuple[int, ...], cropped: Cropped) -> Tensor:
     """The gradient of an input (B, I, H, W) from that of the sums, channels-last."""
-    live, padding, pads = cropped(weight, mask, box, geometry)
-    height, width = size[2] + pads[2] + pads[3], size[3] + pads[0] + pads[1]
-    padded = grad.new_empty(1).expand(*size[:2], height, width)
-    gradient = torch.ops.aten.convolution_backward(
-        grad, padded, live, None, geometry.stride, padding, geometry.dilation, False, [0, 0], 1, [True, False, False]
-    )[0]
-    gradient = F.pad(gradient, [-pad for pad in pads]) if any(pads) else gradient
+    left, right, top, bottom = cropped.pads
+    padded = grad.new_empty(1).expand(*size[:2], size[2] + top + bottom, size[3] + left + right)
+    gradient = cropped.padded(cropped.gradients(grad, padded, [True, False])[0], -1)
     return gradient.contiguous(memory_format=torch.channels_last)
 
 
-def weight_gradient(
-    grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None, box: Box, geometry: Geometry
-) -> Tensor:
+def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, cropped: Cropped) -> Tensor:
     """The gradient of the weight from that of the sums, contiguous, zero where masked."""
-    live, padding, pads = cropped(weight, mask, box, geometry)
-    padded = F.pad(x, pads) if any(pads) else x
-    live_gradient = torch.ops.aten.convolution_backward(
-        grad, padded, live, None, geometry.stride, padding, geometry.dilation, False, [0, 0], 1, [False, True, False]
-    )[1]
-    top, bottom, left, right = box or (0, weight.shape[2], 0, weight.shape[3])
     gradient = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    gradient[:, :, top:bottom, left:right] = live_gradient
-    return gradient if mask is None else torch.where(mask, gradient, 0).contiguous()
+    gradient[cropped.box] = cropped.gradients(grad, cropped.padded(x), [False, True])[1]
+    return gradient if cropped.mask is None else torch.where(cropped.mask, gradient, 0).contiguous()

@@ -105,10 +105,7 @@ def masked_conv2d_pack_kernel(
         else:
             taken = picked(values, o * FLAT + lag + i * size + tap_in_kernel)
         taken = tl.where(tap < taps, taken, 0.0)
-        if MIRRORED:
-            row, column = start + i, place
-        else:
-            row, column = place, start + i
+        row, column = (start + i, place) if MIRRORED else (place, start + i)
         inside = (row < packed_rows) & (column < pitch) & (tap * pitch + column < columns * 16)
         to_row = packed_ptr + row.to(tl.int64) * (packed_columns * 16) + first_column * 16
         tl.store(to_row + tap * pitch + column, taken, mask=inside)
@@ -120,9 +117,8 @@ def masked_conv2d_pack_kernel(
 @triton.jit
 def lies_in(y, x, height, width):
     """Whether places lie in a map; negative ones are large without their sign, which spares half the comparisons."""
-    return (y.to(tl.uint32, bitcast=True) < height.to(tl.uint32)) & (
-        x.to(tl.uint32, bitcast=True) < width.to(tl.uint32)
-    )
+    y, x = y.to(tl.uint32, bitcast=True), x.to(tl.uint32, bitcast=True)
+    return (y < height.to(tl.uint32)) & (x < width.to(tl.uint32))
 
 
 @triton.jit
@@ -215,29 +211,33 @@ def add_biases(sums, image, n, inside, bias_rows, bias_ptr, condition_ptr, half,
 
 @triton.jit
 def gate(signal, valve, FAST: tl.constexpr):
-    """tanh(signal) * sigmoid(valve). FAST: by two special functions, which err by 2^-11: bfloat16 keeps 2^-9. Else by
-    three, two exponentials and one division for both: each input needs an exponential of its own, and a quotient by
-    Newton's steps would take seven instructions more of the units that bind (180 instructions an output in TF32)."""
+    """tanh(signal) * sigmoid(valve), each input through one special function. FAST: these err by 2^-11, and bfloat16
+    keeps 2^-9. Else the quotient comes from Newton's steps, which take one instruction more than a division, with its
+    scaling for large numbers."""
     if FAST:
         return tanh(signal, True) * (0.5 + 0.5 * tanh(0.5 * valve, True))
     size = tl.abs(signal)
-    e, f = tl.exp(-2.0 * size), tl.exp(-valve)
+    e, f = tl.exp(-2.0 * size), tl.exp(-tl.maximum(valve, -80.0, tl.PropagateNan.ALL))
     small = size < 0.3
     numerator = tl.where(small, tanh_near_0(signal), tl.where(signal < 0, e - 1.0, 1.0 - e))
-    return numerator / (tl.where(small, 1.0, 1.0 + e) * (1.0 + f))
+    divisor = tl.where(small, 1.0, 1.0 + e) * (1.0 + f)
+    inverse = (0x7EF311C7 - divisor.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)  # to an eighth
+    for _ in tl.static_range(3):
+        inverse += inverse * (1.0 - divisor * inverse)
+    return numerator * inverse
 
 
 @triton.jit
-def write(to_map, values, half, at, inside, image, y, x, channel, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """Writes a half of the channels of a map (B, H, W, halves, rows) from one channel on: by a descriptor where
-    HEIGHT > 0, else to the offsets `at`."""
+def write(to_map, first, values, half, at, inside, place, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Writes a half of the channels of a map (B, H, W, halves, rows): by a descriptor, from the place (image, y, x,
+    channel) on, where HEIGHT > 0, else to the offsets `at` from `first` on."""
     if HEIGHT > 0:
         C: tl.constexpr = values.shape[0]
         IMAGES: tl.constexpr = values.shape[1] // (HEIGHT * WIDTH)
         box = values.to(to_map.dtype).T.reshape(IMAGES, HEIGHT, WIDTH, 1, C)
-        to_map.store([image, y, x, half, channel], box)
+        to_map.store([place[0], place[1], place[2], half, place[3]], box)
     else:
-        tl.store(to_map + at, values.to(to_map.dtype.element_ty), mask=inside)
+        tl.store(to_map + first + at, values.to(to_map.dtype.element_ty), mask=inside)
 
 
 @kernel
@@ -323,23 +323,26 @@ def masked_conv2d_kernel(
     image, y, x = pixels_of(block, out_height, out_width, across, down, IMAGES, HEIGHT, WIDTH)
     n = (tile * C + tl.arange(0, C))[:, None]
     inside = ((image < batch) & (y < out_height) & (x < out_width))[None, :] & (n < rows)
-    pixel = place_in(image, y, x, out_height, out_width)[None, :]
-    at = pixel * rows + n
-    image = image.to(tl.int64)[None, :]
+    first, pixel = 0, place_in(image, y, x, out_height, out_width)[None, :]
+    if not BOXES:  # offsets within the block, which take half the registers
+        first, pixel = block.to(tl.int64) * (M * rows), tl.arange(0, M)[None, :]
+    at, image, place = pixel * rows + n, image.to(tl.int64)[None, :], (first_image, first_y, first_x, tile * C)
     if GATED:
         sums, valve = halves_of(sums)
         sums = add_biases(sums, image, n, inside, bias_rows, bias_ptr, condition_ptr, 0, 2 * rows)
         valve = add_biases(valve, image, n, inside, bias_rows, bias_ptr, condition_ptr, rows, 2 * rows)
         if KEEP == "valve":
-            write(kept_map, valve, 0, at, inside, first_image, first_y, first_x, tile * C, HEIGHT, WIDTH)
+            write(kept_map, first, valve, 0, at, inside, place, HEIGHT, WIDTH)
         if KEEP == "both":
             half = pixel * (2 * rows) + n
-            write(kept_map, sums, 0, half, inside, first_image, first_y, first_x, tile * C, HEIGHT, WIDTH)
-            write(kept_map, valve, 1, half + rows, inside, first_image, first_y, first_x, tile * C, HEIGHT, WIDTH)
+            write(kept_map, 2 * first, sums, 0, half, inside, place, HEIGHT, WIDTH)
+            write(kept_map, 2 * first, valve, 1, half + rows, inside, place, HEIGHT, WIDTH)
         sums = gate(sums, valve, FAST)
     else:
         sums = add_biases(sums, image, n, inside, bias_rows, bias_ptr, condition_ptr, 0, rows)
         sums = tl.where(sums < least, least, sums)  # keeps NaN
     if residual_ptr is not None:
-        sums += tl.load(residual_ptr + at, mask=inside & (n < residual_rows * OUT_UNIT), other=0.0).to(tl.float32)
-    write(out_map, sums, 0, at, inside, first_image, first_y, first_x, tile * C, HEIGHT, WIDTH)
+        sums += tl.load(residual_ptr + first + at, mask=inside & (n < residual_rows * OUT_UNIT), other=0.0).to(
+            tl.float32
+        )
+    write(out_map, first, sums, 0, at, inside, place, HEIGHT, WIDTH)

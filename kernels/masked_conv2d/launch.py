@@ -5,82 +5,84 @@ activation a pass computes the gradient of the sums from that of the result; the
 (packing, one product) and those of weight and bias (one product, one kernel that adds shares). The work and traffic of
 a layer are counted in benchmarks/cases/masked_conv2d.py.
 
-The kernels read maps that are dense and channels-last; others are copied. The first call with some shapes, strides,
-dtypes and mask plans what runs; later calls look the plan up.
+The kernels read maps that are dense and channels-last, at multiples of 16 bytes; others are copied. The first call with
+some shapes, dtypes and mask plans what runs; later calls look the plan up.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgen.kernels.common import cdiv
+from fastgen.kernels.common import Launches, cdiv
 from fastgen.kernels.maps import result_size
-from fastgen.kernels.masked_conv2d import check
+from fastgen.kernels.masked_conv2d import check, products
 from fastgen.kernels.masked_conv2d.backward import masked_conv2d_activation_backward_kernel
 from fastgen.kernels.masked_conv2d.config import precision_of
-from fastgen.kernels.masked_conv2d.layout import Launches, as_map, channels_last, unit_of
-from fastgen.kernels.masked_conv2d.products import Convolve, WeightGradient, Weights, products_of
-from fastgen.kernels.masked_conv2d.walk import Geometry, known_walk, refuse_in_capture, seen_walk
+from fastgen.kernels.masked_conv2d.products import Convolve, WeightGradient, Weights
+from fastgen.kernels.masked_conv2d.walk import Geometry, known_walk, refuse_in_capture
 
 MAX_PIXELS = 2**31 - 2**25  # pixels are counted in 32 bits, with room for the last blocks; offsets in 64
-CALLS = 4096  # kinds of calls that are kept; beyond, all are planned anew
+PLANS = 4096  # kinds of calls that are kept; beyond, all are planned anew
 
 Pairs = tuple[tuple[int, int], ...]  # stride, padding, dilation
+Plans = dict[Any, Any]
 Tensors = tuple[Tensor | None, ...]
-
-
-class Call(NamedTuple):
-    """The plan of calls of one kind. copies: the places of tensors that the kernels cannot read as they lie, and what
-    copies them. gradients: the plans of the gradients of calls of this kind."""
-
-    run: Callable[..., Any]
-    copies: list[tuple[int, Callable[[Tensor], Tensor]]]
-    gradients: dict[Any, "Call"]
-
-
-Calls = dict[Any, Call]
-_calls: Calls = {}
+Copies = list[tuple[int, Callable[[Tensor], Tensor]]]  # places of tensors that the kernels cannot read as they lie
+_plans: Plans = {}
 
 
 def forget() -> None:
     """Drops all plans and all results of checks; for tests, and after a search."""
-    _calls.clear()
+    _plans.clear()
     check._trusted.clear()
+
+
+def dense(x: Tensor, order: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """In an order of memory, at a multiple of 16 bytes, for which kernels are compiled."""
+    x = x.contiguous(memory_format=order)
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def as_map(x: Tensor) -> Tensor:
+    return dense(x, torch.channels_last)
 
 
 def as_weight(weight: Tensor) -> Tensor:
     """Contiguous, or channels-last."""
-    return weight if weight.is_contiguous(memory_format=torch.channels_last) else weight.contiguous()
+    last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    return dense(weight, torch.channels_last if last else torch.contiguous_format)
 
 
-READ = (as_map, as_weight, Tensor.contiguous, Tensor.contiguous, Tensor.contiguous, as_map, as_map, Tensor.contiguous)
-READ_BACKWARD = (as_map, as_map, as_map, as_weight, Tensor.contiguous, as_map, as_map, as_map, Tensor.contiguous)
-
-
-def laid_out(tensors: Tensors, copies: Sequence[tuple[int, Callable[[Tensor], Tensor]]]) -> list[Any]:
-    copied: list[Any] = list(tensors)
-    for place, copy in copies:
-        copied[place] = copy(copied[place])
-    return copied
+READ = (as_map, as_weight, dense, dense, dense, as_map, as_map, dense)  # how tensors must lie
+READ_BACKWARD = (as_map, as_map, as_map, as_weight, dense, as_map, as_map, as_map, dense)
 
 
 def kinds_of(tensors: Tensors) -> list[Any]:
     """What a call is planned for, of each tensor."""
-    return [t if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in tensors]
+    return [t if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() % 16) for t in tensors]
 
 
-def _new_call(calls: Calls, key: Any, x: Tensor, tensors: Tensors, reads: Sequence[Any], make: Any) -> Call:
-    """make: of tensors that lie as they must, what runs for such."""
-    refuse_in_capture(x, "chooses what runs the first time that it sees a shape, and cannot do so", "this shape")
+def laid_out(tensors: Any, copies: Copies) -> Any:
+    for place, copy in copies:
+        tensors = (*tensors[:place], copy(tensors[place]), *tensors[place + 1 :])
+    return tensors
+
+
+def planned(plans: Plans, key: Any, tensors: Any, reads: Sequence[Callable[[Tensor], Tensor]], make: Any) -> Any:
+    """What `make` makes of tensors that lie as they must, kept for calls of this kind, with the copies they need."""
+    refuse_in_capture(
+        tensors[0], "chooses what runs the first time that it sees a shape, and cannot do so", "this shape"
+    )
     pairs = enumerate(zip(tensors, reads, strict=True))
     copies = [(i, read) for i, (t, read) in pairs if t is not None and read(t) is not t]
-    if len(calls) >= CALLS:
-        calls.clear()
-    call = calls[key] = Call(make(*laid_out(tensors, copies)), copies, {})
-    return call
+    if len(plans) >= PLANS:
+        plans.clear()
+    plan = plans[key] = make(*laid_out(tensors, copies))
+    plan.copies = copies
+    return plan
 
 
 # --- the result
@@ -90,7 +92,7 @@ def forward(
     x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, condition: Tensor | None,
     residual: Tensor | None, other: Tensor | None, other_weight: Tensor | None,
     geometry: Pairs, activation: str, keep: str, check_all: Callable[..., None] | None = None,
-) -> tuple[Tensor, Tensor | None, Calls]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None, Plans]:  # fmt: skip
     """activation(conv(x, weight) + conv1x1(other, other_weight) + bias + condition), without an activation + residual,
     what is kept, and plans for `backward`.
 
@@ -104,57 +106,51 @@ def forward(
     """
     tensors: Any = (x, weight, mask, bias, condition, residual, other, other_weight)
     parts = 2 if activation == "gated" else 1
-    kind = (geometry, activation, keep, precision_of(x.device, x.dtype), *kinds_of(tensors))
-    call = _calls.get((seen_walk(mask, weight.shape, parts), kind))
-    if call is None:
+    walk = known_walk(mask, weight.shape, parts, check_all, *tensors, geometry, activation)
+    key = (walk, geometry, activation, keep, precision_of(x), *kinds_of(tensors))
+    plan = _plans.get(key)
+    if plan is None:
         if check_all is not None:
             check_all(*tensors, geometry, activation)
-        walk = known_walk(mask, weight.shape, parts)
 
         def make(x: Tensor, weight: Tensor, *rest: Tensor | None) -> Any:
             height, width = result_size(x, weight, geometry)
             if x.shape[0] * max(height * width, x.shape[2] * x.shape[3]) > MAX_PIXELS:
                 raise ValueError(f"x has more than {MAX_PIXELS} pixels, {tuple(x.shape)}: split the batch")
-            size, weights = (weight.shape[0] // walk.parts, height, width), Weights.of(weight, walk, geometry)
-            planned = partial(Convolve, weights=weights, size=size, activation=activation, keep=keep)
-            return check.tried(planned, x, weight, *rest)
+            size, weights = (weight.shape[0] // parts, height, width), Weights.of(weight, walk, geometry)
+            whole = partial(Convolve, weights=weights, size=size, activation=activation, keep=keep)
+            return check.tried(whole, x, weight, *rest)
 
-        key = (walk, kind)
-        call = _calls.get(key) or _new_call(_calls, key, x, tensors, READ, make)
-    if call.copies:
-        tensors = laid_out(tensors, call.copies)
-    out, kept = call.run(*tensors)
-    return out, kept if keep else None, call.gradients
+        plan = planned(_plans, key, tensors, READ, make)
+    out, kept = plan.run(*laid_out(tensors, plan.copies))
+    return out, kept, plan.gradients
 
 
 # --- the gradients
 
 
+class Nothing:
+    """In the place of a product that is not wanted."""
+
+    def run(self, *tensors: Tensor | None) -> tuple[None, None]:
+        return None, None
+
+
 class Backward:
-    """The gradients of one kind of call; constructed with the tensors of the first.
-
-    Attributes:
-        passes: the launches of the pass through the activation, or None without one.
-        x_gradient, weight_gradient, other_gradient, other_weight_gradient: the products for what is wanted, else None.
-    """
-
-    passes: Any = None
-    x_gradient: Any = None
-    weight_gradient: Any = None
-    other_gradient: Any = None
-    other_weight_gradient: Any = None
+    """The gradients of one kind of call: a pass through the activation, or none, and the products for what is wanted.
+    Constructed with the tensors of the first."""
 
     def __init__(
-        self, grad, grad_pre, x, weight, mask, out, kept, other, other_weight, walk, geometry, saved, wanted
+        self, grad, grad_pre, x, weight, mask, out, kept, other, other_weight, *, walk, geometry, saved, wanted
     ) -> None:
         wants_x, wants_weight, self.wants_bias, self.wants_condition, wants_other, wants_other_weight = wanted
         batch, rows, height, width = grad.shape
-        self.saved, sums = saved, grad
+        self.passes, sums = None, grad
         if saved != "none":
-            self.layout = channels_last(batch, walk.parts * rows, height, width)
+            self.layout = products.channels_last(batch, walk.parts * rows, height, width)
             sums = grad.new_empty_strided(*self.layout)
             unit, pixels, (high, wide) = (
-                unit_of(grad, rows),
+                products.unit_of(grad, rows),
                 batch * height * width,
                 (32, 64) if rows > 32 else (128, 16),
             )
@@ -162,52 +158,46 @@ class Backward:
                 masked_conv2d_activation_backward_kernel, (cdiv(pixels, high), cdiv(rows, wide)),
                 (pixels, rows // unit), SAVED=saved, UNIT=unit, PIXELS=high, ROWS=wide,
             )  # fmt: skip
-        weights = Weights.of(weight, walk, geometry)
-        if wants_weight:
-            make: Any = partial(WeightGradient, weights=weights, adds_up=self.wants_bias)
-            self.weight_gradient = check.tried(make, sums, x, weight, mask)
-        if wants_x:
-            make = partial(Convolve, weights=weights, size=tuple(x.shape[1:]), mirrored=True)
-            self.x_gradient = check.tried(make, sums, weight, mask)
-        if other is not None:
-            pointwise = Weights.pointwise(other_weight, walk.parts)
-            if wants_other:
-                make = partial(Convolve, weights=pointwise, size=tuple(other.shape[1:]), mirrored=True)
-                self.other_gradient = check.tried(make, sums, other_weight, mask)
-            if wants_other_weight:
-                make = partial(WeightGradient, weights=pointwise, adds_up=False)
-                self.other_weight_gradient = check.tried(make, sums, other, other_weight, mask)
 
-    def __call__(self, grad, grad_pre, x, weight, mask, out, kept, other, other_weight) -> list[Tensor | None]:
+        def product(wants: bool, kind: Any, *tensors: Any, **options: Any) -> Any:
+            return check.tried(partial(kind, **options), *tensors) if wants else Nothing()
+
+        weights = {"weights": Weights.of(weight, walk, geometry)}
+        self.weight = product(wants_weight, WeightGradient, sums, x, weight, mask, **weights, adds_up=self.wants_bias)
+        self.x = product(wants_x, Convolve, sums, weight, mask, **weights, size=x.shape[1:], mirrored=True)
+        self.other = self.other_weight = Nothing()
+        if other is not None:
+            weights, size = {"weights": Weights.pointwise(other_weight, walk.parts)}, other.shape[1:]
+            self.other = product(wants_other, Convolve, sums, other_weight, mask, **weights, size=size, mirrored=True)
+            self.other_weight = product(
+                wants_other_weight, WeightGradient, sums, other, other_weight, mask, **weights, adds_up=False
+            )
+
+    def run(self, grad, grad_pre, x, weight, mask, out, kept, other, other_weight) -> list[Tensor | None]:
         sums = grad
         if self.passes is not None:
             sums = grad.new_empty_strided(*self.layout)
-            self.passes(grad, grad_pre, kept if self.saved == "both" else out, kept, sums)
-        gradients: list[Tensor | None] = [None] * 6
-        if self.x_gradient is not None:
-            gradients[0] = self.x_gradient(sums, weight, mask)[0]
-        if self.weight_gradient is not None:
-            gradients[1], gradients[2] = self.weight_gradient(sums, x, weight, mask)
-        elif self.wants_bias:
-            gradients[2] = sums.sum((0, 2, 3))
-        if self.wants_condition:
-            gradients[3] = sums.sum((2, 3))
-        if self.other_gradient is not None:
-            gradients[4] = self.other_gradient(sums, other_weight, mask)[0]
-        if self.other_weight_gradient is not None:
-            gradients[5] = self.other_weight_gradient(sums, other, other_weight, mask)[0]
-        return gradients
+            self.passes.start(grad, grad_pre, out, kept, sums)
+        of_weight, of_bias = self.weight.run(sums, x, weight, mask)
+        return [
+            self.x.run(sums, weight, mask)[0],
+            of_weight,
+            sums.sum((0, 2, 3)) if self.wants_bias and of_bias is None else of_bias,
+            sums.sum((2, 3)) if self.wants_condition else None,
+            self.other.run(sums, other_weight, mask)[0],
+            self.other_weight.run(sums, other, other_weight, mask)[0],
+        ]
 
 
 def backward(
     grad: Tensor | None, grad_pre: Tensor | None, x: Tensor, weight: Tensor, mask: Tensor | None, out: Tensor | None,
     kept: Tensor | None, other: Tensor | None, other_weight: Tensor | None, geometry: Pairs, saved: str,
-    wanted: tuple[bool, ...], known: Calls | None = None,
+    wanted: tuple[bool, ...], plans: Plans | None = None,
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of x, weight, bias, condition, other and other_weight, as `wanted`; the rest are None.
 
     grad: of the result, grad_pre: of the sums where these were kept and used; one is not None. saved: what the forward
-    kept, or its activation where it kept nothing. out: the result, read for "relu" and "valve". known: what the call of
+    kept, or its activation where it kept nothing. out: the result, read unless saved is "none". plans: what the call of
     `forward` with these tensors returned.
     """
     if grad is None:
@@ -216,31 +206,26 @@ def backward(
     tensors: Any = (grad, grad_pre, x, weight, mask, out, kept, other, other_weight)
     parts = 2 if saved in ("valve", "both") else 1
     # What was saved may come back with other strides: hooks on saved tensors copy it.
-    strides = [t if t is None else t.stride() for t in (x, out, kept, other)]
-    key: Any = (saved, wanted, precision_of(x.device, x.dtype), *strides, *kinds_of((weight, grad, grad_pre)))
-    calls = known
-    if calls is None:
-        calls, key = _calls, (key, geometry, known_walk(mask, weight.shape, parts), *kinds_of(tensors))
-    call = calls.get(key)
-    if call is None:
+    key: Any = (saved, wanted, precision_of(x), *[t if t is None else (t.stride(), t.data_ptr() % 16) for t in tensors])
+    if plans is None:
+        plans, key = _plans, (key, geometry, known_walk(mask, weight.shape, parts), *kinds_of(tensors))
+    plan = plans.get(key)
+    if plan is None:
         walk = known_walk(mask, weight.shape, parts)
         make = partial(Backward, walk=walk, geometry=geometry, saved=saved, wanted=wanted)
-        call = _new_call(calls, key, x, tensors, READ_BACKWARD, make)
-    if call.copies:
-        tensors = laid_out(tensors, call.copies)
-    return call.run(*tensors)
+        plan = planned(plans, key, tensors, READ_BACKWARD, make)
+    return plan.run(*laid_out(tensors, plan.copies))
 
 
 def explain(x: Tensor, weight: Tensor, mask: Tensor | None, geometry: Geometry, activation: str) -> str:
     """A line a product of a layer: what will run and why."""
     names = {"out": "result", "in": "gradient of the input", "weight": "gradient of the weight"}
     lines = []
-    planned = products_of(as_map(x), as_weight(weight), mask, geometry, activation, "")
+    planned = products.products_of(as_map(x), as_weight(weight), mask, geometry, activation, "")
     for direction, (make, tensors) in planned.items():
         product = make(*tensors)
         provider, tile, why = product.choice
         if provider == "triton" and check._trusted.get(check.key_of(product, x)) is False:
-            provider, why = "cropped", check.FAILED
-        runs = f"triton, {tile}" if provider == "triton" else f"cuDNN, {provider}"
-        lines.append(f"{names[direction]}: {runs} ({why})")
+            provider, why = "cudnn", check.FAILED
+        lines.append(f"{names[direction]}: {f'triton, {tile}' if provider == 'triton' else 'cuDNN'} ({why})")
     return "\n".join(lines)

@@ -3,11 +3,11 @@ gradient of the input, `WeightGradient`.
 
 All that depends on shapes and dtypes alone is found once, in the constructors; a call allocates its results and
 launches. Sizes reach the kernels as plain integers, so that nothing lies on the device between calls. Maps are
-channels-last and dense.
+channels-last and dense, and all tensors lie at multiples of 16 bytes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,30 +15,75 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.kernels.common import cdiv, next_power_of_2
+from fastgen.kernels.common import Launches, cdiv, next_power_of_2
 from fastgen.kernels.maps import result_size
 from fastgen.kernels.masked_conv2d import cudnn
 from fastgen.kernels.masked_conv2d.backward import BIASES, masked_conv2d_sum_kernel, masked_conv2d_weight_kernel
-from fastgen.kernels.masked_conv2d.config import Choice, Layer, chip_of, choose, has_tma, precision_of
+from fastgen.kernels.masked_conv2d.config import Choice, Layer, Tile, chip_of, choose, has_tma, precision_of
 from fastgen.kernels.masked_conv2d.forward import masked_conv2d_kernel, masked_conv2d_pack_kernel
-from fastgen.kernels.masked_conv2d.layout import (
-    Boxes,
-    Launches,
-    Layout,
-    blocks_of,
-    boxes_of,
-    boxes_of_result,
-    channels_last,
-    dense,
-    unit_of,
-)
-from fastgen.kernels.masked_conv2d.walk import POINTWISE, Geometry, Walk, known_walk, walk_arguments
+from fastgen.kernels.masked_conv2d.walk import Geometry, Walk, known_walk
 
 # Shares of the pixels are cut so that about as many programs run, two on each multiprocessor of a Hopper: every share
 # is written and read again, which with more would be more than the maps for few images. A constant: sums do not depend
 # on the chip.
 PROGRAMS = 256
 RUN = 8  # rows of a half of a gate that lie side by side in packed weights, see forward.py
+POINTWISE = Geometry((1, 1), (0, 0), (1, 1))
+
+# --- how tensors lie in memory
+
+Layout = tuple[tuple[int, ...], tuple[int, ...]]  # size and strides, for `new_empty_strided`, which is the fastest
+
+
+def dense(*size: int) -> Layout:
+    return size, tuple(math.prod(size[axis + 1 :]) for axis in range(len(size)))
+
+
+def channels_last(batch: int, channels: int, height: int, width: int) -> Layout:
+    return (batch, channels, height, width), (height * width * channels, 1, width * channels, channels)
+
+
+def boxes(like: Tensor, size: Sequence[int], block: Sequence[int]) -> Callable[[Tensor], Any]:
+    """Makes tensor descriptors, in blocks, of dense tensors with the dtype of `like`. Only their base differs: what is
+    common is their class's, as Triton's constructor takes the host ten times as long."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    whole = TensorDescriptor(like, list(size), list(dense(*size)[1]), list(block))
+    kind: Any = type("Boxes", (TensorDescriptor,), {**vars(whole), "base": None})
+    new = object.__new__
+
+    def descriptor(x: Tensor) -> Any:
+        made = new(kind)
+        made.base = x
+        return made
+
+    return descriptor
+
+
+def box_of(pixels: int, batch: int, height: int, width: int) -> tuple[int, int, int]:
+    """(images, rows, columns) of a box of `pixels` pixels, all powers of two, of which the fewest boxes are needed."""
+    powers = [1 << i for i in range(pixels.bit_length())]
+    shapes = [(pixels // (high * wide), high, wide) for wide in powers for high in powers if high * wide <= pixels]
+    # Among equals the widest, whose pixels lie side by side.
+    return min(shapes, key=lambda s: (cdiv(batch, s[0]) * cdiv(height, s[1]) * cdiv(width, s[2]), -s[2], -s[1]))
+
+
+def blocks_of(tile: Tile, batch: int, height: int, width: int) -> tuple[tuple[int, int, int], int, int, int]:
+    """How the pixels of a map are divided: (box as the kernels take it, boxes across, boxes down, number of blocks)."""
+    if not tile.tma:
+        return (tile.M, 0, 0), 1, 1, cdiv(batch * height * width, tile.M)
+    box = box_of(tile.M, batch, height, width)
+    across, down = cdiv(width, box[2]), cdiv(height, box[1])
+    return box, across, down, cdiv(batch, box[0]) * across * down
+
+
+def unit_of(x: Tensor, *counts: int) -> int:
+    """Elements of 16 bytes where all counts are multiples of them, else 1."""
+    unit = 16 // x.element_size()
+    return 1 if any(n % unit for n in counts) else unit
+
+
+# --- products
 
 
 @dataclass(frozen=True)
@@ -67,19 +112,13 @@ class Weights:
     def layer(self, direction: str, maps: Sequence[Tensor], rows: int, pixels: int, gated: bool, *counts: int) -> Layer:
         """maps: those that the product reads, of which the first has the layer's channels. counts: of channels, of
         what else descriptors would address."""
-        x, chip = maps[0], chip_of(maps[0].device)
-        tma = has_tma(chip) and x.shape[1] >= 16 and all(unit_of(read, read.shape[1], *counts) > 1 for read in maps)
-        return Layer(direction, x.dtype, rows, x.shape[1], self.walk.live, pixels, gated, tma)
+        x, walk = maps[0], self.walk
+        tma = has_tma(chip_of(x.device)) and unit_of(x, *counts, *(read.shape[1] for read in maps)) > 1
+        strided = self.geometry.stride != (1, 1)
+        return Layer(direction, x.dtype, rows, x.shape[1], walk.live, walk.boxed, pixels, gated, tma, strided)
 
-    def choose(self, layer: Layer, device: torch.device) -> Choice:
-        top, bottom, left, right = self.walk.box
-        boxed = (bottom - top) * (right - left)
-        return choose(device, layer, precision_of(device, layer.dtype), boxed, self.geometry.stride)
-
-    def for_cudnn(self, choice: Choice, mask: Tensor | None) -> tuple[Tensor | None, cudnn.Box, Geometry]:
-        """(the weight's mask, the box of taps that cuDNN convolves with, the geometry)."""
-        box = self.walk.box if choice.provider == "cropped" and self.walk.live else None
-        return mask if self.masked else None, box, self.geometry
+    def cropped(self, weight: Tensor, mask: Tensor | None) -> cudnn.Cropped:
+        return cudnn.Cropped(weight, mask if self.masked else None, self.walk, self.geometry)
 
     def packing(
         self, layout: Layout, dtype: torch.dtype, *, columns: int, first: int, pitch: int, runs: tuple[int, int],
@@ -113,13 +152,13 @@ class Convolve:
     """activation(conv(x, weight) + conv1x1(other) + biases), plus a residual where there is no activation; with
     `mirrored` the gradient of the input.
 
-    Constructed with the tensors of a first call, laid out as launch.py says; results are channels-last. `choice`
-    instead of what is chosen.
+    Constructed with the tensors of a first call; results are channels-last. `choice` instead of what is chosen.
 
     Attributes:
         size: (B, C, H, W) of the result.
         keep: what is kept for the backward, see backward.py; "" for nothing.
         terms: how many products are added up for a result.
+        gradients: plans of the gradients of calls of this kind, see launch.py.
     """
 
     maps = (0, 4, 5, 6)  # of its tensors those that have the batch
@@ -128,7 +167,7 @@ class Convolve:
     def __init__(
         self, x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None = None,
         condition: Tensor | None = None, residual: Tensor | None = None, other: Tensor | None = None,
-        other_weight: Tensor | None = None, *, weights: Weights, size: tuple[int, ...], mirrored: bool = False,
+        other_weight: Tensor | None = None, *, weights: Weights, size: Sequence[int], mirrored: bool = False,
         activation: str = "none", keep: str = "", choice: Choice | None = None,
     ) -> None:  # fmt: skip
         batch, rows, height, width = self.size = (x.shape[0], *size)
@@ -137,13 +176,13 @@ class Convolve:
         channels, others = x.shape[1] // parts, 0 if other is None else other.shape[1]
         read = [x] if other is None else [x, other]
         all_rows = 2 * rows if gated else rows
-        direction = "in" if mirrored else "out"
-        layer = weights.layer(direction, read, all_rows, batch * height * width, gated, rows, channels)
-        self.layer, self.weights, self.mirrored, self.activation, self.keep = layer, weights, mirrored, activation, keep
-        self.terms = walk.taps * x.shape[1] + others
+        direction, pixels = "in" if mirrored else "out", batch * height * width
+        self.layer = layer = weights.layer(direction, read, all_rows, pixels, gated, rows, channels)
+        self.weights, self.mirrored, self.activation, self.keep = weights, mirrored, activation, keep
+        self.terms, self.gradients = walk.taps * x.shape[1] + others, {}  # type: tuple[int, dict[Any, Any]]
         self.layout = channels_last(*self.size)
         self.kept_layout = channels_last(batch, 2 * rows if keep == "both" else rows, height, width)
-        self.choice = choice = choice or weights.choose(layer, x.device)
+        self.choice = choice = choice or choose(x, layer)
         if choice.provider != "triton":
             return
         tile = choice.tile
@@ -162,70 +201,55 @@ class Convolve:
         if other_weight is not None:
             pointwise, rest = Weights.pointwise(other_weight, walk.parts), packed_columns - columns
             self.pack_other = pack(pointwise, columns=rest, first=columns, pitch=rest)
-        unit = 1 if layer.gathers else min(unit_of(one, channels, others) for one in read)
-        out_unit = unit_of(x if residual is None else residual, rows)
+        unit, out_unit = 1 if layer.gathers else unit_of(x, channels, others), unit_of(x, rows)
         box, across, down, blocks = blocks_of(tile, batch, height, width)
         arguments = (
             0 if bias is None else rows, 0 if residual is None else rows // out_unit,
             0.0 if activation == "relu" else -math.inf, int(mirrored), batch, height, width, *x.shape[2:], across, down,
-            *walk_arguments(walk, weights.geometry, mirrored), channels // unit, parts, rows // out_unit,
-            others // unit,
+            *walk.arguments(weights.geometry, mirrored), channels // unit, parts, rows // out_unit, others // unit,
         )  # fmt: skip
-        self.run = Launches(
-            masked_conv2d_kernel, (blocks * row_tiles,), arguments, GATHER=layer.gathers, UNIT=unit,
-            OUT_UNIT=out_unit, GATED=gated, KEEP=keep, PRECISION=precision_of(x.device, x.dtype),
-            FAST=x.dtype == torch.bfloat16 and chip_of(x.device).startswith("sm_"), IMAGES=box[0], HEIGHT=box[1],
-            WIDTH=box[2], N=tile.N, K=tile.K, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        self.product = Launches(
+            masked_conv2d_kernel, (blocks * row_tiles,), arguments, GATHER=layer.gathers, UNIT=unit, OUT_UNIT=out_unit,
+            GATED=gated, KEEP=keep, FAST=x.dtype == torch.bfloat16 and chip_of(x.device).startswith("sm_"),
+            PRECISION=precision_of(x), IMAGES=box[0], HEIGHT=box[1], WIDTH=box[2], N=tile.N, K=tile.K,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-        self.boxes: tuple[Any, ...] = ()
+        self.boxes: tuple[Any, ...] = ()  # for each of what is launched with
         if tile.tma:
-            out, kept = self.results(x)
-            kept_boxes = boxes_of_result(kept, 2 if keep == "both" else 1, box, written) if keep else None
-            packed_boxes = Boxes(x, self.packed[0], [tile.N, tile.K])
-            other_boxes = None if other is None else boxes_of(other, box, tile.K)
-            out_boxes = boxes_of_result(out, 1, box, written)
-            self.boxes = (boxes_of(x, box, tile.K), packed_boxes, other_boxes, out_boxes, kept_boxes)
+            sizes, block = (batch, height, width), (*box, tile.K)
+            of_x = boxes(x, (batch, *x.shape[2:], x.shape[1]), block)
+            of_packed = boxes(x, self.packed[0], (tile.N, tile.K))
+            of_other = boxes(x, (*sizes, others), block) if others else None
+            of_kept, of_out = (boxes(x, (*sizes, n, rows), (*box, 1, written)) for n in (2 if keep == "both" else 1, 1))
+            self.boxes = (of_x, of_packed, of_other, None, None, None, of_out, of_kept)
 
-    def results(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Uninitialized: (B, C, H, W), and what is kept."""
-        out = x.new_empty_strided(*self.layout)
-        return out, x.new_empty_strided(*self.kept_layout) if self.keep else out
-
-    def __call__(
+    def run(
         self, x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None = None,
         condition: Tensor | None = None, residual: Tensor | None = None, other: Tensor | None = None,
         other_weight: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         if self.choice.provider != "triton":
             return self.by_cudnn(x, weight, mask, bias, condition, residual, other, other_weight)
-        read_x: Any = x
-        packed: Any = x.new_empty_strided(*self.packed)
-        self.pack(weight, mask, packed)
+        packed = x.new_empty_strided(*self.packed)
+        self.pack.start(weight, mask, packed)
         if self.pack_other is not None:
-            self.pack_other(other_weight, mask, packed)
-        out, kept = self.results(x)
-        to_out: Any = out
-        to_kept: Any = kept if self.keep else None
-        if self.boxes:
-            x_boxes, packed_boxes, other_boxes, out_boxes, kept_boxes = self.boxes
-            read_x, packed, to_out = x_boxes(x), packed_boxes(packed), out_boxes(out)
-            other = None if other is None else other_boxes(other)
-            to_kept = kept_boxes(kept) if self.keep else None
+            self.pack_other.start(other_weight, mask, packed)
+        out = x.new_empty_strided(*self.layout)
+        kept = x.new_empty_strided(*self.kept_layout) if self.keep else None
         # What is not there is not read; in its place x spares another compilation, but costs a gate registers.
         residual = x if residual is None and self.activation != "gated" else residual
-        self.run(read_x, packed, other, x if bias is None else bias, condition, residual, to_out, to_kept)
+        tensors: Any = (x, packed, other, x if bias is None else bias, condition, residual, out, kept)
+        if self.boxes:
+            tensors = [t if t is None or box is None else box(t) for box, t in zip(self.boxes, tensors, strict=True)]
+        self.product.start(*tensors)
         return out, kept
 
-    def by_cudnn(
-        self, x, weight, mask, bias=None, condition=None, residual=None, other=None, other_weight=None
-    ) -> tuple[Tensor, Tensor]:
+    def by_cudnn(self, x: Tensor, weight: Tensor, mask: Tensor | None, *added: Tensor | None) -> Any:
         """The sums by cuDNN, what follows them by PyTorch."""
-        how = self.weights.for_cudnn(self.choice, mask)
+        cropped = self.weights.cropped(weight, mask)
         if self.mirrored:
-            gradient = cudnn.input_gradient(x, self.size, weight, *how)
-            return gradient, gradient
-        added = (bias, condition, residual, other, other_weight)
-        return cudnn.forward(x, weight, *how, *added, self.activation, self.keep)
+            return cudnn.input_gradient(x, self.size, cropped), None
+        return cudnn.forward(x, cropped, self.activation, self.keep, *added)
 
 
 class WeightGradient:
@@ -243,7 +267,7 @@ class WeightGradient:
         pixels, channels = batch * height * width, x.shape[1]
         self.layer = layer = weights.layer("weight", [x, grad], all_rows, pixels, False)
         self.weights, self.terms, self.adds_up = weights, pixels, adds_up
-        self.choice = choice = choice or weights.choose(layer, x.device)
+        self.choice = choice = choice or choose(x, layer)
         if choice.provider != "triton":
             return
         tile = choice.tile
@@ -254,21 +278,22 @@ class WeightGradient:
         # 512 pixels a share at least: what a share of 128 x 128 sums writes is then half of what it loads.
         steps = cdiv(blocks, max(1, min(PROGRAMS // pairs, pixels // 512)))
         shares = cdiv(blocks, steps)
-        self.out, self.bias, self.partial = (
-            dense(*weights.shape), dense(all_rows), dense(shares, all_rows, columns + BIASES.value)
-        )  # fmt: skip
+        self.out, self.bias = dense(*weights.shape), dense(all_rows)
+        self.partial = dense(shares, all_rows, columns + BIASES.value)
         rows = all_rows // walk.parts
         unit, grad_unit = 1 if layer.gathers else unit_of(x, channels), unit_of(grad, rows)
         arguments = (
             int(adds_up), batch, height, width, *x.shape[2:], across, down, steps, channels // unit, rows // grad_unit,
-            walk.parts, *walk_arguments(walk, weights.geometry, False),
+            walk.parts, *walk.arguments(weights.geometry, False),
         )  # fmt: skip
-        self.run = Launches(
+        self.product = Launches(
             masked_conv2d_weight_kernel, (pairs, shares), arguments, GATHER=layer.gathers, UNIT=unit,
-            GRAD_UNIT=grad_unit, PRECISION=precision_of(x.device, x.dtype), IMAGES=box[0], HEIGHT=box[1], WIDTH=box[2],
-            N=tile.N, K=tile.K, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            GRAD_UNIT=grad_unit, PRECISION=precision_of(x), IMAGES=box[0], HEIGHT=box[1], WIDTH=box[2], N=tile.N,
+            K=tile.K, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-        self.boxes = (boxes_of(grad, box, tile.N), boxes_of(x, box, tile.K)) if tile.tma else None
+        self.boxes = tile.tma and [
+            boxes(x, (batch, *t.shape[2:], t.shape[1]), (*box, side)) for t, side in ((grad, tile.N), (x, tile.K))
+        ]
         size, flat = weights.size, max(256, next_power_of_2(weights.size))
         inputs = flat // size  # of a program
         inputs = inputs // 8 * 8 or inputs
@@ -280,18 +305,18 @@ class WeightGradient:
         grid = (cdiv(all_rows, 8), cdiv(channels, inputs))
         self.sum = Launches(masked_conv2d_sum_kernel, grid, sum_arguments, FLAT=flat, OUTPUTS=8)
 
-    def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def run(self, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.choice.provider != "triton":
             return self.by_cudnn(grad, x, weight, mask)
         out, bias = x.new_empty_strided(*self.out), x.new_empty_strided(*self.bias) if self.adds_up else None
-        partial_sums = x.new_empty_strided(*self.partial, dtype=torch.float32)
+        shares = x.new_empty_strided(*self.partial, dtype=torch.float32)
         read = (self.boxes[0](grad), self.boxes[1](x)) if self.boxes else (grad, x)
-        self.run(*read, partial_sums)
-        self.sum(partial_sums, mask, out, out if bias is None else bias)
+        self.product.start(*read, shares)
+        self.sum.start(shares, mask, out, out if bias is None else bias)
         return out, bias
 
     def by_cudnn(self, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        gradient = cudnn.weight_gradient(grad, x, weight, *self.weights.for_cudnn(self.choice, mask))
+        gradient = cudnn.weight_gradient(grad, x, weight, self.weights.cropped(weight, mask))
         return gradient, grad.sum((0, 2, 3)) if self.adds_up else None
 
 
@@ -307,6 +332,6 @@ def products_of(
     made: Any = {"weights": weights, "size": (weight.shape[0] // walk.parts, *size)}
     return {
         "out": (partial(Convolve, **made, activation=activation, keep=keep), (x, weight, mask)),
-        "in": (partial(Convolve, weights=weights, size=tuple(x.shape[1:]), mirrored=True), (grad, weight, mask)),
+        "in": (partial(Convolve, weights=weights, size=x.shape[1:], mirrored=True), (grad, weight, mask)),
         "weight": (partial(WeightGradient, weights=weights, adds_up=True), (grad, x, weight, mask)),
     }

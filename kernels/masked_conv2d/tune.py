@@ -1,7 +1,7 @@
 """Searches the launch configurations of the masked convolution on this machine's GPU, and times cuDNN beside them.
 
-    python -m fastgen.kernels.masked_conv2d.tune                                   the layers of the usual models
-    python -m fastgen.kernels.masked_conv2d.tune --channels 64 --outputs 128 --kernel 3 --size 28 --batch 64
+    python -m fastgen.kernels.masked_conv2d.tune                                the layers of the usual models
+    python -m fastgen.kernels.masked_conv2d.tune --layer 64 64 128 3 28 --gated  batch, channels, outputs, kernel, size
 
 For each layer and each of its three products (the result, the gradient of the input, that of the weight) every
 candidate first has to give the right numbers (check.py), twice the same, on this very device. The fastest that does is
@@ -14,39 +14,27 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from fastgen.kernels.masked_conv2d import config
 from fastgen.kernels.masked_conv2d.check import is_right
-from fastgen.kernels.masked_conv2d.config import (
-    Choice,
-    Layer,
-    Tile,
-    chip_of,
-    default_tile,
-    describe,
-    measured,
-    own_table,
-    precision_of,
-)
+from fastgen.kernels.masked_conv2d.config import Choice, Layer, Tile, chip_of, default_tile
 from fastgen.kernels.masked_conv2d.launch import forget
 from fastgen.kernels.masked_conv2d.products import products_of
 from fastgen.kernels.masked_conv2d.walk import Geometry
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DIRECTIONS = ("out", "in", "weight")
 Product = tuple[Callable[..., Any], tuple[Tensor | None, ...]]  # what makes one of the products, and its tensors
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A layer with "same" padding on square maps, with the mask of a grey image."""
+class Problem(NamedTuple):
+    """A layer with "same" padding on square maps, with the mask B of a grey image."""
 
     batch: int
     channels: int
@@ -55,7 +43,6 @@ class Problem:
     size: int
     dtype: torch.dtype
     gated: bool
-    mask: str = "B"
 
     def product(self, direction: str, device: torch.device) -> Product:
         """On random numbers."""
@@ -65,10 +52,9 @@ class Problem:
             values = torch.randn(self.batch, self.size, self.size, channels, generator=generator, device=device)
             return values.permute(0, 3, 1, 2).to(self.dtype)
 
-        live = torch.zeros(self.kernel**2, dtype=torch.bool)
-        live[: self.kernel**2 // 2 + (self.mask == "B")] = True
         shape = torch.Size((self.outputs, self.channels, self.kernel, self.kernel))
-        mask = live.view(self.kernel, self.kernel).expand(shape).contiguous().to(device)
+        live = torch.arange(self.kernel**2, device=device) <= self.kernel**2 // 2
+        mask = live.view(self.kernel, self.kernel).expand(shape).contiguous()
         weight = torch.randn(shape, generator=generator, device=device) / (self.channels * self.kernel**2 / 2) ** 0.5
         geometry = Geometry((1, 1), (self.kernel // 2, self.kernel // 2), (1, 1))
         x, finish = feature_map(self.channels), ("gated", "valve") if self.gated else ("none", "")
@@ -105,13 +91,13 @@ def milliseconds(call: Callable[[], Any]) -> float:
 
 
 def search(product: Product, tiles: list[Tile]) -> dict[str, Any]:
-    """The row of a table: the fastest of the right ones, and the times of cuDNN, which is taken where none is right."""
+    """The row of a table: the fastest of the right ones, and the time of cuDNN, which is taken where none is right."""
     make, tensors = product
 
     def timed(provider: str, tile: Tile) -> float:
-        return milliseconds(partial(make(*tensors, choice=Choice(provider, tile, "")), *tensors))
+        return milliseconds(partial(make(*tensors, choice=Choice(provider, tile, "")).run, *tensors))
 
-    times = {provider: timed(provider, tiles[0]) for provider in ("dense", "cropped")}
+    times = {"cudnn": timed("cudnn", tiles[0])}
     right = {tile: timed("triton", tile) for tile in tiles if is_right(make, tensors, Choice("triton", tile, ""))}
     best = min(right, key=lambda tile: right[tile], default=tiles[0])
     times |= {"triton": right[best]} if right else {}
@@ -121,53 +107,42 @@ def search(product: Product, tiles: list[Tile]) -> dict[str, Any]:
 
 def save(gpu: str, layers: dict[str, Any], versions: dict[str, str]) -> Path:
     """Adds rows to this machine's table of the GPU; a reader sees the old file or the new one, never a part."""
-    path = own_table(gpu)
+    path = config.own_table(gpu)
     rows = json.loads(path.read_text())["layers"] if path.exists() else {}
     rows |= {key: {**row, "tile": row["tile"]._asdict()} for key, row in layers.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.with_suffix(f".{os.getpid()}.tmp")
     whole.write_text(json.dumps({"gpu": gpu, **versions, "layers": dict(sorted(rows.items()))}, indent=1))
     whole.replace(path)
-    measured.cache_clear()
+    config.measured.cache_clear()
     return path
 
 
-def _problems(argv: list[str] | None) -> list[Problem]:
-    parser = argparse.ArgumentParser(
-        prog="python -m fastgen.kernels.masked_conv2d.tune",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--channels", type=int, help="input channels of one layer; without it the usual layers")
-    parser.add_argument("--outputs", type=int, help="output channels, both halves of a gate (default: channels)")
-    for name, default, what in (("kernel", 3, "odd"), ("size", 32, "height and width"), ("batch", 128, "images")):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default {default})")
-    parser.add_argument("--mask", choices=("A", "B"), default="B", help="default %(default)s")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default %(default)s")
-    parser.add_argument("--gated", action="store_true", help="with the gate in the finish")
-    options = vars(parser.parse_args(argv))
-    options["outputs"] = options["outputs"] or options["channels"]
-    return [Problem(**options | {"dtype": DTYPES[options["dtype"]]})] if options["channels"] else usual_problems()
-
-
 def main(argv: list[str] | None = None) -> int:
-    problems = _problems(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = ("BATCH", "CHANNELS", "OUTPUTS", "KERNEL", "SIZE")
+    parser.add_argument("--layer", nargs=5, type=int, metavar=sizes, help="one layer; outputs: both halves of a gate")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of one layer")
+    parser.add_argument("--gated", action="store_true", help="with the gate in the finish of one layer")
+    options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("tune: torch finds no CUDA GPU, and only a GPU can be measured", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
     gpu = torch.cuda.get_device_name(device)
     versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": str(torch.version.cuda)}
-    for problem in problems:
+    layer: Any = options.layer and (*options.layer, getattr(torch, options.dtype), options.gated)
+    for problem in [Problem._make(layer)] if layer else usual_problems():
         rows = {}
         for direction in DIRECTIONS:
             make, tensors = problem.product(direction, device)
-            layer = make(*tensors).layer
-            tiles = candidates(chip_of(device), layer, precision_of(device, problem.dtype))
+            layer, read = make(*tensors).layer, tensors[0]
+            assert read is not None
+            tiles = candidates(chip_of(device), layer, config.precision_of(read))
             rows[layer.key] = search((make, tensors), tiles)
         save(gpu, rows, versions)
     forget()
-    print(describe(gpu))
+    print(config.describe(gpu))
     return 0
 
 

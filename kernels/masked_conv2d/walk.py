@@ -7,6 +7,7 @@ tile of rows (output channels) walks through as many of them as its last row see
 """
 
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +20,6 @@ class Geometry(NamedTuple):
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
-
-
-POINTWISE = Geometry((1, 1), (0, 0), (1, 1))
 
 
 class Walk(NamedTuple):
@@ -48,6 +46,18 @@ class Walk(NamedTuple):
     @property
     def width(self) -> int:
         return self.box[3] - self.box[2]
+
+    @property
+    def boxed(self) -> int:
+        """Taps of the box."""
+        return (self.box[1] - self.box[0]) * self.width
+
+    def arguments(self, geometry: Geometry, mirrored: bool) -> tuple[int, ...]:
+        """The kernels' arguments from `taps` to `shown`; mirrored: for the gradient of the input."""
+        sign = -1 if mirrored else 1
+        origins = (sign * (self.box[2 * a] * geometry.dilation[a] - geometry.padding[a]) for a in range(2))
+        steps = (sign * step for step in geometry.dilation)
+        return (self.taps, self.first, self.width, *origins, *steps, *self[4:7])
 
 
 def walk_of(live: Tensor, parts: int) -> Walk:
@@ -79,38 +89,34 @@ _known: dict[int, tuple[Any, int, dict[int, Walk]]] = {}  # by id: the mask (wea
 _all_live: dict[tuple[int, ...], Walk] = {}
 
 
-def seen_walk(mask: Tensor | None, shape: torch.Size, parts: int) -> Walk | None:
-    """As `known_walk`, None where that has not seen the mask."""
-    if mask is None:
-        return _all_live.get((*shape, parts))
-    entry = _known.get(id(mask))
-    if entry is None or entry[0]() is not mask or entry[1] != (0 if mask.is_inference() else mask._version):
-        return None
-    return entry[2].get(parts)
-
-
-def known_walk(mask: Tensor | None, shape: torch.Size, parts: int) -> Walk:
+def known_walk(
+    mask: Tensor | None, shape: torch.Size, parts: int, check: Callable[..., Any] | None = None, *given: Any
+) -> Walk:
     """What is known of a mask; None: all of `shape` (O, I, kh, kw) is live.
 
-    The first call with a mask tensor, and the first after each write into it, waits until the GPU has sent it. A write
-    by way of `.data` is not noticed.
+    The first call with a mask tensor, and the first after each write into it, calls `check(*given)` and waits until the
+    GPU has sent the mask. A write by way of `.data` is not noticed.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, and the mask was not read before.
     """
-    walk = seen_walk(mask, shape, parts)
-    if walk is not None:
-        return walk
     if mask is None:
-        walk = _all_live[(*shape, parts)] = walk_of(torch.ones(shape, dtype=torch.bool), parts)
+        walk = _all_live.get((*shape, parts))
+        if walk is None:
+            if check is not None:
+                check(*given)
+            walk = _all_live[(*shape, parts)] = walk_of(torch.ones(shape, dtype=torch.bool), parts)
         return walk
-    refuse_in_capture(mask, "reads a mask once, the first time that it sees it, and cannot do so", "the same mask")
-    live = mask.detach().cpu()
-    walks = {parts: walk_of(live, parts) for parts in (1, 2) if live.shape[0] % parts == 0}
-    place = id(mask)
-    version = 0 if mask.is_inference() else mask._version
-    _known[place] = (weakref.ref(mask, lambda _: _known.pop(place, None)), version, walks)
-    return walks[parts]
+    place, version = id(mask), 0 if mask.is_inference() else mask._version
+    entry = _known.get(place)
+    if entry is None or entry[0]() is not mask or entry[1] != version or parts not in entry[2]:
+        if check is not None:
+            check(*given)
+        refuse_in_capture(mask, "reads a mask once, the first time that it sees it, and cannot do so", "the same mask")
+        live = mask.detach().cpu()
+        walks = {parts: walk_of(live, parts) for parts in (1, 2) if live.shape[0] % parts == 0}
+        entry = _known[place] = (weakref.ref(mask, lambda _: _known.pop(place, None)), version, walks)
+    return entry[2][parts]
 
 
 def refuse_in_capture(x: Tensor, what: str, how: str) -> None:
@@ -118,11 +124,3 @@ def refuse_in_capture(x: Tensor, what: str, how: str) -> None:
         raise RuntimeError(
             f"masked_conv2d {what} while a CUDA graph is captured: run the model once before the capture, with {how}"
         )
-
-
-def walk_arguments(walk: Walk, geometry: Geometry, mirrored: bool) -> tuple[int, ...]:
-    """The kernels' arguments from `taps` to `shown`; mirrored: for the gradient of the input."""
-    sign = -1 if mirrored else 1
-    origins = [walk.box[2 * a] * geometry.dilation[a] - geometry.padding[a] for a in range(2)]
-    places = (sign * origins[0], sign * origins[1], sign * geometry.dilation[0], sign * geometry.dilation[1])
-    return (walk.taps, walk.first, walk.width, *places, walk.group_rows, walk.group_channels, walk.shown)

@@ -33,7 +33,7 @@ def test_the_search_refuses_wrong_numbers(direction, monkeypatch):
     with pytest.warns(UserWarning, match="gives wrong results"):
         row = tune.search(product, [wrong, right])
     assert (row["tile"], row["refused"]) == (right, 1)
-    assert set(row["ms"]) == {"dense", "cropped", "triton"}
+    assert set(row["ms"]) == {"cudnn", "triton"}
     with pytest.warns(UserWarning, match="gives wrong results"):
         row = tune.search(product, [wrong])
     assert row["provider"] != "triton" and row["refused"] == 1
@@ -136,8 +136,8 @@ def test_a_wrong_tap_is_noticed(direction, dtype, monkeypatch):
 
 
 def reasons():
-    runs = [one.run for call in launch._calls.values() for one in (call, *call.gradients.values())]
-    products = [getattr(run, name, run) for run in runs for name in ("weight_gradient", "x_gradient")]
+    plans = [one for plan in launch._plans.values() for one in (plan, *plan.gradients.values())]
+    products = [getattr(plan, name, plan) for plan in plans for name in ("weight", "x")]
     return [one.choice.why for one in products if hasattr(one, "choice")]
 
 

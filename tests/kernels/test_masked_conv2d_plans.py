@@ -7,17 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastgen.kernels.masked_conv2d import catalogue, config, launch, layout, tune, walk
+from fastgen.kernels import common
+from fastgen.kernels.masked_conv2d import catalogue, config, launch, tune, walk
 from fastgen.kernels.masked_conv2d.config import Layer, Tile
 from fastgen.kernels.masked_conv2d.launch import Backward
-from fastgen.kernels.masked_conv2d.layout import box_of
-from fastgen.kernels.masked_conv2d.products import Convolve
+from fastgen.kernels.masked_conv2d.products import Convolve, box_of
 from fastgen.models import GatedPixelCNN
 from fastgen.nn import MaskedConv2d
 from fastgen.ops import masked_conv2d
 from tests.ops.masked_conv2d_truth import problem
 
-CPU = torch.device("cpu")
+X = torch.empty(0, dtype=torch.bfloat16)
 CHIPS = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 
 
@@ -38,9 +38,9 @@ def test_calls_of_one_kind_are_planned_once(monkeypatch):
     assert made == [1]
     masked_conv2d(x.detach()[:1], weight.detach(), mask, bias.detach(), impl="triton")
     assert made == [1, 1]
-    monkeypatch.setattr(launch, "CALLS", 2)
+    monkeypatch.setattr(launch, "PLANS", 2)
     masked_conv2d(x.detach()[:, :, :3], weight.detach(), mask, bias.detach(), impl="triton")
-    assert len(launch._calls) == 1
+    assert len(launch._plans) == 1
 
 
 def test_gradients_of_one_kind_are_planned_once(monkeypatch):
@@ -65,7 +65,7 @@ def test_gradients_of_one_kind_are_planned_once(monkeypatch):
             torch.testing.assert_close(one, two)
         assert made == [1]
     out = masked_conv2d(x, weight, mask, bias, padding=1, activation="gated", impl="triton")
-    monkeypatch.setattr(launch, "precision_of", lambda device, dtype: "another")
+    monkeypatch.setattr(launch, "precision_of", lambda x: "another")
     torch.autograd.grad(out, (x, weight, bias), grad)
     assert made == [1, 1]
 
@@ -75,7 +75,7 @@ def test_a_call_that_is_planned_takes_few_steps_of_python(monkeypatch):
     x, weight, mask, bias = (one.detach() for one in problem("B", 2, 16, 8, 4, 4, dtype=torch.float32))
     options = {"padding": 1, "activation": "gated", "impl": "triton"}
     masked_conv2d(x, weight, mask, bias, **options)
-    monkeypatch.setattr(layout.Launches, "__call__", lambda self, *tensors: None)
+    monkeypatch.setattr(common.Launches, "start", lambda self, *tensors: None)
     calls = []
     masked_conv2d(x, weight, mask, bias, **options)
     sys.setprofile(lambda frame, event, argument: calls.append(event) if event.endswith("call") else None)
@@ -108,7 +108,7 @@ def layers(tma):
         ("out", "in", "weight"), (torch.float32, torch.bfloat16), (1, 24, 128, 768), (1, 3, 48, 256), (50, 10**6)
     ):
         for gated in (False, True) if direction == "out" else (False,):
-            yield Layer(direction, dtype, 2 * rows if gated else rows, channels, 5, pixels, gated, tma)
+            yield Layer(direction, dtype, 2 * rows if gated else rows, channels, 5, 6, pixels, gated, tma)
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -142,7 +142,7 @@ def test_boxes_waste_the_least(size):
         assert count == 64
 
 
-LAYER = Layer("out", torch.bfloat16, 256, 128, 5, 16 * 28 * 28, True, True)
+LAYER = Layer("out", torch.bfloat16, 256, 128, 5, 6, 16 * 28 * 28, True, True)
 
 
 @pytest.mark.parametrize(
@@ -156,25 +156,26 @@ LAYER = Layer("out", torch.bfloat16, 256, 128, 5, 16 * 28 * 28, True, True)
         ({"channels": 129}, "ieee", "no multiple of 8"),
         ({"channels": 130, "dtype": torch.float32}, "tf32", "no multiple of 4"),
         ({"channels": 120}, "ieee", ""),
-        ({"channels": 3, "taps": 24}, "ieee", ""),
-        ({"taps": 25}, "ieee", "25 of 28 taps"),
+        ({"channels": 3, "taps": 24, "boxed": 28}, "ieee", ""),
+        ({"taps": 25, "boxed": 28}, "ieee", "25 of 28 taps"),
     ],
 )
 def test_cudnn_by_rule(changes, precision, why, monkeypatch):
     layer = Layer(**{**vars(LAYER), **changes})
-    boxed = 28 if layer.taps > 5 else 6
-    found = config.rule("sm_90", layer, precision, boxed)
+    found = config.rule("sm_90", layer, precision)
     assert why in found and bool(why) == bool(found)
-    assert config.rule("interpreter", layer, precision, boxed) == ""
+    assert config.rule("interpreter", layer, precision) == ""
     monkeypatch.setattr(config, "EMULATED", "sm_90")
-    assert config.choose(CPU, layer, precision, boxed, (1, 1)).provider == ("cropped" if why else "triton")
+    with torch.backends.cudnn.flags(allow_tf32=precision == "tf32"):
+        choice = config.choose(torch.empty(0, dtype=layer.dtype), layer)
+    assert choice.provider == ("cudnn" if why else "triton") and why in choice.why
 
 
 def test_what_the_kernels_cannot_do_is_done_by_cudnn():
-    layer = Layer("in", torch.bfloat16, 128, 128, 5, 1000, False, False)
-    assert config.choose(CPU, layer, "float32", 6, (1, 1)).provider == "triton"
-    assert config.choose(CPU, layer, "float32", 6, (1, 2)).provider == "cropped"
-    assert config.choose(CPU, replace(layer, pixels=0), "float32", 6, (1, 1)).provider == "cropped"
+    layer = Layer("in", torch.bfloat16, 128, 128, 5, 6, 1000, False, False)
+    assert config.choose(X, layer).provider == "triton"
+    assert config.choose(X, replace(layer, strided=True)).provider == "cudnn"
+    assert config.choose(X, replace(layer, pixels=0)).provider == "cudnn"
 
 
 @pytest.fixture
@@ -187,7 +188,7 @@ def table(tmp_path, monkeypatch):
 
 
 def test_without_a_measurement_the_rule_decides(table):
-    found = config.choose(CPU, LAYER, "ieee", 6, (1, 1))
+    found = config.choose(X, LAYER)
     assert found[:2] == ("triton", config.default_tile("sm_90", LAYER, "ieee")) and "not measured" in found.why
     assert "not yet measured" in config.describe("sm_90")
     assert not list(config.SHIPPED.glob("*.json"))
@@ -196,25 +197,25 @@ def test_without_a_measurement_the_rule_decides(table):
 def test_a_measured_choice_is_saved_and_overrides_the_rule(table):
     by_rule = Layer(**{**vars(LAYER), "channels": 129, "tma": False})
     tile = Tile(64, 32, 64, 4, 3, True)
-    row = {"provider": "cropped", "tile": tile, "ms": {"triton": 2.0, "cropped": 1.0}, "refused": 0}
+    row = {"provider": "cudnn", "tile": tile, "ms": {"triton": 2.0, "cudnn": 1.0}, "refused": 0}
     assert tune.save("sm_90", {LAYER.key: row}, {"torch": "2"}) == table
     tune.save("sm_90", {by_rule.key: {**row, "provider": "triton"}}, {"torch": "2"})
-    found = config.choose(CPU, LAYER, "ieee", 6, (1, 1))
-    assert found[:2] == ("cropped", tile) and "cropped 1 ms" in found.why
-    assert config.choose(CPU, by_rule, "ieee", 6, (1, 1))[:2] == ("triton", Tile(64, 32, 64, 4, 3, False))
-    assert "cropped 1 ms" in config.describe("sm_90") and LAYER.key in config.describe("sm_90")
+    found = config.choose(X, LAYER)
+    assert found[:2] == ("cudnn", tile) and "cudnn 1 ms" in found.why
+    assert config.choose(X, by_rule)[:2] == ("triton", Tile(64, 32, 64, 4, 3, False))
+    assert "cudnn 1 ms" in config.describe("sm_90") and LAYER.key in config.describe("sm_90")
     assert [file.name for file in table.parent.iterdir()] == [table.name]
     near = Layer(**{**vars(LAYER), "pixels": LAYER.pixels + 7})
-    assert config.choose(CPU, near, "ieee", 6, (1, 1)).provider == "cropped"
+    assert config.choose(X, near).provider == "cudnn"
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"layers": {"k": {"provider": "magic"}}}', '{"layers": {"k": {"provider": "dense"}}}']
+    "content", ["{", "[]", "{}", '{"layers": {"k": {"provider": "magic"}}}', '{"layers": {"k": {"provider": "cudnn"}}}']
 )
 def test_a_damaged_table_is_named(table, content):
     table.write_text(content)
     with pytest.raises(ValueError, match=r"sm-90\.json is no table"):
-        config.choose(CPU, LAYER, "ieee", 6, (1, 1))
+        config.choose(X, LAYER)
 
 
 def test_a_layer_tells_what_will_run(monkeypatch):
@@ -225,17 +226,20 @@ def test_a_layer_tells_what_will_run(monkeypatch):
     with torch.backends.cudnn.flags(allow_tf32=True):
         lines = layer.provider(torch.zeros(1, 16, 4, 4)).splitlines()
     assert [line.split(":")[0] for line in lines] == ["result", "gradient of the input", "gradient of the weight"]
-    assert "triton" in lines[0] and "cropped" in lines[2] and "by rule, not measured" in lines[2]
+    assert "triton" in lines[0] and "cuDNN" in lines[2] and "by rule, not measured" in lines[2]
+    odd = MaskedConv2d(129, 258, 1, mask_type="B", data_channels=3, dtype=torch.bfloat16)
+    lines = odd.provider(torch.zeros(1, 129, 4, 4, dtype=torch.bfloat16)).splitlines()
+    assert all("cuDNN" in line and "channels are no multiple of 8" in line for line in lines)
 
 
 def test_choices_are_for_one_device_and_precision(monkeypatch):
     """TF32 that is switched is another kind of call."""
-    monkeypatch.setattr(launch, "precision_of", lambda device, dtype: "ieee")
+    monkeypatch.setattr(launch, "precision_of", lambda x: "ieee")
     x, weight, mask, bias = (one.detach() for one in problem("B", 2, 16, 16, 4, 4, (1, 1), dtype=torch.float32))
     masked_conv2d(x, weight, mask, bias, impl="triton")
-    monkeypatch.setattr(launch, "precision_of", lambda device, dtype: "tf32")
+    monkeypatch.setattr(launch, "precision_of", lambda x: "tf32")
     masked_conv2d(x, weight, mask, bias, impl="triton")
-    assert len(launch._calls) == 2
+    assert len(launch._plans) == 2
 
 
 def test_a_training_step_of_the_gated_pixelcnn_compiles_few_kernels(monkeypatch):

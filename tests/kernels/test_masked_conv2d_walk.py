@@ -79,10 +79,9 @@ def of_layer(name, layer, direction):
     rows, channels = (inputs, outputs) if direction == "in" else (outputs, inputs)
     found = walk_of(layer.mask, parts)
     gated = parts > 1 and direction == "out"
-    kind = Layer(direction, torch.bfloat16, rows, channels, found.live, 2**17, gated, True)
-    boxed = (found.box[1] - found.box[0]) * found.width
+    kind = Layer(direction, torch.bfloat16, rows, channels, found.live, found.boxed, 2**17, gated, True)
     tile = config.default_tile("sm_90", kind, "ieee")
-    runs = config.rule("sm_90", kind, "ieee", boxed) == ""
+    runs = config.rule("sm_90", kind, "ieee") == ""
     if kind.gathers:
         return runs, -(-rows // tile.N) * tile.N * -(-found.taps * channels // tile.K) * tile.K
     written = tile.N // 2 if gated else tile.N

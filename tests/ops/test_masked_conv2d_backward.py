@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastgen.kernels.masked_conv2d import launch, walk
+from fastgen.kernels.masked_conv2d import launch, products
 from fastgen.kernels.masked_conv2d.products import WeightGradient
 from fastgen.ops import causal_mask, masked_conv2d
 from fastgen.ops.masked_conv2d import fused
@@ -88,7 +88,7 @@ def test_gradients_equal_the_definition(saved, size, geometry, passes):
 def test_shares_of_many_pixels_are_added(saved, device):
     """1040 pixels: two shares of the weight, the last of them shorter."""
     x, weight, mask, _ = problem("B", 52, 3, 16, 4, 5, (1, 1), torch.float32, device)
-    weights = launch.Weights.of(weight, launch.known_walk(mask, weight.shape, 1), walk.POINTWISE)
+    weights = launch.Weights.of(weight, launch.known_walk(mask, weight.shape, 1), products.POINTWISE)
     grad = torch.randn(52, 16, 4, 5, device=device).contiguous(memory_format=torch.channels_last)
     assert WeightGradient(grad, x, weight, mask, weights=weights, adds_up=True).partial[0][0] == 2
     check(*run(saved, batch=52, inputs=3))
@@ -189,7 +189,8 @@ def test_contract_of_the_backward_operator(saved, device):
     )
     both = torch.cat((map_of_results, grad), 1).contiguous(memory_format=torch.channels_last)
     out, kept = {
-        "none": (None, None), "relu": (map_of_results, None), "valve": (map_of_results, grad), "both": (None, both)
+        "none": (None, None), "relu": (map_of_results, None), "valve": (map_of_results, grad),
+        "both": (map_of_results, both),
     }[saved]  # fmt: skip
     tensors = (grad, None, x, weight, mask, out, kept, None, None)
     arguments = (*tensors, [1, 1], [1, 1], [1, 1], saved, [True, True, True, False, False, False])
