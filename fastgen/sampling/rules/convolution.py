@@ -235,10 +235,10 @@ class Convolution(Rule):
     def reads(self) -> list[Operand]:
         return [self._padded(), *([] if self.onto is None else [self.onto])]
 
-    def _weights(self, key: Any, matrix: Tensor) -> View:
-        """A constant that is made once."""
+    def _weights(self, key: Any, weights: Tensor, sizes: tuple[int, ...] | None = None) -> View:
+        """A constant that is made once, of these sizes."""
         if key not in self._constants:
-            self._constants[key] = constant(matrix)
+            self._constants[key] = constant(weights, sizes)
         return self._constants[key]
 
     def _part(self, channels: slice, group: int) -> Part | None:

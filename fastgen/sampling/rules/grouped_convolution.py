@@ -34,9 +34,11 @@ class GroupedConvolution(Convolution):
         else:
             rows = seen.as_strided((*sizes, 1, terms.numel), (*strides, 0, *(terms.strides or (0,))))
         weight = self.weight.unflatten(0, (self.groups, outs))[groups.start : groups.stop : groups.step]
-        weight = weight[(..., *(slice(first, last) for first, last in cut))].flatten(2).permute(2, 0, 1).contiguous()
+        weight = weight[(..., *(slice(first, last) for first, last in cut))]
         # Groups lie next to each other, as channels do, so that the sums of many advance together.
-        every = self._weights(("grouped", groups), weight).order((1, 0, 2)).expand((*sizes, len(weight), outs))
+        weight = weight.permute(*range(2, weight.dim()), 0, 1)
+        every = self._weights(("grouped", groups), weight, (terms.numel, len(groups), outs))
+        every = every.order((1, 0, 2)).expand((*sizes, terms.numel, outs))
         added = None if added is None else _by_groups(added, outs)
         builder.product(_by_groups(out, outs), rows, every, added)
 

@@ -65,6 +65,28 @@ def plan_of(model, shape=(1, 5, 4)):
     return make_plan(Network(model, shape, encode, None, 3), Categorical(3, "B(KC)HW"))
 
 
+def test_depthwise_convolutions_take_other_numbers():
+    class Depthwise(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = DataMask(1, 9, 3, hides_centre=True), nn.Conv2d(9, 3, 1)
+            self.middle = nn.Conv2d(9, 9, 3, padding=1, groups=9)
+
+        def forward(self, x):
+            below = self.middle.weight.new_tensor([[1, 1, 1], [1, 1, 0], [0, 0, 0]])
+            seen = nn.functional.conv2d(self.first(x), self.middle.weight * below, padding=1, groups=9)
+            return self.last(seen.relu())
+
+    torch.manual_seed(0)
+    model = Depthwise().eval()
+    plan = plan_of(model)
+    before = [view.memory.data.clone() for view in weights_of(plan)]
+    changed(model)
+    assert plan.renew()
+    after = [view.memory.data for view in weights_of(plan)]
+    assert all(torch.allclose(new, 1.4 * old) for old, new in zip(before, after, strict=True))
+
+
 def test_other_numbers_fit_and_other_zeros_do_not():
     torch.manual_seed(0)
     model = PixelCNN((1, 5, 4), 3, channels=8, layers=1).eval()
