@@ -8,12 +8,12 @@ has kept in registers. The weights of all taps do not fit shared memory together
 Arguments: `fastgen.kernels.lstm.cell`.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgen.kernels.common import empty_map, launch
+from fastgen.kernels.common import Launches
+from fastgen.kernels.lstm.calls import Call, Choice, layout_of, layouts_of_results, run_backward, run_forward
 from fastgen.kernels.lstm.cell import (
     add_gates,
     cell_backward,
@@ -26,7 +26,7 @@ from fastgen.kernels.lstm.cell import (
     store_gates,
     widened,
 )
-from fastgen.kernels.lstm.choice import ScanLaunch, TileLaunch, choose, constants_of, empty_results
+from fastgen.kernels.lstm.choice import TileLaunch, choose, constants_of
 from fastgen.kernels.lstm.entries import scan_entries
 from fastgen.kernels.lstm.tiles import backward_by_tiles, forward_by_tiles
 
@@ -143,56 +143,41 @@ def row_lstm_backward_kernel(
             saved = load_saved_row(maps, strides, units, height, width, image, after, column, u, batch)
 
 
-def forward(
-    gates: Tensor, weight: Tensor, *, save: bool, choice: ScanLaunch | TileLaunch | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """hidden (B, h, H, W), and to train the activated gates and the cell states, all channels-last.
-
-    Args:
-        gates: (B, 4h, H, W), any strides.
-        weight: (4h, h, k), any strides.
-        choice: None chooses.
-    """
+def _plan_forward(gates: Tensor, weight: Tensor, choice: Choice, save: bool) -> Call:
     batch, _, height, width = gates.shape
     units, taps = weight.shape[1:]
-    hidden, activated, cell = results = empty_results(gates, save)
-    if batch == 0:
-        return results
-    choice = choice or choose(gates, width, units, taps)
-    if isinstance(choice, TileLaunch):
-        forward_by_tiles(gates, weight, hidden, activated, cell, choice, row_scan=True)
-        return results
-    packed = weight.permute(2, 0, 1).contiguous()
-    sizes = (batch, height, width, units, taps, choice.images_of_a_program(batch) * height, *gates.stride())
-    launch(row_lstm_forward_kernel, (choice.programs,), (gates, packed, *results, *sizes), constants_of(choice, gates))
-    return results
+    launch = choice(gates, width, units, taps) if callable(choice) else choice
+    if isinstance(launch, TileLaunch):
+        return forward_by_tiles(gates, weight, launch, save, row_scan=True)
+    sizes = (batch, height, width, units, taps, launch.images_of_a_program(batch) * height, *gates.stride())
+    launches = Launches(row_lstm_forward_kernel, (launch.programs,), sizes, **constants_of(launch, gates))
+    return Call(lambda weight: weight.permute(2, 0, 1).contiguous(), layouts_of_results(gates, save), launches)
+
+
+def _plan_backward(grad_hidden: Tensor, weight: Tensor, activated: Tensor, cell: Tensor, choice: Choice) -> Call:
+    batch, units, height, width = grad_hidden.shape
+    taps = weight.shape[2]
+    launch = choice(grad_hidden, width, units, taps, backward=True) if callable(choice) else choice
+    if isinstance(launch, TileLaunch):
+        return backward_by_tiles(grad_hidden, weight, launch, row_scan=True)
+    steps = launch.images_of_a_program(batch) * height
+    sizes = (batch, height, width, units, taps, steps, *grad_hidden.stride())
+    launches = Launches(row_lstm_backward_kernel, (launch.programs,), sizes, **constants_of(launch, grad_hidden))
+    return Call(lambda weight: weight.permute(2, 1, 0).contiguous(), (layout_of(grad_hidden, 4 * units),), launches)
+
+
+def forward(
+    gates: Tensor, weight: Tensor, *, save: bool, choice: Choice | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`run_forward`; choice: None is `choose`."""
+    return run_forward(_plan_forward, gates, weight, choice or choose, save)
 
 
 def backward(
-    grad_hidden: Tensor,
-    activated: Tensor,
-    cell: Tensor,
-    weight: Tensor,
-    *,
-    choice: ScanLaunch | TileLaunch | None = None,
+    grad_hidden: Tensor, activated: Tensor, cell: Tensor, weight: Tensor, *, choice: Choice | None = None
 ) -> Tensor:
-    """Gradient of the gates (B, 4h, H, W), channels-last, from what the forward has saved."""
-    batch, units, height, width = grad_hidden.shape
-    activated, cell = (saved.contiguous(memory_format=torch.channels_last) for saved in (activated, cell))
-    grad_gates = empty_map(grad_hidden, 4 * units, height, width)
-    if batch == 0:
-        return grad_gates
-    choice = choice or choose(grad_hidden, width, units, weight.shape[2], backward=True)
-    if isinstance(choice, TileLaunch):
-        backward_by_tiles(grad_hidden, activated, cell, weight, grad_gates, choice, row_scan=True)
-        return grad_gates
-    packed = weight.permute(2, 1, 0).contiguous()
-    steps = choice.images_of_a_program(batch) * height
-    sizes = (batch, height, width, units, weight.shape[2], steps, *grad_hidden.stride())
-    pointers = (grad_hidden, activated, cell, packed, grad_gates)
-    constants = constants_of(choice, grad_hidden)
-    launch(row_lstm_backward_kernel, (choice.programs,), (*pointers, *sizes), constants)
-    return grad_gates
+    """`run_backward`."""
+    return run_backward(_plan_backward, grad_hidden, activated, cell, weight, choice or choose)
 
 
 CATALOGUE = scan_entries(row_lstm_forward_kernel, backward=False) + scan_entries(
