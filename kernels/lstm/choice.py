@@ -154,6 +154,11 @@ def warps_of(tile: int) -> int:
     return 4 if tile <= 512 else 8 if tile <= 1024 else 16
 
 
+def taps_together(U: int, taps: int) -> int:
+    """Of the Row LSTM's forward, a power of two. With 64 units, weights of two taps would spill on sm_80."""
+    return min(next_power_of_2(taps), 128 // U) if U < 64 else 1
+
+
 def tile_launch_of(
     generation: int, processors: int, single: bool, batch: int, lanes: int, units: int, taps: int, backward: bool
 ) -> TileLaunch:

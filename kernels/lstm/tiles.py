@@ -12,9 +12,11 @@ LSTM and 1.05 to 1.18 by the Row LSTM, as a state is read once a tap and once a 
 step fill several tiles, weights are read once a tile: a larger one does not fit the registers.
 
 Barriers a step, counted in the same way at 64 and 128 units: in float32 on sm_90, diagonal 5 and 13 forward, 11 and 19
-backward; row 7 and 17, 15 and 27. On other chips parts of float32 pass through registers and shared memory one by one:
-13 and 17 forward, 37 and 53 backward at 64 units. Fragments save them 2 forward, and spill 400 to 488 bytes backward,
-as tensor cores there take states from registers as well.
+backward; row 7 and 17, 15 and 27. In chunks of 12 parts the row's 17 were 13, but two to eight words would spill. On
+other chips parts pass through registers and shared memory one by one: float32 takes 13 and 17 forward, 37 and 53
+backward at 64 units, 41 and 57, 69 and 101 at 128. Fragments save 2 forward at 64 units, and spill 400 to 488 bytes
+backward, as tensor cores there take states from registers as well; larger parts fit shared memory only without the one
+that is on its way, and a step is bound by its weights, which come from the second cache.
 
 Arguments: `fastgen.kernels.lstm.cell` and, of products, `fastgen.kernels.lstm.neighbours`.
 """

@@ -109,8 +109,8 @@ def tiles_of(rows: Rows, itemsize: int) -> Tiles:
 
 @functools.lru_cache(4096)
 def _tiles_of(rows: Rows, sector: int, programs: int) -> Tiles:
-    """A wide row has tiles of its own; short rows share a tile. If there are too few rows to fill the chip, they are
-    split between programs.
+    """A wide row has tiles of its own; short rows, padded to a power of two, share a tile. If there are too few rows to
+    fill the chip, they are split between programs.
 
     Two dimensions are cut into squares, so that tensors which are contiguous along different dimensions are both read
     in whole sectors; but only if the inner length is a multiple of four, as a group of numbers that are drawn together

@@ -2,7 +2,7 @@
 
     PTXEMU_ARCH=90 PYTHONPATH=.:../shared python -m pytest -p tests.emulated tests/kernels/test_counts.py
 
-Instructions are of the PTX, of threads, with those of padding. What is moved is 32 bytes for each sector of each request.
+Instructions are of the PTX, of threads, with those of padding. Each sector of each request moves 32 bytes.
 """
 
 import os
@@ -10,9 +10,10 @@ import os
 import pytest
 import torch
 
+from fastgen.ops import diagonal_lstm, reconstruction_nll, reparameterize_kl, row_lstm
+
 pytest.importorskip("triton")
 ptxemu = pytest.importorskip("ptxemu")
-from fastgen.ops import diagonal_lstm, reconstruction_nll, reparameterize_kl, row_lstm
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available(), reason="counts in ptxemu"
@@ -43,7 +44,7 @@ LATENTS = {
     "halves of a layer": (lambda: torch.randn(64, 1024).chunk(2, 1), 90, 90),
     "halves of a map": (lambda: torch.randn(16, 32, 16, 16).chunk(2, 1), 90, 90),
     "halves of a map, channels last": (lambda: leaf(torch.randn(16, 32, 16, 16), last=True).chunk(2, 1), 90, 90),
-    "odd rows": (lambda: (torch.randn(64, 1023), torch.randn(64, 1023)), 97, 97),
+    "odd rows": (lambda: (torch.randn(64, 1023), torch.randn(64, 1023)), 94, 97),
     "transposed": (lambda: (torch.randn(1024, 64).T, torch.randn(1024, 64).T), 113, 113),
     "two orders": (lambda: (leaf(torch.randn(16, 32, 16, 16), last=True), torch.randn(16, 32, 16, 16)), 117, 113),
 }
@@ -132,22 +133,27 @@ def test_scans_by_tiles(case):
         assert found.barriers_a_block <= barriers * steps or not HOPPER
 
 
-# Operation, taps; barriers a step, of a program an image, on sm_80 and sm_90.
-SCANS = {"diagonal": (diagonal_lstm, 2, 8, 8), "row": (row_lstm, 3, 15, 9)}
+# Operation, taps, units; barriers a step, forward and backward, of a program an image, on sm_80 and on sm_90.
+SCANS = {
+    "diagonal, 16": (diagonal_lstm, 2, 16, (8, 8), (8, 8)),
+    "diagonal, 64": (diagonal_lstm, 2, 64, (8, 8), (8, 8)),
+    "row, 16": (row_lstm, 3, 16, (7, 5), (15, 15)),
+    "row, 64": (row_lstm, 3, 64, (15, 9), (15, 9)),
+}
 
 
-@pytest.mark.parametrize("units", [16, 64])
 @pytest.mark.parametrize("case", SCANS)
-def test_scans_of_a_program_an_image(case, units):
-    """Everything is moved once but weights, which the row operation reads once a step. Half precision."""
-    operation, taps, *barriers = SCANS[case]
+def test_scans_of_a_program_an_image(case):
+    """In half precision. All is moved once, but by the row operation weights once a step and states once a tap."""
+    operation, taps, units, *barriers = SCANS[case]
     side = 16
     steps = side if operation is row_lstm else 2 * side - 1
     inputs = [leaf(torch.randn(1, 4 * units, side, side), last=True), leaf(torch.randn(4 * units, units, taps) / 8)]
     inputs = [leaf(x.to(torch.bfloat16)) for x in inputs]
-    weights = 2 * 4 * taps * units**2 * (steps - 1) if operation is row_lstm else 0
-    for found in counts(lambda *x: operation(*x, impl="triton"), inputs):
-        states = (taps - 1) * 8 * side**2 * units if operation is row_lstm else 0
-        assert found.moved <= 1.1 * (found.unique + weights + states)
+    for backward, found in enumerate(counts(lambda *x: operation(*x, impl="triton"), inputs)):
+        again = 0
+        if operation is row_lstm:
+            again = 2 * units * ((steps - 1) * 4 * taps * units + (taps - 1) * side**2 * (4 if backward else 1))
+        assert found.moved <= 1.03 * (found.unique + again)
         assert found.loads.efficiency >= 0.95 and found.stores.efficiency >= 0.95
-        assert found.barriers_a_block <= barriers[HOPPER] * steps
+        assert found.barriers_a_block <= barriers[backward][HOPPER] * steps
