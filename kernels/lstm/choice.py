@@ -154,9 +154,10 @@ def warps_of(tile: int) -> int:
     return 4 if tile <= 512 else 8 if tile <= 1024 else 16
 
 
-def taps_together(U: int, taps: int) -> int:
-    """Of the Row LSTM's forward, a power of two. With 64 units, weights of two taps would spill on sm_80."""
-    return min(next_power_of_2(taps), 128 // U) if U < 64 else 1
+def taps_together(launch: ScanLaunch, taps: int) -> int:
+    """Of the Row LSTM's forward, a power of two: 1 where weights of several taps would spill."""
+    large = launch.U >= 64 or launch.IMAGES * launch.LANES * launch.U >= 4096
+    return 1 if large else min(next_power_of_2(taps), 128 // launch.U)
 
 
 def tile_launch_of(

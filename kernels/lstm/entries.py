@@ -75,7 +75,8 @@ def _entries(kernel: Any, launches: dict[Any, list[int]], constants: dict[str, A
         precision = "ieee" if amd else PRECISIONS.get(dtype, "ieee")
         fixed = {**tile, "PRECISION": precision, "FAST": dtype == "bf16" and not amd}
         fixed |= {f"{name}_unit_stride": 1 for name in ("gates", "grad")}
-        fixed.setdefault("TOGETHER", taps_together(launch.U, 3))
+        if isinstance(launch, ScanLaunch):
+            fixed["TOGETHER"] = taps_together(launch, 3)
         fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
         kinds = {"cell_ptr": "*fp32", "grad_cell_ptr": "*fp32"}
         maps = "*fp32" if dtype == "tf32" else f"*{dtype}"

@@ -156,7 +156,7 @@ def _plan_forward(gates: Tensor, weight: Tensor, choice: Choice, save: bool) -> 
     if isinstance(launch, TileLaunch):
         return forward_by_tiles(gates, weight, launch, save, row_scan=True)
     sizes = (batch, height, width, units, taps, launch.images_of_a_program(batch) * height, *gates.stride())
-    constants = {"TOGETHER": taps_together(launch.U, taps), **constants_of(launch, gates)}
+    constants = {"TOGETHER": taps_together(launch, taps), **constants_of(launch, gates)}
     launches = Launches(row_lstm_forward_kernel, (launch.programs,), sizes, **constants)
     return Call(lambda weight: weight.permute(0, 2, 1).contiguous(), layouts_of_results(gates, save), launches)
 
