@@ -52,7 +52,9 @@ def add_exponential(largest, total, x):
 def total_of(largest, total):
     """Maxima and sums of the threads of a pixel (BLOCK, TOGETHER) as one (BLOCK,)."""
     greatest = tl.max(largest, 1)
-    return greatest, tl.sum(total * tl.exp(largest - greatest[:, None]), 1)
+    factor = tl.exp(largest - greatest[:, None])
+    # A select keeps product and sum apart: fused, threads of a pixel would differ in the last bit, and race.
+    return greatest, tl.sum(tl.where(total > 0, total * factor, total), 1)
 
 
 @triton.jit
