@@ -56,18 +56,22 @@ def check_arguments(gates: Tensor, weight: Tensor) -> None:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{name} must be a float tensor, got {kind}")
-    if gates.dim() != 4 or gates.shape[1] == 0 or gates.shape[1] % 4 or 0 in gates.shape[2:]:
-        raise ValueError(f"gates must have the shape (B, 4h, H, W) with h, H, W >= 1, got {tuple(gates.shape)}")
-    units = gates.shape[1] // 4
-    if weight.dim() != 3 or weight.shape[:2] != (4 * units, units):
-        raise ValueError(
-            f"weight must have the shape (4h, h, taps) = ({4 * units}, {units}, taps) for gates of the shape "
-            f"{tuple(gates.shape)}, got {tuple(weight.shape)}"
-        )
+    _check_shapes(gates.shape, weight.shape)
     if gates.dtype != weight.dtype:
         raise TypeError(f"gates and weight must have the same dtype, got {gates.dtype} and {weight.dtype}")
     if gates.device != weight.device:
         raise ValueError(f"gates is on {gates.device}, weight on {weight.device}; expected the same device")
+
+
+def _check_shapes(gates: torch.Size, weight: torch.Size) -> None:
+    if len(gates) != 4 or gates[1] == 0 or gates[1] % 4 or 0 in gates[2:]:
+        raise ValueError(f"gates must have the shape (B, 4h, H, W) with h, H, W >= 1, got {tuple(gates)}")
+    units = gates[1] // 4
+    if len(weight) != 3 or weight[:2] != (4 * units, units):
+        raise ValueError(
+            f"weight must have the shape (4h, h, taps) = ({4 * units}, {units}, taps) for gates of the shape "
+            f"{tuple(gates)}, got {tuple(weight)}"
+        )
 
 
 def under_autocast(gates: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """How a scan becomes an operation that is differentiable, compiled and traced: one factory for both LSTMs."""
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ class Scan:
 
             @staticmethod
             def forward(ctx: Any, gates: Tensor, weight: Tensor, flags: tuple[Any, ...]) -> Tensor:
-                hidden, activated, cell = self._module().forward(gates, weight, *flags, save=True)
+                hidden, activated, cell = self._module.forward(gates, weight, *flags, save=True)
                 ctx.flags = [*flags, True]
                 ctx.save_for_backward(weight, hidden, activated, cell)
                 return hidden
@@ -101,8 +102,11 @@ class Scan:
                 run = backward if torch.is_grad_enabled() else self._run_backward
                 return self._gradients(ctx, run, *grads, *ctx.saved_tensors)[:3]
 
-        object.__setattr__(self, "_operators", (plain, saving, Direct))
+        # `Function.apply` looks for transforms of `torch.func`, which `is_plain` has excluded, and goes on to this one.
+        direct = super(torch.autograd.Function, Direct).apply
+        object.__setattr__(self, "_operators", (plain, saving, direct))
 
+    @functools.cached_property
     def _module(self) -> Any:
         return importlib.import_module(self.kernels)
 
@@ -110,13 +114,13 @@ class Scan:
         """flags end with whether Triton runs; PyTorch leaves out what is the default."""
         flags, triton = self._split(flags)
         if triton:
-            return self._module().forward(gates, weight, *flags, save=save)
+            return self._module.forward(gates, weight, *flags, save=save)
         return tuple(map(own, self.forward(gates, weight, *flags)))
 
     def _run_backward(self, grad: Tensor, activated: Tensor, cell: Tensor, weight: Tensor, *flags: Any) -> Tensor:
         flags, triton = self._split(flags)
         if triton:
-            return self._module().backward(grad, activated, cell, weight, *flags)
+            return self._module.backward(grad, activated, cell, weight, *flags)
         return own(self.backward(grad, activated, cell, weight, *flags))
 
     def _split(self, flags: tuple[Any, ...]) -> tuple[tuple[Any, ...], bool]:
@@ -142,8 +146,8 @@ class Scan:
         trains = needs_gradient(gates, weight)
         if triton and is_plain(gates, weight) and not (trains and recompute):
             if trains:
-                return direct.apply(gates, weight, flags)
-            return self._module().forward(gates, weight, *flags, save=False)[0]
+                return direct(gates, weight, flags)
+            return self._module.forward(gates, weight, *flags, save=False)[0]
         if recompute or not trains:
             return plain(gates, weight, *flags, triton)
         return saving(gates, weight, *flags, triton)[0]

@@ -95,14 +95,6 @@ def widened(gates):
 
 
 @triton.jit
-def load_matrix(weight_ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A contiguous matrix, padded by zeros."""
-    row = tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, COLUMNS)[None, :]
-    return tl.load(weight_ptr + row * columns + column, (row < rows) & (column < columns), other=0.0)
-
-
-@triton.jit
 def load_weights(weight_ptr, row, real, units, PARTS: tl.constexpr, U: tl.constexpr):
     """Rows `row` of a matrix of PARTS * units columns, each part padded to U columns; zeros where `real` is false."""
     k = tl.arange(0, PARTS * U)

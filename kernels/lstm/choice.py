@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.kernels.common import cdiv, empty_map, next_power_of_2, processors_of, tf32_allowed
+from fastgen.kernels.common import cdiv, next_power_of_2, processors_of, tf32_allowed
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,7 @@ def full_tiles(generation: int) -> bool:
 
 def constants_of(launch: ScanLaunch | TileLaunch, x: Tensor) -> dict[str, Any]:
     """Tile, options of the compiler, and arithmetic for the dtype and chip of x."""
-    return _constants(launch, **arithmetic(x))
-
-
-@functools.lru_cache(1024)
-def _constants(launch: ScanLaunch | TileLaunch, PRECISION: str, FAST: bool) -> dict[str, Any]:
-    return {"PRECISION": PRECISION, "FAST": FAST, **launch.constants}
+    return {**arithmetic(x), **launch.constants}
 
 
 def arithmetic(x: Tensor) -> dict[str, Any]:
@@ -149,7 +144,7 @@ def launch_of(
         images *= 2  # a step of a larger tile takes hardly longer
     num_warps = warps_of(images * slots * padded)
     # Registers hold two programs of 4 warps at least, and one of more; a further program would only begin later.
-    programs = min(cdiv(batch, images), processors * max(1, 8 // num_warps))
+    programs = min(cdiv(max(batch, 1), images), processors * max(1, 8 // num_warps))
     return ScanLaunch(images, slots, padded, programs, num_warps)
 
 
@@ -157,6 +152,12 @@ def warps_of(tile: int) -> int:
     """For a tile of so many numbers: a thread has 4, or 8 of the largest tile, which then fit its registers. With half
     the warps each executes nearly twice the instructions, in as many barriers: nothing is saved."""
     return 4 if tile <= 512 else 8 if tile <= 1024 else 16
+
+
+def taps_together(launch: ScanLaunch, taps: int) -> int:
+    """Of the Row LSTM's forward, a power of two: 1 where weights of several taps would spill."""
+    large = launch.U >= 64 or launch.IMAGES * launch.LANES * launch.U >= 4096
+    return 1 if large else min(next_power_of_2(taps), 128 // launch.U)
 
 
 def tile_launch_of(
@@ -193,13 +194,3 @@ def tile_launch_of(
         num_stages = 2 if generation == 9 else 3
     programs = max(1, min(cdiv(batch, max(1, M // lanes)), processors))
     return TileLaunch(M, U, K, programs, num_warps, together, num_stages, parts, chunk)
-
-
-def empty_results(gates: Tensor, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """For hidden states, and to train for activated gates and cell states (float32)."""
-    channels, height, width = gates.shape[1:]
-    hidden = empty_map(gates, channels // 4, height, width)
-    if not save:
-        return hidden, None, None
-    activated = empty_map(gates, channels, height, width)
-    return hidden, activated, empty_map(gates, channels // 4, height, width, torch.float32)

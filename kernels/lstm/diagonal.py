@@ -23,26 +23,25 @@ Traffic a pixel, h units of s bytes: forward reads 4h and writes h, and to train
 5h and h floats and writes 4h. All of it is bound by H + W - 1 dependent steps, not by rates.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgen.kernels.common import empty_map, launch
+from fastgen.kernels.common import Launches
+from fastgen.kernels.lstm.calls import Call, Choice, layout_of, layouts_of_results, run_backward, run_forward
 from fastgen.kernels.lstm.cell import (
     add_gates,
     cell_backward,
     cell_forward,
     gates_of,
     joined_gates,
-    load_matrix,
     load_saved,
     load_terms,
     product,
     store_gates,
     widened,
 )
-from fastgen.kernels.lstm.choice import ScanLaunch, TileLaunch, choose, constants_of, empty_results
+from fastgen.kernels.lstm.choice import TileLaunch, choose, constants_of
 from fastgen.kernels.lstm.entries import scan_entries
 from fastgen.kernels.lstm.tiles import backward_by_tiles, forward_by_tiles
 
@@ -53,6 +52,15 @@ def pixel_of(image, row, place, batch, height, width, LEFTWARD: tl.constexpr):
     x = width - 1 - place if LEFTWARD else place
     pixel = (image.to(tl.int64) * height + row) * width + x
     return x, pixel, (place >= 0) & (image < batch) & (row >= 0) & (row < height)
+
+
+@triton.jit
+def load_joined_weights(weight_ptr, units, U: tl.constexpr):
+    """(4U, 2U): rows count units and the gates of each, columns units of the neighbours and the two of each."""
+    n = tl.arange(0, 4 * U)[:, None]
+    k = tl.arange(0, 2 * U)[None, :]
+    inside = (n // 4 < units) & (k < 2 * units)
+    return tl.load(weight_ptr + (n % 4 * units + n // 4) * (2 * units) + k, inside, other=0.0)
 
 
 @triton.jit
@@ -73,7 +81,7 @@ def from_lane_before(tile, takes):
 @triton.jit(do_not_specialize=("batch", "steps"))
 def diagonal_lstm_forward_kernel(
     gates_ptr,
-    weight_ptr,  # (h, 4, h, 2): unit, gate, unit of the neighbour, neighbour (upper, left)
+    weight_ptr,  # (4, h, h, 2): gate, unit, unit of the neighbour, neighbour (upper, left)
     hidden_ptr,
     activated_ptr,
     cell_ptr,
@@ -86,7 +94,7 @@ def diagonal_lstm_forward_kernel(
     strides = (gates_image_stride, gates_unit_stride, gates_row_stride, gates_column_stride)
     m = tl.arange(0, M)
     u = tl.arange(0, U)
-    weights = load_matrix(weight_ptr, 4 * units, 2 * units, 4 * U, 2 * U)
+    weights = load_joined_weights(weight_ptr, units, U)
     image = tl.program_id(0) * IMAGES + m // LANES
     row = m % LANES
     place = -row
@@ -121,7 +129,7 @@ def diagonal_lstm_backward_kernel(
     grad_hidden_ptr,
     activated_ptr,
     cell_ptr,
-    weight_ptr,  # (h, 2, h, 4): unit of the neighbour, neighbour (upper, left), unit, gate
+    weight_ptr,  # as in the forward
     grad_gates_ptr,
     batch, height, width, units, steps,
     grad_image_stride, grad_unit_stride, grad_row_stride, grad_column_stride,
@@ -135,7 +143,7 @@ def diagonal_lstm_backward_kernel(
     to_previous = 1 if REVERSE else -1
     m = tl.arange(0, M)
     u = tl.arange(0, U)
-    weights = load_matrix(weight_ptr, 2 * units, 4 * units, 2 * U, 4 * U)
+    weights = tl.trans(load_joined_weights(weight_ptr, units, U))
     image = tl.program_id(0) * IMAGES + m // LANES
     row = height - 1 - m % LANES
     place = -(m % LANES)
@@ -165,59 +173,46 @@ def diagonal_lstm_backward_kernel(
         )
 
 
-def forward(
-    gates: Tensor, weight: Tensor, reverse: bool, *, save: bool, choice: ScanLaunch | TileLaunch | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """hidden (B, h, H, W), and to train the activated gates and the cell states, all channels-last.
-
-    Args:
-        gates: (B, 4h, H, W), any strides.
-        weight: (4h, h, 2), any strides.
-        choice: None chooses.
-    """
+def _plan_forward(gates: Tensor, weight: Tensor, choice: Choice, save: bool, reverse: bool) -> Call:
     batch, _, height, width = gates.shape
     units = weight.shape[1]
-    hidden, activated, cell = results = empty_results(gates, save)
-    if batch == 0:
-        return results
-    choice = choice or choose(gates, height, units)
-    if isinstance(choice, TileLaunch):
-        forward_by_tiles(gates, weight, hidden, activated, cell, choice, row_scan=False, reverse=reverse)
-        return results
-    packed = weight.view(4, units, units, 2).transpose(0, 1).contiguous()
-    steps = choice.images_of_a_program(batch) * width + height - 1
+    launch = choice(gates, height, units) if callable(choice) else choice
+    if isinstance(launch, TileLaunch):
+        return forward_by_tiles(gates, weight, launch, save, row_scan=False, reverse=reverse)
+    steps = launch.images_of_a_program(batch) * width + height - 1
     sizes = (batch, height, width, units, steps, *gates.stride())
-    constants = {"REVERSE": reverse, **constants_of(choice, gates)}
-    launch(diagonal_lstm_forward_kernel, (choice.programs,), (gates, packed, *results, *sizes), constants)
-    return results
+    constants = {"REVERSE": reverse, **constants_of(launch, gates)}
+    launches = Launches(diagonal_lstm_forward_kernel, (launch.programs,), sizes, **constants)
+    return Call(Tensor.contiguous, layouts_of_results(gates, save), launches)
+
+
+def _plan_backward(
+    grad_hidden: Tensor, weight: Tensor, activated: Tensor, cell: Tensor, choice: Choice, reverse: bool
+) -> Call:
+    batch, units, height, width = grad_hidden.shape
+    launch = choice(grad_hidden, height, units, backward=True) if callable(choice) else choice
+    if isinstance(launch, TileLaunch):
+        return backward_by_tiles(grad_hidden, weight, launch, row_scan=False, reverse=reverse)
+    steps = launch.images_of_a_program(batch) * width + height - 1
+    sizes = (batch, height, width, units, steps, *grad_hidden.stride())
+    constants = {"REVERSE": reverse, **constants_of(launch, grad_hidden)}
+    launches = Launches(diagonal_lstm_backward_kernel, (launch.programs,), sizes, **constants)
+    return Call(Tensor.contiguous, (layout_of(grad_hidden, 4 * units),), launches)
+
+
+def forward(
+    gates: Tensor, weight: Tensor, reverse: bool, *, save: bool, choice: Choice | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`run_forward` with weight (4h, h, 2); choice: None is `choose`."""
+    return run_forward(_plan_forward, gates, weight, choice or choose, save, reverse)
 
 
 def backward(
-    grad_hidden: Tensor,
-    activated: Tensor,
-    cell: Tensor,
-    weight: Tensor,
-    reverse: bool,
-    *,
-    choice: ScanLaunch | TileLaunch | None = None,
-) -> Tensor:
-    """Gradient of the gates (B, 4h, H, W), channels-last, from what the forward has saved."""
-    batch, units, height, width = grad_hidden.shape
-    activated, cell = (saved.contiguous(memory_format=torch.channels_last) for saved in (activated, cell))
-    grad_gates = empty_map(grad_hidden, 4 * units, height, width)
-    if batch == 0:
-        return grad_gates
-    choice = choice or choose(grad_hidden, height, units, backward=True)
-    if isinstance(choice, TileLaunch):
-        backward_by_tiles(grad_hidden, activated, cell, weight, grad_gates, choice, row_scan=False, reverse=reverse)
-        return grad_gates
-    packed = weight.view(4, units, units, 2).permute(2, 3, 1, 0).contiguous()
-    steps = choice.images_of_a_program(batch) * width + height - 1
-    sizes = (batch, height, width, units, steps, *grad_hidden.stride())
-    constants = {"REVERSE": reverse, **constants_of(choice, grad_hidden)}
-    pointers = (grad_hidden, activated, cell, packed, grad_gates)
-    launch(diagonal_lstm_backward_kernel, (choice.programs,), (*pointers, *sizes), constants)
-    return grad_gates
+    grad_hidden: Tensor, activated: Tensor, cell: Tensor, weight: Tensor, reverse: bool, *,
+    choice: Choice | None = None,
+) -> Tensor:  # fmt: skip
+    """`run_backward`."""
+    return run_backward(_plan_backward, grad_hidden, activated, cell, weight, choice or choose, reverse)
 
 
 CATALOGUE = scan_entries(diagonal_lstm_forward_kernel, backward=False, REVERSE=False)

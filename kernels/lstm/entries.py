@@ -6,7 +6,7 @@ from typing import Any
 import triton
 
 from fastgen.kernels.catalogue_entry import Entry
-from fastgen.kernels.lstm.choice import ScanLaunch, TileLaunch, launch_of, tile_launch_of
+from fastgen.kernels.lstm.choice import ScanLaunch, TileLaunch, launch_of, taps_together, tile_launch_of
 
 CHIPS = {0: ("gfx942",), 8: ("sm_80", "sm_86", "sm_89"), 9: ("sm_90",), 10: ("sm_100",), 12: ("sm_120",)}
 # dtype, lanes and units of scans; dtype and units of tiles. "tf32" is float32 where PyTorch's setting allows it.
@@ -75,6 +75,8 @@ def _entries(kernel: Any, launches: dict[Any, list[int]], constants: dict[str, A
         precision = "ieee" if amd else PRECISIONS.get(dtype, "ieee")
         fixed = {**tile, "PRECISION": precision, "FAST": dtype == "bf16" and not amd}
         fixed |= {f"{name}_unit_stride": 1 for name in ("gates", "grad")}
+        if isinstance(launch, ScanLaunch):
+            fixed["TOGETHER"] = taps_together(launch, 3)
         fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
         kinds = {"cell_ptr": "*fp32", "grad_cell_ptr": "*fp32"}
         maps = "*fp32" if dtype == "tf32" else f"*{dtype}"
@@ -93,8 +95,8 @@ def _entries(kernel: Any, launches: dict[Any, list[int]], constants: dict[str, A
             spills = SPILLS_OF_TILES
         elif dtype == "tf32":
             spills = SPILLS_OF_TF32_TILES
-        # What was reached; on sm_90 three TF32 products of 16 units go by shared memory. sm_100 has more, and no limit.
-        most = 16 if dtype == "fp32" and tile.get("K") == 16 else 10
+        # What was reached; three TF32 products go by shared memory. sm_100 has more, and no limit.
+        most = 16 if dtype == "fp32" and tile.get("K") == 16 else 13 if dtype == "fp32" else 10
         if chunk := tile.get("CHUNK"):
             most = 5 + (WAITS_AFTER_PRODUCTS and num_warps > 4) * chunk * (3 if dtype == "fp32" else 1)
         sizes = " ".join(f"{name}={value}" for name, value in tile.items() if name in fixed and type(value) is int)

@@ -4,16 +4,18 @@ Each of a program's lanes has a column of an image. A pixel takes the hidden sta
 a neighbour a tap. These are the output of the step before: once all threads have written it (a barrier), each reads it
 back from the cache, shifted by the tap. A pixel takes the cell state of the pixel right above it, which its own lane
 has kept in registers. The weights of all taps do not fit shared memory together: each step reads them from the cache.
+The forward multiplies those of TOGETHER taps at once, as threads wait for each other up to four times a product: a step
+of three taps takes 5 to 9 barriers, and 9 (sm_90) to 15 with 64 units.
 
 Arguments: `fastgen.kernels.lstm.cell`.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgen.kernels.common import empty_map, launch
+from fastgen.kernels.common import Launches
+from fastgen.kernels.lstm.calls import Call, Choice, layout_of, layouts_of_results, run_backward, run_forward
 from fastgen.kernels.lstm.cell import (
     add_gates,
     cell_backward,
@@ -26,7 +28,7 @@ from fastgen.kernels.lstm.cell import (
     store_gates,
     widened,
 )
-from fastgen.kernels.lstm.choice import ScanLaunch, TileLaunch, choose, constants_of, empty_results
+from fastgen.kernels.lstm.choice import TileLaunch, choose, constants_of, taps_together
 from fastgen.kernels.lstm.entries import scan_entries
 from fastgen.kernels.lstm.tiles import backward_by_tiles, forward_by_tiles
 
@@ -34,7 +36,7 @@ from fastgen.kernels.lstm.tiles import backward_by_tiles, forward_by_tiles
 @triton.jit(do_not_specialize=("batch", "steps"))
 def row_lstm_forward_kernel(
     gates_ptr,
-    weight_ptr,  # (taps, 4h, h)
+    weight_ptr,  # (4h, taps, h)
     hidden_ptr,  # written and read
     activated_ptr,
     cell_ptr,
@@ -43,12 +45,14 @@ def row_lstm_forward_kernel(
     steps,
     gates_image_stride, gates_unit_stride, gates_row_stride, gates_column_stride,
     PRECISION: tl.constexpr, FAST: tl.constexpr, IMAGES: tl.constexpr, LANES: tl.constexpr, U: tl.constexpr,
+    TOGETHER: tl.constexpr,  # taps whose products are one: threads wait for each other at each product
 ):  # fmt: skip
     strides = (gates_image_stride, gates_unit_stride, gates_row_stride, gates_column_stride)
     M: tl.constexpr = IMAGES * LANES
     m = tl.arange(0, M)
     u = tl.arange(0, U)
     n = tl.arange(0, 4 * U)  # units and their gates
+    k = tl.arange(0, TOGETHER * U)  # taps and the units of each
     column = m % LANES
     image = tl.program_id(0) * IMAGES + m // LANES
     active = (image < batch) & (column < width)
@@ -62,13 +66,15 @@ def row_lstm_forward_kernel(
 
         tl.debug_barrier()  # all threads have written the states of the row above
         sums = tl.zeros((4 * U, M), tl.float32)
-        for tap in range(taps):
-            shift = tap - taps // 2
-            seen = reads & (column + shift >= 0) & (column + shift < width)
-            above = (pixel - width + shift)[:, None] * units + u[None, :]
-            state = tl.load(hidden_ptr + above, seen[:, None] & (u < units)[None, :], other=0.0)
-            weights_of_tap = weight_ptr + tap * (4 * units * units)
-            weights = load_weights(weights_of_tap, n % 4 * units + n // 4, n // 4 < units, units, 1, U)
+        for first in range(0, taps, TOGETHER):
+            tap = first + k // U
+            real = ((k % U < units) & (tap < taps))[None, :]
+            beside = column[:, None] + (tap - taps // 2)[None, :]
+            above = (pixel - width - column)[:, None] + beside
+            seen = reads[:, None] & (beside >= 0) & (beside < width) & real
+            state = tl.load(hidden_ptr + above * units + (k % U)[None, :], seen, other=0.0)
+            at = (n % 4 * units + n // 4)[:, None] * (taps * units) + (tap * units + k % U)[None, :]
+            weights = tl.load(weight_ptr + at, (n // 4 < units)[:, None] & real, other=0.0)
             sums = product(weights, tl.trans(state), sums, PRECISION)
         gates = add_gates(terms, gates_of(sums, M, U))
         gates, cell, hidden = cell_forward(gates, tl.where(row == 0, 0.0, cell), FAST)
@@ -143,56 +149,42 @@ def row_lstm_backward_kernel(
             saved = load_saved_row(maps, strides, units, height, width, image, after, column, u, batch)
 
 
-def forward(
-    gates: Tensor, weight: Tensor, *, save: bool, choice: ScanLaunch | TileLaunch | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """hidden (B, h, H, W), and to train the activated gates and the cell states, all channels-last.
-
-    Args:
-        gates: (B, 4h, H, W), any strides.
-        weight: (4h, h, k), any strides.
-        choice: None chooses.
-    """
+def _plan_forward(gates: Tensor, weight: Tensor, choice: Choice, save: bool) -> Call:
     batch, _, height, width = gates.shape
     units, taps = weight.shape[1:]
-    hidden, activated, cell = results = empty_results(gates, save)
-    if batch == 0:
-        return results
-    choice = choice or choose(gates, width, units, taps)
-    if isinstance(choice, TileLaunch):
-        forward_by_tiles(gates, weight, hidden, activated, cell, choice, row_scan=True)
-        return results
-    packed = weight.permute(2, 0, 1).contiguous()
-    sizes = (batch, height, width, units, taps, choice.images_of_a_program(batch) * height, *gates.stride())
-    launch(row_lstm_forward_kernel, (choice.programs,), (gates, packed, *results, *sizes), constants_of(choice, gates))
-    return results
+    launch = choice(gates, width, units, taps) if callable(choice) else choice
+    if isinstance(launch, TileLaunch):
+        return forward_by_tiles(gates, weight, launch, save, row_scan=True)
+    sizes = (batch, height, width, units, taps, launch.images_of_a_program(batch) * height, *gates.stride())
+    constants = {"TOGETHER": taps_together(launch, taps), **constants_of(launch, gates)}
+    launches = Launches(row_lstm_forward_kernel, (launch.programs,), sizes, **constants)
+    return Call(lambda weight: weight.permute(0, 2, 1).contiguous(), layouts_of_results(gates, save), launches)
+
+
+def _plan_backward(grad_hidden: Tensor, weight: Tensor, activated: Tensor, cell: Tensor, choice: Choice) -> Call:
+    batch, units, height, width = grad_hidden.shape
+    taps = weight.shape[2]
+    launch = choice(grad_hidden, width, units, taps, backward=True) if callable(choice) else choice
+    if isinstance(launch, TileLaunch):
+        return backward_by_tiles(grad_hidden, weight, launch, row_scan=True)
+    steps = launch.images_of_a_program(batch) * height
+    sizes = (batch, height, width, units, taps, steps, *grad_hidden.stride())
+    launches = Launches(row_lstm_backward_kernel, (launch.programs,), sizes, **constants_of(launch, grad_hidden))
+    return Call(lambda weight: weight.permute(2, 1, 0).contiguous(), (layout_of(grad_hidden, 4 * units),), launches)
+
+
+def forward(
+    gates: Tensor, weight: Tensor, *, save: bool, choice: Choice | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`run_forward`; choice: None is `choose`."""
+    return run_forward(_plan_forward, gates, weight, choice or choose, save)
 
 
 def backward(
-    grad_hidden: Tensor,
-    activated: Tensor,
-    cell: Tensor,
-    weight: Tensor,
-    *,
-    choice: ScanLaunch | TileLaunch | None = None,
+    grad_hidden: Tensor, activated: Tensor, cell: Tensor, weight: Tensor, *, choice: Choice | None = None
 ) -> Tensor:
-    """Gradient of the gates (B, 4h, H, W), channels-last, from what the forward has saved."""
-    batch, units, height, width = grad_hidden.shape
-    activated, cell = (saved.contiguous(memory_format=torch.channels_last) for saved in (activated, cell))
-    grad_gates = empty_map(grad_hidden, 4 * units, height, width)
-    if batch == 0:
-        return grad_gates
-    choice = choice or choose(grad_hidden, width, units, weight.shape[2], backward=True)
-    if isinstance(choice, TileLaunch):
-        backward_by_tiles(grad_hidden, activated, cell, weight, grad_gates, choice, row_scan=True)
-        return grad_gates
-    packed = weight.permute(2, 1, 0).contiguous()
-    steps = choice.images_of_a_program(batch) * height
-    sizes = (batch, height, width, units, weight.shape[2], steps, *grad_hidden.stride())
-    pointers = (grad_hidden, activated, cell, packed, grad_gates)
-    constants = constants_of(choice, grad_hidden)
-    launch(row_lstm_backward_kernel, (choice.programs,), (*pointers, *sizes), constants)
-    return grad_gates
+    """`run_backward`."""
+    return run_backward(_plan_backward, grad_hidden, activated, cell, weight, choice or choose)
 
 
 CATALOGUE = scan_entries(row_lstm_forward_kernel, backward=False) + scan_entries(

@@ -12,9 +12,11 @@ LSTM and 1.05 to 1.18 by the Row LSTM, as a state is read once a tap and once a 
 step fill several tiles, weights are read once a tile: a larger one does not fit the registers.
 
 Barriers a step, counted in the same way at 64 and 128 units: in float32 on sm_90, diagonal 5 and 13 forward, 11 and 19
-backward; row 7 and 17, 15 and 27. On other chips parts of float32 pass through registers and shared memory one by one:
-13 and 17 forward, 37 and 53 backward at 64 units. Fragments save them 2 forward, and spill 400 to 488 bytes backward,
-as tensor cores there take states from registers as well.
+backward; row 7 and 17, 15 and 27. In chunks of 12 parts the row's 17 were 13, but two to eight words would spill. On
+other chips parts pass through registers and shared memory one by one: float32 takes 13 and 17 forward, 37 and 53
+backward at 64 units, 41 and 57, 69 and 101 at 128. Fragments save 2 forward at 64 units, and spill 400 to 488 bytes
+backward, as tensor cores there take states from registers as well; larger parts fit shared memory only without the one
+that is on its way, and a step is bound by its weights, which come from the second cache.
 
 Arguments: `fastgen.kernels.lstm.cell` and, of products, `fastgen.kernels.lstm.neighbours`.
 """
@@ -26,7 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgen.kernels.common import cdiv, launch
+from fastgen.kernels.common import Launches, cdiv
+from fastgen.kernels.lstm.calls import Call, layout_of, layouts_of_results
 from fastgen.kernels.lstm.cell import (
     add_gates,
     cell_backward,
@@ -183,66 +186,53 @@ def lstm_tiles_backward_kernel(
         tl.debug_barrier()  # all threads have written their gradients, which the next step reads
 
 
-def launch_tiles(kernel: Any, pointers: tuple[Tensor | None, ...], maps: Tensor, strides: tuple[int, ...],
-                 choice: TileLaunch, *, units: int, **constants: Any) -> None:  # fmt: skip
+def launches_of(kernel: Any, maps: Tensor, strides: tuple[int, ...], choice: TileLaunch, weight: Tensor, row_scan: bool,
+                reverse: bool) -> Launches:  # fmt: skip
     """maps (B, channels, H, W): the tensor whose strides the kernel takes first."""
     batch, height, width = maps.shape[0], *maps.shape[2:]
-    images = cdiv(batch, choice.programs)
-    args = (*pointers, batch, images, height, width, units, *maps.stride(), *strides)
-    launch(kernel, (cdiv(batch, images),), args, {**constants_of(choice, maps), **constants})
+    images = max(1, cdiv(batch, choice.programs))
+    sizes = (batch, images, height, width, weight.shape[1], *maps.stride(), *strides)
+    options = {"ROW_SCAN": row_scan, "REVERSE": reverse, "TAPS": weight.shape[2], **constants_of(choice, maps)}
+    return Launches(kernel, (cdiv(batch, images),), sizes, **options)
 
 
 def forward_by_tiles(
-    gates: Tensor,
-    weight: Tensor,
-    hidden: Tensor,
-    activated: Tensor | None,
-    cell: Tensor | None,
-    choice: TileLaunch,
-    *,
-    row_scan: bool,
-    reverse: bool = False,
-) -> None:
-    """Fills hidden (B, h, H, W) and, where they are given, activated and cell, all channels-last."""
+    gates: Tensor, weight: Tensor, choice: TileLaunch, save: bool, *, row_scan: bool, reverse: bool = False
+) -> Call:
     batch, _, height, width = gates.shape
     units, taps = weight.shape[1:]
-    if choice.CHUNK:
-        packed = weight.view(4, units, units, taps).permute(1, 0, 3, 2)
-        packed = in_fragments(packed, 4 * choice.U, choice.PARTS, choice.K, choice.num_warps)
-    else:
-        packed = weight.permute(0, 2, 1).contiguous()
+
+    def packed(weight: Tensor) -> Tensor:
+        if choice.CHUNK:
+            by_unit = weight.view(4, units, units, taps).permute(1, 0, 3, 2)
+            return in_fragments(by_unit, 4 * choice.U, choice.PARTS, choice.K, choice.num_warps)
+        return weight.permute(0, 2, 1).contiguous()
+
+    hidden, activated, cell = layouts_of_results(gates, save)
     strides = (height * width * units, width * units, units)
     if cell is None:  # one row is kept, or one pixel of each row
         lanes = width if row_scan else height
-        cell = gates.new_empty((batch, lanes, units), dtype=torch.float32)
+        cell = (batch, lanes, units), (lanes * units, units, 1), torch.float32
         strides = (lanes * units, 0, units) if row_scan else (lanes * units, units, 0)
-    pointers = (gates, packed, hidden, activated, cell)
-    constants = {"ROW_SCAN": row_scan, "REVERSE": reverse, "TAPS": taps}
-    launch_tiles(lstm_tiles_forward_kernel, pointers, gates, strides, choice, units=units, **constants)
+    launches = launches_of(lstm_tiles_forward_kernel, gates, strides, choice, weight, row_scan, reverse)
+    return Call(packed, (hidden, activated, cell), launches)
 
 
 def backward_by_tiles(
-    grad_hidden: Tensor,
-    activated: Tensor,
-    cell: Tensor,
-    weight: Tensor,
-    grad_gates: Tensor,
-    choice: TileLaunch,
-    *,
-    row_scan: bool,
-    reverse: bool = False,
-) -> None:
-    """Fills grad_gates (B, 4h, H, W), channels-last as activated and cell are."""
+    grad_hidden: Tensor, weight: Tensor, choice: TileLaunch, *, row_scan: bool, reverse: bool = False
+) -> Call:
     batch, units, height, width = grad_hidden.shape
-    packed = weight.permute(1, 2, 0)
-    if choice.CHUNK:
-        packed = in_fragments(packed.unsqueeze(1), choice.U, choice.PARTS, choice.K, choice.num_warps)
-    else:
-        packed = packed.contiguous()
-    grad_cell = cell.new_empty(batch, width if row_scan else height, units)
-    pointers = (grad_hidden, activated, cell, packed, grad_gates, grad_cell)
-    constants = {"ROW_SCAN": row_scan, "REVERSE": reverse, "TAPS": weight.shape[2]}
-    launch_tiles(lstm_tiles_backward_kernel, pointers, grad_hidden, (), choice, units=units, **constants)
+
+    def packed(weight: Tensor) -> Tensor:
+        by_unit = weight.permute(1, 2, 0)
+        if choice.CHUNK:
+            return in_fragments(by_unit.unsqueeze(1), choice.U, choice.PARTS, choice.K, choice.num_warps)
+        return by_unit.contiguous()
+
+    lanes = width if row_scan else height
+    grad_cell = (batch, lanes, units), (lanes * units, units, 1), torch.float32
+    launches = launches_of(lstm_tiles_backward_kernel, grad_hidden, (), choice, weight, row_scan, reverse)
+    return Call(packed, (layout_of(grad_hidden, 4 * units), grad_cell), launches)
 
 
 CATALOGUE = tile_entries(lstm_tiles_forward_kernel, backward=False) + tile_entries(

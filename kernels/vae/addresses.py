@@ -50,8 +50,9 @@ def places_of(tile, tiles, inner, STEP: tl.constexpr, WIDE: tl.constexpr, OUT: t
 def masks_of(place, outer, within, ahead, row, rows, columns, outers, inner, ALIGNED: tl.constexpr, OUT: tl.constexpr):
     """Which numbers of a tile belong to its rows, and which are read and written. The latter are whole groups if rows
     are ALIGNED: two rows that share a group both write it, and write the same."""
-    column = place - ahead
-    own = (row < rows) & (column >= 0) & (column < columns)
+    # One comparison: what lies before a row is a large number without a sign.
+    UNSIGNED: tl.constexpr = tl.uint64 if place.dtype == tl.int64 else tl.uint32
+    own = (place - ahead).to(UNSIGNED) < tl.where(row < rows, columns, 0).to(UNSIGNED)
     inside = own
     if OUT > 1:
         own = (row < rows) & (outer < outers) & (within < inner)

@@ -5,12 +5,15 @@ from typing import Any
 from fastgen.kernels.catalogue_entry import Entry
 
 
-def entry(kernel: Any, dtype: str, rows: int, out: int, within: int, *, eps_given: bool, **kind: Any) -> Entry:
-    """kind: of `Tiles`; logvar is contiguous along the other dimension than mu where a tile has two."""
+def entry(
+    kernel: Any, dtype: str, rows: int, out: int, within: int, *, eps_given: bool, across: bool = False, **kind: Any
+) -> Entry:
+    """kind: of `Tiles`; logvar is contiguous along the other dimension than mu where a tile has two, and `across` from
+    row to row."""
     flags = {"ODD": False, "ALIGNED": 0, "FOURS": False, "DIVIDED": False, "WIDE": False, "BOUNDED": False, **kind}
     fixed: dict[str, Any] = {"ROWS": rows, "OUT": out, "IN": within, **flags}
     fixed |= {f"{name}_inner_stride": 1 for name in ("mu", "grad_z", "eps")}
-    fixed["logvar_outer_stride" if out > 1 else "logvar_inner_stride"] = 1
+    fixed["logvar_row_stride" if across else "logvar_outer_stride" if out > 1 else "logvar_inner_stride"] = 1
     if eps_given:
         kind["eps"] = "given"
     else:
@@ -25,7 +28,9 @@ def entry(kernel: Any, dtype: str, rows: int, out: int, within: int, *, eps_give
     multiples = not (flags["FOURS"] or flags["ODD"])
     suffixes = ("columns", "stride", "outers", "inner") if multiples else ()
     aligned = tuple(name for name in signature if name.endswith(suffixes))
-    config = " ".join([f"{dtype} {rows}x{out}x{within}", *(f"{name}={value}" for name, value in kind.items())])
+    config = " ".join(
+        [f"{dtype} {rows}x{out}x{within}", *["across"] * across, *(f"{name}={value}" for name, value in kind.items())]
+    )
     spills = {"sm_90": 8, "sm_120": 8} if flags["DIVIDED"] else {}
     reason = "two words, a choice of ptxas far from the register limit" if spills else ""
     return Entry(kernel, config, signature, fixed, aligned=aligned, spills=spills, reason=reason)

@@ -109,12 +109,13 @@ def tiles_of(rows: Rows, itemsize: int) -> Tiles:
 
 @functools.lru_cache(4096)
 def _tiles_of(rows: Rows, sector: int, programs: int) -> Tiles:
-    """A wide row has tiles of its own; short rows share a tile. If there are too few rows to fill the chip, they are
-    split between programs.
+    """A wide row has tiles of its own; short rows, padded to a power of two, share a tile. If there are too few rows to
+    fill the chip, they are split between programs.
 
     Two dimensions are cut into squares, so that tensors which are contiguous along different dimensions are both read
     in whole sectors; but only if the inner length is a multiple of four, as a group of numbers that are drawn together
-    would else lie in two squares.
+    would else lie in two squares. Rows whose neighbours in memory are of other rows (transposed tensors) are cut into
+    squares of rows and columns.
     """
     columns = rows.columns
     odd, square = columns % 4 != 0, rows.outer > 1 and rows.inner % 4 == 0
@@ -130,8 +131,10 @@ def _tiles_of(rows: Rows, sector: int, programs: int) -> Tiles:
     else:
         length = columns + (max(aligned, 4) - 1 if odd or aligned else 0)  # as it may begin within a group
         OUT, IN = 1, min(next_power_of_2(max(length, 4)), TILE)
-        if IN == TILE:  # rows of 1030 numbers are better cut into nine times 128 than into twice 1024
-            IN = min((TILE, TILE // 2, TILE // 4, TILE // 8), key=lambda size: cdiv(length, size) * size)
+        if IN == TILE:  # rows of 1030 numbers are better cut into 33 times 32 than into twice 1024
+            IN = min((TILE >> shift for shift in range(6)), key=lambda size: cdiv(length, size) * size)
+        if any(stride[0] < stride[2] for stride in rows.strides if stride):
+            IN = min(IN, 32)
         count = cdiv(length, IN)
     ROWS = TILE // (OUT * IN)
     splits = min(cdiv(programs, cdiv(rows.rows, ROWS)), count)

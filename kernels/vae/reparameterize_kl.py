@@ -252,6 +252,8 @@ CATALOGUE = [
         entry(kernel, "fp32", 32, 1, 32, eps_given=False, FOURS=True, BOUNDED=True),
         entry(kernel, "fp32", 1, 1, 1024, eps_given=False, ODD=True, ALIGNED=8),
         entry(kernel, "bf16", 1, 1, 1024, eps_given=False, ODD=True, ALIGNED=16),
+        entry(kernel, "fp32", 32, 1, 32, eps_given=False, ODD=True, ALIGNED=8),
+        entry(kernel, "fp32", 32, 1, 32, eps_given=False, across=True),
         entry(kernel, "fp32", 1, 32, 32, eps_given=False),
         entry(kernel, "bf16", 1, 32, 32, eps_given=True),
         entry(kernel, "fp32", 1, 1, 1024, eps_given=True, ODD=True, DIVIDED=True),

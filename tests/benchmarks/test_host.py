@@ -33,7 +33,7 @@ def test_every_operation_has_a_row_with_its_launches(tmp_path):
         assert row["kernels"] and row["kernel_sha256"] and row["threads"] == 1, (op, mode)
         assert row["launches"] >= (2 if mode == "full" else 1) and row["launched"]
     one, many = (found["diagonal_lstm", f"2x{units}x8x8", "fwd"]["launches"] for units in (16, 128))
-    assert one == 1 and many >= one
+    assert one == many == 1  # so that PixelRNN's 12 layers of 128 units launch 24 scans
 
 
 def test_kernels_in_the_interpreter_are_refused():

@@ -12,6 +12,9 @@ from tests.ops.likelihood_inputs import IMPLS, make
 
 # The interpreter computes on numpy arrays, which say aloud that exp(x) = inf; the kernels mean it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+LAYOUTS = pytest.mark.parametrize(
+    "lay_out", [lambda x: x, lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1)], ids=["planes", "channels last"]
+)
 
 
 def every_level(params, levels, **options):
@@ -227,9 +230,10 @@ def test_low_precision_storage_is_computed_in_float32(likelihood, channels, dtyp
 @IMPLS
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("extreme", [1e4, 1e20, 3e38])
-def test_finite_parameters_give_finite_values_and_gradients(likelihood, extreme, impl, device):
+@LAYOUTS
+def test_finite_parameters_give_finite_values_and_gradients(likelihood, extreme, impl, lay_out, device):
     params, target = make(likelihood, channels=3, scale=1.0)
-    params = (torch.sign(params) * extreme).to(device).requires_grad_()
+    params = lay_out(torch.sign(params) * extreme).to(device).requires_grad_()
     nll = reconstruction_nll(params, target.to(device), likelihood, impl=impl)
     nll.sum().backward()
     assert nll.isfinite().all() and params.grad.isfinite().all()
@@ -241,7 +245,8 @@ def test_finite_parameters_give_finite_values_and_gradients(likelihood, extreme,
 @IMPLS
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_nan_in_nan_out(likelihood, channels, impl, device):
+@LAYOUTS
+def test_nan_in_nan_out(likelihood, channels, impl, lay_out, device):
     """Each parameter of a pixel in turn: only that image's likelihood is NaN."""
     params, target = make(likelihood, batch=1, channels=channels, n_mix=2, classes=3)
     count = params.shape[1]
@@ -249,7 +254,7 @@ def test_nan_in_nan_out(likelihood, channels, impl, device):
     for parameter in range(count):
         poisoned[parameter, parameter].view(-1)[3] = math.nan
     target = target.expand(count + 1, -1, -1, -1).to(device)
-    nll = reconstruction_nll(poisoned.to(device), target, likelihood, impl=impl)
+    nll = reconstruction_nll(lay_out(poisoned).to(device), target, likelihood, impl=impl)
     assert nll[:-1].isnan().all() and nll[-1].isfinite()
 
 

@@ -1,0 +1,97 @@
+"""What a call of a scan does, planned once for each kind of tensors: the host's time is the scan's where images are
+small."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgen.kernels.common import Launches, empty_map, tf32_allowed
+from fastgen.kernels.lstm.choice import ScanLaunch, TileLaunch
+
+CALLS = 4096  # kinds of calls that are kept; beyond, all are planned anew
+Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # size, strides, dtype
+Choice = ScanLaunch | TileLaunch | Callable[..., ScanLaunch | TileLaunch]  # or what chooses, `choice.choose`
+
+
+class Call(NamedTuple):
+    """A plan.
+
+    Attributes:
+        packed: of weights, as the kernel reads them.
+        layouts: of the maps that are written, None for one that is not asked for.
+        launches: of the maps that are read, the weights, and the maps that are written, in the kernel's order.
+    """
+
+    packed: Callable[[Tensor], Tensor]
+    layouts: tuple[Layout | None, ...]
+    launches: Launches
+
+    def empty(self, like: Tensor) -> list[Tensor | None]:
+        """The maps that are written, on the device of `like`."""
+        return [
+            layout if layout is None else like.new_empty_strided(layout[0], layout[1], dtype=layout[2])
+            for layout in self.layouts
+        ]
+
+
+Plan = Callable[..., Call]  # of a call's tensors and options
+_calls: dict[Any, Call] = {}
+
+
+def planned(plan: Plan, tensors: tuple[Tensor, ...], *options: Any) -> Call:
+    x = tensors[0]
+    kinds = [(t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() % 16) for t in tensors]
+    key = (plan, options, x.dtype == torch.float32 and tf32_allowed(), *kinds)
+    call = _calls.get(key)
+    if call is None:
+        if len(_calls) >= CALLS:
+            _calls.clear()
+        call = _calls[key] = plan(*tensors, *options)
+    return call
+
+
+def layout_of(like: Tensor, channels: int, dtype: torch.dtype | None = None) -> Layout:
+    """Of (B, channels, H, W), channels-last, with the other sizes of `like`."""
+    example = empty_map(like, channels, like.shape[2], like.shape[3], dtype)
+    return tuple(example.shape), example.stride(), example.dtype
+
+
+def layouts_of_results(gates: Tensor, save: bool) -> tuple[Layout | None, ...]:
+    """Of hidden states, and to train of activated gates and cell states (float32)."""
+    channels = gates.shape[1]
+    hidden = layout_of(gates, channels // 4)
+    if not save:
+        return hidden, None, None
+    return hidden, layout_of(gates, channels), layout_of(gates, channels // 4, torch.float32)
+
+
+def run_forward(
+    plan: Plan, gates: Tensor, weight: Tensor, *options: Any
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """hidden (B, h, H, W), and to train the activated gates and the cell states, all channels-last.
+
+    Args:
+        gates: (B, 4h, H, W), any strides.
+        weight: (4h, h, taps), any strides.
+    """
+    call = planned(plan, (gates, weight), *options)
+    hidden, activated, cell = results = call.empty(gates)
+    if gates.shape[0]:
+        call.launches(gates, call.packed(weight), *results)
+    assert hidden is not None
+    return hidden, activated, None if activated is None else cell
+
+
+def run_backward(
+    plan: Plan, grad_hidden: Tensor, activated: Tensor, cell: Tensor, weight: Tensor, *options: Any
+) -> Tensor:
+    """Gradient of the gates (B, 4h, H, W), channels-last, from what the forward has saved."""
+    activated, cell = (saved.contiguous(memory_format=torch.channels_last) for saved in (activated, cell))
+    call = planned(plan, (grad_hidden, weight, activated, cell), *options)
+    grad_gates, *more = call.empty(grad_hidden)
+    if grad_hidden.shape[0]:
+        call.launches(grad_hidden, activated, cell, call.packed(weight), grad_gates, *more)
+    assert grad_gates is not None
+    return grad_gates
