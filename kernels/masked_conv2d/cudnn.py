@@ -18,7 +18,7 @@ class Cropped:
     where the two sides differ."""
 
     def __init__(self, weight: Tensor, mask: Tensor | None, walk: Walk, geometry: Geometry) -> None:
-        self.mask = mask
+        self.mask, self.live_taps = mask, walk.live
         self.box = (slice(None), slice(None), slice(*walk.box[:2]), slice(*walk.box[2:]))
         live = weight if mask is None else torch.where(mask, weight, 0)
         self.live = live[self.box].contiguous(memory_format=torch.channels_last)
@@ -77,5 +77,7 @@ def input_gradient(grad: Tensor, size: tuple[int, ...], cropped: Cropped) -> Ten
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, cropped: Cropped) -> Tensor:
     """The gradient of the weight from that of the sums, contiguous, zero where masked."""
     gradient = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    if not cropped.live_taps:
+        return gradient
     gradient[cropped.box] = cropped.gradients(grad, cropped.padded(x), [False, True])[1]
     return gradient if cropped.mask is None else torch.where(cropped.mask, gradient, 0).contiguous()
