@@ -5,16 +5,23 @@ the last is drawn. What the factors between two transforms do to a unit impulse 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgen.sampling.trace.graph import Map, Operand
+from fastgen.sampling.trace.graph import Map, Operand, Value
 
 aten = torch.ops.aten
 ROUNDING = 16  # units in the last place of the kernel's greatest number that transforms may leave where it is zero
+
+# What may be a spectrum, and what it is multiplied with, or divided by.
+FACTORS: dict[str, Callable[..., list[tuple[Any, Any]]]] = {
+    "mul": lambda a, b: [(a, b), (b, a)],
+    "div": lambda a, b: [(a, b)],
+    "neg": lambda a: [(a, -1.0)],
+}
 
 
 class Spectrum(NamedTuple):
@@ -47,16 +54,17 @@ def spectrum_of(operand: Operand) -> Spectrum | None:
         whole = len(axes) == 1 and (view.start[d], view.steps[axes[0]][d]) == (0, 1)
         if not whole or others or not half or view.shape[axes[0]] != value.shape[d]:
             return None
+        copied = x.map is not None and x.map.is_identity and x.map.value.op is aten.clone.default
+        x = x.map.value.args[0] if copied else x  # which may lie in pieces
         scale = aten._fft_r2c(torch.eye(1, x.shape[d], dtype=torch.float64)[0], [0], norm, True)[0]
         return Spectrum(x, x.shape[d], view, axes[0] - len(view.shape), scale)
-    if value.op_name == "mul" and view.is_identity:
-        a, b = value.args
-        for one, other in ((a, b), (b, a)):
-            if isinstance(other, Operand):
-                constant = all(source.kind == "constant" for source in other.values)
-                other = operand.graph.data_of(other).to(torch.complex128) if constant else None
-            if other is not None and isinstance(one, Operand) and (found := spectrum_of(one)) is not None:
-                return found._replace(factor=found.factor * other)
+    if view.is_identity and value.op_name in FACTORS:
+        for one, factor in FACTORS[value.op_name](*value.args[:2]):
+            if isinstance(factor, Operand):
+                constant = all(source.kind == "constant" for source in factor.values)
+                factor = operand.graph.data_of(factor).to(torch.complex128) if constant else None
+            if factor is not None and isinstance(one, Operand) and (found := spectrum_of(one)) is not None:
+                return found._replace(factor=found.factor / factor if value.op_name == "div" else found.factor * factor)
     return None
 
 
@@ -69,19 +77,19 @@ def convolution(of: Spectrum, axis: int, norm: int, n: int, tensor_of: Callable[
     """
     if (of.axis, of.length) != (axis, n):
         return None
-    x, number = tensor_of(of.x), of.x.element_ids().contiguous()  # which is 0 for the zeros behind x
+    x, used = tensor_of(of.x), of.x.read(_not_zero, False, torch.bool).contiguous()
     shape = list(of.view.shape)
     shape[axis] = n
     place, *strides = (
         sum(k * t for k, t in zip(one, x.stride(), strict=True)) for one in (of.view.start, *of.view.steps)
     )
-    x, number = (one.as_strided(shape, strides, place).movedim(axis, -1) for one in (x, number))
-    factor = of.factor.expand([*[1] * (-axis - of.factor.dim()), *of.factor.shape]).movedim(axis, -1)
+    x, used = (one.as_strided(shape, strides, place).movedim(axis, -1) for one in (x, used))
+    rank = max(-axis, of.factor.dim())
+    factor = of.factor.reshape([*[1] * (rank - of.factor.dim()), *of.factor.shape]).movedim(axis, -1)
     response = aten._fft_c2r(factor.expand(*factor.shape[:-1], n // 2 + 1).contiguous(), [factor.dim() - 1], norm, n)
-    used = number.flatten(0, -2).any(0).nonzero()
-    length = 1 + int(used.max()) if len(used) else 1
+    length = 1 + max(used.reshape(-1, n).any(0).nonzero().flatten().tolist(), default=0)  # zeros follow
     tolerance = ROUNDING * torch.finfo(x.dtype).eps * response.abs().amax()
-    first, taps = _arc((response.abs() > tolerance).flatten(0, -2).any(0))
+    first, taps = _arc((response.abs() > tolerance).reshape(-1, n).any(0))
     most = n - length + 1  # beyond which a sum would reach around the end of the transform, to later places
     if taps > most:
         return None
@@ -91,6 +99,10 @@ def convolution(of: Spectrum, axis: int, norm: int, n: int, tensor_of: Callable[
     padded = F.pad(x[..., :length], (taps - 1, n - length)).expand(*around, -1).reshape(1, len(kernel), -1)
     found = F.conv1d(padded, kernel, groups=len(kernel)).view(*around, n)
     return (found.roll(first, -1) if first else found).movedim(-1, axis)
+
+
+def _not_zero(value: Value) -> Tensor:
+    return value.data != 0 if value.kind == "constant" else torch.ones(value.shape, dtype=torch.bool)
 
 
 def _arc(live: Tensor) -> tuple[int, int]:

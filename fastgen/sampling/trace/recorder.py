@@ -296,7 +296,7 @@ class _Recorder(TorchDispatchMode):
     def record_write(self, func: Any, name: str, written: list[Tensor], args: Any, kwargs: Any) -> Any:
         """An operator in place is the one that gives a new tensor, followed by a write."""
         target, plain = args[0], name.removesuffix("_").replace("_index_put_impl", "index_put")
-        new = getattr(getattr(aten, plain, None), func._overloadname, None)
+        new = getattr(aten, plain, None)  # PyTorch chooses the overload: those of pow have other names
         if len(written) != 1 or written[0] is not target or not name.endswith("_") or new is None:
             raise Unsupported(f"{name} writes into its arguments")
         if name in ("zero_", "fill_") and not self.storages.tracked(args[-1] if name == "fill_" else None):

@@ -90,6 +90,34 @@ def test_a_kernel_of_both_sides_is_not_causal():
             accelerate(Tokens(layer).eval(), (T,), **ARGUMENTS)
 
 
+FACTORS = {
+    "divided": lambda u, k: u / 2.5 * k,
+    "product divided": lambda u, k: (u * k).div(-7),
+    "negative": lambda u, k: -u * k,
+    "kernel first": lambda u, k: k * u,
+}
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("name", FACTORS)
+def test_one_sequence_of_numbers_before_each(name, rank):
+    """The model shifts its input itself, and has one kernel for all."""
+
+    class Numbers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel, self.out = nn.Parameter(torch.randn(*[1] * (rank - 1), T)), nn.Linear(1, K)
+
+        def forward(self, x):
+            before = nn.functional.pad(x[:, :-1], (1, 0))
+            spectrum = FACTORS[name](fft.rfft(before, 2 * T), fft.rfft(self.kernel, 2 * T))
+            return self.out(fft.irfft(spectrum, 2 * T)[:, :T, None])
+
+    torch.manual_seed(0)
+    fast, naive = pair(Numbers().eval(), (T,), "compiled", distribution=Categorical(K, "BTK"))
+    assert_exact(fast, naive, 5, seed=0)
+
+
 @pytest.mark.parametrize("fades", [False, True])
 def test_correlations(fades):
     """As Mega has them: with the conjugate of a kernel whose last number is of the present place."""

@@ -101,6 +101,19 @@ def test_a_gather_of_a_constant_table_depends_on_its_index_alone():
     assert torch.equal(ready_times(graph, draw_index).output_ready(), draw_index)
 
 
+def test_powers_in_place():
+    def powers(x):
+        y = 2 * x
+        y.pow_(2)
+        y[:, 1:] **= x[:, 1:].abs()
+        return y
+
+    x = torch.randn(1, 5)
+    graph = trace(powers, None, x)
+    assert torch.equal(graph.result, powers(x))
+    assert torch.equal(graph.data_of(graph.output), graph.result)
+
+
 def test_what_is_written_in_place_is_what_is_read_later():
     def shifted(x):
         y = 2 * x
