@@ -189,7 +189,8 @@ def variance(func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 def power(func: Any, x: Tensor, exponent: Any) -> Tensor:
     """GELU's third power, by products as torch has it."""
-    return x * x * x if exponent == 3 and x.is_floating_point() else NotImplemented
+    cube = not isinstance(exponent, Tensor) and exponent == 3 and x.is_floating_point()
+    return x * x * x if cube else NotImplemented
 
 
 def scaled_elu(func: Any, x: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Tensor:
