@@ -40,6 +40,7 @@ emulate: setup
 		tests/kernels/test_lstm_kernels.py tests/ops/test_reconstruction_nll.py \
 		-k "groups_of_colours or second_map or free_bits or layout_changes or row_operation or sixty_digits"
 	PTXEMU_ARCH=90 $(EMULATE) tests/kernels/test_counts.py
+	PTXEMU_ARCH=80 $(EMULATE) tests/ops/test_masked_conv2d_counts.py
 	PTXEMU_ARCH=80 $(EMULATE) tests/sampling/test_gpu_emulated.py -k one_launch
 
 bench: setup

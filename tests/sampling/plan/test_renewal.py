@@ -65,6 +65,17 @@ def plan_of(model, shape=(1, 5, 4)):
     return make_plan(Network(model, shape, encode, None, 3), Categorical(3, "B(KC)HW"))
 
 
+def renewed(model):
+    """A plan that has taken over other weights."""
+    plan = plan_of(model)
+    before = [view.memory.data.clone() for view in weights_of(plan)]
+    changed(model)
+    assert plan.renew()
+    after = [view.memory.data for view in weights_of(plan)]
+    assert all(torch.allclose(new, 1.4 * old) for old, new in zip(before, after, strict=True))
+    return plan
+
+
 def test_depthwise_convolutions_take_other_numbers():
     class Depthwise(nn.Module):
         def __init__(self):
@@ -78,24 +89,13 @@ def test_depthwise_convolutions_take_other_numbers():
             return self.last(seen.relu())
 
     torch.manual_seed(0)
-    model = Depthwise().eval()
-    plan = plan_of(model)
-    before = [view.memory.data.clone() for view in weights_of(plan)]
-    changed(model)
-    assert plan.renew()
-    after = [view.memory.data for view in weights_of(plan)]
-    assert all(torch.allclose(new, 1.4 * old) for old, new in zip(before, after, strict=True))
+    renewed(Depthwise().eval())
 
 
 def test_other_numbers_fit_and_other_zeros_do_not():
     torch.manual_seed(0)
     model = PixelCNN((1, 5, 4), 3, channels=8, layers=1).eval()
-    plan = plan_of(model)
-    before = [view.memory.data.clone() for view in weights_of(plan)]
-    changed(model)
-    assert plan.renew()
-    after = [view.memory.data for view in weights_of(plan)]
-    assert all(torch.allclose(new, 1.4 * old) for old, new in zip(before, after, strict=True))
+    plan = renewed(model)
     with torch.no_grad():
         next(model.parameters())[0, 0, 0, 0] = 0
     assert not plan.renew()
