@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastgen.distributions import Distribution
 from fastgen.distributions.base import independent
@@ -9,6 +10,8 @@ from fastgen.sampling.levels import dtype_of
 from fastgen.sampling.request import SampleRequest
 
 MOST_PARAMETERS = 2**22  # in a call of `draw`, which may take them as float64
+TINY = 1e-6  # of `spread_of_steps`
+WIDEST = 8**-0.5 + TINY  # more than which it cannot be
 
 
 def channels_at_once(distribution: Distribution, params: Tensor, channels: int) -> list[int] | list[Tensor]:
@@ -114,18 +117,21 @@ def _pixels(row: Tensor) -> Tensor:
     return row.movedim(-1, 1).flatten(0, 1)
 
 
-def uncertain_image(request: SampleRequest, params: Tensor, levels: Tensor, error: float, shift: float | None) -> bool:
-    """Whether any draw of levels (n, C, H, W) could have come out otherwise.
+def unsure_images(
+    request: SampleRequest, params: Tensor, levels: Tensor, error: float, shift: float | None, of_draws: float = 0.0
+) -> Tensor:
+    """Which images have a draw that could have come out otherwise, (n,) bool.
 
     Args:
-        params: (n, ..., H, W), of which the levels were drawn.
+        params: (n, ..., H, W), of which the levels (n, C, H, W) were drawn.
         error: the greatest of an entry of `params`.
-        shift: the greatest of the distribution's `steps`, where it is known; it bounds more tightly, since errors of
-            many parameters cancel.
+        shift: of `greatest_shift`, where it is known; it bounds more tightly, since errors of many parameters cancel.
+        of_draws: the greatest error of a cumulative probability besides.
     """
+    found = torch.zeros(request.n, dtype=torch.bool, device=params.device)
     check, steps = (getattr(request.distribution, name, None) for name in ("uncertain", "steps"))
     if check is None:
-        return True
+        return ~found
     for row in range(request.shape[1]):
         at, noise, drawn = (_pixels(one[..., row, :]) for one in (params, request.noise, levels))
         at = at.contiguous()
@@ -133,16 +139,23 @@ def uncertain_image(request: SampleRequest, params: Tensor, levels: Tensor, erro
             if shift is None or steps is None:
                 unsure = check(at, noise, channel, drawn[:, : channel if isinstance(channel, int) else 0], error)
             else:
-                unsure = ((steps(at, channel) - noise[:, channel].unsqueeze(-1)).abs() <= shift).any(-1)
+                unsure = _near_a_step(steps(at, channel), noise[:, channel], shift, of_draws)
             if request.known_mask is not None:
                 unsure = unsure & ~_pixels(request.known_mask[..., row, :])[:, channel]
-            if bool(unsure.any()):
-                return True
-    return False
+            found |= unsure.reshape(request.n, -1).any(1)
+    return found
+
+
+def _near_a_step(steps: Tensor, noise: Tensor, shift: float, of_draws: float) -> Tensor:
+    distance = (steps - noise.unsqueeze(-1)).abs()
+    near = (distance <= shift * WIDEST + of_draws).any(-1)
+    near[near.clone()] = (distance[near] <= shift * spread_of_steps(steps[near]) + of_draws).any(-1)
+    return near
 
 
 def greatest_shift(request: SampleRequest, params: Tensor, other: Tensor) -> float | None:
-    """The greatest difference between the distribution's `steps` for two outputs; None where it has none."""
+    """The greatest difference between the distribution's `steps` for two outputs, in units of `spread_of_steps`; None
+    where it has none."""
     steps = getattr(request.distribution, "steps", None)
     greatest = 0.0
     for row in range(request.shape[1]):
@@ -151,5 +164,20 @@ def greatest_shift(request: SampleRequest, params: Tensor, other: Tensor) -> flo
             ours, theirs = (None if steps is None else steps(one, channel) for one in at)
             if ours is None or theirs is None:
                 return None
-            greatest = max(greatest, float((ours - theirs).abs().nan_to_num(0).max()))
+            greatest = max(greatest, float(((ours - theirs).abs() / spread_of_steps(ours)).nan_to_num(0).max()))
     return greatest
+
+
+def spread_of_steps(steps: Tensor) -> Tensor:
+    """How far independent errors of the logits, of standard deviation 1, move cumulative probabilities.
+
+    An error e of the logits moves F(k), the sum of the first probabilities p, by (1 - F) times the sum of p e over
+    these and -F times that over the others. TINY is added, so that nothing is divided by 0.
+
+    Args:
+        steps: F (..., K - 1).
+    """
+    squares = F.pad(F.pad(steps, (1, 0)), (0, 1), value=1.0).diff().square()
+    below = squares.cumsum(-1)
+    above = (below[..., -1:] - below).clamp(min=0)
+    return ((1 - steps).square() * below[..., :-1] + steps.square() * above[..., :-1]).sqrt() + TINY

@@ -56,7 +56,7 @@ class Tally:
     """How images were drawn.
 
     Attributes:
-        passes: whole passes of the model.
+        passes: of the model over a batch, or over some of its images.
         redrawn: images that such a pass found wrong, and that were drawn on from their first wrong place.
         error: the largest difference seen between the engine's output and the model's; None where no pass was made.
         launches: of kernels on a GPU, as far as they were counted; None elsewhere.

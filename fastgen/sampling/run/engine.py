@@ -14,9 +14,10 @@ from fastgen.sampling.plan.plan import Plan, make_plan
 from fastgen.sampling.request import Draw, SampleRequest, SampleResult, tell, uniforms
 from fastgen.sampling.run.draw_loop import Player, at_places, decode_batch, draw_batch, from_places
 from fastgen.sampling.run.margin import Margin
+from fastgen.sampling.run.passes import Passes
 from fastgen.sampling.run.players import best_backend, most_images, unfit_for_gpu_machine, way_to_play
 from fastgen.sampling.trace.network import Network
-from fastgen.sampling.whole_pass import FixedPoint, whole_pass
+from fastgen.sampling.whole_pass import FixedPoint
 
 MOST_CORRECTIONS = 20
 MOST_PLAYERS = 3  # of other numbers of images, kept for the next batch
@@ -46,9 +47,9 @@ class Engine:
     """Every activation is computed once an image. The images are those of the model's own passes, to the last level.
 
     The engine sums in another order than the model, so that its output differs by rounding. Where that could have
-    changed a draw, one whole pass of the model over the finished batch decides: its draws are those of the naive
-    loop up to the first level of an image that differs. Images with such a level are drawn on from there, the others
-    are finished.
+    changed a draw, a pass of the model over the finished images decides: its draws are those of the naive loop up to
+    the first level of an image that differs. Images with such a level are drawn on from there, the others are
+    finished.
 
     Args:
         plan: of the model.
@@ -65,6 +66,7 @@ class Engine:
         self.most = most_images(name, plan, plan.network.device)
         self._way = way_to_play(name, plan, distribution, plan.network.device)
         self.margin = Margin(self._way.of_draws)
+        self._passes = Passes(plan.network)
         self._launched: int | None = None  # of a kernel, for the images of `run`
         self._players: dict[int, Player] = {}  # by number of images, the latest last
 
@@ -97,7 +99,10 @@ class Engine:
             what = "half precision has no one truth" if self.half else "real values differ in their last bits"
             sure = f"{what}: images are drawn from this output, without a whole pass; by how much, the margin says"
         else:
-            sure = "a whole pass of the model decides where the margin, a measured one, could change a draw"
+            sure = (
+                "a whole pass of the model decides where the margin, a measured one, could change a draw; later, if a "
+                "trial finds the same bits, a pass over the half or the quarter of a batch with these images"
+            )
         lines = [
             f"{self.name}: {len(plan.timed.computed)} operations, {len(plan.order)} draws, {len(plan.programs)} "
             f"programs for {len(plan.steps)} steps, work ratio {plan.work_ratio:.3f}",
@@ -143,10 +148,10 @@ class Engine:
         request = SampleRequest(2, self.shape, noise, self.distribution, condition=self.network.condition, dtype=dtype)
         with self._all_or_nothing():
             levels, params, _ = self._draw(request, 2)
-            truth = self._truth(request, levels)
+            truth = self._passes.whole(request, levels)
             if self.real and not bool(truth.isfinite().all()):  # what is drawn of it, again and again, runs away
                 levels = torch.special.ndtri(noise[:, -self.shape[0] :].clamp(min=2**-24)).to(dtype)
-                params, truth = self.decode(image_of(levels), request)[1], self._truth(request, levels)
+                params, truth = self.decode(image_of(levels), request)[1], self._passes.whole(request, levels)
             self.margin.measure(request, params, truth, self.half)
 
     @contextmanager
@@ -187,32 +192,36 @@ class Engine:
 
     def _make_sure(self, request: SampleRequest, result: SampleResult, params: Tensor) -> Tensor:
         """Puts the levels of a batch right, drawn of the engine's `params`; returns the params of the right levels."""
-        asked, asked_params, asked_levels = request, params, result.levels  # what no pass has confirmed yet
+        asked = every = torch.arange(request.n, device=params.device)  # what no pass has confirmed yet
         for _ in range(MOST_CORRECTIONS):
-            if self.verify == "auto" and not self.margin.could_change(asked, asked_params, asked_levels):
-                return params
-            truth = self._truth(request, result.levels)
-            result.passes += 1
-            result.error = max(self.margin.measure(request, params, truth, self.half), result.error or 0.0)
-            right = draw_image(request, truth)[0]
-            wrong = at_places(self.plan, right != result.levels, torch.any)
+            if self.verify == "always":
+                asked = every
+            else:
+                asked = asked[self.margin.unsure(request.of(asked), params[asked], result.levels[asked])]
+                if len(asked) == 0:
+                    return params
+            seen, truth, passes = self._passes.of(request, result.levels, asked)
+            some = request.of(seen)
+            result.passes += passes
+            result.error = max(self.margin.measure(some, params[seen], truth, self.half), result.error or 0.0)
+            right = draw_image(some, truth)[0]
+            wrong = at_places(self.plan, right != result.levels[seen], torch.any)
             rows = torch.nonzero(wrong.any(1)).flatten()
             if len(rows) == 0:
                 return params
             result.redrawn += len(rows)
-            asked = self._from_first_wrong(request.of(rows), right[rows], wrong[rows])
+            again, asked = self._from_first_wrong(some.of(rows), right[rows], wrong[rows]), seen[rows]
             params = params.clone()  # of a player that may be the one to go on
             # Few sizes, so that few players serve all numbers of wrong images.
             size = self._size(request.n) if self.name == "cuda_graph" else 1 << (len(rows) - 1).bit_length()
-            asked_levels, asked_params, bad = self._draw(asked, min(size, max(request.n, len(rows))))
+            result.levels[asked], params[asked], bad = self._draw(again, min(size, max(request.n, len(rows))))
             result.bad = result.bad | bad
-            params[rows], result.levels[rows] = asked_params, asked_levels
         self._settle(request, result, params)
         return params
 
     def _settle(self, request: SampleRequest, result: SampleResult, params: Tensor) -> None:
         """Whole passes of the model from the levels of a batch on, drawn of `params`, until no level changes."""
-        truth = self._truth(request, result.levels)
+        truth = self._passes.whole(request, result.levels)
         result.error = max(self.margin.measure(request, params, truth, self.half), result.error or 0.0)
         begin = draw_image(request, truth)[0]
         if self.real:  # what a value that is not finite touches, even by a weight of zero, would never settle
@@ -222,10 +231,6 @@ class Engine:
             settled = whole.run(replace(request, progress=None), begin)
         result.levels, result.log_prob, result.bad = settled.levels, settled.log_prob, settled.bad
         result.passes += 1 + settled.passes
-
-    def _truth(self, request: SampleRequest, levels: Tensor) -> Tensor:
-        with self.network.kept():
-            return whole_pass(self.network.model, self.network.encode, levels, request.condition)
 
     def _from_first_wrong(self, request: SampleRequest, right: Tensor, wrong: Tensor) -> SampleRequest:
         """The request with the levels up to and including the first wrong place of each image known.

@@ -2,15 +2,16 @@
 
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 
-from fastgen.sampling.draws import draw_image, greatest_shift, uncertain_image
+from fastgen.sampling.draws import WIDEST, draw_image, greatest_shift, unsure_images
 from fastgen.sampling.request import SampleRequest, tell
 
 # Times the largest difference that was seen. `uncertain` takes that difference for every parameter at once, with the
 # worst signs: real errors do less, so that a small factor is enough.
 MARGIN = 1.5
-SHIFT_MARGIN = 3.0  # times the greatest shift of a step between levels that was seen: these have both signs
+SHIFT_MARGIN = 3.0  # times the greatest shift of a step between levels that was seen: real ones have both signs
 MOST_SHIFTS = 8  # distributions, options included, whose shift is remembered
 
 T = TypeVar("T")
@@ -60,10 +61,11 @@ class Margin:
 
     def measure(self, request: SampleRequest, params: Tensor, truth: Tensor, half: bool) -> float:
         """Notes the difference between the engine's output and the model's (n, ..., H, W), and returns the largest."""
-        error = float((truth.double() - params.double()).abs().nan_to_num(0, posinf=0).max())
+        exact = torch.promote_types(truth.dtype, torch.float32)
+        error = float((truth.to(exact) - params.to(exact)).abs().nan_to_num(0, posinf=0).max())
         if self.error is None or error > self.error:
             self.error = max(error, 1e-12)
-            self.scale = float(truth.double().abs().nan_to_num(0, posinf=0).max())
+            self.scale = float(truth.to(exact).abs().nan_to_num(0, posinf=0).max())
             if self.error > 1e-3 * self.scale + 1e-9 and not half:
                 tell(
                     f"the engine's output differs from the model's by {self.error:.1e}, more than rounding: please "
@@ -77,19 +79,20 @@ class Margin:
             self._shifts.put(request.distribution, max(self._shifts.get(request.distribution) or 1e-12, shift))
         return error
 
-    def could_change(self, request: SampleRequest, params: Tensor, levels: Tensor) -> bool:
-        """Whether an error of that size could have changed a draw of levels (n, C, H, W), made of params."""
+    def unsure(self, request: SampleRequest, params: Tensor, levels: Tensor) -> Tensor:
+        """In which images an error of that size could have changed a draw, (n,) bool: levels (n, C, H, W), made of
+        params."""
         if self.error is None:
-            return True
+            return torch.ones(request.n, dtype=torch.bool, device=params.device)
         shift = self._shifts.get(request.distribution)
-        error, shift = MARGIN * self.error + self.of_draws, shift and SHIFT_MARGIN * shift + self.of_draws
-        return uncertain_image(request, params, levels, error, shift)
+        error, shift = MARGIN * self.error + self.of_draws, shift and SHIFT_MARGIN * shift
+        return unsure_images(request, params, levels, error, shift, self.of_draws)
 
     def __str__(self) -> str:
         if self.error is None:
             return "not measured yet"
         shift = max(self._shifts.values(), default=None)
-        steps = "" if shift is None else f", {SHIFT_MARGIN * shift:.1e} in a cumulative probability"
+        steps = "" if shift is None else f", {SHIFT_MARGIN * shift * WIDEST:.1e} in a cumulative probability"
         if self.of_values is not None:
             steps = f", {MARGIN * self.of_values:.1e} in a value that is drawn"
         if self.of_draws:
