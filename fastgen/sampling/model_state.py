@@ -99,8 +99,9 @@ class ModelState:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """The model's passes run inside, and it is left as `unchanged` leaves it. Entered while nothing has changed."""
-        passes = unchanged(self.model, self._tensors)
+        """The model's passes run inside, and it is left as `unchanged` leaves it. Entered while nothing has changed,
+        except that a pass of the user's may have left in tensors what passes leave."""
+        passes = unchanged(self.model, {k: v for k, v in self._tensors.items() if k not in self._left})
         try:
             with passes:
                 yield

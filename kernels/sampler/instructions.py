@@ -158,9 +158,13 @@ def by_tiles(arenas, code, share, BM: tl.constexpr, BN: tl.constexpr, BK: tl.con
             inside = real[:, None] & (j < columns)[None, :]
             value = contracted(code, memory_ptr + a_at, memory_ptr + b_at, real, inside, BM, BN)
         else:
-            if op == LOOKUP:  # in the table A by the index B
+            known = real
+            if op == LOOKUP:  # in the table A by the index B, from the end where it is negative
+                count = tl.load(code + DEPTH)
                 index = tl.load(integers_ptr + places(code, B, share, m), mask=real, other=0)
-                a_at += index * tl.load(code + ALONG)
+                index += tl.where(index < 0, count, 0)
+                known = real & (index >= 0) & (index < count)
+                a_at += tl.where(known, index, 0) * tl.load(code + ALONG)
             at = a_at[:, None] + j[None, :] * tl.load(code + A + COLUMN_STRIDE)
             inside = real[:, None] & (j < columns)[None, :]
             if (op == COPY_INT64) | (op == MOVE_INT64):
@@ -172,6 +176,7 @@ def by_tiles(arenas, code, share, BM: tl.constexpr, BN: tl.constexpr, BK: tl.con
                 value = levels.to(tl.float32)
             else:
                 value = tl.load(memory_ptr + at, mask=inside, other=0.0)
+                value = tl.where((known == real)[:, None], value, float("nan"))  # of a row that is not there
                 if op == TO_INT64:
                     out_at = places(code, OUT, share, m)[:, None] + j[None, :] * tl.load(code + OUT + COLUMN_STRIDE)
                     tl.store(integers_ptr + out_at, value.to(tl.int64), mask=inside)

@@ -321,3 +321,28 @@ def test_bernoulli_models_share_a_model_with_others():
     for _ in range(2):
         assert torch.equal(first.sample(3, seed=0), expected[0])
         assert torch.equal(second.sample(3, seed=0), expected[1])
+
+
+def test_what_the_user_has_left_in_a_cache_stays_there():
+    """A buffer written in place and how much of it is filled, as caches of rotary embeddings have them."""
+
+    class Rotary(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.filled = inner, 0
+            self.register_buffer("cache", torch.zeros(16))
+
+        def forward(self, x):
+            if not self.filled:
+                self.cache[:4] = torch.arange(1.0, 5.0)
+                self.filled = 4
+            return self.inner(x * self.cache[:4])
+
+    for backend in BACKENDS:
+        model = Rotary(Stranger(1, 4)).eval()
+        sampler = accelerate(model, SHAPE, distribution=DISTRIBUTION, backend=backend, verify="always")
+        x = torch.randn(2, *SHAPE)
+        output = model(x)
+        images = sampler.sample(4, seed=0)
+        assert torch.equal(model(x), output) and model.filled == 4
+        assert torch.equal(sampler.sample(4, seed=0), images)

@@ -99,6 +99,7 @@ def lookup(table: Tensor, index: Tensor, out: Tensor, of_images: bool) -> Tensor
     """table (R, D), or (n, R, D) of each image; index (n, ...)"""
     if not of_images:
         return out.copy_(table[index])
+    index = torch.where(index < 0, index + table.shape[1], index)
     rows = index.flatten(1).unsqueeze(-1).expand(-1, -1, table.shape[-1])
     return out.copy_(table.gather(1, rows).view(out.shape))
 

@@ -84,7 +84,8 @@ class Rowwise:
 
 @dataclass(frozen=True)
 class Lookup:
-    """out (..., D) = table[index]; table (R, D), of each image or the same for all; index (...) int64."""
+    """out (..., D) = table[index]; table (R, D), of each image or the same for all; index (...) int64, counted from the
+    end where it is negative."""
 
     out: View
     table: View

@@ -120,7 +120,8 @@ def part_of(one: Instruction, half: bool = False) -> Part:
         index = Side(one.index, (*one.index.strides, 0))
         table = Side(one.table, (0,) * len(one.out.sizes))
         along = (one.table.strides[0], one.table.strides[1])
-        found = Part("lookup", Side(one.out, one.out.strides), one.out.sizes, (table, index), None, 0, along, 0.0, True)
+        out, rows = Side(one.out, one.out.strides), float(one.table.sizes[0])
+        found = Part("lookup", out, one.out.sizes, (table, index), None, 0, along, rows, True)
     else:
         raise Unknown
     _check(found, (torch.float32, *HALF) if half else (torch.float32,))

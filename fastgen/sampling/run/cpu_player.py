@@ -59,6 +59,14 @@ def images_at_once(plan: Plan) -> int:
     return max(FULL_TILES, left // max(1, of_image))
 
 
+def _check_lookups(missed: bool) -> None:
+    """Raises IndexError."""
+    if missed:
+        raise IndexError(
+            "index out of range: the model looks up a row that its table does not have, for a level or its condition"
+        )
+
+
 class CPUMemory(PlanMemory):
     """With conditions as the machine takes them."""
 
@@ -104,6 +112,7 @@ class CPUPlayer(TorchPlayer):
             last = min(count, (place // turn + 1) * turn)
             code.threads, start = self._pace.threads(), time.perf_counter()
             stop = self.machine.play(ctypes.addressof(code), place, last)
+            _check_lookups(stop < 0)
             self._pace.took(code.threads, (time.perf_counter() - start) / (stop - place + 1))
             if stop < last:  # the step after this draw is not all of the machine's
                 self.step(stop)
@@ -141,7 +150,7 @@ class CPUPlayer(TorchPlayer):
         self._held.append(codes)
         self._threads.append((program, most))
         address, run = ctypes.addressof(program), self.machine.run
-        return lambda step: run(address, step.offsets.ctypes.data, program.threads)
+        return lambda step: _check_lookups(run(address, step.offsets.ctypes.data, program.threads))
 
     def _tables(self) -> None:
         """The steps, and the rows of rings that move before them."""

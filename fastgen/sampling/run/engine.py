@@ -120,6 +120,7 @@ class Engine:
         return self.plan.renew()
 
     def run(self, request: SampleRequest) -> SampleResult:
+        self.network.meet(request.condition)
         with self._all_or_nothing():
             self._launched = None
             levels, params, bad = self._draw(request, self._size(request.n))
@@ -136,6 +137,7 @@ class Engine:
             return result
 
     def decode(self, draw: Draw, request: SampleRequest) -> tuple[Tensor, Tensor]:
+        self.network.meet(request.condition)
         with self._all_or_nothing():
             player = self._player(request.n, request.noise.device)
             decode_batch(player, draw, request)

@@ -272,6 +272,7 @@ class Graph:
     result: Tensor = field(init=False)  # the output of the traced run
     numel: int = 1  # element 0 is the zero outside of images
     remarks: list[str] = field(default_factory=list)
+    reads: list[bool | int | float] = field(default_factory=list)  # that depend on the input, by the model's own code
     _bases: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long), init=False, repr=False)
 
     def add(self, value: Value) -> Value:

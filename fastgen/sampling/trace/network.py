@@ -1,5 +1,6 @@
 """Takes a stranger's model; gives it as a function of levels on sample images, and its graph: `Network`."""
 
+import dis
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -10,10 +11,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastgen.sampling.model_state import Kept, device_of, unchanged
 from fastgen.sampling.trace.graph import Graph, Map, Operand, Unsupported, Value, same_operation
-from fastgen.sampling.trace.recorder import trace
+from fastgen.sampling.trace.recorder import Number, trace
 
+RAISE = dis.opmap["RAISE_VARARGS"]
+MOST_READS = 16  # each takes a trace or a few
 MOST_ELEMENTS = 4 * 10**8  # of one image; beyond, the analysis would not fit into memory
 HALF = (torch.float16, torch.bfloat16)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def sample_images(model: nn.Module, shape: Sequence[int], levels: int | Tensor | torch.dtype | None) -> Tensor:
@@ -59,6 +63,7 @@ class Network:
         self.device = device_of(model)
         self._traced_beside = False
         self._leaves, self._structure = tree_flatten(condition)
+        self._met: dict[int, Tensor] = {}  # the least and the greatest integer of a leaf
         self._rows = [k for k, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor) and leaf.dim()]
         while True:
             self.extremes: tuple[int, int | Tensor] = (-1, 1)
@@ -95,6 +100,23 @@ class Network:
         with self.kept():
             return self._call(levels, *rows)
 
+    @torch.no_grad()
+    def meet(self, condition: Any) -> None:
+        """Runs the model for rows of a condition with smaller or larger integers than it has met: it alone knows how
+        many classes there are, and raises what it raises where there are fewer."""
+        leaves = tree_flatten(condition)[0]
+        for k in self._rows:
+            if leaves[k].dtype not in INTEGERS or leaves[k].numel() == 0:
+                continue
+            met = torch.stack(self._leaves[k].aminmax()) if k not in self._met else self._met[k]
+            flat = leaves[k].flatten().unflatten(0, (len(leaves[k]), -1))
+            least, greatest = flat.amin(1), flat.amax(1)
+            if bool((least.amin() < met[0]) | (greatest.amax() > met[1])):
+                rows = torch.stack((least.argmin(), greatest.argmax()))
+                with self.kept():
+                    self._call(self.samples[:2], *(leaves[one][rows] for one in self._rows))
+            self._met[k] = torch.stack((met[0].minimum(least.amin()), met[1].maximum(greatest.amax())))
+
     def graph(self) -> tuple[Graph, list[Value]]:
         """The graph of one image, and the values of its condition.
 
@@ -109,6 +131,7 @@ class Network:
             except Unsupported:
                 raise reason from None
             graph.remarks.append(f"traced beside a second image, because alone {reason}")
+        self._check_answers(graph)
         if graph.numel > MOST_ELEMENTS:
             raise Unsupported(f"the network of one image has {graph.numel:.1e} elements")
         expected = (1, *self.output_shape[1:])
@@ -125,12 +148,43 @@ class Network:
         """The graph of the model as it is now, not checked against other images."""
         return self._traced(self._beside if self._traced_beside else self._call, 0)
 
-    def _traced(self, call: Callable[..., Tensor], b: int, *like: Graph) -> Graph:
+    def _check_answers(self, graph: Graph) -> None:
+        """Where the model reads numbers that depend on its input, as in `if (x == end).any()`, the graph holds for
+        these numbers alone. It is traced with others: it must stay the same, or the model refuse them."""
+        if len(graph.reads) > MOST_READS:
+            raise Unsupported(f"the model reads {len(graph.reads)} numbers that depend on its input", graph)
+        call = self._beside if self._traced_beside else self._call
+        for number, found in enumerate(graph.reads):
+            others = [not found] if isinstance(found, bool) else [0, -1, found + 1, 2 * found + 10]
+            for other in others:
+                try:
+                    another = self._traced(call, 0, graph, answers={number: other})
+                except Unsupported as error:
+                    if error.__cause__ is not None and _refuses(error.__cause__):
+                        continue
+                    another = None
+                same = (
+                    another is not None
+                    and _alike(graph, another)
+                    and torch.equal(graph.result.nan_to_num(), another.result.nan_to_num())
+                )
+                if not same:
+                    raise Unsupported(
+                        f"the model computes in another way where a number that depends on its input is {other} "
+                        f"instead of {found}",
+                        graph,
+                    )
+        if graph.reads:
+            graph.remarks.append("reads numbers that depend on its input, of which its computation was not seen to")
+
+    def _traced(
+        self, call: Callable[..., Tensor], b: int, *like: Graph, answers: dict[int, Number] | None = None
+    ) -> Graph:
         """The graph of call(levels, *rows of the condition) for a sample image and the row of that number."""
         rows = [self._leaves[k][b : b + 1] for k in self._rows]
         try:
             with self.kept():
-                return trace(call, self.model, self.samples[b : b + 1], rows, *like)
+                return trace(call, self.model, self.samples[b : b + 1], rows, *like, answers=answers)
         except Unsupported:
             raise
         except Exception as error:  # the model runs on two images, but not on one, or not under the recorder
@@ -159,15 +213,28 @@ def check_output(found: Any) -> None:
         )
 
 
+def _alike(first: Graph, second: Graph) -> bool:
+    """Whether the operations are the same, and their constants."""
+    return len(first.values) == len(second.values) and all(
+        same_operation(a, b)
+        and (a.kind != "constant" or a.data is b.data or torch.equal(a.data.nan_to_num(), b.data.nan_to_num()))
+        for a, b in zip(first.values, second.values, strict=True)
+    )
+
+
+def _refuses(error: BaseException) -> bool:
+    """Whether Python code has raised an error itself, as an `assert` does. An error of PyTorch's may come from numbers
+    that do not fit together."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code.co_code[trace.tb_lasti] == RAISE
+
+
 def _check_same(graphs: Sequence[Graph], whole: Tensor) -> None:
     """The same operations for both images, each by itself as in a batch of both."""
     first, second = graphs
-    pairs = list(zip(first.values, second.values, strict=False))
-    if len(first.values) != len(second.values) or not all(
-        same_operation(a, b)
-        and (a.kind != "constant" or a.data is b.data or torch.equal(a.data.nan_to_num(), b.data.nan_to_num()))
-        for a, b in pairs
-    ):
+    if not _alike(first, second):
         raise Unsupported("the model computes in another way for other values of its input")
     precise = not any(value.data.dtype in HALF for value in first.values)
     for k, graph in enumerate(graphs):

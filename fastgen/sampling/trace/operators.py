@@ -1,6 +1,6 @@
 """What the recorder knows of single operators: which only move elements, which are written out as simpler ones."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastgen.ops.masked_conv2d import in_aten
 from fastgen.sampling.rules.slicewise import ALONG
+from fastgen.sampling.trace.graph import Unsupported
 
 aten = torch.ops.aten
 
@@ -80,11 +81,20 @@ WHOLE = {
 } | ALONG  # fmt: skip
 
 
+READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
+
+
 class Rewrites(TorchFunctionMode):
     """Functions whose own code reads values, or chooses an implementation of attention inside of the model."""
 
+    def __init__(self, tracked: Callable[[Any], bool]) -> None:
+        super().__init__()
+        self.tracked = tracked
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func in READS and self.tracked(args[0]):
+            raise Unsupported(f"{func.__name__}() takes what depends on the input out of PyTorch")
         if func is torch.nn.functional.one_hot:
             classes = kwargs.get("num_classes", args[1] if len(args) > 1 else -1)
             if classes > 0:

@@ -8,7 +8,7 @@ and loops that fill a tensor piece by piece all end up in the operands of the co
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -37,6 +37,7 @@ from fastgen.sampling.trace.operators import (
 from fastgen.sampling.trace.storages import Storages, copied_to_cpu, storage_of, tensors_in
 
 aten = torch.ops.aten
+Number = bool | int | float
 BY_FOURIER = "convolutions by Fourier transforms are computed as convolutions"
 
 
@@ -46,6 +47,7 @@ def trace(
     levels: Tensor,
     conditions: Sequence[Tensor] = (),
     like: Graph | None = None,
+    answers: Mapping[int, Number] | None = None,
 ) -> Graph:
     """The graph of run(levels, *conditions), all of one image.
 
@@ -54,12 +56,13 @@ def trace(
         modules: the model, after whose modules operations are named.
         levels, conditions: its inputs.
         like: of another run, with which this one shares constants that are equal.
+        answers: what some of the model's reads of numbers give, see `Graph.reads`, in the place of the numbers.
 
     Raises:
         RandomNumbers: the output depends on random numbers.
         Unsupported: the run uses what cannot be recorded.
     """
-    recorder = _Recorder(like)
+    recorder = _Recorder(like, answers or {})
     recorder.enter("levels", levels)
     for leaf in conditions:
         recorder.enter("condition", leaf)
@@ -70,7 +73,7 @@ def trace(
         stack.enter_context(_plain_torch())
         if modules is not None:
             stack.enter_context(recorder.naming(modules))
-        stack.enter_context(Rewrites())
+        stack.enter_context(Rewrites(recorder.storages.tracked))
         stack.enter_context(recorder)
         output = run(levels, *conditions)
     if not isinstance(output, Tensor):
@@ -105,8 +108,9 @@ def _is_composite(func: Any) -> bool:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, like: Graph | None) -> None:
+    def __init__(self, like: Graph | None, answers: Mapping[int, Number]) -> None:
         super().__init__()
+        self.answers = answers
         self.graph = Graph()
         self.storages = Storages(self.graph, like)
         self.modules: list[str] = []
@@ -194,6 +198,9 @@ class _Recorder(TorchDispatchMode):
             if out.shape != args[0].shape:
                 raise Unsupported(f"view takes {args[0].dtype} for {out.dtype}, of another size")
             out = out.clone()
+        if name in ("_local_scalar_dense", "is_nonzero", "equal"):
+            self.graph.reads.append(out)
+            return self.answers.get(len(self.graph.reads) - 1, out)
         results = tensors_in(out)
         if not results or not all(self.storages.tracked(tensor) for tensor in results):  # else it is a view
             self.record(func, name, args, kwargs, out)
@@ -243,10 +250,8 @@ class _Recorder(TorchDispatchMode):
         for k, tensor in enumerate(out if isinstance(out, (list, tuple)) else (out,)):
             if isinstance(tensor, Tensor):
                 self.storages.define(tensor, self.add(func, tensor, recorded_args, recorded_kwargs, k))
-            elif name not in ("_local_scalar_dense", "is_nonzero", "equal"):
+            else:
                 raise Unsupported(f"{name} gives a {type(tensor).__name__}")
-            elif "reads values of its input" not in self.graph.remarks:
-                self.graph.remarks.append("reads values of its input")
 
     def record_convolution(self, args: Any, out: Tensor) -> bool:
         """Whether an inverse Fourier transform is the end of a causal convolution; it is recorded as that then."""

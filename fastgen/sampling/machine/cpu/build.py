@@ -20,8 +20,8 @@ LIMIT_S = 120
 @dataclass(frozen=True)
 class Machine:
     """Attributes:
-    run: (program, offsets, threads), pointers as integers: one program.
-    play: (play, first place, last place) -> place: draws and steps, see machine.cpp.
+    run: (program, offsets, threads), pointers as integers -> whether a lookup has missed: one program.
+    play: (play, first place, last place) -> place, or -1: draws and steps, see machine.cpp.
     ops: number of every operation by its name.
     panel: columns that a packed panel of weights has.
     built: how it came to be, for people.
@@ -65,7 +65,7 @@ def machine() -> Machine:
     library.fastgen_ops.restype = ctypes.c_char_p
     library.fastgen_panel.restype = ctypes.c_int64
     library.fastgen_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    library.fastgen_run.restype = None
+    library.fastgen_run.restype = ctypes.c_int64
     library.fastgen_play.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     library.fastgen_play.restype = ctypes.c_int64
     ops = {one: k for k, one in enumerate(library.fastgen_ops().decode().split())}

@@ -126,13 +126,21 @@ void rowwise(const Instruction& one, const int64_t* offsets, Share share, int64_
     }
 }
 
+std::atomic<bool> missed{false};  // a lookup has met a row that its table does not have
+
 void lookup(const Instruction& one, const int64_t* offsets, Share share) {
     const float* table = start_of<const float>(one.in[0], offsets);
     const int64_t* index = start_of<const int64_t>(one.in[1], offsets);
     float* out = start_of<float>(one.out, offsets);
-    int64_t n = one.sizes[DIMS - 1], to = one.out.strides[DIMS - 1];
+    int64_t n = one.sizes[DIMS - 1], to = one.out.strides[DIMS - 1], count = static_cast<int64_t>(one.number);
     for (int64_t row = share.rows_from; row < share.rows_to; row++) {
-        const float* from = table + offset_of_row(one.in[0], one.sizes, row) + index[offset_of_row(one.in[1], one.sizes, row)] * one.depth_strides[0];
+        int64_t number = index[offset_of_row(one.in[1], one.sizes, row)];
+        if (number < 0) number += count;
+        if (number < 0 || number >= count) {
+            missed = true;
+            number = 0;
+        }
+        const float* from = table + offset_of_row(one.in[0], one.sizes, row) + number * one.depth_strides[0];
         float* place = out + offset_of_row(one.out, one.sizes, row);
         for (int64_t i = 0; i < n; i++) place[i * to] = from[i * one.depth_strides[1]];
     }
@@ -199,7 +207,8 @@ const char* fastgen_ops() { return OPS; }
 
 int64_t fastgen_panel() { return PANEL; }
 
-void fastgen_run(const Program* program, const int64_t* offsets, int64_t threads) {
+// Plays a program once. Returns whether a lookup has missed.
+int64_t fastgen_run(const Program* program, const int64_t* offsets, int64_t threads) {
     Barrier barrier;
 #pragma omp parallel num_threads(threads)
     {
@@ -209,6 +218,7 @@ void fastgen_run(const Program* program, const int64_t* offsets, int64_t threads
 #endif
         run_program(*program, offsets, thread, all, barrier);
     }
+    return missed.exchange(false);
 }
 
 // Draws places from `first` to before `last`, each followed by its step, with so many threads, which are as many as each
@@ -234,20 +244,20 @@ void play_alike(const Play* play, int64_t first, int64_t last, int64_t threads) 
 }
 
 // Draws places from `first` to before `last`, each followed by its step. Stops at a step whose program is not all of
-// the machine's, with its level drawn, and returns the number of that place; else `last`.
+// the machine's, with its level drawn, and returns the number of that place; else `last`; -1 where a lookup has missed.
 int64_t fastgen_play(const Play* play, int64_t first, int64_t last) {
     auto program_of = [&](int64_t place) -> const Program& { return play->programs[play->steps[place + 1].program]; };
     auto threads_of = [&](int64_t place) { return std::min(program_of(place).threads, play->threads); };
     for (int64_t place = first; place < last;) {
         if (!program_of(place).code) {
             draw_place(*play->draws, place, 0, play->images);
-            return place;
+            return missed.exchange(false) ? -1 : place;
         }
         int64_t end = place + 1, threads = threads_of(place);
         while (end < last && program_of(end).code && threads_of(end) == threads) end++;
         play_alike(play, place, end, threads);
         place = end;
     }
-    return last;
+    return missed.exchange(false) ? -1 : last;
 }
 }

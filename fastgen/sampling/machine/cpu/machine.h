@@ -16,7 +16,7 @@ struct Instruction {
     int64_t waits;  // for what other threads have written, or still read
     int64_t depth;  // terms of each sum of a product; numbers of a row
     int64_t depth_strides[2];  // along these, of the first two inputs
-    double number;
+    double number;  // rows of the table of a lookup
     int64_t sizes[DIMS];
     Side out, in[3];  // of a product: rows, weight (packed where it is a constant), what is added to
 };

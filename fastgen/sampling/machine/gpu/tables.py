@@ -141,7 +141,7 @@ class Linker:
         head[words.ALONG.value], head[words.ALONG_B.value] = part.along
         head[words.NUMBER.value] = struct.unpack("<i", struct.pack("<f", part.number))[0]
         if part.op == "lookup":
-            head[words.A.value + words.SIDE - 1] = part.along[1]
+            head[words.A.value + words.SIDE - 1], head[words.DEPTH.value] = part.along[1], int(part.number)
         if part.weight is not None:
             head[words.WEIGHT.value] = self._pack(part.weight, fused.half)
             head[words.WEIGHT_PRECISION.value] = PRECISIONS.get(part.weight.memory.dtype, words.FLOAT32).value
