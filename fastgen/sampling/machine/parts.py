@@ -120,8 +120,8 @@ def part_of(one: Instruction, half: bool = False) -> Part:
         index = Side(one.index, (*one.index.strides, 0))
         table = Side(one.table, (0,) * len(one.out.sizes))
         along = (one.table.strides[0], one.table.strides[1])
-        out, rows = Side(one.out, one.out.strides), float(one.table.sizes[0])
-        found = Part("lookup", out, one.out.sizes, (table, index), None, 0, along, rows, True)
+        target, count = Side(one.out, one.out.strides), float(one.table.sizes[0])
+        found = Part("lookup", target, one.out.sizes, (table, index), None, 0, along, count, True)
     else:
         raise Unknown
     _check(found, (torch.float32, *HALF) if half else (torch.float32,))

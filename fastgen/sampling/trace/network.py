@@ -155,10 +155,10 @@ class Network:
             raise Unsupported(f"the model reads {len(graph.reads)} numbers that depend on its input", graph)
         call = self._beside if self._traced_beside else self._call
         for number, found in enumerate(graph.reads):
-            others = [not found] if isinstance(found, bool) else [0, -1, found + 1, 2 * found + 10]
+            others: list[Number] = [not found] if isinstance(found, bool) else [0, -1, found + 1, 2 * found + 10]
             for other in others:
                 try:
-                    another = self._traced(call, 0, graph, answers={number: other})
+                    another = self._traced(call, 0, graph, {number: other})
                 except Unsupported as error:
                     if error.__cause__ is not None and _refuses(error.__cause__):
                         continue
@@ -175,16 +175,22 @@ class Network:
                         graph,
                     )
         if graph.reads:
-            graph.remarks.append("reads numbers that depend on its input, of which its computation was not seen to")
+            graph.remarks.append(
+                "it reads numbers that depend on its input: others led to the same operations, or to an error of its own"
+            )
 
     def _traced(
-        self, call: Callable[..., Tensor], b: int, *like: Graph, answers: dict[int, Number] | None = None
+        self,
+        call: Callable[..., Tensor],
+        b: int,
+        like: Graph | None = None,
+        answers: dict[int, Number] | None = None,
     ) -> Graph:
         """The graph of call(levels, *rows of the condition) for a sample image and the row of that number."""
         rows = [self._leaves[k][b : b + 1] for k in self._rows]
         try:
             with self.kept():
-                return trace(call, self.model, self.samples[b : b + 1], rows, *like, answers=answers)
+                return trace(call, self.model, self.samples[b : b + 1], rows, like, answers)
         except Unsupported:
             raise
         except Exception as error:  # the model runs on two images, but not on one, or not under the recorder
