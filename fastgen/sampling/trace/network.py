@@ -176,7 +176,7 @@ class Network:
                     )
         if graph.reads:
             graph.remarks.append(
-                "it reads numbers that depend on its input: others led to the same operations, or to an error of its own"
+                "it reads numbers that depend on its input: others led to the same operations or to an error of its own"
             )
 
     def _traced(
