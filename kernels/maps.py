@@ -1,9 +1,13 @@
 """Feature maps as kernels write them. Needs no Triton: the operators describe their results by it as well."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+Layout = tuple[tuple[int, ...], tuple[int, ...]]  # size and strides
 
 
 def empty_map(like: Tensor, channels: int, height: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -13,6 +17,19 @@ def empty_map(like: Tensor, channels: int, height: int, width: int, dtype: torch
     """
     size = (like.shape[0], channels, height, width)
     return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def empties(like: Tensor, layout: Layout, dtype: torch.dtype | None = None) -> Callable[[], Tensor]:
+    """Makes tensors of one layout, uninitialized, on the device of `like`, which must be the current one.
+
+    With what the code that torch.compile generates calls, where PyTorch has it: that takes the host half as long as
+    `torch.empty_strided`, but knows no dispatch, and is to be called where no transform or mode sees tensors.
+    """
+    kind, dtype = like.device.type, dtype or like.dtype
+    allocate = getattr(torch._C._dynamo.guards, f"_empty_strided_{kind}", None)
+    if allocate is None:
+        return partial(torch.empty_strided, *layout, dtype=dtype, device=kind)
+    return partial(allocate, *layout, dtype)
 
 
 def result_size(x: Tensor, weight: Tensor, geometry: Any) -> list[int]:
