@@ -20,15 +20,16 @@ def empty_map(like: Tensor, channels: int, height: int, width: int, dtype: torch
 
 
 def empties(like: Tensor, layout: Layout, dtype: torch.dtype | None = None) -> Callable[[], Tensor]:
-    """Makes tensors of one layout, uninitialized, on the device of `like`, which must be the current one.
+    """Makes uninitialized tensors on the device of `like`, which is to be the current one when they are made.
 
-    With what the code that torch.compile generates calls, where PyTorch has it: that takes the host half as long as
-    `torch.empty_strided`, but knows no dispatch, and is to be called where no transform or mode sees tensors.
+    With what torch.compile's own code calls, where PyTorch has it: `torch.empty_strided` takes the host twice as long.
+    It passes by the dispatcher, so that no transform or mode would see it, and does not fill memory as PyTorch does
+    where its algorithms shall be deterministic.
     """
-    kind, dtype = like.device.type, dtype or like.dtype
-    allocate = getattr(torch._C._dynamo.guards, f"_empty_strided_{kind}", None)
-    if allocate is None:
-        return partial(torch.empty_strided, *layout, dtype=dtype, device=kind)
+    device, dtype = like.device.type, dtype or like.dtype
+    allocate = getattr(torch._C._dynamo.guards, f"_empty_strided_{device}", None)
+    if allocate is None or torch.are_deterministic_algorithms_enabled():
+        return partial(torch.empty_strided, *layout, dtype=dtype, device=device)
     return partial(allocate, *layout, dtype)
 
 

@@ -46,16 +46,11 @@ def boxes(like: Tensor, size: Sequence[int], block: Sequence[int]) -> Callable[[
     common is their class's, as Triton's constructor takes the host ten times as long."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    def init(self: Any, base: Tensor) -> None:
+        self.base = base
+
     whole = TensorDescriptor(like, list(size), list(dense(*size)[1]), list(block))
-    kind: Any = type("Boxes", (TensorDescriptor,), {**vars(whole), "base": None})
-    new = object.__new__
-
-    def descriptor(x: Tensor) -> Any:
-        made = new(kind)
-        made.base = x
-        return made
-
-    return descriptor
+    return type("Boxes", (TensorDescriptor,), {**vars(whole), "base": None, "__init__": init})
 
 
 def box_of(pixels: int, batch: int, height: int, width: int) -> tuple[int, int, int]:
@@ -213,14 +208,14 @@ class Convolve:
             PRECISION=precision_of(x), IMAGES=box[0], HEIGHT=box[1], WIDTH=box[2], N=tile.N, K=tile.K,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-        self.boxes: tuple[Any, ...] = ()  # for each of what is launched with
+        self.boxes: tuple[Any, ...] = ()
         if tile.tma:
             sizes, block = (batch, height, width), (*box, tile.K)
             of_x = boxes(x, (batch, *x.shape[2:], x.shape[1]), block)
             of_packed = boxes(x, packed[0], (tile.N, tile.K))
             of_other = boxes(x, (*sizes, others), block) if others else None
-            of_kept, of_out = (boxes(x, (*sizes, n, rows), (*box, 1, written)) for n in (2 if keep == "both" else 1, 1))
-            self.boxes = (of_x, of_packed, of_other, None, None, None, of_out, of_kept)
+            of_out, of_kept = (boxes(x, (*sizes, n, rows), (*box, 1, written)) for n in (1, 2 if keep == "both" else 1))
+            self.boxes = (of_x, of_packed, of_other, of_out, of_kept)
 
     def run(
         self, x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None = None,
@@ -237,10 +232,15 @@ class Convolve:
         kept = self.new_kept() if self.keep else None
         # What is not there is not read; in its place x spares another compilation, but costs a gate registers.
         residual = x if residual is None and self.activation != "gated" else residual
-        tensors: Any = (x, packed, other, x if bias is None else bias, condition, residual, out, kept)
-        if self.boxes:
-            tensors = [t if t is None or box is None else box(t) for box, t in zip(self.boxes, tensors, strict=True)]
-        self.product.start(*tensors)
+        bias = x if bias is None else bias
+        if not self.boxes:
+            self.product.start(x, packed, other, bias, condition, residual, out, kept)
+            return out, kept
+        of_x, of_packed, of_other, of_out, of_kept = self.boxes
+        self.product.start(
+            of_x(x), of_packed(packed), None if other is None else of_other(other), bias, condition, residual,
+            of_out(out), None if kept is None else of_kept(kept),
+        )  # fmt: skip
         return out, kept
 
     def by_cudnn(self, x: Tensor, weight: Tensor, mask: Tensor | None, *added: Tensor | None) -> Any:
