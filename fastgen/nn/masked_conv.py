@@ -89,8 +89,8 @@ class MaskedConv2d(nn.Conv2d):
     def forward(self, x: Tensor, condition: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """x (B, in_channels, H, W); condition and residual as in `fastgen.ops.masked_conv2d`."""
         parameters = self._parameters  # to look them up as attributes takes the host longer
-        weight: Any = parameters["weight"] if "weight" in parameters else self.weight
-        bias = parameters["bias"] if "bias" in parameters else self.bias
+        weight: Any = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
         live = self.live_mask()
         before_w, after_w, before_h, after_h = self._reversed_padding_repeated_twice
         if before_w == after_w and before_h == after_h and uses_triton("auto", x):

@@ -232,7 +232,7 @@ def fused(
 
 
 def _one_requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
-    for tensor in tensors:  # `any` of a generator takes the host longer
+    for tensor in tensors:  # noqa: SIM110, `any` of a generator takes the host longer
         if tensor is not None and tensor.requires_grad:
             return True
     return False

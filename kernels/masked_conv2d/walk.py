@@ -85,7 +85,7 @@ def walk_of(live: Tensor, parts: int) -> Walk:
 
 
 class Reading:
-    """What was read of a mask. Masks that lie alike in memory and show the same have one, so that layers share plans."""
+    """What was read of a mask: its walks by `parts`. Masks that show the same and lie alike in memory share one."""
 
     def __init__(self, live: Tensor) -> None:
         self.walks = {parts: walk_of(live, parts) for parts in (1, 2) if live.shape[0] % parts == 0}
