@@ -74,12 +74,13 @@ class Launch:
     instrumentation) are those of the first launch; hooks on launches are called.
     """
 
-    __slots__ = ("compiled", "constants", "device", "head", "kernel", "run", "tail")
+    __slots__ = ("compiled", "constants", "current_stream", "device", "head", "kernel", "run", "tail")
 
     def __init__(self, kernel: Any, constants: Mapping[str, Any], device: int) -> None:
         self.kernel, self.constants, self.device = kernel, dict(constants), device
         self.compiled: Any = None
         self.run: Any = None  # what launches it
+        self.current_stream: Any = None  # of a device
         self.head: tuple[Any, ...] = ()  # of its arguments those that say what is launched
         self.tail: tuple[Any, ...] = ()  # of all arguments: those that are constants
 
@@ -89,18 +90,18 @@ class Launch:
         if device >= 0 and device != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self.start(grid, args, rest)
-        if self.run is None:
+        run = self.run
+        if run is None:
             return self._first(grid, (*args, *rest))
-        active = driver.active
-        stream = active.get_current_stream(active.get_current_device() if device < 0 else device)
-        runtime = triton.knobs.runtime
-        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        stream = self.current_stream(device)
+        hooks = triton.knobs.runtime
+        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
         about = None
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
             about = self.compiled.launch_metadata(tuple(grid), stream, *args, *rest, *self.tail)
         else:
             enter = leave = None
-        self.run(*grid, *ONES[len(grid) :], stream, *self.head, about, enter, leave, *args, *rest, *self.tail)
+        run(*grid, *ONES[len(grid) :], stream, *self.head, about, enter, leave, *args, *rest, *self.tail)
         return None
 
     __call__ = start  # which takes the host longer
@@ -114,6 +115,7 @@ class Launch:
         rest = self.kernel.params[len(args) :]
         self.tail = tuple(self.constants.get(parameter.name, parameter.default) for parameter in rest)
         self.compiled, self.run, self.head = compiled, compiled.run, (compiled.function, compiled.packed_metadata)
+        self.current_stream = driver.active.get_current_stream
 
 
 _prepared: dict[tuple[Any, ...], Launch] = {}

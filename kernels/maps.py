@@ -1,9 +1,13 @@
 """Feature maps as kernels write them. Needs no Triton: the operators describe their results by it as well."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+Layout = tuple[tuple[int, ...], tuple[int, ...]]  # size and strides
 
 
 def empty_map(like: Tensor, channels: int, height: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -13,6 +17,20 @@ def empty_map(like: Tensor, channels: int, height: int, width: int, dtype: torch
     """
     size = (like.shape[0], channels, height, width)
     return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def empties(like: Tensor, layout: Layout, dtype: torch.dtype | None = None) -> Callable[[], Tensor]:
+    """Makes uninitialized tensors on the device of `like`, which is to be the current one when they are made.
+
+    With what torch.compile's own code calls, where PyTorch has it: `torch.empty_strided` takes the host twice as long.
+    It passes by the dispatcher, so that no transform or mode would see it, and does not fill memory as PyTorch does
+    where its algorithms shall be deterministic.
+    """
+    device, dtype = like.device.type, dtype or like.dtype
+    allocate = getattr(torch._C._dynamo.guards, f"_empty_strided_{device}", None)
+    if allocate is None or torch.are_deterministic_algorithms_enabled():
+        return partial(torch.empty_strided, *layout, dtype=dtype, device=device)
+    return partial(allocate, *layout, dtype)
 
 
 def result_size(x: Tensor, weight: Tensor, geometry: Any) -> list[int]:

@@ -78,7 +78,7 @@ class MaskedConv2d(nn.Conv2d):
 
     def live_mask(self) -> Tensor:
         """The mask that is applied, a BoolTensor of the weight's shape. `patch` overrides it."""
-        return self.mask
+        return self._buffers["mask"]  # type: ignore[return-value]
 
     @property
     def geometry(self) -> Any:
@@ -88,12 +88,14 @@ class MaskedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor, condition: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """x (B, in_channels, H, W); condition and residual as in `fastgen.ops.masked_conv2d`."""
-        weight: Tensor = self.weight
+        parameters = self._parameters  # to look them up as attributes takes the host longer
+        weight: Any = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
         live = self.live_mask()
         before_w, after_w, before_h, after_h = self._reversed_padding_repeated_twice
         if before_w == after_w and before_h == after_h and uses_triton("auto", x):
             return masked_conv2d(
-                x, weight, live, self.bias, stride=self.stride, padding=(before_h, before_w), dilation=self.dilation,
+                x, weight, live, bias, stride=self.stride, padding=(before_h, before_w), dilation=self.dilation,
                 activation=self.activation, condition=condition, residual=residual,
             )  # fmt: skip
         mask: Tensor | None = live
@@ -122,7 +124,7 @@ class MaskedConv2d(nn.Conv2d):
             x,
             weight,
             mask,
-            self.bias,
+            bias,
             stride=self.stride,
             padding=padding,
             dilation=self.dilation,

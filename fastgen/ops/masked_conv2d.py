@@ -213,23 +213,29 @@ def fused(
         out, pre = fused(x, weight, mask, bias, geometry, activation, **more)
         return out + residual, pre
     tensors = (x, weight, mask, bias, condition, residual, other, other_weight)
-    train = torch.is_grad_enabled()
-    if train:
-        train = False
-        for tensor in tensors:  # `any` of a generator takes the host longer
-            train = train or (tensor is not None and tensor.requires_grad)
-    keep = "both" if keep_pre else "valve" if train and activation == "gated" else ""
-    if not is_plain(*tensors):
+    plain = is_plain(*tensors)
+    if plain:
+        geometry = known_pairs(*geometry)
+    else:
         geometry = as_pairs(*geometry)
         _check(*tensors, geometry, activation)
+    train = torch.is_grad_enabled() and _one_requires_grad(tensors)
+    keep = "both" if keep_pre else "valve" if train and activation == "gated" else ""
+    if not plain:
         return _operator(*tensors, *map(list, geometry), activation, keep)
-    geometry = known_pairs(*geometry)
     if not train:
         return _launch().forward(*tensors, geometry, activation, keep, _check)[:2]
     # Here, so that it is kept so for the backward.
     tensors = (x.contiguous(memory_format=torch.channels_last), *tensors[1:])
     results = _apply_without_dispatch(*tensors, geometry, activation, keep)
     return results if keep == "both" else (results, None)
+
+
+def _one_requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
+    for tensor in tensors:  # noqa: SIM110, `any` of a generator takes the host longer
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 # --- the public function
@@ -284,8 +290,8 @@ def masked_conv2d(
         RuntimeError: impl="triton" where it cannot run; a second derivative of the kernel; a mask or a shape that is
             seen for the first time while a CUDA graph is captured.
     """
-    check_float("x", x)
-    check_float("weight", weight)
+    if not isinstance(x, Tensor):
+        check_float("x", x)  # all else is checked once for each kind of call
     triton, cast, geometry = runs_triton(impl, x), autocast_dtype(x) is not None, (stride, padding, dilation)
     if triton and not cast and x.dim() == 4:
         return fused(x, weight, mask, bias, geometry, activation, condition=condition, residual=residual)[0]

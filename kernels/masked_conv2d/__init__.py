@@ -1,6 +1,6 @@
 """The masked convolution. Read launch.py (what runs), products.py (a product), forward.py and backward.py (kernels),
-walk.py (which weights are visited), layout.py (how tensors lie in memory), config.py and cudnn.py (what else could
-run), check.py (is it right), tune.py (what is fastest).
+walk.py (which weights are visited), config.py and cudnn.py (what else could run), check.py (is it right), tune.py (what
+is fastest), catalogue.py (what is compiled without a GPU).
 
 Words that all of them use:
 

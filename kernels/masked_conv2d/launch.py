@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels.common import Launches, cdiv
-from fastgen.kernels.maps import result_size
+from fastgen.kernels.maps import empties, result_size
 from fastgen.kernels.masked_conv2d import check, products
 from fastgen.kernels.masked_conv2d.backward import masked_conv2d_activation_backward_kernel
 from fastgen.kernels.masked_conv2d.config import precision_of
 from fastgen.kernels.masked_conv2d.products import Convolve, WeightGradient, Weights
-from fastgen.kernels.masked_conv2d.walk import Geometry, known_walk, refuse_in_capture
+from fastgen.kernels.masked_conv2d.walk import Geometry, known_walk, read, reading_of, refuse_in_capture
 
 MAX_PIXELS = 2**31 - 2**25  # pixels are counted in 32 bits, with room for the last blocks; offsets in 64
 PLANS = 4096  # kinds of calls that are kept; beyond, all are planned anew
@@ -73,16 +73,27 @@ def laid_out(tensors: Any, copies: Copies) -> Any:
 
 def planned(plans: Plans, key: Any, tensors: Any, reads: Sequence[Callable[[Tensor], Tensor]], make: Any) -> Any:
     """What `make` makes of tensors that lie as they must, kept for calls of this kind, with the copies they need."""
-    refuse_in_capture(
-        tensors[0], "chooses what runs the first time that it sees a shape, and cannot do so", "this shape"
-    )
+    x = tensors[0]
+    refuse_in_capture(x, "chooses what runs the first time that it sees a shape, and cannot do so", "this shape")
     pairs = enumerate(zip(tensors, reads, strict=True))
     copies = [(i, read) for i, (t, read) in pairs if t is not None and read(t) is not t]
     if len(plans) >= PLANS:
         plans.clear()
-    plan = plans[key] = make(*laid_out(tensors, copies))
-    plan.copies = copies
+    with torch.cuda.device(x.get_device()):
+        plan = make(*laid_out(tensors, copies))
+    plan.copies, plan.device = copies, x.get_device()
+    plans[key] = plan
     return plan
+
+
+def run(plan: Any, tensors: Any) -> Any:
+    if plan.copies:
+        tensors = laid_out(tensors, plan.copies)
+    device = plan.device
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return plan.run(*tensors)
+    return plan.run(*tensors)
 
 
 # --- the result
@@ -106,12 +117,18 @@ def forward(
     """
     tensors: Any = (x, weight, mask, bias, condition, residual, other, other_weight)
     parts = 2 if activation == "gated" else 1
-    walk = known_walk(mask, weight.shape, parts, check_all, *tensors, geometry, activation)
-    key = (walk, geometry, activation, keep, precision_of(x), *kinds_of(tensors))
+    reading = mask if mask is None else reading_of(mask)
+    if reading is None and mask is not None:
+        if check_all is not None:
+            check_all(*tensors, geometry, activation)
+        reading = read(mask)
+    kinds = kinds_of((x, weight, bias, condition, residual, other, other_weight))
+    key = (reading, geometry, activation, keep, precision_of(x), *kinds)
     plan = _plans.get(key)
     if plan is None:
         if check_all is not None:
             check_all(*tensors, geometry, activation)
+        walk = known_walk(mask, weight.shape, parts)
 
         def make(x: Tensor, weight: Tensor, *rest: Tensor | None) -> Any:
             height, width = result_size(x, weight, geometry)
@@ -122,7 +139,7 @@ def forward(
             return check.tried(whole, x, weight, *rest)
 
         plan = planned(_plans, key, tensors, READ, make)
-    out, kept = plan.run(*laid_out(tensors, plan.copies))
+    out, kept = run(plan, tensors)
     return out, kept, plan.gradients
 
 
@@ -147,8 +164,8 @@ class Backward:
         batch, rows, height, width = grad.shape
         self.passes, sums = None, grad
         if saved != "none":
-            self.layout = products.channels_last(batch, walk.parts * rows, height, width)
-            sums = grad.new_empty_strided(*self.layout)
+            self.new_sums = empties(grad, products.channels_last(batch, walk.parts * rows, height, width))
+            sums = self.new_sums()
             unit, pixels, (high, wide) = (
                 products.unit_of(grad, rows),
                 batch * height * width,
@@ -176,7 +193,7 @@ class Backward:
     def run(self, grad, grad_pre, x, weight, mask, out, kept, other, other_weight) -> list[Tensor | None]:
         sums = grad
         if self.passes is not None:
-            sums = grad.new_empty_strided(*self.layout)
+            sums = self.new_sums()
             self.passes.start(grad, grad_pre, out, kept, sums)
         of_weight, of_bias = self.weight.run(sums, x, weight, mask)
         return [
@@ -208,13 +225,14 @@ def backward(
     # What was saved may come back with other strides: hooks on saved tensors copy it.
     key: Any = (saved, wanted, precision_of(x), *[t if t is None else (t.stride(), t.data_ptr() % 16) for t in tensors])
     if plans is None:
-        plans, key = _plans, (key, geometry, known_walk(mask, weight.shape, parts), *kinds_of(tensors))
+        reading = mask if mask is None else read(mask)
+        plans, key = _plans, (key, geometry, reading, *kinds_of((grad, grad_pre, x, weight, other, other_weight)))
     plan = plans.get(key)
     if plan is None:
         walk = known_walk(mask, weight.shape, parts)
         make = partial(Backward, walk=walk, geometry=geometry, saved=saved, wanted=wanted)
         plan = planned(plans, key, tensors, READ_BACKWARD, make)
-    return plan.run(*laid_out(tensors, plan.copies))
+    return run(plan, tensors)
 
 
 def explain(x: Tensor, weight: Tensor, mask: Tensor | None, geometry: Geometry, activation: str) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels.common import Launches, cdiv, next_power_of_2
-from fastgen.kernels.maps import result_size
+from fastgen.kernels.maps import Layout, empties, result_size
 from fastgen.kernels.masked_conv2d import cudnn
 from fastgen.kernels.masked_conv2d.backward import BIASES, masked_conv2d_sum_kernel, masked_conv2d_weight_kernel
 from fastgen.kernels.masked_conv2d.config import Choice, Layer, Tile, chip_of, choose, has_tma, precision_of
@@ -32,8 +32,6 @@ POINTWISE = Geometry((1, 1), (0, 0), (1, 1))
 
 # --- how tensors lie in memory
 
-Layout = tuple[tuple[int, ...], tuple[int, ...]]  # size and strides, for `new_empty_strided`, which is the fastest
-
 
 def dense(*size: int) -> Layout:
     return size, tuple(math.prod(size[axis + 1 :]) for axis in range(len(size)))
@@ -48,16 +46,11 @@ def boxes(like: Tensor, size: Sequence[int], block: Sequence[int]) -> Callable[[
     common is their class's, as Triton's constructor takes the host ten times as long."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    def init(self: Any, base: Tensor) -> None:
+        self.base = base
+
     whole = TensorDescriptor(like, list(size), list(dense(*size)[1]), list(block))
-    kind: Any = type("Boxes", (TensorDescriptor,), {**vars(whole), "base": None})
-    new = object.__new__
-
-    def descriptor(x: Tensor) -> Any:
-        made = new(kind)
-        made.base = x
-        return made
-
-    return descriptor
+    return type("Boxes", (TensorDescriptor,), {**vars(whole), "base": None, "__init__": init})
 
 
 def box_of(pixels: int, batch: int, height: int, width: int) -> tuple[int, int, int]:
@@ -180,8 +173,8 @@ class Convolve:
         self.layer = layer = weights.layer(direction, read, all_rows, pixels, gated, rows, channels)
         self.weights, self.mirrored, self.activation, self.keep = weights, mirrored, activation, keep
         self.terms, self.gradients = walk.taps * x.shape[1] + others, {}  # type: tuple[int, dict[Any, Any]]
-        self.layout = channels_last(*self.size)
-        self.kept_layout = channels_last(batch, 2 * rows if keep == "both" else rows, height, width)
+        self.new_out = empties(x, channels_last(*self.size))
+        self.new_kept = empties(x, channels_last(batch, 2 * rows if keep == "both" else rows, height, width))
         self.choice = choice = choice or choose(x, layer)
         if choice.provider != "triton":
             return
@@ -194,9 +187,10 @@ class Convolve:
             pitch = parts * cdiv(channels, tile.K) * tile.K
         columns = cdiv(walk.taps * pitch, tile.K) * tile.K
         packed_columns = columns + cdiv(others, tile.K) * tile.K
-        self.packed = dense(row_tiles * tile.N, packed_columns)
+        packed = dense(row_tiles * tile.N, packed_columns)
+        self.new_packed = empties(x, packed)
         runs = (pitch // parts, parts) if mirrored else (RUN, 2 if gated else 1)
-        pack = partial(Weights.packing, layout=self.packed, dtype=x.dtype, runs=runs, mirrored=mirrored)
+        pack = partial(Weights.packing, layout=packed, dtype=x.dtype, runs=runs, mirrored=mirrored)
         self.pack, self.pack_other = pack(weights, columns=columns, first=0, pitch=pitch), None
         if other_weight is not None:
             pointwise, rest = Weights.pointwise(other_weight, walk.parts), packed_columns - columns
@@ -214,14 +208,14 @@ class Convolve:
             PRECISION=precision_of(x), IMAGES=box[0], HEIGHT=box[1], WIDTH=box[2], N=tile.N, K=tile.K,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-        self.boxes: tuple[Any, ...] = ()  # for each of what is launched with
+        self.boxes: tuple[Any, ...] = ()
         if tile.tma:
             sizes, block = (batch, height, width), (*box, tile.K)
             of_x = boxes(x, (batch, *x.shape[2:], x.shape[1]), block)
-            of_packed = boxes(x, self.packed[0], (tile.N, tile.K))
+            of_packed = boxes(x, packed[0], (tile.N, tile.K))
             of_other = boxes(x, (*sizes, others), block) if others else None
-            of_kept, of_out = (boxes(x, (*sizes, n, rows), (*box, 1, written)) for n in (2 if keep == "both" else 1, 1))
-            self.boxes = (of_x, of_packed, of_other, None, None, None, of_out, of_kept)
+            of_out, of_kept = (boxes(x, (*sizes, n, rows), (*box, 1, written)) for n in (1, 2 if keep == "both" else 1))
+            self.boxes = (of_x, of_packed, of_other, of_out, of_kept)
 
     def run(
         self, x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None = None,
@@ -230,18 +224,23 @@ class Convolve:
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         if self.choice.provider != "triton":
             return self.by_cudnn(x, weight, mask, bias, condition, residual, other, other_weight)
-        packed = x.new_empty_strided(*self.packed)
+        packed = self.new_packed()
         self.pack.start(weight, mask, packed)
         if self.pack_other is not None:
             self.pack_other.start(other_weight, mask, packed)
-        out = x.new_empty_strided(*self.layout)
-        kept = x.new_empty_strided(*self.kept_layout) if self.keep else None
+        out = self.new_out()
+        kept = self.new_kept() if self.keep else None
         # What is not there is not read; in its place x spares another compilation, but costs a gate registers.
         residual = x if residual is None and self.activation != "gated" else residual
-        tensors: Any = (x, packed, other, x if bias is None else bias, condition, residual, out, kept)
-        if self.boxes:
-            tensors = [t if t is None or box is None else box(t) for box, t in zip(self.boxes, tensors, strict=True)]
-        self.product.start(*tensors)
+        bias = x if bias is None else bias
+        if not self.boxes:
+            self.product.start(x, packed, other, bias, condition, residual, out, kept)
+            return out, kept
+        of_x, of_packed, of_other, of_out, of_kept = self.boxes
+        self.product.start(
+            of_x(x), of_packed(packed), None if other is None else of_other(other), bias, condition, residual,
+            of_out(out), None if kept is None else of_kept(kept),
+        )  # fmt: skip
         return out, kept
 
     def by_cudnn(self, x: Tensor, weight: Tensor, mask: Tensor | None, *added: Tensor | None) -> Any:
@@ -277,9 +276,9 @@ class WeightGradient:
         box, across, down, blocks = blocks_of(tile, batch, height, width)
         # 512 pixels a share at least: what a share of 128 x 128 sums writes is then half of what it loads.
         steps = cdiv(blocks, max(1, min(PROGRAMS // pairs, pixels // 512)))
-        shares = cdiv(blocks, steps)
-        self.out, self.bias = dense(*weights.shape), dense(all_rows)
-        self.partial = dense(shares, all_rows, columns + BIASES.value)
+        self.shares = shares = cdiv(blocks, steps)
+        self.new_out, self.new_bias = empties(x, dense(*weights.shape)), empties(x, dense(all_rows))
+        self.new_partial = empties(x, dense(shares, all_rows, columns + BIASES.value), torch.float32)
         rows = all_rows // walk.parts
         unit, grad_unit = 1 if layer.gathers else unit_of(x, channels), unit_of(grad, rows)
         arguments = (
@@ -308,8 +307,7 @@ class WeightGradient:
     def run(self, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.choice.provider != "triton":
             return self.by_cudnn(grad, x, weight, mask)
-        out, bias = x.new_empty_strided(*self.out), x.new_empty_strided(*self.bias) if self.adds_up else None
-        shares = x.new_empty_strided(*self.partial, dtype=torch.float32)
+        out, bias, shares = self.new_out(), self.new_bias() if self.adds_up else None, self.new_partial()
         read = (self.boxes[0](grad), self.boxes[1](x)) if self.boxes else (grad, x)
         self.product.start(*read, shares)
         self.sum.start(shares, mask, out, out if bias is None else bias)

@@ -7,7 +7,6 @@ tile of rows (output channels) walks through as many of them as its last row see
 """
 
 import weakref
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -85,38 +84,55 @@ def walk_of(live: Tensor, parts: int) -> Walk:
     return Walk(box, first, last - first + 1, len(taps), *groups_seen, parts)
 
 
-_known: dict[int, tuple[Any, int, dict[int, Walk]]] = {}  # by id: the mask (weak), its version, walks by parts
+class Reading:
+    """What was read of a mask: its walks by `parts`. Masks that show the same and lie alike in memory share one."""
+
+    def __init__(self, live: Tensor) -> None:
+        self.walks = {parts: walk_of(live, parts) for parts in (1, 2) if live.shape[0] % parts == 0}
+
+
+_readings: weakref.WeakValueDictionary[Any, Reading] = weakref.WeakValueDictionary()
+_known: dict[int, tuple[Any, int | None, int, Reading]] = {}  # by id: the mask (weak), its version, its address
 _all_live: dict[tuple[int, ...], Walk] = {}
 
 
-def known_walk(
-    mask: Tensor | None, shape: torch.Size, parts: int, check: Callable[..., Any] | None = None, *given: Any
-) -> Walk:
-    """What is known of a mask; None: all of `shape` (O, I, kh, kw) is live.
+def reading_of(mask: Tensor) -> Reading | None:
+    """What was read of a mask; None if it never was, or was written to since. A write by way of `.data` into the same
+    memory is not noticed."""
+    known = _known.get(id(mask))
+    if known is None:
+        return None
+    of, version, address, reading = known
+    same = of() is mask and mask.data_ptr() == address and (version is None or mask._version == version)
+    return reading if same else None
 
-    The first call with a mask tensor, and the first after each write into it, calls `check(*given)` and waits until the
-    GPU has sent the mask. A write by way of `.data` is not noticed.
+
+def read(mask: Tensor) -> Reading:
+    """What a mask shows. Waits until the GPU has sent it, unless it was read before.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, and the mask was not read before.
     """
-    if mask is None:
-        walk = _all_live.get((*shape, parts))
-        if walk is None:
-            if check is not None:
-                check(*given)
-            walk = _all_live[(*shape, parts)] = walk_of(torch.ones(shape, dtype=torch.bool), parts)
-        return walk
-    place, version = id(mask), 0 if mask.is_inference() else mask._version
-    entry = _known.get(place)
-    if entry is None or entry[0]() is not mask or entry[1] != version or parts not in entry[2]:
-        if check is not None:
-            check(*given)
+    reading = reading_of(mask)
+    if reading is None:
         refuse_in_capture(mask, "reads a mask once, the first time that it sees it, and cannot do so", "the same mask")
-        live = mask.detach().cpu()
-        walks = {parts: walk_of(live, parts) for parts in (1, 2) if live.shape[0] % parts == 0}
-        entry = _known[place] = (weakref.ref(mask, lambda _: _known.pop(place, None)), version, walks)
-    return entry[2][parts]
+        reading = Reading(mask.detach().cpu())
+        address = mask.data_ptr()
+        kind = (*reading.walks.values(), mask.shape, mask.stride(), mask.dtype, mask.get_device(), address % 16)
+        reading = _readings.setdefault(kind, reading)
+        place, version = id(mask), None if mask.is_inference() else mask._version
+        _known[place] = (weakref.ref(mask, lambda _: _known.pop(place, None)), version, address, reading)
+    return reading
+
+
+def known_walk(mask: Tensor | None, shape: torch.Size, parts: int) -> Walk:
+    """The walk of a mask; None: all of `shape` (O, I, kh, kw) is live. Raises as `read`."""
+    if mask is not None:
+        return read(mask).walks[parts]
+    walk = _all_live.get((*shape, parts))
+    if walk is None:
+        walk = _all_live[(*shape, parts)] = walk_of(torch.ones(shape, dtype=torch.bool), parts)
+    return walk
 
 
 def refuse_in_capture(x: Tensor, what: str, how: str) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,12 @@ def _nothing_is_remembered():
     launch.forget()
     yield
     launch.forget()
+
+
+def elsewhere(tensor):
+    """The same in memory that begins an element later."""
+    moved = tensor.new_empty(tensor.numel() + 1)[1:].as_strided(tensor.shape, tensor.stride())
+    return moved.copy_(tensor)
 
 
 def test_calls_of_one_kind_are_planned_once(monkeypatch):
@@ -59,7 +66,8 @@ def test_gradients_of_one_kind_are_planned_once(monkeypatch):
     expected = run(grad, bias)
     run(2 * grad, bias)
     assert made == [1]
-    for other, asked in ((grad.contiguous(memory_format=torch.channels_last), bias), (grad, bias.detach())):
+    as_map = grad.contiguous(memory_format=torch.channels_last)
+    for other, asked in ((as_map, bias), (elsewhere(as_map), bias), (grad, bias.detach())):
         made.clear()
         for one, two in zip(run(other, asked), expected, strict=False):
             torch.testing.assert_close(one, two)
@@ -68,6 +76,59 @@ def test_gradients_of_one_kind_are_planned_once(monkeypatch):
     monkeypatch.setattr(launch, "precision_of", lambda x: "another")
     torch.autograd.grad(out, (x, weight, bias), grad)
     assert made == [1, 1]
+
+
+ANOTHER = {
+    "strides of x": lambda x, w, m, b, o: (x.contiguous(), w, m, b, o),
+    "alignment of x": lambda x, w, m, b, o: (elsewhere(x), w, m, b, o),
+    "strides of the weight": lambda x, w, m, b, o: (x, w.contiguous(memory_format=torch.channels_last), m, b, o),
+    "alignment of the weight": lambda x, w, m, b, o: (x, elsewhere(w), m, b, o),
+    "alignment of the bias": lambda x, w, m, b, o: (x, w, m, elsewhere(b), o),
+    "strides of the mask": lambda x, w, m, b, o: (x, w, m.contiguous(memory_format=torch.channels_last), b, o),
+    "alignment of the mask": lambda x, w, m, b, o: (x, w, elsewhere(m), b, o),
+    "mask": lambda x, w, m, b, o: (x, w, ~m, b, o),
+    "no mask": lambda x, w, m, b, o: (x, w, None, b, o),
+    "no bias": lambda x, w, m, b, o: (x, w, m, None, o),
+    "dtype": lambda x, w, m, b, o: (x.bfloat16(), w.bfloat16(), m, b.bfloat16(), o),
+    "padding": lambda x, w, m, b, o: (x, w, m, b, {**o, "padding": (1, 0)}),
+    "activation": lambda x, w, m, b, o: (x, w, m, b, {**o, "activation": "relu"}),
+    "training": lambda x, w, m, b, o: (x, w.clone().requires_grad_(), m, b, o),
+}
+
+
+@pytest.mark.parametrize("changed", ANOTHER)
+def test_another_kind_of_call_is_planned_anew(changed):
+    x, weight, mask, bias = (one.detach() for one in problem("B", 2, 16, 8, 4, 5, dtype=torch.float32))
+    call = (x.contiguous(memory_format=torch.channels_last), weight, mask, bias, {"padding": 1, "activation": "gated"})
+    for count, (*tensors, options) in enumerate((call, ANOTHER[changed](*call), call)):
+        found = masked_conv2d(*tensors, **options, impl="triton")
+        expected = masked_conv2d(*tensors, **options, impl="reference")
+        torch.testing.assert_close(found, expected, atol=1e-5 if x.dtype == found.dtype else 1e-2, rtol=1e-2)
+        assert len(launch._plans) == min(count + 1, 2)
+
+
+def test_results_are_made_on_the_device_of_the_tensors(monkeypatch):
+    """Two pretended GPUs, of which the other one is current."""
+    current, made = [0], []
+
+    class Guard:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            self.before, current[0] = current[0], self.index
+
+        def __exit__(self, *error):
+            current[0] = self.before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    x = SimpleNamespace(get_device=lambda: 1, is_cuda=False)
+    plan = SimpleNamespace(run=lambda *tensors: made.append(current[0]))
+    plans = {}
+    launch.planned(plans, "a kind", (x,), (lambda x: x,), lambda x: made.append(current[0]) or plan)
+    launch.run(plans["a kind"], (x,))
+    assert made == [1, 1] and current == [0]
 
 
 def test_a_call_that_is_planned_takes_few_steps_of_python(monkeypatch):

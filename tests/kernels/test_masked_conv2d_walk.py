@@ -119,6 +119,8 @@ def test_a_mask_is_read_once_and_again_after_a_write():
     with torch.inference_mode():
         other = mask.clone()
         assert known_walk(other, other.shape, 1).taps == 9
+    mask.data = causal_mask("B", 16, 16, 3)
+    assert known_walk(mask, mask.shape, 1).taps == 5
     gc.collect()  # the masks of other tests
     before = len(walk._known)
     del mask

@@ -143,6 +143,15 @@ def test_functional_call_and_an_ensemble():
         torch.testing.assert_close(one, layer(x))
 
 
+def test_weights_that_are_computed():
+    """By `torch.nn.utils.parametrize`, which takes them out of the parameters."""
+    layer = MaskedConv2d(3, 6, 3, padding=1, mask_type="A")
+    torch.nn.utils.parametrizations.weight_norm(layer)
+    layer.parametrizations.weight.original0.data.mul_(2)
+    x = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(layer(x), dense(layer, x))
+
+
 def test_compiles_into_one_graph():
     layer = MaskedConv2d(3, 6, 3, padding=1, mask_type="A", activation="relu")
     x = torch.randn(2, 3, 5, 5)

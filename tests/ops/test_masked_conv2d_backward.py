@@ -90,7 +90,7 @@ def test_shares_of_many_pixels_are_added(saved, device):
     x, weight, mask, _ = problem("B", 52, 3, 16, 4, 5, (1, 1), torch.float32, device)
     weights = launch.Weights.of(weight, launch.known_walk(mask, weight.shape, 1), products.POINTWISE)
     grad = torch.randn(52, 16, 4, 5, device=device).contiguous(memory_format=torch.channels_last)
-    assert WeightGradient(grad, x, weight, mask, weights=weights, adds_up=True).partial[0][0] == 2
+    assert WeightGradient(grad, x, weight, mask, weights=weights, adds_up=True).shares == 2
     check(*run(saved, batch=52, inputs=3))
 
 

@@ -37,7 +37,7 @@ def needed(product, direction):
     """Bytes that the tiling moves: each program's tiles of maps and weights, and results, each once."""
     tile, size = product.choice.tile, product.layer.dtype.itemsize
     if direction == "weight":
-        columns, shares = len(TAPS) * CHANNELS, product.partial[0][0]
+        columns, shares = len(TAPS) * CHANNELS, product.shares
         grad = (columns // tile.K + 1) * PIXELS * OUTPUTS  # once more for the bias
         x = OUTPUTS // tile.N * SEEN * CHANNELS
         return size * (grad + x) + 4 * shares * OUTPUTS * (columns + min(columns // tile.K, BIASES.value))
