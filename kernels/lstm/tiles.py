@@ -206,7 +206,7 @@ def forward_by_tiles(
         if choice.CHUNK:
             by_unit = weight.view(4, units, units, taps).permute(1, 0, 3, 2)
             return in_fragments(by_unit, 4 * choice.U, choice.PARTS, choice.K, choice.num_warps)
-        return weight.permute(0, 2, 1).contiguous()
+        return weight.mT.contiguous()
 
     hidden, activated, cell = layouts_of_results(gates, save)
     strides = (height * width * units, width * units, units)

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton")
 from fastgen.kernels.lstm import diagonal as diagonal_kernels
 from fastgen.kernels.lstm.choice import ScanLaunch
+from fastgen.ops import diagonal_lstm, row_lstm
 from tests.ops.lstm_truth import problem
 
 
@@ -39,3 +40,19 @@ def test_calls_of_one_kind_are_planned_once(device, monkeypatch):
     monkeypatch.setattr("fastgen.kernels.lstm.calls.tf32_allowed", lambda: True)
     before = len(asked)
     assert run()[0] == before + 1
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_call_of_a_new_kind_is_checked(trains, device):
+    gates, weight, _ = problem(1, 2, 3, 4, 3, torch.float32, device)
+    gates.requires_grad_(trains)
+    row_lstm(gates, weight, impl="triton")
+    diagonal_lstm(gates, weight[..., :2], impl="triton")
+    with pytest.raises(ValueError, match="odd number of taps"):
+        row_lstm(gates, weight[..., :2], impl="triton")
+    with pytest.raises(ValueError, match="two taps"):
+        diagonal_lstm(gates, weight, impl="triton")
+    with pytest.raises(ValueError, match="gates must have the shape"):
+        row_lstm(gates[:, :7], weight, impl="triton")
+    with pytest.raises(TypeError, match="same dtype"):
+        row_lstm(gates, weight.half(), impl="triton")
