@@ -47,6 +47,18 @@ def load_states(states_ptr, channels, tap, k, at, TAPS: tl.constexpr, ROW_SCAN: 
 
 
 @triton.jit
+def tap_of(first, other, COUNT: tl.constexpr, TAPS: tl.constexpr):
+    """The tap of part first * COUNT + other, where taps count fastest, and the part's number of that neighbour."""
+    if COUNT % TAPS == 0:  # the tap is known when this is compiled
+        tap = other % TAPS
+        number = first * (COUNT // TAPS) + other // TAPS
+    else:
+        tap = (first * COUNT + other) % TAPS
+        number = (first * COUNT + other) // TAPS
+    return tap, number
+
+
+@triton.jit
 def sums_of_parts(
     states_ptr, channels, at,
     weight_row,  # pointers to rows of weights (taps, channels)
@@ -58,9 +70,8 @@ def sums_of_parts(
     sums = tl.zeros((weight_row.shape[0], M), tl.float32)
     for part in range(tl.cdiv(TAPS * tl.cdiv(channels, K), TOGETHER)):
         for other in tl.static_range(TOGETHER):
-            number = part * TOGETHER + other  # at last there may be none, of channels that do not exist
-            tap = number % TAPS
-            k = number // TAPS * K + tl.arange(0, K)
+            tap, number = tap_of(part, other, TOGETHER, TAPS)  # at last one of channels that do not exist
+            k = number * K + tl.arange(0, K)
             states = load_states(states_ptr, channels, tap, k, at, TAPS, ROW_SCAN, REVERSE, BACK, False)
             weights = weight_row[:, None] + (tap * channels + k)[None, :]
             weights = tl.load(weights, real[:, None] & (k < channels)[None, :], other=0.0)
@@ -112,12 +123,8 @@ def sums_of_fragments(
     for chunk in range(TAPS * PARTS // CHUNK):
         states = ()
         for part in tl.static_range(CHUNK):
-            if CHUNK % TAPS == 0:
-                tap = part % TAPS
-                k = (chunk * (CHUNK // TAPS) + part // TAPS) * K + tl.arange(0, K)
-            else:
-                tap = (chunk * CHUNK + part) % TAPS
-                k = (chunk * CHUNK + part) // TAPS * K + tl.arange(0, K)
+            tap, number = tap_of(chunk, part, CHUNK, TAPS)
+            k = number * K + tl.arange(0, K)
             state = load_states(states_ptr, channels, tap, k, at, TAPS, ROW_SCAN, REVERSE, BACK, WHOLE)
             large, small = split(state, PRECISION)
             states = states + ((tl.trans(large), tl.trans(small)),)  # type: ignore[assignment]
