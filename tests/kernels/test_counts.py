@@ -40,7 +40,8 @@ def leaf(x, last=False):
 
 # Of mu and logvar; instructions an element forward and backward. Longer: masks of the ends of rows that begin within a
 # sector; tiles that pass through shared memory, so that both tensors are read in whole sectors. A program has one tile
-# here. Where it has several, as with 4,096 rows, odd rows take 87 and 94, transposed ones 89 and 98, two orders 106, 104.
+# here. Where it has several, as with 4,096 rows, odd rows take 87 and 94, transposed ones 89 and 98, two orders 106 and
+# 104.
 LATENTS = {
     "rows": (lambda: (torch.randn(64, 1024), torch.randn(64, 1024)), 90, 90),
     "halves of a layer": (lambda: torch.randn(64, 1024).chunk(2, 1), 90, 90),
