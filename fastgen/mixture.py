@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MIN_LOG_SCALE = -7.0  # PixelCNN++ bounds the log-scales from below here
-# Finite parameters must give finite likelihoods and gradients: what exceeds these saturates (no gradient beyond).
-LOGIT_LIMIT = 1e30
-DEVIATION_LIMIT = 1e15
+from fastgen.kernels.likelihood.limits import DEVIATION_LIMIT, LOGIT_LIMIT, MIN_LOG_SCALE
 
 
 def split_mixture(params: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -55,12 +55,13 @@ def processors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+_precision = getattr(torch._C, "_get_fp32_precision_getter", None)  # of PyTorch 2.9 and later
+
+
 def tf32_allowed() -> bool:
     """Whether PyTorch's setting allows TF32 in matrix products of float32."""
-    matmul = torch.backends.cuda.matmul
-    # Of PyTorch 2.9 and later. Once that is set, the older settings raise where they are read.
-    setting = getattr(matmul, "fp32_precision", None)
-    return matmul.allow_tf32 if setting is None else setting == "tf32"
+    # Once the newer setting is set, the older ones raise where they are read.
+    return torch.backends.cuda.matmul.allow_tf32 if _precision is None else _precision("cuda", "matmul") == "tf32"
 
 
 # --- launches

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgen.kernels.maps import empty_map
 from fastgen.ops._implementation import is_plain
-from fastgen.ops._lstm import Offsets, exact_dtype, needs_gradient, own, runs_triton, weight_gradient
+from fastgen.ops._lstm import Offsets, exact_dtype, needs_gradient, own, runs_triton, under_autocast, weight_gradient
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Scan:
     Attributes:
         name: of the operators.
         flags: the schema of what the scan takes besides: "" or ", bool reverse".
+        check: raises TypeError or ValueError where gates and weight do not fit.
         forward: the definition, (gates, weight, *flags) -> hidden states, activated gates, cell states.
         backward: (grad_hidden, activated, cell, weight, *flags) -> gradient of the gates.
         offsets: (taps, *flags) -> those of the taps' neighbours.
@@ -33,6 +34,7 @@ class Scan:
 
     name: str
     flags: str
+    check: Callable[[Tensor, Tensor], None]
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     backward: Callable[..., Tensor]
     offsets: Callable[..., Offsets]
@@ -91,7 +93,7 @@ class Scan:
 
             @staticmethod
             def forward(ctx: Any, gates: Tensor, weight: Tensor, flags: tuple[Any, ...]) -> Tensor:
-                hidden, activated, cell = self._module.forward(gates, weight, *flags, save=True)
+                hidden, activated, cell = self._module.forward(gates, weight, *flags, save=True, check=self.check)
                 ctx.flags = [*flags, True]
                 ctx.save_for_backward(weight, hidden, activated, cell)
                 return hidden
@@ -138,16 +140,18 @@ class Scan:
         return grad_gates, grad_weight, *([None] * len(ctx.flags))
 
     def __call__(self, gates: Tensor, weight: Tensor, *flags: Any, recompute: bool, impl: str) -> Tensor:
-        """Of arguments that have passed `check_arguments`."""
         plain, saving, direct = self._operators  # type: ignore[attr-defined]
+        gates, weight = under_autocast(gates, weight)
+        if is_plain(gates, weight) and runs_triton(impl, gates):
+            # Arguments are checked once for each kind of call.
+            if not needs_gradient(gates, weight):
+                return self._module.forward(gates, weight, *flags, save=False, check=self.check)[0]
+            if not recompute:
+                return direct(gates, weight, flags)
+        self.check(gates, weight)
         triton = runs_triton(impl, gates)
         if impl == "reference":
             return self.forward(gates, weight, *flags)[0]
-        trains = needs_gradient(gates, weight)
-        if triton and is_plain(gates, weight) and not (trains and recompute):
-            if trains:
-                return direct(gates, weight, flags)
-            return self._module.forward(gates, weight, *flags, save=False)[0]
-        if recompute or not trains:
+        if recompute or not needs_gradient(gates, weight):
             return plain(gates, weight, *flags, triton)
         return saving(gates, weight, *flags, triton)[0]

@@ -7,7 +7,7 @@ never skewed: a diagonal is an index.
 import torch
 from torch import Tensor
 
-from fastgen.ops._lstm import check_arguments, exact_dtype, lstm_cell, lstm_cell_backward, under_autocast
+from fastgen.ops._lstm import check_arguments, exact_dtype, lstm_cell, lstm_cell_backward
 from fastgen.ops._scan import Scan
 
 
@@ -115,9 +115,16 @@ def diagonal_lstm_reference(gates: Tensor, weight: Tensor, *, reverse: bool = Fa
     return _scan(gates, weight, reverse)[0]
 
 
+def _check(gates: Tensor, weight: Tensor) -> None:
+    check_arguments(gates, weight)
+    if weight.shape[2] != 2:
+        raise ValueError(f"weight must have two taps, (4h, h, 2) for up and left, got {tuple(weight.shape)}")
+
+
 _operation = Scan(
     "diagonal_lstm",
     ", bool reverse",
+    _check,
     _scan,
     _scan_backward,
     lambda taps, reverse: [(-1, 0), (0, 1 if reverse else -1)],
@@ -154,8 +161,4 @@ def diagonal_lstm(
         ValueError: shapes or devices that do not fit, an unknown impl.
         RuntimeError: impl="triton" where it cannot run; a second derivative outside impl="reference".
     """
-    gates, weight = under_autocast(gates, weight)
-    check_arguments(gates, weight)
-    if weight.shape[2] != 2:
-        raise ValueError(f"weight must have two taps, (4h, h, 2) for up and left, got {tuple(weight.shape)}")
     return _operation(gates, weight, reverse, recompute=recompute, impl=impl)

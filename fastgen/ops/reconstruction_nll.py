@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgen.mixture import DEVIATION_LIMIT, LOGIT_LIMIT, component_mean, mixture_log_prob, split_mixture
+from fastgen.kernels.likelihood.limits import DEVIATION_LIMIT, LOGIT_LIMIT
+from fastgen.mixture import component_mean, mixture_log_prob, split_mixture
 from fastgen.ops._implementation import may_read_values, uses_triton
 from fastgen.ops._nll_kernels import nll_by_kernel
 

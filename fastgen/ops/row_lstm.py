@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgen.ops._lstm import check_arguments, exact_dtype, lstm_cell, lstm_cell_backward, under_autocast
+from fastgen.ops._lstm import check_arguments, exact_dtype, lstm_cell, lstm_cell_backward
 from fastgen.ops._scan import Scan
 
 
@@ -71,9 +71,16 @@ def row_lstm_reference(gates: Tensor, weight: Tensor) -> Tensor:
     return _scan(gates, weight)[0]
 
 
+def _check(gates: Tensor, weight: Tensor) -> None:
+    check_arguments(gates, weight)
+    if weight.shape[2] % 2 == 0:
+        raise ValueError(f"weight must have an odd number of taps, (4h, h, k), got {tuple(weight.shape)}")
+
+
 _operation = Scan(
     "row_lstm",
     "",
+    _check,
     _scan,
     _scan_backward,
     lambda taps: [(-1, tap - taps // 2) for tap in range(taps)],
@@ -103,8 +110,4 @@ def row_lstm(gates: Tensor, weight: Tensor, *, recompute: bool = False, impl: st
         ValueError: shapes or devices that do not fit, an even k, an unknown impl.
         RuntimeError: impl="triton" where it cannot run; a second derivative outside impl="reference".
     """
-    gates, weight = under_autocast(gates, weight)
-    check_arguments(gates, weight)
-    if weight.shape[2] % 2 == 0:
-        raise ValueError(f"weight must have an odd number of taps, (4h, h, k), got {tuple(weight.shape)}")
     return _operation(gates, weight, recompute=recompute, impl=impl)

@@ -23,10 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgen.kernels.catalogue_entry import Entry
+from fastgen.kernels.likelihood import limits
 
-# Finite parameters must give finite likelihoods and gradients: what exceeds these saturates (no gradient beyond).
-LOGIT_LIMIT = tl.constexpr(1e30)
-DEVIATION_LIMIT = tl.constexpr(1e15)
+LOGIT_LIMIT, DEVIATION_LIMIT = map(tl.constexpr, (limits.LOGIT_LIMIT, limits.DEVIATION_LIMIT))
 
 
 @triton.jit

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 
 from fastgen.kernels.common import tanh
+from fastgen.kernels.likelihood import limits
 from fastgen.kernels.likelihood.image import DEVIATION_LIMIT, LOGIT_LIMIT, saturate
 
-MIN_LOG_SCALE = tl.constexpr(-7.0)
+MIN_LOG_SCALE = tl.constexpr(limits.MIN_LOG_SCALE)
 
 
 @triton.jit

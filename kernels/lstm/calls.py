@@ -37,15 +37,20 @@ class Call(NamedTuple):
 
 
 Plan = Callable[..., Call]  # of a call's tensors and options
+Check = Callable[..., None]  # of a call's tensors: raises where they do not fit
 _calls: dict[Any, Call] = {}
 
 
-def planned(plan: Plan, tensors: tuple[Tensor, ...], *options: Any) -> Call:
-    x = tensors[0]
-    kinds = [(t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() % 16) for t in tensors]
-    key = (plan, options, x.dtype == torch.float32 and tf32_allowed(), *kinds)
+def planned(plan: Plan, check: Check | None, tensors: tuple[Tensor, ...], *options: Any) -> Call:
+    """The plan of calls with such tensors, which `check` has seen once."""
+    kind: list[Any] = [plan, options, tensors[0].dtype == torch.float32 and tf32_allowed()]
+    for tensor in tensors:
+        kind += tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), tensor.data_ptr() % 16
+    key = tuple(kind)
     call = _calls.get(key)
     if call is None:
+        if check is not None:
+            check(*tensors)
         if len(_calls) >= CALLS:
             _calls.clear()
         call = _calls[key] = plan(*tensors, *options)
@@ -68,7 +73,7 @@ def layouts_of_results(gates: Tensor, save: bool) -> tuple[Layout | None, ...]:
 
 
 def run_forward(
-    plan: Plan, gates: Tensor, weight: Tensor, *options: Any
+    plan: Plan, check: Check | None, gates: Tensor, weight: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """hidden (B, h, H, W), and to train the activated gates and the cell states, all channels-last.
 
@@ -76,10 +81,10 @@ def run_forward(
         gates: (B, 4h, H, W), any strides.
         weight: (4h, h, taps), any strides.
     """
-    call = planned(plan, (gates, weight), *options)
+    call = planned(plan, check, (gates, weight), *options)
     hidden, activated, cell = results = call.empty(gates)
     if gates.shape[0]:
-        call.launches(gates, call.packed(weight), *results)
+        call.launches.start(gates, call.packed(weight), *results)
     assert hidden is not None
     return hidden, activated, None if activated is None else cell
 
@@ -89,9 +94,9 @@ def run_backward(
 ) -> Tensor:
     """Gradient of the gates (B, 4h, H, W), channels-last, from what the forward has saved."""
     activated, cell = (saved.contiguous(memory_format=torch.channels_last) for saved in (activated, cell))
-    call = planned(plan, (grad_hidden, weight, activated, cell), *options)
+    call = planned(plan, None, (grad_hidden, weight, activated, cell), *options)
     grad_gates, *more = call.empty(grad_hidden)
     if grad_hidden.shape[0]:
-        call.launches(grad_hidden, activated, cell, call.packed(weight), grad_gates, *more)
+        call.launches.start(grad_hidden, activated, cell, call.packed(weight), grad_gates, *more)
     assert grad_gates is not None
     return grad_gates

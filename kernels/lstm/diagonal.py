@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgen.kernels.common import Launches
-from fastgen.kernels.lstm.calls import Call, Choice, layout_of, layouts_of_results, run_backward, run_forward
+from fastgen.kernels.lstm.calls import Call, Check, Choice, layout_of, layouts_of_results, run_backward, run_forward
 from fastgen.kernels.lstm.cell import (
     add_gates,
     cell_backward,
@@ -201,18 +201,18 @@ def _plan_backward(
 
 
 def forward(
-    gates: Tensor, weight: Tensor, reverse: bool, *, save: bool, choice: Choice | None = None
+    gates: Tensor, weight: Tensor, reverse: bool, *, save: bool, choice: Choice = choose, check: Check | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`run_forward` with weight (4h, h, 2); choice: None is `choose`."""
-    return run_forward(_plan_forward, gates, weight, choice or choose, save, reverse)
+    """`run_forward` with weight (4h, h, 2)."""
+    return run_forward(_plan_forward, check, gates, weight, choice, save, reverse)
 
 
 def backward(
     grad_hidden: Tensor, activated: Tensor, cell: Tensor, weight: Tensor, reverse: bool, *,
-    choice: Choice | None = None,
+    choice: Choice = choose,
 ) -> Tensor:  # fmt: skip
     """`run_backward`."""
-    return run_backward(_plan_backward, grad_hidden, activated, cell, weight, choice or choose, reverse)
+    return run_backward(_plan_backward, grad_hidden, activated, cell, weight, choice, reverse)
 
 
 CATALOGUE = scan_entries(diagonal_lstm_forward_kernel, backward=False, REVERSE=False)

@@ -39,10 +39,23 @@ def state_of(tap, at, TAPS: tl.constexpr, ROW_SCAN: tl.constexpr, REVERSE: tl.co
 
 @triton.jit
 def load_states(states_ptr, channels, tap, k, at, TAPS: tl.constexpr, ROW_SCAN: tl.constexpr, REVERSE: tl.constexpr,
-                BACK: tl.constexpr):  # fmt: skip
+                BACK: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
     near, seen = state_of(tap, at, TAPS, ROW_SCAN, REVERSE, BACK)
     of_pixel = states_ptr + near[:, None] * channels
-    return tl.load(of_pixel + k[None, :], seen[:, None] & (k < channels)[None, :], other=0.0)
+    mask = seen[:, None] if WHOLE else seen[:, None] & (k < channels)[None, :]
+    return tl.load(of_pixel + k[None, :], mask, other=0.0)
+
+
+@triton.jit
+def tap_of(first, other, COUNT: tl.constexpr, TAPS: tl.constexpr):
+    """The tap of part first * COUNT + other, where taps count fastest, and the part's number of that neighbour."""
+    if COUNT % TAPS == 0:  # the tap is known when this is compiled
+        tap = other % TAPS
+        number = first * (COUNT // TAPS) + other // TAPS
+    else:
+        tap = (first * COUNT + other) % TAPS
+        number = (first * COUNT + other) // TAPS
+    return tap, number
 
 
 @triton.jit
@@ -53,15 +66,13 @@ def sums_of_parts(
     M: tl.constexpr, K: tl.constexpr, TOGETHER: tl.constexpr, TAPS: tl.constexpr, ROW_SCAN: tl.constexpr,
     REVERSE: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A part has K channels of TOGETHER neighbours."""
-    tl.static_assert(TAPS % TOGETHER == 0)
+    """A part has TOGETHER times K channels, of one neighbour after the other."""
     sums = tl.zeros((weight_row.shape[0], M), tl.float32)
-    parts = tl.cdiv(channels, K)
-    for part in range(TAPS // TOGETHER * parts):
-        k = part % parts * K + tl.arange(0, K)
+    for part in range(tl.cdiv(TAPS * tl.cdiv(channels, K), TOGETHER)):
         for other in tl.static_range(TOGETHER):
-            tap = part // parts * TOGETHER + other
-            states = load_states(states_ptr, channels, tap, k, at, TAPS, ROW_SCAN, REVERSE, BACK)
+            tap, number = tap_of(part, other, TOGETHER, TAPS)  # at last one of channels that do not exist
+            k = number * K + tl.arange(0, K)
+            states = load_states(states_ptr, channels, tap, k, at, TAPS, ROW_SCAN, REVERSE, BACK, False)
             weights = weight_row[:, None] + (tap * channels + k)[None, :]
             weights = tl.load(weights, real[:, None] & (k < channels)[None, :], other=0.0)
             sums = product(weights, tl.trans(states), sums, PRECISION)
@@ -102,21 +113,20 @@ def sums_of_fragments(
     states_ptr, channels, at,
     weights_at,  # those of the tile, in fragments
     ROWS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr,
-    WARPS: tl.constexpr, TAPS: tl.constexpr, ROW_SCAN: tl.constexpr, REVERSE: tl.constexpr, BACK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, WARPS: tl.constexpr, TAPS: tl.constexpr, ROW_SCAN: tl.constexpr, REVERSE: tl.constexpr,
+    BACK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """PARTS: of a neighbour."""
+    """PARTS: of a neighbour. WHOLE: they have K channels each."""
     tl.static_assert(TAPS * PARTS % CHUNK == 0)
     sums = tl.zeros((ROWS, M), tl.float32)
     weights = load_fragments(weights_at, ROWS, K, WARPS)
     for chunk in range(TAPS * PARTS // CHUNK):
         states = ()
         for part in tl.static_range(CHUNK):
-            number = chunk * CHUNK + part
-            k = number % PARTS * K + tl.arange(0, K)
-            large, small = split(
-                load_states(states_ptr, channels, number // PARTS, k, at, TAPS, ROW_SCAN, REVERSE, BACK), PRECISION
-            )
+            tap, number = tap_of(chunk, part, CHUNK, TAPS)
+            k = number * K + tl.arange(0, K)
+            state = load_states(states_ptr, channels, tap, k, at, TAPS, ROW_SCAN, REVERSE, BACK, WHOLE)
+            large, small = split(state, PRECISION)
             states = states + ((tl.trans(large), tl.trans(small)),)  # type: ignore[assignment]
         for part in tl.static_range(CHUNK):
             now = split(weights, PRECISION)
@@ -140,6 +150,6 @@ def in_fragments(weight: Tensor, rows: int, parts: int, K: int, warps: int) -> T
     if missing_units or missing_channels:
         weight = F.pad(weight, (0, missing_channels, 0, 0, 0, 0, 0, missing_units))
     across = min(warps, rows // 16)
-    # Tile, rows by warps, warp, half, row as unit and gate; tap; part, columns by 8, half, column.
+    # Tile, rows by warps, warp, half, row as unit and gate; tap, part, columns by 8, half, column.
     numbers = weight.view(-1, rows // (16 * across), across, 2, 8 // gates, gates, taps, parts, K // 8, 2, 4)
-    return numbers.permute(0, 6, 7, 8, 1, 2, 4, 5, 10, 9, 3).contiguous()
+    return numbers.permute(0, 7, 6, 8, 1, 2, 4, 5, 10, 9, 3).contiguous()

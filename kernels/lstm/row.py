@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgen.kernels.common import Launches
-from fastgen.kernels.lstm.calls import Call, Choice, layout_of, layouts_of_results, run_backward, run_forward
+from fastgen.kernels.lstm.calls import Call, Check, Choice, layout_of, layouts_of_results, run_backward, run_forward
 from fastgen.kernels.lstm.cell import (
     add_gates,
     cell_backward,
@@ -158,7 +158,7 @@ def _plan_forward(gates: Tensor, weight: Tensor, choice: Choice, save: bool) -> 
     sizes = (batch, height, width, units, taps, launch.images_of_a_program(batch) * height, *gates.stride())
     constants = {"TOGETHER": taps_together(launch, taps), **constants_of(launch, gates)}
     launches = Launches(row_lstm_forward_kernel, (launch.programs,), sizes, **constants)
-    return Call(lambda weight: weight.permute(0, 2, 1).contiguous(), layouts_of_results(gates, save), launches)
+    return Call(lambda weight: weight.mT.contiguous(), layouts_of_results(gates, save), launches)
 
 
 def _plan_backward(grad_hidden: Tensor, weight: Tensor, activated: Tensor, cell: Tensor, choice: Choice) -> Call:
@@ -174,17 +174,17 @@ def _plan_backward(grad_hidden: Tensor, weight: Tensor, activated: Tensor, cell:
 
 
 def forward(
-    gates: Tensor, weight: Tensor, *, save: bool, choice: Choice | None = None
+    gates: Tensor, weight: Tensor, *, save: bool, choice: Choice = choose, check: Check | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`run_forward`; choice: None is `choose`."""
-    return run_forward(_plan_forward, gates, weight, choice or choose, save)
+    """`run_forward`."""
+    return run_forward(_plan_forward, check, gates, weight, choice, save)
 
 
 def backward(
-    grad_hidden: Tensor, activated: Tensor, cell: Tensor, weight: Tensor, *, choice: Choice | None = None
+    grad_hidden: Tensor, activated: Tensor, cell: Tensor, weight: Tensor, *, choice: Choice = choose
 ) -> Tensor:
     """`run_backward`."""
-    return run_backward(_plan_backward, grad_hidden, activated, cell, weight, choice or choose)
+    return run_backward(_plan_backward, grad_hidden, activated, cell, weight, choice)
 
 
 CATALOGUE = scan_entries(row_lstm_forward_kernel, backward=False) + scan_entries(

@@ -12,11 +12,13 @@ LSTM and 1.05 to 1.18 by the Row LSTM, as a state is read once a tap and once a 
 step fill several tiles, weights are read once a tile: a larger one does not fit the registers.
 
 Barriers a step, counted in the same way at 64 and 128 units: in float32 on sm_90, diagonal 5 and 13 forward, 11 and 19
-backward; row 7 and 17, 15 and 27. In chunks of 12 parts the row's 17 were 13, but two to eight words would spill. On
-other chips parts pass through registers and shared memory one by one: float32 takes 13 and 17 forward, 37 and 53
-backward at 64 units, 41 and 57, 69 and 101 at 128. Fragments save 2 forward at 64 units, and spill 400 to 488 bytes
-backward, as tensor cores there take states from registers as well; larger parts fit shared memory only without the one
-that is on its way, and a step is bound by its weights, which come from the second cache.
+backward; row 7 and 13, 15 and 27. On other chips weights and states pass through shared memory, two barriers a part:
+diagonal 13 and 41, 21 and 37; row 17 and 57, 29 and 53. Half of the 99 KiB that three of these chips have holds a part
+of 32 channels forward and of 64 backward, as the next one is on its way in the other half; only sm_80 has room for
+more. At 64 units 128 channels would fit the backward, in 13 and 17 barriers, but spill up to 72 bytes. Fragments do not
+help there: tensor cores take states from registers, too, so that each 16 channels of them are converted, in two
+barriers (71 forward at 128 units); where the compiler copies states asynchronously, it passes weights through shared
+memory as well, and needs as much of it.
 
 Arguments: `fastgen.kernels.lstm.cell` and, of products, `fastgen.kernels.lstm.neighbours`.
 """
@@ -82,7 +84,7 @@ def lstm_tiles_forward_kernel(
     cell_column_stride,  # 0 where only the latest column is kept
     TAPS: tl.constexpr, ROW_SCAN: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
     M: tl.constexpr, U: tl.constexpr, K: tl.constexpr, TOGETHER: tl.constexpr, PARTS: tl.constexpr,
-    CHUNK: tl.constexpr, WARPS: tl.constexpr,
+    CHUNK: tl.constexpr, WHOLE: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     strides = (gates_image_stride, gates_unit_stride, gates_row_stride, gates_column_stride)
     cell_strides = (cell_image_stride, 1, cell_row_stride, cell_column_stride)
@@ -104,13 +106,14 @@ def lstm_tiles_forward_kernel(
             # Neither waits for the states: both are on their way while those are multiplied.
             terms = load_terms(gates_ptr, strides, units, image, row, x, active, u)
             cell_at = cell_ptr + offsets(cell_strides, image, row, x, u)
-            cell = tl.load(cell_at + to_previous, mask & begun[:, None], other=0.0)
+            if CHUNK <= 8:
+                cell = tl.load(cell_at + to_previous, mask & begun[:, None], other=0.0)
             at = (pixel, row, column, active, height, width)
             if CHUNK > 0:
                 weights_at = weight_ptr + tile // tiles * (4 * U * TAPS * PARTS * K)
                 sums = sums_of_fragments(
-                    hidden_ptr, units, at, weights_at, 4 * U, M, K, PARTS, CHUNK, WARPS, TAPS, ROW_SCAN, REVERSE,
-                    False, PRECISION,
+                    hidden_ptr, units, at, weights_at, 4 * U, M, K, PARTS, CHUNK, WHOLE, WARPS, TAPS, ROW_SCAN,
+                    REVERSE, False, PRECISION,
                 )  # fmt: skip
             else:
                 n = tile // tiles * (4 * U) + tl.arange(0, 4 * U)  # units and their gates
@@ -119,6 +122,8 @@ def lstm_tiles_forward_kernel(
                     hidden_ptr, units, at, weight_row, n // 4 < units, M, K, TOGETHER, TAPS, ROW_SCAN, REVERSE, False,
                     PRECISION,
                 )  # fmt: skip
+            if CHUNK > 8:  # which fill the registers
+                cell = tl.load(cell_at + to_previous, mask & begun[:, None], other=0.0)
             gates = add_gates(terms, gates_of(sums, M, U))
             gates, cell, hidden = cell_forward(gates, cell, FAST)
             tl.store(hidden_ptr + pixel[:, None] * units + u[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask)
@@ -140,7 +145,7 @@ def lstm_tiles_backward_kernel(
     grad_image_stride, grad_unit_stride, grad_row_stride, grad_column_stride,
     TAPS: tl.constexpr, ROW_SCAN: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
     M: tl.constexpr, U: tl.constexpr, K: tl.constexpr, TOGETHER: tl.constexpr, PARTS: tl.constexpr,
-    CHUNK: tl.constexpr, WARPS: tl.constexpr,
+    CHUNK: tl.constexpr, WHOLE: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     maps = (grad_hidden_ptr, activated_ptr, cell_ptr)
     strides = (grad_image_stride, grad_unit_stride, grad_row_stride, grad_column_stride)
@@ -166,8 +171,8 @@ def lstm_tiles_backward_kernel(
             if CHUNK > 0:
                 weights_at = weight_ptr + tile // tiles * (U * TAPS * PARTS * K)
                 sums = sums_of_fragments(
-                    grad_gates_ptr, 4 * units, at, weights_at, U, M, K, PARTS, CHUNK, WARPS, TAPS, ROW_SCAN, REVERSE,
-                    True, PRECISION,
+                    grad_gates_ptr, 4 * units, at, weights_at, U, M, K, PARTS, CHUNK, WHOLE, WARPS, TAPS,
+                    ROW_SCAN, REVERSE, True, PRECISION,
                 )  # fmt: skip
             else:
                 weight_row = weight_ptr + u * (TAPS * 4 * units)
@@ -206,7 +211,7 @@ def forward_by_tiles(
         if choice.CHUNK:
             by_unit = weight.view(4, units, units, taps).permute(1, 0, 3, 2)
             return in_fragments(by_unit, 4 * choice.U, choice.PARTS, choice.K, choice.num_warps)
-        return weight.permute(0, 2, 1).contiguous()
+        return weight.mT.contiguous()
 
     hidden, activated, cell = layouts_of_results(gates, save)
     strides = (height * width * units, width * units, units)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from fastgen.kernels.likelihood import limits
 from fastgen.kernels.sampler.words import (
     BERNOULLI,
     CHANNELS,
@@ -33,7 +34,7 @@ from fastgen.kernels.sampler.words import (
     TOP_P,
 )
 
-MIN_LOG_SCALE = tl.constexpr(-7.0)
+MIN_LOG_SCALE = tl.constexpr(limits.MIN_LOG_SCALE)
 # 1.5 * 2^52, 1.5 * 2^23: x + it - it is x rounded to an integer, half to even.
 ROUNDS_FLOAT64, ROUNDS_FLOAT32 = map(tl.constexpr, (6755399441055744.0, 12582912.0))
 

@@ -5,6 +5,7 @@
 Instructions are of the PTX, of threads, with those of padding. Each sector of each request moves 32 bytes.
 """
 
+import math
 import os
 
 import pytest
@@ -38,7 +39,9 @@ def leaf(x, last=False):
 
 
 # Of mu and logvar; instructions an element forward and backward. Longer: masks of the ends of rows that begin within a
-# sector; tiles that pass through shared memory, so that both tensors are read in whole sectors.
+# sector; tiles that pass through shared memory, so that both tensors are read in whole sectors. A program has one tile
+# here. Where it has several, as with 4,096 rows, odd rows take 87 and 94, transposed ones 89 and 98, two orders 106 and
+# 104.
 LATENTS = {
     "rows": (lambda: (torch.randn(64, 1024), torch.randn(64, 1024)), 90, 90),
     "halves of a layer": (lambda: torch.randn(64, 1024).chunk(2, 1), 90, 90),
@@ -98,39 +101,49 @@ def test_likelihoods_are_at_their_floor(case):
             assert found.loads.efficiency >= 0.95
 
 
-def floor_of_tiles(units, taps, side, steps, backward):
+SIZES = [(16, 16), (28, 20)]  # height and width of an image: a square, and MNIST's cut
+
+
+def steps_of(operation, height, width):
+    return height if operation is row_lstm else height + width - 1
+
+
+def floor_of_tiles(units, taps, pixels, steps, backward):
     """Bytes in float32: all weights a step; of a pixel what is read and written, states of neighbours once.
 
     Forward: 4h terms, states, 4h activated gates, cell states twice. Backward: gradient, cell state and the one before,
     4h activated gates, 4h gradients twice, and twice that of the cell state."""
     numbers = 17 if backward else 12
-    return 4 * (steps * 4 * taps * units**2 + side**2 * numbers * units)
+    return 4 * (steps * 4 * taps * units**2 + pixels * numbers * units)
 
 
-# Operation, taps, units; traffic over the floor, and barriers a step, forward and backward, on sm_90. A state is read
-# once a tap, 3 times by the row operation: its backward at 64 units, where weights are few, moves 1.12 of the floor.
+# Operation, taps, units; traffic over the floor forward and backward, of both sizes; barriers a step on sm_80 and on
+# sm_90, forward and backward. A state is read once a tap, 3 times by the row operation: its backward at 64 units, where
+# weights are few, moves 1.12 and 1.15 of the floor. Fragments are read once more at the end of a tile.
 TILES = {
-    "diagonal, 64": (diagonal_lstm, 2, 64, 1.02, 1.07, 5, 11),
-    "diagonal, 128": (diagonal_lstm, 2, 128, 1.08, 1.04, 13, 19),
-    "row, 64": (row_lstm, 3, 64, 1.1, 1.12, 7, 15),
-    "row, 128": (row_lstm, 3, 128, 1.08, 1.07, 17, 27),
+    "diagonal, 64": (diagonal_lstm, 2, 64, ((1.02, 1.07), (1.02, 1.09)), ((13, 5), (21, 11))),
+    "diagonal, 128": (diagonal_lstm, 2, 128, ((1.08, 1.04), (1.09, 1.05)), ((41, 13), (37, 19))),
+    "row, 64": (row_lstm, 3, 64, ((1.1, 1.12), (1.1, 1.15)), ((17, 7), (29, 15))),
+    "row, 128": (row_lstm, 3, 128, ((1.08, 1.07), (1.09, 1.09)), ((57, 13), (53, 27))),
 }
 
 
+@pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("case", TILES)
-def test_scans_by_tiles(case):
-    operation, taps, units, *limits = TILES[case]
-    side = 16
-    steps = side if operation is row_lstm else 2 * side - 1
+def test_scans_by_tiles(case, size):
+    operation, taps, units, traffic, barriers_a_step = TILES[case]
+    steps = steps_of(operation, *size)
     gates, weight = (
-        leaf(torch.randn(1, 4 * units, side, side), last=True),
+        leaf(torch.randn(1, 4 * units, *size), last=True),
         leaf(torch.randn(4 * units, units, taps) / 8),
     )
     both = counts(lambda *x: operation(*x, impl="triton"), [gates, weight])
-    for backward, (found, moved, barriers) in enumerate(zip(both, limits[:2], limits[2:], strict=True)):
-        assert found.moved <= moved * floor_of_tiles(units, taps, side, steps, backward)
+    for backward, (found, moved, barriers) in enumerate(
+        zip(both, traffic[SIZES.index(size)], barriers_a_step, strict=True)
+    ):
+        assert found.moved <= moved * floor_of_tiles(units, taps, math.prod(size), steps, backward)
         assert found.loads.efficiency >= 0.95 and found.stores.efficiency >= 0.95
-        assert found.barriers_a_block <= barriers * steps or not HOPPER
+        assert found.barriers_a_block <= barriers[HOPPER] * steps
 
 
 # Operation, taps, units; barriers a step, forward and backward, of a program an image, on sm_80 and on sm_90.
@@ -142,18 +155,20 @@ SCANS = {
 }
 
 
+@pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("case", SCANS)
-def test_scans_of_a_program_an_image(case):
-    """In half precision. All is moved once, but by the row operation weights once a step and states once a tap."""
+def test_scans_of_a_program_an_image(case, size):
+    """In half precision. All is moved once, but by the row operation weights once a step and states once a tap, and in
+    its backward cell states twice."""
     operation, taps, units, *barriers = SCANS[case]
-    side = 16
-    steps = side if operation is row_lstm else 2 * side - 1
-    inputs = [leaf(torch.randn(1, 4 * units, side, side), last=True), leaf(torch.randn(4 * units, units, taps) / 8)]
+    steps = steps_of(operation, *size)
+    inputs = [leaf(torch.randn(1, 4 * units, *size), last=True), leaf(torch.randn(4 * units, units, taps) / 8)]
     inputs = [leaf(x.to(torch.bfloat16)) for x in inputs]
     for backward, found in enumerate(counts(lambda *x: operation(*x, impl="triton"), inputs)):
         again = 0
         if operation is row_lstm:
-            again = 2 * units * ((steps - 1) * 4 * taps * units + (taps - 1) * side**2 * (4 if backward else 1))
+            again = 2 * units * ((steps - 1) * 4 * taps * units + (taps - 1) * math.prod(size) * (4 if backward else 1))
+            again += 4 * units * (steps - 1) * size[1] * backward
         assert found.moved <= 1.03 * (found.unique + again)
         assert found.loads.efficiency >= 0.95 and found.stores.efficiency >= 0.95
         assert found.barriers_a_block <= barriers[backward][HOPPER] * steps

@@ -29,7 +29,8 @@ def fitted(launch, weight, *, backward=False):
     if isinstance(launch, TileLaunch) and launch.CHUNK:
         parts = -(-units * (4 if backward else 1) // launch.K)
         chunk = max(size for size in range(1, launch.CHUNK + 1) if parts * taps % size == 0)
-        return dataclasses.replace(launch, PARTS=parts, CHUNK=chunk)
+        whole = parts * launch.K == units * (4 if backward else 1)
+        return dataclasses.replace(launch, PARTS=parts, CHUNK=chunk, WHOLE=whole)
     return dataclasses.replace(launch, TOGETHER=taps) if getattr(launch, "TOGETHER", 1) == 0 else launch
 
 
@@ -62,6 +63,8 @@ VARIANTS = {
     "tiles of more units": (TileLaunch(16, 16, 16, 2), (3, 19, 3, 2)),
     "fragments": (TileLaunch(16, 16, 16, 1, 4, num_stages=1, CHUNK=2), (6, 2, 3, 4)),
     "fragments of more units": (TileLaunch(16, 32, 16, 2, 4, num_stages=1, CHUNK=8), (2, 35, 3, 3)),
+    "whole fragments": (TileLaunch(16, 32, 16, 1, 4, num_stages=1, CHUNK=12), (1, 64, 2, 2)),
+    "tiles of parts together": (TileLaunch(16, 16, 16, 1, TOGETHER=4), (2, 35, 3, 3)),
 }
 
 
