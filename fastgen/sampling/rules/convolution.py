@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from fastgen.sampling.machine.language import AffineOffset, View, constant, dense_strides
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
-from fastgen.sampling.rules.base import Analysis, Rule, groups_of, never
+from fastgen.sampling.rules.base import Analysis, Rule, groups_of, never, reduced
 from fastgen.sampling.trace.element_times import compact
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported, Value
 
@@ -68,10 +68,13 @@ class Convolution(Rule):
         )
         self.kernel = tuple(self.weight.shape[2:])
         self.taps: list[Sequence[int]] = list(product(*(range(size) for size in self.kernel)))
-        self.live = self._live()
+        zero = self._zero()
+        live = ~compact(zero)
         if rows is not None:
-            first, last, _ = rows.indices(self.kernel[0])
-            self.live[:, :, :first] = self.live[:, :, last:] = False
+            taking_part = torch.zeros(self.kernel[0], dtype=torch.bool)
+            taking_part[rows] = True
+            live = live & taking_part.view(-1, *[1] * (self.rank - 1))
+        self.live = live.expand(zero.shape)
         self._constants: dict[Any, View] = {}
         self._parts: dict[Any, Part | None] = {}
 
@@ -92,9 +95,9 @@ class Convolution(Rule):
         live = self.live_taps.any(0)
         return live.flatten(1).any(1) if self.rank > 1 else live
 
-    def _live(self) -> Tensor:
-        """Which weights are not zero, (output channels, input channels of a group, taps...)."""
-        return self.weight != 0
+    def _zero(self) -> Tensor:
+        """Which weights are zero, (output channels, input channels of a group, taps...)."""
+        return self.analysis.zero(self.value.args[1])
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -312,7 +315,7 @@ class Convolution(Rule):
 
 def any_along(mask: Tensor, dim: int) -> Tensor:
     """`mask.any(dim)`, for which torch takes several times as long."""
-    return mask.view(torch.uint8).amax(dim).bool()
+    return reduced(mask.view(torch.uint8), [dim], torch.amax).select(dim, 0).view(torch.bool)
 
 
 def extent(live: Tensor) -> tuple[int, int]:
