@@ -42,7 +42,7 @@ class Analysis:
         self._zero: dict[Value, Tensor] = {}  # of the values that were asked for
         self._softmax_zero: dict[Value, Tensor] = {}
         self._told: dict[Value, Tensor] = {}  # what rules know to be low, besides constants
-        self._counted: dict[range, Operand] = {}
+        self._falling: dict[int, Operand] = {}
 
     def set(self, value: Value, ready: Tensor, softmax_zero: Tensor | None = None) -> None:
         self._ready.set(value, self._distinct.shrunk(ready))
@@ -113,11 +113,11 @@ class Analysis:
         value = self.graph.add(Value("constant", tuple(data.shape), data.contiguous()))
         return Operand(self.graph, value.shape, map=Map.identity(value))
 
-    def counted(self, numbers: range) -> Operand:
-        """A constant that holds these numbers."""
-        if numbers not in self._counted:
-            self._counted[numbers] = self.constant(torch.tensor(numbers, dtype=torch.float32))
-        return self._counted[numbers]
+    def falling(self, size: int) -> Operand:
+        """A constant that holds the numbers size, ..., 2, 1."""
+        if size not in self._falling:
+            self._falling[size] = self.constant(torch.arange(size, 0, -1, dtype=torch.float32))
+        return self._falling[size]
 
     def data(self, operand: Operand) -> Tensor:
         return self.graph.data_of(operand)

@@ -99,6 +99,12 @@ class Value:
         return found[self.output] if isinstance(found, (tuple, list)) else found
 
 
+@cache
+def _own_steps(rank: int) -> tuple[tuple[int, ...], ...]:
+    """Of a map that reads each element in its own place."""
+    return tuple(tuple(int(k == d) for k in range(rank)) for d in range(rank))
+
+
 @dataclass(frozen=True)
 class Map:
     """Element i of an operand is the element start + sum_d i_d * steps[d] of a value; outside of it stand zeros."""
@@ -111,12 +117,12 @@ class Map:
     @staticmethod
     def identity(value: Value) -> "Map":
         rank = len(value.shape)
-        steps = tuple(tuple(int(k == d) for k in range(rank)) for d in range(rank))
-        return Map(value, value.shape, (0,) * rank, steps)
+        return Map(value, value.shape, (0,) * rank, _own_steps(rank))
 
     @cached_property
     def is_identity(self) -> bool:
-        return self == Map.identity(self.value)
+        rank = len(self.value.shape)
+        return self.shape == self.value.shape and self.steps == _own_steps(rank) and not any(self.start)
 
     @cached_property
     def along(self) -> list[list[tuple[int, int]]]:
