@@ -43,6 +43,7 @@ class Analysis:
         self._softmax_zero: dict[Value, Tensor] = {}
         self._told: dict[Value, Tensor] = {}  # what rules know to be low, besides constants
         self._falling: dict[int, Operand] = {}
+        self._known: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def set(self, value: Value, ready: Tensor, softmax_zero: Tensor | None = None) -> None:
         self._ready.set(value, self._distinct.shrunk(ready))
@@ -71,7 +72,11 @@ class Analysis:
         return self._ready.of(value)
 
     def ready(self, operand: Operand) -> Tensor:
-        return self._ready.read(operand, CONSTANT)
+        where = operand.map
+        if where is None or where.is_identity:
+            return self._ready.read(operand, CONSTANT)
+        key = "read", where.shape, where.start, where.steps
+        return self.once(key, self.ready_of(where.value), lambda times: where.read(times, CONSTANT))
 
     def zero(self, operand: Operand) -> Tensor:
         return operand.read(self._zero_of, True, torch.bool)
@@ -101,17 +106,24 @@ class Analysis:
         if not constant.any():
             return NOWHERE.expand(value.shape)
         around = _around(constant)
-        inner = constant[around] & holds(value.data[around])
+        inner = holds(value.data[around])
         if not inner.numpy().any():  # for which torch takes several times as long
             return NOWHERE.expand(value.shape)
         found = NOWHERE.repeat(value.shape)
-        found[around] = inner
+        found[around] = inner & constant[around]
         return shrunk(found)
 
     def constant(self, data: Tensor) -> Operand:
         """A constant of the rule's own, to be read like the network's."""
         value = self.graph.add(Value("constant", tuple(data.shape), data.contiguous()))
         return Operand(self.graph, value.shape, map=Map.identity(value))
+
+    def once(self, key: Any, times: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """What is computed of these times, once for all operations of the same key that are given the same tensor."""
+        key = key, id(times)
+        if key not in self._known:
+            self._known[key] = times, compute(times)  # held, so that no other tensor takes its identity
+        return self._known[key][1]
 
     def falling(self, size: int) -> Operand:
         """A constant that holds the numbers size, ..., 2, 1."""
