@@ -220,7 +220,7 @@ def test_whole_passes_draw_what_has_no_rule(name):
         lambda x: below(F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, 1)),
         *(OPERATIONS[name] for name in ("conditions", "infinity by a condition", "least and where")),
         *(OPERATIONS[name] for name in ("softplus and others", "many groups", "average, last windows cut")),
-        *(OPERATIONS[name] for name in ("strongest and weakest", "written at places", "top-k mask", "gather")),
+        OPERATIONS["strongest and weakest"],
     ],
 )
 def test_sums_maxima_and_conditions_are_the_machines_own(function):

@@ -185,11 +185,22 @@ class Builder:
             offset = AffineOffset.weighted(origin, [(one[0], unit) for one, unit in zip(region, units, strict=True)])
             along = tuple(unit * step for unit, (_, _, step) in zip(units, region, strict=True))
             return View(self.storage.memory(value), sizes, along, offset, self.task)
-        for one in self.local.get(value, ()):
-            found = self._local_view(where, region, *one)
+        for task, box, view in self.local.get(value, ()):
+            if task == self.task and where.is_identity and self._is_box(region, box, value):
+                return view
+            found = self._local_view(where, region, task, box, view)
             if found is not None:
                 return found
         raise NeedsStorage(value)
+
+    def _is_box(self, region: Region, box: Box, value: Value) -> bool:
+        """Whether a region is that of a box; where there is but one element it may have any name."""
+        return all(
+            size == sizes and step == steps and (along == 1 or first == start)
+            for (first, size, step), (start, sizes, steps), along in zip(
+                region, self.region(box), value.shape, strict=True
+            )
+        )
 
     def _local_view(self, where: Map, region: Region, task: int, box: Box, view: View) -> View | None:
         """A region of an operand in a box of its value; None where that does not hold all of it."""

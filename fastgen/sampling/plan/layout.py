@@ -1,7 +1,7 @@
 """Takes a value, its times and who reads it; gives its `Layout` in memory: places outermost, features innermost, zeros
 around them where a reader looks beyond the value."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,6 +28,9 @@ class Box:
             slice(first, first + (size - 1) * step + 1, step)
             for first, size, step in zip(self.start, self.sizes, self.steps, strict=True)
         )
+
+    def moved(self, by: Sequence[int]) -> "Box":
+        return Box(tuple(a + b for a, b in zip(self.start, by, strict=True)), self.sizes, self.steps)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastgen.sampling.causality.ready_times import Timed
 from fastgen.sampling.plan.layout import Box
 from fastgen.sampling.rules import Rule
-from fastgen.sampling.trace.element_times import ElementTimes, compact, shrunk
+from fastgen.sampling.trace.element_times import Distinct, ElementTimes, compact
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, READY, Value, coordinates
 
 
@@ -132,32 +132,25 @@ def running_times(
     """
     wanted, times = ElementTimes(NEVER), ElementTimes(CONSTANT)
     wanted.scatter_min(timed.graph.output, deadline)
-    same: dict[bytes, Tensor] = {}
-    known: dict[tuple[int, int], Tensor] = {}
+    same = Distinct()
+    known: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     pending = timed.computed
     while pending:
         value = pending.pop()
-        latest = _one_of_equals(timed.rules[value].needed_within(shrunk(wanted.of(value))), same)
-        ready = _one_of_equals(timed.analysis.ready_of(value), same)
+        latest = same.shrunk(timed.rules[value].needed_within(wanted.of(value)))
+        ready = same.shrunk(timed.analysis.ready_of(value))
         key = id(ready), id(latest)
         if key not in known:
-            known[key] = _one_of_equals(shrunk(at_row_end(ends, ready, latest)), same)
-        when = known[key]
+            when = same.shrunk(at_row_end(ends, ready, latest))
+            core = compact(when)
+            known[key] = when, torch.where(core == CONSTANT, NEVER, core).expand(when.shape)
+        when, running = known[key]
         times.set(value, when)
         part = split(value, when)
         pending += [] if part is None else [part]
-        running = compact(when)
-        running = torch.where(running == CONSTANT, NEVER, running).expand(value.shape)
         for operand, needed in timed.rules[value].needs(running):
             wanted.scatter_min(operand, needed)
     return times
-
-
-def _one_of_equals(times: Tensor, known: dict[bytes, Tensor]) -> Tensor:
-    """The same tensor for all that are equal: most operations of a network are done at a few sets of times."""
-    core = compact(times).contiguous()
-    key = bytes(str((tuple(times.shape), tuple(core.shape))), "ascii") + core.numpy().tobytes()
-    return known.setdefault(key, times)
 
 
 def at_row_end(ends: Tensor, ready: Tensor, latest: Tensor) -> Tensor:
@@ -186,7 +179,7 @@ def _boxes(times: Tensor) -> Boxes:
     """They hold the elements of their steps, and perhaps others that are constant or that nobody needs."""
     core = compact(times)
     busy = (core != CONSTANT) & (core != NEVER)
-    at, found = _each_box(core, busy)
+    at, found = _each_box(core)
     first = torch.where(busy, core + 1, -1).numpy()
     if not busy.all():
         found = _all_grown(found, busy.numpy())
@@ -202,58 +195,66 @@ def _boxes(times: Tensor) -> Boxes:
     return Boxes(np.array(at, dtype=np.int64), start, sizes, steps, first)
 
 
-def _each_box(core: Tensor, busy: Tensor) -> tuple[list[int], list[Box]]:
-    """The numbers of steps, and their boxes, from times without the dimensions along which they are the same.
-
-    Args:
-        core: those times.
-        busy: where they are those of steps.
-    """
-    flat = core.reshape(-1)
-    active = torch.nonzero(busy.reshape(-1)).flatten()
+def _each_box(core: Tensor) -> tuple[list[int], list[Box]]:
+    """The numbers of steps, and their boxes, from times without the dimensions along which they are the same."""
+    small, edges = _without_repeats(core)
+    flat = small.reshape(-1)
+    active = torch.nonzero((flat != CONSTANT) & (flat != NEVER)).flatten()
     order = active[flat[active].argsort(stable=True)]
     steps, counts = flat[order].unique_consecutive(return_counts=True)
-    where = coordinates(order, core.shape)
-    dense = _dense_boxes(where, counts)
+    where = coordinates(order, small.shape)
+    dense = _dense_boxes(where, counts, edges)
+    single = torch.tensor([len(edge) == size + 1 for edge, size in zip(edges, core.shape, strict=True)])
     covers: dict[bytes, list[Box]] = {}
     at, found = [], []
     ends = counts.cumsum(0).tolist()
     for step, begin, end, box in zip(steps.tolist(), [0, *ends], ends, dense, strict=False):
-        boxes = _cover_anywhere(where[begin:end], covers) if box is None else [box]
+        if box is None:  # the same pattern at another place has the same boxes there
+            corner = where[begin:end].amin(0) * single
+            pattern = (where[begin:end] - corner).contiguous().numpy().tobytes()
+            if pattern not in covers:
+                covers[pattern] = _cover(torch.nonzero(core == step) - corner)
+            boxes = [one.moved(corner.tolist()) for one in covers[pattern]]
+        else:
+            boxes = [box]
         at += [step + 1] * len(boxes)
         found += boxes
     return at, found
 
 
-def _dense_boxes(places: Tensor, counts: Tensor) -> list[Box | None]:
+def _without_repeats(times: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The times with each slice along a dimension once that is followed by equal ones, as those of features are; where
+    these begin along each dimension, and where it ends."""
+    edges = []
+    for d, size in enumerate(times.shape):
+        begins = torch.ones(size, dtype=torch.bool)
+        begins[1:] = times.diff(dim=d).movedim(d, 0).unsqueeze(-1).flatten(1).any(1)
+        first = torch.nonzero(begins).flatten()
+        edges.append(torch.cat((first, torch.tensor([size]))))
+        times = times.index_select(d, first)
+    return times, edges
+
+
+def _dense_boxes(places: Tensor, counts: Tensor, edges: list[Tensor]) -> list[Box | None]:
     """For every group of places the box that they fill without gaps, None where they fill none.
 
     Args:
         places: their coordinates, (places, dimensions), the groups one after the other.
         counts: (groups,), places of each.
+        edges: where a place begins along each dimension, and where the last one ends.
     """
     dimensions = places.shape[1]
     group = torch.arange(len(counts)).repeat_interleave(counts)[:, None].expand(-1, dimensions)
     blank = places.new_zeros(len(counts), dimensions)
     first = blank.scatter_reduce(0, group, places, "amin", include_self=False)
-    sizes = blank.scatter_reduce(0, group, places, "amax", include_self=False) - first + 1
-    filled = (sizes.prod(1) == counts).tolist()
+    after = blank.scatter_reduce(0, group, places, "amax", include_self=False) + 1
+    filled = ((after - first).prod(1) == counts).tolist()
+    for d, edge in enumerate(edges):
+        first[:, d], after[:, d] = edge[first[:, d]], edge[after[:, d]]
     ones = (1,) * dimensions
     return [
         Box(tuple(start), tuple(size), ones) if full else None
-        for start, size, full in zip(first.tolist(), sizes.tolist(), filled, strict=True)
-    ]
-
-
-def _cover_anywhere(places: Tensor, known: dict[bytes, list[Box]]) -> list[Box]:
-    """As `_cover`; the same pattern at another place has the same boxes there."""
-    corner = places.amin(0)
-    pattern = (places - corner).contiguous().numpy().tobytes()
-    if pattern not in known:
-        known[pattern] = _cover(places - corner)
-    moved = corner.tolist()
-    return [
-        Box(tuple(a + b for a, b in zip(box.start, moved, strict=True)), box.sizes, box.steps) for box in known[pattern]
+        for start, size, full in zip(first.tolist(), (after - first).tolist(), filled, strict=True)
     ]
 
 
@@ -273,10 +274,8 @@ def _cover(places: Tensor) -> list[Box]:
     # Not a box: cut along the first dimension at which the pattern changes.
     d = next(k for k in range(places.shape[1]) if sizes[k] > 1)
     parts: dict[bytes, list[Tensor]] = {}
-    for coordinate in places[:, d].unique():
-        rows = places[places[:, d] == coordinate]
-        rest = torch.cat((rows[:, :d], rows[:, d + 1 :]), 1).contiguous()
-        parts.setdefault(rest.numpy().tobytes(), []).append(rows)
+    for rows in places.split(places[:, d].unique_consecutive(return_counts=True)[1].tolist()):
+        parts.setdefault(rows[:, d + 1 :].numpy().tobytes(), []).append(rows)
     boxes = []
     for group in parts.values():
         runs: list[list[Tensor]] = []

@@ -12,7 +12,7 @@ from fastgen.sampling.plan.schedule import at_row_end
 from fastgen.sampling.rules.convolution import Convolution
 from fastgen.sampling.rules.transposed import TransposedConvolution
 from fastgen.sampling.trace.element_times import compact
-from fastgen.sampling.trace.graph import CONSTANT, NEVER, READY, Value
+from fastgen.sampling.trace.graph import CONSTANT, NEVER, READY, Graph, Value
 
 aten = torch.ops.aten
 
@@ -58,16 +58,28 @@ def split_rows(timed: Timed, ends: Tensor, value: Value, times: Tensor) -> Value
     if steps <= 2 * len(ends):
         return None
     first = replace(value, op=FirstRows(live[-1]), index=len(graph.values), base=0)
-    first.data = first.compute(*map(graph.data_of, first.operands)).contiguous()
     found = Convolution(first, analysis, slice(live[-1]))
     ready = found.ready()
     if 2 * _steps(at_row_end(ends, ready[0], times)) > steps:
         return None
+    first.data = _constants(first, ready[0], graph)
     graph.number(first)
     graph.values.insert(graph.values.index(value), first)
     analysis.set(first, *ready)
     timed.rules |= {first: found, value: Convolution(value, analysis, slice(live[-1], None), graph.whole(first))}
     return first
+
+
+def _constants(first: Value, ready: Tensor, graph: Graph) -> Tensor:
+    """What is constant of a first part that is not computed yet, in its place; the rows after it are 0."""
+    found = torch.zeros_like(first.data)
+    in_row = (compact(ready) == CONSTANT).transpose(0, 2).flatten(1).any(1).expand(first.shape[2])
+    rows = int(torch.nonzero(in_row).max()) + 1 if in_row.any() else 0
+    x, *rest = map(graph.data_of, first.operands)
+    stride, padding, dilation = (one[0] for one in first.args[3:6])
+    seen = (rows - 1) * stride + (rest[0].shape[2] - 1) * dilation + 1 - padding
+    found[:, :, :rows] = first.compute(x[:, :, : max(seen, 1)], *rest)[:, :, :rows] if rows else 0
+    return found
 
 
 def _steps(times: Tensor) -> int:

@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastgen.sampling.trace.element_times import ElementTimes, compact, kinds_of, shrunk
+from fastgen.sampling.trace.element_times import Distinct, ElementTimes, compact, kinds_of, shrunk
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, Graph, Map, Operand, Value
 
 if TYPE_CHECKING:
@@ -37,13 +38,15 @@ class Analysis:
         self.graph = graph
         self.certain = certain
         self._ready = ElementTimes(CONSTANT)
+        self._distinct = Distinct()
         self._zero: dict[Value, Tensor] = {}  # of the values that were asked for
         self._softmax_zero: dict[Value, Tensor] = {}
         self._told: dict[Value, Tensor] = {}  # what rules know to be low, besides constants
-        self._counted: dict[range, Operand] = {}
+        self._falling: dict[int, Operand] = {}
+        self._known: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def set(self, value: Value, ready: Tensor, softmax_zero: Tensor | None = None) -> None:
-        self._ready.set(value, ready)
+        self._ready.set(value, self._distinct.shrunk(ready))
         for known in (self._zero, self._softmax_zero, self._told):
             known.pop(value, None)
         if softmax_zero is not None and softmax_zero.any():
@@ -69,7 +72,11 @@ class Analysis:
         return self._ready.of(value)
 
     def ready(self, operand: Operand) -> Tensor:
-        return self._ready.read(operand, CONSTANT)
+        where = operand.map
+        if where is None or where.is_identity:
+            return self._ready.read(operand, CONSTANT)
+        key = "read", where.shape, where.start, where.steps
+        return self.once(key, self.ready_of(where.value), lambda times: where.read(times, CONSTANT))
 
     def zero(self, operand: Operand) -> Tensor:
         return operand.read(self._zero_of, True, torch.bool)
@@ -96,22 +103,43 @@ class Analysis:
         """The elements that are constants of which it holds."""
         ready = compact(self.ready_of(value))
         constant = ready < 0 if self.certain else ready == CONSTANT
-        found = constant & holds(value.data) if constant.any() else constant
-        return shrunk(found) if found.any() else NOWHERE.expand(value.shape)
+        if not constant.any():
+            return NOWHERE.expand(value.shape)
+        around = _around(constant)
+        inner = holds(value.data[around])
+        if not inner.numpy().any():  # for which torch takes several times as long
+            return NOWHERE.expand(value.shape)
+        found = NOWHERE.repeat(value.shape)
+        found[around] = inner & constant[around]
+        return shrunk(found)
 
     def constant(self, data: Tensor) -> Operand:
         """A constant of the rule's own, to be read like the network's."""
         value = self.graph.add(Value("constant", tuple(data.shape), data.contiguous()))
         return Operand(self.graph, value.shape, map=Map.identity(value))
 
-    def counted(self, numbers: range) -> Operand:
-        """A constant that holds these numbers."""
-        if numbers not in self._counted:
-            self._counted[numbers] = self.constant(torch.tensor(numbers, dtype=torch.float32))
-        return self._counted[numbers]
+    def once(self, key: Any, times: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """What is computed of these times, once for all operations of the same key that are given the same tensor."""
+        key = key, id(times)
+        if key not in self._known:
+            self._known[key] = times, compute(times)  # held, so that no other tensor takes its identity
+        return self._known[key][1]
+
+    def falling(self, size: int) -> Operand:
+        """A constant that holds the numbers size, ..., 2, 1."""
+        if size not in self._falling:
+            self._falling[size] = self.constant(torch.arange(size, 0, -1, dtype=torch.float32))
+        return self._falling[size]
 
     def data(self, operand: Operand) -> Tensor:
         return self.graph.data_of(operand)
+
+
+def _around(places: Tensor) -> tuple[slice, ...]:
+    """The least box that holds all that are true; whole along dimensions of size 1, which may stand for more."""
+    where = np.argwhere(places.numpy())
+    ends = zip(places.shape, where.min(0), where.max(0), strict=True)
+    return tuple(slice(None) if size == 1 else slice(first, last + 1) for size, first, last in ends)
 
 
 def coarser(ready: Tensor, draws: int) -> Tensor:
@@ -232,6 +260,8 @@ def result_of(op: Any, output: int) -> Callable[..., Tensor]:
 
 def reduce_to(times: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The least over the dimensions along which a tensor of this shape was broadcast."""
+    if times.shape == shape:
+        return times
     times = compact(times)
     extra = times.dim() - len(shape)
     dims = [*range(extra), *(d + extra for d, size in enumerate(shape) if size == 1 and times.shape[d + extra] > 1)]

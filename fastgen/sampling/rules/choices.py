@@ -1,11 +1,10 @@
-"""Choices along a dimension as instructions: the strongest numbers, what is read or written at computed places.
+"""Choices along a dimension as instructions: the strongest numbers, and their places.
 
-Each place takes a round of a few instructions; where there are more than a few, torch chooses in one call.
+Each number takes a round of a few instructions; where there are more than a few, torch chooses in one call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,15 +40,10 @@ def put_place(builder: Builder, out: View, first: View, row: View) -> None:
     builder.pointwise("copy", out, place)
 
 
-def counted(rule: Rule, builder: Builder, numbers: range, row: View) -> View:
-    """These numbers along the last dimension of a view."""
-    every = rule.analysis.counted(numbers)
-    return builder.read(every, [(AffineOffset(0), len(numbers), 1)]).expand(row.sizes)
-
-
 def falling(rule: Rule, builder: Builder, row: View) -> View:
     """How many places there are from each one on, along the last dimension of a view."""
-    return counted(rule, builder, range(row.sizes[-1], 0, -1), row)
+    size = row.sizes[-1]
+    return builder.read(rule.analysis.falling(size), [(AffineOffset(0), size, 1)]).expand(row.sizes)
 
 
 def strongest(rule: Slicewise, builder: Builder, box: Box) -> bool:
@@ -59,7 +53,7 @@ def strongest(rule: Slicewise, builder: Builder, box: Box) -> bool:
     and numbers are equal by construction (zeros of a ReLU, what a mask hides), torch chooses here, too."""
     value, (dim,) = rule.value, rule.dims
     x, greatest_first = value.args[0], argument(value, "largest")
-    wanted = _wanted(box, dim)
+    wanted = range(box.start[dim], box.start[dim] + box.sizes[dim] * box.steps[dim], box.steps[dim])
     if wanted[-1] >= MOST_PLACES or not x.dtype.is_floating_point or not argument(value, "sorted"):
         return False
     if value.output == 1 and not _differ(x):
@@ -74,7 +68,7 @@ def strongest(rule: Slicewise, builder: Builder, box: Box) -> bool:
     for number in range(wanted[-1] + 1):
         greatest = builder.scratch((*row.sizes[:-1], 1), x.dtype)
         builder.rowwise("amax", greatest, row)
-        target = _at(out, wanted.index(number)) if number in wanted else None
+        target = out.narrow(len(box.sizes) - 1, wanted.index(number), 1) if number in wanted else None
         if target is not None and value.output == 0:
             builder.pointwise("copy" if greatest_first else "neg", target, greatest)
             if number == wanted[-1]:
@@ -115,72 +109,5 @@ def _differ(operand: Operand) -> bool:
     return True
 
 
-def read_at_places(rule: Slicewise, builder: Builder, box: Box) -> bool:
-    """gather: of every row the sum of what lies at the place and of zeros."""
-    value, (dim,) = rule.value, rule.dims
-    x, index = value.args[0], argument(value, "index")
-    if box.sizes[dim] > MOST_PLACES or not x.dtype.is_floating_point:
-        return False
-    region = builder.region(box)
-    out, row = (_dim_last(one, dim) for one in (builder.out(value, box), builder.read(x, rule.region_of(x, region))))
-    numbers = _numbers(builder, _dim_last(builder.read(index, rule.region_of(index, region)), dim))
-    places = counted(rule, builder, range(row.sizes[-1]), row)
-    for k, number in enumerate(_wanted(box, dim)):
-        here, kept = builder.scratch(row.sizes, torch.bool), builder.scratch(row.sizes, x.dtype)
-        builder.pointwise("eq", here, places, _at(numbers, number).expand(row.sizes))
-        builder.pointwise("keep", kept, row, here)
-        builder.rowwise("sum", _at(out, k), kept)
-    return True
-
-
-def write_at_places(rule: Slicewise, builder: Builder, box: Box) -> bool:
-    """scatter and scatter_add: one place of every row after the other."""
-    value, (dim,) = rule.value, rule.dims
-    x, index = value.args[0], argument(value, "index")
-    source = argument(value, "value" if value.op._overloadname == "value" else "src")
-    if index.shape[dim] > MOST_PLACES or not x.dtype.is_floating_point or argument(value, "reduce") is not None:
-        return False
-    region = builder.region(box)
-    out, base = (_dim_last(one, dim) for one in (builder.out(value, box), builder.read(x, region)))
-    numbers = _numbers(builder, _dim_last(builder.read(index, rule.region_of(index, region)), dim))
-    written: View | float = float(source) if not isinstance(source, Operand) else 0.0
-    places = counted(rule, builder, _wanted(box, dim), out)
-    builder.pointwise("copy", out, base)
-    for k in range(index.shape[dim]):
-        here, new = builder.scratch(out.sizes, torch.bool), builder.scratch(out.sizes, x.dtype)
-        builder.pointwise("eq", here, places, _at(numbers, k).expand(out.sizes))
-        if isinstance(source, Operand):
-            written = _at(_dim_last(builder.read(source, rule.region_of(source, region)), dim), k).expand(out.sizes)
-        builder.pointwise("keep", new, written, here)
-        if value.op_name == "scatter":
-            builder.pointwise("erase", out, out, here)
-        builder.pointwise("add", out, out, new)
-    return True
-
-
-CHOICES: dict[str, Callable[[Slicewise, Builder, Box], bool]] = {
-    "topk": strongest,
-    "gather": read_at_places,
-    "scatter": write_at_places,
-    "scatter_add": write_at_places,
-}
-
-
-def _wanted(box: Box, dim: int) -> range:
-    """Numbers along a dimension of what a box holds."""
-    return range(box.start[dim], box.start[dim] + box.sizes[dim] * box.steps[dim], box.steps[dim])
-
-
 def _dim_last(view: View, dim: int) -> View:
     return view.order([*(d for d in range(len(view.sizes)) if d != dim), dim])
-
-
-def _at(view: View, number: int) -> View:
-    return view.narrow(len(view.sizes) - 1, number, 1)
-
-
-def _numbers(builder: Builder, index: View) -> View:
-    """Numbers of places as they are compared."""
-    found = builder.scratch(index.sizes, torch.float32)
-    builder.pointwise("copy", found, index)
-    return found

@@ -44,7 +44,7 @@ class Concatenation(Rule):
     def ready(self) -> tuple[Tensor, Tensor | None]:
         ready = self._joined([self.analysis.ready(one) for _, _, one in self.pieces])
         softmax_zero = [self.analysis.softmax_zero(one) for _, _, one in self.pieces]
-        return ready, self._joined(softmax_zero) if any(one.any() for one in softmax_zero) else None
+        return ready, self._joined(softmax_zero) if any(compact(one).any() for one in softmax_zero) else None
 
     def _joined(self, parts: list[Tensor]) -> Tensor:
         parts = [one.unsqueeze(self.dim) for one in parts] if self.stacks else parts

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from fastgen.sampling.machine.language import AffineOffset, View, constant, dense_strides
 from fastgen.sampling.plan.builder import Builder
 from fastgen.sampling.plan.layout import Box
-from fastgen.sampling.rules.base import Analysis, Rule, groups_of, never
+from fastgen.sampling.rules.base import Analysis, Rule, constant_operand, groups_of, never, reduced
 from fastgen.sampling.trace.element_times import compact
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Unsupported, Value
 
@@ -68,10 +68,13 @@ class Convolution(Rule):
         )
         self.kernel = tuple(self.weight.shape[2:])
         self.taps: list[Sequence[int]] = list(product(*(range(size) for size in self.kernel)))
-        self.live = self._live()
+        zero = self._zero()
+        live = ~compact(zero)
         if rows is not None:
-            first, last, _ = rows.indices(self.kernel[0])
-            self.live[:, :, :first] = self.live[:, :, last:] = False
+            taking_part = torch.zeros(self.kernel[0], dtype=torch.bool)
+            taking_part[rows] = True
+            live = live & taking_part.view(-1, *[1] * (self.rank - 1))
+        self.live = live.expand(zero.shape)
         self._constants: dict[Any, View] = {}
         self._parts: dict[Any, Part | None] = {}
 
@@ -92,9 +95,9 @@ class Convolution(Rule):
         live = self.live_taps.any(0)
         return live.flatten(1).any(1) if self.rank > 1 else live
 
-    def _live(self) -> Tensor:
-        """Which weights are not zero, (output channels, input channels of a group, taps...)."""
-        return self.weight != 0
+    def _zero(self) -> Tensor:
+        """Which weights are zero, (output channels, input channels of a group, taps...)."""
+        return self.analysis.zero(self.value.args[1])
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -116,8 +119,24 @@ class Convolution(Rule):
             padded = padded.narrow(d, k * dilation, span)[(slice(None),) * d + (slice(None, None, stride),)]
         return padded
 
+    @cached_property
+    def _kind(self) -> tuple[Any, ...]:
+        """Equal for convolutions of which the same results read the same inputs."""
+        live = compact(self.live)
+        sizes = self.x.shape, self.value.shape, self.live.shape, live.shape, self.groups
+        return type(self), *sizes, *map(tuple, (self.stride, self.padding, self.dilation)), live.numpy().tobytes()
+
     def ready(self) -> tuple[Tensor, Tensor | None]:
-        x, live, blocks = self.analysis.ready(self.x), self.live, list(self._blocks())
+        out = self.analysis.once(("ready", self._kind), self.analysis.ready(self.x), self._latest_of)
+        if self.bias is not None and not constant_operand(self.bias):
+            out = torch.maximum(compact(out), compact(self.analysis.ready(self.bias)).view(1, -1, *[1] * self.rank))
+        if self.onto is not None:
+            out = torch.maximum(compact(out), compact(self.analysis.ready(self.onto)))
+        return out.expand(self.value.shape), None
+
+    def _latest_of(self, x: Tensor) -> Tensor:
+        """When all that is read of the input is ready, from the ready times of the input."""
+        live, blocks = self.live, list(self._blocks())
         if x.stride(1) == 0:  # the same for all channels: a channel of each kind of kernel will do
             x, live, blocks = x[:, :1], self.live_taps.unsqueeze(1), [(slice(0, len(live)), slice(0, 1))]
         found: list[tuple[Tensor, Tensor]] = []  # output channels, and their times without a dimension of channels
@@ -125,12 +144,7 @@ class Convolution(Rule):
             inputs = x[:, ins].transpose(0, 1)
             for numbers, kind in groups_of(live[outs]):
                 found.append((outs.start + numbers, self._latest(inputs, kind.flatten(1))))
-        out = _of_channels(found, self.value.shape)
-        if self.bias is not None:
-            out = torch.maximum(compact(out), compact(self.analysis.ready(self.bias)).view(1, -1, *[1] * self.rank))
-        if self.onto is not None:
-            out = torch.maximum(compact(out), compact(self.analysis.ready(self.onto)))
-        return out.expand(self.value.shape), None
+        return _of_channels(found, self.value.shape)
 
     def _latest(self, inputs: Tensor, live: Tensor) -> Tensor:
         """Of what some taps see of inputs (channels, images, ...): (images, ...). `live`: (channels, taps)."""
@@ -178,6 +192,10 @@ class Convolution(Rule):
             yield self.onto, times
         if self.bias is not None:
             yield self.bias, never(self.bias.shape)
+        yield self.x, self.analysis.once(("needs", self._kind), times, self._first_of)
+
+    def _first_of(self, times: Tensor) -> Tensor:
+        """When the input is needed, from the times at which results are computed."""
         live, blocks = self.live, list(self._blocks())
         if times.stride(1) == 0:  # an input channel is needed as soon as any output of its group
             live = any_along(live.unflatten(0, (self.groups, -1)), 1).flatten(0, 1).unsqueeze(0)
@@ -187,7 +205,7 @@ class Convolution(Rule):
             results = times[:, outs].transpose(0, 1)
             for numbers, kind in groups_of(live[outs].transpose(0, 1)):
                 found.append((ins.start + numbers, self._first(results, kind.flatten(1))))
-        yield self.x, _of_channels(found, self.x.shape)
+        return _of_channels(found, self.x.shape)
 
     # --- computing a part
 
@@ -312,7 +330,7 @@ class Convolution(Rule):
 
 def any_along(mask: Tensor, dim: int) -> Tensor:
     """`mask.any(dim)`, for which torch takes several times as long."""
-    return mask.view(torch.uint8).amax(dim).bool()
+    return reduced(mask.view(torch.uint8), [dim], torch.amax).select(dim, 0).view(torch.bool)
 
 
 def extent(live: Tensor) -> tuple[int, int]:

@@ -36,8 +36,10 @@ class Pointwise(Rule):
     def ready(self) -> tuple[Tensor, Tensor | None]:
         """An operation reads all of its operands, but for what is multiplied by zero or added to a mask."""
         name, operands = self.value.op_name, self.value.operands
-        times = [self._aligned(self.analysis.ready(one)) for one in operands]
-        ready = functools.reduce(torch.maximum, times)
+        found = [self.analysis.ready(one) for one in operands]
+        times = list(map(self._aligned, found))
+        alike = len({id(one) for one in found}) == 1 and found[0].shape == self.value.shape
+        ready = found[0] if alike else functools.reduce(torch.maximum, times)
         if name in ("mul", "div", "logical_and", "bitwise_and"):
             for one in operands if name != "div" else operands[:1]:
                 zero = self._aligned(self.analysis.zero(one))
@@ -65,7 +67,7 @@ class Pointwise(Rule):
         if real and name in ("mul", "div") and not any(isinstance(one, Operand) for one in self.value.args[1:]):
             low = self._aligned(self.analysis.softmax_zero(operands[0]))
             low = low & (self.value.data <= SOFTMAX_ZERO) if low.any() else low
-        return ready.expand(self.value.shape), low
+        return ready if ready.shape == self.value.shape else ready.expand(self.value.shape), low
 
     def _aligned(self, tensor: Tensor) -> Tensor:
         """In the dimensions of the value, with size 1 along those that it is expanded along."""

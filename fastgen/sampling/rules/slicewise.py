@@ -21,7 +21,7 @@ from fastgen.sampling.rules.base import (
     reduced,
     result_of,
 )
-from fastgen.sampling.rules.choices import CHOICES
+from fastgen.sampling.rules.choices import strongest
 from fastgen.sampling.trace.element_times import compact
 from fastgen.sampling.trace.graph import CONSTANT, NEVER, Operand, Value, map_arguments
 
@@ -108,8 +108,7 @@ class Slicewise(Rule):
         return [boxes.start[d] for d in self.mixed]
 
     def emit(self, builder: Builder, box: Box) -> None:
-        choose = CHOICES.get(self.value.op_name)
-        if choose is not None and choose(self, builder, box):
+        if self.value.op_name == "topk" and strongest(self, builder, box):
             return
         region = builder.region(box)
 

@@ -22,8 +22,8 @@ from fastgen.sampling.trace.graph import CONSTANT, NEVER
 class TransposedConvolution(Convolution):
     """The kernel lies at the places of the input, and its taps reach into the output."""
 
-    def _live(self) -> Tensor:  # (I, O / groups, ...) -> (O, I / groups, ...)
-        return (self.weight != 0).unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+    def _zero(self) -> Tensor:  # (I, O / groups, ...) -> (O, I / groups, ...)
+        return super()._zero().unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
 
     @property
     def places(self) -> tuple[int, ...]:

@@ -38,11 +38,14 @@ class ElementTimes:
         return operand.read(self.of, fill, torch.int32)
 
     def scatter_min(self, operand: Operand, wanted: Tensor) -> None:
-        """times = min(times, wanted) at the elements of computed values that the operand reads."""
-        wanted = wanted.expand(operand.shape)
+        """times = min(times, wanted) at the elements of computed values that the operand reads; NEVER where nothing has
+        been wanted yet."""
+        wanted = wanted if wanted.shape == operand.shape else wanted.expand(operand.shape)
         if operand.map is not None:
             value = operand.map.value
-            if value.kind == "computed":
+            if value.kind == "computed" and value not in self._known and operand.map.is_identity:
+                self.set(value, wanted)
+            elif value.kind == "computed":
                 self.set(value, scatter_min(operand.map, self.of(value), wanted))
             return
         for value, places, numbers in operand.parts:
@@ -50,6 +53,24 @@ class ElementTimes:
                 flat = self.of(value).reshape(-1).clone()
                 flat.scatter_reduce_(0, numbers, wanted.reshape(-1)[places], "amin")
                 self.set(value, flat.view(value.shape))
+
+
+class Distinct:
+    """One tensor for all times that are equal: most operations of a network are done at a few sets of times."""
+
+    def __init__(self) -> None:
+        self._by_contents: dict[bytes, Tensor] = {}
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}  # by identity: what was given, and what was found
+
+    def shrunk(self, times: Tensor) -> Tensor:
+        """Those times, expanded along each dimension along which they are the same."""
+        if id(times) not in self._seen:
+            found = shrunk(times)
+            core = compact(found).contiguous()
+            key = bytes(str((tuple(found.shape), tuple(core.shape))), "ascii") + core.numpy().tobytes()
+            found = self._by_contents.setdefault(key, found)
+            self._seen[id(times)] = self._seen[id(found)] = times, found
+        return self._seen[id(times)][1]
 
 
 def compact(tensor: Tensor) -> Tensor:
@@ -62,16 +83,18 @@ def compact(tensor: Tensor) -> Tensor:
 def shrunk(tensor: Tensor) -> Tensor:
     """The tensor, expanded along each dimension along which its elements are the same."""
     shape, tensor = tensor.shape, compact(tensor)
-    for d, size in enumerate(tensor.shape):
-        first = tensor.narrow(d, 0, min(1, size))
-        if size > 1 and bool((tensor == first).all()):
-            tensor = first
+    numbers = tensor.numpy()  # which compares faster
+    for d in range(numbers.ndim):
+        if numbers.shape[d] > 1 and (numbers == (first := numbers.take([0], d))).all():
+            numbers, tensor = first, tensor.narrow(d, 0, 1)
     return tensor.expand(shape)
 
 
 def kinds_of(rows: Tensor) -> tuple[int, Tensor]:
     """How many kinds of rows there are, and which one each is."""
-    flat = rows.reshape(len(rows), -1)
+    if rows.stride(0) == 0:
+        return 1, torch.zeros(len(rows), dtype=torch.long)
+    flat = compact(rows).reshape(len(rows), -1)
     generator = torch.Generator().manual_seed(0)
     weights = torch.randint(-(2**40), 2**40, (flat.shape[1],), generator=generator)
     kinds, inverse = (flat.long() * weights).sum(1).unique(return_inverse=True)

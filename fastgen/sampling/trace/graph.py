@@ -99,6 +99,12 @@ class Value:
         return found[self.output] if isinstance(found, (tuple, list)) else found
 
 
+@cache
+def _own_steps(rank: int) -> tuple[tuple[int, ...], ...]:
+    """Of a map that reads each element in its own place."""
+    return tuple(tuple(int(k == d) for k in range(rank)) for d in range(rank))
+
+
 @dataclass(frozen=True)
 class Map:
     """Element i of an operand is the element start + sum_d i_d * steps[d] of a value; outside of it stand zeros."""
@@ -111,12 +117,12 @@ class Map:
     @staticmethod
     def identity(value: Value) -> "Map":
         rank = len(value.shape)
-        steps = tuple(tuple(int(k == d) for k in range(rank)) for d in range(rank))
-        return Map(value, value.shape, (0,) * rank, steps)
+        return Map(value, value.shape, (0,) * rank, _own_steps(rank))
 
     @cached_property
     def is_identity(self) -> bool:
-        return self == Map.identity(self.value)
+        rank = len(self.value.shape)
+        return self.shape == self.value.shape and self.steps == _own_steps(rank) and not any(self.start)
 
     @cached_property
     def along(self) -> list[list[tuple[int, int]]]:
@@ -173,6 +179,8 @@ class Map:
 
     def read(self, source: Tensor, fill: int) -> Tensor:
         """The operand's view of a tensor of the value's shape, `fill` standing for the zeros around."""
+        if self.is_identity:
+            return source
         shape, bounds = self.value.shape, self.bounds
         lows = [max(0, -low) for low, _ in bounds]
         highs = [max(0, high - size + 1) for (_, high), size in zip(bounds, shape, strict=True)]

@@ -116,7 +116,9 @@ def single_mask(x: Tensor, indices: Sequence[Any], values: Tensor, *_: Any) -> T
 
 def written_arguments(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
     """The arguments that an operator writes into."""
-    schema = func._schema.arguments if func._schema.is_mutable else ()
+    if not func._schema.is_mutable:
+        return []
+    schema = func._schema.arguments
     given = [*zip(schema, args, strict=False), *((one, kwargs[one.name]) for one in schema if one.name in kwargs)]
     return [tensor for one, tensor in given if one.alias_info is not None and one.alias_info.is_write]
 
