@@ -12,7 +12,8 @@ from torch import Tensor
 from fastgen.sampling.causality.ready_times import Timed
 from fastgen.sampling.machine.language import Call, Fixed, Memory, Program, views_of
 from fastgen.sampling.rules.base import SOFTMAX_ZERO
-from fastgen.sampling.trace.graph import Graph, Unsupported, Value, same_operation
+from fastgen.sampling.trace.comparison import same_operation
+from fastgen.sampling.trace.graph import Graph, Unsupported, Value
 from fastgen.sampling.trace.network import Network
 
 

@@ -254,22 +254,6 @@ class Operand:
         return self.graph.values_of(self.ids)
 
 
-def same_operation(one: Value, other: Value) -> bool:
-    """Whether values of two traces come of the same operation, on operands that read the same elements."""
-    if (one.kind, one.op, one.shape, one.data.dtype) != (other.kind, other.op, other.shape, other.data.dtype):
-        return False
-    ours, theirs = (map_arguments((value.args, value.kwargs), _elements_read) for value in (one, other))
-    return bool(ours == theirs)
-
-
-def _elements_read(operand: Operand) -> Any:
-    """What an operand reads, in terms that two traces share."""
-    if operand.map is None:
-        assert operand.ids is not None
-        return operand.ids.shape, operand.ids.numpy().tobytes()
-    return operand.map.value.index, operand.map.shape, operand.map.start, operand.map.steps
-
-
 @dataclass(eq=False)
 class Graph:
     """All values of the network in the order in which they were computed, and its output."""

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastgen.sampling.model_state import Kept, device_of, unchanged
-from fastgen.sampling.trace.graph import Graph, Map, Operand, Unsupported, Value, same_operation
+from fastgen.sampling.trace.comparison import same_operations
+from fastgen.sampling.trace.graph import Graph, Map, Operand, Unsupported, Value
 from fastgen.sampling.trace.recorder import Number, trace
 
 RAISE = dis.opmap["RAISE_VARARGS"]
@@ -165,7 +166,7 @@ class Network:
                     another = None
                 same = (
                     another is not None
-                    and _alike(graph, another)
+                    and same_operations(graph, another)
                     and torch.equal(graph.result.nan_to_num(), another.result.nan_to_num())
                 )
                 if not same:
@@ -219,15 +220,6 @@ def check_output(found: Any) -> None:
         )
 
 
-def _alike(first: Graph, second: Graph) -> bool:
-    """Whether the operations are the same, and their constants."""
-    return len(first.values) == len(second.values) and all(
-        same_operation(a, b)
-        and (a.kind != "constant" or a.data is b.data or torch.equal(a.data.nan_to_num(), b.data.nan_to_num()))
-        for a, b in zip(first.values, second.values, strict=True)
-    )
-
-
 def _refuses(error: BaseException) -> bool:
     """Whether Python code has raised an error itself, as an `assert` does. An error of PyTorch's may come from numbers
     that do not fit together."""
@@ -240,7 +232,7 @@ def _refuses(error: BaseException) -> bool:
 def _check_same(graphs: Sequence[Graph], whole: Tensor) -> None:
     """The same operations for both images, each by itself as in a batch of both."""
     first, second = graphs
-    if not _alike(first, second):
+    if not same_operations(first, second):
         raise Unsupported("the model computes in another way for other values of its input")
     precise = not any(value.data.dtype in HALF for value in first.values)
     for k, graph in enumerate(graphs):
