@@ -221,12 +221,13 @@ def check_output(found: Any) -> None:
 
 
 def _refuses(error: BaseException) -> bool:
-    """Whether Python code has raised an error itself, as an `assert` does. An error of PyTorch's may come from numbers
-    that do not fit together."""
+    """Whether Python code has raised an error itself, as an `assert` does, or the code is none for what it is given, as
+    where a layer gets None. Other errors of PyTorch's may come from numbers that do not fit together."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_code.co_code[trace.tb_lasti] == RAISE
+    raised = trace is not None and trace.tb_frame.f_code.co_code[trace.tb_lasti] == RAISE
+    return raised or isinstance(error, (TypeError, AttributeError))
 
 
 def _check_same(graphs: Sequence[Graph], whole: Tensor) -> None:
