@@ -63,7 +63,7 @@ def filtered(x):
 
 def table_of_buckets(x):
     edges = torch.linspace(-2, 2, 9)
-    return torch.linspace(-1, 1, 10)[torch.searchsorted(edges, x.contiguous(), right=True)]
+    return torch.linspace(-1, 1, 10).to(x)[torch.searchsorted(edges.to(x), x.contiguous(), right=True)]
 
 
 def many_groups(x):
@@ -137,6 +137,11 @@ OPERATIONS = {
     "Fourier": filtered,
     "rotated": rotated,
     "cross product": lambda x: torch.linalg.cross(x[:, :3], x[:, 3:], dim=1).repeat(1, 2, 1, 1),
+    "buckets": lambda x: torch.bucketize(x.contiguous(), torch.linspace(-2, 2, 9)) * 0.3 + x,
+    "table of buckets": table_of_buckets,
+    "whole quotients": lambda x: ((x * 9).long() // 2).to(x) * 0.2 + torch.div(x * 9, 2, rounding_mode="floor"),
+    "some of several": lambda x: x * torch.isin((x * 4).long(), torch.tensor([-1, 2]))
+    + x * torch.isin((x * 4).long(), 1, invert=True),
     "fake quantization": lambda x: torch.fake_quantize_per_tensor_affine(x, 0.1, 0, -128, 127),
     "local response": lambda x: F.local_response_norm(x, 3),
     "groups of a pixel": by_pixel(lambda x: F.group_norm(x, 2)),
@@ -168,8 +173,6 @@ OPERATIONS = {
 }  # fmt: skip
 WITHOUT_RULES = {  # of which whole passes draw
     "bilinear form": by_pixel(lambda x: F.bilinear(x, x, torch.full((6, 6, 6), 0.1))),
-    "buckets": lambda x: torch.bucketize(x.contiguous(), torch.linspace(-2, 2, 9)) * 0.3 + x,
-    "table of buckets": table_of_buckets,
     "randomized ReLU": F.rrelu,
     "soft codes": codes_by_distance,
     "overlapping patches": patches,

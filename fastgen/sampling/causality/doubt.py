@@ -43,7 +43,8 @@ def erased(value: Value, bound: Analysis, certain: Analysis, ready: Tensor) -> T
     everywhere = torch.ones((), dtype=torch.bool)
     if name == "eq" and all(not one.dtype.is_floating_point for one in variable):
         return None  # a level is equal to one of the levels sometimes: one_hot
-    if name in DISCRETE and not (name in ("max", "min") and value.output == 0):
+    rounds = name in DISCRETE or value.kwargs.get("rounding_mode") is not None
+    if rounds and not (name in ("max", "min") and value.output == 0):
         return everywhere
     if name == "_to_copy" and variable and variable[0].dtype.is_floating_point:
         return None if value.data.is_floating_point() or value.data.is_complex() else everywhere

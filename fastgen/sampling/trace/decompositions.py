@@ -197,6 +197,29 @@ def scaled_elu(func: Any, x: Tensor, alpha: float = 1.0, scale: float = 1.0, inp
     return NotImplemented if scale == 1 or input_scale != 1 else aten.elu(x, alpha) * scale
 
 
+def bucket(
+    func: Any, x: Tensor, boundaries: Tensor, out_int32: bool = False, right: bool = False, side: str | None = None
+) -> Any:
+    """How many of the boundaries (K,) lie below each number, or with `right` not above it."""
+    if not isinstance(x, Tensor) or boundaries.dim() != 1:
+        return NotImplemented
+    numbers = x.unsqueeze(-1)
+    below = boundaries <= numbers if right or side == "right" else boundaries < numbers
+    return below.sum(-1, dtype=torch.int32 if out_int32 else torch.int64)
+
+
+def searched(func: Any, boundaries: Tensor, x: Tensor, *, sorter: Tensor | None = None, **options: Any) -> Any:
+    return NotImplemented if sorter is not None else bucket(func, x, boundaries, **options)
+
+
+def is_in(func: Any, x: Tensor, several: Any, assume_unique: bool = False, invert: bool = False) -> Any:
+    if not isinstance(x, Tensor):
+        return NotImplemented
+    found = x.unsqueeze(-1) == (several.flatten() if isinstance(several, Tensor) else several)
+    found = found.any(-1)
+    return found.logical_not() if invert else found
+
+
 WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "avg_pool1d": average,
     "avg_pool2d": average,
@@ -216,6 +239,10 @@ WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "native_group_norm": group_norm,
     "lerp": lambda func, start, end, weight: start + weight * (end - start),
     "pow": power,
+    "floor_divide": lambda func, x, y: aten.div(x, y, rounding_mode="floor"),
+    "bucketize": bucket,
+    "searchsorted": searched,
+    "isin": is_in,
     "elu": scaled_elu,
     "std": variance,
     "var_mean": variance,
