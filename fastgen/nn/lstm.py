@@ -1,6 +1,7 @@
 """The layers of PixelRNN (van den Oord et al. 2016, sections 3.1 and 3.2)."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,13 @@ class _ScanLSTM(nn.Module):
         nn.init.uniform_(self.state_to_state, -bound, bound)
         with torch.no_grad():
             self.bias[hidden_channels : 2 * hidden_channels] = 1
+
+    def _gates_and_weight(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The gates for x, and the state-to-state weights. To look these up as attributes takes the host longer."""
+        parameters = self._parameters
+        weight: Any = parameters["state_to_state"] if "state_to_state" in parameters else self.state_to_state  # noqa: SIM401
+        convolution: Any = self._modules["input_to_state"]
+        return convolution(x), weight
 
     @property
     def bias(self) -> Tensor:
@@ -96,15 +104,15 @@ class DiagonalLSTM(_ScanLSTM):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, hidden_channels, H, W)."""
-        gates = self.input_to_state(x)
+        gates, weight = self._gates_and_weight(x)
         if not self.skewed_padding:
-            return diagonal_lstm(gates, self.state_to_state, reverse=self.reverse)
+            return diagonal_lstm(gates, weight, reverse=self.reverse)
         padding = self._padding(gates)
         width = gates.shape[3]
         if self.reverse:
             gates = torch.cat((gates, padding.flip(3)), 3)
-            return diagonal_lstm(gates, self.state_to_state, reverse=True)[..., :width]
-        return diagonal_lstm(torch.cat((padding, gates), 3), self.state_to_state)[..., padding.shape[3] :]
+            return diagonal_lstm(gates, weight, reverse=True)[..., :width]
+        return diagonal_lstm(torch.cat((padding, gates), 3), weight)[..., padding.shape[3] :]
 
     def _padding(self, gates: Tensor) -> Tensor:
         """Gates (B, 4h, H, H - 1) to the left of the image. The last i columns of row i are the bias. The columns
@@ -204,4 +212,4 @@ class RowLSTM(_ScanLSTM):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, hidden_channels, H, W)."""
-        return row_lstm(self.input_to_state(x), self.state_to_state)
+        return row_lstm(*self._gates_and_weight(x))
