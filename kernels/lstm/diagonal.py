@@ -201,18 +201,24 @@ def _plan_backward(
 
 
 def forward(
-    gates: Tensor, weight: Tensor, reverse: bool, *, save: bool, choice: Choice = choose, check: Check | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`run_forward` with weight (4h, h, 2)."""
-    return run_forward(_plan_forward, check, gates, weight, choice, save, reverse)
+    gates: Tensor,
+    weight: Tensor,
+    reverse: bool,
+    *,
+    save: bool,
+    choice: Choice | None = None,
+    check: Check | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """`run_forward` with weight (4h, h, 2); choice: None is `choose`."""
+    return run_forward(_plan_forward, check, gates, weight, choice or choose, save, reverse)
 
 
 def backward(
     grad_hidden: Tensor, activated: Tensor, cell: Tensor, weight: Tensor, reverse: bool, *,
-    choice: Choice = choose,
+    choice: Choice | None = None,
 ) -> Tensor:  # fmt: skip
     """`run_backward`."""
-    return run_backward(_plan_backward, grad_hidden, activated, cell, weight, choice, reverse)
+    return run_backward(_plan_backward, grad_hidden, activated, cell, weight, choice or choose, reverse)
 
 
 CATALOGUE = scan_entries(diagonal_lstm_forward_kernel, backward=False, REVERSE=False)

@@ -174,17 +174,17 @@ def _plan_backward(grad_hidden: Tensor, weight: Tensor, activated: Tensor, cell:
 
 
 def forward(
-    gates: Tensor, weight: Tensor, *, save: bool, choice: Choice = choose, check: Check | None = None
+    gates: Tensor, weight: Tensor, *, save: bool, choice: Choice | None = None, check: Check | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`run_forward`."""
-    return run_forward(_plan_forward, check, gates, weight, choice, save)
+    """`run_forward`; choice: None is `choose`."""
+    return run_forward(_plan_forward, check, gates, weight, choice or choose, save)
 
 
 def backward(
-    grad_hidden: Tensor, activated: Tensor, cell: Tensor, weight: Tensor, *, choice: Choice = choose
+    grad_hidden: Tensor, activated: Tensor, cell: Tensor, weight: Tensor, *, choice: Choice | None = None
 ) -> Tensor:
     """`run_backward`."""
-    return run_backward(_plan_backward, grad_hidden, activated, cell, weight, choice)
+    return run_backward(_plan_backward, grad_hidden, activated, cell, weight, choice or choose)
 
 
 CATALOGUE = scan_entries(row_lstm_forward_kernel, backward=False) + scan_entries(

@@ -75,9 +75,9 @@ def test_a_model_that_checks_its_tokens_is_played(name):
 
 def test_errors_of_pytorch_under_another_answer_are_no_refusal():
     def change(hidden, x, y, table):
-        if not (x == END).any():
+        if not (x == -1).any():
             return hidden
-        assert x[x == END][0] == END  # without one there is no first
+        torch.ones(int((x == -1).sum()))[0]  # without one there is no first
         return after_the_end(hidden, x)
 
     model = Tokens(change).eval()
