@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastgen.nn.masked_conv import MaskedConv2d
+from fastgen.nn.masked_conv import MaskedConv2d, parameter
 from fastgen.ops import causal_mask, diagonal_lstm, row_lstm
 
 CLOSED = -1e4  # a gate that is exactly 0 after its sigmoid, in every float type
@@ -49,11 +49,9 @@ class _ScanLSTM(nn.Module):
             self.bias[hidden_channels : 2 * hidden_channels] = 1
 
     def _gates_and_weight(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The gates for x, and the state-to-state weights. To look these up as attributes takes the host longer."""
-        parameters = self._parameters
-        weight: Any = parameters["state_to_state"] if "state_to_state" in parameters else self.state_to_state  # noqa: SIM401
-        convolution: Any = self._modules["input_to_state"]
-        return convolution(x), weight
+        """The gates for x, and the state-to-state weights."""
+        convolution: Any = self._modules["input_to_state"]  # as an attribute it takes the host longer
+        return convolution(x), parameter(self, "state_to_state")
 
     @property
     def bias(self) -> Tensor:

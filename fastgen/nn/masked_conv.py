@@ -11,6 +11,13 @@ from fastgen.ops._implementation import uses_triton
 from fastgen.ops._masked_conv2d_arguments import ACTIVATIONS
 
 
+def parameter(module: nn.Module, name: str) -> Any:
+    """module.name, which takes the host longer. Where something computes it, as weight normalization does, it is no
+    parameter, but an attribute."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
 class MaskedConv2d(nn.Conv2d):
     """`activation(conv2d(x, weight * mask, bias))`, with the mask of `fastgen.ops.causal_mask` (van den Oord et al.
     2016, "Pixel Recurrent Neural Networks", section 3.4): (B, in_channels, H, W) -> (B, out_channels, H', W') in any
@@ -88,9 +95,7 @@ class MaskedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor, condition: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """x (B, in_channels, H, W); condition and residual as in `fastgen.ops.masked_conv2d`."""
-        parameters = self._parameters  # to look them up as attributes takes the host longer
-        weight: Any = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
-        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
+        weight, bias = parameter(self, "weight"), parameter(self, "bias")
         live = self.live_mask()
         before_w, after_w, before_h, after_h = self._reversed_padding_repeated_twice
         if before_w == after_w and before_h == after_h and uses_triton("auto", x):
