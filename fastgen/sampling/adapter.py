@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgen.distributions import Categorical
-from fastgen.sampling.condition import rows_of
+from fastgen.sampling.condition import copied, rows_of
 from fastgen.sampling.request import checked_sizes
 
 BATCHES = (1, *range(3, 17), 20, 24, 25, 32, 48, 50, 64, 100, 128, 256)
@@ -80,6 +80,7 @@ class Adapter(nn.Module):
         return torch.cat(parts)[: len(x)]
 
     def _params(self, x: Tensor, condition: Any) -> Any:
+        condition = copied(condition)
         if condition is None:
             found = self.model(x)
         elif type(condition) is tuple:

@@ -173,7 +173,7 @@ class Backends:
             return
         change = self._state.change()
         if change != "nothing":
-            self._state = ModelState(self.model, self._state.written)
+            self._state = ModelState(self.model, self._state)
             if change == "structure" or not all(made.backend.takes_weights() for made in self.made):
                 self.made.clear()
 

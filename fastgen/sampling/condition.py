@@ -62,6 +62,11 @@ def rows_for_some(condition: Any, n: int, device: torch.device | None = None) ->
     return rows_for(condition if n else tree_map(of_one, as_tensors(condition)), max(n, 1), device)
 
 
+def copied(condition: Any) -> Any:
+    """The same condition in memory of its own, which a model may write into."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, condition)
+
+
 def rows_of(condition: Any, rows: slice | Tensor) -> Any:
     """The condition of some of its images: a slice of them, or their numbers."""
     return tree_map(lambda leaf: leaf[rows] if isinstance(leaf, Tensor) and leaf.dim() else leaf, condition)

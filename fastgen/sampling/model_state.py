@@ -1,9 +1,12 @@
 """A model is left as it was found (`unchanged`), and what has changed since an analysis is noticed (`ModelState`)."""
 
 import itertools
+from argparse import Namespace
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import is_dataclass
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -11,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 Kept = Callable[[], AbstractContextManager[Any]]  # a model may be called inside, and is afterwards as it was
+Attributes = dict[str, tuple[dict[str, Any], ...]]  # path of a module -> what holds its attributes, and its buffers
 Change = Literal["nothing", "values", "structure"]
 PLAIN = (bool, int, float, complex, str, type(None))
 CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)
+MOST_ITEMS = 1000  # of a container that is looked into
 _OF_SPARSE = {
     torch.sparse_coo: ("_indices", "_values"),
     torch.sparse_csr: ("crow_indices", "col_indices", "values"),
@@ -33,23 +38,27 @@ class unchanged:
         copies: of its tensors as they are now, by name, where there are some already.
 
     Attributes:
-        attributes: names "module.attribute" of those that were written, once it has been left.
+        written: names of attributes and containers that were written, and of tensors that came or went, once it has
+            been left: "module.attribute", or "module.attribute[key]" of what lies in a container.
         tensors: name -> what was left in a tensor that was written.
     """
 
     def __init__(self, model: nn.Module, copies: Mapping[str, Tensor] | None = None) -> None:
         self.model = model
         self.copies = copies or {}
-        self.attributes: set[str] = set()
+        self.written: set[str] = set()
         self.tensors: dict[str, Tensor] = {}
 
     def __enter__(self) -> "unchanged":
         self._before = [(path, module, _own(module)) for path, module in self.model.named_modules()]
-        self._held: list[tuple[Any, Any]] = []
-        for _, module, attributes in self._before:
-            registered = [module.__dict__.get(name) for name in _REGISTERED]
-            for one in _containers((*registered, *attributes.values())):
-                self._held.append((one, one.copy()))
+        self._plain = _plain(self.model)
+        self._held = _held(self.model)
+        self._registered = [
+            (module.__dict__[name], dict(module.__dict__[name]))
+            for _, module, _ in self._before
+            for name in _REGISTERED
+            if name in module.__dict__
+        ]
         tensors = dict(_tensors(self.model))
         self._tensors = {
             name: (tensor, self.copies[name] if name in self.copies else tensor.detach().clone())
@@ -58,16 +67,20 @@ class unchanged:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        plain = _plain(self.model)
+        self.written |= {one for one in self._plain.keys() | plain.keys() if self._plain.get(one) != plain.get(one)}
+        self.written |= self._tensors.keys() ^ dict(_tensors(self.model)).keys()
         for path, module, attributes in self._before:
             for name in _own(module).keys() - attributes.keys():
                 del module.__dict__[name]
-                self.attributes.add(f"{path}.{name}")
+                self.written.add(_joined(path, name))
             for name, value in attributes.items():
                 if module.__dict__.get(name) is not value:
                     module.__dict__[name] = value
-                    self.attributes.add(f"{path}.{name}")
-        for container, before in self._held:
-            _refill(container, before)
+                    self.written.add(_joined(path, name))
+        for registered in self._registered:
+            _refill(*registered)
+        self.written |= {name for name, held in self._held.items() if _refill(*held)}
         names = [name for name, (tensor, before) in self._tensors.items() if tensor.shape == before.shape]
         changed = _unequal([self._tensors[name] for name in names])
         for name, differs in zip(names, changed, strict=True):
@@ -82,17 +95,25 @@ class ModelState:
     attributes. Values are compared, because a change through `.data` leaves neither version counter nor address behind.
 
     What forward passes write themselves is no change: neither the attributes that they write, nor a tensor that holds
-    what they leave in it.
+    what they leave in it. A pass in `kept` finds it as the analysis did, whatever passes of the user's have left there:
+    a cache of another number of images, for instance.
 
     Args:
         model: as it is found.
-        written: names of attributes that its forward passes are known to write.
+        before: an earlier copy, which knows what forward passes write, and what that was before any.
     """
 
-    def __init__(self, model: nn.Module, written: Collection[str] = ()) -> None:
+    def __init__(self, model: nn.Module, before: "ModelState | None" = None) -> None:
         self.model = model
-        self.written = set(written)
+        self.written: set[str] = set() if before is None else before.written
         self._modules = _modules(model)
+        self._attributes = {path: tuple(map(dict, of)) for path, of in _attributes(model).items()}
+        self._held = _held(model)
+        if before is not None:
+            _put_back(self.written, self._attributes, before._attributes)
+            for name in self.written & self._held.keys() & before._held.keys():
+                if self._held[name][0] is before._held[name][0]:
+                    self._held[name] = before._held[name]
         self._plain = _plain(model)
         self._tensors = {name: tensor.detach().clone() for name, tensor in _tensors(model)}
         self._left: dict[str, Tensor] = {}
@@ -100,26 +121,34 @@ class ModelState:
     @contextmanager
     def kept(self) -> Iterator[None]:
         """The model's passes run inside, and it is left as `unchanged` leaves it. Entered while nothing has changed,
-        except that a pass of the user's may have left in tensors what passes leave."""
+        except that a pass of the user's may have written what passes write."""
         passes = unchanged(self.model, {k: v for k, v in self._tensors.items() if k not in self._left})
         try:
             with passes:
+                self._begin_anew()
                 yield
         finally:
-            self.written |= passes.attributes
-            self._left |= passes.tensors
+            self.written |= passes.written
+            self._left |= {
+                name: left
+                for name, left in passes.tensors.items()
+                if name not in self._left or _unequal([(left, self._tensors[name])])[0]
+            }
+
+    def _begin_anew(self) -> None:
+        """What passes write becomes what it was before any."""
+        _put_back(self.written, _attributes(self.model), self._attributes)
+        for name in self.written & self._held.keys():
+            _refill(*self._held[name])
+        for name, tensor in _tensors(self.model):
+            if name in self._left and tensor.shape == self._tensors[name].shape:
+                tensor.data.copy_(self._tensors[name])
 
     def change(self) -> Change:
         """ "values": nothing has changed but floating-point numbers, of which none became zero or ceased to be."""
-        before, now = (
-            {k: v for k, v in one.items() if k not in self.written} for one in (self._plain, _plain(self.model))
-        )
-        if before != now or self._modules != _modules(self.model):
+        if self._others(self._plain) != self._others(_plain(self.model)) or self._modules != _modules(self.model):
             return "structure"
-        old, new = (
-            {k: v for k, v in one.items() if k not in self.written}
-            for one in (self._tensors, dict(_tensors(self.model)))
-        )
+        old, new = self._others(self._tensors), self._others(dict(_tensors(self.model)))
         if old.keys() != new.keys():
             return "structure"
         pairs = [(old[name], new[name]) for name in new]
@@ -137,6 +166,14 @@ class ModelState:
         same = all(new[name].is_floating_point() and torch.equal(old[name] == 0, new[name] == 0) for name in changed)
         return "values" if same else "structure"
 
+    def _others(self, named: Mapping[str, Any]) -> dict[str, Any]:
+        """Without what passes write."""
+
+        def is_written(name: str) -> bool:
+            return name in self.written or ("[" in name and is_written(name[: name.rindex("[")]))
+
+        return {name: value for name, value in named.items() if not is_written(name)}
+
 
 def device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
@@ -147,6 +184,25 @@ def _own(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in module.__dict__.items() if name not in _KEPT_BY_TORCH}
 
 
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _attributes(model: nn.Module) -> Attributes:
+    return {path: (module.__dict__, module.__dict__.get("_buffers", {})) for path, module in model.named_modules()}
+
+
+def _put_back(names: Iterable[str], now: Attributes, before: Attributes) -> None:
+    """Gives attributes and buffers of these names what they were `before`."""
+    for name in names:
+        path, _, name = name.rpartition(".")
+        for target, source in zip(now.get(path, ()), before.get(path, ()), strict=False):
+            if name in source:
+                target[name] = source[name]
+            else:
+                target.pop(name, None)
+
+
 def _modules(model: nn.Module) -> list[tuple[Any, ...]]:
     """Their names, classes, modes and hooks; not the hooks of the model as a whole, which mostly count its calls."""
     return [
@@ -155,25 +211,38 @@ def _modules(model: nn.Module) -> list[tuple[Any, ...]]:
     ]
 
 
-def _containers(values: Sequence[Any]) -> list[Any]:
-    """Those among the values, and those inside of them, each once."""
-    found: dict[int, Any] = {}
-    pending = list(values)
-    while pending:
-        one = pending.pop()
-        if type(one) in CONTAINERS and id(one) not in found:
-            found[id(one)] = one
-            pending += one.values() if isinstance(one, dict) else one
-    return list(found.values())
+def _named(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Attributes, and what lies in containers and in plain objects among them; see `unchanged` for the names."""
+    seen: set[int] = set()
+
+    def inside(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+        yield name, value
+        if id(value) not in seen and (items := _items(value)):
+            seen.add(id(value))
+            for key, one in items:
+                yield from inside(f"{name}[{key!r}]", one)
+
+    for path, module in model.named_modules():
+        for name, value in _own(module).items():
+            yield from inside(_joined(path, name), value)
+
+
+def _items(value: Any) -> list[tuple[Any, Any]]:
+    """Keys and what lies there."""
+    if type(value) in (SimpleNamespace, Namespace) or (is_dataclass(value) and not isinstance(value, type)):
+        return list(getattr(value, "__dict__", {}).items())
+    if type(value) in CONTAINERS[:-1] or isinstance(value, tuple):
+        return [] if len(value) > MOST_ITEMS else list(value.items() if isinstance(value, dict) else enumerate(value))
+    return []
 
 
 def _plain(model: nn.Module) -> dict[str, Any]:
-    return {
-        f"{path}.{name}": value
-        for path, module in model.named_modules()
-        for name, value in _own(module).items()
-        if isinstance(value, PLAIN)
-    }
+    return {name: value for name, value in _named(model) if isinstance(value, PLAIN)}
+
+
+def _held(model: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Name of a container -> itself and a copy."""
+    return {name: (value, value.copy()) for name, value in _named(model) if type(value) in CONTAINERS}
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -182,7 +251,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     named = itertools.chain(
         model.named_parameters(remove_duplicate=False),
         model.named_buffers(remove_duplicate=False),
-        ((f"{path}.{name}", value) for path, module in model.named_modules() for name, value in _own(module).items()),
+        _named(model),
     )
     for name, value in named:
         if isinstance(value, Tensor) and value.layout in _OF_SPARSE:
@@ -208,8 +277,8 @@ def _unequal(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:
     return [not same and bool(_differs(*pair).any()) for same, pair in zip(equal, pairs, strict=True)]
 
 
-def _refill(container: Any, before: Any) -> None:
-    """Gives a dict, list or set what it held before."""
+def _refill(container: Any, before: Any) -> bool:
+    """Gives a dict, list or set what it held before; whether it held anything else."""
     if isinstance(container, dict):
         same = len(container) == len(before) and all(
             name in container and container[name] is value for name, value in before.items()
@@ -219,3 +288,4 @@ def _refill(container: Any, before: Any) -> None:
     if not same:
         container.clear()
         (container.extend if isinstance(container, (list, deque)) else container.update)(before)
+    return not same

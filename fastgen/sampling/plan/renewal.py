@@ -41,13 +41,14 @@ def renew(network: Network, traced: Sequence[Value], timed: Timed, programs: Seq
         for one, new in zip(traced, now.values, strict=True)
     ):
         return False
-    for one, new in zip(traced, now.values, strict=True):
-        one.data.copy_(new.data)
-    for value in set(timed.computed).difference(traced):
-        value.data.copy_(value.compute(*map(graph.data_of, value.operands)))
-    for memory in constants:
-        assert memory.data is not None and memory.source is not None
-        memory.data.copy_(memory.source.reshape(-1))
+    with torch.inference_mode():  # in which a model may have made its constants
+        for one, new in zip(traced, now.values, strict=True):
+            one.data.copy_(new.data)
+        for value in set(timed.computed).difference(traced):
+            value.data.copy_(value.compute(*map(graph.data_of, value.operands)))
+        for memory in constants:
+            assert memory.data is not None and memory.source is not None
+            memory.data.copy_(memory.source.reshape(-1))
     return True
 
 

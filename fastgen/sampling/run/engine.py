@@ -100,8 +100,9 @@ class Engine:
             sure = f"{what}: images are drawn from this output, without a whole pass; by how much, the margin says"
         else:
             sure = (
-                "a whole pass of the model decides where the margin, a measured one, could change a draw; later, if a "
-                "trial finds the same bits, a pass over the half or the quarter of a batch with these images"
+                "a whole pass of the model decides about the first batch of each number of images, and where the "
+                "margin, a measured one, could change a draw; later, if a trial finds the same bits, a pass over the "
+                "half or the quarter of a batch with these images"
             )
         lines = [
             f"{self.name}: {len(plan.timed.computed)} operations, {len(plan.order)} draws, {len(plan.programs)} "
@@ -196,7 +197,7 @@ class Engine:
         """Puts the levels of a batch right, drawn of the engine's `params`; returns the params of the right levels."""
         asked = every = torch.arange(request.n, device=params.device)  # what no pass has confirmed yet
         for _ in range(MOST_CORRECTIONS):
-            if self.verify == "always":
+            if self.verify == "always" or not self._passes.met(request.n):
                 asked = every
             else:
                 asked = asked[self.margin.unsure(request.of(asked), params[asked], result.levels[asked])]

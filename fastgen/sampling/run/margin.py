@@ -8,10 +8,9 @@ from torch import Tensor
 from fastgen.sampling.draws import WIDEST, draw_image, greatest_shift, unsure_images
 from fastgen.sampling.request import SampleRequest, tell
 
-# Times the largest difference that was seen. `uncertain` takes that difference for every parameter at once, with the
-# worst signs: real errors do less, so that a small factor is enough.
+# Times the largest difference that was seen, of thousands or millions: some five standard deviations. The largest of
+# another batch is within a fifth of it, and a draw changes only if its noise lies where an error passes the margin.
 MARGIN = 1.5
-SHIFT_MARGIN = 3.0  # times the greatest shift of a step between levels that was seen: real ones have both signs
 MOST_SHIFTS = 8  # distributions, options included, whose shift is remembered
 
 T = TypeVar("T")
@@ -85,14 +84,14 @@ class Margin:
         if self.error is None:
             return torch.ones(request.n, dtype=torch.bool, device=params.device)
         shift = self._shifts.get(request.distribution)
-        error, shift = MARGIN * self.error + self.of_draws, shift and SHIFT_MARGIN * shift
-        return unsure_images(request, params, levels, error, shift, self.of_draws)
+        error = MARGIN * self.error + self.of_draws
+        return unsure_images(request, params, levels, error, shift and MARGIN * shift, self.of_draws)
 
     def __str__(self) -> str:
         if self.error is None:
             return "not measured yet"
         shift = max(self._shifts.values(), default=None)
-        steps = "" if shift is None else f", {SHIFT_MARGIN * shift * WIDEST:.1e} in a cumulative probability"
+        steps = "" if shift is None else f", {MARGIN * shift * WIDEST:.1e} in a cumulative probability"
         if self.of_values is not None:
             steps = f", {MARGIN * self.of_values:.1e} in a value that is drawn"
         if self.of_draws:

@@ -23,6 +23,10 @@ class Passes:
         self._whole: dict[int, int] = {}  # how many, by number of images
         self._alike: dict[tuple[int, int, int], bool] = {}  # by number of images, of a part, and of threads
 
+    def met(self, n: int) -> bool:
+        """Whether the model has been seen with so many images."""
+        return n in self._whole
+
     def whole(self, request: SampleRequest, levels: Tensor) -> Tensor:
         """The output (n, ..., H, W) for levels (n, C, H, W)."""
         self._whole[request.n] = self._whole.get(request.n, 0) + 1
