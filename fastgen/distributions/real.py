@@ -52,7 +52,7 @@ class _LocationScale:
         return (mean + self._scale(spread) * self.temperature * quantile).to(self.dtype)
 
     def check_params(self, params: Tensor, channels: int) -> None:
-        if params.dim() < 2 or params.shape[1] != 2 * channels:
+        if params.shape[1:] != (2 * channels,):
             raise ValueError(
                 f"params has the shape {tuple(params.shape)}; expected {2 * channels} parameters on dim 1: the means "
                 f"of {channels} channels, then their {self._spread}"
@@ -179,7 +179,7 @@ class GaussianMixture:
 
     def check_params(self, params: Tensor, channels: int) -> None:
         expected = self.n_mix * (1 + 2 * channels)
-        if params.dim() < 2 or params.shape[1] != expected:
+        if params.shape[1:] != (expected,):
             raise ValueError(
                 f"params has the shape {tuple(params.shape)}; expected {expected} parameters on dim 1 for n_mix = "
                 f"{self.n_mix} and {channels} channels"

@@ -150,6 +150,8 @@ OPERATIONS = {
     "vector quantization": nearest_code,
     "straight-through": straight_through,
     "boolean masks": written_by_masks,
+    "sums of nothing": lambda x: x + torch.stack([x[:, :c].sum(1) for c in range(6)], 1),
+    "zero times": lambda x: x + 0.0 * x.flip(3) + x.flip(2) * 0,
     "clamped": lambda x: x.clamp(-0.2, 0.4) + x.clamp(max=0.3) * x.clamp(min=-0.1),
     "chosen by a mask": lambda x: torch.where(CHECKERS, x, (x * 9).tanh()) + x.masked_fill(CHECKERS, 0.7),
     "a number or another": lambda x: torch.where(CHECKERS, 0.3, x) + x.masked_fill(~CHECKERS, -math.inf).exp(),

@@ -103,6 +103,19 @@ def test_a_model_that_reads_its_condition_gets_the_one_that_is_asked_for(name):
         assert torch.equal(fast.sample(3, **given), naive.sample(3, **given))
 
 
+@pytest.mark.parametrize("backend", ["naive", "eager", "compiled"])
+def test_a_condition_that_the_model_writes_into_stays_the_users(backend):
+    model = Tokens(lambda h, x, y, t: h + t[y.add_(1) % 5][:, None]).eval()
+    condition = torch.tensor([4])
+    given = {"distribution": DISTRIBUTION, "encode": shift_right(1), "condition": condition, "backend": backend}
+    sampler = accelerate(model, (LENGTH,), **given)
+    images = sampler.sample(3, seed=0)
+    assert torch.equal(sampler.sample(3, seed=0, condition=condition), images) and condition.item() == 4
+    plain = Tokens(lambda h, x, y, t: h + t[:1]).eval()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(images, accelerate(plain, (LENGTH,), **given).sample(3, seed=0))
+
+
 @pytest.mark.parametrize("backend", ["eager", "compiled"])
 def test_negative_indices_count_from_the_end(backend):
     model = Tokens(lambda h, x, y, t: h + t[x - 3]).eval()

@@ -1,6 +1,7 @@
 """Whole passes make sure of the images: when, what they find, and that only what they find wrong is drawn again."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -146,9 +147,32 @@ def test_auto_asks_for_a_pass_where_a_draw_is_near_a_step():
         share = model(torch.zeros(2, *SHAPE))[0, :, 0, 0].double().softmax(0).cumsum(0)
     noise = torch.full((2, *SHAPE), 0.5)
     noise[1, 0, 0, 0] = share[2].float()
+    assert_exact(fast, naive, 2, passes=1, seed=1)  # the first of two images
     assert_exact(fast, naive, 2, passes=1, noise=noise)
     noise[1, 0, 0, 0] += 1e-3
     assert_exact(fast, naive, 2, passes=0, noise=noise)
+
+
+class OfSize(nn.Module):
+    """Another model for batches of some sizes."""
+
+    def __init__(self, inner, sizes):
+        super().__init__()
+        self.inner, self.sizes = inner, sizes
+
+    def forward(self, x):
+        return self.inner(x) * (-1 if len(x) in self.sizes else 1)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (5, 6, 7, 8)])
+def test_the_first_batch_of_each_size_is_looked_at(sizes):
+    model = OfSize(Stranger(1, 5), sizes).eval()
+    auto, naive = (accelerate(model, SHAPE, distribution=DISTRIBUTION, backend=one) for one in ("eager", "naive"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the engine is far off
+        for n in (3, 1, 4, 5, 3):
+            assert torch.equal(auto.sample(n, seed=0), naive.sample(n, seed=0))
+    assert auto.stats.backend == "eager"
 
 
 def test_half_precision_is_drawn_without_a_pass_and_says_how_far_off_it_is():

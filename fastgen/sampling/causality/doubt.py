@@ -1,11 +1,12 @@
 """Operations that may hide what they read, so that ready times claim too much.
 
 A weight that is not zero, a relu, a product or a softmax lets through what it reads for some input: what reaches the
-output through such operations alone is a dependence for certain. Four kinds of operations are not so:
+output through such operations alone is a dependence for certain. Five kinds of operations are not so:
 
 - a difference or a quotient of two things that depend on the same level, as in `x.cumsum(-1) - x`;
 - a comparison, a rounding, an argmax, whose result may be the same for all inputs, as in `x.mean() > 9`, and what is
-  multiplied by it, or by a share of a softmax that is next to nothing;
+  multiplied by it, or by a share of a softmax or an exponential that is next to nothing;
+- an activation of something so large that it is the same whatever is added, as where a mask is added to scores;
 - a choice by computed indices or conditions, or an operator that is not known;
 - a Fourier transform, whose inverse may put all in its place again, as in a causal convolution by FFT.
 """
@@ -16,13 +17,17 @@ import torch
 from torch import Tensor
 
 from fastgen.sampling.rules import Analysis, Opaque, Slicewise, rule_kind
-from fastgen.sampling.rules.base import constant_operand
+from fastgen.sampling.rules.base import NEXT_TO_NOTHING, SOFTMAX_ZERO, constant_operand
 from fastgen.sampling.trace.graph import Operand, Value
 
 DISCRETE = {
     "lt", "le", "gt", "ge", "eq", "ne", "logical_and", "logical_or", "logical_xor", "logical_not", "bitwise_and",
     "bitwise_or", "bitwise_xor", "bitwise_not", "floor", "ceil", "round", "trunc", "frac", "fmod", "remainder", "sign",
     "sgn", "signbit", "argmax", "argmin", "isnan", "isinf", "any", "all", "max", "min", "heaviside", "floor_divide",
+}  # fmt: skip
+SATURATES = {
+    "exp", "exp2", "expm1", "sigmoid", "tanh", "relu", "silu", "gelu", "softplus", "elu", "clamp", "clamp_min",
+    "clamp_max",
 }  # fmt: skip
 CHOICES = {"where", "masked_fill", "index", "masked_scatter"}
 CLEAR = {"linalg_cross", "view_as_real_copy"}  # those of `Slicewise` that hide nothing
@@ -41,6 +46,9 @@ def erased(value: Value, bound: Analysis, certain: Analysis, ready: Tensor) -> T
     if len(variable) > 1 and _may_cancel(value, variable, name):
         return _difference(value, variable, bound, certain, ready)
     everywhere = torch.ones((), dtype=torch.bool)
+    if name in SATURATES:
+        far = bound.data(value.operands[0]).abs() >= -SOFTMAX_ZERO
+        return far | (value.data <= NEXT_TO_NOTHING) if name.startswith("exp") else far
     if name == "eq" and all(not one.dtype.is_floating_point for one in variable):
         return None  # a level is equal to one of the levels sometimes: one_hot
     rounds = name in DISCRETE or value.kwargs.get("rounding_mode") is not None

@@ -16,6 +16,7 @@ from fastgen.sampling.rules.base import NOWHERE, SOFTMAX_ZERO, Rule, constant_op
 from fastgen.sampling.trace.element_times import compact, shrunk
 from fastgen.sampling.trace.graph import CONSTANT, Operand, map_arguments
 
+VANISHES = {"exp", "exp2", "sigmoid", "relu", "silu", "gelu", "softplus", "clamp", "clamp_min"}  # of what is low
 SWALLOWS = 1e6  # where a sum is rounded by more than this, its smaller part counts as nothing
 
 
@@ -44,20 +45,24 @@ class Pointwise(Rule):
             for one in operands if name != "div" else operands[:1]:
                 zero = self._aligned(self.analysis.zero(one))
                 ready = torch.where(zero, CONSTANT, ready) if zero.any() else ready
+        if name == "mul" and any(not isinstance(one, Operand) and one == 0 for one in self.value.args):
+            ready = torch.full((), CONSTANT, dtype=torch.int32)
         if name in ("logical_or", "bitwise_or") and self.value.data.dtype == torch.bool:
             for one, of_one in zip(operands, times, strict=True):
                 true = (of_one == CONSTANT) & ~self._aligned(self.analysis.zero(one))
                 ready = torch.where(true, CONSTANT, ready) if true.any() else ready
         low: Tensor | None = None
         if name in ("add", "sub", "clone", "_to_copy"):
-            summands = operands if name != "sub" else [one for one in self.value.args[:1] if isinstance(one, Operand)]
             low = NOWHERE
-            for one in summands:
-                low = low | self._aligned(self.analysis.softmax_zero(one))
-            hidden = self._swallowed(summands, times)
+            for one, of_one in zip(operands, times, strict=True):
+                if (factor := self._factor(one)) == 1:
+                    low = low | self._aligned(self.analysis.softmax_zero(one))
+                else:
+                    low = low | ((of_one == CONSTANT) & (factor * self.analysis.data(one) <= SOFTMAX_ZERO))
+            hidden = self._swallowed(times)
             hidden = hidden | (low & (self.value.data == -math.inf)) if low.any() else hidden
             ready = torch.where(compact(shrunk(hidden)), CONSTANT, ready) if hidden.any() else ready
-        if name in ("exp", "exp2", "sigmoid"):
+        if name in VANISHES:
             vanishes = self._aligned(self.analysis.softmax_zero(operands[0]))
             if vanishes.any():
                 vanishes = vanishes & (self.value.data == 0)
@@ -73,13 +78,21 @@ class Pointwise(Rule):
         """In the dimensions of the value, with size 1 along those that it is expanded along."""
         return compact(tensor.expand(self.value.shape))
 
-    def _swallowed(self, summands: list[Operand], times: list[Tensor]) -> Tensor:
+    def _factor(self, operand: Operand) -> Any:
+        """What a sum or a difference multiplies an operand by."""
+        if operand not in self.value.args[1:]:
+            return 1
+        alpha = self.value.kwargs.get("alpha", 1)
+        return -alpha if self.value.op_name == "sub" else alpha
+
+    def _swallowed(self, times: list[Tensor]) -> Tensor:
         """Where a constant is so large that rounding leaves nothing of what is added to it: the mask of a score."""
         found, data = NOWHERE, self.value.data
-        for one, ready in zip(summands, times, strict=False) if data.is_floating_point() else ():
+        for one, ready in zip(self.value.operands, times, strict=True) if data.is_floating_point() else ():
             constant = ready == CONSTANT
             if constant.any() and one.dtype.is_floating_point:
-                given = self.analysis.data(one)
+                factor, given = self._factor(one), self.analysis.data(one)
+                given = given if factor == 1 else factor * given
                 large = given.abs() * torch.finfo(data.dtype).eps > SWALLOWS
                 if large.any():
                     found = found | ((given == data) & constant & large)

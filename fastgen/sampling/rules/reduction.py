@@ -105,6 +105,9 @@ class Reduction(Slicewise):
         super().__init__(value, analysis)
         greatest = value.op_name in GREATEST and self.dims
         self._hidden = _beside_others(analysis.softmax_zero(value.args[0]), self.dims) if greatest else None
+        if greatest and analysis.certain and value.data.is_floating_point():
+            data = analysis.data(value.args[0])
+            self._hidden = compact(shrunk(data <= data.amax(self.dims, keepdim=True) + SOFTMAX_ZERO))
 
     @property
     def _op(self) -> str | None:

@@ -220,6 +220,44 @@ def is_in(func: Any, x: Tensor, several: Any, assume_unique: bool = False, inver
     return found.logical_not() if invert else found
 
 
+def by_index(table: Tensor, indices: Sequence[Tensor | None]) -> Any:
+    """table[:, i] by rows of the table with that dimension first, table[i, j] by those of both dimensions as one."""
+    given = [(d, one) for d, one in enumerate(indices) if one is not None]
+    if any(one.dtype in (torch.bool, torch.uint8) for _, one in given):
+        return NotImplemented
+    (first, one), *others = given
+    if not others:
+        if first == 0:
+            return NotImplemented  # `index` itself
+        rank = one.dim()
+        found = aten.index.Tensor(table.movedim(first, 0), [one])
+        return found.movedim(list(range(rank)), list(range(first, first + rank)))
+    if [d for d, _ in given] != list(range(len(given))):
+        return NotImplemented
+    number: Any = 0
+    for d, one in given:
+        number = number * table.shape[d] + torch.where(one < 0, one + table.shape[d], one)
+    return aten.index.Tensor(table.flatten(0, len(given) - 1), [number])
+
+
+def by_gather(table: Tensor, dim: int, index: Tensor, sparse_grad: bool = False) -> Tensor:
+    dim %= max(table.dim(), 1)
+    numbers = torch.arange(table.numel(), device=table.device).view(table.shape).narrow(dim, 0, 1)
+    for d, size in enumerate(index.shape):
+        numbers = numbers if d == dim else numbers.narrow(d, 0, size)
+    return aten.index.Tensor(table.reshape(-1), [index * math.prod(table.shape[dim + 1 :]) + numbers])
+
+
+# Of a table that does not depend on the input: by `index` along its first dimension.
+LOOKUPS: dict[str, Callable[..., Any]] = {
+    "index": by_index,
+    "gather": by_gather,
+    "index_select": lambda table, dim, index: by_index(table.unsqueeze(0), [None] * (dim % table.dim() + 1) + [index])[
+        0
+    ],
+    "take": lambda table, index: aten.index.Tensor(table.reshape(-1), [index]),
+}
+
 WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "avg_pool1d": average,
     "avg_pool2d": average,

@@ -18,7 +18,7 @@ from torch._higher_order_ops.flex_attention import flex_attention, math_attentio
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgen.sampling.trace.decompositions import WRITTEN_OUT, convolution_by_patches
+from fastgen.sampling.trace.decompositions import LOOKUPS, WRITTEN_OUT, convolution_by_patches
 from fastgen.sampling.trace.fourier import convolution, spectrum_of
 from fastgen.sampling.trace.graph import Graph, Map, Operand, Unsupported, Value, map_arguments, name_of
 from fastgen.sampling.trace.movement import moved
@@ -221,8 +221,8 @@ class _Recorder(TorchDispatchMode):
             return aten.convolution.default(*args[:9])
         if name == "convolution" and self.storages.tracked(args[1]):
             return convolution_by_patches(*args)
-        if name == "gather" and not self.storages.tracked(args[0]) and args[0].numel() == args[0].shape[args[1]]:
-            return aten.index.Tensor(args[0].reshape(-1), [args[2]])  # of a table, by each index alone
+        if name in LOOKUPS and not self.storages.tracked(args[0]):
+            return LOOKUPS[name](*args)
         return NotImplemented
 
     def recorded(self, arguments: Any) -> Any:

@@ -125,19 +125,27 @@ def weakly_masked(x):
     return (scores.softmax(-1) @ before.unsqueeze(-1)).squeeze(-1)
 
 
+def masked_by_a_negative(x):
+    before, mask = F.pad(x, (1, 0))[:, :-1], torch.ones(16, 16).triu(1)
+    scores = -(1e9 * mask - before.unsqueeze(2) * before.unsqueeze(1))
+    shares = (scores - scores.amax(-1, True)).exp() * (1 - mask)
+    return (shares @ before.unsqueeze(-1)).squeeze(-1)
+
+
 MAY_CANCEL = {
     "a running sum without its last": lambda x: 2 * (x.flatten(1).cumsum(1) - x.flatten(1)).view_as(x) - 3,
     "a running product over its last": lambda x: ((x + 1).flatten(1).cumprod(1) / (x + 1).flatten(1)).view_as(x),
     "a running product by an inverse": lambda x: ((x + 1).flatten(1).cumprod(1) * (1 / (x + 1)).flatten(1)).view_as(x),
     "a convolution by complex transforms": lambda x: by_fft(x.flatten(1)).view_as(x),
     "attention with weak masks": lambda x: weakly_masked(x.flatten(1)).view_as(x),
+    "attention with masks inside of a negative": lambda x: masked_by_a_negative(x.flatten(1)).view_as(x),
     "one and minus one": lambda x: causal(x) + x.flip(3) + -1.0 * x.flip(3),
     "a difference of equals": lambda x: causal(x) + x.roll(1, -1) * 2 - x.roll(1, -1) * 2,
     "one and its negative": lambda x: causal(x) + (x.flip(3) + (-x.flip(3))),
     "a gate that is never open": lambda x: causal(x) + (x.mean() > 9).float() * x.flip(3),
     "a choice that is never made": lambda x: causal(x) + torch.where(x.flip(3) > 9, x.flip(3), 0.0),
     "a rounding of little": lambda x: causal(x) + (x.flip(3) / 4).round(),
-    "a computed permutation": lambda x: causal(x) + 0 * x.gather(3, x.argsort(3)),
+    "a computed permutation": lambda x: causal(x) + x.gather(3, x.argsort(3)).clamp(min=9),
 }
 
 

@@ -1,4 +1,5 @@
-"""Attention as strangers call it: backends chosen inside of the model, flex_attention, rotations by complex numbers."""
+"""Attention as strangers have it: backends chosen inside of the model, flex_attention, rotations by complex numbers,
+masks that are subtracted, the greatest score taken away by hand."""
 
 import warnings
 
@@ -34,6 +35,18 @@ def rotated(q, k, v):
     return F.scaled_dot_product_attention(turn(q), turn(k), v, is_causal=True)
 
 
+def subtracted(q, k, v):
+    return (q @ k.mT - 1e9 * torch.ones(PLACES, PLACES).triu(1)).softmax(-1) @ v
+
+
+def by_hand(q, k, v):
+    """As PixelSNAIL has it; the first place sees nothing."""
+    mask = torch.ones(PLACES, PLACES).tril(-1)
+    scores = q @ k.mT - (1 - mask) * 1e10
+    shares = (scores - scores.max(-1, keepdim=True)[0]).exp() * mask
+    return shares / (shares.sum(-1, keepdim=True) + 1e-6) @ v
+
+
 class Net(nn.Module):
     """A level is its own embedding; the level before each place, then one layer of attention."""
 
@@ -52,7 +65,7 @@ class Net(nn.Module):
         return 3 * self.out(h).transpose(1, 2).reshape(batch, LEVELS, SIDE, SIDE)
 
 
-@pytest.mark.parametrize("attention", [chosen_inside, flexible, rotated])
+@pytest.mark.parametrize("attention", [chosen_inside, flexible, rotated, subtracted, by_hand])
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_attention_is_taken_by_the_engine(attention):
     model = Net(attention).eval()

@@ -91,12 +91,25 @@ def test_random_numbers_that_the_output_does_not_read_leave_no_trace():
         trace(partly, None, torch.ones(1, 1, 2, 2))
 
 
-def test_a_gather_of_a_constant_table_depends_on_its_index_alone():
-    """Token types of RoBERTa, by the numbers of places."""
-    table = torch.tensor([[5, 3, 8]])
-    index = torch.tensor([[2, 0, 1, 2]])
-    graph = trace(lambda index: torch.gather(table, 1, index), None, index)
-    assert torch.equal(graph.result, torch.tensor([[8, 5, 3, 8]]))
+TABLE, PLACES = torch.randn(3, 4), torch.arange(4)
+LOOKUPS = {
+    "gather": lambda i: TABLE[:1].gather(1, i),  # token types of RoBERTa, by the numbers of places
+    "gather of more": lambda i: TABLE.T.unsqueeze(0).gather(1, i.unsqueeze(2).expand(-1, -1, 2))[..., 1],
+    "take_along_dim": lambda i: torch.take_along_dim(TABLE.T, i.T, 0).T[:1],
+    "take": lambda i: TABLE.take(i + 4),
+    "index_select": lambda i: TABLE.index_select(0, i[0] % 3).sum(1).unsqueeze(0),
+    "index_select, last": lambda i: TABLE.index_select(-1, i[0])[1:2],
+    "columns": lambda i: TABLE[:, i - 4].sum(0),
+    "rows and columns": lambda i: TABLE[i % 3 - 3, PLACES - 4],
+    "of each place": lambda i: TABLE.T[PLACES, i % 3],
+}
+
+
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_what_is_looked_up_depends_on_its_index_alone(name):
+    index = torch.tensor([[2, 0, 3, 1]])
+    graph = trace(LOOKUPS[name], None, index)
+    assert torch.equal(graph.result, LOOKUPS[name](index))
     draw_index = torch.arange(4, dtype=torch.int32)[None]
     assert torch.equal(ready_times(graph, draw_index).output_ready(), draw_index)
 
