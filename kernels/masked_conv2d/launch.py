@@ -50,14 +50,8 @@ def as_map(x: Tensor) -> Tensor:
     return dense(x, torch.channels_last)
 
 
-def as_weight(weight: Tensor) -> Tensor:
-    """Contiguous, or channels-last."""
-    last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-    return dense(weight, torch.channels_last if last else torch.contiguous_format)
-
-
-READ = (as_map, as_weight, dense, dense, dense, as_map, as_map, dense)  # how tensors must lie
-READ_BACKWARD = (as_map, as_map, as_map, as_weight, dense, as_map, as_map, as_map, dense)
+READ = (as_map, dense, dense, dense, dense, as_map, as_map, dense)  # how tensors must lie
+READ_BACKWARD = (as_map, as_map, as_map, dense, dense, as_map, as_map, as_map, dense)
 
 
 def kinds_of(tensors: Tensors) -> list[Any]:
@@ -239,7 +233,7 @@ def explain(x: Tensor, weight: Tensor, mask: Tensor | None, geometry: Geometry, 
     """A line a product of a layer: what will run and why."""
     names = {"out": "result", "in": "gradient of the input", "weight": "gradient of the weight"}
     lines = []
-    planned = products.products_of(as_map(x), as_weight(weight), mask, geometry, activation, "")
+    planned = products.products_of(as_map(x), dense(weight), mask, geometry, activation, "")
     for direction, (make, tensors) in planned.items():
         product = make(*tensors)
         provider, tile, why = product.choice

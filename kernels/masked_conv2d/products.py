@@ -20,7 +20,7 @@ from fastgen.kernels.maps import Layout, empties, result_size
 from fastgen.kernels.masked_conv2d import cudnn
 from fastgen.kernels.masked_conv2d.backward import BIASES, masked_conv2d_sum_kernel, masked_conv2d_weight_kernel
 from fastgen.kernels.masked_conv2d.config import Choice, Layer, Tile, chip_of, choose, has_tma, precision_of
-from fastgen.kernels.masked_conv2d.forward import masked_conv2d_kernel, masked_conv2d_pack_kernel
+from fastgen.kernels.masked_conv2d.forward import INPUTS, masked_conv2d_kernel, masked_conv2d_pack_kernel
 from fastgen.kernels.masked_conv2d.walk import Geometry, Walk, known_walk
 
 # Shares of the pixels are cut so that about as many programs run, two on each multiprocessor of a Hopper: every share
@@ -87,11 +87,10 @@ class Weights:
     walk: Walk
     geometry: Geometry
     masked: bool = True  # where False, the mask of a call is another weight's
-    channels_last: bool = False  # as it lies in memory; else contiguous
 
     @classmethod
     def of(cls, weight: Tensor, walk: Walk, geometry: Any) -> "Weights":
-        return cls(weight.shape, walk, Geometry(*geometry), channels_last=not weight.is_contiguous())
+        return cls(weight.shape, walk, Geometry(*geometry))
 
     @classmethod
     def pointwise(cls, weight: Tensor, parts: int) -> "Weights":
@@ -122,13 +121,12 @@ class Weights:
         runs: how many rows of a half of a gate lie side by side, and the number of halves.
         """
         (packed_rows, packed_columns), (outputs, inputs), walk = layout[0], self.shape[:2], self.walk
-        unit, row = 16 // dtype.itemsize, inputs if self.channels_last else inputs * self.size
-        unit = 1 if row % unit or pitch % unit else unit
-        rows, half, flat = 16 if unit > 1 else 4, outputs // runs[1], 16
-        if not self.channels_last:
-            # One value for most sizes, so that few kernels are compiled. First layers of models, whose kernels are
-            # large, have no unit.
-            flat = max(256 if unit > 1 else 1024, next_power_of_2(16 * self.size + 112 // dtype.itemsize))
+        line = 16 // dtype.itemsize
+        unit = 1 if inputs * self.size % line or pitch % line else line
+        rows, half = 16 if unit > 1 else 4, outputs // runs[1]
+        # One value for most sizes, so that few kernels are compiled. First layers of models, whose kernels are large,
+        # have no unit.
+        flat = max(256 if unit > 1 else 1024, next_power_of_2(INPUTS.value * self.size + 7 * line))
         arguments = (
             half if self.masked else 0, packed_rows, columns // 16, packed_columns // 16, first // 16, pitch // unit,
             half, inputs * self.size // unit, *runs, self.size, walk.taps, cdiv(columns, pitch), walk.first, walk.width,
@@ -136,8 +134,8 @@ class Weights:
         )  # fmt: skip
         places = (pitch, packed_rows) if mirrored else (packed_rows, pitch)
         return Launches(
-            masked_conv2d_pack_kernel, (cdiv(places[0], rows), cdiv(places[1], 16)), arguments, MIRRORED=mirrored,
-            CHANNELS_LAST=self.channels_last, UNIT=unit, LAG=16 // dtype.itemsize, FLAT=flat, OUTPUTS=rows, INPUTS=16,
+            masked_conv2d_pack_kernel, (cdiv(places[0], rows), cdiv(places[1], INPUTS.value)), arguments,
+            MIRRORED=mirrored, UNIT=unit, FLAT=flat, OUTPUTS=rows,
         )  # fmt: skip
 
 
