@@ -1,6 +1,6 @@
 """Feature maps as kernels write them. Needs no Triton: the operators describe their results by it as well."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,14 @@ def result_size(x: Tensor, weight: Tensor, geometry: Any) -> list[int]:
         (x.shape[a] + 2 * padding - dilation * (weight.shape[a] - 1) - 1) // stride + 1
         for a, stride, padding, dilation in zip((-2, -1), *geometry, strict=True)
     ]
+
+
+def common_padding(around: Sequence[tuple[int, int]]) -> tuple[tuple[int, ...], list[int]]:
+    """How a convolution pads a map that `around` says what is added to, (before, after) of its height and width: its
+    padding of both sides alike, and what `F.pad` adds before where they differ (left, right, top, bottom)."""
+    padding = [before if before == after >= 0 else 0 for before, after in around]
+    pads = [side - padding[axis] for axis in (1, 0) for side in around[axis]]
+    return tuple(padding), pads
 
 
 def order_of(x: Tensor) -> tuple[int, ...]:

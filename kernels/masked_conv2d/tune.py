@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastgen.kernels.masked_conv2d import config
 from fastgen.kernels.masked_conv2d.check import is_right
-from fastgen.kernels.masked_conv2d.config import Choice, Layer, Tile, chip_of, default_tile
+from fastgen.kernels.masked_conv2d.config import Choice, Layer, Tile, default_tile
 from fastgen.kernels.masked_conv2d.launch import forget
 from fastgen.kernels.masked_conv2d.products import products_of
 from fastgen.kernels.masked_conv2d.walk import Geometry
@@ -57,7 +57,7 @@ class Problem(NamedTuple):
         mask = live.view(self.kernel, self.kernel).expand(shape).contiguous()
         weight = torch.randn(shape, generator=generator, device=device) / (self.channels * self.kernel**2 / 2) ** 0.5
         geometry = Geometry((1, 1), (self.kernel // 2, self.kernel // 2), (1, 1))
-        x, finish = feature_map(self.channels), ("gated", "valve") if self.gated else ("none", "")
+        x, finish = feature_map(self.channels), ("gated", "valve") if self.gated else ("none",)
         make, tensors = products_of(x, weight.to(self.dtype), mask, geometry, *finish)[direction]
         return make, tensors if direction == "out" else (feature_map(self.outputs), *tensors[1:])
 
@@ -73,9 +73,9 @@ def usual_problems() -> list[Problem]:
     ]
 
 
-def candidates(chip: str, layer: Layer, precision: str) -> list[Tile]:
+def candidates(layer: Layer) -> list[Tile]:
     """What the search tries, eight at most: the default, smaller and larger ones, by descriptors and without."""
-    base = default_tile(chip, layer, precision)
+    base = default_tile(layer)
     tiles = [base, base._replace(tma=False), base._replace(num_stages=base.num_stages + 1)]
     tiles += [base._replace(M=64, N=min(base.N, 64), num_warps=4), base._replace(M=64, num_warps=4)]
     if layer.direction == "weight":
@@ -136,10 +136,8 @@ def main(argv: list[str] | None = None) -> int:
         rows = {}
         for direction in DIRECTIONS:
             make, tensors = problem.product(direction, device)
-            layer, read = make(*tensors).layer, tensors[0]
-            assert read is not None
-            tiles = candidates(chip_of(device), layer, config.precision_of(read))
-            rows[layer.key] = search((make, tensors), tiles)
+            layer = make(*tensors).layer
+            rows[layer.key] = search((make, tensors), candidates(layer))
         save(gpu, rows, versions)
     forget()
     print(config.describe(gpu))

@@ -25,7 +25,7 @@ def counted(direction, dtype, tma):
 
     make, tensors = tune.Problem(BATCH, CHANNELS, OUTPUTS, 3, SIDE, dtype, True).product(direction, torch.device("cpu"))
     layer = replace(make(*tensors).layer, pixels=64 * 32 * 32)
-    tile = default_tile(config.EMULATED, layer, config.precision_of(tensors[0]))
+    tile = default_tile(layer)
     product = make(*tensors, choice=Choice("triton", tile if tma else tile._replace(tma=False), "a test"))
     with ptxemu.counting() as found:
         product.run(*tensors)
