@@ -149,6 +149,13 @@ def seen_from(tap, first_tap, box_width, origin_y, origin_x, tap_y, tap_x):
 
 
 @triton.jit
+def blocks_seen(row, K: tl.constexpr, channels, group_rows, group_channels, shown):
+    """The blocks of the last tap that a row (within its half) sees, and all rows before it, too."""
+    end = (row // group_rows + shown) * group_channels
+    return tl.minimum(columns_of(end, K), columns_of(channels, K)) // K
+
+
+@triton.jit
 def steps_of(tile, N: tl.constexpr, K: tl.constexpr, taps, channels, parts_read, rows, group_rows, group_channels,
              shown, mirrored):  # fmt: skip
     """(number of steps of a tile of N channels, number of blocks of the last tap that it leaves out in front).
@@ -156,14 +163,12 @@ def steps_of(tile, N: tl.constexpr, K: tl.constexpr, taps, channels, parts_read,
     In the last tap a colour sees only the groups of channels before it, so that the walk ends early. In the gradient of
     the input the later groups have seen it, in both halves of a gate: there the walk leaves out the first blocks.
     """
-    part_blocks = columns_of(channels, K) // K
-    blocks = part_blocks * parts_read
+    blocks = columns_of(channels, K) // K  # of a part
     start = tl.maximum(tile * N // group_channels + 1 - shown, 0) * group_rows
-    skipped = tl.where(mirrored != 0, tl.minimum(start // K, part_blocks), 0)
-    end = (tl.minimum(tile * N + N, rows) - 1) // group_rows + shown
-    seen = tl.minimum(columns_of(end * group_channels, K) // K, blocks)
-    seen = tl.where(mirrored != 0, parts_read * (part_blocks - skipped), seen)
-    return tl.maximum((taps - 1) * blocks + seen, 1), tl.minimum(skipped, part_blocks - 1)
+    skipped = tl.where(mirrored != 0, tl.minimum(start // K, blocks), 0)
+    seen = blocks_seen(tl.minimum(tile * N + N, rows) - 1, K, channels, group_rows, group_channels, shown)
+    seen = tl.where(mirrored != 0, blocks - skipped, seen)
+    return tl.maximum(((taps - 1) * blocks + seen) * parts_read, 1), tl.minimum(skipped, blocks - 1)
 
 
 @triton.jit

@@ -28,6 +28,8 @@ from fastgen.kernels.masked_conv2d.walk import Walk, known_walk
 PROGRAMS = 256
 RUN = 8  # rows of a half of a gate that lie side by side in packed weights, see forward.py
 
+Made = tuple[Callable[..., Any], tuple[Any, ...]]  # what makes a product, and its tensors
+
 # --- how tensors lie in memory
 
 
@@ -302,9 +304,8 @@ class WeightGradient(Product):
 
 def products_of(
     x: Tensor, weight: Tensor, mask: Tensor | None, geometry: Any, activation: str, keep: str = ""
-) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """By `Layer.direction`: what makes each product of a layer, and its tensors. The gradient of the sums is not
-    initialized."""
+) -> dict[str, Made]:
+    """The products of a layer by `Layer.direction`. The gradient of the sums is not initialized."""
     walk = known_walk(mask, weight.shape, 2 if activation == "gated" else 1, geometry)
     size = result_size(x, weight, geometry)
     grad = x.new_empty_strided(*channels_last(x.shape[0], weight.shape[0], *size))

@@ -32,7 +32,7 @@ def test_the_search_refuses_wrong_numbers(direction, monkeypatch):
     monkeypatch.setattr(products, name, broken)
     with pytest.warns(UserWarning, match="gives wrong results"):
         row = tune.search(product, [wrong, right])
-    assert (row["tile"], row["refused"]) == (right, 1)
+    assert (Tile(**row["tile"]), row["refused"]) == (right, 1)
     assert set(row["ms"]) == {"cudnn", "triton"}
     with pytest.warns(UserWarning, match="gives wrong results"):
         row = tune.search(product, [wrong])

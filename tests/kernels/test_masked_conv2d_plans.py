@@ -257,7 +257,7 @@ def test_without_a_measurement_the_rule_decides(table):
 def test_a_measured_choice_is_saved_and_overrides_the_rule(table):
     by_rule = replace(LAYER, channels=129, tma=False)
     tile = Tile(64, 32, 64, 4, 3, True)
-    row = {"provider": "cudnn", "tile": tile, "ms": {"triton": 2.0, "cudnn": 1.0}, "refused": 0}
+    row = {"provider": "cudnn", "tile": tile._asdict(), "ms": {"triton": 2.0, "cudnn": 1.0}, "refused": 0}
     assert tune.save("sm_90", {LAYER.key: row}, {"torch": "2"}) == table
     tune.save("sm_90", {by_rule.key: {**row, "provider": "triton"}}, {"torch": "2"})
     found = config.choose(CPU, LAYER)
