@@ -1,6 +1,8 @@
-"""What several families of kernels share: launches that are looked up once, sizes, hyperbolic tangent, empty maps."""
+"""What several families of kernels share: launches that are looked up once, sizes, products, hyperbolic tangent, empty
+maps."""
 
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +28,22 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The least power of two >= n >= 1."""
     return 1 << (n - 1).bit_length()
+
+
+def kernel(function: Any) -> Any:
+    """`triton.jit`, which compiles once for all values of the numbers."""
+    arguments = inspect.signature(function).parameters.values()
+    sizes = [a.name for a in arguments if a.annotation is a.empty and not a.name.endswith(("ptr", "map"))]
+    return triton.jit(do_not_specialize=sizes)(function)
+
+
+@triton.jit
+def product(a, b, accumulator, PRECISION: tl.constexpr):
+    """The interpreter multiplies bfloat16 wrongly: the precision "float32" tells it to widen first."""
+    if PRECISION == "float32":
+        a, b = a.to(tl.float32), b.to(tl.float32)
+        return tl.dot(a, b, accumulator, input_precision="ieee")
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
 
 
 @triton.jit

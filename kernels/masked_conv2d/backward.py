@@ -20,16 +20,15 @@ every weight, exactly zero where masked. All sums have a fixed order.
 import triton
 import triton.language as tl
 
+from fastgen.kernels.common import kernel, product
 from fastgen.kernels.masked_conv2d.forward import (
     blocks_seen,
     columns_of,
     corner_of,
-    kernel,
     lies_in,
     picked,
     pixels_of,
     place_in,
-    product,
     seen_from,
 )
 

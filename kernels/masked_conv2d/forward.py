@@ -18,29 +18,10 @@ Sizes do not specialize a kernel, so that few are compiled. Those that come in u
 16 bytes then: a compiler that knows this loads 16 bytes at a time.
 """
 
-import inspect
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from fastgen.kernels.common import tanh, tanh_near_0
-
-
-def kernel(function: Any) -> Any:
-    """`triton.jit`, which compiles once for all values of the numbers."""
-    arguments = inspect.signature(function).parameters.values()
-    sizes = [a.name for a in arguments if a.annotation is a.empty and not a.name.endswith(("ptr", "map"))]
-    return triton.jit(do_not_specialize=sizes)(function)
-
-
-@triton.jit
-def product(a, b, accumulator, PRECISION: tl.constexpr):
-    """The interpreter multiplies bfloat16 wrongly: the precision "float32" tells it to widen first."""
-    if PRECISION == "float32":
-        a, b = a.to(tl.float32), b.to(tl.float32)
-        return tl.dot(a, b, accumulator, input_precision="ieee")
-    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+from fastgen.kernels.common import kernel, product, tanh, tanh_near_0
 
 
 @triton.jit

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels.common import Launches, cdiv
-from fastgen.kernels.maps import empties, result_size
+from fastgen.kernels.maps import channels_last, empties, result_size
 from fastgen.kernels.masked_conv2d import check
 from fastgen.kernels.masked_conv2d.backward import masked_conv2d_activation_backward_kernel
 from fastgen.kernels.masked_conv2d.config import precision_of
-from fastgen.kernels.masked_conv2d.products import Convolve, WeightGradient, channels_last, products_of, unit_of
-from fastgen.kernels.masked_conv2d.walk import known_walk, read, reading_of, refuse_in_capture
+from fastgen.kernels.masked_conv2d.products import Convolve, WeightGradient, products_of, unit_of
+from fastgen.kernels.masked_conv2d.walk import known_reading, known_walk, read, refuse_in_capture
 
 MAX_PIXELS = 2**31 - 2**25  # pixels are counted in 32 bits, with room for the last blocks; offsets in 64
 PLANS = 4096  # kinds of calls that are kept; beyond, all are planned anew
@@ -109,17 +109,15 @@ def forward(
         ValueError: more than MAX_PIXELS pixels: split the batch.
     """
     tensors: Any = (x, weight, mask, bias, condition, residual, other, other_weight)
-    reading = mask if mask is None else reading_of(mask)
-    if reading is None and mask is not None:
-        if check_all is not None:
-            check_all(*tensors, geometry, activation)
-        reading = read(mask)
     kinds = kinds_of((x, weight, bias, condition, residual, other, other_weight))
-    key = (reading, geometry, activation, keep, precision_of(x), *kinds)
+    key = (known_reading(mask), geometry, activation, keep, precision_of(x), *kinds)
     plan = _plans.get(key)
     if plan is None:
         if check_all is not None:
             check_all(*tensors, geometry, activation)
+        key = (read(mask), *key[1:])
+        plan = _plans.get(key)
+    if plan is None:
         walk = known_walk(mask, weight.shape, 2 if activation == "gated" else 1, geometry)
         height, width = result_size(x, weight, geometry)
         if x.shape[0] * max(height * width, x.shape[2] * x.shape[3]) > MAX_PIXELS:
@@ -196,8 +194,7 @@ def backward(
     # What was saved may come back with other strides: hooks on saved tensors copy it.
     key: Any = (saved, wanted, precision_of(x), *[t if t is None else (t.stride(), t.data_ptr() % 16) for t in tensors])
     if plans is None:
-        reading = mask if mask is None else read(mask)
-        plans, key = _plans, (key, geometry, reading, *kinds_of((grad, grad_pre, x, weight, other, other_weight)))
+        plans, key = _plans, (key, geometry, read(mask), *kinds_of((grad, grad_pre, x, weight, other, other_weight)))
     plan = plans.get(key)
     if plan is None:
         walk = known_walk(mask, weight.shape, 2 if saved in ("valve", "both") else 1, geometry)

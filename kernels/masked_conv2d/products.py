@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels.common import Launches, cdiv, next_power_of_2
-from fastgen.kernels.maps import Layout, empties, result_size
+from fastgen.kernels.maps import Layout, boxes, channels_last, dense, empties, result_size
 from fastgen.kernels.masked_conv2d import cudnn
 from fastgen.kernels.masked_conv2d.backward import BIASES, masked_conv2d_sum_kernel, masked_conv2d_weight_kernel
 from fastgen.kernels.masked_conv2d.config import Choice, Layer, Tile, chip_of, choose, has_tma, precision_of
@@ -31,26 +31,6 @@ RUN = 8  # rows of a half of a gate that lie side by side in packed weights, see
 Made = tuple[Callable[..., Any], tuple[Any, ...]]  # what makes a product, and its tensors
 
 # --- how tensors lie in memory
-
-
-def dense(*size: int) -> Layout:
-    return size, tuple(math.prod(size[axis + 1 :]) for axis in range(len(size)))
-
-
-def channels_last(batch: int, channels: int, height: int, width: int) -> Layout:
-    return (batch, channels, height, width), (height * width * channels, 1, width * channels, channels)
-
-
-def boxes(like: Tensor, size: Sequence[int], block: Sequence[int]) -> Callable[[Tensor], Any]:
-    """Makes tensor descriptors, in blocks, of dense tensors with the dtype of `like`. Only their base differs: what is
-    common is their class's, as Triton's constructor takes the host ten times as long."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    def init(self: Any, base: Tensor) -> None:
-        self.base = base
-
-    whole = TensorDescriptor(like, list(size), list(dense(*size)[1]), list(block))
-    return type("Boxes", (TensorDescriptor,), {**vars(whole), "base": None, "__init__": init})
 
 
 def box_of(pixels: int, batch: int, height: int, width: int) -> tuple[int, int, int]:

@@ -95,29 +95,33 @@ class Reading:
         self.walks = {parts: walk_of(live, parts) for parts in (1, 2) if live.shape[0] % parts == 0}
 
 
+UNREAD = object()
 _readings: weakref.WeakValueDictionary[Any, Reading] = weakref.WeakValueDictionary()
 _known: dict[int, tuple[Any, int | None, int, Reading]] = {}  # by id: the mask (weak), its version, its address
 
 
-def reading_of(mask: Tensor) -> Reading | None:
-    """What was read of a mask; None if it never was, or was written to since. A write by way of `.data` into the same
-    memory is not noticed."""
+def known_reading(mask: Tensor | None) -> Any:
+    """What was read of a mask, None of no mask; UNREAD if it never was, or was written to since. A write by way of
+    `.data` into the same memory is not noticed."""
+    if mask is None:
+        return None
     known = _known.get(id(mask))
     if known is None:
-        return None
+        return UNREAD
     of, version, address, reading = known
     same = of() is mask and mask.data_ptr() == address and (version is None or mask._version == version)
-    return reading if same else None
+    return reading if same else UNREAD
 
 
-def read(mask: Tensor) -> Reading:
-    """What a mask shows. Waits until the GPU has sent it, unless it was read before.
+def read(mask: Tensor | None) -> Any:
+    """What a mask shows, None of no mask. Waits until the GPU has sent it, unless it was read before.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, and the mask was not read before.
     """
-    reading = reading_of(mask)
-    if reading is None:
+    reading = known_reading(mask)
+    if reading is UNREAD:
+        assert mask is not None
         refuse_in_capture(mask, "reads a mask once, the first time that it sees it, and cannot do so", "the same mask")
         reading = Reading(mask.detach().cpu())
         address = mask.data_ptr()
