@@ -198,15 +198,34 @@ def launch(kernel: Any, grid: Sequence[int], args: Sequence[Any], constants: Map
 class Launches:
     """Launches of one kernel in which only the tensors differ, its first arguments: those of one kind (see `_key`)."""
 
-    __slots__ = ("arguments", "constants", "grid", "kernel", "ready")
+    __slots__ = ("arguments", "constants", "grid", "head", "kernel", "ready", "run", "tail")
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **constants: Any) -> None:
         self.kernel, self.grid, self.arguments, self.constants = kernel, grid, arguments, constants
         self.ready: Any = None
+        self.run: Any = None
 
     def start(self, *tensors: Any) -> None:
+        run, ready = self.run, self.ready
+        if run is None:
+            return self._first(tensors)
+        device, hooks = ready.device, triton.knobs.runtime
+        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+        if (
+            getattr(enter, "calls", enter)
+            or getattr(leave, "calls", leave)
+            or (device >= 0 and device != torch.cuda.current_device())
+        ):
+            return ready.start(self.grid, tensors, self.arguments)
+        run(*self.grid, ready.current_stream(device), *self.head, *tensors, *self.tail)
+        return None
+
+    def _first(self, tensors: tuple[Any, ...]) -> None:
         if self.ready is None:
             self.ready = prepare(self.kernel, tensors + self.arguments, self.constants)
         self.ready.start(self.grid, tensors, self.arguments)
+        if self.ready.run is not None:
+            self.run, self.grid = self.ready.run, (*self.grid, *ONES[len(self.grid) :])
+            self.head, self.tail = (*self.ready.head, None, None, None), self.arguments + self.ready.tail
 
     __call__ = start  # which takes the host longer

@@ -128,7 +128,7 @@ class MaskedConv2d(nn.Conv2d):
 
     def provider(self, x: Tensor) -> str:
         """Which implementation computes the output and each gradient for an input like x (B, in_channels, H, W), and
-        why, one line each."""
+        why, one line each. A kernel that was not yet tried on x's device is tried."""
         if not uses_triton("auto", x):
             return f"PyTorch's definition: the kernels run on CUDA tensors, x is on {x.device}"
         from fastgen.kernels.masked_conv2d import launch

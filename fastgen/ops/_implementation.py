@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 IMPLS = ("auto", "triton", "reference")
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # once: torch.compile cannot follow the question
 
@@ -47,11 +48,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
         or torch._C._functorch.maybe_current_level()
     ):
         return False
-    for tensor in tensors:
-        kind = type(tensor)
-        if kind is not Tensor and tensor is not None and kind is not torch.nn.Parameter:
-            return False
-    return True
+    return PLAIN.issuperset(map(type, tensors))
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

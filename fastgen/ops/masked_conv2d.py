@@ -219,7 +219,7 @@ def fused(
     else:
         geometry = as_pairs(*geometry)
         _check(*tensors, geometry, activation)
-    train = torch.is_grad_enabled() and _one_requires_grad(tensors)
+    train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     keep = "both" if keep_pre else "valve" if train and activation == "gated" else ""
     if not plain:
         return _operator(*tensors, *map(list, geometry), activation, keep)
@@ -229,13 +229,6 @@ def fused(
     tensors = (x.contiguous(memory_format=torch.channels_last), *tensors[1:])
     results = _apply_without_dispatch(*tensors, geometry, activation, keep)
     return results if keep == "both" else (results, None)
-
-
-def _one_requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
-    for tensor in tensors:  # noqa: SIM110, `any` of a generator takes the host longer
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
 
 
 # --- the public function
