@@ -88,9 +88,10 @@ def launched(chip: str) -> dict[Kind, None]:
 
 def about(kind: Kind) -> dict[str, Any]:
     kernel, signature, constants = kind
-    precision, spills = dict(constants).get("PRECISION"), SPILLS.get(kernel.__name__, {})
+    known, spills = dict(constants), SPILLS.get(kernel.__name__, {})
+    precision = known.get("PRECISION")
     by_tensor_cores = precision == "tf32" or (precision == "ieee" and "bf16" in signature[0][1])
-    requires = {"sm_90": "wgmma"} if by_tensor_cores else {}
+    requires = {"sm_90": "wgmma" if known["num_warps"] % 4 == 0 else "mma.sync"} if by_tensor_cores else {}
     return {"requires": requires, "spills": spills, "reason": REASON if spills else ""}
 
 

@@ -136,7 +136,8 @@ def default_tile(layer: Layer) -> Tile:
     - 64 pixels in 4 warps where 128 would leave most of a hundred multiprocessors without a tile.
     - without tensor cores (float32 where TF32 is off): 64 x 64 in steps of 16, within the registers of 4 warps.
     - three stages: 96 KiB of shared memory, two programs on a Hopper multiprocessor. Two on AMD (64 KiB).
-    - of the weight's gradient: 128 bytes of each row of pixels.
+    - of the weight's gradient: 128 bytes of each row of pixels. In TF32 on Hopper 64 x 64 in 2 warps, too few for
+      wgmma, which wants pixels side by side: transposing takes shared memory 1.6 times as long as smaller tiles do.
     - the interpreter: tiny tiles, so that small tests have several.
     """
     weight, gathers, line = layer.direction == "weight", layer.gathers, 8 * layer.unit
@@ -149,6 +150,9 @@ def default_tile(layer: Layer) -> Tile:
         return Tile(line, min(wide, 64), 32, 4, stages)
     if weight:
         deep = side_of(layer.channels, 128)
+        if layer.chip == "sm_90" and layer.precision == "tf32":
+            small = Tile(line, min(wide, 64), min(deep, 64), 2, stages, True)
+            return small if layer.tma else Tile(line, min(wide, 32), deep, 4, stages)  # addresses take registers
         return Tile(line, wide, deep, 8 if wide * deep > 64 * 64 else 4, stages, layer.tma and deep >= 32)
     deep = side_of(layer.channels, line)
     if gathers:

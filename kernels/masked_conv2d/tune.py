@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastgen.kernels.masked_conv2d import config
 from fastgen.kernels.masked_conv2d.check import is_right
-from fastgen.kernels.masked_conv2d.config import Choice, Layer, Tile, default_tile
+from fastgen.kernels.masked_conv2d.config import Choice, Layer, Tile, default_tile, side_of
 from fastgen.kernels.masked_conv2d.launch import forget
 from fastgen.kernels.masked_conv2d.products import Made, products_of
 
@@ -78,6 +78,7 @@ def candidates(layer: Layer) -> list[Tile]:
     tiles += [base._replace(M=64, N=min(base.N, 64), num_warps=4), base._replace(M=64, num_warps=4)]
     if layer.direction == "weight":
         tiles += [base._replace(M=2 * base.M), base._replace(K=max(base.K // 2, 16), num_warps=4)]
+        tiles += [base._replace(N=side_of(layer.rows, 128), K=side_of(layer.channels, 128), num_warps=8)]
     else:
         tiles += [base._replace(M=256, num_stages=max(base.num_stages - 1, 2))]
     return list(dict.fromkeys(tiles))
@@ -130,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": str(torch.version.cuda)}
     problems = usual_problems()
     if options.layer:
-        problems = [Problem(*options.layer, getattr(torch, options.dtype), options.gated)]
+        problems = [Problem(*options.layer, dtype=getattr(torch, options.dtype), gated=options.gated)]
     for problem in problems:
         products = [problem.product(direction, device) for direction in DIRECTIONS]
         layers = [make(*tensors).layer for make, tensors in products]
