@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": str(torch.version.cuda)}
     problems = usual_problems()
     if options.layer:
-        problems = [Problem(*options.layer, dtype=getattr(torch, options.dtype), gated=options.gated)]
+        problems = [Problem._make((*options.layer, getattr(torch, options.dtype), options.gated))]
     for problem in problems:
         products = [problem.product(direction, device) for direction in DIRECTIONS]
         layers = [make(*tensors).layer for make, tensors in products]
