@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgen.kernels.maps import empty_map, result_size
+from fastgen.kernels.masked_conv2d.cudnn import finish
 from fastgen.ops._implementation import autocast_dtype, is_plain, under_autocast, uses_triton
 from fastgen.ops._masked_conv2d_arguments import as_pairs, check, check_dtypes, check_float, known_pairs
 
@@ -109,15 +110,9 @@ def in_aten(
     x, weight, mask, bias, condition, residual, other, other_weight, stride, padding, dilation, activation, keep
 ) -> tuple[Tensor, Tensor]:
     """What the operator computes, written out in plain PyTorch with its own arguments, for what reads graphs."""
-    geometry = {"stride": stride, "padding": padding, "dilation": dilation}
-    pre = masked_conv2d_reference(x, weight, mask, bias, condition=condition, **geometry)
-    if other is not None:
-        pre = pre + F.conv2d(other, other_weight)
-    out = {"none": lambda: pre, "relu": pre.relu, "gated": lambda: gate(pre)}[activation]()
-    kept = {
-        "": lambda: x.new_empty(0), "valve": lambda: pre.chunk(2, 1)[1], "both": lambda: pre
-    }[keep]()  # fmt: skip
-    return out if residual is None else out + residual, kept
+    pre = masked_conv2d_reference(x, weight, mask, bias, stride=stride, padding=padding, dilation=dilation)
+    out, kept = finish(pre, activation, keep, condition, residual, other, other_weight)
+    return out, x.new_empty(0) if kept is None else kept
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -33,26 +33,29 @@ def gradients(grad: Tensor, x: Tensor, live: Tensor, geometry: list[Any], wanted
     return torch.ops.aten.convolution_backward(grad, x, live, None, *geometry, False, [0, 0], 1, [*wanted, False])
 
 
-def forward(x, weight, mask, walk, activation, keep, bias=None, condition=None, residual=None, other=None,
-            other_weight=None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The result and what is kept, both channels-last; PyTorch computes what follows the sums."""
+def forward(
+    x: Tensor, weight: Tensor, mask: Tensor | None, walk: Walk, activation: str, keep: str, bias: Tensor | None = None,
+    *added: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The result and what is kept, both channels-last."""
     live, geometry, pads = cropped(weight, mask, walk)
-    pre = F.conv2d(padded(x, pads), live, bias, *geometry)
-    if other is not None:
-        pre = pre + F.conv2d(other, other_weight)
+    out, kept = finish(F.conv2d(padded(x, pads), live, bias, *geometry), activation, keep, *added)
+    out = out.contiguous(memory_format=torch.channels_last)
+    return out, None if kept is None else kept.contiguous(memory_format=torch.channels_last)
+
+
+def finish(pre, activation, keep, condition=None, residual=None, other=None, other_weight=None):
+    """The result and what is kept (None for ""), in PyTorch from the convolution with its bias."""
     if condition is not None:
         pre = pre + condition[:, :, None, None]
-    out, kept = pre, pre
-    if activation == "relu":
-        out = pre.relu()
+    if other is not None:
+        pre = pre + F.conv2d(other, other_weight)
+    out = pre.relu() if activation == "relu" else pre
     if activation == "gated":
         signal, valve = pre.chunk(2, 1)
         out = signal.tanh() * valve.sigmoid()
-        kept = valve if keep == "valve" else pre
-    if residual is not None:
-        out = out + residual
-    out = out.contiguous(memory_format=torch.channels_last)
-    return out, kept.contiguous(memory_format=torch.channels_last) if keep else None
+        pre = valve if keep == "valve" else pre
+    return out if residual is None else out + residual, pre if keep else None
 
 
 def input_gradient(grad: Tensor, weight: Tensor, mask: Tensor | None, walk: Walk, size: tuple[int, ...]) -> Tensor:
