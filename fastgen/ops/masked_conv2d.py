@@ -214,7 +214,8 @@ def fused(
     else:
         geometry = as_pairs(*geometry)
         _check(*tensors, geometry, activation)
-    train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    # Most often the map answers, which spares a generator.
+    train = torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors))
     keep = "both" if keep_pre else "valve" if train and activation == "gated" else ""
     if not plain:
         return _operator(*tensors, *map(list, geometry), activation, keep)
