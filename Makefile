@@ -39,7 +39,7 @@ emulate: setup
 	PTXEMU_ARCH=80 $(EMULATE) tests/ops/test_masked_conv2d_triton.py tests/ops/test_reparameterize_kl.py \
 		tests/kernels/test_lstm_kernels.py tests/ops/test_reconstruction_nll.py \
 		-k "groups_of_colours or second_map or free_bits or layout_changes or row_operation or sixty_digits"
-	PTXEMU_ARCH=90 $(EMULATE) tests/kernels/test_counts.py
+	PTXEMU_ARCH=90 $(EMULATE) tests/kernels/test_counts.py tests/ops/test_masked_conv2d_counts.py
 	PTXEMU_ARCH=80 $(EMULATE) tests/ops/test_masked_conv2d_counts.py
 	PTXEMU_ARCH=80 $(EMULATE) tests/sampling/test_gpu_emulated.py -k one_launch
 

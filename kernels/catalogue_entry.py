@@ -1,8 +1,11 @@
 """What the compile gate needs to know of a kernel. Every module of kernels defines `CATALOGUE: list[Entry]`."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+Kind = tuple[Any, tuple[tuple[str, str], ...], tuple[tuple[str, Any], ...]]  # kernel, signature, constants and options
 
 
 @dataclass(frozen=True)
@@ -84,3 +87,54 @@ class Entry:
             (names.index(name),): [["tt.divisibility", 16]] for name in (*divisible, *self.aligned)
         }
         return signature, hints
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[dict[Kind, None]]:
+    """Inside, no `Launches` are made, so that tensors need no memory: what Triton would compile for them, each once."""
+    import torch
+
+    from fastgen.kernels.common import Launches
+
+    types = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.bool: "i1"}
+
+    kinds: dict[Kind, None] = {}
+
+    def note(self: Any, *tensors: Any) -> None:
+        signature, constants = {}, dict(self.constants)
+        for name, value in zip(self.kernel.arg_names, tensors + self.arguments, strict=False):
+            if value is None:
+                constants[name] = value
+            elif isinstance(value, (int, float)):
+                signature[name] = "i32" if isinstance(value, int) else "fp32"
+            else:
+                kind = types[getattr(value, "base", value).dtype]
+                block = None if isinstance(value, torch.Tensor) else list(value.block_shape)
+                signature[name] = f"tensordesc<{kind}{block}>".replace(" ", "") if block else f"*{kind}"
+        kinds[self.kernel, tuple(signature.items()), tuple(constants.items())] = None
+
+    before = Launches.start
+    Launches.start = note  # type: ignore[method-assign]
+    try:
+        yield kinds
+    finally:
+        Launches.start = before  # type: ignore[method-assign]
+
+
+def entries_of(noted_on: Mapping[str, Iterable[Kind]], about: Callable[[Kind], dict[str, Any]]) -> list[Entry]:
+    """Entries of what was noted on each target; about: further attributes of one."""
+    targets: dict[Kind, list[str]] = {}
+    for target, kinds in noted_on.items():
+        for kind in kinds:
+            targets.setdefault(kind, []).append(target)
+    made = []
+    for kind, on in targets.items():
+        kernel, signature, constants = kind
+        fixed = dict(constants)
+        options = {name: fixed.pop(name) for name in ("num_warps", "num_stages") if name in fixed}
+        words = [str(value) for name, value in fixed.items() if name.isupper() and value != ""]
+        words += [f"no {name.split('_')[0]}" for name, value in fixed.items() if value is None]
+        skips = {target: "is launched otherwise there" for target in noted_on if target not in on}
+        config = " ".join((signature[0][1], *words))
+        made.append(Entry(kernel, config, dict(signature), fixed, skips=skips, **options, **about(kind)))
+    return made

@@ -1,6 +1,7 @@
 """Feature maps as kernels write them. Needs no Triton: the operators describe their results by it as well."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,26 @@ def empty_map(like: Tensor, channels: int, height: int, width: int, dtype: torch
     """
     size = (like.shape[0], channels, height, width)
     return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def dense(*size: int) -> Layout:
+    return size, tuple(math.prod(size[axis + 1 :]) for axis in range(len(size)))
+
+
+def channels_last(batch: int, channels: int, height: int, width: int) -> Layout:
+    return (batch, channels, height, width), (height * width * channels, 1, width * channels, channels)
+
+
+def boxes(like: Tensor, size: Sequence[int], block: Sequence[int]) -> Callable[[Tensor], Any]:
+    """Makes tensor descriptors, in blocks, of dense tensors with the dtype of `like`. Only their base differs: what is
+    common is their class's, as Triton's constructor takes the host ten times as long."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    def init(self: Any, base: Tensor) -> None:
+        self.base = base
+
+    whole = TensorDescriptor(like, list(size), list(dense(*size)[1]), list(block))
+    return type("Boxes", (TensorDescriptor,), {**vars(whole), "base": None, "__init__": init})
 
 
 def empties(like: Tensor, layout: Layout, dtype: torch.dtype | None = None) -> Callable[[], Tensor]:
@@ -39,6 +60,14 @@ def result_size(x: Tensor, weight: Tensor, geometry: Any) -> list[int]:
         (x.shape[a] + 2 * padding - dilation * (weight.shape[a] - 1) - 1) // stride + 1
         for a, stride, padding, dilation in zip((-2, -1), *geometry, strict=True)
     ]
+
+
+def common_padding(around: Sequence[tuple[int, int]]) -> tuple[tuple[int, ...], list[int]]:
+    """How a convolution pads a map that `around` says what is added to, (before, after) of its height and width: its
+    padding of both sides alike, and what `F.pad` adds before where they differ (left, right, top, bottom)."""
+    padding = [before if before == after >= 0 else 0 for before, after in around]
+    pads = [side - padding[axis] for axis in (1, 0) for side in around[axis]]
+    return tuple(padding), pads
 
 
 def order_of(x: Tensor) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastgen.kernels.maps import common_padding
 from fastgen.ops import causal_mask, masked_conv2d
 from fastgen.ops._implementation import uses_triton
 from fastgen.ops._masked_conv2d_arguments import ACTIVATIONS
@@ -117,35 +118,22 @@ class MaskedConv2d(nn.Conv2d):
                 elif full:
                     mask = None
         # The cropped rows and columns of the kernel need no padding, or no input, any more.
-        before_h, after_h = before_h - top * self.dilation[0], after_h - (height - bottom) * self.dilation[0]
-        before_w, after_w = before_w - left * self.dilation[1], after_w - (width - right) * self.dilation[1]
-        padding = tuple(
-            before if before == after >= 0 else 0 for before, after in ((before_h, after_h), (before_w, after_w))
-        )
-        pads = (before_w - padding[1], after_w - padding[1], before_h - padding[0], after_h - padding[0])
-        if any(pads):
-            x = F.pad(x, pads)
+        around_h = before_h - top * self.dilation[0], after_h - (height - bottom) * self.dilation[0]
+        around_w = before_w - left * self.dilation[1], after_w - (width - right) * self.dilation[1]
+        padding, pads = common_padding((around_h, around_w))
         return masked_conv2d(
-            x,
-            weight,
-            mask,
-            bias,
-            stride=self.stride,
-            padding=padding,
-            dilation=self.dilation,
-            activation=self.activation,
-            condition=condition,
-            residual=residual,
-        )
+            F.pad(x, pads) if any(pads) else x, weight, mask, bias, stride=self.stride, padding=padding,
+            dilation=self.dilation, activation=self.activation, condition=condition, residual=residual,
+        )  # fmt: skip
 
     def provider(self, x: Tensor) -> str:
         """Which implementation computes the output and each gradient for an input like x (B, in_channels, H, W), and
-        why, one line each."""
+        why, one line each. A kernel that was not yet tried on x's device is tried."""
         if not uses_triton("auto", x):
             return f"PyTorch's definition: the kernels run on CUDA tensors, x is on {x.device}"
         from fastgen.kernels.masked_conv2d import launch
 
-        return launch.explain(x, self.weight, self.live_mask(), launch.Geometry(*self.geometry), self.activation)
+        return launch.explain(x, self.weight, self.live_mask(), self.geometry, self.activation)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         key = prefix + "mask"

@@ -2,10 +2,12 @@
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
+PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 IMPLS = ("auto", "triton", "reference")
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # once: torch.compile cannot follow the question
 
@@ -46,11 +48,23 @@ def is_plain(*tensors: Tensor | None) -> bool:
         or torch._C._functorch.maybe_current_level()
     ):
         return False
-    for tensor in tensors:
-        kind = type(tensor)
-        if kind is not Tensor and tensor is not None and kind is not torch.nn.Parameter:
-            return False
-    return True
+    return PLAIN.issuperset(map(type, tensors))
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The autocast dtype of x's device where autocast is on."""
+    kind = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type  # whose string takes the host longer
+    # The question whether there is an autocast takes the host a microsecond.
+    known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
+    return torch.get_autocast_dtype(kind) if known and torch.is_autocast_enabled(kind) else None
+
+
+def under_autocast(x: Tensor, weight: Tensor, *more: Tensor | None) -> list[Any]:
+    """All in the autocast dtype where autocast is on, as products take them; float64 stays."""
+    dtype, tensors = autocast_dtype(x), [x, weight, *more]
+    if dtype is None or torch.float64 in (x.dtype, weight.dtype):
+        return tensors
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
 def may_read_values(tensor: Tensor) -> bool:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgen.kernels.maps import empty_map, result_size
-from fastgen.ops._implementation import is_plain, uses_triton
+from fastgen.kernels.masked_conv2d.cudnn import finish
+from fastgen.ops._implementation import autocast_dtype, is_plain, under_autocast, uses_triton
 from fastgen.ops._masked_conv2d_arguments import as_pairs, check, check_dtypes, check_float, known_pairs
 
 
@@ -109,15 +110,9 @@ def in_aten(
     x, weight, mask, bias, condition, residual, other, other_weight, stride, padding, dilation, activation, keep
 ) -> tuple[Tensor, Tensor]:
     """What the operator computes, written out in plain PyTorch with its own arguments, for what reads graphs."""
-    geometry = {"stride": stride, "padding": padding, "dilation": dilation}
-    pre = masked_conv2d_reference(x, weight, mask, bias, condition=condition, **geometry)
-    if other is not None:
-        pre = pre + F.conv2d(other, other_weight)
-    out = {"none": lambda: pre, "relu": pre.relu, "gated": lambda: gate(pre)}[activation]()
-    kept = {
-        "": lambda: x.new_empty(0), "valve": lambda: pre.chunk(2, 1)[1], "both": lambda: pre
-    }[keep]()  # fmt: skip
-    return out if residual is None else out + residual, kept
+    pre = masked_conv2d_reference(x, weight, mask, bias, stride=stride, padding=padding, dilation=dilation)
+    out, kept = finish(pre, activation, keep, condition, residual, other, other_weight)
+    return out, x.new_empty(0) if kept is None else kept
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -219,7 +214,8 @@ def fused(
     else:
         geometry = as_pairs(*geometry)
         _check(*tensors, geometry, activation)
-    train = torch.is_grad_enabled() and _one_requires_grad(tensors)
+    # Most often the map answers, which spares a generator.
+    train = torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors))
     keep = "both" if keep_pre else "valve" if train and activation == "gated" else ""
     if not plain:
         return _operator(*tensors, *map(list, geometry), activation, keep)
@@ -229,13 +225,6 @@ def fused(
     tensors = (x.contiguous(memory_format=torch.channels_last), *tensors[1:])
     results = _apply_without_dispatch(*tensors, geometry, activation, keep)
     return results if keep == "both" else (results, None)
-
-
-def _one_requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
-    for tensor in tensors:  # noqa: SIM110, `any` of a generator takes the host longer
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
 
 
 # --- the public function
@@ -293,40 +282,21 @@ def masked_conv2d(
     if not isinstance(x, Tensor):
         check_float("x", x)  # all else is checked once for each kind of call
     triton, cast, geometry = runs_triton(impl, x), autocast_dtype(x) is not None, (stride, padding, dilation)
-    if triton and not cast and x.dim() == 4:
-        return fused(x, weight, mask, bias, geometry, activation, condition=condition, residual=residual)[0]
-    geometry = as_pairs(*geometry)
-    check(x, weight, mask, bias, condition, residual, geometry, activation)
+    single = x.dim() == 3
+    if cast or single or not triton:
+        geometry = as_pairs(*geometry)
+        check(x, weight, mask, bias, condition, residual, geometry, activation)
     if cast:
         x, weight, bias, condition, residual = under_autocast(x, weight, bias, condition, residual)
     if not triton:
         check_dtypes(x, weight, bias, condition, residual)
-        options = dict(zip(("stride", "padding", "dilation"), geometry, strict=True))
-        return masked_conv2d_reference(
-            x, weight, mask, bias, activation=activation, condition=condition, residual=residual, **options
-        )
-    if x.dim() == 4:
-        return fused(x, weight, mask, bias, geometry, activation, condition=condition, residual=residual)[0]
-    addends = [None if addend is None else addend.unsqueeze(0) for addend in (condition, residual)]
-    batch = x.unsqueeze(0)
-    out = fused(batch, weight, mask, bias, geometry, activation, condition=addends[0], residual=addends[1])[0]
-    return out.squeeze(0)
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The autocast dtype of x's device where autocast is on."""
-    kind = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type  # whose string takes the host longer
-    # The question whether there is an autocast takes the host a microsecond.
-    known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
-    return torch.get_autocast_dtype(kind) if known and torch.is_autocast_enabled(kind) else None
-
-
-def under_autocast(x: Tensor, weight: Tensor, *more: Tensor | None) -> list[Any]:
-    """All in the autocast dtype where autocast is on, as `F.conv2d` takes them; float64 stays."""
-    dtype, tensors = autocast_dtype(x), [x, weight, *more]
-    if dtype is None or torch.float64 in (x.dtype, weight.dtype):
-        return tensors
-    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+        options: Any = dict(zip(("stride", "padding", "dilation"), geometry, strict=True))
+        options |= {"activation": activation, "condition": condition, "residual": residual}
+        return masked_conv2d_reference(x, weight, mask, bias, **options)
+    if single:
+        x, condition, residual = (None if t is None else t.unsqueeze(0) for t in (x, condition, residual))  # type: ignore
+    out = fused(x, weight, mask, bias, geometry, activation, condition=condition, residual=residual)[0]
+    return out.squeeze(0) if single else out
 
 
 def runs_triton(impl: str, x: Tensor) -> bool:

@@ -20,15 +20,15 @@ every weight, exactly zero where masked. All sums have a fixed order.
 import triton
 import triton.language as tl
 
+from fastgen.kernels.common import kernel, product
 from fastgen.kernels.masked_conv2d.forward import (
+    blocks_seen,
     columns_of,
     corner_of,
-    kernel,
     lies_in,
     picked,
     pixels_of,
     place_in,
-    product,
     seen_from,
 )
 
@@ -77,10 +77,10 @@ def masked_conv2d_activation_backward_kernel(
 def live_blocks(tile, N: tl.constexpr, K: tl.constexpr, taps, channels, rows, parts, group_rows, group_channels,
                 shown):  # fmt: skip
     """How many blocks of columns some row of the tile sees: all but those of later colours in the last tap."""
-    part, last = tile * N // rows, tl.minimum(tile * N + N, parts * rows) - 1
-    end = tl.where(last // rows == part, (last % rows // group_rows + shown) * group_channels, channels)
-    blocks = columns_of(channels, K) // K
-    return tl.maximum((taps - 1) * blocks + tl.minimum(columns_of(end, K) // K, blocks), 1)
+    last = tl.minimum(tile * N + N, parts * rows) - 1
+    last = tl.where(last // rows == tile * N // rows, last % rows, rows - 1)  # or that of the first half
+    seen = blocks_seen(last, K, channels, group_rows, group_channels, shown)
+    return tl.maximum((taps - 1) * (columns_of(channels, K) // K) + seen, 1)
 
 
 @triton.jit

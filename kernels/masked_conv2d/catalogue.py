@@ -11,45 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.kernels.catalogue_entry import Entry
-from fastgen.kernels.common import Launches
+from fastgen.kernels import catalogue_entry
+from fastgen.kernels.catalogue_entry import Kind
 from fastgen.kernels.masked_conv2d import config, launch
 
 CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.bool: "i1"}
 SAME = ((1, 1), (1, 1), (1, 1))
-SPILLS = {  # bytes a thread, by what follows "masked_conv2d_" in a kernel's name
-    "weight_kernel": {"sm_100": 40, "sm_120": 8},
-}
+SPILLS = {"masked_conv2d_weight_kernel": {"sm_100": 40, "sm_120": 8}}  # bytes a thread
 REASON = "with Triton 3.6.0, 3.7.1 or 3.9.0, in kernels that hold a tile of sums; of AMD no GPU was at hand"
-Kind = tuple[Any, tuple[tuple[str, Any], ...], tuple[tuple[str, Any], ...]]  # kernel, signature, constants and options
 
 
 @contextlib.contextmanager
 def noted(chip: str) -> Iterator[dict[Kind, None]]:
-    """Inside, launches are not made: what Triton would compile for them on this chip, each once."""
-    kinds: dict[Kind, None] = {}
-
-    def note(self: Any, *tensors: Any) -> None:
-        signature, constants = {}, dict(self.constants)
-        for name, value in zip(self.kernel.arg_names, tensors + self.arguments, strict=False):
-            if value is None:
-                constants[name] = value
-            elif isinstance(value, (int, float)):
-                signature[name] = "i32" if isinstance(value, int) else "fp32"
-            elif isinstance(value, Tensor):
-                signature[name] = f"*{TYPES[value.dtype]}"
-            else:
-                signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
-        kinds[self.kernel, tuple(signature.items()), tuple(constants.items())] = None
-
-    before = Launches.start, config.EMULATED, config.ALWAYS_KERNELS
-    Launches.start, config.EMULATED, config.ALWAYS_KERNELS = note, chip, True  # type: ignore
+    """`catalogue_entry.noted` of this chip, where the kernels run whatever the rule says."""
+    before = config.EMULATED, config.ALWAYS_KERNELS
+    config.EMULATED, config.ALWAYS_KERNELS = chip, True
     launch.forget()
     try:
-        yield kinds
+        with catalogue_entry.noted() as kinds:
+            yield kinds
     finally:
-        Launches.start, config.EMULATED, config.ALWAYS_KERNELS = before  # type: ignore
+        config.EMULATED, config.ALWAYS_KERNELS = before
         launch.forget()
 
 
@@ -62,7 +44,6 @@ def mask_of(outputs: int, channels: int) -> Tensor:
 
 def run_layer(
     dtype: torch.dtype, activation: str, channels: int, *, results: int = 128, batch: int = 128, adds: bool = False,
-    weights: torch.memory_format = torch.contiguous_format,
 ) -> None:  # fmt: skip
     """Forward and backward of a masked 3x3 layer on maps of 32x32; adds: to a gate a second map, and its sums are used;
     a residual where there is no activation."""
@@ -75,7 +56,7 @@ def run_layer(
     outputs = 2 * results if gated else results
     mask = mask_of(outputs, channels)
     x, result = feature_map(channels), feature_map(results)
-    weight = torch.empty(mask.shape, dtype=dtype, device="meta", memory_format=weights)
+    weight = torch.empty(mask.shape, dtype=dtype, device="meta")
     bias, condition = weight.new_empty(outputs), weight.new_empty(batch, outputs) if gated else None
     other = feature_map(256) if adds and gated else None
     other_weight = weight.new_empty(outputs, 256, 1, 1) if adds and gated else None
@@ -89,40 +70,29 @@ def run_layer(
     launch.backward(*given, SAME, keep or activation, wanted, plans)
 
 
-def run_layers() -> None:
-    for dtype in (torch.bfloat16, torch.float32):
-        run_layer(dtype, "gated", 128)
-        run_layer(dtype, "none", 128, adds=True)
-        run_layer(dtype, "none", 192, results=192, adds=True)
-    run_layer(torch.bfloat16, "gated", 128, adds=True)
-    run_layer(torch.bfloat16, "gated", 128, batch=2, weights=torch.channels_last)
-    run_layer(torch.bfloat16, "relu", 128)
-    run_layer(torch.float32, "relu", 3)
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        run_layer(torch.float32, "gated", 128)
+def launched(chip: str) -> dict[Kind, None]:
+    """What the layers of usual models launch."""
+    with noted(chip) as kinds:
+        for dtype in (torch.bfloat16, torch.float32):
+            run_layer(dtype, "gated", 128)
+            run_layer(dtype, "none", 128, adds=True)
+            run_layer(dtype, "none", 192, results=192, adds=True)
+        run_layer(torch.bfloat16, "gated", 128, adds=True)
+        run_layer(torch.bfloat16, "gated", 128, batch=2)
+        run_layer(torch.bfloat16, "relu", 128)
+        run_layer(torch.float32, "relu", 3)
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            run_layer(torch.float32, "gated", 128)
+    return kinds
 
 
-def entries() -> list[Entry]:
-    chips: dict[Kind, list[str]] = {}
-    for chip in CHIPS:
-        with noted(chip) as kinds:
-            run_layers()
-        for kind in kinds:
-            chips.setdefault(kind, []).append(chip)
-    made = []
-    for (kernel, signature, constants), on in chips.items():
-        fixed = dict(constants)
-        more: dict[str, Any] = {name: fixed.pop(name) for name in ("num_warps", "num_stages") if name in fixed}
-        types = dict(signature)
-        words = [str(value) for name, value in fixed.items() if name.isupper() and value != ""]
-        words += [f"no {name.split('_')[0]}" for name, value in fixed.items() if value is None]
-        matrix = fixed.get("PRECISION") == "tf32" or (fixed.get("PRECISION") == "ieee" and "bf16" in signature[0][1])
-        skips = {chip: "is launched otherwise there" for chip in CHIPS if chip not in on}
-        more |= {"requires": {"sm_90": "wgmma"} if matrix and "sm_90" in on else {}, "skips": skips}
-        spills = SPILLS.get(kernel.__name__.removeprefix("masked_conv2d_"))
-        more |= {"spills": spills, "reason": REASON} if spills else {}
-        made.append(Entry(kernel, " ".join((signature[0][1], *words)), types, fixed, **more))
-    return made
+def about(kind: Kind) -> dict[str, Any]:
+    kernel, signature, constants = kind
+    known, spills = dict(constants), SPILLS.get(kernel.__name__, {})
+    precision = known.get("PRECISION")
+    by_tensor_cores = precision == "tf32" or (precision == "ieee" and "bf16" in signature[0][1])
+    requires = {"sm_90": "wgmma" if known["num_warps"] % 4 == 0 else "mma.sync"} if by_tensor_cores else {}
+    return {"requires": requires, "spills": spills, "reason": REASON if spills else ""}
 
 
-CATALOGUE = entries()
+CATALOGUE = catalogue_entry.entries_of({chip: launched(chip) for chip in CHIPS}, about)

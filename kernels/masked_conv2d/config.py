@@ -52,7 +52,9 @@ class Layer:
     """
 
     direction: str
+    chip: str  # see `chip_of`
     dtype: torch.dtype
+    precision: str  # see `precision_of`
     rows: int  # channels written, of both halves with a gate
     channels: int  # channels read
     taps: int  # live ones
@@ -73,6 +75,16 @@ class Layer:
     def gathers(self) -> bool:
         """Whether a block of columns holds several taps: one tap of fewer channels does not fill the least of 16."""
         return self.channels < 16
+
+    @property
+    def scalar(self) -> bool:
+        """Whether no tensor core computes it."""
+        return self.precision == "ieee" and self.dtype == torch.float32
+
+    @property
+    def unit(self) -> int:
+        """Elements of 16 bytes."""
+        return 16 // self.dtype.itemsize
 
 
 @functools.cache
@@ -115,7 +127,7 @@ def side_of(channels: int, most: int) -> int:
     return half if half >= 64 and cdiv(channels, side) * side > 1.1 * cdiv(channels, half) * half else side
 
 
-def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
+def default_tile(layer: Layer) -> Tile:
     """128 pixels by 128 channels in 8 warps, less where there is less to do.
 
     - K: 128 bytes of each pixel (64 channels in half precision, 32 in float32), a cache line, and the swizzle that
@@ -124,33 +136,33 @@ def default_tile(chip: str, layer: Layer, precision: str) -> Tile:
     - 64 pixels in 4 warps where 128 would leave most of a hundred multiprocessors without a tile.
     - without tensor cores (float32 where TF32 is off): 64 x 64 in steps of 16, within the registers of 4 warps.
     - three stages: 96 KiB of shared memory, two programs on a Hopper multiprocessor. Two on AMD (64 KiB).
-    - of the weight's gradient: 128 bytes of each row of pixels.
+    - of the weight's gradient: 128 bytes of each row of pixels. In TF32 on Hopper 64 x 64 in 2 warps, too few for
+      wgmma, which wants pixels side by side: transposing takes shared memory 1.6 times as long as smaller tiles do.
     - the interpreter: tiny tiles, so that small tests have several.
     """
-    if chip == "interpreter":
-        return Tile(32, 16, 16, 4, 1, layer.tma and not layer.gathers)
-    stages = 3 if chip.startswith("sm_") else 2
-    wide = side_of(layer.rows, 128)
-    scalar = precision == "ieee" and layer.dtype == torch.float32
-    line = 128 // layer.dtype.itemsize
-    if layer.direction == "weight":
-        if scalar:
-            return Tile(16, min(wide, 64), 32, 4, 2)
-        if layer.gathers:  # whose addresses take registers
-            return Tile(line, min(wide, 64), 32, 4, stages)
+    weight, gathers, line = layer.direction == "weight", layer.gathers, 8 * layer.unit
+    if layer.chip == "interpreter":
+        return Tile(32, 16, 16, 4, 1, layer.tma and not gathers)
+    wide, stages = side_of(layer.rows, 128), 3 if layer.chip.startswith("sm_") else 2
+    if layer.scalar:
+        return Tile(16, min(wide, 64), 32, 4, 2) if weight else Tile(64, min(wide, 64), 16, 4, 2)
+    if weight and gathers:  # whose addresses take registers
+        return Tile(line, min(wide, 64), 32, 4, stages)
+    if weight:
         deep = side_of(layer.channels, 128)
+        if layer.chip == "sm_90" and layer.precision == "tf32":
+            small = Tile(line, min(wide, 64), min(deep, 64), 2, stages, True)
+            return small if layer.tma else Tile(line, min(wide, 32), deep, 4, stages)  # addresses take registers
         return Tile(line, wide, deep, 8 if wide * deep > 64 * 64 else 4, stages, layer.tma and deep >= 32)
-    if scalar:
-        return Tile(64, min(wide, 64), 16, 4, 2)
-    deep = min(max(next_power_of_2(layer.channels), 16), line)
-    if layer.gathers:
+    deep = side_of(layer.channels, line)
+    if gathers:
         deep = 16 if 0 < layer.taps * layer.channels % 32 <= 16 else 32
     if cdiv(layer.pixels, 128) * cdiv(layer.rows, wide) < 100 or wide < 32:
         return Tile(64, min(wide, 64), deep, 4, stages)
-    return Tile(128, wide, deep, 8 if wide > 64 else 4, stages, layer.tma and not layer.gathers and deep == line)
+    return Tile(128, wide, deep, 8 if wide > 64 else 4, stages, layer.tma and not gathers and deep == line)
 
 
-def rule(chip: str, layer: Layer, precision: str) -> str:
+def rule(layer: Layer) -> str:
     """Why cuDNN is expected to be faster than the kernels, "" where it is not; nothing here was measured on a GPU.
 
     Channels that are no multiple of 16 bytes: tiles are powers of two, and groups of odd sizes end inside of them. The
@@ -159,30 +171,29 @@ def rule(chip: str, layer: Layer, precision: str) -> str:
     inside of the map would have to be kept by all that lies between two convolutions, a scan and additions there. All
     other models visit 1.1 times at most (test_masked_conv2d_walk.py).
     """
+    weight, unit = layer.direction == "weight", layer.unit
     if layer.strided:
         return "the kernels have no strides"
     if layer.pixels == 0:
         return "there is nothing to compute"
-    if chip == "interpreter" or ALWAYS_KERNELS:
+    if layer.chip == "interpreter" or ALWAYS_KERNELS:
         return ""
-    if layer.dtype == torch.float32 and precision == "ieee":
+    if layer.scalar:
         return "float32 without TF32: cuDNN's own kernels keep the arithmetic units busier"
-    if layer.dtype == torch.float32 and layer.direction == "weight":
+    if layer.dtype == torch.float32 and weight:
         return "gradient of a float32 weight: TF32 products want its pixels side by side"
-    unit = 16 // layer.dtype.itemsize
-    if layer.channels >= 16 and (layer.channels % unit or (layer.direction == "weight" and layer.rows % unit)):
+    if layer.channels >= 16 and (layer.channels % unit or (weight and layer.rows % unit)):
         return f"{layer.channels} channels are no multiple of {unit}, so that loads are narrow"
     if layer.channels >= 16 and layer.taps >= 25 and 1.15 * layer.taps > layer.boxed:
         return f"{layer.taps} of {layer.boxed} taps are live: little is skipped"
     return ""
 
 
-def choose(x: torch.Tensor, layer: Layer) -> Choice:
-    """As measured for this GPU where it was, by the rule and the default otherwise. x: of the layer's device."""
-    chip, precision = chip_of(x.device), precision_of(x)
-    tile, why = default_tile(chip, layer, precision), rule(chip, layer, precision)
-    gpu = torch.cuda.get_device_name(x.device) if x.is_cuda else chip
-    known = None if chip == "interpreter" or layer.strided or not layer.pixels else measured(gpu).get(layer.key)
+def choose(device: torch.device, layer: Layer) -> Choice:
+    """As measured for this GPU where it was, by the rule and the default otherwise."""
+    tile, why = default_tile(layer), rule(layer)
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else layer.chip
+    known = None if layer.chip == "interpreter" or layer.strided or not layer.pixels else measured(gpu).get(layer.key)
     if known is not None:
         return known._replace(tile=known.tile._replace(tma=known.tile.tma and layer.tma))
     return Choice("cudnn" if why else "triton", tile, f"by rule, not measured{why and ': '}{why}")

@@ -18,29 +18,10 @@ Sizes do not specialize a kernel, so that few are compiled. Those that come in u
 16 bytes then: a compiler that knows this loads 16 bytes at a time.
 """
 
-import inspect
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from fastgen.kernels.common import tanh, tanh_near_0
-
-
-def kernel(function: Any) -> Any:
-    """`triton.jit`, which compiles once for all values of the numbers."""
-    arguments = inspect.signature(function).parameters.values()
-    sizes = [a.name for a in arguments if a.annotation is a.empty and not a.name.endswith(("ptr", "map"))]
-    return triton.jit(do_not_specialize=sizes)(function)
-
-
-@triton.jit
-def product(a, b, accumulator, PRECISION: tl.constexpr):
-    """The interpreter multiplies bfloat16 wrongly: the precision "float32" tells it to widen first."""
-    if PRECISION == "float32":
-        a, b = a.to(tl.float32), b.to(tl.float32)
-        return tl.dot(a, b, accumulator, input_precision="ieee")
-    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+from fastgen.kernels.common import kernel, product, tanh, tanh_near_0
 
 
 @triton.jit
@@ -50,10 +31,13 @@ def picked(values, index):
     return tl.gather(values.reshape(values.numel), index.reshape(index.numel), 0).reshape(index.shape)
 
 
+INPUTS = tl.constexpr(16)  # of a program that packs
+
+
 @kernel
 def masked_conv2d_pack_kernel(
-    weight_ptr,  # (outputs, inputs, size) contiguous, or channels-last
-    mask_ptr,  # bool (outputs, inputs, size) contiguous, or None
+    weight_ptr,  # (outputs, inputs, size)
+    mask_ptr,  # bool, as the weight, or None
     packed_ptr,  # (packed_rows, packed_columns * 16), written from column first_column * 16 on
     live_rows, packed_rows,  # live_rows: of a half
     columns, packed_columns, first_column,  # in sixteens; columns: to be filled
@@ -67,43 +51,30 @@ def masked_conv2d_pack_kernel(
     first_tap, box_width,
     corner, kernel_width,  # corner: of the box, in raster order of the kernel
     MIRRORED: tl.constexpr,  # a row of packed weights is an input, a column an output
-    CHANNELS_LAST: tl.constexpr,  # the weight
     UNIT: tl.constexpr,
-    LAG: tl.constexpr,  # elements of 16 bytes
-    FLAT: tl.constexpr,  # a power of two, INPUTS * size + 7 * LAG at least
+    FLAT: tl.constexpr,  # a power of two, INPUTS * size and seven times 16 bytes at least
     OUTPUTS: tl.constexpr,
-    INPUTS: tl.constexpr,
 ):  # fmt: skip
-    """A program loads what INPUTS inputs have in all taps, which lie side by side, and picks tap after tap of it. Of a
-    channels-last weight it loads tap after tap."""
+    """A program loads what INPUTS inputs have in all taps, which lie side by side, and picks tap after tap of it."""
     place = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)[:, None]
     start = tl.program_id(1) * INPUTS
     half, output = place // run % parts, place // (run * parts) * run + place % run
-    row_start = (half * outputs + output).to(tl.int64) * (image_pitch * UNIT)
     i = tl.arange(0, INPUTS)[None, :]
-    pitch, inputs = pitch * UNIT, image_pitch // size * UNIT
-    real = (output < outputs) & (start + i < inputs)
+    pitch = pitch * UNIT
     # 32 threads pick from eight rows (every other one, MIRRORED) or four: these begin at different banks.
+    LINE: tl.constexpr = 128 // packed_ptr.dtype.element_ty.primitive_bitwidth
     o = tl.arange(0, OUTPUTS)[:, None]
-    lag = o // 2 % 8 * LAG if MIRRORED else o % 4 * (2 * LAG)
-    if not CHANNELS_LAST:
-        flat = tl.arange(0, FLAT)[None, :] - lag
-        there = (output < outputs) & (flat >= 0) & (flat < INPUTS * size) & (start * size + flat < image_pitch * UNIT)
-        at = row_start + start * size + flat
-        values = tl.load(weight_ptr + at, mask=there, other=0.0)
-        if mask_ptr is not None:
-            values = tl.where(tl.load(mask_ptr + at, mask=there & (output < live_rows), other=1) != 0, values, 0.0)
+    lag = o // 2 % 8 * LINE if MIRRORED else o % 4 * (2 * LINE)
+    flat = tl.arange(0, FLAT)[None, :] - lag
+    there = (output < outputs) & (flat >= 0) & (flat < size * INPUTS) & (start * size + flat < image_pitch * UNIT)
+    at = (half * outputs + output).to(tl.int64) * (image_pitch * UNIT) + start * size + flat
+    values = tl.load(weight_ptr + at, mask=there, other=0.0)
+    if mask_ptr is not None:
+        values = tl.where(tl.load(mask_ptr + at, mask=there & (output < live_rows), other=1) != 0, values, 0.0)
     for tap in range(rounds):
         in_box = first_tap + tl.minimum(tap, taps - 1)
         tap_in_kernel = corner + in_box // box_width * kernel_width + in_box % box_width
-        if CHANNELS_LAST:
-            weight = weight_ptr + row_start + (tap_in_kernel * inputs + start + i)
-            taken = tl.load(weight, mask=real, other=0.0)
-            if mask_ptr is not None:
-                live = mask_ptr + row_start + ((start + i) * size + tap_in_kernel)
-                taken = tl.where(tl.load(live, mask=real & (output < live_rows), other=1) != 0, taken, 0.0)
-        else:
-            taken = picked(values, o * FLAT + lag + i * size + tap_in_kernel)
+        taken = picked(values, o * FLAT + lag + i * size + tap_in_kernel)
         taken = tl.where(tap < taps, taken, 0.0)
         row, column = (start + i, place) if MIRRORED else (place, start + i)
         inside = (row < packed_rows) & (column < pitch) & (tap * pitch + column < columns * 16)
@@ -159,6 +130,13 @@ def seen_from(tap, first_tap, box_width, origin_y, origin_x, tap_y, tap_x):
 
 
 @triton.jit
+def blocks_seen(row, K: tl.constexpr, channels, group_rows, group_channels, shown):
+    """The blocks of the last tap that a row (within its half) sees, and all rows before it, too."""
+    end = (row // group_rows + shown) * group_channels
+    return tl.minimum(columns_of(end, K), columns_of(channels, K)) // K
+
+
+@triton.jit
 def steps_of(tile, N: tl.constexpr, K: tl.constexpr, taps, channels, parts_read, rows, group_rows, group_channels,
              shown, mirrored):  # fmt: skip
     """(number of steps of a tile of N channels, number of blocks of the last tap that it leaves out in front).
@@ -166,14 +144,12 @@ def steps_of(tile, N: tl.constexpr, K: tl.constexpr, taps, channels, parts_read,
     In the last tap a colour sees only the groups of channels before it, so that the walk ends early. In the gradient of
     the input the later groups have seen it, in both halves of a gate: there the walk leaves out the first blocks.
     """
-    part_blocks = columns_of(channels, K) // K
-    blocks = part_blocks * parts_read
+    blocks = columns_of(channels, K) // K  # of a part
     start = tl.maximum(tile * N // group_channels + 1 - shown, 0) * group_rows
-    skipped = tl.where(mirrored != 0, tl.minimum(start // K, part_blocks), 0)
-    end = (tl.minimum(tile * N + N, rows) - 1) // group_rows + shown
-    seen = tl.minimum(columns_of(end * group_channels, K) // K, blocks)
-    seen = tl.where(mirrored != 0, parts_read * (part_blocks - skipped), seen)
-    return tl.maximum((taps - 1) * blocks + seen, 1), tl.minimum(skipped, part_blocks - 1)
+    skipped = tl.where(mirrored != 0, tl.minimum(start // K, blocks), 0)
+    seen = blocks_seen(tl.minimum(tile * N + N, rows) - 1, K, channels, group_rows, group_channels, shown)
+    seen = tl.where(mirrored != 0, blocks - skipped, seen)
+    return tl.maximum(((taps - 1) * blocks + seen) * parts_read, 1), tl.minimum(skipped, blocks - 1)
 
 
 @triton.jit

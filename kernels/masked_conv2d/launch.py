@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels.common import Launches, cdiv
-from fastgen.kernels.maps import empties, result_size
-from fastgen.kernels.masked_conv2d import check, products
+from fastgen.kernels.maps import channels_last, empties, result_size
+from fastgen.kernels.masked_conv2d import check
 from fastgen.kernels.masked_conv2d.backward import masked_conv2d_activation_backward_kernel
 from fastgen.kernels.masked_conv2d.config import precision_of
-from fastgen.kernels.masked_conv2d.products import Convolve, WeightGradient, Weights
-from fastgen.kernels.masked_conv2d.walk import Geometry, known_walk, read, reading_of, refuse_in_capture
+from fastgen.kernels.masked_conv2d.products import Convolve, WeightGradient, products_of, unit_of
+from fastgen.kernels.masked_conv2d.walk import known_reading, known_walk, read, refuse_in_capture
 
 MAX_PIXELS = 2**31 - 2**25  # pixels are counted in 32 bits, with room for the last blocks; offsets in 64
 PLANS = 4096  # kinds of calls that are kept; beyond, all are planned anew
@@ -30,14 +30,14 @@ PLANS = 4096  # kinds of calls that are kept; beyond, all are planned anew
 Pairs = tuple[tuple[int, int], ...]  # stride, padding, dilation
 Plans = dict[Any, Any]
 Tensors = tuple[Tensor | None, ...]
-Copies = list[tuple[int, Callable[[Tensor], Tensor]]]  # places of tensors that the kernels cannot read as they lie
+Reads = Sequence[Callable[[Tensor], Tensor]]
 _plans: Plans = {}
 
 
 def forget() -> None:
     """Drops all plans and all results of checks; for tests, and after a search."""
     _plans.clear()
-    check._trusted.clear()
+    check.trusted.clear()
 
 
 def dense(x: Tensor, order: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -50,14 +50,9 @@ def as_map(x: Tensor) -> Tensor:
     return dense(x, torch.channels_last)
 
 
-def as_weight(weight: Tensor) -> Tensor:
-    """Contiguous, or channels-last."""
-    last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-    return dense(weight, torch.channels_last if last else torch.contiguous_format)
-
-
-READ = (as_map, as_weight, dense, dense, dense, as_map, as_map, dense)  # how tensors must lie
-READ_BACKWARD = (as_map, as_map, as_map, as_weight, dense, as_map, as_map, as_map, dense)
+# How tensors must lie.
+READ = (as_map, dense, dense, dense, dense, as_map, as_map, dense)
+READ_BACKWARD = (as_map, as_map, as_map, dense, dense, as_map, as_map, as_map, dense)
 
 
 def kinds_of(tensors: Tensors) -> list[Any]:
@@ -65,13 +60,14 @@ def kinds_of(tensors: Tensors) -> list[Any]:
     return [t if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() % 16) for t in tensors]
 
 
-def laid_out(tensors: Any, copies: Copies) -> Any:
+def laid_out(tensors: Any, copies: list[tuple[int, Callable[[Tensor], Tensor]]]) -> Any:
+    """With copies of those tensors, by place, that the kernels cannot read as they lie."""
     for place, copy in copies:
         tensors = (*tensors[:place], copy(tensors[place]), *tensors[place + 1 :])
     return tensors
 
 
-def planned(plans: Plans, key: Any, tensors: Any, reads: Sequence[Callable[[Tensor], Tensor]], make: Any) -> Any:
+def planned(plans: Plans, key: Any, tensors: Any, reads: Reads, make: Callable[..., Any]) -> Any:
     """What `make` makes of tensors that lie as they must, kept for calls of this kind, with the copies they need."""
     x = tensors[0]
     refuse_in_capture(x, "chooses what runs the first time that it sees a shape, and cannot do so", "this shape")
@@ -96,9 +92,6 @@ def run(plan: Any, tensors: Any) -> Any:
     return plan.run(*tensors)
 
 
-# --- the result
-
-
 def forward(
     x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, condition: Tensor | None,
     residual: Tensor | None, other: Tensor | None, other_weight: Tensor | None,
@@ -116,93 +109,70 @@ def forward(
         ValueError: more than MAX_PIXELS pixels: split the batch.
     """
     tensors: Any = (x, weight, mask, bias, condition, residual, other, other_weight)
-    parts = 2 if activation == "gated" else 1
-    reading = mask if mask is None else reading_of(mask)
-    if reading is None and mask is not None:
-        if check_all is not None:
-            check_all(*tensors, geometry, activation)
-        reading = read(mask)
     kinds = kinds_of((x, weight, bias, condition, residual, other, other_weight))
-    key = (reading, geometry, activation, keep, precision_of(x), *kinds)
+    key = (known_reading(mask), geometry, activation, keep, precision_of(x), *kinds)
     plan = _plans.get(key)
     if plan is None:
         if check_all is not None:
             check_all(*tensors, geometry, activation)
-        walk = known_walk(mask, weight.shape, parts)
-
-        def make(x: Tensor, weight: Tensor, *rest: Tensor | None) -> Any:
-            height, width = result_size(x, weight, geometry)
-            if x.shape[0] * max(height * width, x.shape[2] * x.shape[3]) > MAX_PIXELS:
-                raise ValueError(f"x has more than {MAX_PIXELS} pixels, {tuple(x.shape)}: split the batch")
-            size, weights = (weight.shape[0] // parts, height, width), Weights.of(weight, walk, geometry)
-            whole = partial(Convolve, weights=weights, size=size, activation=activation, keep=keep)
-            return check.tried(whole, x, weight, *rest)
-
-        plan = planned(_plans, key, tensors, READ, make)
+        key = (read(mask), *key[1:])
+        plan = _plans.get(key)
+    if plan is None:
+        walk = known_walk(mask, weight.shape, 2 if activation == "gated" else 1, geometry)
+        height, width = result_size(x, weight, geometry)
+        if x.shape[0] * max(height * width, x.shape[2] * x.shape[3]) > MAX_PIXELS:
+            raise ValueError(f"x has more than {MAX_PIXELS} pixels, {tuple(x.shape)}: split the batch")
+        size = weight.shape[0] // walk.parts, height, width
+        whole = partial(Convolve, walk=walk, size=size, activation=activation, keep=keep)
+        plan = planned(_plans, key, tensors, READ, partial(check.tried, whole))
     out, kept = run(plan, tensors)
     return out, kept, plan.gradients
-
-
-# --- the gradients
-
-
-class Nothing:
-    """In the place of a product that is not wanted."""
-
-    def run(self, *tensors: Tensor | None) -> tuple[None, None]:
-        return None, None
 
 
 class Backward:
     """The gradients of one kind of call: a pass through the activation, or none, and the products for what is wanted.
     Constructed with the tensors of the first."""
 
-    def __init__(
-        self, grad, grad_pre, x, weight, mask, out, kept, other, other_weight, *, walk, geometry, saved, wanted
-    ) -> None:
+    def __init__(self, grad, grad_pre, x, weight, mask, out, kept, other, other_weight, *, walk, saved, wanted) -> None:
         wants_x, wants_weight, self.wants_bias, self.wants_condition, wants_other, wants_other_weight = wanted
         batch, rows, height, width = grad.shape
         self.passes, sums = None, grad
         if saved != "none":
-            self.new_sums = empties(grad, products.channels_last(batch, walk.parts * rows, height, width))
-            sums = self.new_sums()
-            unit, pixels, (high, wide) = (
-                products.unit_of(grad, rows),
-                batch * height * width,
-                (32, 64) if rows > 32 else (128, 16),
-            )
+            self.new_sums = empties(grad, channels_last(batch, walk.parts * rows, height, width))
+            sums, unit, pixels = self.new_sums(), unit_of(grad, rows), batch * height * width
+            high, wide = (32, 64) if rows > 32 else (128, 16)
             self.passes = Launches(
                 masked_conv2d_activation_backward_kernel, (cdiv(pixels, high), cdiv(rows, wide)),
                 (pixels, rows // unit), SAVED=saved, UNIT=unit, PIXELS=high, ROWS=wide,
             )  # fmt: skip
 
-        def product(wants: bool, kind: Any, *tensors: Any, **options: Any) -> Any:
-            return check.tried(partial(kind, **options), *tensors) if wants else Nothing()
+        def pair(x: Tensor, weight: Tensor, walk: Any, wants_x: bool, wants_weight: bool, adds_up: bool) -> list[Any]:
+            """The products for the gradients of a map and of a weight."""
+            of_weight = partial(WeightGradient, walk=walk, adds_up=adds_up), (sums, x, weight, mask)
+            of_x = partial(Convolve, walk=walk, size=x.shape[1:], mirrored=True), (sums, weight, mask)
+            makes = ((wants_x, *of_x), (wants_weight, *of_weight))
+            return [check.tried(make, *tensors) if wanted else None for wanted, make, tensors in makes]
 
-        weights = {"weights": Weights.of(weight, walk, geometry)}
-        self.weight = product(wants_weight, WeightGradient, sums, x, weight, mask, **weights, adds_up=self.wants_bias)
-        self.x = product(wants_x, Convolve, sums, weight, mask, **weights, size=x.shape[1:], mirrored=True)
-        self.other = self.other_weight = Nothing()
+        self.x, self.weight = pair(x, weight, walk, wants_x, wants_weight, self.wants_bias)
+        self.other = self.other_weight = None
         if other is not None:
-            weights, size = {"weights": Weights.pointwise(other_weight, walk.parts)}, other.shape[1:]
-            self.other = product(wants_other, Convolve, sums, other_weight, mask, **weights, size=size, mirrored=True)
-            self.other_weight = product(
-                wants_other_weight, WeightGradient, sums, other, other_weight, mask, **weights, adds_up=False
-            )
+            pointwise = known_walk(None, other_weight.shape, walk.parts)
+            wants = wants_other, wants_other_weight, False
+            self.other, self.other_weight = pair(other, other_weight, pointwise, *wants)
 
     def run(self, grad, grad_pre, x, weight, mask, out, kept, other, other_weight) -> list[Tensor | None]:
         sums = grad
         if self.passes is not None:
             sums = self.new_sums()
             self.passes.start(grad, grad_pre, out, kept, sums)
-        of_weight, of_bias = self.weight.run(sums, x, weight, mask)
+        of_weight, of_bias = (None, None) if self.weight is None else self.weight.run(sums, x, weight, mask)
         return [
-            self.x.run(sums, weight, mask)[0],
+            self.x and self.x.run(sums, weight, mask)[0],
             of_weight,
             sums.sum((0, 2, 3)) if self.wants_bias and of_bias is None else of_bias,
             sums.sum((2, 3)) if self.wants_condition else None,
-            self.other.run(sums, other_weight, mask)[0],
-            self.other_weight.run(sums, other, other_weight, mask)[0],
+            self.other and self.other.run(sums, other_weight, mask)[0],
+            self.other_weight and self.other_weight.run(sums, other, other_weight, mask)[0],
         ]
 
 
@@ -221,29 +191,22 @@ def backward(
         assert grad_pre is not None, "autograd asks for no gradient of nothing"
         grad, grad_pre, saved = grad_pre, None, "none"
     tensors: Any = (grad, grad_pre, x, weight, mask, out, kept, other, other_weight)
-    parts = 2 if saved in ("valve", "both") else 1
     # What was saved may come back with other strides: hooks on saved tensors copy it.
     key: Any = (saved, wanted, precision_of(x), *[t if t is None else (t.stride(), t.data_ptr() % 16) for t in tensors])
     if plans is None:
-        reading = mask if mask is None else read(mask)
-        plans, key = _plans, (key, geometry, reading, *kinds_of((grad, grad_pre, x, weight, other, other_weight)))
+        plans, key = _plans, (key, geometry, read(mask), *kinds_of((grad, grad_pre, x, weight, other, other_weight)))
     plan = plans.get(key)
     if plan is None:
-        walk = known_walk(mask, weight.shape, parts)
-        make = partial(Backward, walk=walk, geometry=geometry, saved=saved, wanted=wanted)
-        plan = planned(plans, key, tensors, READ_BACKWARD, make)
+        walk = known_walk(mask, weight.shape, 2 if saved in ("valve", "both") else 1, geometry)
+        plan = planned(plans, key, tensors, READ_BACKWARD, partial(Backward, walk=walk, saved=saved, wanted=wanted))
     return run(plan, tensors)
 
 
-def explain(x: Tensor, weight: Tensor, mask: Tensor | None, geometry: Geometry, activation: str) -> str:
+def explain(x: Tensor, weight: Tensor, mask: Tensor | None, geometry: Pairs, activation: str) -> str:
     """A line a product of a layer: what will run and why."""
     names = {"out": "result", "in": "gradient of the input", "weight": "gradient of the weight"}
     lines = []
-    planned = products.products_of(as_map(x), as_weight(weight), mask, geometry, activation, "")
-    for direction, (make, tensors) in planned.items():
-        product = make(*tensors)
-        provider, tile, why = product.choice
-        if provider == "triton" and check._trusted.get(check.key_of(product, x)) is False:
-            provider, why = "cudnn", check.FAILED
+    for direction, (make, tensors) in products_of(as_map(x), dense(weight), mask, geometry, activation).items():
+        provider, tile, why = check.tried(make, *tensors).choice
         lines.append(f"{names[direction]}: {f'triton, {tile}' if provider == 'triton' else 'cuDNN'} ({why})")
     return "\n".join(lines)

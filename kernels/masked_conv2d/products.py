@@ -1,14 +1,13 @@
 """The products of a masked convolution, each ready to be run for tensors of one kind: `Convolve` for the result and the
 gradient of the input, `WeightGradient`.
 
-All that depends on shapes and dtypes alone is found once, in the constructors; a call allocates its results and
-launches. Sizes reach the kernels as plain integers, so that nothing lies on the device between calls. Maps are
-channels-last and dense, and all tensors lie at multiples of 16 bytes.
+All that depends on shapes and dtypes alone is found once, in the constructors, from the tensors of a first call; a call
+allocates its results and launches. Sizes reach the kernels as plain integers, so that nothing lies on the device
+between calls. Maps are channels-last and dense, weights contiguous, and all lie at multiples of 16 bytes.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,41 +15,22 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels.common import Launches, cdiv, next_power_of_2
-from fastgen.kernels.maps import Layout, empties, result_size
+from fastgen.kernels.maps import Layout, boxes, channels_last, dense, empties, result_size
 from fastgen.kernels.masked_conv2d import cudnn
 from fastgen.kernels.masked_conv2d.backward import BIASES, masked_conv2d_sum_kernel, masked_conv2d_weight_kernel
 from fastgen.kernels.masked_conv2d.config import Choice, Layer, Tile, chip_of, choose, has_tma, precision_of
-from fastgen.kernels.masked_conv2d.forward import masked_conv2d_kernel, masked_conv2d_pack_kernel
-from fastgen.kernels.masked_conv2d.walk import Geometry, Walk, known_walk
+from fastgen.kernels.masked_conv2d.forward import INPUTS, masked_conv2d_kernel, masked_conv2d_pack_kernel
+from fastgen.kernels.masked_conv2d.walk import Walk, known_walk
 
 # Shares of the pixels are cut so that about as many programs run, two on each multiprocessor of a Hopper: every share
 # is written and read again, which with more would be more than the maps for few images. A constant: sums do not depend
 # on the chip.
 PROGRAMS = 256
 RUN = 8  # rows of a half of a gate that lie side by side in packed weights, see forward.py
-POINTWISE = Geometry((1, 1), (0, 0), (1, 1))
+
+Made = tuple[Callable[..., Any], tuple[Any, ...]]  # what makes a product, and its tensors
 
 # --- how tensors lie in memory
-
-
-def dense(*size: int) -> Layout:
-    return size, tuple(math.prod(size[axis + 1 :]) for axis in range(len(size)))
-
-
-def channels_last(batch: int, channels: int, height: int, width: int) -> Layout:
-    return (batch, channels, height, width), (height * width * channels, 1, width * channels, channels)
-
-
-def boxes(like: Tensor, size: Sequence[int], block: Sequence[int]) -> Callable[[Tensor], Any]:
-    """Makes tensor descriptors, in blocks, of dense tensors with the dtype of `like`. Only their base differs: what is
-    common is their class's, as Triton's constructor takes the host ten times as long."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    def init(self: Any, base: Tensor) -> None:
-        self.base = base
-
-    whole = TensorDescriptor(like, list(size), list(dense(*size)[1]), list(block))
-    return type("Boxes", (TensorDescriptor,), {**vars(whole), "base": None, "__init__": init})
 
 
 def box_of(pixels: int, batch: int, height: int, width: int) -> tuple[int, int, int]:
@@ -79,150 +59,143 @@ def unit_of(x: Tensor, *counts: int) -> int:
 # --- products
 
 
-@dataclass(frozen=True)
-class Weights:
-    """A weight (O, I, kh, kw) as a product sees it: all but its values."""
+def packing(
+    walk: Walk, layout: Layout, dtype: torch.dtype, *, columns: int, first: int = 0, pitch: int, runs: tuple[int, int],
+    mirrored: bool = False,
+) -> Launches:  # fmt: skip
+    """Packs a weight into `columns` columns of a packed tensor from the first on, `pitch` for each tap.
 
-    shape: torch.Size
-    walk: Walk
-    geometry: Geometry
-    masked: bool = True  # where False, the mask of a call is another weight's
-    channels_last: bool = False  # as it lies in memory; else contiguous
-
-    @classmethod
-    def of(cls, weight: Tensor, walk: Walk, geometry: Any) -> "Weights":
-        return cls(weight.shape, walk, Geometry(*geometry), channels_last=not weight.is_contiguous())
-
-    @classmethod
-    def pointwise(cls, weight: Tensor, parts: int) -> "Weights":
-        """Of a 1x1 convolution without a mask."""
-        return cls(weight.shape, known_walk(None, weight.shape, parts), POINTWISE, masked=False)
-
-    @property
-    def size(self) -> int:
-        return self.shape[2] * self.shape[3]
-
-    def layer(self, direction: str, maps: Sequence[Tensor], rows: int, pixels: int, gated: bool, *counts: int) -> Layer:
-        """maps: those that the product reads, of which the first has the layer's channels. counts: of channels, of
-        what else descriptors would address."""
-        x, walk = maps[0], self.walk
-        tma = has_tma(chip_of(x.device)) and unit_of(x, *counts, *(read.shape[1] for read in maps)) > 1
-        strided = self.geometry.stride != (1, 1)
-        return Layer(direction, x.dtype, rows, x.shape[1], walk.live, walk.boxed, pixels, gated, tma, strided)
-
-    def cropped(self, weight: Tensor, mask: Tensor | None) -> cudnn.Cropped:
-        return cudnn.Cropped(weight, mask if self.masked else None, self.walk, self.geometry)
-
-    def packing(
-        self, layout: Layout, dtype: torch.dtype, *, columns: int, first: int, pitch: int, runs: tuple[int, int],
-        mirrored: bool,
-    ) -> Launches:  # fmt: skip
-        """Packs the weight into `columns` columns of a packed tensor from the first on, `pitch` for each tap.
-
-        runs: how many rows of a half of a gate lie side by side, and the number of halves.
-        """
-        (packed_rows, packed_columns), (outputs, inputs), walk = layout[0], self.shape[:2], self.walk
-        unit, row = 16 // dtype.itemsize, inputs if self.channels_last else inputs * self.size
-        unit = 1 if row % unit or pitch % unit else unit
-        rows, half, flat = 16 if unit > 1 else 4, outputs // runs[1], 16
-        if not self.channels_last:
-            # One value for most sizes, so that few kernels are compiled. First layers of models, whose kernels are
-            # large, have no unit.
-            flat = max(256 if unit > 1 else 1024, next_power_of_2(16 * self.size + 112 // dtype.itemsize))
-        arguments = (
-            half if self.masked else 0, packed_rows, columns // 16, packed_columns // 16, first // 16, pitch // unit,
-            half, inputs * self.size // unit, *runs, self.size, walk.taps, cdiv(columns, pitch), walk.first, walk.width,
-            walk.box[0] * self.shape[3] + walk.box[2], self.shape[3],
-        )  # fmt: skip
-        places = (pitch, packed_rows) if mirrored else (packed_rows, pitch)
-        return Launches(
-            masked_conv2d_pack_kernel, (cdiv(places[0], rows), cdiv(places[1], 16)), arguments, MIRRORED=mirrored,
-            CHANNELS_LAST=self.channels_last, UNIT=unit, LAG=16 // dtype.itemsize, FLAT=flat, OUTPUTS=rows, INPUTS=16,
-        )  # fmt: skip
+    runs: how many rows of a half of a gate lie side by side, and the number of halves.
+    """
+    (packed_rows, packed_columns), (outputs, inputs, height, width) = layout[0], walk.shape
+    line, size, half = 16 // dtype.itemsize, height * width, outputs // runs[1]
+    unit = 1 if inputs * size % line or pitch % line else line
+    rows = 16 if unit > 1 else 4
+    # One value for most sizes, so that few kernels are compiled. First layers of models, whose kernels are large, have
+    # no unit.
+    flat = max(256 if unit > 1 else 1024, next_power_of_2(INPUTS.value * size + 7 * line))
+    arguments = (
+        half if walk.masked else 0, packed_rows, columns // 16, packed_columns // 16, first // 16, pitch // unit, half,
+        inputs * size // unit, *runs, size, walk.taps, cdiv(columns, pitch), walk.first, walk.width,
+        walk.box[0] * width + walk.box[2], width,
+    )  # fmt: skip
+    places = (pitch, packed_rows) if mirrored else (packed_rows, pitch)
+    grid = cdiv(places[0], rows), cdiv(places[1], INPUTS.value)
+    return Launches(masked_conv2d_pack_kernel, grid, arguments, MIRRORED=mirrored, UNIT=unit, FLAT=flat, OUTPUTS=rows)
 
 
-class Convolve:
-    """activation(conv(x, weight) + conv1x1(other) + biases), plus a residual where there is no activation; with
-    `mirrored` the gradient of the input.
-
-    Constructed with the tensors of a first call; results are channels-last. `choice` instead of what is chosen.
+class Product:
+    """What products have in common: a layer, and what was chosen for it.
 
     Attributes:
-        size: (B, C, H, W) of the result.
-        keep: what is kept for the backward, see backward.py; "" for nothing.
+        maps, kernels: of its tensors those that have the batch, and those that are weights.
         terms: how many products are added up for a result.
+        main: its launches beside packing and adding shares.
+    """
+
+    maps: tuple[int, ...]
+    kernels: tuple[int, ...] = ()
+    terms: int
+    main: Launches
+
+    def __init__(
+        self, direction: str, walk: Walk, choice: Choice | None, reads: Sequence[Tensor], rows: int, pixels: int,
+        gated: bool = False, counts: tuple[int, ...] = (),
+    ) -> None:  # fmt: skip
+        """reads: maps, of which the first has the layer's channels. counts: of channels, of what else descriptors would
+        address. choice: instead of what is chosen."""
+        x = reads[0]
+        chip, strided = chip_of(x.device), walk.geometry.stride != (1, 1)
+        tma = has_tma(chip) and unit_of(x, *counts, *(read.shape[1] for read in reads)) > 1
+        kind = direction, chip, x.dtype, precision_of(x), rows, x.shape[1], walk.live, walk.boxed, pixels
+        self.walk, self.layer = walk, Layer(*kind, gated=gated, tma=tma, strided=strided)
+        self.choice = choice or choose(x.device, self.layer)
+        self.by_kernels = self.choice.provider == "triton"
+
+    def columns(self, channels: int, parts: int = 1) -> tuple[int, int]:
+        """(columns of a tap, columns of all): whole blocks of each part of the channels, or of all taps together."""
+        deep = self.choice.tile.K
+        pitch = channels if self.layer.gathers else parts * cdiv(channels, deep) * deep
+        return pitch, cdiv(self.walk.taps * pitch, deep) * deep
+
+    def launches(self, kernel: Any, grid: tuple[int, ...], arguments: Any, box: Any, **constants: Any) -> Launches:
+        """Of the main kernel, in the tile that was chosen."""
+        tile, layer = self.choice.tile, self.layer
+        return Launches(
+            kernel, grid, arguments, GATHER=layer.gathers, PRECISION=layer.precision, IMAGES=box[0], HEIGHT=box[1],
+            WIDTH=box[2], N=tile.N, K=tile.K, num_warps=tile.num_warps, num_stages=tile.num_stages, **constants,
+        )  # fmt: skip
+
+
+class Convolve(Product):
+    """activation(conv(x, weight) + conv1x1(other) + biases), plus a residual where there is no activation; with
+    `mirrored` the gradient of the input. Results are channels-last.
+
+    size: (C, H, W) of the result. keep: what is kept for the backward, see backward.py; "" for nothing.
+
+    Attributes:
         gradients: plans of the gradients of calls of this kind, see launch.py.
     """
 
-    maps = (0, 4, 5, 6)  # of its tensors those that have the batch
-    kernels = (1, 7)
+    maps, kernels = (0, 4, 5, 6), (1, 7)
 
     def __init__(
-        self, x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None = None,
-        condition: Tensor | None = None, residual: Tensor | None = None, other: Tensor | None = None,
-        other_weight: Tensor | None = None, *, weights: Weights, size: Sequence[int], mirrored: bool = False,
-        activation: str = "none", keep: str = "", choice: Choice | None = None,
+        self, x, weight, mask, bias=None, condition=None, residual=None, other=None, other_weight=None, *, walk: Walk,
+        size: Sequence[int], mirrored: bool = False, activation: str = "none", keep: str = "",
+        choice: Choice | None = None,
     ) -> None:  # fmt: skip
         batch, rows, height, width = self.size = (x.shape[0], *size)
-        walk, gated = weights.walk, activation == "gated"
+        gated = activation == "gated"
         parts = walk.parts if mirrored else 1  # of the channels read
         channels, others = x.shape[1] // parts, 0 if other is None else other.shape[1]
-        read = [x] if other is None else [x, other]
-        all_rows = 2 * rows if gated else rows
-        direction, pixels = "in" if mirrored else "out", batch * height * width
-        self.layer = layer = weights.layer(direction, read, all_rows, pixels, gated, rows, channels)
-        self.weights, self.mirrored, self.activation, self.keep = weights, mirrored, activation, keep
+        reads, pixels = [x] if other is None else [x, other], batch * height * width
+        direction, counts = "in" if mirrored else "out", (rows, channels)
+        super().__init__(direction, walk, choice, reads, 2 * rows if gated else rows, pixels, gated, counts)
+        self.mirrored, self.activation, self.keep = mirrored, activation, keep
         self.terms, self.gradients = walk.taps * x.shape[1] + others, {}  # type: tuple[int, dict[Any, Any]]
         self.new_out = empties(x, channels_last(*self.size))
-        self.new_kept = empties(x, channels_last(batch, 2 * rows if keep == "both" else rows, height, width))
-        self.choice = choice = choice or choose(x, layer)
-        if choice.provider != "triton":
+        kept_halves = 2 if keep == "both" else 1
+        self.new_kept = empties(x, channels_last(batch, kept_halves * rows, height, width))
+        if not self.by_kernels:
             return
-        tile = choice.tile
+        tile, gathers = self.choice.tile, self.layer.gathers
+        if gathers:  # all that is read is one part
+            channels, parts = x.shape[1], 1
+        pitch, columns = self.columns(channels, parts)
         written = tile.N // 2 if gated else tile.N  # channels of a tile
-        row_tiles = cdiv(rows, written)
-        if layer.gathers:  # all that is read is one part
-            pitch, channels, parts = x.shape[1], x.shape[1], 1
-        else:
-            pitch = parts * cdiv(channels, tile.K) * tile.K
-        columns = cdiv(walk.taps * pitch, tile.K) * tile.K
-        packed_columns = columns + cdiv(others, tile.K) * tile.K
-        packed = dense(row_tiles * tile.N, packed_columns)
+        row_tiles, rest = cdiv(rows, written), cdiv(others, tile.K) * tile.K
+        packed = dense(row_tiles * tile.N, columns + rest)
         self.new_packed = empties(x, packed)
         runs = (pitch // parts, parts) if mirrored else (RUN, 2 if gated else 1)
-        pack = partial(Weights.packing, layout=packed, dtype=x.dtype, runs=runs, mirrored=mirrored)
-        self.pack, self.pack_other = pack(weights, columns=columns, first=0, pitch=pitch), None
-        if other_weight is not None:
-            pointwise, rest = Weights.pointwise(other_weight, walk.parts), packed_columns - columns
-            self.pack_other = pack(pointwise, columns=rest, first=columns, pitch=rest)
-        unit, out_unit = 1 if layer.gathers else unit_of(x, channels, others), unit_of(x, rows)
+        self.pack = packing(walk, packed, x.dtype, columns=columns, pitch=pitch, runs=runs, mirrored=mirrored)
+        self.pack_other = None
+        if other is not None:
+            pointwise = known_walk(None, other_weight.shape, walk.parts)
+            self.pack_other = packing(pointwise, packed, x.dtype, columns=rest, first=columns, pitch=rest, runs=runs)
+        unit, out_unit = 1 if gathers else unit_of(x, channels, others), unit_of(x, rows)
         box, across, down, blocks = blocks_of(tile, batch, height, width)
         arguments = (
             0 if bias is None else rows, 0 if residual is None else rows // out_unit,
             0.0 if activation == "relu" else -math.inf, int(mirrored), batch, height, width, *x.shape[2:], across, down,
-            *walk.arguments(weights.geometry, mirrored), channels // unit, parts, rows // out_unit, others // unit,
+            *walk.arguments(mirrored), channels // unit, parts, rows // out_unit, others // unit,
         )  # fmt: skip
-        self.product = Launches(
-            masked_conv2d_kernel, (blocks * row_tiles,), arguments, GATHER=layer.gathers, UNIT=unit, OUT_UNIT=out_unit,
-            GATED=gated, KEEP=keep, FAST=x.dtype == torch.bfloat16 and chip_of(x.device).startswith("sm_"),
-            PRECISION=precision_of(x), IMAGES=box[0], HEIGHT=box[1], WIDTH=box[2], N=tile.N, K=tile.K,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        self.main = self.launches(
+            masked_conv2d_kernel, (blocks * row_tiles,), arguments, box, UNIT=unit, OUT_UNIT=out_unit, GATED=gated,
+            KEEP=keep, FAST=x.dtype == torch.bfloat16 and self.layer.chip.startswith("sm_"),
         )  # fmt: skip
         self.boxes: tuple[Any, ...] = ()
         if tile.tma:
             sizes, block = (batch, height, width), (*box, tile.K)
-            of_x = boxes(x, (batch, *x.shape[2:], x.shape[1]), block)
-            of_packed = boxes(x, packed[0], (tile.N, tile.K))
-            of_other = boxes(x, (*sizes, others), block) if others else None
-            of_out, of_kept = (boxes(x, (*sizes, n, rows), (*box, 1, written)) for n in (1, 2 if keep == "both" else 1))
-            self.boxes = (of_x, of_packed, of_other, of_out, of_kept)
+            self.boxes = (
+                boxes(x, (batch, *x.shape[2:], x.shape[1]), block), boxes(x, packed[0], (tile.N, tile.K)),
+                boxes(x, (*sizes, others), block) if others else None,
+                *(boxes(x, (*sizes, halves, rows), (*box, 1, written)) for halves in (1, kept_halves)),
+            )  # fmt: skip
 
     def run(
-        self, x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None = None,
-        condition: Tensor | None = None, residual: Tensor | None = None, other: Tensor | None = None,
-        other_weight: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        if self.choice.provider != "triton":
+        self, x, weight, mask, bias=None, condition=None, residual=None, other=None, other_weight=None
+    ) -> tuple[Tensor, Tensor | None]:
+        if not self.by_kernels:
             return self.by_cudnn(x, weight, mask, bias, condition, residual, other, other_weight)
         packed = self.new_packed()
         self.pack.start(weight, mask, packed)
@@ -234,10 +207,10 @@ class Convolve:
         residual = x if residual is None and self.activation != "gated" else residual
         bias = x if bias is None else bias
         if not self.boxes:
-            self.product.start(x, packed, other, bias, condition, residual, out, kept)
+            self.main.start(x, packed, other, bias, condition, residual, out, kept)
             return out, kept
         of_x, of_packed, of_other, of_out, of_kept = self.boxes
-        self.product.start(
+        self.main.start(
             of_x(x), of_packed(packed), None if other is None else of_other(other), bias, condition, residual,
             of_out(out), None if kept is None else of_kept(kept),
         )  # fmt: skip
@@ -245,91 +218,80 @@ class Convolve:
 
     def by_cudnn(self, x: Tensor, weight: Tensor, mask: Tensor | None, *added: Tensor | None) -> Any:
         """The sums by cuDNN, what follows them by PyTorch."""
-        cropped = self.weights.cropped(weight, mask)
         if self.mirrored:
-            return cudnn.input_gradient(x, self.size, cropped), None
-        return cudnn.forward(x, cropped, self.activation, self.keep, *added)
+            return cudnn.input_gradient(x, weight, mask, self.walk, self.size), None
+        return cudnn.forward(x, weight, mask, self.walk, self.activation, self.keep, *added)
 
 
-class WeightGradient:
+class WeightGradient(Product):
     """The gradients of the weight and, where `adds_up`, of the bias (O,), from that of the sums."""
 
     maps = (0, 1)
-    kernels = ()
 
     def __init__(
-        self, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None, *, weights: Weights, adds_up: bool,
+        self, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None, *, walk: Walk, adds_up: bool,
         choice: Choice | None = None,
     ) -> None:  # fmt: skip
-        walk = weights.walk
         batch, all_rows, height, width = grad.shape
-        pixels, channels = batch * height * width, x.shape[1]
-        self.layer = layer = weights.layer("weight", [x, grad], all_rows, pixels, False)
-        self.weights, self.terms, self.adds_up = weights, pixels, adds_up
-        self.choice = choice = choice or choose(x, layer)
-        if choice.provider != "triton":
+        self.adds_up, self.terms = adds_up, batch * height * width
+        super().__init__("weight", walk, choice, [x, grad], all_rows, self.terms)
+        if not self.by_kernels:
             return
-        tile = choice.tile
-        pitch = channels if layer.gathers else cdiv(channels, tile.K) * tile.K
-        columns = cdiv(walk.taps * pitch, tile.K) * tile.K
+        tile, channels, rows = self.choice.tile, x.shape[1], all_rows // walk.parts
+        pitch, columns = self.columns(channels)
         pairs = cdiv(all_rows, tile.N) * (columns // tile.K)
         box, across, down, blocks = blocks_of(tile, batch, height, width)
         # 512 pixels a share at least: what a share of 128 x 128 sums writes is then half of what it loads.
-        steps = cdiv(blocks, max(1, min(PROGRAMS // pairs, pixels // 512)))
+        steps = cdiv(blocks, max(1, min(PROGRAMS // pairs, self.terms // 512)))
         self.shares = shares = cdiv(blocks, steps)
-        self.new_out, self.new_bias = empties(x, dense(*weights.shape)), empties(x, dense(all_rows))
+        self.new_out, self.new_bias = empties(x, dense(*walk.shape)), empties(x, dense(all_rows))
         self.new_partial = empties(x, dense(shares, all_rows, columns + BIASES.value), torch.float32)
-        rows = all_rows // walk.parts
-        unit, grad_unit = 1 if layer.gathers else unit_of(x, channels), unit_of(grad, rows)
+        unit, grad_unit = 1 if self.layer.gathers else unit_of(x, channels), unit_of(grad, rows)
         arguments = (
             int(adds_up), batch, height, width, *x.shape[2:], across, down, steps, channels // unit, rows // grad_unit,
-            walk.parts, *walk.arguments(weights.geometry, False),
+            walk.parts, *walk.arguments(False),
         )  # fmt: skip
-        self.product = Launches(
-            masked_conv2d_weight_kernel, (pairs, shares), arguments, GATHER=layer.gathers, UNIT=unit,
-            GRAD_UNIT=grad_unit, PRECISION=precision_of(x), IMAGES=box[0], HEIGHT=box[1], WIDTH=box[2], N=tile.N,
-            K=tile.K, num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
+        kernel, grid = masked_conv2d_weight_kernel, (pairs, shares)
+        self.main = self.launches(kernel, grid, arguments, box, UNIT=unit, GRAD_UNIT=grad_unit)
         self.boxes = tile.tma and [
             boxes(x, (batch, *t.shape[2:], t.shape[1]), (*box, side)) for t, side in ((grad, tile.N), (x, tile.K))
         ]
-        size, flat = weights.size, max(256, next_power_of_2(weights.size))
+        size = walk.shape[2] * walk.shape[3]
+        flat = max(256, next_power_of_2(size))
         inputs = flat // size  # of a program
         inputs = inputs // 8 * 8 or inputs
-        sum_arguments = (
-            all_rows if weights.masked else 0, shares, all_rows, columns // 16,
+        arguments = (
+            all_rows if walk.masked else 0, shares, all_rows, columns // 16,
             min(columns // tile.K, BIASES.value) if adds_up else 0, channels * size, pitch, inputs, size,
-            walk.taps, walk.first, walk.width, walk.box[0], walk.box[2], weights.shape[3],
+            walk.taps, walk.first, walk.width, walk.box[0], walk.box[2], walk.shape[3],
         )  # fmt: skip
         grid = (cdiv(all_rows, 8), cdiv(channels, inputs))
-        self.sum = Launches(masked_conv2d_sum_kernel, grid, sum_arguments, FLAT=flat, OUTPUTS=8)
+        self.sum = Launches(masked_conv2d_sum_kernel, grid, arguments, FLAT=flat, OUTPUTS=8)
 
     def run(self, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if self.choice.provider != "triton":
+        if not self.by_kernels:
             return self.by_cudnn(grad, x, weight, mask)
         out, bias, shares = self.new_out(), self.new_bias() if self.adds_up else None, self.new_partial()
         read = (self.boxes[0](grad), self.boxes[1](x)) if self.boxes else (grad, x)
-        self.product.start(*read, shares)
+        self.main.start(*read, shares)
         self.sum.start(shares, mask, out, out if bias is None else bias)
         return out, bias
 
     def by_cudnn(self, grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        gradient = cudnn.weight_gradient(grad, x, weight, self.weights.cropped(weight, mask))
+        gradient = cudnn.weight_gradient(grad, x, weight, mask, self.walk)
         return gradient, grad.sum((0, 2, 3)) if self.adds_up else None
 
 
 def products_of(
-    x: Tensor, weight: Tensor, mask: Tensor | None, geometry: Geometry, activation: str, keep: str
-) -> dict[str, tuple[Any, tuple[Tensor | None, ...]]]:
-    """By `Layer.direction`: what makes each product of a layer, and its tensors. The gradient of the sums is not
-    initialized."""
-    walk = known_walk(mask, weight.shape, 2 if activation == "gated" else 1)
-    weights = Weights.of(weight, walk, geometry)
+    x: Tensor, weight: Tensor, mask: Tensor | None, geometry: Any, activation: str, keep: str = ""
+) -> dict[str, Made]:
+    """The products of a layer by `Layer.direction`. The gradient of the sums is not initialized."""
+    walk = known_walk(mask, weight.shape, 2 if activation == "gated" else 1, geometry)
     size = result_size(x, weight, geometry)
     grad = x.new_empty_strided(*channels_last(x.shape[0], weight.shape[0], *size))
-    made: Any = {"weights": weights, "size": (weight.shape[0] // walk.parts, *size)}
+    out = partial(Convolve, size=(weight.shape[0] // walk.parts, *size), activation=activation, keep=keep)
     return {
-        "out": (partial(Convolve, **made, activation=activation, keep=keep), (x, weight, mask)),
-        "in": (partial(Convolve, weights=weights, size=x.shape[1:], mirrored=True), (grad, weight, mask)),
-        "weight": (partial(WeightGradient, weights=weights, adds_up=True), (grad, x, weight, mask)),
+        "out": (partial(out, walk=walk), (x, weight, mask)),
+        "in": (partial(Convolve, walk=walk, size=x.shape[1:], mirrored=True), (grad, weight, mask)),
+        "weight": (partial(WeightGradient, walk=walk, adds_up=True), (grad, x, weight, mask)),
     }

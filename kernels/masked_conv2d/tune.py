@@ -5,8 +5,7 @@
 
 For each layer and each of its three products (the result, the gradient of the input, that of the weight) every
 candidate first has to give the right numbers (check.py), twice the same, on this very device. The fastest that does is
-saved with its time and cuDNN's; where cuDNN is faster, "auto" uses it from then on. Rows go to the folder FASTGEN_TUNED
-(default ~/.cache/fastgen/masked_conv2d).
+saved with its time and cuDNN's, see config.py; where cuDNN is faster, "auto" uses it from then on.
 """
 
 import argparse
@@ -24,13 +23,11 @@ from torch import Tensor
 
 from fastgen.kernels.masked_conv2d import config
 from fastgen.kernels.masked_conv2d.check import is_right
-from fastgen.kernels.masked_conv2d.config import Choice, Layer, Tile, chip_of, default_tile
+from fastgen.kernels.masked_conv2d.config import Choice, Layer, Tile, default_tile, side_of
 from fastgen.kernels.masked_conv2d.launch import forget
-from fastgen.kernels.masked_conv2d.products import products_of
-from fastgen.kernels.masked_conv2d.walk import Geometry
+from fastgen.kernels.masked_conv2d.products import Made, products_of
 
 DIRECTIONS = ("out", "in", "weight")
-Product = tuple[Callable[..., Any], tuple[Tensor | None, ...]]  # what makes one of the products, and its tensors
 
 
 class Problem(NamedTuple):
@@ -44,21 +41,22 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     gated: bool
 
-    def product(self, direction: str, device: torch.device) -> Product:
+    def product(self, direction: str, device: torch.device) -> Made:
         """On random numbers."""
         generator = torch.Generator(device).manual_seed(0)
 
-        def feature_map(channels: int) -> Tensor:
-            values = torch.randn(self.batch, self.size, self.size, channels, generator=generator, device=device)
-            return values.permute(0, 3, 1, 2).to(self.dtype)
+        def random(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, device=device)
 
-        shape = torch.Size((self.outputs, self.channels, self.kernel, self.kernel))
-        live = torch.arange(self.kernel**2, device=device) <= self.kernel**2 // 2
-        mask = live.view(self.kernel, self.kernel).expand(shape).contiguous()
-        weight = torch.randn(shape, generator=generator, device=device) / (self.channels * self.kernel**2 / 2) ** 0.5
-        geometry = Geometry((1, 1), (self.kernel // 2, self.kernel // 2), (1, 1))
-        x, finish = feature_map(self.channels), ("gated", "valve") if self.gated else ("none", "")
-        make, tensors = products_of(x, weight.to(self.dtype), mask, geometry, *finish)[direction]
+        def feature_map(channels: int) -> Tensor:
+            return random(self.batch, self.size, self.size, channels).permute(0, 3, 1, 2).to(self.dtype)
+
+        side, taps = self.kernel, self.kernel**2
+        mask = (torch.arange(taps, device=device) <= taps // 2).view(side, side)
+        mask = mask.expand(self.outputs, self.channels, -1, -1).contiguous()
+        weight = (random(*mask.shape) / (self.channels * taps / 2) ** 0.5).to(self.dtype)
+        geometry, finish = ((1, 1), (side // 2, side // 2), (1, 1)), ("gated", "valve") if self.gated else ("none",)
+        make, tensors = products_of(feature_map(self.channels), weight, mask, geometry, *finish)[direction]
         return make, tensors if direction == "out" else (feature_map(self.outputs), *tensors[1:])
 
 
@@ -73,13 +71,14 @@ def usual_problems() -> list[Problem]:
     ]
 
 
-def candidates(chip: str, layer: Layer, precision: str) -> list[Tile]:
+def candidates(layer: Layer) -> list[Tile]:
     """What the search tries, eight at most: the default, smaller and larger ones, by descriptors and without."""
-    base = default_tile(chip, layer, precision)
+    base = default_tile(layer)
     tiles = [base, base._replace(tma=False), base._replace(num_stages=base.num_stages + 1)]
     tiles += [base._replace(M=64, N=min(base.N, 64), num_warps=4), base._replace(M=64, num_warps=4)]
     if layer.direction == "weight":
         tiles += [base._replace(M=2 * base.M), base._replace(K=max(base.K // 2, 16), num_warps=4)]
+        tiles += [base._replace(N=side_of(layer.rows, 128), K=side_of(layer.channels, 128), num_warps=8)]
     else:
         tiles += [base._replace(M=256, num_stages=max(base.num_stages - 1, 2))]
     return list(dict.fromkeys(tiles))
@@ -90,7 +89,7 @@ def milliseconds(call: Callable[[], Any]) -> float:
     return triton.testing.do_bench(call, warmup=5, rep=50, return_mode="median")
 
 
-def search(product: Product, tiles: list[Tile]) -> dict[str, Any]:
+def search(product: Made, tiles: list[Tile]) -> dict[str, Any]:
     """The row of a table: the fastest of the right ones, and the time of cuDNN, which is taken where none is right."""
     make, tensors = product
 
@@ -102,14 +101,13 @@ def search(product: Product, tiles: list[Tile]) -> dict[str, Any]:
     best = min(right, key=lambda tile: right[tile], default=tiles[0])
     times |= {"triton": right[best]} if right else {}
     provider = min(times, key=lambda name: times[name])
-    return {"provider": provider, "tile": best, "ms": times, "refused": len(tiles) - len(right)}
+    return {"provider": provider, "tile": best._asdict(), "ms": times, "refused": len(tiles) - len(right)}
 
 
 def save(gpu: str, layers: dict[str, Any], versions: dict[str, str]) -> Path:
     """Adds rows to this machine's table of the GPU; a reader sees the old file or the new one, never a part."""
     path = config.own_table(gpu)
-    rows = json.loads(path.read_text())["layers"] if path.exists() else {}
-    rows |= {key: {**row, "tile": row["tile"]._asdict()} for key, row in layers.items()}
+    rows = (json.loads(path.read_text())["layers"] if path.exists() else {}) | layers
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.with_suffix(f".{os.getpid()}.tmp")
     whole.write_text(json.dumps({"gpu": gpu, **versions, "layers": dict(sorted(rows.items()))}, indent=1))
@@ -131,16 +129,14 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     gpu = torch.cuda.get_device_name(device)
     versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": str(torch.version.cuda)}
-    layer: Any = options.layer and (*options.layer, getattr(torch, options.dtype), options.gated)
-    for problem in [Problem._make(layer)] if layer else usual_problems():
-        rows = {}
-        for direction in DIRECTIONS:
-            make, tensors = problem.product(direction, device)
-            layer, read = make(*tensors).layer, tensors[0]
-            assert read is not None
-            tiles = candidates(chip_of(device), layer, config.precision_of(read))
-            rows[layer.key] = search((make, tensors), tiles)
-        save(gpu, rows, versions)
+    problems = usual_problems()
+    if options.layer:
+        problems = [Problem._make((*options.layer, getattr(torch, options.dtype), options.gated))]
+    for problem in problems:
+        products = [problem.product(direction, device) for direction in DIRECTIONS]
+        layers = [make(*tensors).layer for make, tensors in products]
+        rows = [search(product, candidates(layer)) for product, layer in zip(products, layers, strict=True)]
+        save(gpu, {layer.key: row for layer, row in zip(layers, rows, strict=True)}, versions)
     forget()
     print(config.describe(gpu))
     return 0

@@ -6,6 +6,7 @@ zero weights are multiplied. Of the last tap a colour sees a prefix of the chann
 tile of rows (output channels) walks through as many of them as its last row sees.
 """
 
+import functools
 import weakref
 from typing import Any, NamedTuple
 
@@ -16,23 +17,27 @@ from torch import Tensor
 class Geometry(NamedTuple):
     """Of a convolution, (height, width) each."""
 
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
 
 
 class Walk(NamedTuple):
-    """What is known of a mask (O, I, kh, kw).
+    """What is known of a weight (O, I, kh, kw): all but its values.
 
     Attributes:
+        shape, masked: of the weight, and whether it has a mask.
+        parts: 2 where the rows are the two halves of a gate.
         box: (top, bottom, left, right) around the live taps.
         first, taps: the first visited tap of the box in raster order, and how many (one at least).
         live: number of live taps, 0 where all is masked.
         group_rows, group_channels, shown: row n of the last tap sees no channel from
             (n // group_rows + shown) * group_channels on; rows counted within each of `parts`.
-        parts: 2 where the rows are the two halves of a gate.
     """
 
+    shape: torch.Size
+    masked: bool
+    parts: int
     box: tuple[int, int, int, int]
     first: int
     taps: int
@@ -40,7 +45,7 @@ class Walk(NamedTuple):
     group_rows: int
     group_channels: int
     shown: int
-    parts: int
+    geometry: Geometry = Geometry()
 
     @property
     def width(self) -> int:
@@ -51,37 +56,36 @@ class Walk(NamedTuple):
         """Taps of the box."""
         return (self.box[1] - self.box[0]) * self.width
 
-    def arguments(self, geometry: Geometry, mirrored: bool) -> tuple[int, ...]:
+    def arguments(self, mirrored: bool) -> tuple[int, ...]:
         """The kernels' arguments from `taps` to `shown`; mirrored: for the gradient of the input."""
-        sign = -1 if mirrored else 1
-        origins = (sign * (self.box[2 * a] * geometry.dilation[a] - geometry.padding[a]) for a in range(2))
-        steps = (sign * step for step in geometry.dilation)
-        return (self.taps, self.first, self.width, *origins, *steps, *self[4:7])
+        sign, (_, padding, dilation) = -1 if mirrored else 1, self.geometry
+        origins = (sign * (self.box[2 * axis] * dilation[axis] - padding[axis]) for axis in range(2))
+        steps = (sign * step for step in dilation)
+        groups = self.group_rows, self.group_channels, self.shown
+        return (self.taps, self.first, self.width, *origins, *steps, *groups)
 
 
-def walk_of(live: Tensor, parts: int) -> Walk:
-    """What is known of a mask (O, I, kh, kw) on the CPU."""
+def walk_of(live: Tensor, parts: int, masked: bool = True) -> Walk:
+    """What is known of a weight by its mask (O, I, kh, kw) on the CPU."""
     rows, channels = live.shape[0] // parts, live.shape[1]
     occupied = live.any(0).any(0)
     if not occupied.any():
-        return Walk((0, 1, 0, 1), 0, 1, 0, rows, channels, 1, parts)
+        return Walk(live.shape, masked, parts, (0, 1, 0, 1), 0, 1, 0, rows, channels, 1)
     sides = [occupied.any(1 - axis).nonzero().flatten().tolist() for axis in range(2)]
     box = (sides[0][0], sides[0][-1] + 1, sides[1][0], sides[1][-1] + 1)
     taps = occupied[box[0] : box[1], box[2] : box[3]].flatten().nonzero().flatten().tolist()
     first, last = taps[0], taps[-1]
     width = box[3] - box[2]
     seen = live[:, :, box[0] + last // width, box[2] + last % width].unflatten(0, (parts, rows)).any(0)
-    groups_seen = (rows, channels, 1)
-    fewest = rows * channels
-    for groups in (2, 3, 4):
-        if rows % groups or channels % groups:
-            continue
-        for shown in (0, 1):
-            limit = (torch.arange(groups) + shown) * (channels // groups)
-            allowed = torch.arange(channels) < limit.repeat_interleave(rows // groups)[:, None]
-            if not (seen & ~allowed).any() and int(allowed.sum()) < fewest:
-                groups_seen, fewest = (rows // groups, channels // groups, shown), int(allowed.sum())
-    return Walk(box, first, last - first + 1, len(taps), *groups_seen, parts)
+    ends = (seen * torch.arange(1, channels + 1)).amax(1)  # what a row sees lies before
+
+    def limits(groups: tuple[int, int, int]) -> Tensor:
+        return ((torch.arange(rows) // groups[0] + groups[2]) * groups[1]).clamp(max=channels)
+
+    several = [n for n in (2, 3, 4) if rows % n == channels % n == 0]
+    options = [(rows, channels, 1), *((rows // n, channels // n, shown) for n in several for shown in (0, 1))]
+    groups = min((g for g in options if (ends <= limits(g)).all()), key=lambda g: int(limits(g).sum()))
+    return Walk(live.shape, masked, parts, box, first, last - first + 1, len(taps), *groups)
 
 
 class Reading:
@@ -91,48 +95,52 @@ class Reading:
         self.walks = {parts: walk_of(live, parts) for parts in (1, 2) if live.shape[0] % parts == 0}
 
 
+UNREAD = object()
 _readings: weakref.WeakValueDictionary[Any, Reading] = weakref.WeakValueDictionary()
 _known: dict[int, tuple[Any, int | None, int, Reading]] = {}  # by id: the mask (weak), its version, its address
-_all_live: dict[tuple[int, ...], Walk] = {}
 
 
-def reading_of(mask: Tensor) -> Reading | None:
-    """What was read of a mask; None if it never was, or was written to since. A write by way of `.data` into the same
-    memory is not noticed."""
+def known_reading(mask: Tensor | None) -> Any:
+    """What was read of a mask, None of no mask; UNREAD if it never was, or was written to since. A write by way of
+    `.data` into the same memory is not noticed."""
+    if mask is None:
+        return None
     known = _known.get(id(mask))
     if known is None:
-        return None
+        return UNREAD
     of, version, address, reading = known
     same = of() is mask and mask.data_ptr() == address and (version is None or mask._version == version)
-    return reading if same else None
+    return reading if same else UNREAD
 
 
-def read(mask: Tensor) -> Reading:
-    """What a mask shows. Waits until the GPU has sent it, unless it was read before.
+def read(mask: Tensor | None) -> Any:
+    """What a mask shows, None of no mask. Waits until the GPU has sent it, unless it was read before.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, and the mask was not read before.
     """
-    reading = reading_of(mask)
-    if reading is None:
+    reading = known_reading(mask)
+    if reading is UNREAD:
+        assert mask is not None
         refuse_in_capture(mask, "reads a mask once, the first time that it sees it, and cannot do so", "the same mask")
         reading = Reading(mask.detach().cpu())
         address = mask.data_ptr()
-        kind = (*reading.walks.values(), mask.shape, mask.stride(), mask.dtype, mask.get_device(), address % 16)
+        kind = (*reading.walks.values(), mask.stride(), mask.dtype, mask.get_device(), address % 16)
         reading = _readings.setdefault(kind, reading)
         place, version = id(mask), None if mask.is_inference() else mask._version
         _known[place] = (weakref.ref(mask, lambda _: _known.pop(place, None)), version, address, reading)
     return reading
 
 
-def known_walk(mask: Tensor | None, shape: torch.Size, parts: int) -> Walk:
+@functools.lru_cache(4096)
+def all_live(shape: torch.Size, parts: int) -> Walk:
+    return walk_of(torch.ones(shape, dtype=torch.bool), parts, masked=False)
+
+
+def known_walk(mask: Tensor | None, shape: torch.Size, parts: int, geometry: Any = ()) -> Walk:
     """The walk of a mask; None: all of `shape` (O, I, kh, kw) is live. Raises as `read`."""
-    if mask is not None:
-        return read(mask).walks[parts]
-    walk = _all_live.get((*shape, parts))
-    if walk is None:
-        walk = _all_live[(*shape, parts)] = walk_of(torch.ones(shape, dtype=torch.bool), parts)
-    return walk
+    walk = all_live(shape, parts) if mask is None else read(mask).walks[parts]
+    return walk._replace(geometry=Geometry(*geometry))
 
 
 def refuse_in_capture(x: Tensor, what: str, how: str) -> None:

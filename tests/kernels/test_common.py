@@ -135,6 +135,29 @@ def test_hooks_are_called(mocked):
     assert mocked.launches[2][4] == (runtime.launch_enter_hook, runtime.launch_exit_hook)
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_launches_in_which_only_the_tensors_differ(hooked, mocked):
+    """Call what `launch` calls, also where a hook comes later."""
+    _, kernel = fresh()
+    x, y = torch.zeros(64), torch.zeros(64)
+    numbers, constants = (0.5, 48, 1, 5), {"BLOCK": 16, "ABSENT": None}
+    launches = common.Launches(kernel, (2, 5), numbers, **constants)
+    launches(x, x)
+    enter, hook = triton.knobs.runtime.launch_enter_hook, lambda metadata: None
+    for one, other in ((x, y), (y, x)):
+        mocked.launches.clear()
+        if hooked:
+            enter.add(hook)
+        try:
+            common.launch(kernel, (2, 5), (one, other, *numbers), constants)
+            launches(one, other)
+        finally:
+            enter.remove(hook)
+        expected, found = mocked.launches
+        assert expected[:5] == found[:5] and (found[3] is not None) == hooked
+        assert all(a is b or a == b for a, b in zip(expected[5], found[5], strict=True))
+
+
 @pytest.mark.parametrize("case", ["unknown Triton", "hook of the kernel", "bool"])
 def test_what_is_not_known_is_launched_as_ever(mocked, monkeypatch, case):
     _, kernel = fresh()
@@ -186,7 +209,11 @@ def test_the_device_of_the_tensors_is_current(mocked, monkeypatch):
     for index in (1, 1, 0, 1):
         x = on(index)
         common.launch(kernel, (1,), (None, x, 0.5, 3, 3, 3), {"BLOCK": 16, "ABSENT": None})
-    assert [call[1] for call in mocked.launches] == [101, 101, 100, 101] and entered == [1, 1, 1] and current == [0]
+    launches = common.Launches(kernel, (1,), (0.5, 3, 3, 3), BLOCK=16, ABSENT=None)
+    for _ in range(3):
+        launches(None, on(1))
+    assert [call[1] for call in mocked.launches] == [101, 101, 100, 101, 101, 101, 101]
+    assert entered == [1] * 6 and current == [0]
 
 
 def test_sizes():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastgen.kernels.masked_conv2d import launch, products
+from fastgen.kernels.masked_conv2d import launch
 from fastgen.kernels.masked_conv2d.products import WeightGradient
 from fastgen.ops import causal_mask, masked_conv2d
 from fastgen.ops.masked_conv2d import fused
@@ -88,9 +88,9 @@ def test_gradients_equal_the_definition(saved, size, geometry, passes):
 def test_shares_of_many_pixels_are_added(saved, device):
     """1040 pixels: two shares of the weight, the last of them shorter."""
     x, weight, mask, _ = problem("B", 52, 3, 16, 4, 5, (1, 1), torch.float32, device)
-    weights = launch.Weights.of(weight, launch.known_walk(mask, weight.shape, 1), products.POINTWISE)
+    walk = launch.known_walk(mask, weight.shape, 1)
     grad = torch.randn(52, 16, 4, 5, device=device).contiguous(memory_format=torch.channels_last)
-    assert WeightGradient(grad, x, weight, mask, weights=weights, adds_up=True).shares == 2
+    assert WeightGradient(grad, x, weight, mask, walk=walk, adds_up=True).shares == 2
     check(*run(saved, batch=52, inputs=3))
 
 

@@ -25,7 +25,7 @@ def counted(direction, dtype, tma):
 
     make, tensors = tune.Problem(BATCH, CHANNELS, OUTPUTS, 3, SIDE, dtype, True).product(direction, torch.device("cpu"))
     layer = replace(make(*tensors).layer, pixels=64 * 32 * 32)
-    tile = default_tile(config.EMULATED, layer, config.precision_of(tensors[0]))
+    tile = default_tile(layer)
     product = make(*tensors, choice=Choice("triton", tile if tma else tile._replace(tma=False), "a test"))
     with ptxemu.counting() as found:
         product.run(*tensors)
@@ -56,13 +56,15 @@ def test_little_more_is_moved_than_the_tiling_needs(dtype, direction, tma):
     with torch.backends.cudnn.flags(allow_tf32=True):
         product, found = counted(direction, dtype, tma)
     ratio = found.moved / needed(product, direction)
-    conflicts = [place for place, access in found.places.items() if access.wavefronts > access.passes]
+    # Of TF32 on Hopper a descriptor lays rows so that two of the four that a product reads at once share banks.
+    most = (
+        2 if config.EMULATED == "sm_90" and product.layer.precision == "tf32" and direction == "weight" and tma else 1
+    )
+    conflicts = [place for place, access in found.places.items() if access.wavefronts > most * access.passes]
     print(f"moved {ratio:.3f}, loads {found.loads.efficiency:.3f}, bank conflicts in {conflicts}")
     assert 0.9 <= ratio <= 1.2
     assert found.loads.efficiency >= 0.95
     if direction == "out":
         assert 32 * found.classes["special"] <= 2 * PIXELS * OUTPUTS // 2, "special functions of the gate"
-    # Triton's sum over the pixels for the bias, once a program, is not the product. A TF32 product of Hopper wants
-    # pixels side by side, so that a tile is transposed on its way.
-    transposes = config.EMULATED == "sm_90" and dtype == torch.float32 and direction == "weight"
-    assert transposes or all("standard.py" in place for place in conflicts)
+    # Triton's sum over the pixels for the bias, once a program, is not the product.
+    assert all("standard.py" in place for place in conflicts)

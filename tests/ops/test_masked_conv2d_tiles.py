@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastgen.kernels.masked_conv2d import check, tune
-from fastgen.kernels.masked_conv2d.config import Choice, chip_of, default_tile, precision_of
+from fastgen.kernels.masked_conv2d.config import Choice, chip_of, default_tile
 
 pytestmark = pytest.mark.usefixtures("full_memory", "kernels_wherever_they_can")
 CASES = {"bfloat16": (torch.bfloat16, False), "float16": (torch.float16, False), "tf32": (torch.float32, True),
@@ -35,7 +35,7 @@ def test_defaults_give_the_right_numbers(arithmetic, channels, outputs, gated, d
         make, tensors = problem.product(direction, place)
         layer = make(*tensors).layer
         # As of a full-size layer: the number of pixels decides the size of the tile.
-        tile = default_tile(chip_of(place), replace(layer, pixels=64 * 32 * 32), precision_of(tensors[0]))
+        tile = default_tile(replace(layer, pixels=64 * 32 * 32))
         for one in dict.fromkeys((tile._replace(tma=layer.tma and tile.tma), tile._replace(tma=False))):
             product = make(*tensors, choice=Choice("triton", one, "a test"))
             error = check.error_of(product, check.results(product.run(*tensors)), tensors)

@@ -192,19 +192,6 @@ def test_offsets_beyond_32_bits_in_the_weight(dim):
     check(found, gradients(lambda x, w, b: truth(x, w, mask, b), (x, weight, bias)), torch.float16)
 
 
-@pytest.mark.parametrize("kind", ["B-rgb", "random"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_weight_that_lies_channels_last(dtype, kind, device):
-    """In units of 16 bytes; few and odd channels: `test_any_strides`. No copy is made of it."""
-    x, weight, mask, bias = problem(kind, 2, 24, 24, 5, 4, dtype=dtype, device=device)
-    moved = strided(weight.detach(), "channels_last").requires_grad_()
-    options = {"padding": 1, "activation": "gated"}
-    expected = gradients(lambda x, w, b: truth(x, w, mask, b, **options), (x, moved, bias))
-    found = gradients(lambda x, w, b: masked_conv2d(x, w, mask, b, impl="triton", **options), (x, moved, bias))
-    check(found, expected, dtype)
-    assert launch.as_weight(moved) is moved and all(plan.weights.channels_last for plan in launch._plans.values())
-
-
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (1, 3, 1, 1), (2, 17, 1, 4), (1, 1, 2, 2)], ids=str)
 def test_empty_and_size_one(shape, activation, device):
