@@ -71,8 +71,8 @@ def accelerate(
         verify: when a forward pass of the model over the finished batch verifies the images of an engine, which adds
             up in another order than the model. "always": at least once per batch, and again until no draw differs,
             which guarantees the images of "naive". "auto": only if an error of 1.5 times the largest seen so far could
-            have changed a draw, and for the first batch of each size; `explain` states this measured margin. "never": no
-            pass. "auto" makes no pass either in half precision, where two passes of the model itself may differ, or
+            have changed a draw, and for the first batch of each size; `explain` states this measured margin. "never":
+            no pass. "auto" makes no pass either in half precision, where two passes of the model itself may differ, or
             for real values, which differ in their last bits anyway: `explain` then states 1.5 times the largest
             difference seen, for real values in their own units.
 
