@@ -25,7 +25,7 @@ from fastgen.kernels.common import cdiv, launch, next_power_of_2
 from fastgen.kernels.maps import empty_in_order, order_of
 from fastgen.kernels.vae.addresses import begin_of, masks_of, offsets, places_of
 from fastgen.kernels.vae.entries import entry
-from fastgen.kernels.vae.gaussian import exp_of_half, expm1_minus, limited, normal_of_counter, twice_kl
+from fastgen.kernels.vae.gaussian import exp_of_half, expm1_and_excess, limited, normal_of_counter
 from fastgen.kernels.vae.layout import TILE, as_rows, tiles_of
 
 MAX_FLOAT = tl.constexpr(3.4028234663852886e38)
@@ -76,14 +76,17 @@ def reparameterize_kl_forward_kernel(
         else:
             at_eps = offsets(at, row, place, outer, within, ahead, inner, eps_strides, ALIGNED, DIVIDED, OUT)
             eps = tl.load(eps_ptr + at_eps, inside, other=0.0).to(tl.float32)
-        clipped, below = limited(v)
+        clipped, linear = limited(v)
         scale = exp_of_half(clipped)
         z = m + scale * eps
         tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), inside)
-        kl = 0.5 * twice_kl(m, below, expm1_minus(clipped, scale))
+        _, excess = expm1_and_excess(clipped, linear, scale)
+        kl = 0.5 * (excess + m * m)
         if BOUNDED:
             kl = tl.maximum(kl, free_bits, propagate_nan=tl.PropagateNan.ALL)
-        total += tl.where(own, kl, 0.0)
+        if BOUNDED or ALIGNED > 0:  # else it is 0 where nothing is read
+            kl = tl.where(own, kl, 0.0)
+        total += kl
     part = tl.sum(tl.reshape(total, (ROWS, OUT * IN)), axis=1)
     part = tl.where(part > MAX_FLOAT, MAX_FLOAT, part)
     tl.store(kl_ptr + row_1d * tl.num_programs(1) + tl.program_id(1), part, row_1d < rows)
@@ -154,7 +157,7 @@ def reparameterize_kl_backward_kernel(
         at_logvar = offsets(at, row, place, outer, within, ahead, inner, logvar_strides, ALIGNED, DIVIDED, OUT)
         m = tl.load(mu_ptr + at_mu, inside, other=0.0).to(tl.float32)
         v = tl.load(logvar_ptr + at_logvar, inside, other=0.0).to(tl.float32)
-        clipped, below = limited(v)
+        clipped, linear = limited(v)
         scale = exp_of_half(clipped)
         grad_mu = tl.zeros((ROWS, OUT, IN), tl.float32)
         grad_logvar = tl.zeros((ROWS, OUT, IN), tl.float32)
@@ -175,15 +178,15 @@ def reparameterize_kl_backward_kernel(
                 grad_logvar = tl.where(clipped == v, grad_eps * eps, 0.0)
         if grad_kl_ptr is not None:
             # Outside the range the slope of its end goes on, so that the KL can pull the log-variance back.
-            excess = expm1_minus(clipped, scale)
+            expm1, excess = expm1_and_excess(clipped, linear, scale)
             grad_kl = grad_of_row
             if ALIGNED > 0:
                 after = tl.where(place - ahead >= columns, grad_after, grad_of_row)
                 grad_kl = tl.where(place < ahead, grad_before, after)
             if BOUNDED:
-                grad_kl = tl.where(twice_kl(m, below, excess) < 2 * free_bits, 0.0, grad_kl)
+                grad_kl = tl.where(excess + m * m < 2 * free_bits, 0.0, grad_kl)
             grad_mu += grad_kl * m
-            grad_logvar += grad_kl * (excess + clipped)
+            grad_logvar += grad_kl * expm1
         if grad_mu_ptr is not None:
             tl.store(grad_mu_ptr + at, grad_mu.to(grad_mu_ptr.dtype.element_ty), inside)
         if grad_logvar_ptr is not None:
