@@ -38,34 +38,37 @@ def leaf(x, last=False):
     return x.detach().requires_grad_()
 
 
-# Of mu and logvar; instructions an element forward and backward. Longer: masks of the ends of rows that begin within a
-# sector; tiles that pass through shared memory, so that both tensors are read in whole sectors. A program has one tile
-# here. Where it has several, as with 4,096 rows, odd rows take 87 and 94, transposed ones 89 and 98, two orders 106 and
-# 104.
+# Of mu and logvar; instructions an element forward and backward. Longer: tiles that pass through shared memory, so that
+# both tensors are read in whole sectors.
 LATENTS = {
-    "rows": (lambda: (torch.randn(64, 1024), torch.randn(64, 1024)), 90, 90),
-    "halves of a layer": (lambda: torch.randn(64, 1024).chunk(2, 1), 90, 90),
-    "halves of a map": (lambda: torch.randn(16, 32, 16, 16).chunk(2, 1), 90, 90),
-    "halves of a map, channels last": (lambda: leaf(torch.randn(16, 32, 16, 16), last=True).chunk(2, 1), 90, 90),
-    "odd rows": (lambda: (torch.randn(64, 1023), torch.randn(64, 1023)), 94, 97),
-    "transposed": (lambda: (torch.randn(1024, 64).T, torch.randn(1024, 64).T), 113, 113),
-    "two orders": (lambda: (leaf(torch.randn(16, 32, 16, 16), last=True), torch.randn(16, 32, 16, 16)), 117, 113),
+    "rows": (lambda: (torch.randn(64, 1024), torch.randn(64, 1024)), 75, 75),
+    "long rows": (lambda: (torch.randn(1024, 4096), torch.randn(1024, 4096)), 67, 71),
+    "long rows, bfloat16": (lambda: torch.randn(2, 1024, 4096).bfloat16().unbind(), 71, 76),
+    "halves of a layer": (lambda: torch.randn(64, 1024).chunk(2, 1), 78, 76),
+    "halves of a map": (lambda: torch.randn(16, 32, 16, 16).chunk(2, 1), 76, 76),
+    "halves of a map, channels last": (lambda: leaf(torch.randn(16, 32, 16, 16), last=True).chunk(2, 1), 80, 80),
+    "short rows": (lambda: (torch.randn(128, 20), torch.randn(128, 20)), 90, 90),
+    "many short rows": (lambda: (torch.randn(1280, 20), torch.randn(1280, 20)), 87, 84),
+    "odd rows": (lambda: (torch.randn(64, 1023), torch.randn(64, 1023)), 86, 89),
+    "transposed": (lambda: (torch.randn(1024, 64).T, torch.randn(1024, 64).T), 103, 106),
+    "two orders": (lambda: (leaf(torch.randn(16, 32, 16, 16), last=True), torch.randn(16, 32, 16, 16)), 108, 106),
 }
 
 
 @pytest.mark.parametrize("case", LATENTS)
 def test_kl_is_near_a_copy(case):
-    """At least 85 % of the bytes that are asked for are those of a copy: 12 an element forward, 20 backward."""
+    """At least 85 % of the bytes that are asked for are those of a copy: 3 and 5 numbers an element."""
     make, *most = LATENTS[case]
     inputs = [leaf(x) for x in make()]
     for found, limit, copied in zip(
-        counts(lambda *x: reparameterize_kl(*x, impl="triton"), inputs), most, (12, 20), strict=True
+        counts(lambda *x: reparameterize_kl(*x, impl="triton"), inputs), most, (3, 5), strict=True
     ):
         assert 32 * found.instructions <= limit * inputs[0].numel()
-        assert found.moved <= copied * inputs[0].numel() / 0.85
+        assert found.moved <= copied * inputs[0].nbytes / 0.85
         assert found.access("global store").widths[16] > 0.9 * found.stores.bytes
         assert found.loads.widths[16] > 0.4 * found.loads.bytes  # of tensors across a tile's order: a number a time
-        assert found.shared.wavefronts == found.shared.passes or case in ("transposed", "two orders")
+        scattered = ("transposed", "two orders", "many short rows")  # fours of rows are gathered in shared memory
+        assert found.shared.wavefronts == found.shared.passes or case in scattered
 
 
 MIXTURE = ("logistic_mixture", (2, 100, 32, 32), (2, 3, 32, 32), 256)

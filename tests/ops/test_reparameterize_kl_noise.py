@@ -70,6 +70,7 @@ def test_noise_does_not_depend_on_batch_tile_or_dtype(device, monkeypatch):
     monkeypatch.setattr("fastgen.kernels.vae.layout.PROGRAMS", 4)
     assert torch.equal(split, drawn((2, 4100), device))  # now two and three tiles a program
     assert torch.equal(drawn((3, 37), device).half(), drawn((3, 37), device, dtype=torch.half))
+    assert torch.equal(drawn((30, 40), device).half(), drawn((30, 40), device, dtype=torch.half))  # packed, and padded
     assert torch.equal(drawn((2, 3, 4), device), drawn((2, 12), device).view(2, 3, 4))
 
 
