@@ -34,4 +34,6 @@ def entry(
         [f"{dtype} {rows}x{out}x{within}", *["across"] * across, *(f"{name}={value}" for name, value in kind.items())]
     )
     warps = within // 256 if flags["PACKED"] else 4
-    return Entry(kernel, config, signature, fixed, aligned=aligned, num_warps=warps)
+    spills = {"sm_90": 8} if flags["PACKED"] and eps_given else {}
+    reason = "two words, a choice of ptxas far from the register limit" if spills else ""
+    return Entry(kernel, config, signature, fixed, aligned=aligned, num_warps=warps, spills=spills, reason=reason)
