@@ -76,28 +76,25 @@ SOFTMAX = ("categorical", (2, 256, 1, 28, 28), (2, 1, 28, 28), 256)
 # Likelihood, shapes of params and target, levels; channels last; bytes moved over those of the floor, forward and
 # backward; instructions a parameter, of the mixture at most half of the 81 and 131 of a tile of components a program.
 LIKELIHOODS = {
-    "bernoulli": (("bernoulli", (8, 1, 64, 64), (8, 1, 64, 64), 2), False, 1.05, 50, 32),
-    "gaussian": (("gaussian", (8, 6, 32, 32), (8, 3, 32, 32), 2), False, 1.05, 22, 23),
-    "categorical": (SOFTMAX, False, 1.05, 15, 34),
-    "categorical, channels last": (SOFTMAX, True, 1.13, 43, 27),
-    "mixture": (MIXTURE, False, 1.05, 40, 55),
-    "mixture, channels last": (MIXTURE, True, 2.25, 46, 56),
-    "mixture, channels last, bfloat16": (MIXTURE, True, 3.8, 47, 58),
+    "bernoulli": (("bernoulli", (8, 1, 64, 64), (8, 1, 64, 64), 2), False, (1.05, 1.05), (50, 32)),
+    "gaussian": (("gaussian", (8, 6, 32, 32), (8, 3, 32, 32), 2), False, (1.05, 1.05), (22, 23)),
+    "categorical": (SOFTMAX, False, (1.05, 1.05), (15, 34)),
+    "categorical, channels last": (SOFTMAX, True, (1.13, 1.13), (43, 27)),
+    "mixture": (MIXTURE, False, (1.05, 1.05), (40, 55)),
+    "mixture, channels last": (MIXTURE, True, (2.25, 2.85), (46, 54)),
+    "mixture, channels last, bfloat16": (MIXTURE, True, (3.6, 5.0), (47, 56)),
 }
 
 
 @pytest.mark.parametrize("case", LIKELIHOODS)
 def test_likelihoods_are_at_their_floor(case):
-    (likelihood, shape, image, levels), last, moved, *most = LIKELIHOODS[case]
+    (likelihood, shape, image, levels), last, traffic, most = LIKELIHOODS[case]
     dtype = torch.bfloat16 if case.endswith("bfloat16") else torch.float32
     params, target = leaf(torch.randn(shape, dtype=dtype), last), torch.randint(0, levels, image)
     target = target.float() if likelihood in ("bernoulli", "gaussian") else target
-    for found, limit in zip(
-        counts(lambda params: reconstruction_nll(params, target, likelihood, impl="triton"), [params]),
-        most,
-        strict=True,
-    ):
-        assert found.moved <= moved * found.unique
+    both = counts(lambda params: reconstruction_nll(params, target, likelihood, impl="triton"), [params])
+    for found, moved, limit in zip(both, traffic, most, strict=True):
+        assert found.moved <= moved * found.unique and 32 * found.unique_sectors <= 1.01 * found.unique
         assert 32 * found.instructions <= limit * params.numel()
         # Reductions over levels, components and pixels.
         assert found.shared.wavefronts <= 1.3 * found.shared.requests
