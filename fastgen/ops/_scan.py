@@ -141,8 +141,10 @@ class Scan:
 
     def __call__(self, gates: Tensor, weight: Tensor, *flags: Any, recompute: bool, impl: str) -> Tensor:
         plain, saving, direct = self._operators  # type: ignore[attr-defined]
-        gates, weight = under_autocast(gates, weight)
-        if is_plain(gates, weight) and runs_triton(impl, gates):
+        is_eager = is_plain(gates, weight)
+        if not is_eager or torch._C._is_any_autocast_enabled():
+            gates, weight = under_autocast(gates, weight)
+        if is_eager and runs_triton(impl, gates):
             # Arguments are checked once for each kind of call.
             if not needs_gradient(gates, weight):
                 return self._module.forward(gates, weight, *flags, save=False, check=self.check)[0]

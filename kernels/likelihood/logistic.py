@@ -64,12 +64,14 @@ def bin_width_slope(width):
 
 @triton.jit
 def load_colour(at, COLOUR: tl.constexpr, RGB: tl.constexpr, levels, to_group, half, log_half, inside):
-    """What a component says of one colour: its `bin_of`; the mean and the log-scale as stored; the hyperbolic tangents
-    of the coefficients by which earlier colours move the mean (zeros where there are none).
+    """What a component says of one colour: log p without its factor, and that factor, of `bin_of`; the derivatives of
+    log p by the mean, the log-scale and the coefficients by which earlier colours move the mean (0 where there are
+    none). Derivatives are few: kept until the pixel's posterior is known, what they are computed from would spill.
 
     PixelCNN++ equation 3: red moves green by coefficient 0 and blue by 1, green moves blue by 2.
     """
     GROUP: tl.constexpr = 1 + (3 if RGB else 2) * COLOUR
+    level = levels[COLOUR]
     raw = load_group(at, GROUP, to_group, inside)
     log_scale = load_group(at, GROUP + 1, to_group, inside)
     mean = saturate(raw, -DEVIATION_LIMIT, DEVIATION_LIMIT)
@@ -80,22 +82,33 @@ def load_colour(at, COLOUR: tl.constexpr, RGB: tl.constexpr, levels, to_group, h
     if COLOUR > 1:
         d = tanh(load_group(at, 9, to_group, inside))
         mean += d * (levels[1] / half - 1)
-    return bin_of(levels[COLOUR], mean, log_scale, half, log_half), raw, log_scale, c, d
+    linear, share, a, b, width, beyond, before = bin_of(level, mean, log_scale, half, log_half)
+    by_mean = (half * width) * (before - beyond)
+    edge = (level == 0) | (level == 2 * half)
+    spread = b * before - a * beyond - tl.where(edge, 0.0, bin_width_slope(width))
+    by_scale = tl.where((log_scale >= MIN_LOG_SCALE) & (log_scale <= LOGIT_LIMIT), spread, 0.0)
+    by_c, by_d = 0.0, 0.0
+    if COLOUR > 0:
+        by_c = by_mean * (levels[0] / half - 1) * (1 - c * c)
+    if COLOUR > 1:
+        by_d = by_mean * (levels[1] / half - 1) * (1 - d * d)
+    by_mean = tl.where(tl.abs(raw) <= DEVIATION_LIMIT, by_mean, 0.0)
+    return linear, share, (by_mean, by_scale, by_c, by_d)
 
 
 @triton.jit
 def load_component(at, RGB: tl.constexpr, levels, to_group, half, log_half, inside):
-    """A component's logit, that plus log p of the pixel's colours, and what `load_colour` gives of each colour."""
+    """A component's logit, that plus log p of the pixel's colours, and the derivatives of each colour's log p."""
     logit = saturate(load_group(at, 0, to_group, inside), -LOGIT_LIMIT, LOGIT_LIMIT)
     red = load_colour(at, 0, RGB, levels, to_group, half, log_half, inside)
     green, blue = red, red
-    joint, share = logit + red[0][0], red[0][1]
+    joint, share = logit + red[0], red[1]
     if RGB:
         green = load_colour(at, 1, RGB, levels, to_group, half, log_half, inside)
         blue = load_colour(at, 2, RGB, levels, to_group, half, log_half, inside)
-        joint = (joint + green[0][0]) + blue[0][0]
-        share = (share * green[0][1]) * blue[0][1]
-    return logit, joint + tl.log(share), (red, green, blue)
+        joint = (joint + green[0]) + blue[0]
+        share = (share * green[1]) * blue[1]
+    return logit, joint + tl.log(share), (red[2], green[2], blue[2])
 
 
 @triton.jit
@@ -104,22 +117,12 @@ def store_group(at, group, to_group, grad, inside):
 
 
 @triton.jit
-def store_colour(at, COLOUR: tl.constexpr, RGB: tl.constexpr, loaded, levels, pull, to_group, half, inside):
-    """Gradients of what `load_colour` has read. loaded: what that gave; pull: the gradient of log p of the colour."""
+def store_colour(at, COLOUR: tl.constexpr, RGB: tl.constexpr, derivatives, pull, to_group, inside):
+    """Gradients of what `load_colour` has read, of the derivatives that it gave and the gradient of log p, `pull`."""
     GROUP: tl.constexpr = 1 + (3 if RGB else 2) * COLOUR
-    level_bin, raw, log_scale, c, d = loaded
-    _, _, a, b, width, beyond, before = level_bin
-    level = levels[COLOUR]
-    grad_mean = pull * (half * width) * (before - beyond)
-    kept = tl.where(tl.abs(raw) <= DEVIATION_LIMIT, grad_mean, 0.0)
-    store_group(at, GROUP, to_group, kept, inside)
-    edge = (level == 0) | (level == 2 * half)
-    spread = b * before - a * beyond - tl.where(edge, 0.0, bin_width_slope(width))
-    moves = (log_scale >= MIN_LOG_SCALE) & (log_scale <= LOGIT_LIMIT)
-    store_group(at, GROUP + 1, to_group, tl.where(moves, pull * spread, 0.0), inside)
+    store_group(at, GROUP, to_group, pull * derivatives[0], inside)
+    store_group(at, GROUP + 1, to_group, pull * derivatives[1], inside)
     if COLOUR > 0:
-        slope = grad_mean * (levels[0] / half - 1) * (1 - c * c)
-        store_group(at, 3 * COLOUR, to_group, slope, inside)
+        store_group(at, 3 * COLOUR, to_group, pull * derivatives[2], inside)
     if COLOUR > 1:
-        slope = grad_mean * (levels[1] / half - 1) * (1 - d * d)
-        store_group(at, 9, to_group, slope, inside)
+        store_group(at, 9, to_group, pull * derivatives[3], inside)

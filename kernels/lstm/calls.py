@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgen.kernels.common import Launches, empty_map, tf32_allowed
+from fastgen.kernels.common import Launches, tf32_allowed
 from fastgen.kernels.lstm.choice import ScanLaunch, TileLaunch
+from fastgen.kernels.maps import empties, empty_map
 
 CALLS = 4096  # kinds of calls that are kept; beyond, all are planned anew
-Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # size, strides, dtype
+New = Callable[[], Tensor] | None  # makes a map that is written; None for one that is not asked for
 Choice = ScanLaunch | TileLaunch | Callable[..., ScanLaunch | TileLaunch]  # or what chooses, `choice.choose`
 
 
@@ -20,20 +21,13 @@ class Call(NamedTuple):
 
     Attributes:
         packed: of weights, as the kernel reads them.
-        layouts: of the maps that are written, None for one that is not asked for.
+        new: of the maps that are written, on the current device.
         launches: of the maps that are read, the weights, and the maps that are written, in the kernel's order.
     """
 
     packed: Callable[[Tensor], Tensor]
-    layouts: tuple[Layout | None, ...]
+    new: tuple[New, ...]
     launches: Launches
-
-    def empty(self, like: Tensor) -> list[Tensor | None]:
-        """The maps that are written, on the device of `like`."""
-        return [
-            layout if layout is None else like.new_empty_strided(layout[0], layout[1], dtype=layout[2])
-            for layout in self.layouts
-        ]
 
 
 Plan = Callable[..., Call]  # of a call's tensors and options
@@ -43,10 +37,9 @@ _calls: dict[Any, Call] = {}
 
 def planned(plan: Plan, check: Check | None, tensors: tuple[Tensor, ...], *options: Any) -> Call:
     """The plan of calls with such tensors, which `check` has seen once."""
-    kind: list[Any] = [plan, options, tensors[0].dtype == torch.float32 and tf32_allowed()]
-    for tensor in tensors:
-        kind += tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), tensor.data_ptr() % 16
-    key = tuple(kind)
+    key: tuple[Any, ...] = (plan, options, tensors[0].dtype == torch.float32 and tf32_allowed())
+    for x in tensors:
+        key += (x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % 16)
     call = _calls.get(key)
     if call is None:
         if check is not None:
@@ -57,19 +50,25 @@ def planned(plan: Plan, check: Check | None, tensors: tuple[Tensor, ...], *optio
     return call
 
 
-def layout_of(like: Tensor, channels: int, dtype: torch.dtype | None = None) -> Layout:
+def new_map(like: Tensor, channels: int, dtype: torch.dtype | None = None) -> Callable[[], Tensor]:
     """Of (B, channels, H, W), channels-last, with the other sizes of `like`."""
-    example = empty_map(like, channels, like.shape[2], like.shape[3], dtype)
-    return tuple(example.shape), example.stride(), example.dtype
+    example = empty_map(like, channels, like.shape[2], like.shape[3])
+    return empties(like, (tuple(example.shape), example.stride()), dtype)
 
 
-def layouts_of_results(gates: Tensor, save: bool) -> tuple[Layout | None, ...]:
+def new_results(gates: Tensor, save: bool) -> tuple[New, ...]:
     """Of hidden states, and to train of activated gates and cell states (float32)."""
     channels = gates.shape[1]
-    hidden = layout_of(gates, channels // 4)
+    hidden = new_map(gates, channels // 4)
     if not save:
         return hidden, None, None
-    return hidden, layout_of(gates, channels), layout_of(gates, channels // 4, torch.float32)
+    return hidden, new_map(gates, channels), new_map(gates, channels // 4, torch.float32)
+
+
+def is_elsewhere(x: Tensor) -> bool:
+    """Whether x is on a GPU that is not the current one."""
+    device = x.get_device()
+    return device >= 0 and device != torch.cuda.current_device()
 
 
 def run_forward(
@@ -81,8 +80,11 @@ def run_forward(
         gates: (B, 4h, H, W), any strides.
         weight: (4h, h, taps), any strides.
     """
+    if is_elsewhere(gates):
+        with torch.cuda.device(gates.device):
+            return run_forward(plan, check, gates, weight, *options)
     call = planned(plan, check, (gates, weight), *options)
-    hidden, activated, cell = results = call.empty(gates)
+    hidden, activated, cell = results = [new and new() for new in call.new]
     if gates.shape[0]:
         call.launches.start(gates, call.packed(weight), *results)
     assert hidden is not None
@@ -93,9 +95,12 @@ def run_backward(
     plan: Plan, grad_hidden: Tensor, activated: Tensor, cell: Tensor, weight: Tensor, *options: Any
 ) -> Tensor:
     """Gradient of the gates (B, 4h, H, W), channels-last, from what the forward has saved."""
+    if is_elsewhere(grad_hidden):
+        with torch.cuda.device(grad_hidden.device):
+            return run_backward(plan, grad_hidden, activated, cell, weight, *options)
     activated, cell = (saved.contiguous(memory_format=torch.channels_last) for saved in (activated, cell))
     call = planned(plan, None, (grad_hidden, weight, activated, cell), *options)
-    grad_gates, *more = call.empty(grad_hidden)
+    grad_gates, *more = [new and new() for new in call.new]
     if grad_hidden.shape[0]:
         call.launches.start(grad_hidden, activated, cell, call.packed(weight), grad_gates, *more)
     assert grad_gates is not None

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgen.kernels.common import Launches
-from fastgen.kernels.lstm.calls import Call, Check, Choice, layout_of, layouts_of_results, run_backward, run_forward
+from fastgen.kernels.lstm.calls import Call, Check, Choice, new_map, new_results, run_backward, run_forward
 from fastgen.kernels.lstm.cell import (
     add_gates,
     cell_backward,
@@ -183,7 +183,7 @@ def _plan_forward(gates: Tensor, weight: Tensor, choice: Choice, save: bool, rev
     sizes = (batch, height, width, units, steps, *gates.stride())
     constants = {"REVERSE": reverse, **constants_of(launch, gates)}
     launches = Launches(diagonal_lstm_forward_kernel, (launch.programs,), sizes, **constants)
-    return Call(Tensor.contiguous, layouts_of_results(gates, save), launches)
+    return Call(Tensor.contiguous, new_results(gates, save), launches)
 
 
 def _plan_backward(
@@ -197,7 +197,7 @@ def _plan_backward(
     sizes = (batch, height, width, units, steps, *grad_hidden.stride())
     constants = {"REVERSE": reverse, **constants_of(launch, grad_hidden)}
     launches = Launches(diagonal_lstm_backward_kernel, (launch.programs,), sizes, **constants)
-    return Call(Tensor.contiguous, (layout_of(grad_hidden, 4 * units),), launches)
+    return Call(Tensor.contiguous, (new_map(grad_hidden, 4 * units),), launches)
 
 
 def forward(

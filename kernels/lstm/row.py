@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgen.kernels.common import Launches
-from fastgen.kernels.lstm.calls import Call, Check, Choice, layout_of, layouts_of_results, run_backward, run_forward
+from fastgen.kernels.lstm.calls import Call, Check, Choice, new_map, new_results, run_backward, run_forward
 from fastgen.kernels.lstm.cell import (
     add_gates,
     cell_backward,
@@ -158,7 +158,7 @@ def _plan_forward(gates: Tensor, weight: Tensor, choice: Choice, save: bool) -> 
     sizes = (batch, height, width, units, taps, launch.images_of_a_program(batch) * height, *gates.stride())
     constants = {"TOGETHER": taps_together(launch, taps), **constants_of(launch, gates)}
     launches = Launches(row_lstm_forward_kernel, (launch.programs,), sizes, **constants)
-    return Call(lambda weight: weight.mT.contiguous(), layouts_of_results(gates, save), launches)
+    return Call(lambda weight: weight.mT.contiguous(), new_results(gates, save), launches)
 
 
 def _plan_backward(grad_hidden: Tensor, weight: Tensor, activated: Tensor, cell: Tensor, choice: Choice) -> Call:
@@ -170,7 +170,7 @@ def _plan_backward(grad_hidden: Tensor, weight: Tensor, activated: Tensor, cell:
     steps = launch.images_of_a_program(batch) * height
     sizes = (batch, height, width, units, taps, steps, *grad_hidden.stride())
     launches = Launches(row_lstm_backward_kernel, (launch.programs,), sizes, **constants_of(launch, grad_hidden))
-    return Call(lambda weight: weight.permute(2, 1, 0).contiguous(), (layout_of(grad_hidden, 4 * units),), launches)
+    return Call(lambda weight: weight.permute(2, 1, 0).contiguous(), (new_map(grad_hidden, 4 * units),), launches)
 
 
 def forward(

@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgen.kernels.common import Launches, cdiv
-from fastgen.kernels.lstm.calls import Call, layout_of, layouts_of_results
+from fastgen.kernels.lstm.calls import Call, new_map, new_results
 from fastgen.kernels.lstm.cell import (
     add_gates,
     cell_backward,
@@ -46,6 +46,7 @@ from fastgen.kernels.lstm.cell import (
 from fastgen.kernels.lstm.choice import TileLaunch, constants_of
 from fastgen.kernels.lstm.entries import tile_entries
 from fastgen.kernels.lstm.neighbours import in_fragments, sums_of_fragments, sums_of_parts
+from fastgen.kernels.maps import empties
 
 
 @triton.jit
@@ -213,11 +214,11 @@ def forward_by_tiles(
             return in_fragments(by_unit, 4 * choice.U, choice.PARTS, choice.K, choice.num_warps)
         return weight.mT.contiguous()
 
-    hidden, activated, cell = layouts_of_results(gates, save)
+    hidden, activated, cell = new_results(gates, save)
     strides = (height * width * units, width * units, units)
     if cell is None:  # one row is kept, or one pixel of each row
         lanes = width if row_scan else height
-        cell = (batch, lanes, units), (lanes * units, units, 1), torch.float32
+        cell = empties(gates, ((batch, lanes, units), (lanes * units, units, 1)), torch.float32)
         strides = (lanes * units, 0, units) if row_scan else (lanes * units, units, 0)
     launches = launches_of(lstm_tiles_forward_kernel, gates, strides, choice, weight, row_scan, reverse)
     return Call(packed, (hidden, activated, cell), launches)
@@ -235,9 +236,9 @@ def backward_by_tiles(
         return by_unit.contiguous()
 
     lanes = width if row_scan else height
-    grad_cell = (batch, lanes, units), (lanes * units, units, 1), torch.float32
+    grad_cell = empties(grad_hidden, ((batch, lanes, units), (lanes * units, units, 1)), torch.float32)
     launches = launches_of(lstm_tiles_backward_kernel, grad_hidden, (), choice, weight, row_scan, reverse)
-    return Call(packed, (layout_of(grad_hidden, 4 * units), grad_cell), launches)
+    return Call(packed, (new_map(grad_hidden, 4 * units), grad_cell), launches)
 
 
 CATALOGUE = tile_entries(lstm_tiles_forward_kernel, backward=False) + tile_entries(

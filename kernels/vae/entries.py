@@ -10,10 +10,12 @@ def entry(
 ) -> Entry:
     """kind: of `Tiles`; logvar is contiguous along the other dimension than mu where a tile has two, and `across` from
     row to row."""
-    flags = {"ODD": False, "ALIGNED": 0, "FOURS": False, "DIVIDED": False, "WIDE": False, "BOUNDED": False, **kind}
+    names = ("ODD", "ALIGNED", "FOURS", "DIVIDED", "WIDE", "BOUNDED", "PACKED")
+    flags = {**dict.fromkeys(names, False), "ALIGNED": 0, **kind}
     fixed: dict[str, Any] = {"ROWS": rows, "OUT": out, "IN": within, **flags}
     fixed |= {f"{name}_inner_stride": 1 for name in ("mu", "grad_z", "eps")}
-    fixed["logvar_row_stride" if across else "logvar_outer_stride" if out > 1 else "logvar_inner_stride"] = 1
+    contiguous = "row" if across else "outer" if out > 1 and not flags["PACKED"] else "inner"
+    fixed[f"logvar_{contiguous}_stride"] = 1
     if eps_given:
         kind["eps"] = "given"
     else:
@@ -31,6 +33,7 @@ def entry(
     config = " ".join(
         [f"{dtype} {rows}x{out}x{within}", *["across"] * across, *(f"{name}={value}" for name, value in kind.items())]
     )
-    spills = {"sm_90": 8, "sm_120": 8} if flags["DIVIDED"] else {}
+    warps = within // 256 if flags["PACKED"] else 4
+    spills = {"sm_90": 8} if flags["PACKED"] and eps_given else {}
     reason = "two words, a choice of ptxas far from the register limit" if spills else ""
-    return Entry(kernel, config, signature, fixed, aligned=aligned, spills=spills, reason=reason)
+    return Entry(kernel, config, signature, fixed, aligned=aligned, num_warps=warps, spills=spills, reason=reason)

@@ -18,73 +18,68 @@ def exp_of_half(x):
 
 
 @triton.jit
-def expm1_minus(x, root):
-    """exp(x) - 1 - x for x in [-100, 80], never negative, without cancellation near 0: Taylor series within 1 of it.
+def expm1_and_excess(x, linear, root):
+    """exp(x) - 1 and exp(x) - 1 - linear for x in [-100, 80], without cancellation near 0; the latter never negative.
 
-    root: exp(x / 2). Where its square leaves the normal floats, it is lost beside 1.
+    linear: x, but below the range the number that x is limited from. root: exp(x / 2). Where its square leaves the
+    normal floats, it is lost beside 1. Within 1 of 0 (exp(x) - 1 - x) / x^2 is a polynomial, to 9e-8 of it.
     """
-    series = 1.0 / 3628800
-    series = series * x + 1.0 / 362880
-    series = series * x + 1.0 / 40320
-    series = series * x + 1.0 / 5040
-    series = series * x + 1.0 / 720
-    series = series * x + 1.0 / 120
-    series = series * x + 1.0 / 24
-    series = series * x + 1.0 / 6
-    series = series * x + 0.5
-    return tl.where(tl.abs(x) < 1.0, series * x * x, root * root - 1.0 - x)
+    series = 2.4960811e-05 * x + 2.0325484e-04
+    series = series * x + 1.3891335e-03
+    series = series * x + 8.3309300e-03
+    series = series * x + 4.1666515e-02
+    series = series * x + 1.6666695e-01
+    series = (series * x + 0.5) * x
+    near = tl.abs(x) < 1.0
+    expm1 = root * root - 1.0
+    return tl.where(near, series * x + x, expm1), tl.where(near, series * x, expm1 - linear)
 
 
 @triton.jit
 def limited(v):
-    """The log-variance limited to its range, and how far it lies below it (negative); NaN stays."""
-    above = tl.maximum(v, MIN_LOGVAR, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(above, MAX_LOGVAR, propagate_nan=tl.PropagateNan.ALL), v - above
-
-
-@triton.jit
-def twice_kl(m, below, excess):
-    """exp(clip(v)) - 1 - min(v, 80) + m^2, twice the nats; excess: `expm1_minus` of the clipped v.
-
-    The linear term alone goes on below the range.
-    """
-    return excess - below + m * m
+    """The log-variance limited to its range, and from above alone; NaN stays."""
+    linear = tl.minimum(v, MAX_LOGVAR, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(linear, MIN_LOGVAR, propagate_nan=tl.PropagateNan.ALL), linear
 
 
 @triton.jit
 def radius_of(word):
     """sqrt(-2 log u) of a random 32-bit word, u = (word + 1/2) / 2^32: at most 6.8."""
     uniform = word.to(tl.uint32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-    # u = 2^k * (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), and -2 log(1 + f) / f as a polynomial, to 2e-7 of it.
+    # u = (1 + f) / 2^k with 1 + f in [sqrt(1/2), sqrt(2)), and -2 log(1 + f) / f as a polynomial, to 1e-6 of it.
     bits = uniform.to(tl.int32, bitcast=True)
-    k = (bits - 0x3F3504F3) >> 23
-    f = (bits - (k << 23)).to(tl.float32, bitcast=True) - 1.0
-    series = 0.20268139 * f - 0.32468414
-    series = series * f + 0.34494033
-    series = series * f - 0.39797127
-    series = series * f + 0.49940142
-    series = series * f - 0.66670227
-    series = series * f + 1.0000073
-    series = series * f - 1.9999999
-    return tl.sqrt(series * f - 1.3862943611198906 * k.to(tl.float32))
+    k = (0x3FB504F2 - bits) >> 23
+    f = (bits + (k << 23)).to(tl.float32, bitcast=True) - 1.0
+    series = 0.37335700 - 0.23792190 * f
+    series = series * f - 0.40992662
+    series = series * f + 0.49819490
+    series = series * f - 0.66629016
+    series = series * f + 1.0000223
+    series = series * f - 2.0000019
+    return tl.sqrt(k.to(tl.float32) * 1.3862943611198906 + series * f)
 
 
 @triton.jit
 def box_muller(word0, word1):
     """Two independent standard normals from two random 32-bit words (Box & Muller 1958), at most 6.8 in size.
 
-    The angle is one of four quarter turns plus one in [-pi/4, pi/4), where short series reach float32 precision; the
-    library's cosine would bring a slow path for huge angles that spills registers.
+    Cosine and sine of a half turn times x, x in [-1, 1], are polynomials, to 8e-7 and 1e-7: the library's cosine would
+    bring a slow path for huge angles that spills registers.
     """
     radius = radius_of(word0)
-    turn = word1.to(tl.int32, bitcast=True)
-    angle = turn.to(tl.float32) * 3.657291918165171e-10  # pi / 4 / 2^31
-    q = angle * angle
-    cosine = 1.0 + q * (-1 / 2 + q * (1 / 24 + q * (-1 / 720 + q * (1 / 40320))))
-    sine = angle * (1.0 + q * (-1 / 6 + q * (1 / 120 + q * (-1 / 5040 + q * (1 / 362880)))))
-    swap = (turn & 1) == 1
-    sign = tl.where((turn & 2) == 2, -radius, radius)
-    return sign * tl.where(swap, -sine, cosine), sign * tl.where(swap, cosine, sine)
+    x = word1.to(tl.int32, bitcast=True).to(tl.float32) * 4.656612873077393e-10  # 2^-31
+    q = x * x
+    cosine = 0.2296642 - 0.020582795 * q
+    cosine = cosine * q - 1.3323812
+    cosine = cosine * q + 4.0580454
+    cosine = cosine * q - 4.9347458
+    cosine = cosine * q + 0.9999992
+    sine = 0.080479287 - 0.0059918272 * q
+    sine = sine * q - 0.59828204
+    sine = sine * q + 2.5498807
+    sine = sine * q - 5.1676779
+    sine = sine * q + 3.1415913
+    return radius * cosine, radius * x * sine
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """How a launch walks over latent numbers (B, D...): which rows they form, and how programs cut these into tiles."""
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +76,8 @@ class Tiles:
     ALIGNED: the numbers of a sector, if a row is read from the beginning of the sector that it begins in, which takes
     dense tensors; else 0. FOURS: D and the strides between rows are passed in fours, so that the compiler knows them to
     be multiples. DIVIDED: OUT is 1, but rows have two dimensions: a division takes a column apart. WIDE: columns are
-    counted in 64 bits.
+    counted in 64 bits. PACKED: a tile is of IN numbers, whole rows without gaps, at most ROWS, each of at most OUT
+    fours. held: rows of a program.
     """
 
     ROWS: int
@@ -88,18 +90,20 @@ class Tiles:
     FOURS: bool
     DIVIDED: bool
     WIDE: bool
+    PACKED: bool
+    held: int
 
     @functools.cached_property
     def constants(self) -> dict[str, Any]:
-        names = ("ROWS", "OUT", "IN", "ODD", "ALIGNED", "FOURS", "DIVIDED", "WIDE")
-        return {name: getattr(self, name) for name in names} | {"num_warps": 4}
+        names = ("ROWS", "OUT", "IN", "ODD", "ALIGNED", "FOURS", "DIVIDED", "WIDE", "PACKED")
+        return {name: getattr(self, name) for name in names} | {"num_warps": self.IN // 256 if self.PACKED else 4}
 
     def numbers(self, rows: Rows) -> list[int]:
         """What the kernels take of the rows: B, D, lengths of the two dimensions, strides of all tensors."""
         unit = 4 if self.FOURS else 1
         present = (stride or (0, 0, 0) for stride in rows.strides)
         strides = [number for row, *rest in present for number in (row // unit, *rest)]
-        return [rows.rows, rows.columns // unit, rows.outer, rows.inner, *strides]
+        return [rows.rows, rows.columns // unit, self.held if self.PACKED else rows.outer, rows.inner, *strides]
 
 
 def tiles_of(rows: Rows, itemsize: int) -> Tiles:
@@ -137,9 +141,35 @@ def _tiles_of(rows: Rows, sector: int, programs: int) -> Tiles:
             IN = min(IN, 32)
         count = cdiv(length, IN)
     ROWS = TILE // (OUT * IN)
+    packed = None if aligned else _packed(rows, sector, cdiv(rows.rows, ROWS) * ROWS * IN * count)
+    if packed is not None:
+        return packed
     splits = min(cdiv(programs, cdiv(rows.rows, ROWS)), count)
     tiles = cdiv(count, splits)
     return Tiles(
         ROWS, OUT, IN, cdiv(count, tiles), tiles, odd, aligned, fours and not aligned, rows.outer > 1 and not square,
-        count * OUT * IN >= 2**31,
+        count * OUT * IN >= 2**31, False, ROWS,
     )  # fmt: skip
+
+
+def _packed(rows: Rows, sector: int, padded: int) -> Tiles | None:
+    """Short rows one behind the other, if tiles of whole rows have clearly fewer gaps than rows of `padded` numbers.
+
+    As many rows as begin and end with a sector if they are dense. A tile is read by fours: where eight numbers of two
+    bytes are a 16-byte load, rows are better padded.
+    """
+    present = [stride for stride in rows.strides if stride]
+    starts = [rows.columns, *(stride[0] for stride in present)]
+    eights = sector > 8 and all(n % 8 == 0 for n in starts)
+    if eights or rows.outer > 1 or any(stride[2] != 1 for stride in present) or any(n % 4 for n in starts):
+        return None
+    group = sector // math.gcd(sector, rows.columns)
+    sizes = [(size // rows.columns // group * group, size) for size in (256, 512, TILE)]
+    numbers, held, IN = min(
+        ((cdiv(rows.rows, held) * size, held, size) for held, size in sizes if held), default=(padded, 0, 0)
+    )
+    if 1.1 * numbers > padded:
+        return None
+    most = next_power_of_2(held), next_power_of_2(rows.columns // 4)
+    fours = any(n % 16 for n in starts)
+    return Tiles(*most, IN, 1, 1, False, 0, fours, False, False, True, held)

@@ -23,9 +23,9 @@ from torch import Tensor
 from fastgen.kernels.catalogue_entry import Entry
 from fastgen.kernels.common import cdiv, launch, next_power_of_2
 from fastgen.kernels.maps import empty_in_order, order_of
-from fastgen.kernels.vae.addresses import begin_of, masks_of, offsets, places_of
+from fastgen.kernels.vae.addresses import fours_of, in_fours, offsets, sums_of_rows, tile_of
 from fastgen.kernels.vae.entries import entry
-from fastgen.kernels.vae.gaussian import exp_of_half, expm1_minus, limited, normal_of_counter, twice_kl
+from fastgen.kernels.vae.gaussian import exp_of_half, expm1_and_excess, limited, normal_of_counter
 from fastgen.kernels.vae.layout import TILE, as_rows, tiles_of
 
 MAX_FLOAT = tl.constexpr(3.4028234663852886e38)
@@ -48,7 +48,7 @@ def reparameterize_kl_forward_kernel(
     tiles,  # of a program
     free_bits,
     ROWS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, ODD: tl.constexpr, ALIGNED: tl.constexpr,
-    FOURS: tl.constexpr, DIVIDED: tl.constexpr, WIDE: tl.constexpr,
+    FOURS: tl.constexpr, DIVIDED: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr,
     BOUNDED: tl.constexpr,  # whether free_bits is above 0
 ):  # fmt: skip
     UNIT: tl.constexpr = 4 if FOURS else 1  # so that the compiler knows rows to begin at multiples of four
@@ -56,37 +56,40 @@ def reparameterize_kl_forward_kernel(
     mu_strides = (mu_row_stride * UNIT, mu_outer_stride, mu_inner_stride)
     logvar_strides = (logvar_row_stride * UNIT, logvar_outer_stride, logvar_inner_stride)
     eps_strides = (eps_row_stride * UNIT, eps_outer_stride, eps_inner_stride)
-    row_1d = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    row = row_1d[:, None, None]
-    begin, ahead = begin_of(row, columns, ODD, ALIGNED)
-    total = tl.zeros((ROWS, OUT, IN), tl.float32)
+    total = tl.zeros((1, 1, IN) if PACKED else (ROWS, OUT, IN), tl.float32)
     if eps_ptr is None:
         seed = tl.load(seed_ptr)
     for tile in range(tiles):
-        place, outer, within = places_of(tile, tiles, inner, 1, WIDE, OUT, IN)
-        own, inside = masks_of(place, outer, within, ahead, row, rows, columns, outers, inner, ALIGNED, OUT)
-        at = offsets(begin + place, row, place, outer, within, ahead, inner, (columns, inner, 1), ALIGNED, DIVIDED, OUT)
-        at_mu = offsets(at, row, place, outer, within, ahead, inner, mu_strides, ALIGNED, DIVIDED, OUT)
-        at_logvar = offsets(at, row, place, outer, within, ahead, inner, logvar_strides, ALIGNED, DIVIDED, OUT)
+        row, column, outer, within, at, counter, own, inside = tile_of(
+            tile, tiles, rows, columns, outers, inner, ROWS, OUT, IN, ODD, ALIGNED, WIDE, PACKED
+        )
+        at_mu = offsets(at, row, column, outer, within, inner, mu_strides, ALIGNED, DIVIDED, OUT, PACKED)
+        at_logvar = offsets(at, row, column, outer, within, inner, logvar_strides, ALIGNED, DIVIDED, OUT, PACKED)
         m = tl.load(mu_ptr + at_mu, inside, other=0.0).to(tl.float32)
         v = tl.load(logvar_ptr + at_logvar, inside, other=0.0).to(tl.float32)
         if eps_ptr is None:
-            fourth, _, _ = places_of(tile, tiles, inner, 4, WIDE, OUT, IN)
-            eps = normal_of_counter(seed, (begin >> 2) + (fourth >> 2))
+            eps = normal_of_counter(seed, counter)
         else:
-            at_eps = offsets(at, row, place, outer, within, ahead, inner, eps_strides, ALIGNED, DIVIDED, OUT)
+            at_eps = offsets(at, row, column, outer, within, inner, eps_strides, ALIGNED, DIVIDED, OUT, PACKED)
             eps = tl.load(eps_ptr + at_eps, inside, other=0.0).to(tl.float32)
-        clipped, below = limited(v)
+        clipped, linear = limited(v)
         scale = exp_of_half(clipped)
         z = m + scale * eps
         tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), inside)
-        kl = 0.5 * twice_kl(m, below, expm1_minus(clipped, scale))
+        _, excess = expm1_and_excess(clipped, linear, scale)
+        kl = 0.5 * (excess + m * m)
         if BOUNDED:
             kl = tl.maximum(kl, free_bits, propagate_nan=tl.PropagateNan.ALL)
-        total += tl.where(own, kl, 0.0)
-    part = tl.sum(tl.reshape(total, (ROWS, OUT * IN)), axis=1)
+        if BOUNDED or ALIGNED > 0:  # else it is 0 where nothing is read
+            kl = tl.where(own, kl, 0.0)
+        total += kl
+    part = sums_of_rows(total, columns, ROWS, OUT, IN, PACKED)
     part = tl.where(part > MAX_FLOAT, MAX_FLOAT, part)
-    tl.store(kl_ptr + row_1d * tl.num_programs(1) + tl.program_id(1), part, row_1d < rows)
+    held = outers if PACKED else ROWS
+    row_1d = tl.program_id(0).to(tl.int64) * held + tl.arange(0, ROWS)
+    tl.store(
+        kl_ptr + row_1d * tl.num_programs(1) + tl.program_id(1), part, (row_1d < rows) & (tl.arange(0, ROWS) < held)
+    )
 
 
 @triton.jit
@@ -122,7 +125,7 @@ def reparameterize_kl_backward_kernel(
     eps_row_stride, eps_outer_stride, eps_inner_stride,
     grad_kl_stride, tiles, free_bits,
     ROWS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, ODD: tl.constexpr, ALIGNED: tl.constexpr,
-    FOURS: tl.constexpr, DIVIDED: tl.constexpr, WIDE: tl.constexpr,
+    FOURS: tl.constexpr, DIVIDED: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr,
     BOUNDED: tl.constexpr,  # whether free_bits is above 0
 ):  # fmt: skip
     UNIT: tl.constexpr = 4 if FOURS else 1
@@ -131,10 +134,12 @@ def reparameterize_kl_backward_kernel(
     mu_strides = (mu_row_stride * UNIT, mu_outer_stride, mu_inner_stride)
     logvar_strides = (logvar_row_stride * UNIT, logvar_outer_stride, logvar_inner_stride)
     eps_strides = (eps_row_stride * UNIT, eps_outer_stride, eps_inner_stride)
-    row_1d = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    row = row_1d[:, None, None]
-    begin, ahead = begin_of(row, columns, ODD, ALIGNED)
-    if grad_kl_ptr is not None:
+    if grad_kl_ptr is not None and PACKED:
+        row_of_four, _four = fours_of(rows, columns // 4, outers, IN)
+        grad_of_four = tl.load(grad_kl_ptr + row_of_four * grad_kl_stride).to(tl.float32)
+        grad_of_row = in_fours(grad_of_four)
+    elif grad_kl_ptr is not None:
+        row_1d = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         # Loaded with one dimension: with three, each thread would load a row's number once an element.
         grad_at = grad_kl_ptr + row_1d * grad_kl_stride
         grad_of_row = tl.load(grad_at, row_1d < rows, other=0.0).to(tl.float32)[:, None, None]
@@ -147,43 +152,42 @@ def reparameterize_kl_backward_kernel(
     if eps_ptr is None:
         seed = tl.load(seed_ptr)
     for tile in range(tiles):
-        place, outer, within = places_of(tile, tiles, inner, 1, WIDE, OUT, IN)
-        _, inside = masks_of(place, outer, within, ahead, row, rows, columns, outers, inner, ALIGNED, OUT)
-        at = offsets(begin + place, row, place, outer, within, ahead, inner, (columns, inner, 1), ALIGNED, DIVIDED, OUT)
-        at_mu = offsets(at, row, place, outer, within, ahead, inner, mu_strides, ALIGNED, DIVIDED, OUT)
-        at_logvar = offsets(at, row, place, outer, within, ahead, inner, logvar_strides, ALIGNED, DIVIDED, OUT)
+        row, column, outer, within, at, counter, _own, inside = tile_of(
+            tile, tiles, rows, columns, outers, inner, ROWS, OUT, IN, ODD, ALIGNED, WIDE, PACKED
+        )
+        at_mu = offsets(at, row, column, outer, within, inner, mu_strides, ALIGNED, DIVIDED, OUT, PACKED)
+        at_logvar = offsets(at, row, column, outer, within, inner, logvar_strides, ALIGNED, DIVIDED, OUT, PACKED)
         m = tl.load(mu_ptr + at_mu, inside, other=0.0).to(tl.float32)
         v = tl.load(logvar_ptr + at_logvar, inside, other=0.0).to(tl.float32)
-        clipped, below = limited(v)
+        clipped, linear = limited(v)
         scale = exp_of_half(clipped)
-        grad_mu = tl.zeros((ROWS, OUT, IN), tl.float32)
-        grad_logvar = tl.zeros((ROWS, OUT, IN), tl.float32)
+        grad_mu = tl.zeros_like(m)
+        grad_logvar = tl.zeros_like(m)
         if grad_z_ptr is not None:
-            at_grad = offsets(at, row, place, outer, within, ahead, inner, grad_z_strides, ALIGNED, DIVIDED, OUT)
+            at_grad = offsets(at, row, column, outer, within, inner, grad_z_strides, ALIGNED, DIVIDED, OUT, PACKED)
             grad_mu = tl.load(grad_z_ptr + at_grad, inside, other=0.0).to(tl.float32)
             grad_eps = grad_mu * scale
             if grad_eps_ptr is not None:
                 tl.store(grad_eps_ptr + at, grad_eps.to(grad_eps_ptr.dtype.element_ty), inside)
             if grad_logvar_ptr is not None:
                 if eps_ptr is None:
-                    fourth, _, _ = places_of(tile, tiles, inner, 4, WIDE, OUT, IN)
-                    eps = normal_of_counter(seed, (begin >> 2) + (fourth >> 2))
+                    eps = normal_of_counter(seed, counter)
                 else:
-                    at_eps = offsets(at, row, place, outer, within, ahead, inner, eps_strides, ALIGNED, DIVIDED, OUT)
+                    at_eps = offsets(at, row, column, outer, within, inner, eps_strides, ALIGNED, DIVIDED, OUT, PACKED)
                     eps = tl.load(eps_ptr + at_eps, inside, other=0.0).to(tl.float32)
                 # Outside the range z no longer depends on the log-variance.
                 grad_logvar = tl.where(clipped == v, grad_eps * eps, 0.0)
         if grad_kl_ptr is not None:
             # Outside the range the slope of its end goes on, so that the KL can pull the log-variance back.
-            excess = expm1_minus(clipped, scale)
+            expm1, excess = expm1_and_excess(clipped, linear, scale)
             grad_kl = grad_of_row
             if ALIGNED > 0:
-                after = tl.where(place - ahead >= columns, grad_after, grad_of_row)
-                grad_kl = tl.where(place < ahead, grad_before, after)
+                after = tl.where(column >= columns, grad_after, grad_of_row)
+                grad_kl = tl.where(column < 0, grad_before, after)
             if BOUNDED:
-                grad_kl = tl.where(twice_kl(m, below, excess) < 2 * free_bits, 0.0, grad_kl)
+                grad_kl = tl.where(excess + m * m < 2 * free_bits, 0.0, grad_kl)
             grad_mu += grad_kl * m
-            grad_logvar += grad_kl * (excess + clipped)
+            grad_logvar += grad_kl * expm1
         if grad_mu_ptr is not None:
             tl.store(grad_mu_ptr + at, grad_mu.to(grad_mu_ptr.dtype.element_ty), inside)
         if grad_logvar_ptr is not None:
@@ -201,7 +205,7 @@ def forward(mu: Tensor, logvar: Tensor, eps: Tensor | None, seed: Tensor, free_b
     parts = torch.empty(rows.rows, tiles.splits, dtype=torch.float32, device=mu.device)
     args = (*inputs, seed, z, parts, *tiles.numbers(rows), tiles.tiles, float(free_bits))
     constants = {**tiles.constants, "BOUNDED": free_bits > 0}
-    launch(reparameterize_kl_forward_kernel, (cdiv(rows.rows, tiles.ROWS), tiles.splits), args, constants)
+    launch(reparameterize_kl_forward_kernel, (cdiv(rows.rows, tiles.held), tiles.splits), args, constants)
     if tiles.splits == 1:
         return z, parts.view(-1)
     kl = torch.empty(rows.rows, dtype=torch.float32, device=mu.device)
@@ -238,7 +242,7 @@ def backward(
     numbers = (*tiles.numbers(rows), 0 if grad_kl is None else grad_kl.stride(0), tiles.tiles)
     args = (grad_z, grad_kl, *inputs, seed, *grads, *numbers, float(free_bits))
     constants = {**tiles.constants, "BOUNDED": free_bits > 0}
-    launch(reparameterize_kl_backward_kernel, (cdiv(rows.rows, tiles.ROWS), tiles.splits), args, constants)
+    launch(reparameterize_kl_backward_kernel, (cdiv(rows.rows, tiles.held), tiles.splits), args, constants)
     return grads[0], grads[1], grads[2]
 
 
@@ -250,6 +254,9 @@ CATALOGUE = [
         entry(kernel, "fp32", 1, 1, 1024, eps_given=False),
         entry(kernel, "bf16", 1, 1, 1024, eps_given=False),
         entry(kernel, "fp32", 32, 1, 32, eps_given=False, FOURS=True, BOUNDED=True),
+        entry(kernel, "fp32", 16, 8, 256, eps_given=False, FOURS=True, PACKED=True),
+        entry(kernel, "fp32", 8, 32, 1024, eps_given=False, FOURS=True, PACKED=True),
+        entry(kernel, "bf16", 64, 8, 1024, eps_given=True, FOURS=True, PACKED=True),
         entry(kernel, "fp32", 1, 1, 1024, eps_given=False, ODD=True, ALIGNED=8),
         entry(kernel, "bf16", 1, 1, 1024, eps_given=False, ODD=True, ALIGNED=16),
         entry(kernel, "fp32", 32, 1, 32, eps_given=False, ODD=True, ALIGNED=8),

@@ -38,34 +38,37 @@ def leaf(x, last=False):
     return x.detach().requires_grad_()
 
 
-# Of mu and logvar; instructions an element forward and backward. Longer: masks of the ends of rows that begin within a
-# sector; tiles that pass through shared memory, so that both tensors are read in whole sectors. A program has one tile
-# here. Where it has several, as with 4,096 rows, odd rows take 87 and 94, transposed ones 89 and 98, two orders 106 and
-# 104.
+# Of mu and logvar; instructions an element forward and backward. Longer: tiles that pass through shared memory, so that
+# both tensors are read in whole sectors.
 LATENTS = {
-    "rows": (lambda: (torch.randn(64, 1024), torch.randn(64, 1024)), 90, 90),
-    "halves of a layer": (lambda: torch.randn(64, 1024).chunk(2, 1), 90, 90),
-    "halves of a map": (lambda: torch.randn(16, 32, 16, 16).chunk(2, 1), 90, 90),
-    "halves of a map, channels last": (lambda: leaf(torch.randn(16, 32, 16, 16), last=True).chunk(2, 1), 90, 90),
-    "odd rows": (lambda: (torch.randn(64, 1023), torch.randn(64, 1023)), 94, 97),
-    "transposed": (lambda: (torch.randn(1024, 64).T, torch.randn(1024, 64).T), 113, 113),
-    "two orders": (lambda: (leaf(torch.randn(16, 32, 16, 16), last=True), torch.randn(16, 32, 16, 16)), 117, 113),
+    "rows": (lambda: (torch.randn(64, 1024), torch.randn(64, 1024)), 75, 75),
+    "long rows": (lambda: (torch.randn(1024, 4096), torch.randn(1024, 4096)), 67, 71),
+    "long rows, bfloat16": (lambda: torch.randn(2, 1024, 4096).bfloat16().unbind(), 71, 76),
+    "halves of a layer": (lambda: torch.randn(64, 1024).chunk(2, 1), 78, 76),
+    "halves of a map": (lambda: torch.randn(16, 32, 16, 16).chunk(2, 1), 76, 76),
+    "halves of a map, channels last": (lambda: leaf(torch.randn(16, 32, 16, 16), last=True).chunk(2, 1), 80, 80),
+    "short rows": (lambda: (torch.randn(128, 20), torch.randn(128, 20)), 90, 90),
+    "many short rows": (lambda: (torch.randn(1280, 20), torch.randn(1280, 20)), 87, 84),
+    "odd rows": (lambda: (torch.randn(64, 1023), torch.randn(64, 1023)), 86, 89),
+    "transposed": (lambda: (torch.randn(1024, 64).T, torch.randn(1024, 64).T), 103, 106),
+    "two orders": (lambda: (leaf(torch.randn(16, 32, 16, 16), last=True), torch.randn(16, 32, 16, 16)), 108, 106),
 }
 
 
 @pytest.mark.parametrize("case", LATENTS)
 def test_kl_is_near_a_copy(case):
-    """At least 85 % of the bytes that are asked for are those of a copy: 12 an element forward, 20 backward."""
+    """At least 85 % of the bytes that are asked for are those of a copy: 3 and 5 numbers an element."""
     make, *most = LATENTS[case]
     inputs = [leaf(x) for x in make()]
     for found, limit, copied in zip(
-        counts(lambda *x: reparameterize_kl(*x, impl="triton"), inputs), most, (12, 20), strict=True
+        counts(lambda *x: reparameterize_kl(*x, impl="triton"), inputs), most, (3, 5), strict=True
     ):
         assert 32 * found.instructions <= limit * inputs[0].numel()
-        assert found.moved <= copied * inputs[0].numel() / 0.85
+        assert found.moved <= copied * inputs[0].nbytes / 0.85
         assert found.access("global store").widths[16] > 0.9 * found.stores.bytes
         assert found.loads.widths[16] > 0.4 * found.loads.bytes  # of tensors across a tile's order: a number a time
-        assert found.shared.wavefronts == found.shared.passes or case in ("transposed", "two orders")
+        scattered = ("transposed", "two orders", "many short rows")  # fours of rows are gathered in shared memory
+        assert found.shared.wavefronts == found.shared.passes or case in scattered
 
 
 MIXTURE = ("logistic_mixture", (2, 100, 32, 32), (2, 3, 32, 32), 256)
@@ -73,26 +76,25 @@ SOFTMAX = ("categorical", (2, 256, 1, 28, 28), (2, 1, 28, 28), 256)
 # Likelihood, shapes of params and target, levels; channels last; bytes moved over those of the floor, forward and
 # backward; instructions a parameter, of the mixture at most half of the 81 and 131 of a tile of components a program.
 LIKELIHOODS = {
-    "bernoulli": (("bernoulli", (8, 1, 64, 64), (8, 1, 64, 64), 2), False, 1.05, 50, 32),
-    "gaussian": (("gaussian", (8, 6, 32, 32), (8, 3, 32, 32), 2), False, 1.05, 22, 23),
-    "categorical": (SOFTMAX, False, 1.05, 15, 34),
-    "categorical, channels last": (SOFTMAX, True, 1.13, 43, 27),
-    "mixture": (MIXTURE, False, 1.05, 40, 55),
-    "mixture, channels last": (MIXTURE, True, 2.75, 55, 68),
+    "bernoulli": (("bernoulli", (8, 1, 64, 64), (8, 1, 64, 64), 2), False, (1.05, 1.05), (50, 32)),
+    "gaussian": (("gaussian", (8, 6, 32, 32), (8, 3, 32, 32), 2), False, (1.05, 1.05), (22, 23)),
+    "categorical": (SOFTMAX, False, (1.05, 1.05), (15, 34)),
+    "categorical, channels last": (SOFTMAX, True, (1.13, 1.13), (43, 27)),
+    "mixture": (MIXTURE, False, (1.05, 1.05), (40, 55)),
+    "mixture, channels last": (MIXTURE, True, (2.25, 2.85), (46, 54)),
+    "mixture, channels last, bfloat16": (MIXTURE, True, (3.6, 5.0), (47, 56)),
 }
 
 
 @pytest.mark.parametrize("case", LIKELIHOODS)
 def test_likelihoods_are_at_their_floor(case):
-    (likelihood, shape, image, levels), last, moved, *most = LIKELIHOODS[case]
-    params, target = leaf(torch.randn(shape), last), torch.randint(0, levels, image)
+    (likelihood, shape, image, levels), last, traffic, most = LIKELIHOODS[case]
+    dtype = torch.bfloat16 if case.endswith("bfloat16") else torch.float32
+    params, target = leaf(torch.randn(shape, dtype=dtype), last), torch.randint(0, levels, image)
     target = target.float() if likelihood in ("bernoulli", "gaussian") else target
-    for found, limit in zip(
-        counts(lambda params: reconstruction_nll(params, target, likelihood, impl="triton"), [params]),
-        most,
-        strict=True,
-    ):
-        assert found.moved <= moved * found.unique
+    both = counts(lambda params: reconstruction_nll(params, target, likelihood, impl="triton"), [params])
+    for found, moved, limit in zip(both, traffic, most, strict=True):
+        assert found.moved <= moved * found.unique and 32 * found.unique_sectors <= 1.01 * found.unique
         assert 32 * found.instructions <= limit * params.numel()
         # Reductions over levels, components and pixels.
         assert found.shared.wavefronts <= 1.3 * found.shared.requests

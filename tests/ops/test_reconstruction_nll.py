@@ -227,6 +227,23 @@ def test_low_precision_storage_is_computed_in_float32(likelihood, channels, dtyp
     torch.testing.assert_close(low.grad.double(), exact.grad, rtol=eps, atol=1e-6 * largest)
 
 
+@pytest.mark.parametrize("skipped", [0, 1], ids=["vectors", "unaligned"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("n_mix", [1, 2, 3, 4, 5, 10, 15, 24])
+def test_components_of_a_pixel_side_by_side(n_mix, channels, skipped, device):
+    """Channels-last: all numbers of components, read together or, where their memory begins at an odd place, singly."""
+    params, target = make("logistic_mixture", channels=channels, n_mix=n_mix, height=7, width=11)
+    stored = torch.empty(params.numel() + skipped, device=device)[skipped:]
+    last = stored.view(params.movedim(1, -1).shape).copy_(params.movedim(1, -1)).movedim(-1, 1).requires_grad_()
+    exact = params.double().requires_grad_()
+    target = target.to(device)
+    nll = reconstruction_nll(last, target, "logistic_mixture", impl="triton")
+    truth = reconstruction_nll(exact.to(device), target, "logistic_mixture", impl="reference")
+    torch.testing.assert_close(nll.double(), truth, rtol=2e-6, atol=2e-6)
+    grad, wanted = torch.autograd.grad(nll.sum(), last)[0], torch.autograd.grad(truth.sum(), exact)[0]
+    torch.testing.assert_close(grad.double().cpu(), wanted, rtol=1e-5, atol=2e-6 * wanted.abs().max().item())
+
+
 @IMPLS
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("extreme", [1e4, 1e20, 3e38])

@@ -35,7 +35,9 @@ def test_values_and_gradients_equal_float64(shape, dtype, impl, device):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_kl_is_exact_over_the_whole_range(impl, device):
     small = [s * 10.0**e for e in range(-30, 0) for s in (-1.0, 1.0, 0.37)]
-    logvar = torch.tensor([*small, *torch.linspace(-100, 80, 361).tolist()], device=device)
+    logvar = torch.tensor(
+        [*small, *torch.linspace(-0.99, 0.99, 34).tolist(), *torch.linspace(-100, 80, 361).tolist()], device=device
+    )
     _, kl = reparameterize_kl(torch.zeros_like(logvar), logvar, eps=torch.zeros_like(logvar), impl=impl)
     with mpmath.workdps(60):
         expected = [float((mpmath.expm1(v) - mpmath.mpf(v)) / 2) for v in logvar.double().tolist()]
@@ -131,6 +133,21 @@ def test_halves_and_channels_last_are_not_copied():
     assert as_rows((0, 1, 2, 3), half, None) == ((half, None), Rows(2, 1, 60, ((120, 0, 1), None)))
     tensors, rows = as_rows((0, 1, 2, 3), half, last)
     assert tensors[1] is last and rows == Rows(2, 3, 20, ((120, 20, 1), (60, 1, 3)))
+
+
+@pytest.mark.parametrize("free_bits", [0.0, 0.1])
+@pytest.mark.parametrize("rows, columns", [(1, 20), (25, 20), (110, 20), (14, 12), (9, 100), (5, 200)])
+def test_rows_without_gaps(rows, columns, free_bits, device):
+    """Short rows one behind the other in a tile, dense and in one half of a layer."""
+    variables = inputs((rows, columns), device=device)
+    expected_z, expected_kl, expected = truth(variables, free_bits=free_bits)
+    halves = [torch.cat((x, x), 1).detach().chunk(2, 1)[1].requires_grad_() for x in variables]
+    for mu, logvar, eps in (variables, halves):
+        z, kl = reparameterize_kl(mu, logvar, eps=eps, free_bits=free_bits, impl="triton")
+        torch.testing.assert_close(z.double(), expected_z, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(kl.double(), expected_kl, rtol=2e-6, atol=1e-6)
+        for grad, wanted in zip(gradients(z, kl, (mu, logvar, eps)), expected, strict=True):
+            torch.testing.assert_close(grad.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(3, 8, 6, 6), (2, 40, 5, 8), (2, 3, 5, 7)])

@@ -92,6 +92,18 @@ def test_the_launch_covers_every_column_once(sizes, itemsize):
     assert (sector if aligned else 0) == tiles.ALIGNED
 
 
+@pytest.mark.parametrize("sizes", [(1, 20), (128, 20), (10**6, 20), (640, 100), (128, 40), (640, 200), (7, 12)])
+def test_packed_tiles_hold_whole_rows(sizes):
+    from fastgen.kernels.vae.layout import Rows, tiles_of
+
+    count, columns = sizes
+    tiles = tiles_of(Rows(count, 1, columns, ((2 * columns, 0, 1), (columns, 0, 1))), 4)
+    assert tiles.PACKED and tiles.splits == tiles.tiles == 1 and tiles.held * columns % 8 == 0
+    assert 0 < tiles.held * columns <= tiles.IN and tiles.held <= tiles.ROWS and columns <= 4 * tiles.OUT
+    rows = Rows(count, 1, columns, ((columns, 0, 2), (columns, 0, 1)))
+    assert not tiles_of(rows, 4).PACKED and not tiles_of(Rows(64, 1, 1024, ((1024, 0, 1),)), 4).PACKED
+
+
 @pytest.mark.parametrize("sizes", [(3, 4), (3, 2000), (2000, 4), (64, 1024), (33, 36)])
 def test_tiles_of_two_dimensions_cover_every_number_once(sizes):
     from fastgen.kernels.vae.layout import Rows, tiles_of
