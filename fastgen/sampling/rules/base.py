@@ -270,10 +270,13 @@ def reduce_to(times: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def reduced(times: Tensor, dims: Sequence[int], reduce: Callable[..., Tensor]) -> Tensor:
-    """amax or amin over some dimensions, kept with size 1; expanded along the others where `times` is."""
+    """amax or amin over some dimensions, kept with size 1; expanded along the others where `times` is. Of no times the
+    greatest is CONSTANT, the least NEVER."""
     if not dims:
         return times
     shape = [1 if d in dims else size for d, size in enumerate(times.shape)]
+    if times.numel() == 0:
+        return torch.full((), CONSTANT if reduce is torch.amax else NEVER, dtype=torch.int32).expand(shape)
     return reduce(compact(times), tuple(dims), keepdim=True).expand(shape)
 
 

@@ -113,6 +113,8 @@ def _without(times: Tensor, zero: Tensor, instead: int) -> Tensor:
 def latest(times: Tensor, zero: Tensor, least: int = CONSTANT) -> Tensor:
     """out[..., m, n] = max over k with not zero[..., k, n] of times[..., m, k]; `least` where there is none."""
     shape = (*times.shape[:-1], zero.shape[-1])
+    if times.shape[-1] == 0:
+        return times.new_full((), least).expand(shape)
     times, zero = compact(times), compact(zero)
     if not zero.any() or bool((times == least).all()):
         return times.amax(-1, keepdim=True).expand(shape)

@@ -57,7 +57,7 @@ class Pointwise(Rule):
             for one, of_one in zip(operands, times, strict=True):
                 if (factor := self._factor(one)) == 1:
                     low = low | self._aligned(self.analysis.softmax_zero(one))
-                else:
+                elif one.dtype.is_floating_point:
                     low = low | ((of_one == CONSTANT) & (factor * self.analysis.data(one) <= SOFTMAX_ZERO))
             hidden = self._swallowed(times)
             hidden = hidden | (low & (self.value.data == -math.inf)) if low.any() else hidden
@@ -127,7 +127,7 @@ class Pointwise(Rule):
         args, kwargs = map_arguments(self.value.args, view), map_arguments(self.value.kwargs, view)
         if name in ("clone", "_to_copy"):
             builder.pointwise("copy", target, args[0])
-        elif name == "clamp" and self._is_plain(args) and not kwargs:
+        elif name == "clamp" and self._is_plain(args) and not kwargs and not any(isinstance(k, View) for k in args[1:]):
             found = args[0]
             for op, bound in zip(("maximum", "minimum"), args[1:], strict=False):
                 if bound is not None:

@@ -64,7 +64,7 @@ class Slicewise(Rule):
 
     def ready(self) -> tuple[Tensor, Tensor | None]:
         found = torch.full((), CONSTANT, dtype=torch.int32)
-        for one in (one for one in self.aligned if one.numel):
+        for one in self.aligned:
             times = self._seen(one, self.analysis.ready(one), CONSTANT)
             times = reduced(times[self._used()], self.dims, torch.amax)
             times = times[tuple(0 if d in self.dims else slice(None) for d in range(times.dim()))]
