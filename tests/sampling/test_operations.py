@@ -150,7 +150,7 @@ OPERATIONS = {
     "vector quantization": nearest_code,
     "straight-through": straight_through,
     "boolean masks": written_by_masks,
-    "products of nothing": lambda x: x + (x[..., :0] @ x[..., :0].mT.new_ones(0, 4)) + x[..., :0].softmax(3).sum(3, keepdim=True),
+    "products of nothing": lambda x: x + x[..., :0] @ x.new_ones(0, 4) + x[..., :0].softmax(3).sum(3, keepdim=True),
     "differences of complex numbers": lambda x: (torch.complex(x, x.tanh()) - torch.complex(x.square(), x)).abs(),
     "clamped by another": lambda x: x.clamp(min=x.mean(1, keepdim=True)),
     "sums of nothing": lambda x: x + torch.stack([x[:, :c].sum(1) for c in range(6)], 1),
