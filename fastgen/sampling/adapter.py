@@ -35,9 +35,11 @@ class Adapter(nn.Module):
         shape: (C, H, W), of what is drawn.
         distribution: for params as they are inside, (n, ..., H, W).
         batch: the one number of images that the model takes; None: it takes any.
+        begin_anew: called when a pass has failed; whether it is worth another try.
     """
 
     model: nn.Module
+    begin_anew: Callable[[], bool] | None = None
 
     def __init__(
         self, model: nn.Module, shape: Sequence[int], distribution: Any, output: Callable[[Any], Any] | None
@@ -66,6 +68,14 @@ class Adapter(nn.Module):
         return self.model.named_modules(*args, **kwargs)
 
     def forward(self, x: Tensor, condition: Any = None) -> Any:
+        try:
+            return self._batches(x, condition)
+        except Exception:
+            if self.begin_anew is None or not self.begin_anew():
+                raise
+            return self._batches(x, condition)
+
+    def _batches(self, x: Tensor, condition: Any) -> Any:
         if self.batch is None:
             return self._params(x, condition)
         parts = []

@@ -1,8 +1,8 @@
 """Takes a condition and a dtype of levels; gives the backend that draws for them, made when it is first asked for, made
 again when the model has changed."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -72,10 +72,16 @@ class Backends:
     def device(self) -> torch.device:
         return device_of(self.model)
 
-    def kept(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def kept(self) -> Iterator[None]:
         """The model may be called inside, and is afterwards as it was. After `get` or `first_pass`."""
         assert self._state is not None
-        return self._state.kept()
+        with self._state.kept():
+            self.model.begin_anew = self._state.begin_anew
+            try:
+                yield
+            finally:
+                self.model.begin_anew = None
 
     def calling(self, backend: Backend) -> AbstractContextManager[Any]:
         """`kept` around a backend that calls the model again and again; an engine does so where it calls the model."""

@@ -38,8 +38,9 @@ class unchanged:
         copies: of its tensors as they are now, by name, where there are some already.
 
     Attributes:
-        written: names of attributes and containers that were written, and of tensors that came or went, once it has
-            been left: "module.attribute", or "module.attribute[key]" of what lies in a container.
+        written: names of attributes that were written, and of tensors that came or went, once it has been left:
+            "module.attribute", or "module.attribute[key]" of what lies in a container or a plain object.
+        containers: names of those that were written.
         tensors: name -> what was left in a tensor that was written.
     """
 
@@ -47,15 +48,16 @@ class unchanged:
         self.model = model
         self.copies = copies or {}
         self.written: set[str] = set()
+        self.containers: set[str] = set()
         self.tensors: dict[str, Tensor] = {}
 
     def __enter__(self) -> "unchanged":
-        self._before = [(path, module, _own(module)) for path, module in self.model.named_modules()]
-        self._plain = _plain(self.model)
+        self._before = [(module, _own(module)) for module in self.model.modules()]
+        self._named = dict(_named(self.model))
         self._held = _held(self.model)
         self._registered = [
             (module.__dict__[name], dict(module.__dict__[name]))
-            for _, module, _ in self._before
+            for module, _ in self._before
             for name in _REGISTERED
             if name in module.__dict__
         ]
@@ -67,25 +69,23 @@ class unchanged:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        plain = _plain(self.model)
-        self.written |= {one for one in self._plain.keys() | plain.keys() if self._plain.get(one) != plain.get(one)}
+        named = dict(_named(self.model))
+        self.written |= {name for name in self._named.keys() | named.keys() if not _same(name, self._named, named)}
         self.written |= self._tensors.keys() ^ dict(_tensors(self.model)).keys()
-        for path, module, attributes in self._before:
+        for module, attributes in self._before:
             for name in _own(module).keys() - attributes.keys():
                 del module.__dict__[name]
-                self.written.add(_joined(path, name))
-            for name, value in attributes.items():
-                if module.__dict__.get(name) is not value:
-                    module.__dict__[name] = value
-                    self.written.add(_joined(path, name))
+            module.__dict__.update(attributes)
         for registered in self._registered:
             _refill(*registered)
-        self.written |= {name for name, held in self._held.items() if _refill(*held)}
-        names = [name for name, (tensor, before) in self._tensors.items() if tensor.shape == before.shape]
-        changed = _unequal([self._tensors[name] for name in names])
-        for name, differs in zip(names, changed, strict=True):
+        self.containers = {name for name, held in self._held.items() if _refill(*held)}
+        for name, (tensor, before) in self._tensors.items():
+            if tensor.shape != before.shape:
+                tensor.data = before.clone()
+                self.written.add(name)
+        changed = _unequal(list(self._tensors.values()))
+        for (name, (tensor, before)), differs in zip(self._tensors.items(), changed, strict=True):
             if differs:
-                tensor, before = self._tensors[name]
                 self.tensors[name] = tensor.detach().clone()
                 tensor.data.copy_(before)  # through `.data`: a graph that waits for its backward pass stays valid
 
@@ -95,8 +95,8 @@ class ModelState:
     attributes. Values are compared, because a change through `.data` leaves neither version counter nor address behind.
 
     What forward passes write themselves is no change: neither the attributes that they write, nor a tensor that holds
-    what they leave in it. A pass in `kept` finds it as the analysis did, whatever passes of the user's have left there:
-    a cache of another number of images, for instance.
+    what they leave in it. A pass that fails on what passes of the user's have left there, a cache of another number of
+    images for instance, may `begin_anew` with what the analysis found.
 
     Args:
         model: as it is found.
@@ -109,9 +109,10 @@ class ModelState:
         self._modules = _modules(model)
         self._attributes = {path: tuple(map(dict, of)) for path, of in _attributes(model).items()}
         self._held = _held(model)
+        self._refilled: set[str] = set() if before is None else before._refilled  # containers that passes write
         if before is not None:
             _put_back(self.written, self._attributes, before._attributes)
-            for name in self.written & self._held.keys() & before._held.keys():
+            for name in self._refilled & self._held.keys() & before._held.keys():
                 if self._held[name][0] is before._held[name][0]:
                     self._held[name] = before._held[name]
         self._plain = _plain(model)
@@ -125,24 +126,23 @@ class ModelState:
         passes = unchanged(self.model, {k: v for k, v in self._tensors.items() if k not in self._left})
         try:
             with passes:
-                self._begin_anew()
                 yield
         finally:
             self.written |= passes.written
-            self._left |= {
-                name: left
-                for name, left in passes.tensors.items()
-                if name not in self._left or _unequal([(left, self._tensors[name])])[0]
-            }
+            self._refilled |= passes.containers
+            self._left |= passes.tensors
 
-    def _begin_anew(self) -> None:
-        """What passes write becomes what it was before any."""
-        _put_back(self.written, _attributes(self.model), self._attributes)
-        for name in self.written & self._held.keys():
-            _refill(*self._held[name])
+    def begin_anew(self) -> bool:
+        """Inside of `kept`: what passes write becomes what it was before any. Whether it was anything else."""
+        changed = _put_back(self.written, _attributes(self.model), self._attributes)
+        for name in self._refilled & self._held.keys():
+            changed |= _refill(*self._held[name])
         for name, tensor in _tensors(self.model):
-            if name in self._left and tensor.shape == self._tensors[name].shape:
-                tensor.data.copy_(self._tensors[name])
+            before = self._tensors.get(name)
+            if name in self._left and before is not None and before.shape == tensor.shape:
+                changed |= not torch.equal(tensor, before)
+                tensor.data.copy_(before)
+        return changed
 
     def change(self) -> Change:
         """ "values": nothing has changed but floating-point numbers, of which none became zero or ceased to be."""
@@ -192,15 +192,26 @@ def _attributes(model: nn.Module) -> Attributes:
     return {path: (module.__dict__, module.__dict__.get("_buffers", {})) for path, module in model.named_modules()}
 
 
-def _put_back(names: Iterable[str], now: Attributes, before: Attributes) -> None:
-    """Gives attributes and buffers of these names what they were `before`."""
+def _put_back(names: Iterable[str], now: Attributes, before: Attributes) -> bool:
+    """Gives attributes and buffers of these names what they were `before`; whether they were anything else."""
+    changed = False
     for name in names:
         path, _, name = name.rpartition(".")
         for target, source in zip(now.get(path, ()), before.get(path, ()), strict=False):
+            changed |= not _same(name, target, source)
             if name in source:
                 target[name] = source[name]
             else:
                 target.pop(name, None)
+    return changed
+
+
+def _same(name: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the same thing has this name in both, or an equal number."""
+    if name not in one or name not in other:
+        return (name in one) == (name in other)
+    a, b = one[name], other[name]
+    return a is b or (isinstance(a, PLAIN) and isinstance(b, PLAIN) and a == b)
 
 
 def _modules(model: nn.Module) -> list[tuple[Any, ...]]:
@@ -227,13 +238,19 @@ def _named(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield from inside(_joined(path, name), value)
 
 
-def _items(value: Any) -> list[tuple[Any, Any]]:
-    """Keys and what lies there."""
+def _container(value: Any) -> Any:
+    """What holds the value's items and can be written, a dict for a plain object; None where nothing does."""
     if type(value) in (SimpleNamespace, Namespace) or (is_dataclass(value) and not isinstance(value, type)):
-        return list(getattr(value, "__dict__", {}).items())
-    if type(value) in CONTAINERS[:-1] or isinstance(value, tuple):
-        return [] if len(value) > MOST_ITEMS else list(value.items() if isinstance(value, dict) else enumerate(value))
-    return []
+        return getattr(value, "__dict__", None)
+    return value if type(value) in CONTAINERS else None
+
+
+def _items(value: Any) -> list[tuple[Any, Any]]:
+    """Keys and what lies there; not those of sets, and not of the largest."""
+    held = value if isinstance(value, tuple) else _container(value)
+    if held is None or isinstance(held, set) or len(held) > MOST_ITEMS:
+        return []
+    return list(held.items() if isinstance(held, dict) else enumerate(held))
 
 
 def _plain(model: nn.Module) -> dict[str, Any]:
@@ -242,7 +259,8 @@ def _plain(model: nn.Module) -> dict[str, Any]:
 
 def _held(model: nn.Module) -> dict[str, tuple[Any, Any]]:
     """Name of a container -> itself and a copy."""
-    return {name: (value, value.copy()) for name, value in _named(model) if type(value) in CONTAINERS}
+    found = ((name, _container(value)) for name, value in _named(model))
+    return {name: (held, held.copy()) for name, held in found if held is not None}
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -74,8 +74,7 @@ def test_no_pass_of_the_model_is_needed(name, last_program_first):
     given = {"distribution": Categorical(4, "B(KC)HW")} if name == "attention" else arguments(model, N)
     fast, naive = pair(model, getattr(model, "shape", (1, 2, 3)), "persistent", "auto", **given)
     engine = fast._backends.made[-1].backend
-    with torch.no_grad():
-        engine.measure()
+    assert_exact(fast, naive, N, seed=9)  # the pass that measures the margin
     assert 0 < engine.margin.error < 1e-5
     images = []
     for seed, policy in enumerate((InOneLaunch, RowsOverTheWholeGPU, OverTheWholeGPU)):

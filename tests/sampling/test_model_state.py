@@ -64,7 +64,11 @@ def test_what_kind_of_change_it_was():
 def test_unchanged_puts_back_containers_and_modules():
     model = nn.Sequential(nn.Conv2d(1, 1, 1))
     model.things, model.numbers, model.names = {"a": 1}, [1, 2], {"x"}
+    model.config = SimpleNamespace(seen=None)
+    model.register_buffer("map", torch.zeros(2, 1))
     with unchanged(model) as passes:
+        model.config.seen = 3
+        model.map.resize_(3, 2)
         model.things["b"] = 2
         model.things["a"] = 3
         model.numbers.reverse()
@@ -74,8 +78,9 @@ def test_unchanged_puts_back_containers_and_modules():
         model.number = 1
     assert (model.things, model.numbers, model.names, len(model)) == ({"a": 1}, [1, 2], {"x"}, 1)
     assert not hasattr(model, "number")
-    inside = {"things['a']", "things['b']", "numbers[0]", "numbers[1]"}
-    assert passes.written == {"number", "things", "numbers", "names", *inside}
+    assert model.config.seen is None and model.map.tolist() == [[0], [0]]
+    inside = {"map", "config['seen']", "things['a']", "things['b']", "numbers[0]", "numbers[1]"}
+    assert passes.written == {"number", *inside} and passes.containers == {"things", "numbers", "names", "config"}
     assert list(passes.tensors) == ["0.weight"] and passes.tensors["0.weight"].item() == 7 != model[0].weight.item()
 
 

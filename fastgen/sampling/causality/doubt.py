@@ -5,7 +5,7 @@ output through such operations alone is a dependence for certain. Five kinds of 
 
 - a difference or a quotient of two things that depend on the same level, as in `x.cumsum(-1) - x`;
 - a comparison, a rounding, an argmax, whose result may be the same for all inputs, as in `x.mean() > 9`, and what is
-  multiplied by it, or by a share of a softmax or an exponential that is next to nothing;
+  multiplied by it, or by a share of a softmax that is next to nothing;
 - an activation of something so large that it is the same whatever is added, as where a mask is added to scores;
 - a choice by computed indices or conditions, or an operator that is not known;
 - a Fourier transform, whose inverse may put all in its place again, as in a causal convolution by FFT.
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fastgen.sampling.rules import Analysis, Opaque, Slicewise, rule_kind
-from fastgen.sampling.rules.base import NEXT_TO_NOTHING, SOFTMAX_ZERO, constant_operand
+from fastgen.sampling.rules.base import constant_operand
+from fastgen.sampling.rules.pointwise import SWALLOWS
 from fastgen.sampling.trace.graph import Operand, Value
 
 DISCRETE = {
@@ -47,8 +48,7 @@ def erased(value: Value, bound: Analysis, certain: Analysis, ready: Tensor) -> T
         return _difference(value, variable, bound, certain, ready)
     everywhere = torch.ones((), dtype=torch.bool)
     if name in SATURATES:
-        far = bound.data(value.operands[0]).abs() >= -SOFTMAX_ZERO
-        return far | (value.data <= NEXT_TO_NOTHING) if name.startswith("exp") else far
+        return bound.data(value.operands[0]).abs() >= SWALLOWS
     if name == "eq" and all(not one.dtype.is_floating_point for one in variable):
         return None  # a level is equal to one of the levels sometimes: one_hot
     rounds = name in DISCRETE or value.kwargs.get("rounding_mode") is not None

@@ -16,8 +16,8 @@ from fastgen.sampling.rules.base import NOWHERE, SOFTMAX_ZERO, Rule, constant_op
 from fastgen.sampling.trace.element_times import compact, shrunk
 from fastgen.sampling.trace.graph import CONSTANT, Operand, map_arguments
 
-VANISHES = {"exp", "exp2", "sigmoid", "relu", "silu", "gelu", "softplus", "clamp", "clamp_min"}  # of what is low
-SWALLOWS = 1e6  # where a sum is rounded by more than this, its smaller part counts as nothing
+VANISHES = {"exp", "exp2", "sigmoid", "relu", "silu", "gelu", "softplus", "clamp", "clamp_min"}
+SWALLOWS = 1e6  # more than what is added to a mask: what a sum is rounded by, or what is below 0
 
 
 class Pointwise(Rule):
@@ -60,12 +60,14 @@ class Pointwise(Rule):
                 elif one.dtype.is_floating_point:
                     low = low | ((of_one == CONSTANT) & (factor * self.analysis.data(one) <= SOFTMAX_ZERO))
             hidden = self._swallowed(times)
-            hidden = hidden | (low & (self.value.data == -math.inf)) if low.any() else hidden
+            if low.any():
+                low = low & (self.value.data <= SOFTMAX_ZERO)
+                hidden = hidden | (low & (self.value.data == -math.inf))
             ready = torch.where(compact(shrunk(hidden)), CONSTANT, ready) if hidden.any() else ready
         if name in VANISHES:
             vanishes = self._aligned(self.analysis.softmax_zero(operands[0]))
-            if vanishes.any():
-                vanishes = vanishes & (self.value.data == 0)
+            if vanishes.any() and len(operands) == 1:
+                vanishes = vanishes & (self.value.data == 0) & (self.analysis.data(operands[0]) <= -SWALLOWS)
                 ready = torch.where(vanishes, CONSTANT, ready)
                 self._vanishing = vanishes
         real = self.value.data.is_floating_point()
