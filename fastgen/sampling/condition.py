@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+MOST_COPIED = 2**20  # numbers of a tensor
+
 
 def as_tensors(condition: Any) -> Any:
     """NumPy's arrays as tensors, real numbers of torch's default type, and its integers as ints."""
@@ -63,8 +65,10 @@ def rows_for_some(condition: Any, n: int, device: torch.device | None = None) ->
 
 
 def copied(condition: Any) -> Any:
-    """The same condition in memory of its own, which a model may write into."""
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, condition)
+    """The same condition, all but large tensors in memory of their own, which a model may write into."""
+    return tree_map(
+        lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and leaf.numel() <= MOST_COPIED else leaf, condition
+    )
 
 
 def rows_of(condition: Any, rows: slice | Tensor) -> Any:

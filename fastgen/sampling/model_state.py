@@ -18,7 +18,7 @@ Attributes = dict[str, tuple[dict[str, Any], ...]]  # path of a module -> what h
 Change = Literal["nothing", "values", "structure"]
 PLAIN = (bool, int, float, complex, str, type(None))
 CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)
-MOST_ITEMS = 1000  # of a container that is looked into
+MOST_ITEMS = 2000  # of all containers that are looked into; one that is larger than what is left is not
 _OF_SPARSE = {
     torch.sparse_coo: ("_indices", "_values"),
     torch.sparse_csr: ("crow_indices", "col_indices", "values"),
@@ -123,7 +123,7 @@ class ModelState:
     def kept(self) -> Iterator[None]:
         """The model's passes run inside, and it is left as `unchanged` leaves it. Entered while nothing has changed,
         except that a pass of the user's may have written what passes write."""
-        passes = unchanged(self.model, {k: v for k, v in self._tensors.items() if k not in self._left})
+        passes = unchanged(self.model, {k: v for k, v in self._others(self._tensors).items() if k not in self._left})
         try:
             with passes:
                 yield
@@ -225,11 +225,14 @@ def _modules(model: nn.Module) -> list[tuple[Any, ...]]:
 def _named(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Attributes, and what lies in containers and in plain objects among them; see `unchanged` for the names."""
     seen: set[int] = set()
+    left = MOST_ITEMS
 
     def inside(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+        nonlocal left
         yield name, value
-        if id(value) not in seen and (items := _items(value)):
+        if id(value) not in seen and (items := _items(value, left)):
             seen.add(id(value))
+            left -= len(items)
             for key, one in items:
                 yield from inside(f"{name}[{key!r}]", one)
 
@@ -245,10 +248,10 @@ def _container(value: Any) -> Any:
     return value if type(value) in CONTAINERS else None
 
 
-def _items(value: Any) -> list[tuple[Any, Any]]:
-    """Keys and what lies there; not those of sets, and not of the largest."""
+def _items(value: Any, most: int) -> list[tuple[Any, Any]]:
+    """Keys and what lies there; not those of sets, and not more than so many."""
     held = value if isinstance(value, tuple) else _container(value)
-    if held is None or isinstance(held, set) or len(held) > MOST_ITEMS:
+    if held is None or isinstance(held, set) or len(held) > most:
         return []
     return list(held.items() if isinstance(held, dict) else enumerate(held))
 

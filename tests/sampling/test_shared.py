@@ -236,6 +236,34 @@ def test_bernoulli_models_share_a_model_with_others():
         assert torch.equal(second.sample(3, seed=0), expected[1])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_pass_of_the_users_gave_stays_the_users(backend):
+    """Though the model keeps it, too; and what the user sets beside what passes write counts."""
+
+    class KeepsOutput(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.out, self.config = inner, None, {"sign": 1, "batch": 0}
+
+        def forward(self, x):
+            self.config["batch"] = len(x)
+            self.out = self.config["sign"] * self.inner(x)
+            return self.out
+
+    model = KeepsOutput(Stranger(1, 4)).eval()
+    with torch.no_grad():
+        model(torch.zeros(2, *SHAPE))
+        sampler = accelerate(model, SHAPE, distribution=DISTRIBUTION, backend=backend, verify="always")
+        mine = model(torch.ones(2, *SHAPE))
+        before = mine.clone()
+        sampler.sample(4, seed=0)
+        assert torch.equal(mine, before) and model.out is mine
+        model.config["sign"] = -1
+        images = sampler.sample(4, seed=0)
+    fresh = accelerate(model, SHAPE, distribution=DISTRIBUTION, backend="naive")
+    assert torch.equal(images, fresh.sample(4, seed=0))
+
+
 def test_what_the_user_has_left_in_a_cache_stays_there():
     """A buffer written in place and how much of it is filled, as caches of rotary embeddings have them."""
 

@@ -6,7 +6,8 @@ output through such operations alone is a dependence for certain. Five kinds of 
 - a difference or a quotient of two things that depend on the same level, as in `x.cumsum(-1) - x`;
 - a comparison, a rounding, an argmax, whose result may be the same for all inputs, as in `x.mean() > 9`, and what is
   multiplied by it, or by a share of a softmax that is next to nothing;
-- an activation of something so large that it is the same whatever is added, as where a mask is added to scores;
+- an activation of something so large that it is the same whatever is added, as where a mask is added to scores, and
+  what puts a number in the place of infinity;
 - a choice by computed indices or conditions, or an operator that is not known;
 - a Fourier transform, whose inverse may put all in its place again, as in a causal convolution by FFT.
 """
@@ -47,6 +48,8 @@ def erased(value: Value, bound: Analysis, certain: Analysis, ready: Tensor) -> T
     if len(variable) > 1 and _may_cancel(value, variable, name):
         return _difference(value, variable, bound, certain, ready)
     everywhere = torch.ones((), dtype=torch.bool)
+    if name == "nan_to_num":
+        return ~bound.data(value.operands[0]).isfinite()
     if name in SATURATES:
         return bound.data(value.operands[0]).abs() >= SWALLOWS
     if name == "eq" and all(not one.dtype.is_floating_point for one in variable):
