@@ -55,12 +55,8 @@ class unchanged:
         self._before = [(module, _own(module)) for module in self.model.modules()]
         self._named = dict(_named(self.model))
         self._held = _held(self.model)
-        self._registered = [
-            (module.__dict__[name], dict(module.__dict__[name]))
-            for module, _ in self._before
-            for name in _REGISTERED
-            if name in module.__dict__
-        ]
+        registered: Iterable[Any] = (one.__dict__.get(name) for one in self.model.modules() for name in _REGISTERED)
+        self._registered = [(one, one.copy()) for one in registered if type(one) in CONTAINERS]
         tensors = dict(_tensors(self.model))
         self._tensors = {
             name: (tensor, self.copies[name] if name in self.copies else tensor.detach().clone())
@@ -76,8 +72,8 @@ class unchanged:
             for name in _own(module).keys() - attributes.keys():
                 del module.__dict__[name]
             module.__dict__.update(attributes)
-        for registered in self._registered:
-            _refill(*registered)
+        for pair in self._registered:
+            _refill(*pair)
         self.containers = {name for name, held in self._held.items() if _refill(*held)}
         for name, (tensor, before) in self._tensors.items():
             if tensor.shape != before.shape:
@@ -189,7 +185,8 @@ def _joined(path: str, name: str) -> str:
 
 
 def _attributes(model: nn.Module) -> Attributes:
-    return {path: (module.__dict__, module.__dict__.get("_buffers", {})) for path, module in model.named_modules()}
+    both = ((path, module.__dict__, module.__dict__.get("_buffers")) for path, module in model.named_modules())
+    return {path: (own, buffers) if isinstance(buffers, dict) else (own,) for path, own, buffers in both}
 
 
 def _put_back(names: Iterable[str], now: Attributes, before: Attributes) -> bool:

@@ -17,7 +17,7 @@ from fastgen.sampling.trace.element_times import compact, shrunk
 from fastgen.sampling.trace.graph import CONSTANT, Operand, map_arguments
 
 VANISHES = {"exp", "exp2", "sigmoid", "relu", "silu", "gelu", "softplus", "clamp", "clamp_min"}
-SWALLOWS = 1e6  # more than what is added to a mask: what a sum is rounded by, or what is below 0
+SWALLOWS = 1e6  # No sum adds as much to a mask: what is rounded by so much, or as far below 0, stays as it is.
 
 
 class Pointwise(Rule):

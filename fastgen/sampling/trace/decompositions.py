@@ -248,13 +248,15 @@ def by_gather(table: Tensor, dim: int, index: Tensor, sparse_grad: bool = False)
     return aten.index.Tensor(table.reshape(-1), [index * math.prod(table.shape[dim + 1 :]) + numbers])
 
 
+def by_select(table: Tensor, dim: int, index: Tensor) -> Tensor:
+    return by_index(table.unsqueeze(0), [None] * (dim % table.dim() + 1) + [index])[0]
+
+
 # Of a table that does not depend on the input: by `index` along its first dimension.
 LOOKUPS: dict[str, Callable[..., Any]] = {
     "index": by_index,
     "gather": by_gather,
-    "index_select": lambda table, dim, index: by_index(table.unsqueeze(0), [None] * (dim % table.dim() + 1) + [index])[
-        0
-    ],
+    "index_select": by_select,
     "take": lambda table, index: aten.index.Tensor(table.reshape(-1), [index]),
 }
 
