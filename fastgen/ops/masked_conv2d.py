@@ -294,7 +294,7 @@ def masked_conv2d(
         options |= {"activation": activation, "condition": condition, "residual": residual}
         return masked_conv2d_reference(x, weight, mask, bias, **options)
     if single:
-        x, condition, residual = (None if t is None else t.unsqueeze(0) for t in (x, condition, residual))  # type: ignore
+        x, condition, residual = (None if t is None else t.unsqueeze(0) for t in (x, condition, residual))  # type: ignore[assignment]
     out = fused(x, weight, mask, bias, geometry, activation, condition=condition, residual=residual)[0]
     return out.squeeze(0) if single else out
 
