@@ -10,7 +10,7 @@ from causal_models import Stranger, small
 from torch import nn
 from torch.nn import functional as F
 
-from fastgen import Bernoulli, Categorical, NotCausalError, accelerate
+from fastgen import Bernoulli, Categorical, NotCausalError, accelerate, shift_right
 from fastgen.models import GatedPixelCNN
 from fastgen.sampling import Sampler
 from fastgen.sampling.backends import MOST_KINDS
@@ -169,3 +169,21 @@ def test_an_analysis_runs_the_model_three_times():
     model.register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
     sampler = accelerate(model, (1, 5, 4), distribution=Categorical(5, "B(KC)HW"), backend="eager")
     assert calls == [2, 1, 1] and "eager:" in sampler.explain()
+
+
+def packed(dtype):
+    """A causal model of 12 tokens whose last layer has its weights packed for this arithmetic."""
+    network = nn.Sequential(nn.Embedding(6, 8), nn.Linear(8, 6)).eval()
+    return torch.ao.quantization.quantize_dynamic(network, {nn.Linear}, dtype=dtype)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantiz:DeprecationWarning")
+def test_packed_weights_are_compared_by_which_they_are():
+    sampling = {"distribution": Categorical(6, "BTK"), "encode": shift_right(0)}
+    model = packed(torch.float16)
+    with pytest.warns(UserWarning, match="linear_dynamic_fp16"):
+        sampler = accelerate(model, (12,), **sampling)
+    naive = accelerate(model, (12,), backend="naive", **sampling)
+    assert torch.equal(sampler.sample(3, seed=0), naive.sample(3, seed=0))
+    with pytest.raises(NotCausalError, match="linear_dynamic"):  # its scale is that of all tokens of all texts
+        accelerate(packed(torch.qint8), (12,), **sampling)
