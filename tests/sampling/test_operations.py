@@ -134,6 +134,7 @@ OPERATIONS = {
     "index_fill": lambda x: x.index_fill(3, torch.tensor([2]), 0.5),
     "median": lambda x: x - x.median(1).values.unsqueeze(1) + x.kthvalue(2, 1, keepdim=True).values,
     "running maximum": lambda x: x.cummax(3).values + (x.sigmoid() + 0.5).cumprod(1) + x.logcumsumexp(1),
+    "bilinear form": by_pixel(lambda x: F.bilinear(x, x.flip(-1), torch.arange(216).sin().view(6, 6, 6).to(x))),
     "Fourier": filtered,
     "rotated": rotated,
     "cross product": lambda x: torch.linalg.cross(x[:, :3], x[:, 3:], dim=1).repeat(1, 2, 1, 1),
@@ -177,7 +178,7 @@ OPERATIONS = {
     "area": coarse(lambda x: x[:, :, ::2, ::2], "area"),
 }  # fmt: skip
 WITHOUT_RULES = {  # of which whole passes draw
-    "bilinear form": by_pixel(lambda x: F.bilinear(x, x, torch.full((6, 6, 6), 0.1))),
+    "triangular": by_pixel(lambda x: torch.linalg.solve_triangular(torch.eye(6), x.unsqueeze(-1), upper=False)[..., 0]),
     "randomized ReLU": F.rrelu,
     "soft codes": codes_by_distance,
     "overlapping patches": patches,

@@ -152,6 +152,13 @@ def distances(func: Any, a: Tensor, b: Tensor, p: float = 2.0, mode: int | None 
     return (apart * apart).sum(-1).sqrt()
 
 
+def product_of_three(func: Any, a: Tensor, b: Tensor, c: Tensor, *given: list[int]) -> Tensor:
+    """The sum of a product, as of nn.Bilinear; given: what dimensions a, b and c lack, and which are summed."""
+    dims = range(a.dim() + len(given[0]))
+    kept = [[d for d in dims if d not in left_out] for left_out in given[:4]]
+    return torch.einsum(a, kept[0], b, kept[1], c, kept[2], kept[3])
+
+
 def group_norm(
     func: Any,
     x: Tensor,
@@ -276,6 +283,7 @@ WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "_adaptive_avg_pool3d": resampled,
     "_cdist_forward": distances,
     "_euclidean_dist": distances,
+    "_trilinear": product_of_three,
     "native_group_norm": group_norm,
     "lerp": lambda func, start, end, weight: start + weight * (end - start),
     "pow": power,
