@@ -191,9 +191,9 @@ class Rule(ABC):
         if hidden is None:
             return found
         if operand not in self._hides:
-            self._hides[operand] = self.analysis.constant(hidden.expand(operand.shape).float())
+            self._hides[operand] = self.analysis.constant(hidden.float())
         target = builder.scratch(found.sizes, found.memory.dtype)
-        builder.pointwise("hide", target, found, builder.read(self._hides[operand], region))
+        builder.pointwise("hide", target, found, builder.broadcast(self._hides[operand], region))
         return target
 
     def fixed(self, boxes: "Box | Boxes") -> Sequence[Any]:

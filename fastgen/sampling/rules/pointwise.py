@@ -32,7 +32,7 @@ class Pointwise(Rule):
         """Where the result is a constant zero, whatever lies in the operand there."""
         if self._vanishing is None:
             return None
-        return self.analysis.constant(self._vanishing.expand(self.value.shape).float())
+        return self.analysis.constant(self._vanishing.float())
 
     def ready(self) -> tuple[Tensor, Tensor | None]:
         """An operation reads all of its operands, but for what is multiplied by zero or added to a mask."""
@@ -93,11 +93,11 @@ class Pointwise(Rule):
         for one, ready in zip(self.value.operands, times, strict=True) if data.is_floating_point() else ():
             constant = ready == CONSTANT
             if constant.any() and one.dtype.is_floating_point:
-                factor, given = self._factor(one), self.analysis.data(one)
+                factor, given = self._factor(one), compact(self.analysis.data(one))
                 given = given if factor == 1 else factor * given
                 large = given.abs() * torch.finfo(data.dtype).eps > SWALLOWS
                 if large.any():
-                    found = found | ((given == data) & constant & large)
+                    found = found | ((given == data) & (constant & large))
         return found
 
     def needs(self, times: Tensor) -> Iterator[tuple[Operand, Tensor]]:
@@ -120,7 +120,7 @@ class Pointwise(Rule):
             args, kwargs = map_arguments(self.value.args, view), map_arguments(self.value.kwargs, view)
             builder.fill(target, builder.make(result_of(self.value.op, self.value.output), *args, **kwargs))
         if self.vanishes is not None:  # whatever lies where the operand is low
-            hidden = builder.read(self.vanishes, region).order(order)
+            hidden = builder.broadcast(self.vanishes, region).order(order)
             builder.pointwise("erase", target, target, hidden)
 
     def _is_instruction(self, builder: Builder, target: View, view: Callable[[Operand], View | Tensor]) -> bool:
