@@ -15,11 +15,12 @@ Barriers a step, counted in the same way at 64 and 128 units: in float32 on sm_9
 backward; row 7 and 13, 15 and 27. On other chips weights and states pass through shared memory, two barriers a part:
 diagonal 13 and 41, 21 and 37; row 17 and 57, 29 and 53. Half of the 99 KiB that three of these chips have holds a part
 of 32 channels forward and of 64 backward, as the next one is on its way in the other half; only sm_80 has room for
-more. In bfloat16 at 128 units, one part at a time of 256 channels backward: diagonal 21 and 14, row 29 and 18; a
-larger part forward spills. At 64 units 128 channels would fit the backward, in 13 and 17 barriers, but spill up to 72 bytes. Fragments do not
+more. At 64 units 128 channels would fit the backward, in 13 and 17 barriers, but spill up to 72 bytes. Fragments do not
 help there: tensor cores take states from registers, too, so that each 16 channels of them are converted, in two
 barriers (71 forward at 128 units); where the compiler copies states asynchronously, it passes weights through shared
 memory as well, and needs as much of it.
+In bfloat16 at 128 units a part has 32 channels forward and 256 backward, which wait 21 and 14 times on sm_80, the Row
+LSTM's 29 and 18; a larger part forward spills.
 
 Arguments: `fastgen.kernels.lstm.cell` and, of products, `fastgen.kernels.lstm.neighbours`.
 """
