@@ -67,13 +67,12 @@ class MaskedConv2d(nn.Conv2d):
         if (mask_type is None) == (mask is None):
             raise ValueError(f"give mask_type ('A' or 'B') or mask, one of them; got mask_type={mask_type!r}")
         if mask_type is not None:
-            halves = 2 if activation == "gated" else 1
-            mask = causal_mask(mask_type, out_channels // halves, in_channels, kernel_size, data_channels)
-            mask = mask.repeat(halves, 1, 1, 1)
+            mask = gate_mask(mask_type, out_channels, in_channels, kernel_size, data_channels, activation)
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, bias=bias, device=device, dtype=dtype
         )
         self.mask_type = mask_type
+        self.data_channels = data_channels
         self.activation = activation
         self._set_mask(mask)
 
@@ -83,6 +82,19 @@ class MaskedConv2d(nn.Conv2d):
             raise ValueError(f"mask must be a bool tensor of the shape {tuple(self.weight.shape)}, got {got}")
         self.register_buffer("mask", mask.to(self.weight.device), persistent=False)
         self._box, self._box_of = live_box(mask), state_of(self.mask)
+        self._made_on_meta = self.mask.is_meta
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._leave_meta()
+        return self
+
+    def _leave_meta(self) -> None:
+        """Makes the mask anew when the weight has left the meta device: neither a checkpoint nor to_empty has it."""
+        if getattr(self, "_made_on_meta", False) and not self.weight.is_meta and self.mask_type is not None:
+            channels, kernel = (self.out_channels, self.in_channels), self.kernel_size
+            with torch.device(self.weight.device):
+                self._set_mask(gate_mask(self.mask_type, *channels, kernel, self.data_channels, self.activation))
 
     def live_mask(self) -> Tensor:
         """The mask that is applied, a BoolTensor of the weight's shape. `patch` overrides it."""
@@ -144,9 +156,16 @@ class MaskedConv2d(nn.Conv2d):
             if not fits or not torch.equal(stored.expand(shape), self.mask):
                 errors.append(f"{key} is not the mask of this layer: {self}")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        self._leave_meta()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mask_type={self.mask_type!r}, activation={self.activation!r}"
+
+
+def gate_mask(mask_type: str, out: int, into: int, kernel: Any, data_channels: int, activation: str) -> Tensor:
+    """The causal mask of a layer. With "gated" each half of the channels has its own colour groups."""
+    halves = 2 if activation == "gated" else 1
+    return causal_mask(mask_type, out // halves, into, kernel, data_channels).repeat(halves, 1, 1, 1)
 
 
 def live_box(mask: Tensor) -> tuple[int, int, int, int, bool] | None:

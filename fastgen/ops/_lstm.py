@@ -74,17 +74,6 @@ def _check_shapes(gates: torch.Size, weight: torch.Size) -> None:
         )
 
 
-def under_autocast(gates: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the autocast dtype where autocast is on, as matrix products are; float64 stays."""
-    if not isinstance(gates, Tensor) or not isinstance(weight, Tensor):
-        return gates, weight
-    kind = "cuda" if gates.is_cuda else "cpu" if gates.is_cpu else gates.device.type  # whose string takes long
-    if not torch.is_autocast_enabled(kind) or torch.float64 in (gates.dtype, weight.dtype):
-        return gates, weight
-    dtype = torch.get_autocast_dtype(kind)
-    return gates.to(dtype), weight.to(dtype)
-
-
 def needs_gradient(gates: Tensor, weight: Tensor) -> bool:
     return torch.is_grad_enabled() and (gates.requires_grad or weight.requires_grad)
 

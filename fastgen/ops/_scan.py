@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastgen.kernels.maps import empty_map
-from fastgen.ops._implementation import is_plain
-from fastgen.ops._lstm import Offsets, exact_dtype, needs_gradient, own, runs_triton, under_autocast, weight_gradient
+from fastgen.ops._implementation import is_plain, under_autocast
+from fastgen.ops._lstm import Offsets, exact_dtype, needs_gradient, own, runs_triton, weight_gradient
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ class Scan:
     def __call__(self, gates: Tensor, weight: Tensor, *flags: Any, recompute: bool, impl: str) -> Tensor:
         plain, saving, direct = self._operators  # type: ignore[attr-defined]
         is_eager = is_plain(gates, weight)
-        if not is_eager or torch._C._is_any_autocast_enabled():
+        are_tensors = isinstance(gates, Tensor) and isinstance(weight, Tensor)
+        if are_tensors and (not is_eager or torch._C._is_any_autocast_enabled()):
             gates, weight = under_autocast(gates, weight)
         if is_eager and runs_triton(impl, gates):
             # Arguments are checked once for each kind of call.

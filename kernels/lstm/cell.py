@@ -30,14 +30,6 @@ def sigmoid(x, FAST: tl.constexpr):
 
 
 @triton.jit
-def product(a, b, accumulator, PRECISION: tl.constexpr):
-    """a @ b + accumulator. The precision "float32" is the interpreter's, which multiplies bfloat16 wrongly."""
-    if PRECISION == "float32":
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
-    return tl.dot(a, b, accumulator, input_precision=PRECISION)
-
-
-@triton.jit
 def gates_of(sums, M: tl.constexpr, U: tl.constexpr):
     """Products (4U, M), whose rows count units and the four gates of each, as four tiles (M, U).
 

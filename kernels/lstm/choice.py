@@ -189,14 +189,15 @@ def tile_launch_of(
         chunk = max(size for size in range(1, most + 1) if taps * parts % size == 0)
     elif single:
         U = 128 if backward and padded == 128 else 64
-        M, K, num_warps = 32, 32, 4 if backward and U == 64 else 8
+        M, K, num_warps = 32, 32, 4 if full and backward and U == 64 else 8
         if backward:  # 64 states fill the shared memory of sm_86; smaller products spill less
             K, together = (32, 2) if U == 64 else (16, 4)
     elif padded == 32:
         M, U, K, num_warps = 64, 32, 64 if backward else 32, 8
     elif backward:
-        M, U, K, num_warps = 32, padded, 256 if full else 64, 16 if padded == 128 else 8
-        num_stages = 2 if generation == 9 else 3
+        large = full or (generation == 8 and padded == 128)  # elsewhere they spill
+        M, U, K, num_warps = 32, padded, 256 if large else 64, 16 if padded == 128 else 8
+        num_stages = 2 if large and generation != 10 else 3
     else:
         together = taps if full and taps in (2, 3) else 1
         K = 64 if full and together == 1 else 32

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgen.kernels.common import Launches
+from fastgen.kernels.common import Launches, product
 from fastgen.kernels.lstm.calls import Call, Check, Choice, new_map, new_results, run_backward, run_forward
 from fastgen.kernels.lstm.cell import (
     add_gates,
@@ -37,7 +37,6 @@ from fastgen.kernels.lstm.cell import (
     joined_gates,
     load_saved,
     load_terms,
-    product,
     store_gates,
     widened,
 )

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgen.kernels.lstm.cell import product
+from fastgen.kernels.common import product
 
 
 @triton.jit

@@ -148,6 +148,21 @@ def test_scans_by_tiles(case, size):
         assert found.barriers_a_block <= barriers[HOPPER] * steps
 
 
+# Operation, taps; barriers a step on sm_80 and on sm_90, forward and backward.
+HALF = {"diagonal": (diagonal_lstm, 2, ((21, 12), (14, 14))), "row": (row_lstm, 3, ((29, 12), (18, 18)))}
+
+
+@pytest.mark.parametrize("case", HALF)
+def test_barriers_of_tiles_in_half_precision(case):
+    """At 128 units."""
+    operation, taps, barriers = HALF[case]
+    inputs = [leaf(torch.randn(1, 512, 16, 16), last=True), leaf(torch.randn(512, 128, taps) / 8)]
+    inputs = [leaf(x.to(torch.bfloat16)) for x in inputs]
+    both = counts(lambda *x: operation(*x, impl="triton"), inputs)
+    for found, most in zip(both, barriers, strict=True):
+        assert found.barriers_a_block <= most[HOPPER] * steps_of(operation, 16, 16)
+
+
 # Operation, taps, units; barriers a step, forward and backward, of a program an image, on sm_80 and on sm_90.
 SCANS = {
     "diagonal, 16": (diagonal_lstm, 2, 16, (8, 8), (8, 8)),

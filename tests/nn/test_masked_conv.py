@@ -178,6 +178,22 @@ def test_moves_and_changes_dtype():
     assert MaskedConv2d(3, 6, 3, mask_type="A", device="meta")(torch.randn(1, 3, 4, 4, device="meta")).shape[1] == 6
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("activation", ["none", "gated"])
+def test_has_its_mask_after_the_meta_device(assign, activation):
+    options = {"mask_type": "A", "data_channels": 3, "activation": activation}
+    expected = MaskedConv2d(3, 12, 3, **options)
+    model = nn.Sequential(MaskedConv2d(3, 12, 3, **options, device="meta"))
+    if not assign:
+        model = model.to_empty(device="cpu")
+    model.load_state_dict({"0." + name: value for name, value in expected.state_dict().items()}, assign=assign)
+    assert torch.equal(model[0].mask, expected.mask)
+    x = torch.randn(1, 3, 4, 4)
+    assert torch.equal(model(x), expected(x))
+    model[0].double()
+    assert torch.equal(model[0].mask, expected.mask)
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
