@@ -39,6 +39,7 @@ class MaskedConv2d(nn.Conv2d):
     Raises:
         ValueError: an argument that `causal_mask` or `masked_conv2d` does not take; both or none of mask_type and mask;
             an odd out_channels with "gated".
+        RuntimeError: a layer made with `mask` leaves the meta device, where its values are lost.
     """
 
     mask: Tensor
@@ -82,19 +83,26 @@ class MaskedConv2d(nn.Conv2d):
             raise ValueError(f"mask must be a bool tensor of the shape {tuple(self.weight.shape)}, got {got}")
         self.register_buffer("mask", mask.to(self.weight.device), persistent=False)
         self._box, self._box_of = live_box(mask), state_of(self.mask)
-        self._made_on_meta = self.mask.is_meta
 
     def _apply(self, fn, recurse=True):
+        lost = self._has_own_mask() and self.mask.is_meta
         super()._apply(fn, recurse)
-        self._leave_meta()
+        if lost:
+            self._restore_mask()
         return self
 
-    def _leave_meta(self) -> None:
-        """Makes the mask anew when the weight has left the meta device: neither a checkpoint nor to_empty has it."""
-        if getattr(self, "_made_on_meta", False) and not self.weight.is_meta and self.mask_type is not None:
-            channels, kernel = (self.out_channels, self.in_channels), self.kernel_size
-            with torch.device(self.weight.device):
-                self._set_mask(gate_mask(self.mask_type, *channels, kernel, self.data_channels, self.activation))
+    def _has_own_mask(self) -> bool:
+        return "mask" in self._non_persistent_buffers_set
+
+    def _restore_mask(self) -> None:
+        """Makes the mask anew if the weight has left the meta device: neither a checkpoint nor `to_empty` has it."""
+        if self.weight.is_meta:
+            return
+        if self.mask_type is None:
+            raise RuntimeError("the values of mask are lost on the meta device: make a layer with mask= elsewhere")
+        sizes = self.out_channels, self.in_channels, self.kernel_size
+        with torch.device(self.weight.device):
+            self._set_mask(gate_mask(self.mask_type, *sizes, self.data_channels, self.activation))
 
     def live_mask(self) -> Tensor:
         """The mask that is applied, a BoolTensor of the weight's shape. `patch` overrides it."""
@@ -149,14 +157,15 @@ class MaskedConv2d(nn.Conv2d):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         key = prefix + "mask"
-        if key in state_dict and "mask" in self._non_persistent_buffers_set:
-            stored = state_dict.pop(key).to(self.mask.device) != 0
-            shape = self.mask.shape
+        stored = state_dict.pop(key, None) if self._has_own_mask() else None
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        if self._has_own_mask() and self.mask.is_meta:
+            self._restore_mask()
+        if stored is not None and not self.mask.is_meta:
+            stored, shape = stored.to(self.mask.device) != 0, self.mask.shape
             fits = stored.dim() == 4 and all(side in (1, ours) for side, ours in zip(stored.shape, shape, strict=True))
             if not fits or not torch.equal(stored.expand(shape), self.mask):
                 errors.append(f"{key} is not the mask of this layer: {self}")
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        self._leave_meta()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mask_type={self.mask_type!r}, activation={self.activation!r}"

@@ -194,6 +194,21 @@ def test_has_its_mask_after_the_meta_device(assign, activation):
     assert torch.equal(model[0].mask, expected.mask)
 
 
+def test_loads_a_checkpoint_with_its_mask_after_the_meta_device():
+    expected = MaskedConv2d(3, 12, 3, mask_type="B", data_channels=3)
+    model = MaskedConv2d(3, 12, 3, mask_type="B", data_channels=3, device="meta")
+    model.load_state_dict(expected.state_dict() | {"mask": expected.mask.float()}, assign=True)
+    assert torch.equal(model.mask, expected.mask)
+    again = model.to("meta").to_empty(device="cpu")
+    assert torch.equal(again.mask, expected.mask)
+
+
+def test_a_mask_of_the_users_own_is_lost_on_the_meta_device():
+    model = MaskedConv2d(1, 2, 3, mask=torch.ones(2, 1, 3, 3, dtype=torch.bool), device="meta")
+    with pytest.raises(RuntimeError, match="mask"):
+        model.to_empty(device="cpu")
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
