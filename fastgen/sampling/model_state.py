@@ -54,10 +54,10 @@ class unchanged:
     def __enter__(self) -> "unchanged":
         self._before = [(module, _own(module)) for module in self.model.modules()]
         self._named = dict(_named(self.model))
-        self._held = _held(self.model)
+        self._held = _held(self._named)
         registered: Iterable[Any] = (one.__dict__.get(name) for one in self.model.modules() for name in _REGISTERED)
         self._registered = [(one, one.copy()) for one in registered if type(one) in CONTAINERS]
-        tensors = dict(_tensors(self.model))
+        tensors = dict(_tensors(self.model, self._named))
         self._tensors = {
             name: (tensor, self.copies[name] if name in self.copies else tensor.detach().clone())
             for name, tensor in tensors.items()
@@ -67,7 +67,7 @@ class unchanged:
     def __exit__(self, *_: Any) -> None:
         named = dict(_named(self.model))
         self.written |= {name for name in self._named.keys() | named.keys() if not _same(name, self._named, named)}
-        self.written |= self._tensors.keys() ^ dict(_tensors(self.model)).keys()
+        self.written |= self._tensors.keys() ^ dict(_tensors(self.model, named)).keys()
         for module, attributes in self._before:
             for name in _own(module).keys() - attributes.keys():
                 del module.__dict__[name]
@@ -104,15 +104,16 @@ class ModelState:
         self.written: set[str] = set() if before is None else before.written
         self._modules = _modules(model)
         self._attributes = {path: tuple(map(dict, of)) for path, of in _attributes(model).items()}
-        self._held = _held(model)
+        named = dict(_named(model))
+        self._held = _held(named)
         self._refilled: set[str] = set() if before is None else before._refilled  # containers that passes write
         if before is not None:
             _put_back(self.written, self._attributes, before._attributes)
             for name in self._refilled & self._held.keys() & before._held.keys():
                 if self._held[name][0] is before._held[name][0]:
                     self._held[name] = before._held[name]
-        self._plain = _plain(model)
-        self._tensors = {name: tensor.detach().clone() for name, tensor in _tensors(model)}
+        self._plain = _plain(named)
+        self._tensors = {name: tensor.detach().clone() for name, tensor in _tensors(model, named)}
         self._left: dict[str, Tensor] = {}
 
     @contextmanager
@@ -133,7 +134,7 @@ class ModelState:
         changed = _put_back(self.written, _attributes(self.model), self._attributes)
         for name in self._refilled & self._held.keys():
             changed |= _refill(*self._held[name])
-        for name, tensor in _tensors(self.model):
+        for name, tensor in _tensors(self.model, dict(_named(self.model))):
             before = self._tensors.get(name)
             if name in self._left and before is not None and before.shape == tensor.shape:
                 changed |= not torch.equal(tensor, before)
@@ -142,9 +143,10 @@ class ModelState:
 
     def change(self) -> Change:
         """ "values": nothing has changed but floating-point numbers, of which none became zero or ceased to be."""
-        if self._others(self._plain) != self._others(_plain(self.model)) or self._modules != _modules(self.model):
+        named = dict(_named(self.model))
+        if self._others(self._plain) != self._others(_plain(named)) or self._modules != _modules(self.model):
             return "structure"
-        old, new = self._others(self._tensors), self._others(dict(_tensors(self.model)))
+        old, new = self._others(self._tensors), self._others(dict(_tensors(self.model, named)))
         if old.keys() != new.keys():
             return "structure"
         pairs = [(old[name], new[name]) for name in new]
@@ -253,23 +255,23 @@ def _items(value: Any, most: int) -> list[tuple[Any, Any]]:
     return list(held.items() if isinstance(held, dict) else enumerate(held))
 
 
-def _plain(model: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in _named(model) if isinstance(value, PLAIN)}
+def _plain(named: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in named.items() if isinstance(value, PLAIN)}
 
 
-def _held(model: nn.Module) -> dict[str, tuple[Any, Any]]:
+def _held(named: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Name of a container -> itself and a copy."""
-    found = ((name, _container(value)) for name, value in _named(model))
+    found = ((name, _container(value)) for name, value in named.items())
     return {name: (held, held.copy()) for name, held in found if held is not None}
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: nn.Module, attributes: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Parameters, buffers, and tensors kept as attributes; of sparse ones what they are made of. Those that wait for
     their shape are none yet."""
     named = itertools.chain(
         model.named_parameters(remove_duplicate=False),
         model.named_buffers(remove_duplicate=False),
-        _named(model),
+        attributes.items(),
     )
     for name, value in named:
         if isinstance(value, Tensor) and value.layout in _OF_SPARSE:
