@@ -229,6 +229,25 @@ def test_models_that_take_one_number_of_images_only(batch, conditioned, backend)
         assert sampler.stats.redrawn == 0 and sampler.work_ratio < 1.01
 
 
+class Repeats(nn.Module):
+    """Copies a lone sequence, as by a state of three that it broadcasts to."""
+
+    def __init__(self):
+        super().__init__()
+        self.gpt = SmallGPT()
+
+    def forward(self, idx):
+        logits = self.gpt(nn.functional.pad(idx[:, :-1], (1, 0)))[0]
+        return logits.expand(3, -1, -1) if len(idx) == 1 else logits
+
+
+def test_a_model_that_copies_a_lone_image_is_traced_beside_another():
+    model, options = Repeats().eval(), {"distribution": Categorical(K, "BTK")}
+    sampler = accelerate(model, (T,), **options)
+    assert f"the model returns {3 * K * T} numbers for one image and {K * T} for each of two" in sampler.explain()
+    assert torch.equal(sampler.sample(4, seed=0), accelerate(model, (T,), backend="naive", **options).sample(4, seed=0))
+
+
 def test_errors_of_a_model_are_its_own():
     class Fails(nn.Module):
         calls = 0

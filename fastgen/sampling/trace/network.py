@@ -240,7 +240,8 @@ def _check_same(graphs: Sequence[Graph], whole: Tensor) -> None:
         alone, together = graph.result, whole[k].cpu()
         scale = together[together.isfinite()].abs().max() if together.isfinite().any() else 0
         tolerance = 1e-3 * float(scale) + 1e-5 if precise else 0.1 * float(scale)
-        if alone.numel() != together.numel() or not torch.allclose(
-            alone.reshape(together.shape), together, atol=tolerance, rtol=0, equal_nan=True
-        ):
+        if alone.numel() != together.numel():
+            numbers = f"{alone.numel()} numbers for one image and {together.numel()} for each of two"
+            raise Unsupported(f"the model returns {numbers}", first)
+        if not torch.allclose(alone.reshape(together.shape), together, atol=tolerance, rtol=0, equal_nan=True):
             raise Unsupported("an image's output depends on what else is in its batch", first)
