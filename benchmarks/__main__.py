@@ -12,8 +12,10 @@
     python -m benchmarks gpu-tests [PATH ..] run the quick tests on this GPU in several processes (--full: all tests)
     python -m benchmarks host                measure the host's time for a call of each operation; needs no GPU
     python -m benchmarks predict [FILE ..]   predict the time of whole images in one launch, with the rates in these
-    rows python -m benchmarks status              for every kernel and GPU: was it right, and are its rows of today's
-    source? python -m benchmarks readme-tables       write the README's performance section from the saved rows
+                                                 rows
+    python -m benchmarks status              for every kernel and GPU: was it right, and are its rows of today's
+                                                 source?
+    python -m benchmarks readme-tables       write the README's performance section from the saved rows
     python -m benchmarks adopt FILE ..       save rows that were measured on another machine
     python -m benchmarks plots               draw the saved rows into runs/benchmarks/
 

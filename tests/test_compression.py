@@ -257,8 +257,9 @@ def test_wrong_arguments_are_named(small, monkeypatch):
         ((nn.Linear(2, 2), images), TypeError, "Linear"),
         ((model, images.float()), TypeError, "float32"),
         ((model, images.numpy()), TypeError, "ndarray"),
-        ((model, images + 4), ValueError, r"0\.\.4"),
-        ((model, images[:, :, :3]), ValueError, "shape"),
+        ((model, images + 4), ValueError, r"images must be levels in 0\.\.4"),
+        ((model, images[:, :, :3]), ValueError, r"images must have the shape \(n, "),
+        ((model, images.to(torch.complex64)), TypeError, "complex64"),
     ):
         with pytest.raises(kind, match=named):
             fastgen.compress(*wrong)

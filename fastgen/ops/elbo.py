@@ -1,5 +1,6 @@
 """The evidence lower bound of a VAE from its two parts."""
 
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,8 @@ def bound_of(nll: Tensor, kl: Tensor, beta: float | Tensor) -> Elbo:
         if beta.numel() != 1:
             raise ValueError(f"beta must be one number, got a tensor of the shape {tuple(beta.shape)}")
         beta = beta.reshape(())
+    elif isinstance(beta, bool) or not isinstance(beta, Real):
+        raise TypeError(f"beta must be a number or a tensor of one element, got {type(beta).__name__}")
     elif not 0 <= beta < float("inf"):
         raise ValueError(f"beta must be a finite number >= 0, got {beta!r}")
     if kl.shape != nll.shape:

@@ -179,7 +179,7 @@ def reparameterize_kl(
         logvar: log-variances, the same shape.
         eps: standard normal noise, the same shape. None draws it: in the Triton kernel from Philox (Salmon et al.
             2011), keyed by one number of torch's generator and drawn again in backward instead of being stored.
-        generator: where the noise comes from; None is torch's default generator of the device.
+        generator: where the noise comes from, if eps is None; None is torch's default generator of the device.
         free_bits: the least KL of a dimension, nats; a dimension below it gets no gradient from kl.
         impl: "auto" is Triton on CUDA tensors and the PyTorch definition elsewhere. float64 is always computed by
             the definition, as the kernel works in float32. The two draw different noise from the same seed.
@@ -190,8 +190,8 @@ def reparameterize_kl(
 
     Raises:
         TypeError: mu, logvar or eps is not a float tensor, or generator or free_bits has a wrong type.
-        ValueError: shapes or devices differ, mu has no batch dimension, free_bits is not finite or is negative, or an
-            unknown impl.
+        ValueError: shapes or devices differ, mu has no batch dimension, both eps and generator are given, free_bits is
+            not finite or is negative, or an unknown impl.
         RuntimeError: impl="triton" where it cannot run; a second derivative of the kernel.
     """
     for name, tensor in (("mu", mu), ("logvar", logvar), ("eps", eps)):
@@ -210,6 +210,8 @@ def reparameterize_kl(
         raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
     if generator is not None and generator.device.type != mu.device.type:
         raise ValueError(f"generator must be on the device of mu, {mu.device}, got {generator.device}")
+    if generator is not None and eps is not None:
+        raise ValueError("eps and generator exclude each other: with eps, no noise is drawn")
     if isinstance(free_bits, bool) or not isinstance(free_bits, int | float):
         raise TypeError(f"free_bits must be a number, got {type(free_bits).__name__}")
     if not 0 <= free_bits < math.inf:

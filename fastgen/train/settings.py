@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 FLOOR = 0.01  # learning rate at the end of the cosine and after it, as a fraction of the peak
 SHORTEST_DECAY = 2000  # steps; see Settings.decay_steps
@@ -67,25 +68,25 @@ class Settings:
     def __post_init__(self) -> None:
         for name, least in LEAST.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not _is_int(value) or value < least:
                 raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
         if self.decay_steps is None:
             object.__setattr__(self, "decay_steps", max(self.steps, SHORTEST_DECAY))
-        elif not isinstance(self.decay_steps, int) or self.decay_steps < 1:
+        elif not _is_int(self.decay_steps) or self.decay_steps < 1:
             raise ValueError(f"decay_steps must be an int >= 1 or None, got {self.decay_steps!r}")
         for name in ("lr", "clip"):
             value = getattr(self, name)
-            if not isinstance(value, Real) or not 0 < float(value) < math.inf:
+            if not _is_number(value) or not 0 < float(value) < math.inf:
                 raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
         for name in ("weight_decay", "beta", "free_bits"):
             value = getattr(self, name)
-            if not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+            if not _is_number(value) or not 0 <= float(value) < math.inf:
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
-        if not isinstance(self.ema, Real) or not 0 <= self.ema < 1:
+        if not _is_number(self.ema) or not 0 <= self.ema < 1:
             raise ValueError(f"ema must be a number in [0, 1), got {self.ema!r}")
-        if self.max_seconds is not None and not isinstance(self.max_seconds, Real):
-            raise ValueError(f"max_seconds must be a number or None, got {self.max_seconds!r}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
+        if self.max_seconds is not None and not (_is_number(self.max_seconds) and self.max_seconds >= 0):
+            raise ValueError(f"max_seconds must be a number >= 0 or None, got {self.max_seconds!r}")
+        if not _is_int(self.seed) or not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be an int in 0..2**31-1, got {self.seed!r}")
         for name, known in (("precision", PRECISIONS), ("parallel", PARALLEL)):
             if getattr(self, name) not in known:
@@ -108,3 +109,11 @@ class Settings:
         if self.free_bits:
             options["free_bits"] = self.free_bits
         return options
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

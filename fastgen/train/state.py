@@ -4,11 +4,13 @@ nor on the number of processes."""
 import io
 import json
 import os
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastgen import checkpoint, distributed
@@ -20,6 +22,24 @@ from fastgen.train.settings import Settings
 METRICS = "metrics.jsonl"
 STATE = "training.pt"
 FORMAT = "fastgen training state 2"
+FIELDS = {
+    "model": dict,
+    "data": dict,
+    "settings": dict,
+    "step": int,
+    "validated": int,
+    "best": float,
+    "best_weights": dict,
+    "stale": int,
+    "rows": list,
+    "weights": dict,
+    "average": dict,
+    "optimizer": dict,
+    "scaler": dict,
+    "loss": tuple,
+    "gradient_norm": Tensor,
+}
+DATA_FIELDS = {"name": str, "loading": dict, "sha256": str}
 MAY_CHANGE = ("steps", "max_seconds", "patience", "lr", "samples", "parallel", "cuda_graph")
 
 
@@ -115,14 +135,23 @@ def read(folder: str | os.PathLike) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file, so there is no run to resume")
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not compare the checksums
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and pickle raise many exceptions for foreign files
         raise ValueError(f"{path}: is not a training state, or damaged ({type(error).__name__})") from error
+    if damaged:
+        raise ValueError(f"{path}: is damaged: the checksum of {damaged} does not match")
     if (
-        not isinstance(state, dict)
+        not _has(state, FIELDS)
         or state.get("format") != FORMAT
-        or any(not isinstance(state.get(name), dict) for name in ("model", "data", "settings"))
+        or not _has(state["data"], DATA_FIELDS)
         or not state["settings"].keys() <= Settings.__dataclass_fields__.keys()
     ):
         raise ValueError(f"{path}: is not a training state written by this version of fastgen")
     return state
+
+
+def _has(state: Any, fields: dict[str, type]) -> bool:
+    """Whether a state holds all fields, each of its type."""
+    return isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in fields.items())

@@ -61,6 +61,7 @@ def test_gap_to_log_p_is_the_divergence_from_the_true_posterior(seed):
         (0.0, 1.0, TypeError, "kl must be a float tensor, got float"),
         (torch.zeros(2), -1.0, ValueError, "beta must be"),
         (torch.zeros(2), math.nan, ValueError, "beta must be"),
+        (torch.zeros(2), "1", TypeError, "beta must be a number or a tensor of one element, got str"),
         (torch.zeros(2), torch.ones(2), ValueError, "beta must be one number"),
     ],
 )

@@ -255,10 +255,32 @@ def read(name):
         return file.read()
 
 
-def test_refuses_a_damaged_state(stripes, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("weights", {}, "damaged"),
+        ("weights", None, "is not a training state"),
+        ("step", "3", "is not a training state"),
+        ("best_weights", [1], "is not a training state"),
+        ("data", {}, "is not a training state"),
+    ],
+)
+def test_refuses_a_state_that_does_not_fit(stripes, tmp_path, name, value, message):
     train(gated(), stripes, tmp_path, replace(QUICK, steps=1), progress=False)
-    state = read_state(tmp_path)
-    del state["weights"]
-    torch.save(state, tmp_path / STATE)
-    with pytest.raises(ValueError, match="damaged"):
+    torch.save({**read_state(tmp_path), name: value}, tmp_path / STATE)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=f"{STATE}: .*{message}"):
+        train(gated(), stripes, tmp_path, QUICK, resume=True, progress=False)
+    assert contents(tmp_path) == before
+
+
+def test_refuses_a_state_of_which_a_bit_has_flipped(stripes, tmp_path):
+    """torch.load reads it without complaint, as other weights."""
+    train(gated(), stripes, tmp_path, replace(QUICK, steps=1), progress=False)
+    weights = next(iter(read_state(tmp_path)["weights"].values())).numpy().tobytes()
+    content = bytearray((tmp_path / STATE).read_bytes())
+    content[content.index(weights)] ^= 1
+    (tmp_path / STATE).write_bytes(content)
+    torch.load(tmp_path / STATE, weights_only=True)
+    with pytest.raises(ValueError, match=f"{STATE}: is damaged: the checksum of .* does not match"):
         train(gated(), stripes, tmp_path, QUICK, resume=True, progress=False)

@@ -125,7 +125,8 @@ def test_scores_fewer_images_at_once_where_they_are_large():
     ("field", "value"),
     [("steps", 0), ("batch_size", 0), ("warmup", -1), ("decay_steps", 0), ("validate_every", 0), ("patience", -1)]
     + [("lr", 0.0), ("lr", math.nan), ("clip", 0.0), ("weight_decay", -1.0), ("ema", 1.0), ("seed", -1)]
-    + [("lr", "0.1"), ("beta", None), ("ema", "0.9"), ("max_seconds", "60")],
+    + [("lr", "0.1"), ("beta", None), ("ema", "0.9"), ("max_seconds", "60")]
+    + [("max_seconds", math.nan), ("max_seconds", -1.0), ("steps", True), ("seed", False), ("lr", True)],
 )
 def test_bad_settings_are_named(field, value):
     with pytest.raises(ValueError, match=field):
