@@ -70,10 +70,12 @@ def grid(
         row_names: one text to the left of each row; empty for none.
 
     Raises:
-        ValueError: images has another shape, columns < 1, or there is not one name for each row.
+        ValueError: images has another shape, levels < 2, columns < 1, or there is not one name for each row.
     """
     if images.dim() != 4 or len(images) == 0:
         raise ValueError(f"images must have the shape (n, C, H, W) with n >= 1, got {tuple(images.shape)}")
+    if levels < 2:
+        raise ValueError(f"levels must be >= 2, got {levels}")
     if columns < 1:
         raise ValueError(f"columns must be >= 1, got {columns}")
     count, rows = len(images), -(-len(images) // columns)

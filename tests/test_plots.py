@@ -79,6 +79,7 @@ def test_bad_arguments_are_named(tmp_path):
         (lambda: plots.image_grid(images[:0], 2, tmp_path / "a.png", columns=1), "shape"),
         (lambda: plots.image_grid(images, 2, tmp_path / "a.png", columns=1, row_names=["x"]), "row_names"),
         (lambda: plots.image_grid(images, 2, tmp_path / "a.png", columns=0), "columns"),
+        (lambda: plots.image_grid(images, 1, tmp_path / "a.png", columns=1), "levels must be >= 2, got 1"),
         (lambda: plots.curves([], tmp_path / "a.pdf"), r"a\.pdf"),
     ):
         with pytest.raises(ValueError, match=named):

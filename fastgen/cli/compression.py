@@ -122,7 +122,7 @@ def _model(arguments: argparse.Namespace) -> Any:
     device = device_of(arguments)
     model = checkpoint.load(arguments.folder).to(device)
     if not isinstance(model, AutoregressiveModel):
-        raise ValueError(f"{arguments.folder}: a {type(model).__name__} has no exact likelihood to compress images by")
+        raise ValueError(f"{arguments.folder}: {type(model).__name__} has no exact likelihood to compress images by")
     return model
 
 

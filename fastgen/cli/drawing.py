@@ -179,7 +179,7 @@ def run_complete(arguments: argparse.Namespace) -> int:
     device = device_of(arguments)
     model = checkpoint.load(arguments.folder).to(device)
     if not isinstance(model, AutoregressiveModel):
-        raise ValueError(f"{arguments.folder}: a {type(model).__name__} cannot complete images pixel by pixel")
+        raise ValueError(f"{arguments.folder}: {type(model).__name__} cannot complete images pixel by pixel")
     images, labels = _images_to_complete(arguments, model)
     known = completions.upper_half(model.shape)
     if arguments.mask is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from fastgen import checkpoint, distributed
 from fastgen.data import Dataset
@@ -94,12 +95,13 @@ def train(
 
     Raises:
         ValueError: model and data do not fit; no parameter can be trained; the loss has another shape; the optimizer
-            has other parameters than the model; there are no images; `folder` is a file, already holds a run, or holds
-            none to resume; the run to resume differs in model, images or settings, or has taken more than `steps`
+            has other parameters than the model; there are no images; torch does not find the device; `folder` is a
+            file, already holds a run, or holds none to resume; the run to resume differs in model, images or settings, or has taken more than `steps`
             steps.
-        TypeError: model, data or settings is not one of the above; the model cannot be saved.
+        TypeError: model, data, settings, augment, optimizer or schedule is not one of the above; the model cannot be
+            saved.
         OSError: the folder cannot be written to, or the disk is full. What was saved before stays.
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss or a weight is not finite. What was saved before stays.
     """
     started = time.monotonic()
     model = checkpoint.unwrap(model)
@@ -107,6 +109,14 @@ def train(
     if isinstance(data, Dataset) and isinstance(model, Rebuildable):
         check_fit(model, data)
     _check_settings(model, settings)
+    kinds: Any = (
+        ("augment", augment, (), "a function of images"),
+        ("optimizer", optimizer, torch.optim.Optimizer, "an optimizer or a function that makes one"),
+        ("schedule", schedule, LRScheduler, "a function of the step or an LRScheduler"),
+    )
+    for name, value, kind, expected in kinds:
+        if not (value is None or callable(value) or isinstance(value, kind)):
+            raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
     checkpoint.encode(checkpoint.configuration(model), model.state_dict())  # raises now if the model cannot be saved
     if init_from is not None:
         if resume:
@@ -114,7 +124,7 @@ def train(
         note = load_weights(model, init_from)
         if progress and note:
             print(note, flush=True)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _checked_device(device)
     folder = Path(folder)
     if not resume and (folder / state.STATE).exists():
         raise ValueError(f"folder {str(folder)!r} holds a run already: resume=True continues it")
@@ -148,6 +158,19 @@ def _check_settings(model: Any, settings: Settings) -> None:
             raise ValueError(f"samples must be 0: {SampleGrids.why_not(model)}")
         if parallel.sharded(settings):
             raise ValueError('samples must be 0 with parallel="fsdp": one process draws them')
+
+
+def _checked_device(device: torch.device | str | None) -> torch.device:
+    """The device, or the default. Raises ValueError if torch does not find it."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device must be one that torch finds, got {device!r}: {str(error).splitlines()[0]}"
+        ) from error
+    return torch.device(device)
 
 
 def _built_in_callbacks(run: Run) -> list[Any]:

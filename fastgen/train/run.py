@@ -189,6 +189,15 @@ class Run:
                 f"the loss is {loss} at step {self.step}: try a lower learning rate (a saved run resumes with --lr)"
             )
 
+    def check_weights(self) -> None:
+        """Raises FloatingPointError if a weight is not finite: the loss of the next step will not be either."""
+        for name, weight in self.model.named_parameters():
+            if weight.requires_grad and not bool(parallel.whole(weight.detach()).isfinite().all()):
+                raise FloatingPointError(
+                    f"{name} is not finite at step {self.step}: try a lower learning rate (a saved run resumes with "
+                    "--lr)"
+                )
+
     def over(self) -> str:
         """The reason why the run is over; "" if it is not."""
         if self.validation_is_due():

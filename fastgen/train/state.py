@@ -45,7 +45,12 @@ MAY_CHANGE = ("steps", "max_seconds", "patience", "lr", "samples", "parallel", "
 
 def save(run: Run) -> None:
     """Writes training.pt, metrics.jsonl and, once there has been a validation, the model with the best weights. All
-    processes must call it."""
+    processes must call it.
+
+    Raises:
+        FloatingPointError: a weight is not finite. The state that was saved before, which can be resumed, stays.
+    """
+    run.check_weights()
     state = {
         "format": FORMAT,
         "model": run.configuration,

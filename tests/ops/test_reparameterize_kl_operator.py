@@ -67,7 +67,11 @@ def test_autocast_computes_in_float32(impl, device):
         ({"free_bits": math.nan}, ValueError, "free_bits"),
         ({"free_bits": "1"}, TypeError, "free_bits must be a number, got str"),
         ({"generator": 3}, TypeError, "generator must be a torch.Generator or None, got int"),
-        ({"generator": torch.Generator(), "eps": torch.zeros(2, 3)}, ValueError, "eps and generator exclude each other"),
+        (
+            {"generator": torch.Generator(), "eps": torch.zeros(2, 3)},
+            ValueError,
+            "eps and generator exclude each other",
+        ),
         ({"impl": "cuda"}, ValueError, "impl must be one of"),
     ],
 )

@@ -82,6 +82,13 @@ def test_an_optimizer_of_another_model_is_refused(tmp_path):
     train(model, dataset(), tmp_path, QUICK, optimizer=torch.optim.SGD(some, lr=0.1))
 
 
+@pytest.mark.parametrize("name", ["augment", "optimizer", "schedule"])
+def test_what_is_no_function_is_refused(name, tmp_path):
+    with pytest.raises(TypeError, match=f"{name} must be an? .*, got float"):
+        train(pixelcnn(), dataset(), tmp_path / "run", QUICK, **{name: 0.1})
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_schedule_of_ones_own(tmp_path):
     resumes_exactly(pixelcnn, dataset(), tmp_path, schedule=lambda model: lambda step: 0.1 / (step + 1))
     assert read_state(tmp_path / "whole")["optimizer"]["param_groups"][0]["lr"] == 0.1 / 7

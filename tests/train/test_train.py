@@ -11,10 +11,11 @@ from dataclasses import replace
 import pytest
 import torch
 from small_runs import QUICK, contents, gated, rows, train
+from torch.utils.data import DataLoader, TensorDataset
 
 import fastgen
 from fastgen.models import Autoencoder, PixelCNN, PixelCNNPP
-from fastgen.train import Settings, check_fit, images_at_once, mean_loss, unit
+from fastgen.train import Settings, check_fit, images_at_once, mean_loss, read_state, unit
 from fastgen.train import train as train_anywhere
 from fastgen.train.batches import Data
 from fastgen.train.run import Run
@@ -97,6 +98,26 @@ def test_a_loss_that_is_not_finite_is_reported(stripes, tmp_path):
     for every, step in ((50, 10), (2, 2)):
         with pytest.raises(FloatingPointError, match=f"nan at step {step}:"):
             train(model, stripes, tmp_path, replace(QUICK, steps=20, validate_every=every), progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("validated", [True, False])
+@pytest.mark.parametrize(("steps", "broken"), [(7, 6), (12, 7)])  # at the end of the run, at a scheduled validation
+def test_a_state_that_is_not_finite_does_not_replace_the_one_before(validated, steps, broken, stripes, tmp_path):
+    data = stripes if validated else DataLoader(TensorDataset(stripes.train.images, stripes.train.labels), batch_size=8)
+    settings = replace(QUICK, steps=steps, validate_every=4)
+    with pytest.raises(FloatingPointError, match=r"is (not finite|nan) at step [78]"):
+        train(gated(), data, tmp_path, settings, schedule=lambda s: math.nan if s >= broken else 1e-3, progress=False)
+    state = read_state(tmp_path)
+    assert state["step"] == 4
+    assert all(weight.isfinite().all() for name in ("weights", "best_weights") for weight in state[name].values())
+    assert all(weight.isfinite().all() for weight in fastgen.load(tmp_path).parameters())
+
+
+def test_wrong_devices_are_named(stripes, tmp_path):
+    for device in ("zzz", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device must be one that torch finds, got '{device}'"):
+            train(gated(), stripes, tmp_path, QUICK, device=device)
     assert not list(tmp_path.iterdir())
 
 
