@@ -96,8 +96,8 @@ def train(
     Raises:
         ValueError: model and data do not fit; no parameter can be trained; the loss has another shape; the optimizer
             has other parameters than the model; there are no images; torch does not find the device; `folder` is a
-            file, already holds a run, or holds none to resume; the run to resume differs in model, images or settings, or has taken more than `steps`
-            steps.
+            file, already holds a run, or holds none to resume; the run to resume differs in model, images or settings,
+            or has taken more than `steps` steps.
         TypeError: model, data, settings, augment, optimizer or schedule is not one of the above; the model cannot be
             saved.
         OSError: the folder cannot be written to, or the disk is full. What was saved before stays.

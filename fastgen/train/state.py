@@ -5,6 +5,7 @@ import io
 import json
 import os
 import zipfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,6 @@ def read(folder: str | os.PathLike) -> dict[str, Any]:
     return state
 
 
-def _has(state: Any, fields: dict[str, type]) -> bool:
+def _has(state: Any, fields: Mapping[str, type]) -> bool:
     """Whether a state holds all fields, each of its type."""
     return isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in fields.items())
