@@ -81,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             run = partial(bench.run, given[1:])
         else:
             arguments = build_parser().parse_args(config.expand(given) if command == "train" else given)
+            if getattr(arguments, "out", None) == "":  # an unset variable of a shell; Path("") is the current folder
+                arguments.parser.error("--out is empty")
             run = partial(arguments.run, arguments)
         if command not in SHARED:
             return run() if os.environ.get("RANK", "0") == "0" else 0

@@ -41,6 +41,15 @@ def weights(folder):
     return (folder / "model.safetensors").read_bytes()
 
 
+def test_an_empty_out_is_refused(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for command in ("sample", "complete", "train"):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([command, *([str(trained / "pixelcnn")] if command != "train" else []), "--out", ""])
+        assert exit_.value.code == 2 and "--out is empty" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 # --- train
 
 
