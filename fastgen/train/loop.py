@@ -85,8 +85,8 @@ def train(
             must come from torch's default generators.
         optimizer: an optimizer of the model's parameters, or a function that makes one from the parameters (needed for
             "fsdp"); None is AdamW. Without `schedule`, the learning rates of your optimizer are not changed.
-        schedule: a function from the number of the step, counted from 0, to the learning rate; or a torch LRScheduler,
-            which is stepped after each step; None is the warm-up and cosine of the settings.
+        schedule: a function from the number of the step, counted from 0, to the learning rate; or a torch LRScheduler
+            of `optimizer`, which is stepped after each step; None is the warm-up and cosine of the settings.
         progress: True shows a progress bar on a terminal, and elsewhere prints a line for each validation.
         device: the device to train on; None is the GPU if there is one.
 
@@ -95,9 +95,9 @@ def train(
 
     Raises:
         ValueError: model and data do not fit; no parameter can be trained; the loss has another shape; the optimizer
-            has other parameters than the model; there are no images; torch does not find the device; `folder` is a
-            file, already holds a run, or holds none to resume; the run to resume differs in model, images or settings,
-            or has taken more than `steps` steps.
+            has other parameters than the model; the schedule is of another optimizer; there are no images; torch does
+            not find the device; `folder` is a file, already holds a run, or holds none to resume; the run to resume
+            differs in model, images or settings, or has taken more than `steps` steps.
         TypeError: model, data, settings, augment, optimizer or schedule is not one of the above; the model cannot be
             saved.
         OSError: the folder cannot be written to, or the disk is full. What was saved before stays.

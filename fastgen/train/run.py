@@ -63,6 +63,8 @@ class Run:
         self._training_loss = parallel.for_training(self.loss, settings, device)
         self.schedule = schedule
         self.optimizer = _optimizer(self.model, settings, optimizer)
+        if isinstance(schedule, LRScheduler) and schedule.optimizer is not self.optimizer:
+            raise ValueError("schedule must be an LRScheduler of the optimizer that is given as `optimizer`")
         self._own_rates = optimizer is not None and schedule is None
         self.amp = _autocast(settings.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == torch.float16)

@@ -123,7 +123,7 @@ def restore(run: Run, state: dict[str, Any]) -> list[str]:
             run.loss_sum = state["loss"][0].to(run.device)
         run.loss_count, run.gradient_norm = state["loss"][1], state["gradient_norm"].to(run.device)
     except Exception as error:  # torch raises many exceptions for tensors and numbers that do not fit
-        raise ValueError(f"{path}: is damaged ({error})") from error
+        raise ValueError(f"{path}: is damaged, or of another optimizer or schedule ({error})") from error
     if before["patience"] and run.stale >= before["patience"] and changed:
         run.stale = 0
     if run.best_weights and distributed.rank() == 0:

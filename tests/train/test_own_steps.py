@@ -89,6 +89,15 @@ def test_what_is_no_function_is_refused(name, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_a_scheduler_of_another_optimizer_is_refused(given, tmp_path):
+    model = pixelcnn()
+    optimizer, another = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    scheduler = torch.optim.lr_scheduler.StepLR(another, 2)
+    with pytest.raises(ValueError, match="schedule must be an LRScheduler of the optimizer"):
+        train(model, dataset(), tmp_path, QUICK, optimizer=optimizer if given else None, schedule=scheduler)
+
+
 def test_a_schedule_of_ones_own(tmp_path):
     resumes_exactly(pixelcnn, dataset(), tmp_path, schedule=lambda model: lambda step: 0.1 / (step + 1))
     assert read_state(tmp_path / "whole")["optimizer"]["param_groups"][0]["lr"] == 0.1 / 7
