@@ -195,9 +195,9 @@ def tile_launch_of(
     elif padded == 32:
         M, U, K, num_warps = 64, 32, 64 if backward else 32, 8
     elif backward:
-        large = full or (generation == 8 and padded == 128)  # elsewhere they spill
-        M, U, K, num_warps = 32, padded, 256 if large else 64, 16 if padded == 128 else 8
-        num_stages = 2 if large and generation != 10 else 3
+        K = 256 if full else 128 if generation == 8 and padded == 128 else 64  # on sm_120 larger ones spill
+        M, U, num_warps = 32, padded, 16 if padded == 128 else 8
+        num_stages = 2 if generation == 9 else 3
     else:
         together = taps if full and taps in (2, 3) else 1
         K = 64 if full and together == 1 else 32

@@ -19,8 +19,8 @@ more. At 64 units 128 channels would fit the backward, in 13 and 17 barriers, bu
 help there: tensor cores take states from registers, too, so that each 16 channels of them are converted, in two
 barriers (71 forward at 128 units); where the compiler copies states asynchronously, it passes weights through shared
 memory as well, and needs as much of it.
-In bfloat16 at 128 units a part has 32 channels forward and 256 backward, which wait 21 and 14 times on sm_80, the Row
-LSTM's 29 and 18; a larger part forward spills.
+In bfloat16 at 128 units a part has 32 channels forward and 128 backward, which wait 21 and 23 times on sm_80, the Row
+LSTM's 29 and 31; a larger part forward spills, and of a larger one backward the next could not be fetched meanwhile.
 
 Arguments: `fastgen.kernels.lstm.cell` and, of products, `fastgen.kernels.lstm.neighbours`.
 """

@@ -149,7 +149,7 @@ def test_scans_by_tiles(case, size):
 
 
 # Operation, taps; barriers a step on sm_80 and on sm_90, forward and backward.
-HALF = {"diagonal": (diagonal_lstm, 2, ((21, 12), (14, 14))), "row": (row_lstm, 3, ((29, 12), (18, 18)))}
+HALF = {"diagonal": (diagonal_lstm, 2, ((21, 12), (23, 14))), "row": (row_lstm, 3, ((29, 12), (31, 18)))}
 
 
 @pytest.mark.parametrize("case", HALF)
