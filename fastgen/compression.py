@@ -21,7 +21,7 @@ from fastgen.mixture import level_probabilities
 from fastgen.models.autoregressive import AutoregressiveModel
 from fastgen.sampling import Sampler
 from fastgen.sampling.condition import rows_for_some
-from fastgen.sampling.levels import check_range, levels_of
+from fastgen.sampling.levels import checked_levels, levels_of
 from fastgen.stream_header import Header, digest, how_computed, plain, weights_digest
 
 BASE = 256  # of the digits of a level
@@ -60,11 +60,7 @@ def compress(model: Any, images: Tensor, *, condition: Any = None) -> bytes:
     if not isinstance(images, Tensor) or images.is_floating_point() or images.is_complex():
         got = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"images must be a tensor of integer levels, got {got}")
-    if tuple(images.shape[1:]) != sampler.shape:
-        expected = ", ".join(map(str, sampler.shape))
-        raise ValueError(f"images must have the shape (n, {expected}), got {tuple(images.shape)}")
-    images = images.cpu().long()
-    check_range("images", images, levels_of(sampler.distribution))
+    images = checked_levels("images", images.cpu().long(), sampler.shape, levels_of(sampler.distribution))
     condition = _condition(sampler, condition, len(images))
     encoder = queue.RangeEncoder()
 

@@ -99,15 +99,15 @@ def checked_known(
     return known, known_mask
 
 
-def checked_levels(levels: Any, shape: tuple[int, ...], count: int | Tensor | None) -> Tensor:
+def checked_levels(name: str, levels: Any, shape: tuple[int, ...], count: int | Tensor | None) -> Tensor:
     """Images (n, *shape): integer levels 0..count-1, or real values."""
     if not isinstance(levels, Tensor) or levels.is_complex() or levels.dtype == torch.bool:
         got = levels.dtype if isinstance(levels, Tensor) else type(levels).__name__
-        raise TypeError(f"levels must be a tensor of integers or real numbers, got {got}")
+        raise TypeError(f"{name} must be a tensor of integers or real numbers, got {got}")
     if tuple(levels.shape[1:]) != shape:
-        raise ValueError(f"levels must have the shape (n, {', '.join(map(str, shape))}), got {tuple(levels.shape)}")
+        raise ValueError(f"{name} must have the shape (n, {', '.join(map(str, shape))}), got {tuple(levels.shape)}")
     if not levels.is_floating_point():
-        check_range("levels", levels, count)
+        check_range(name, levels, count)
     return levels
 
 

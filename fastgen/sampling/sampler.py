@@ -293,7 +293,7 @@ class Sampler:
         Returns:
             (n, ..., H, W)
         """
-        levels = self._adapter.inward(checked_levels(levels, self.shape, levels_of(self.distribution)))
+        levels = self._adapter.inward(checked_levels("levels", levels, self.shape, levels_of(self.distribution)))
         return self._adapter.params(self._decode(image_of(levels), len(levels), condition, levels.dtype)[1])
 
     def _decode(self, draw: Draw, n: int, condition: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
