@@ -12,7 +12,7 @@ from torch import Tensor
 from fastgen.sampling.machine.language import Memory
 from fastgen.sampling.machine.parts import HALF
 from fastgen.sampling.plan.plan import Plan
-from fastgen.sampling.run.memory import PlanMemory
+from fastgen.sampling.run.memory import PlanMemory, pitch
 
 ALIGNED = 16  # numbers
 SHARE_OF_MEMORY = 0.5  # of a device's free memory that one batch may take
@@ -33,12 +33,12 @@ class ArenaMemory(PlanMemory):
         self._shared = {one for one in constants if self._held_as(one.dtype) in (torch.float32, torch.int64)}
         sizes = defaultdict(lambda: ALIGNED, dict.fromkeys((torch.float32, torch.int64), ALIGNED))
         for size, dtype in zip(plan.scratch.sizes, map(self._held_as, plan.scratch.dtypes), strict=True):
-            sizes[dtype] += _room(n * size)
+            sizes[dtype] += _room(n * pitch(size))
         lasting = (plan.levels, *plan.leaves, *plan.output.values, *plan.storage.stored)
         memories = {*plan.storage.memories.values(), *(plan.storage.memory(value) for value in lasting)}
         for memory in (one for one in memories if one.kind == "stored"):
             dtype = self._held_as(memory.dtype)
-            sizes[dtype] = sizes.get(dtype, 0) + _room(n * plan.rings.get(memory, memory).numel)
+            sizes[dtype] = sizes.get(dtype, 0) + _room(n * pitch(plan.rings.get(memory, memory).numel))
         for memory in self._shared:
             sizes[self._held_as(memory.dtype)] += _room(memory.numel)
         self.arenas = {dtype: torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes.items()}

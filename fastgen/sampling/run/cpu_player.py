@@ -92,7 +92,7 @@ class CPUPlayer(TorchPlayer):
 
     def begin(self, request: SampleRequest) -> None:
         for program, most in self._threads:
-            program.threads = min(torch.get_num_threads(), most)
+            program.threads = min(torch.get_num_threads(), max(most, self.n))
         threads = max((program.threads for program, _ in self._threads), default=1)
         if threads != self._pace.most:
             self._pace = Pace(threads)

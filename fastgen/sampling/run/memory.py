@@ -7,11 +7,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastgen.sampling.machine.cpu.pages import LargePages
+from fastgen.sampling.machine.cpu.pages import LINE, LargePages
 from fastgen.sampling.machine.language import Memory, View
 from fastgen.sampling.plan.plan import Plan
 from fastgen.sampling.plan.sliding_rows import Ring
 from fastgen.sampling.trace.graph import CONSTANT, Value
+
+
+def pitch(size: int) -> int:
+    """Numbers from an image to the next in a block that has so many for each: an odd number of lines of a cache.
+
+    A cache keeps few lines whose addresses differ by powers of two, and the same place of all images is read at once.
+    """
+    line = LINE // torch.float32.itemsize
+    return (-(-size // line) | 1) * line
 
 
 class PlanMemory:
@@ -29,7 +38,8 @@ class PlanMemory:
         self._blocks: dict[Memory, Tensor] = {}
         self._pages = LargePages()
         self._scratch = [
-            self.allocate(n * size, dtype) for size, dtype in zip(plan.scratch.sizes, plan.scratch.dtypes, strict=True)
+            self.allocate(n * pitch(size), dtype)
+            for size, dtype in zip(plan.scratch.sizes, plan.scratch.dtypes, strict=True)
         ]
         self._initial: list[tuple[Tensor, Tensor]] = []  # values, and what they begin with
         self.moves: dict[int, list[tuple[Tensor, Tensor]]] = {}
@@ -51,7 +61,7 @@ class PlanMemory:
         """(n, numel), or (1, numel) of a constant; of scratch memory, that of a program."""
         if memory.kind == "scratch":
             shared = self._scratch[self.plan.scratch.block_of[program][memory]]
-            return shared[: self.n * memory.numel].view(self.n, -1)
+            return shared.view(self.n, -1)[:, : memory.numel]  # no memory of an image lies in another one's
         if memory not in self._blocks:
             if memory.data is not None:
                 dtype = self.held.get(memory.dtype, memory.dtype)
@@ -59,7 +69,7 @@ class PlanMemory:
             else:
                 ring = self.plan.rings.get(memory)
                 size = memory.numel if ring is None else ring.numel
-                found = self.allocate(self.n * size, memory.dtype).view(self.n, size)
+                found = self.allocate(self.n * pitch(size), memory.dtype).view(self.n, -1)[:, :size]
             self._blocks[memory] = found
         return self._blocks[memory]
 

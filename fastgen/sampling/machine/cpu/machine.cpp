@@ -1,8 +1,9 @@
 // The step machine: plays the programs of a plan on a CPU, with all of its threads: draws, steps, whole images in a call.
 //
 // Memory is float32 and allocated beforehand. A step differs from another one of the same program by the offsets of
-// its moving views alone. Threads share the columns of every result (the rows where there are few columns); they wait
-// for each other only where an instruction is marked so. What every op means stands in `machine/definitions.py`.
+// its moving views alone. Threads share the images of a batch; where these are fewer than threads, they share the columns
+// of every result (the rows where there are few columns), and wait for each other where an instruction is marked so.
+// What every op means stands in `machine/definitions.py`.
 
 #include <algorithm>
 #include <atomic>
@@ -187,12 +188,10 @@ struct Barrier {
 void run_program(const Program& program, const int64_t* offsets, int thread, int threads, Barrier& barrier) {
     for (int64_t k = 0; k < program.count; k++) {
         const Instruction& one = program.code[k];
-        if (threads > 1 && k > 0 && one.waits) barrier.wait(threads);
+        if (k > 0 && one.waits && !by_images(one.sizes[0], threads)) barrier.wait(threads);
         execute(one, offsets, thread, threads);
     }
 }
-
-int64_t images_of(int64_t images, int thread, int threads) { return images * thread / threads; }
 
 void move_rows(const Move& move, int64_t images, int thread, int threads) {
     for (int64_t b = images_of(images, thread, threads); b < images_of(images, thread + 1, threads); b++)
@@ -231,13 +230,14 @@ void play_alike(const Play* play, int64_t first, int64_t last, int64_t threads) 
 #ifdef _OPENMP
         thread = omp_get_thread_num(), all = omp_get_num_threads();
 #endif
+        bool alone = by_images(play->images, all);
         for (int64_t place = first; place < last; place++) {
-            if (all > 1) barrier.wait(all);
+            if (!alone) barrier.wait(all);
             draw_place(*play->draws, place, images_of(play->images, thread, all),
                        images_of(play->images, thread + 1, all));
             const Step& step = play->steps[place + 1];
             for (int64_t k = step.moves; k < step.moves_end; k++) move_rows(play->moves[k], play->images, thread, all);
-            if (all > 1) barrier.wait(all);
+            if (!alone) barrier.wait(all);
             run_program(play->programs[step.program], step.offsets, thread, all, barrier);
         }
     }

@@ -13,30 +13,46 @@ struct Rows {
     float* out[ROWS];
 };
 
-template <int R>
+// Compilers would load a weight again for every row, and loads are what a small tile waits for.
+#if defined(__AVX__)
+#define KEEP(vector) asm("" : "+v"(vector))
+#else
+#define KEEP(vector) (void)(vector)
+#endif
+
+// R rows times P panels. Every sum is taken in one order, whatever R and P are: threads must not change it.
+template <int R, int P>
 void tile(const Rows& rows, const float* weights, int64_t depth) {
-    Vector sums[R][VECTORS];
+    constexpr int WIDE = P * VECTORS;
+    Vector sums[R][WIDE];
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < VECTORS; v++)
+        for (int v = 0; v < WIDE; v++)
             sums[r][v] = rows.added[r] ? *reinterpret_cast<const Vector*>(rows.added[r] + v * LANES) : Vector{};
     for (int64_t k = 0; k < depth; k++, weights += PANEL) {
-        Vector weight[VECTORS];
-        for (int v = 0; v < VECTORS; v++) weight[v] = *reinterpret_cast<const Vector*>(weights + v * LANES);
+        Vector weight[WIDE];
+        for (int v = 0; v < WIDE; v++) {
+            weight[v] = *reinterpret_cast<const Vector*>(weights + v / VECTORS * PANEL * depth + v % VECTORS * LANES);
+            if (R > 1) KEEP(weight[v]);
+        }
         for (int r = 0; r < R; r++) {
             Vector x = rows.in[r][k] - Vector{};
-            for (int v = 0; v < VECTORS; v++) sums[r][v] += x * weight[v];
+            for (int v = 0; v < WIDE; v++) sums[r][v] += x * weight[v];
         }
     }
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < VECTORS; v++) *reinterpret_cast<Vector*>(rows.out[r] + v * LANES) = sums[r][v];
+        for (int v = 0; v < WIDE; v++) *reinterpret_cast<Vector*>(rows.out[r] + v * LANES) = sums[r][v];
 }
 
-void (*const TILES[])(const Rows&, const float*, int64_t) = {
-    nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>,
+typedef void (*Tile)(const Rows&, const float*, int64_t);
+constexpr Tile TILES[] = {
+    nullptr, tile<1, 1>, tile<2, 1>, tile<3, 1>, tile<4, 1>, tile<5, 1>, tile<6, 1>,
 #if defined(__AVX512F__)
-    tile<7>, tile<8>,
+    tile<7, 1>, tile<8, 1>,
 #endif
 };
+// A sum waits for the one before it: few rows take several panels at once, so that there are sums enough meanwhile.
+constexpr Tile WIDE_TILES[] = {nullptr, tile<1, 4>, tile<2, 2>};
+constexpr int WIDE_PANELS[] = {1, 4, 2};
 
 void linear(const Instruction& one, const int64_t* offsets, Share share) {
     const float* in = start_of<const float>(one.in[0], offsets);
@@ -44,11 +60,15 @@ void linear(const Instruction& one, const int64_t* offsets, Share share) {
     const float* added = start_of<const float>(one.in[2], offsets);
     float* out = start_of<float>(one.out, offsets);
     float edge[2][ROWS][PANEL];  // the last panel where it is not full
-    for (int64_t column = share.columns_from; column < share.columns_to; column += PANEL) {
+    int64_t height = share.rows_to - share.rows_from, tiles = (height + ROWS - 1) / ROWS;
+    int64_t wide = height <= 2 ? WIDE_PANELS[height] * PANEL : PANEL, step;
+    for (int64_t column = share.columns_from; column < share.columns_to; column += step) {
         const float* weights = packed + column * one.depth;
         int64_t width = share.columns_to - column;
-        for (int64_t row = share.rows_from; row < share.rows_to; row += ROWS) {
-            int count = share.rows_to - row < ROWS ? static_cast<int>(share.rows_to - row) : ROWS;
+        step = width < wide ? PANEL : wide;
+        for (int64_t number = 0; number < tiles; number++) {
+            int64_t row = share.rows_from + height * number / tiles;
+            int count = static_cast<int>(share.rows_from + height * (number + 1) / tiles - row);
             Rows rows;
             float* places[ROWS];
             for (int r = 0; r < count; r++) {
@@ -61,7 +81,7 @@ void linear(const Instruction& one, const int64_t* offsets, Share share) {
                     rows.out[r] = edge[1][r];
                 }
             }
-            TILES[count](rows, weights, one.depth);
+            (step > PANEL ? WIDE_TILES : TILES)[count](rows, weights, one.depth);
             if (width < PANEL)
                 for (int r = 0; r < count; r++) std::memcpy(places[r], edge[1][r], width * sizeof(float));
         }

@@ -1,4 +1,4 @@
-// How threads share the columns and rows of an instruction, and where its rows lie.
+// How threads share the images, columns or rows of an instruction, and where its rows lie.
 #pragma once
 
 #include "machine.h"
@@ -20,8 +20,18 @@ struct Share {
     int64_t rows_from, rows_to, columns_from, columns_to;
 };
 
+int64_t images_of(int64_t images, int thread, int threads) { return images * thread / threads; }
+
+// Threads that have images of their own never wait: an image reads and writes nothing of another one's.
+bool by_images(int64_t images, int threads) { return images >= threads; }
+
 Share share_of(const Instruction& one, int thread, int threads, bool whole_rows) {
-    int64_t rows = one.sizes[0] * one.sizes[1] * one.sizes[2] * one.sizes[3], columns = one.sizes[DIMS - 1];
+    int64_t images = one.sizes[0], of_image = one.sizes[1] * one.sizes[2] * one.sizes[3];
+    int64_t rows = images * of_image, columns = one.sizes[DIMS - 1];
+    if (by_images(images, threads)) {
+        int64_t from = images_of(images, thread, threads), to = images_of(images, thread + 1, threads);
+        return {from * of_image, to * of_image, 0, columns};
+    }
     int64_t panels = (columns + PANEL - 1) / PANEL;
     if (panels < threads || whole_rows) return {rows * thread / threads, rows * (thread + 1) / threads, 0, columns};
     int64_t to = panels * (thread + 1) / threads * PANEL;
