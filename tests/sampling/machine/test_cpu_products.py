@@ -29,6 +29,20 @@ def test_products_with_constants(depth, columns, start, threads):
     torch.testing.assert_close(blocks.read(out).double(), truth, atol=1e-6 * depth, rtol=1e-5)
 
 
+@pytest.mark.parametrize("count", range(1, 10))
+def test_a_sum_does_not_depend_on_the_number_of_rows(count):
+    """That a thread has: all of them, those of its image, or the columns of all."""
+    blocks = Blocks()
+    x, weight, more = torch.randn(N, count, 70), torch.randn(70, 200), torch.randn(N, count, 200)
+    rows, added, found = blocks.holding(x), blocks.holding(more), []
+    for threads in (1, N, N + 1):
+        by_machine(blocks, [Product(out := blocks.result(count, 200), rows, constant(weight), added)], threads=threads)
+        found.append(blocks.read(out))
+    truth = x.double() @ weight.double() + more.double()
+    torch.testing.assert_close(found[0].double(), truth, atol=7e-5, rtol=1e-5)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_rows_of_a_product_may_overlap_and_skip(threads):
     """A 1x3 convolution with stride 2 over pixels of 8 channels, and weights that lie transposed."""
