@@ -76,16 +76,19 @@ class Plan:
     def levels(self) -> Value:
         return self.timed.graph.values[0]
 
+    @cached_property
+    def blocks(self) -> dict[Memory | int, tuple[int, torch.dtype]]:
+        """All memory of an image: a stored memory, or the number of a scratch block -> its size and dtype."""
+        lasting = (self.levels, *self.leaves, *self.output.values, *self.storage.stored)
+        memories = dict.fromkeys((*self.storage.memories.values(), *map(self.storage.memory, lasting)))
+        return {
+            **dict(enumerate(zip(self.scratch.sizes, self.scratch.dtypes, strict=True))),
+            **{one: (self.rings.get(one, one).numel, one.dtype) for one in memories if one.kind == "stored"},
+        }
+
     @property
     def bytes_of_image(self) -> int:
-        """Of stored values and scratch memory, for one image."""
-        scratch = zip(self.scratch.sizes, self.scratch.dtypes, strict=True)
-        total = sum(size * dtype.itemsize for size, dtype in scratch)
-        for memory in self.storage.memories.values():
-            if memory.kind == "stored":
-                kept = self.rings.get(memory, memory)
-                total += kept.numel * memory.dtype.itemsize
-        return total
+        return sum(size * dtype.itemsize for size, dtype in self.blocks.values())
 
     @property
     def computes_in_half(self) -> bool:

@@ -1,9 +1,11 @@
 """Plays a plan with the step machine of the CPU: many draws and steps a call, torch for what it does not know."""
 
 import ctypes
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -11,12 +13,13 @@ from torch import Tensor
 
 from fastgen.sampling.machine.cpu.build import machine
 from fastgen.sampling.machine.cpu.draws import Draws, DrawsCode, knows
-from fastgen.sampling.machine.cpu.tables import Linker, words
-from fastgen.sampling.machine.language import Program, views_of
+from fastgen.sampling.machine.cpu.pages import LINE, LargePages
+from fastgen.sampling.machine.cpu.tables import Linker, Panels, words
+from fastgen.sampling.machine.language import Memory, Program, views_of
 from fastgen.sampling.machine.parts import Part, sections
 from fastgen.sampling.plan.plan import Plan, Step
 from fastgen.sampling.request import SampleRequest
-from fastgen.sampling.run.memory import PlanMemory
+from fastgen.sampling.run.memory import PlanMemory, Sizes
 from fastgen.sampling.run.pace import Pace
 from fastgen.sampling.run.torch_player import TorchPlayer
 from fastgen.sampling.run.torch_program import TorchProgram
@@ -68,20 +71,58 @@ def _check_lookups(missed: bool) -> None:
 
 
 class CPUMemory(PlanMemory):
-    """With conditions as the machine takes them."""
+    """With conditions as the machine takes them. Images lie one after the other.
+
+    Args:
+        plan, n: as in `PlanMemory`.
+        images: uint8 (room, bytes of an image), of another memory of this plan, or None.
+    """
 
     held: ClassVar = {torch.bool: torch.float32}
 
+    def __init__(self, plan: Plan, n: int, images: Tensor | None) -> None:
+        self.images = images
+        super().__init__(plan, n, torch.device("cpu"))
+
+    def allocated(self, sizes: Sizes) -> dict[Memory | int, Tensor]:
+        ends = list(accumulate(-(-size * dtype.itemsize // LINE) * LINE for size, dtype in sizes.values()))
+        if self.images is None or len(self.images) < self.n:
+            width = ends[-1] // LINE * LINE | LINE  # an odd number of lines, so that images share no place of a cache
+            # The system gives memory once it is touched: room for all images of a batch costs nothing.
+            half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+            room = max(self.n, min(images_at_once(self.plan), half // width))
+            self.images = LargePages().take(room * width, torch.uint8).view(room, width)
+        begins = [0, *ends]
+        return {
+            one: self.images[: self.n, begin : begin + size * dtype.itemsize].view(dtype)
+            for begin, (one, (size, dtype)) in zip(begins, sizes.items(), strict=False)
+        }
+
 
 class CPUPlayer(TorchPlayer):
-    """A `Player`. Programs that are all of the machine's are played in `play`, many draws in a call."""
+    """A `Player`. Programs that are all of the machine's are played in `play`, many draws in a call.
+
+    Args:
+        plan, n, device: as in `Player`.
+        like: another one of this plan, to share weights and, where it is large enough, memory with.
+    """
+
+    memory: CPUMemory
+
+    def __init__(self, plan: Plan, n: int, device: torch.device, like: "CPUPlayer | None" = None) -> None:
+        self.machine = machine()
+        self._panels: Panels = Panels(self.machine.panel) if like is None else like._panels
+        self._images = None if like is None else like.memory.images
+        super().__init__(plan, n, device)
+
+    def another(self, n: int) -> "CPUPlayer":
+        return CPUPlayer(self.plan, n, self.device, self)
 
     def allocated(self) -> PlanMemory:
-        return CPUMemory(self.plan, self.n, self.device)
+        return CPUMemory(self.plan, self.n, self._images)
 
     def bound(self) -> list[Callable[[Step], None]]:
-        self.machine = machine()
-        self._linker = Linker(self.machine, self.n, self.memory)
+        self._linker = Linker(self.machine, self.n, self.memory, self._panels)
         self._codes = (ProgramCode * len(self.plan.programs))()
         self._held: list[object] = []
         self._threads: list[tuple[ProgramCode, int]] = []  # programs, and the most threads that pay for each

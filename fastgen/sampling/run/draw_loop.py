@@ -35,6 +35,11 @@ class Player(Protocol):
     device: torch.device
     levels: Tensor
 
+    def another(self, n: int) -> "Player":
+        """A player for n images, which may share memory with this one: what one of them has drawn is lost when the
+        other begins."""
+        ...
+
     def begin(self, request: SampleRequest) -> None:
         """Takes `request.condition`, sets all levels to zero, computes what depends on no pixel."""
         ...

@@ -189,7 +189,8 @@ class Engine:
         if player is None:
             while len(self._players) >= MOST_PLAYERS:
                 self._players.pop(next(iter(self._players)))
-            player = self._way.player(self.plan, n, device)
+            latest = next(reversed(self._players.values()), None)
+            player = latest.another(n) if latest else self._way.player(self.plan, n, device)
         self._players[n] = player
         return player
 

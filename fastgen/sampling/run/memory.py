@@ -7,20 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastgen.sampling.machine.cpu.pages import LINE, LargePages
 from fastgen.sampling.machine.language import Memory, View
 from fastgen.sampling.plan.plan import Plan
 from fastgen.sampling.plan.sliding_rows import Ring
 from fastgen.sampling.trace.graph import CONSTANT, Value
 
-
-def pitch(size: int) -> int:
-    """Numbers from an image to the next in a block that has so many for each: an odd number of lines of a cache.
-
-    A cache keeps few lines whose addresses differ by powers of two, and the same place of all images is read at once.
-    """
-    line = LINE // torch.float32.itemsize
-    return (-(-size // line) | 1) * line
+Sizes = Mapping[Memory | int, tuple[int, torch.dtype]]  # as `Plan.blocks`
 
 
 class PlanMemory:
@@ -35,42 +27,30 @@ class PlanMemory:
 
     def __init__(self, plan: Plan, n: int, device: torch.device) -> None:
         self.plan, self.n, self.device = plan, n, device
-        self._blocks: dict[Memory, Tensor] = {}
-        self._pages = LargePages()
-        self._scratch = [
-            self.allocate(n * pitch(size), dtype)
-            for size, dtype in zip(plan.scratch.sizes, plan.scratch.dtypes, strict=True)
-        ]
+        self._blocks = self.allocated(
+            {one: (size, self.held.get(dtype, dtype)) for one, (size, dtype) in plan.blocks.items()}
+        )
         self._initial: list[tuple[Tensor, Tensor]] = []  # values, and what they begin with
         self.moves: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for value in (one for one in plan.timed.computed if one in plan.storage.stored):
             constant = plan.schedule.times.of(value) == CONSTANT
             if constant.any() or plan.storage.memories.get(value) in plan.rings:
-                self._start_with(value, torch.where(constant, value.data, 0).to(device))
+                self._start_with(value, constant)
         self.levels = self.inner(plan.levels)[:, 0]
         self.params = self._output()
 
-    def allocate(self, size: int, dtype: torch.dtype) -> Tensor:
-        """(size,) zeros."""
-        dtype = self.held.get(dtype, dtype)
-        if self.device.type == "cpu":
-            return self._pages.take(size, dtype)
-        return torch.zeros(size, dtype=dtype, device=self.device)
+    def allocated(self, sizes: Sizes) -> dict[Memory | int, Tensor]:
+        """Zeros (n, size) for each block of the plan."""
+        return {one: torch.zeros(self.n, size, dtype=dtype, device=self.device) for one, (size, dtype) in sizes.items()}
 
     def block(self, memory: Memory, program: int = 0) -> Tensor:
         """(n, numel), or (1, numel) of a constant; of scratch memory, that of a program."""
         if memory.kind == "scratch":
-            shared = self._scratch[self.plan.scratch.block_of[program][memory]]
-            return shared.view(self.n, -1)[:, : memory.numel]  # no memory of an image lies in another one's
+            return self._blocks[self.plan.scratch.block_of[program][memory]][:, : memory.numel]
         if memory not in self._blocks:
-            if memory.data is not None:
-                dtype = self.held.get(memory.dtype, memory.dtype)
-                found = memory.data.to(self.device, dtype).view(1, -1)
-            else:
-                ring = self.plan.rings.get(memory)
-                size = memory.numel if ring is None else ring.numel
-                found = self.allocate(self.n * pitch(size), memory.dtype).view(self.n, -1)[:, :size]
-            self._blocks[memory] = found
+            assert memory.data is not None
+            dtype = self.held.get(memory.dtype, memory.dtype)
+            self._blocks[memory] = memory.data.to(self.device, dtype).view(1, -1)
         return self._blocks[memory]
 
     def strided(self, view: View, program: int) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
@@ -97,14 +77,23 @@ class PlanMemory:
         else:
             self.block(memory).copy_(_part(ring, found, place))
 
-    def _start_with(self, value: Value, constants: Tensor) -> None:
-        """Puts the constants of a stored value, 0 elsewhere, where they belong."""
+    def _start_with(self, value: Value, constant: Tensor) -> None:
+        """Notes where the constants of a stored value belong; what else is in their box is 0.
+
+        Args:
+            constant: which of its elements are.
+        """
         memory = self.plan.storage.memory(value)
         block, ring = self.block(memory), self.plan.rings.get(memory)
         if ring is None:
             # Steps may compute a constant again, to another last bit: what a batch gives would depend on those before.
-            self._initial.append((self.inner(value), constants))
+            places = constant.nonzero()
+            ends = zip(places.amin(0).tolist(), (places.amax(0) + 1).tolist(), strict=True)
+            box = tuple(slice(first, end) for first, end in ends)
+            constants = torch.where(constant[box], value.data[box], 0).to(self.device)
+            self._initial.append((self.inner(value)[(slice(None), *box)], constants))
             return
+        constants = torch.where(constant, value.data, 0).to(self.device)
         self._initial.append((block, _part(ring, constants[None], 0)))
         for move in ring.moves:
             source = block[:, move.first * ring.pitch : move.stop * ring.pitch]

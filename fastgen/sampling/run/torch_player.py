@@ -22,6 +22,9 @@ class TorchPlayer:
         self.levels = self.memory.levels
         self.programs = self.bound()
 
+    def another(self, n: int) -> "TorchPlayer":
+        return type(self)(self.plan, n, self.device)
+
     def allocated(self) -> PlanMemory:
         return PlanMemory(self.plan, self.n, self.device)
 

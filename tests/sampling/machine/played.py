@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fastgen.sampling.machine.cpu.build import machine
-from fastgen.sampling.machine.cpu.tables import Linker
+from fastgen.sampling.machine.cpu.tables import Linker, Panels
 from fastgen.sampling.machine.language import AffineOffset, Memory, Program, View, dense_strides
 from fastgen.sampling.machine.parts import part_of
 from fastgen.sampling.plan.plan import Step
@@ -67,7 +67,7 @@ def linked(blocks, instructions, threads=1):
     """What the machine plays, `(program, what it points to)`. Raises Unknown."""
     slots = {view: k for k, view in enumerate(Program(list(instructions)).moving())}
     parts = [part_of(one) for one in instructions]
-    linker = Linker(machine(), N, blocks)
+    linker = Linker(machine(), N, blocks, Panels(machine().panel))
     codes = linker.link(parts, 0, slots)
     return ProgramCode(ctypes.addressof(codes), len(codes), threads), (linker, codes)
 

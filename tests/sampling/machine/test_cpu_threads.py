@@ -9,7 +9,7 @@ import torch
 
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelCNNPP
 from fastgen.sampling.machine.cpu.build import machine
-from fastgen.sampling.machine.cpu.tables import Linker, Side
+from fastgen.sampling.machine.cpu.tables import Linker, Panels, Side
 from fastgen.sampling.machine.language import Lookup, Pointwise, Product, Rowwise, constant
 from fastgen.sampling.run.cpu_player import sections
 from fastgen.sampling.run.memory import PlanMemory
@@ -158,7 +158,7 @@ def test_no_thread_touches_what_another_one_writes(name, threads):
     """All that threads do between two waits, place by place; those that have images of their own never wait."""
     plan = planned(*MODELS[name]())
     memory = PlanMemory(plan, N, torch.device("cpu"))
-    linker = Linker(machine(), N, memory)
+    linker = Linker(machine(), N, memory, Panels(machine().panel))
     parts, ops = 0, set()
     read, written = {}, {}  # by thread
     for number, program in enumerate(plan.programs):

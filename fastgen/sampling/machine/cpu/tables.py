@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fastgen.sampling.machine.cpu.build import Machine
 from fastgen.sampling.machine.cpu.pages import LargePages
@@ -38,13 +39,33 @@ class Code(ctypes.Structure):
     ]
 
 
+class Panels:
+    """Weights as the machine multiplies by them, for all players of a plan."""
+
+    def __init__(self, columns: int) -> None:
+        self.columns = columns  # of a panel
+        self._packed: dict[View, Tensor] = {}
+        self._pages = LargePages()
+
+    def of(self, weight: View) -> Tensor:
+        """A constant (depth, columns) as panels of columns, one after the other, the last filled up with zeros."""
+        weight = replace(weight, task=0)
+        if weight not in self._packed:
+            depth, columns = weight.sizes
+            panels = -(-columns // self.columns)
+            assert weight.memory.data is not None
+            data = weight.memory.data.as_strided(weight.sizes, weight.strides, weight.offset.at(()))
+            wide = functional.pad(data, (0, panels * self.columns - columns))
+            found = self._pages.take(wide.numel(), wide.dtype).view(panels, depth, self.columns)
+            self._packed[weight] = found.copy_(wide.view(depth, panels, self.columns).transpose(0, 1))
+        return self._packed[weight]
+
+
 class Linker:
     """Puts parts together for the memory of a batch of n images. It holds what the tables point to."""
 
-    def __init__(self, machine: Machine, n: int, memory: Blocks) -> None:
-        self.machine, self.n, self.memory = machine, n, memory
-        self._packed: dict[View, Tensor] = {}
-        self._pages = LargePages()
+    def __init__(self, machine: Machine, n: int, memory: Blocks, panels: Panels) -> None:
+        self.machine, self.n, self.memory, self.panels = machine, n, memory, panels
         self._numbers: dict[float, Tensor] = {}
 
     def link(self, parts: Sequence[Part], program: int, slots: dict[View, int]) -> "ctypes.Array[Code]":
@@ -69,7 +90,7 @@ class Linker:
                     number = self._numbers.setdefault(one, torch.tensor([one], dtype=torch.float32))
                     code.inputs[place] = SideCode(number.data_ptr(), -1, (ctypes.c_int64 * DIMS)())
             if part.weight is not None:
-                code.inputs[1] = SideCode(self._pack(part.weight).data_ptr(), -1, (ctypes.c_int64 * DIMS)())
+                code.inputs[1] = SideCode(self.panels.of(part.weight).data_ptr(), -1, (ctypes.c_int64 * DIMS)())
         return codes
 
     def _side(self, side: Side, strides: tuple[int, ...], program: int, slots: dict[View, int]) -> SideCode:
@@ -79,20 +100,6 @@ class Linker:
         fixed = 0 if view.moves else view.offset.at(())
         base = block.data_ptr() + fixed * block.element_size()
         return SideCode(base, slots[view] if view.moves else -1, (ctypes.c_int64 * DIMS)(*_aligned(strides, images, 0)))
-
-    def _pack(self, weight: View) -> Tensor:
-        """Weights (depth, columns) as panels of columns, one after the other, the last filled up with zeros."""
-        weight = replace(weight, task=0)
-        if weight not in self._packed:
-            panel = self.machine.panel
-            depth, columns = weight.sizes
-            panels = -(-columns // panel)
-            data = self.memory.block(weight.memory)[0]
-            wide = torch.zeros(depth, panels * panel, dtype=data.dtype)
-            wide[:, :columns] = data.as_strided(weight.sizes, weight.strides, weight.offset.at(()))
-            found = self._pages.take(wide.numel(), wide.dtype).view(panels, depth, panel)
-            self._packed[weight] = found.copy_(wide.view(depth, panels, panel).transpose(0, 1))
-        return self._packed[weight]
 
     def _waits(self, parts: Sequence[Part], program: int) -> list[bool]:
         """Before which parts the threads wait for each other.
