@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastgen.sampling.trace.graph import Graph, Operand, Value
 
@@ -37,12 +38,13 @@ class Storages:
         self.graph = graph
         self._others = iter(() if like is None else [one.data for one in like.values if one.kind == "constant"])
         self._known: dict[int, TracedStorage] = {}
-        self._alive: list[Tensor] = []  # storages are known by address, which must not be used again
+        # Storages are known by address, which is not used again while there is such a reference; their contents may go.
+        self._seen: list[StorageWeakRef] = []
         self._constants: dict[Any, Value] = {}
 
     def define(self, tensor: Tensor, operand: Operand) -> None:
         """From now on the tensor's storage holds the operand's elements, and nothing else."""
-        self._alive.append(tensor)
+        self._seen.append(StorageWeakRef(tensor.untyped_storage()))
         offset = int(tensor.storage_offset())
         self._known[storage_of(tensor)] = TracedStorage(operand, tuple(tensor.shape), tensor.stride(), offset)
 
@@ -54,7 +56,7 @@ class Storages:
         key = (storage_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         known = self._constants.get(key)
         if known is None or not torch.equal(known.data, tensor.cpu()):
-            self._alive.append(tensor)
+            self._seen.append(StorageWeakRef(tensor.untyped_storage()))
             other = next(self._others, None)  # two runs have the same constants in the same order
             same = other is not None and other.dtype == tensor.dtype and torch.equal(other, tensor.cpu())
             data = other if other is not None and same else copied_to_cpu(tensor)
@@ -103,7 +105,7 @@ class Storages:
             flat = self.flat_ids(tensor).clone()
         region = flat.as_strided(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
         region.copy_(operand.element_ids().expand(tensor.shape))
-        self._alive.append(tensor)
+        self._seen.append(StorageWeakRef(tensor.untyped_storage()))
         self._known[storage_of(tensor)] = TracedStorage(Operand(self.graph, (room,), ids=flat), (room,), (1,), 0)
 
 
