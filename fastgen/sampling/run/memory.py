@@ -46,6 +46,7 @@ class PlanMemory:
     def block(self, memory: Memory, program: int = 0) -> Tensor:
         """(n, numel), or (1, numel) of a constant; of scratch memory, that of a program."""
         if memory.kind == "scratch":
+            # Each image has all of the block, so that no memory of one lies in another one's.
             return self._blocks[self.plan.scratch.block_of[program][memory]][:, : memory.numel]
         if memory not in self._blocks:
             assert memory.data is not None

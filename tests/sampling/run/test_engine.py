@@ -34,4 +34,3 @@ def test_batches_of_all_sizes_share_weights_and_memory():
     for one in memories[1:]:
         assert one.levels.data_ptr() == memories[0].levels.data_ptr()
         assert one.images.data_ptr() == memories[0].images.data_ptr()
-
