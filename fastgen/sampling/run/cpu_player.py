@@ -1,7 +1,6 @@
 """Plays a plan with the step machine of the CPU: many draws and steps a call, torch for what it does not know."""
 
 import ctypes
-import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -75,7 +74,7 @@ class CPUMemory(PlanMemory):
 
     Args:
         plan, n: as in `PlanMemory`.
-        images: uint8 (room, bytes of an image), of another memory of this plan, or None.
+        images: uint8 (images, bytes of each) of another memory of this plan, to serve again if they are enough.
     """
 
     held: ClassVar = {torch.bool: torch.float32}
@@ -87,11 +86,10 @@ class CPUMemory(PlanMemory):
     def allocated(self, sizes: Sizes) -> dict[Memory | int, Tensor]:
         ends = list(accumulate(-(-size * dtype.itemsize // LINE) * LINE for size, dtype in sizes.values()))
         if self.images is None or len(self.images) < self.n:
-            width = ends[-1] // LINE * LINE | LINE  # an odd number of lines, so that images share no place of a cache
-            # The system gives memory once it is touched: room for all images of a batch costs nothing.
-            half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-            room = max(self.n, min(images_at_once(self.plan), half // width))
-            self.images = LargePages().take(room * width, torch.uint8).view(room, width)
+            # An odd number of lines: a cache keeps few whose addresses differ by powers of two, and the same place of
+            # all images is read at once.
+            width = ends[-1] | LINE
+            self.images = LargePages().take(self.n * width, torch.uint8).view(self.n, width)
         begins = [0, *ends]
         return {
             one: self.images[: self.n, begin : begin + size * dtype.itemsize].view(dtype)

@@ -1,11 +1,13 @@
-"""The engine: batches in parts."""
+"""The engine: batches in parts, and of several sizes."""
 
 import torch
 
 from fastgen.models import PixelCNN
 from fastgen.sampling.run import engine, players
+from fastgen.sampling.run.cpu_player import CPUPlayer
 from fastgen.sampling.run.draw_loop import draw_batch
 from tests.sampling.exactness import assert_exact, pair
+from tests.sampling.models import planned
 
 
 def test_large_batches_run_in_parts_that_fit_a_cache(monkeypatch):
@@ -23,14 +25,21 @@ def test_large_batches_run_in_parts_that_fit_a_cache(monkeypatch):
     assert parts.stats.passes == 3
 
 
-def test_batches_of_all_sizes_share_weights_and_memory():
+def test_batches_of_other_sizes_begin_with_what_the_last_one_left():
     torch.manual_seed(0)
     model = PixelCNN((1, 6, 5), 4, channels=8, layers=2).eval()
     fast, naive = pair(model, model.shape, "compiled", distribution=model.distribution)
     for n in (4, 7, 2, 4, 7):  # each batch begins with what the one before has left
         assert_exact(fast, naive, n, seed=n)
-    memories = [player.memory for player in fast._backends.made[-1].backend._players.values()]
-    assert [one.n for one in memories] == [2, 4, 7]
-    for one in memories[1:]:
-        assert one.levels.data_ptr() == memories[0].levels.data_ptr()
-        assert one.images.data_ptr() == memories[0].images.data_ptr()
+
+
+def test_a_smaller_batch_takes_the_memory_of_a_larger_one():
+    model = PixelCNN((1, 4, 4), 4, channels=8, layers=2)
+    large = CPUPlayer(planned(model, model.shape), 4, torch.device("cpu"))
+    small = large.another(2)
+    assert small.levels.shape[0] == 2 and small.levels.data_ptr() == large.levels.data_ptr()
+    larger = small.another(5)
+    assert larger.levels.shape[0] == 5 and larger.levels.data_ptr() != large.levels.data_ptr()
+    assert larger.another(3).levels.data_ptr() == larger.levels.data_ptr()
+    lines = large.levels.stride(0) * large.levels.element_size() / 64
+    assert lines % 2 == 1  # so that images do not compete for the same lines of a cache
